@@ -1,0 +1,192 @@
+"""Exponential moving average of the weights, for evaluation and sampling."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Event, State, Time, TimeUnit
+from composer.loggers import Logger
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from prx_composer.algorithms.window import ScheduleWindow
+from prx_composer.errors import UserError
+
+__all__ = ["EMA", "WeightAverage", "clean_name"]
+
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what DDP, FSDP, compile or checkpointing put around it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class WeightAverage:
+    """An average of a module's trained parameters, usable without a Trainer.
+
+    Sharded parameters (DTensor) are averaged shard by shard: no communication.
+
+    Args:
+        module: its parameters that require gradients are averaged, starting from their present values.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.parameters = {clean_name(name): p for name, p in module.named_parameters() if p.requires_grad}
+        self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, smoothing: float) -> None:
+        """average ← smoothing · average + (1 − smoothing) · parameters, in one fused call."""
+        average = [_local(tensor) for tensor in self.average.values()]
+        current = [_local(parameter.detach()) for parameter in self.parameters.values()]
+        torch._foreach_lerp_(average, current, weight=1 - smoothing)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Starts again from the present parameters."""
+        for name, parameter in self.parameters.items():
+            _local(self.average[name]).copy_(_local(parameter.detach()))
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchanges average and parameters, exactly: two swaps change no bit."""
+        for name, parameter in self.parameters.items():
+            current, average = _local(parameter.detach()), _local(self.average[name])
+            held = current.clone()
+            current.copy_(average)
+            average.copy_(held)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The module has the averaged weights inside of this context."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def state_dict(self, full: bool = False) -> dict[str, Tensor]:
+        """Name → average; with `full`, sharded tensors are gathered (a collective)."""
+        gather = {name: t.full_tensor() if full and isinstance(t, DTensor) else t for name, t in self.average.items()}
+        return gather
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError if the names differ: a partial average would be silently wrong."""
+        if state.keys() != self.average.keys():
+            different = sorted(state.keys() ^ self.average.keys())
+            raise ValueError(f"The checkpoint's EMA is of another model; names that differ: {', '.join(different[:5])} …")
+        for name, average in self.average.items():
+            loaded = state[name]
+            if isinstance(average, DTensor) and not isinstance(loaded, DTensor):
+                loaded = distribute_tensor(loaded.to(average.device), average.device_mesh, average.placements)
+            _local(average).copy_(_local(loaded))
+
+
+class EMA(Algorithm):
+    """Keeps a `WeightAverage` and lends it to evaluation and sampling (`model.sampling_weights`).
+
+    Checkpoints carry both the plain weights and the average, under the plain parameter names.
+
+    Args:
+        smoothing: share of the old average that is kept per batch. `update_interval` changes the cost, not the average:
+            an update after n batches keeps smoothingⁿ.
+        half_life: instead of `smoothing`, the number of batches ("700ba") after which a weight counts half.
+        update_interval: how often to update, in batches.
+        start, end: window; before `start` the plain weights are used, after `end` the average stays as it is.
+
+    Raises:
+        ValueError: both or neither of smoothing and half-life, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        smoothing: float | None = None,
+        half_life: str | None = None,
+        update_interval: str = "1ba",
+        start: str = "0ba",
+        end: str | None = None,
+    ):
+        if (smoothing is None) == (half_life is None):
+            raise ValueError("ema needs either `smoothing` (per batch, such as 0.9999) or `half_life` (such as 700ba).")
+        interval = Time.from_timestring(update_interval)
+        if interval.unit != TimeUnit.BATCH or interval.value < 1:
+            raise ValueError(f"update_interval must be a number of batches such as 10ba, not {update_interval}.")
+        if half_life is not None:
+            life = Time.from_timestring(half_life)
+            if life.unit != TimeUnit.BATCH or life.value <= 0:
+                raise ValueError(f"half_life must be a number of batches such as 700ba, not {half_life}.")
+            smoothing = 0.5 ** (1 / life.value)
+        assert smoothing is not None
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must lie in [0, 1), not {smoothing}.")
+        self.smoothing, self.interval = smoothing, int(interval.value)
+        self.window = ScheduleWindow(start, end)
+        self.average: WeightAverage | None = None
+        self._started = False
+        self._swapped = False
+        self._gather = False
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.INIT, Event.BEFORE_LOAD, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.INIT:
+            if not hasattr(state.model, "sampling_weights"):
+                raise UserError("algorithms.ema needs a model with a `sampling_weights` seam, such as text_to_image.")
+            state.model.sampling_weights = self.sampling_weights  # pyright: ignore[reportAttributeAccessIssue]
+        elif event == Event.BEFORE_LOAD:  # parameters are sharded now and will stay the objects that they are
+            self._gather = state.fsdp_state_dict_type == "full"
+            self.average = WeightAverage(state.model)
+        elif event == Event.BATCH_END:
+            self._update(state)
+        elif event == Event.EVAL_START and self._started:
+            self._exchange()
+        elif event == Event.EVAL_END and self._swapped:
+            self._exchange()
+
+    @contextmanager
+    def sampling_weights(self) -> Iterator[None]:
+        """The averaged weights once there are any; the plain ones before `start`."""
+        if not self._started or self._swapped or self.average is None:
+            yield
+            return
+        with self.average.swapped():
+            yield
+
+    def _exchange(self) -> None:
+        assert self.average is not None
+        self.average.swap()
+        self._swapped = not self._swapped
+
+    def _update(self, state: State) -> None:
+        assert self.average is not None
+        if not self.window.contains(state):
+            return
+        if not self._started:
+            self._started = True
+            if self.window.start.value > 0:
+                self.average.reset()
+                return
+        if int(state.timestamp.batch) % self.interval == 0:
+            self.average.update(self.smoothing**self.interval)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.average is None:
+            return {}
+        return {"started": self._started, "average": self.average.state_dict(full=self._gather)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert self.average is not None
+        if not state.get("average"):
+            raise UserError("The checkpoint has no EMA weights; resume without algorithms.ema, or start a new run.")
+        self._started = bool(state["started"])
+        self.average.load_state_dict(state["average"])

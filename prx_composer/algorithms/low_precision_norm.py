@@ -1,0 +1,89 @@
+"""Normalisation layers computed in the autocast dtype instead of fp32."""
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from composer.algorithms.warnings import NoEffectWarning
+from composer.core import Algorithm, Event, Precision, State
+from composer.loggers import Logger
+from torch import Tensor, nn
+
+__all__ = ["LowPrecisionLayerNorm", "LowPrecisionNorm", "LowPrecisionRMSNorm", "apply_low_precision_norm"]
+
+log = logging.getLogger(__name__)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class LowPrecisionLayerNorm(nn.LayerNorm):
+    """LayerNorm whose input, weight and output are of the autocast dtype (statistics stay fp32 inside the kernel)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = _compute_dtype(input)
+        with torch.autocast(input.device.type, enabled=False):
+            weight, bias = _cast(self.weight, dtype), _cast(self.bias, dtype)
+            return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+class LowPrecisionRMSNorm(nn.RMSNorm):
+    """RMSNorm whose input, weight and output are of the autocast dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = _compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x.to(dtype), list(self.normalized_shape), _cast(self.weight, dtype), self.eps)
+
+
+_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: LowPrecisionLayerNorm,
+    nn.RMSNorm: LowPrecisionRMSNorm,
+}
+
+
+def apply_low_precision_norm(model: nn.Module) -> int:
+    """Replaces every nn.LayerNorm and nn.RMSNorm, affine or not, in place; returns how many.
+
+    Subclasses are left alone, since their own forward would be lost. Parameters stay the same objects, so optimizers
+    and state dicts don't notice.
+    """
+    replaced = 0
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            replacement = _REPLACEMENTS.get(type(child))
+            if replacement is None:
+                continue
+            low: Any = replacement.__new__(replacement)
+            low.__dict__.update(child.__dict__)  # same parameters, shape, eps, hooks: only the forward is another
+            setattr(parent, name, low)
+            replaced += 1
+    return replaced
+
+
+class LowPrecisionNorm(Algorithm):
+    """Applies `apply_low_precision_norm` at Event.INIT when training runs under bf16 or fp16 autocast.
+
+    It acts on the whole run: a layer's dtype does not change mid-way, since compiled graphs and saved activations depend on it.
+    """
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.INIT
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if state.precision not in (Precision.AMP_BF16, Precision.AMP_FP16):
+            message = f"low_precision_norm does nothing under precision: {state.precision.value}; it needs amp_bf16 or amp_fp16."
+            warnings.warn(NoEffectWarning(message), stacklevel=2)
+            return
+        replaced = apply_low_precision_norm(state.model)
+        if replaced == 0:
+            warnings.warn(NoEffectWarning("low_precision_norm found no LayerNorm or RMSNorm to replace."), stacklevel=2)
+        log.info("low_precision_norm: %d layers", replaced)

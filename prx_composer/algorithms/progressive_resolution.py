@@ -1,0 +1,153 @@
+"""Stages of growing image size in one run, each with its own batch and microbatch."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from composer.core import Algorithm, Event, State, Time
+from composer.loggers import Logger
+from composer.utils import dist
+
+from prx_composer.algorithms.window import has_reached
+from prx_composer.errors import UserError
+
+__all__ = ["ProgressiveResolution", "Stage", "StagedLoader", "check_batch_sizes"]
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class StagedLoader(Protocol):
+    """What a loader must offer to be staged; `data.loader.ImageCaptionLoader` does."""
+
+    def set_stage(self, image_size: int, global_batch_size: int) -> None: ...
+
+    def end_pass(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        until: end of the stage, a time string ("100000ba", "0.6dur"); None for the rest of the run.
+        image_size: side of the square whose area the images have.
+        global_train_batch_size: images per step over all ranks.
+        device_train_microbatch_size: images per forward pass of one rank.
+    """
+
+    image_size: int
+    global_train_batch_size: int
+    device_train_microbatch_size: int
+    until: str | None = None
+
+
+def check_batch_sizes(path: str, global_batch_size: int, microbatch_size: int, num_ranks: int) -> None:
+    """Raises UserError, naming the YAML path, unless the batch divides into ranks and whole microbatches."""
+    if min(global_batch_size, microbatch_size) < 1:
+        raise UserError(f"{path}global_train_batch_size and device_train_microbatch_size must be at least 1.")
+    if global_batch_size % num_ranks:
+        raise UserError(
+            f"{path}global_train_batch_size: {global_batch_size} does not divide over {num_ranks} ranks; "
+            f"try {max(global_batch_size // num_ranks, 1) * num_ranks}."
+        )
+    device_batch_size = global_batch_size // num_ranks
+    if device_batch_size % microbatch_size:
+        fitting = max(d for d in range(1, microbatch_size + 1) if device_batch_size % d == 0)
+        raise UserError(
+            f"{path}device_train_microbatch_size: {microbatch_size} does not divide the device batch "
+            f"{global_batch_size} / {num_ranks} ranks = {device_batch_size}; try {fitting}."
+        )
+
+
+class ProgressiveResolution(Algorithm):
+    """Moves the loader and the trainer from stage to stage.
+
+    The stage is a function of the training time alone, and a switch ends the loader's pass (Composer counts an epoch), so
+    a run that is stopped anywhere, the switch included, resumes as if it hadn't been.
+
+    Args:
+        stages: in order; all but the last need `until`, and the last must not end before training does.
+
+    Raises:
+        ValueError: no stages, a missing or unordered `until`.
+    """
+
+    def __init__(self, stages: Sequence[Stage]):
+        if not stages:
+            raise ValueError("stages needs at least one stage.")
+        ends: list[Time] = []
+        for index, stage in enumerate(stages):
+            if stage.until is None:
+                if index < len(stages) - 1:
+                    raise ValueError(f"stages[{index}].until is missing; only the last stage may go on to the end.")
+                continue
+            end = Time.from_timestring(stage.until)
+            if ends and end.unit == ends[-1].unit and end.value <= ends[-1].value:
+                raise ValueError(f"stages[{index}].until: {stage.until} must be later than the stage before it ends.")
+            ends.append(end)
+        self.stages = list(stages)
+        self._ends = ends
+        self._current = 0
+        self._switching = False  # the pass of the old stage is over, but Composer has not begun the next epoch
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self._current]
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.AFTER_LOAD, Event.BATCH_START, Event.BATCH_END)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.AFTER_LOAD:
+            self._check(state)
+            self._enter(state)
+            if self._switching:
+                self._loader(state).end_pass()
+        elif event == Event.BATCH_START:
+            self._switching = False
+            logger.log_metrics({"stage/index": self._current, "stage/image_size": self.stage.image_size})
+        elif self._current < len(self._ends) and self._current < len(self.stages) - 1:
+            if has_reached(state, self._ends[self._current]):
+                self._current += 1
+                self._switching = True
+                self._enter(state)
+                self._loader(state).end_pass()
+                log.info("Stage %d: %s", self._current, self.stage)
+
+    def _enter(self, state: State) -> None:
+        stage = self.stage
+        self._loader(state).set_stage(stage.image_size, stage.global_train_batch_size)
+        state.device_train_microbatch_size = stage.device_train_microbatch_size
+
+    def _check(self, state: State) -> None:
+        loader = self._loader(state)
+        for index, stage in enumerate(self.stages):
+            path = f"algorithms.progressive_resolution.stages[{index}]."
+            check_batch_sizes(
+                path, stage.global_train_batch_size, stage.device_train_microbatch_size, dist.get_world_size()
+            )
+            try:
+                loader.set_stage(stage.image_size, stage.global_train_batch_size)
+            except ValueError as error:
+                raise UserError(f"{path}image_size: {error}") from error
+
+    @staticmethod
+    def _loader(state: State) -> StagedLoader:
+        if not isinstance(state.train_dataloader, StagedLoader):
+            raise UserError(
+                "algorithms.progressive_resolution needs a train_loader with set_stage and end_pass, such as image_caption."
+            )
+        return state.train_dataloader
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"current": self._current, "switching": self._switching}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._current, self._switching = int(state["current"]), bool(state["switching"])
+        if self._current >= len(self.stages):
+            raise UserError(
+                f"The checkpoint is in stage {self._current}, but algorithms.progressive_resolution has only "
+                f"{len(self.stages)} stages. Resume with the recipe the run was started with."
+            )

@@ -1,0 +1,36 @@
+"""When an algorithm is active: from `start` up to `end`, in any of Composer's time units."""
+
+import datetime
+
+from composer.core import State, Time, TimeUnit
+
+__all__ = ["ScheduleWindow", "has_reached"]
+
+
+def has_reached(state: State, time: Time) -> bool:
+    """Whether training has come to `time`: batches, samples, epochs, tokens, seconds, or a part of the run (`0.5dur`)."""
+    if time.unit == TimeUnit.DURATION:
+        elapsed = state.get_elapsed_duration()
+        return elapsed is not None and elapsed.value >= time.value
+    if time.unit == TimeUnit.SECOND:
+        return state.timestamp.total_wct >= datetime.timedelta(seconds=float(time.value))
+    return state.timestamp.get(time.unit) >= time
+
+
+class ScheduleWindow:
+    """start ≤ now < end.
+
+    Args:
+        start: time string, such as "1000ba" or "0.1dur".
+        end: likewise, or None for the end of training.
+
+    Raises:
+        ValueError: not a time string.
+    """
+
+    def __init__(self, start: str = "0ba", end: str | None = None):
+        self.start = Time.from_timestring(start)
+        self.end = None if end is None else Time.from_timestring(end)
+
+    def contains(self, state: State) -> bool:
+        return has_reached(state, self.start) and not (self.end is not None and has_reached(state, self.end))

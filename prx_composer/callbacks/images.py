@@ -1,0 +1,129 @@
+"""Grids of generated images with their prompts, during training and at its end."""
+
+import logging
+import textwrap
+from pathlib import Path
+
+import torch
+from composer.core import Callback, State, Time
+from composer.core.precision import get_precision_context
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from prx_composer.models.text_to_image import TextToImage
+
+__all__ = ["Images", "draw_images", "image_grid", "unwrap"]
+
+log = logging.getLogger(__name__)
+
+
+def unwrap(state: State) -> TextToImage:
+    """The model itself, without what DDP puts around it."""
+    model = getattr(state.model, "module", state.model)
+    if not isinstance(model, TextToImage):
+        raise TypeError(f"This callback draws with a TextToImage model, not a {type(model).__name__}.")
+    return model
+
+
+def draw_images(
+    state: State,
+    prompts: list[str],
+    height: int,
+    width: int,
+    seeds: list[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+    batch_size: int = 256,
+) -> Tensor:
+    """Draws on every rank, with averaged weights when there are any and without touching training's random state.
+
+    Returns:
+        uint8 (len(prompts), 3, height, width), on the CPU.
+    """
+    model = unwrap(state)
+    drawn = []
+    with model.sampling_weights(), get_precision_context(state.precision, state.precision_config):
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            images = model.generate(prompts[part], height, width, seeds[part], num_inference_steps, guidance_scale)
+            drawn.append(images.cpu())
+    return torch.cat(drawn)
+
+
+def image_grid(images: Tensor, captions: list[str], columns: int = 6, min_side: int = 128) -> Image.Image:
+    """One picture of uint8 images (B, 3, H, W) with their captions; small images are enlarged pixel by pixel."""
+    _, _, height, width = images.shape
+    factor = max(1, -(-min_side // min(height, width)))
+    cell_width, cell_height = width * factor, height * factor
+    font = ImageFont.load_default(size=max(11, cell_width // 12))
+    letters = max(8, int(cell_width / (font.size * 0.52)))
+    lines = [textwrap.wrap(caption, letters)[:4] for caption in captions]
+    line_height = int(font.size * 1.3)
+    text_height = line_height * max(len(wrapped) for wrapped in lines) + 6
+    columns = min(columns, len(captions))
+    rows, gap = -(-len(captions) // columns), 8
+    sheet = Image.new("RGB", (columns * (cell_width + gap) + gap, rows * (cell_height + text_height + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, wrapped) in enumerate(zip(images, lines, strict=True)):
+        x = gap + (index % columns) * (cell_width + gap)
+        y = gap + (index // columns) * (cell_height + text_height + gap)
+        tile = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        sheet.paste(tile.resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
+        draw.rectangle((x - 1, y - 1, x + cell_width, y + cell_height), outline=(200, 200, 200))
+        draw.multiline_text((x, y + cell_height + 3), "\n".join(wrapped), fill="black", font=font, spacing=line_height - font.size)
+    return sheet
+
+
+class Images(Callback):
+    """Draws the same prompts from the same seeds at an interval and at the end.
+
+    Grids go to `<run folder>/images/ba<batch>.png` and to every logger that takes images (wandb, TensorBoard).
+
+    Args:
+        prompts: one image each.
+        folder: the run folder.
+        image_size: side of the image, unless `height` and `width` are given; the recipe's by default.
+        interval: a time string, such as "0.25dur" or "1000ba".
+        height, width: for other aspect ratios.
+        seed: of the first image; the next ones count on.
+        num_inference_steps: Euler steps.
+        guidance_scale: 1 = unguided.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        folder: str,
+        image_size: int,
+        interval: str = "0.25dur",
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 3.5,
+    ):
+        if not prompts:
+            raise ValueError("prompts must name at least one prompt.")
+        self.prompts = list(prompts)
+        self.folder = Path(folder) / "images"
+        self.height, self.width = height or image_size, width or image_size
+        self.seeds = [seed + index for index in range(len(prompts))]
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        self._due = create_interval_scheduler(Time.from_timestring(interval), include_end_of_training=True)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        from composer.core import Event
+
+        if not self._due(state, Event.BATCH_CHECKPOINT):
+            return
+        images = draw_images(
+            state, self.prompts, self.height, self.width, self.seeds, self.num_inference_steps, self.guidance_scale
+        )
+        if dist.get_global_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"ba{int(state.timestamp.batch):06d}.png"
+            image_grid(images, self.prompts).save(path)
+            log.info("Drew %s", path)
+        logger.log_images(images.float().div(255), name="images", use_table=False)

@@ -1,0 +1,319 @@
+"""A recipe: YAML files and `key=value`s merged and checked, every error naming its YAML path.
+
+Nothing here builds a model or touches data. `check` binds every component's arguments against its signature, so that what
+a constructor would reject is said before anything is built; `build` then calls the constructors.
+"""
+
+import dataclasses
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from prx_composer import registry
+from prx_composer.errors import UserError
+from prx_composer.registry import NESTED, Registry, nearest
+
+__all__ = ["RESUMABLE_CHANGES", "Recipe", "build", "build_all", "check", "import_code", "load", "split"]
+
+Spec = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The keys of a recipe, llm-foundry's names where it has one."""
+
+    run_name: str
+    model: Spec
+    optimizer: Spec
+    train_loader: Spec
+    global_train_batch_size: int
+    image_size: int
+    max_duration: str
+    scheduler: Spec = field(default_factory=lambda: {"name": "constant"})
+    device_train_microbatch_size: int | None = None
+    seed: int = 17
+    algorithms: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    loggers: dict[str, Any] = field(default_factory=dict)
+    eval_loader: Spec | None = None
+    eval_interval: str = "0.25dur"
+    eval_subset_num_batches: int = -1
+    global_eval_batch_size: int | None = None
+    precision: str = "fp32"
+    parallelism_config: Spec | None = None
+    run_folder: str = "runs/${run_name}"
+    save_interval: str = "0.25dur"
+    save_num_checkpoints_to_keep: int = 2
+    autoresume: bool = False
+    dist_timeout: float = 600.0
+    progress_bar: bool = True
+    code_paths: list[str] = field(default_factory=list)
+    variables: Spec = field(default_factory=dict)
+
+
+# What may differ between a run and its continuation without making it another run.
+RESUMABLE_CHANGES = frozenset(
+    {"max_duration", "autoresume", "callbacks", "loggers", "save_interval", "save_num_checkpoints_to_keep", "dist_timeout"}
+    | {"eval_interval", "eval_subset_num_batches", "progress_bar", "code_paths", "variables", "device_train_microbatch_size"}
+)
+
+
+def load(arguments: list[str]) -> Recipe:
+    """`[A.yaml, B.yaml, …, key=value, …]`, merged left to right.
+
+    Raises:
+        UserError: a file that isn't there or isn't YAML, an unknown or missing key, a value of the wrong type.
+    """
+    merged = OmegaConf.create(dataclasses.asdict(_Defaults()))
+    assert isinstance(merged, DictConfig)
+    if not any("=" not in argument for argument in arguments):
+        raise UserError("Name at least one recipe, such as: composer train.py yamls/quickstart.yaml [key=value …]")
+    for argument in arguments:
+        merged = OmegaConf.merge(merged, _read(argument))
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'recipe'}: {str(error).splitlines()[0]}") from error
+    assert isinstance(values, dict)
+    fields = {f.name: f for f in dataclasses.fields(Recipe)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{key}: no such key in a recipe.{nearest(str(key), list(fields))}")
+    missing = [name for name, f in fields.items() if name not in values and not _has_default(f)]
+    if missing:
+        raise UserError(f"The recipe lacks {', '.join(missing)}.")
+    hints = typing.get_type_hints(Recipe)
+    for key, value in values.items():
+        _check_type(value, hints[str(key)], str(key))
+    return Recipe(**{str(key): value for key, value in values.items()})
+
+
+@dataclass
+class _Defaults:
+    """Defaults that others may interpolate."""
+
+    run_folder: str = "runs/${run_name}"
+
+
+def _has_default(f: "dataclasses.Field[Any]") -> bool:
+    return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+
+
+def _read(argument: str) -> DictConfig:
+    try:
+        if "=" in argument:
+            return OmegaConf.from_dotlist([argument])
+        if not Path(argument).is_file():
+            raise UserError(f"There is no recipe {argument}; give a YAML file, or key=value to change one key.")
+        config = OmegaConf.load(argument)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{argument} is not valid YAML: {error}") from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{argument} must be a mapping of keys at its top.")
+    return config
+
+
+def import_code(paths: list[str]) -> None:
+    """Imports a user's Python files, so that what they register is found.
+
+    Raises:
+        UserError: a file that isn't there.
+    """
+    for index, name in enumerate(paths):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"code_paths[{index}]: there is no Python file {name}.")
+        module_name = f"prx_composer_user_{path.stem}"
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+
+
+# ------------------------------------------------------------------------------------------------------ components
+
+
+# What the program passes to a component, beside the recipe's arguments.
+_LOADER_PROVIDED = frozenset({"tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed"})
+_PROVIDED: dict[str, frozenset[str]] = {"metrics_file": frozenset({"folder"}), "images": frozenset({"folder", "image_size"})}
+_NONE: frozenset[str] = frozenset()
+
+
+def check(recipe: Recipe) -> None:
+    """Checks names and arguments of every component; the arguments that `train` supplies count as given.
+
+    Raises:
+        UserError: naming the path.
+    """
+    _check_spec(registry.models, recipe.model, "model", frozenset({"seed"}))
+    _check_spec(registry.optimizers, recipe.optimizer, "optimizer", frozenset({"model", "params"}))
+    _check_spec(registry.schedulers, recipe.scheduler, "scheduler")
+    for key in ("train_loader", "eval_loader"):
+        if spec := getattr(recipe, key):
+            _check_spec(registry.loaders, spec, key, _LOADER_PROVIDED, also=frozenset({"source"}))
+    for kind in ("algorithms", "callbacks", "loggers"):
+        for name, arguments in entries(getattr(recipe, kind), kind):
+            path = f"{kind}.{name}"
+            target = getattr(registry, kind).get(name, path)
+            _check_call(target, arguments, path, _PROVIDED.get(name, _NONE))
+
+
+def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]:
+    """Name and arguments of the algorithms, callbacks or loggers of a recipe, in order, but those set to false."""
+    for name, arguments in components.items():
+        if arguments is False:
+            continue
+        if not isinstance(arguments, dict | None) and arguments is not True:
+            raise UserError(f"{kind}.{name} must be a mapping of arguments, or false to leave it out, not {arguments!r}.")
+        yield name, arguments if isinstance(arguments, dict) else {}
+
+
+def split(spec: Any, path: str) -> tuple[str, Spec]:
+    """`{name: …, **arguments}` → name, arguments."""
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        raise UserError(f"{path} must be a mapping with a `name`, not {spec!r}.")
+    return spec["name"], {key: value for key, value in spec.items() if key != "name"}
+
+
+def _check_spec(components: Registry, spec: Any, path: str, provided: frozenset[str] = _NONE, also: frozenset[str] = _NONE) -> None:
+    name, arguments = split(spec, path)
+    _check_call(components.get(name, path), arguments, path, provided, also)
+
+
+def _check_call(target: Any, arguments: Spec, path: str, provided: frozenset[str] = _NONE, also: frozenset[str] = _NONE) -> None:
+    """Binds arguments against a signature; `provided` come from the program, `also` are allowed though it has them not."""
+    function = target.__init__ if inspect.isclass(target) else target
+    parameters = {
+        name: parameter for name, parameter in inspect.signature(function).parameters.items() if name not in ("self", *provided)
+    }
+    open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    allowed = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)] + sorted(also)
+    hints = _hints(function)
+    for key, value in arguments.items():
+        if key not in allowed and not open_ended:
+            raise UserError(f"{path}.{key}: no such argument.{nearest(str(key), allowed)}")
+        if key in NESTED and isinstance(value, dict):
+            tokenizer = frozenset({"tokenizer"}) if key == "text_encoder" else _NONE
+            _check_spec(NESTED[key], value, f"{path}.{key}", provided=tokenizer, also=tokenizer)
+        elif key in hints:
+            _check_type(value, hints[key], f"{path}.{key}")
+    for name, parameter in parameters.items():
+        if name not in arguments and parameter.default is parameter.empty and name in allowed:
+            raise UserError(f"{path} lacks the argument {name!r}.")
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError):  # annotations of a foreign class that only resolve where it was written
+        return {}
+
+
+def _check_type(value: Any, hint: Any, path: str) -> None:
+    """Compares a YAML value with an annotation, as far as the annotation is one that YAML can express."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return
+        mappings = [option for option in options if dataclasses.is_dataclass(option)]
+        if isinstance(value, dict) and mappings:
+            return _check_type(value, mappings[0], path)
+        known = [option for option in options if _plain_name(option)]
+        if len(known) == len(options) and not any(_matches(value, option) for option in options):
+            raise UserError(f"{path}: expected {' or '.join(_plain_name(o) for o in known)}, not {value!r}.")
+        return
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{path} must be a mapping, not {value!r}.")
+        return _check_call(hint, value, path)
+    item = next(iter(typing.get_args(hint)), None)
+    if dataclasses.is_dataclass(item) and isinstance(value, list):
+        for index, element in enumerate(value):
+            _check_type(element, item, f"{path}[{index}]")
+        return
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise UserError(f"{path}: {value!r} is none of {', '.join(map(repr, typing.get_args(hint)))}.")
+        return
+    if _plain_name(hint) and not _matches(value, hint):
+        raise UserError(f"{path}: expected {_plain_name(hint)}, not {value!r}.")
+
+
+_PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+_CONTAINERS = {dict: "a mapping", list: "a list", tuple: "a list"}
+
+
+def _plain_name(hint: Any) -> str:
+    return _PLAIN.get(hint) or _CONTAINERS.get(typing.get_origin(hint) or hint, "")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint) or hint
+    if origin is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if origin is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple)
+    return isinstance(value, origin)
+
+
+def build(components: Registry, name: str, arguments: Spec, path: str, **provided: Any) -> Any:
+    """Calls a component's constructor with its arguments from the recipe and those of `provided` that it takes.
+
+    Mappings become what the constructor's annotation asks for: dataclasses, or nested components by name.
+
+    Raises:
+        UserError: what the constructor rejects with a ValueError, and files or weights that cannot be had, at `path`.
+    """
+    target = components.get(name, path)
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = _hints(function)
+    given = {key: _construct(value, key, hints.get(key), f"{path}.{key}") for key, value in arguments.items()}
+    accepted = inspect.signature(function).parameters
+    given |= {key: value for key, value in provided.items() if key in accepted and key not in given}
+    try:
+        return target(**given)
+    except UserError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def build_all(components: Registry, kind: str, recipe_entries: Spec, **provided: Any) -> list[Any]:
+    """The algorithms, callbacks or loggers of a recipe, in order."""
+    return [
+        build(components, name, arguments, f"{kind}.{name}", **provided) for name, arguments in entries(recipe_entries, kind)
+    ]
+
+
+def _construct(value: Any, key: str, hint: Any, path: str) -> Any:
+    if key in NESTED and isinstance(value, dict):
+        return build(NESTED[key], *split(value, path), path)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            return _dataclass(option, value, path)
+        item = next(iter(typing.get_args(option)), None)
+        if dataclasses.is_dataclass(item) and isinstance(value, list):
+            return [_dataclass(item, element, f"{path}[{index}]") for index, element in enumerate(value)]
+    return value
+
+
+def _dataclass(cls: Any, value: Spec, path: str) -> Any:
+    try:
+        return cls(**value)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error

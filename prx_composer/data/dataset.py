@@ -1,0 +1,161 @@
+"""Captioned images in MDS shards, as samples ready for the collator. Undecodable ones are counted, named and replaced."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from streaming import Stream, StreamingDataset
+from torch.utils.data import Dataset, get_worker_info
+
+from prx_composer.data.buckets import Bucket
+from prx_composer.data.schema import MANIFEST, Manifest
+from prx_composer.data.transforms import decode_image
+
+if TYPE_CHECKING:
+    from prx_composer.data.sampler import SampleRequest
+
+__all__ = ["ImageCaptionDataset", "UndecodableError"]
+
+log = logging.getLogger(__name__)
+
+UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+MIN_SEEN_FOR_RATE = 500
+
+
+class UndecodableError(RuntimeError):
+    """Too many samples of a data set cannot be decoded to go on."""
+
+
+class ImageCaptionDataset(Dataset):
+    """Random access to a split of bucketed MDS folders.
+
+    Storage, download and caching are a StreamingDataset's; the order is the batch sampler's, which makes an epoch
+    independent of the number of workers and a resume exact.
+
+    Args:
+        path: folder with the splits; local, or the local cache of `remote`.
+        split: name of the split.
+        captions: caption column → weight of choosing it; by default the first column alone.
+        remote: where the same layout lies remotely (`s3://…`), if anywhere.
+        max_undecodable: share of samples above which training stops.
+        max_workers: DataLoader workers that will share this object, for the counts.
+
+    Raises:
+        ValueError: no such folder, no samples, no such caption column.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        split: str = "train",
+        captions: dict[str, float] | None = None,
+        remote: str | None = None,
+        seed: int = 0,
+        max_undecodable: float = 0.01,
+        max_workers: int = 0,
+    ):
+        folder = Path(path) / split
+        if remote is not None and not (folder / MANIFEST).exists():
+            from streaming.base.storage import CloudDownloader
+
+            folder.mkdir(parents=True, exist_ok=True)
+            source, target = f"{remote}/{split}/{MANIFEST}", str(folder / MANIFEST)
+            CloudDownloader.get(source).download(source, target)
+        if not (folder / MANIFEST).exists():
+            raise ValueError(f"There is no data set in {folder}: it has no {MANIFEST}.")
+        self.manifest = Manifest.read(folder)
+        self.captions = captions or {self.manifest.captions[0]: 1.0}
+        for column, weight in self.captions.items():
+            if column not in self.manifest.captions:
+                raise ValueError(f"no caption column {column!r}; the data set has {', '.join(self.manifest.captions)}.")
+            if weight < 0 or sum(self.captions.values()) <= 0:
+                raise ValueError(f"weights must be non-negative with a positive sum, not {dict(self.captions)}.")
+        self.buckets: list[Bucket] = sorted(self.manifest.buckets)
+        streams = [
+            Stream(local=str(folder / str(bucket)), remote=f"{remote}/{split}/{bucket}" if remote else None)
+            for bucket in self.buckets
+        ]
+        self._storage = StreamingDataset(streams=streams, batch_size=1, shuffle=False)
+        self.counts = [int(count) for count in self._storage.samples_per_stream]
+        self._offsets = np.cumsum([0, *self.counts])
+        self._seed = seed
+        self._max_undecodable = max_undecodable
+        self._counters = torch.zeros(max_workers + 1, 2, dtype=torch.int64).share_memory_()  # seen, undecodable
+        self._named: set[int] = set()
+        self.start_sample = 0
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    def bucket_of(self, sample_id: int) -> int:
+        """Index of the bucket that holds a sample."""
+        return int(np.searchsorted(self._offsets, sample_id, side="right")) - 1
+
+    @property
+    def undecodable(self) -> int:
+        """How many decodings failed so far, over all workers of this rank."""
+        return int(self._counters[:, 1].sum())
+
+    def __getitem__(self, request: "SampleRequest") -> dict[str, Any]:
+        """`image` uint8 (3, height, width), `caption`, `sample_id` (of the sample that was really used)."""
+        bucket = self.bucket_of(request.sample_id)
+        first, count = int(self._offsets[bucket]), self.counts[bucket]
+        for attempt in range(count):
+            sample_id = first + (request.sample_id - first + attempt) % count
+            row = self._storage[sample_id]
+            self._count(seen=1)
+            try:
+                image = decode_image(row["image"], request.height, request.width)
+            except UNDECODABLE as error:
+                self._note_undecodable(sample_id, row.get("key", ""), error)
+                continue
+            return {"image": image, "caption": self._choose_caption(row, sample_id, request.epoch), "sample_id": sample_id}
+        raise UndecodableError(f"None of the {count} images of bucket {self.buckets[bucket]} can be decoded.")
+
+    def _choose_caption(self, row: dict[str, Any], sample_id: int, epoch: int) -> str:
+        columns = list(self.captions)
+        if len(columns) == 1:
+            return row[columns[0]]
+        weights = np.array(list(self.captions.values()))
+        choice = np.random.default_rng([self._seed, epoch, sample_id]).choice(len(columns), p=weights / weights.sum())
+        return row[columns[choice]]
+
+    def _count(self, seen: int = 0, undecodable: int = 0) -> None:
+        worker = get_worker_info()
+        row = self._counters[0 if worker is None else worker.id + 1]
+        row += torch.tensor([seen, undecodable])
+
+    def _note_undecodable(self, sample_id: int, key: str, error: Exception) -> None:
+        self._count(undecodable=1)
+        if sample_id not in self._named:
+            self._named.add(sample_id)
+            log.warning("Sample %d (%s) cannot be decoded, the next of its bucket takes its place: %s", sample_id, key, error)
+        seen, undecodable = self._counters.sum(0).tolist()
+        if seen >= MIN_SEEN_FOR_RATE and undecodable > self._max_undecodable * seen:
+            raise UndecodableError(
+                f"{undecodable} of {seen} samples could not be decoded, more than train_loader.max_undecodable = "
+                f"{self._max_undecodable:.2%}. Mend the data, or raise that limit if it is what you expect."
+            )
+
+    # Composer saves and restores these with its checkpoints.
+
+    def state_dict(self, num_samples: int, from_beginning: bool = True) -> dict[str, Any]:
+        return {"sample_in_epoch": num_samples, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if the checkpoint was written with other data: the order of samples would not be the same."""
+        if state["counts"] != self.counts:
+            raise ValueError(
+                f"The checkpoint was trained on a data set with {sum(state['counts'])} samples in {len(state['counts'])} "
+                f"buckets, but train_loader.path has {len(self)} in {len(self.counts)}. Resume with the same data, or "
+                "start a new run with another run_name."
+            )
+        self.start_sample = int(state["sample_in_epoch"])
+
+    def take_start_sample(self) -> int:
+        """Where the coming epoch starts: once after a resume not at 0."""
+        start, self.start_sample = self.start_sample, 0
+        return start

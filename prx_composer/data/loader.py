@@ -1,0 +1,112 @@
+"""Batches on their way to the device, and the one thing a schedule may change about them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from composer.core import DataSpec
+from composer.utils import dist
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from prx_composer.data.dataset import ImageCaptionDataset
+from prx_composer.data.sampler import BucketBatchSampler
+from prx_composer.models.text_encoder import tokenize
+
+__all__ = ["ImageCaptionLoader", "build_loader"]
+
+
+class Collator:
+    """Samples → a batch: images stacked as uint8, captions tokenised."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        tokens = tokenize(self.tokenizer, [sample["caption"] for sample in samples], self.max_tokens)
+        images = torch.stack([sample["image"] for sample in samples])
+        return {"image": images, **tokens, "sample_id": torch.tensor([sample["sample_id"] for sample in samples])}
+
+
+class ImageCaptionLoader(DataLoader):
+    """A DataLoader whose image and batch size can change between passes, and whose pass can be ended early.
+
+    A change of stage ends the running pass (to Composer: an epoch), so that every pass has one image size and one
+    batch size; batches that workers had prepared for the old stage are dropped.
+    """
+
+    dataset: ImageCaptionDataset
+    batch_sampler: BucketBatchSampler
+
+    def __init__(
+        self, dataset: ImageCaptionDataset, batch_sampler: BucketBatchSampler, collator: Collator, num_workers: int = 0
+    ):
+        super().__init__(
+            dataset,
+            batch_sampler=batch_sampler,  # pyright: ignore[reportArgumentType]
+            collate_fn=collator,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self._pass_ended = False
+
+    def set_stage(self, image_size: int, global_batch_size: int) -> None:
+        """What the next pass yields."""
+        self.batch_sampler.set_stage(image_size, global_batch_size)
+
+    def end_pass(self) -> None:
+        """Ends the running pass after the batch in hand; before the first batch of a pass: leaves it empty."""
+        self._pass_ended = True
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not self._pass_ended:
+            for batch in super().__iter__():
+                yield batch
+                if self._pass_ended:
+                    break
+        else:
+            self.dataset.take_start_sample()  # the position belonged to the pass that is over
+        self._pass_ended = False
+
+
+def build_loader(
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    image_size: int,
+    global_batch_size: int,
+    multiple: int,
+    seed: int,
+    *,
+    path: str,
+    split: str = "train",
+    captions: dict[str, float] | None = None,
+    remote: str | None = None,
+    shuffle: bool = True,
+    num_workers: int = 0,
+    max_undecodable: float = 0.01,
+) -> DataSpec:
+    """A loader of captioned images for this rank; the arguments after the `*` are a recipe's `train_loader`.
+
+    Args:
+        tokenizer, max_tokens: of the model's text encoder.
+        image_size, global_batch_size: of the first stage.
+        multiple: see `BucketBatchSampler`.
+        seed: of order and choices.
+        path, split, captions, remote, max_undecodable: see `ImageCaptionDataset`.
+        shuffle: off for evaluation.
+        num_workers: processes that decode and tokenise; 0 = in the training process.
+    """
+    dataset = ImageCaptionDataset(path, split, captions, remote, seed, max_undecodable, num_workers)
+    ranks, rank = dist.get_world_size(), dist.get_global_rank()
+    sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank)
+    loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens), num_workers)
+    return DataSpec(loader, get_num_samples_in_batch=_num_samples, get_num_tokens_in_batch=_no_tokens)
+
+
+def _num_samples(batch: dict[str, torch.Tensor]) -> int:
+    return len(batch["image"])
+
+
+def _no_tokens(batch: dict[str, torch.Tensor]) -> int:
+    return 0  # Composer would count caption tokens as training progress

@@ -1,0 +1,137 @@
+"""Which samples form which batch: a pure function of (seed, epoch, batch size), with every device batch from one bucket."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DistributedSampler
+
+from prx_composer.data.buckets import Bucket
+from prx_composer.data.dataset import ImageCaptionDataset
+
+__all__ = ["BucketBatchSampler", "SampleRequest", "epoch_batches"]
+
+
+class SampleRequest(NamedTuple):
+    """All that a worker needs to know to make one sample."""
+
+    sample_id: int
+    height: int
+    width: int
+    epoch: int
+
+
+def epoch_batches(
+    counts: list[int], device_batch_size: int, num_ranks: int, *, shuffle: bool, seed: int = 0, epoch: int = 0
+) -> NDArray[np.int64]:
+    """An epoch's sample ids, (steps, num_ranks, device_batch_size).
+
+    Every device batch is full and of one bucket, and every rank has the same number of them, so shapes never change
+    silently and no rank waits for another at the epoch's end. What doesn't fill a batch waits for another epoch's
+    shuffle; a bucket smaller than one batch fills it by repetition. Without shuffling (evaluation) tails are filled by
+    repetition too, so that every sample is seen.
+
+    Args:
+        counts: samples per bucket; ids are numbered through.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    batches = []
+    offset = 0
+    for count in counts:
+        ids = np.arange(offset, offset + count)
+        offset += count
+        if shuffle:
+            rng.shuffle(ids)
+        full = count // device_batch_size if shuffle else -(-count // device_batch_size)
+        batches.append(np.resize(ids, (max(full, 1), device_batch_size)))
+    stacked = np.concatenate(batches)
+    if shuffle:
+        rng.shuffle(stacked)
+        steps = len(stacked) // num_ranks
+    else:
+        steps = -(-len(stacked) // num_ranks)
+    if steps == 0:  # fewer batches than ranks
+        steps = 1
+    indices = np.resize(np.arange(len(stacked)), steps * num_ranks)
+    return stacked[indices].reshape(steps, num_ranks, device_batch_size)
+
+
+class BucketBatchSampler(DistributedSampler):
+    """Yields this rank's batches of `SampleRequest`s.
+
+    It is a DistributedSampler so that Composer calls `set_epoch`; the order is the same with any number of workers,
+    and a resumed epoch goes on at `dataset.start_sample`.
+
+    Args:
+        dataset: whose buckets are drawn from.
+        image_size: side of the square whose area the images have.
+        global_batch_size: over all ranks.
+        multiple: sides of resized buckets are multiples of this (patch size × autoencoder downsampling).
+        shuffle: a new order every epoch; off, the stored order.
+        seed: of the order.
+        num_ranks, rank: of this process.
+
+    Raises:
+        ValueError: a batch that doesn't divide over the ranks, or an image size that the patches don't divide.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageCaptionDataset,
+        image_size: int,
+        global_batch_size: int,
+        multiple: int,
+        shuffle: bool,
+        seed: int,
+        num_ranks: int,
+        rank: int,
+    ):
+        super().__init__(dataset, num_replicas=num_ranks, rank=rank, shuffle=shuffle, seed=seed)
+        self.total_size = len(dataset)  # Composer trims the difference to this in evaluation; we leave nothing to trim
+        self._dataset = dataset
+        self._multiple = multiple
+        self.set_stage(image_size, global_batch_size)
+
+    def set_stage(self, image_size: int, global_batch_size: int) -> None:
+        """Changes what the next epoch's batches look like."""
+        if global_batch_size % self.num_replicas:
+            raise ValueError(f"global_train_batch_size {global_batch_size} does not divide over {self.num_replicas} ranks.")
+        if image_size % self._multiple:
+            raise ValueError(
+                f"image_size {image_size} is not divisible by {self._multiple} (patch_size × autoencoder downsampling)."
+            )
+        self.image_size, self.global_batch_size = image_size, global_batch_size
+        self.device_batch_size = global_batch_size // self.num_replicas
+        base = self._dataset.manifest.image_size
+        self._sizes = [bucket.at(image_size, base, self._multiple) for bucket in self._dataset.buckets]
+        for stored, size in zip(self._dataset.buckets, self._sizes, strict=True):
+            if any(side % self._multiple for side in size):
+                raise ValueError(
+                    f"The data set's bucket {stored} cannot be cut into patches of {self._multiple}; "
+                    "convert the data with that multiple, or change model.backbone.patch_size."
+                )
+
+    @property
+    def sizes(self) -> list[Bucket]:
+        """Image sizes of this stage, bucket by bucket."""
+        return self._sizes
+
+    def _batches(self) -> NDArray[np.int64]:
+        return epoch_batches(
+            self._dataset.counts,
+            self.device_batch_size,
+            self.num_replicas,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            epoch=self.epoch,
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches())
+
+    def __iter__(self) -> Iterator[list[SampleRequest]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        first = self._dataset.take_start_sample() // self.global_batch_size
+        for step in self._batches()[first:, self.rank]:
+            height, width = self._sizes[self._dataset.bucket_of(int(step[0]))]
+            yield [SampleRequest(int(sample_id), height, width, self.epoch) for sample_id in step]

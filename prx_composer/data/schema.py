@@ -1,0 +1,107 @@
+"""What a data set is on disk: one MDS folder per aspect-ratio bucket, and a manifest that names them.
+
+    <path>/<split>/manifest.json            {"version": 1, "image_size": 512, "captions": ["caption"], "buckets": {"512x512": 8000, …}}
+    <path>/<split>/512x512/index.json …     MDS shards (mosaicml-streaming); bucket names are height x width at `image_size`
+
+Columns: `image` (the encoded file), `width`, `height` (of that file), `key` (where it came from), one `str` per caption.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from streaming import MDSWriter
+
+from prx_composer.data.buckets import Bucket
+
+__all__ = ["MANIFEST", "BucketWriter", "Manifest", "RawSample"]
+
+MANIFEST = "manifest.json"
+COLUMNS = {"image": "bytes", "width": "int", "height": "int", "key": "str"}
+
+
+class RawSample(NamedTuple):
+    """One image as it came, with its captions by column name."""
+
+    image: bytes
+    width: int
+    height: int
+    captions: dict[str, str]
+    key: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a split holds."""
+
+    image_size: int
+    captions: tuple[str, ...]
+    buckets: dict[Bucket, int]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Raises FileNotFoundError if the folder holds no data set, ValueError if the data set is empty or newer than us."""
+        raw = json.loads((folder / MANIFEST).read_text())
+        if raw.get("version") != 1:
+            raise ValueError(f"{folder / MANIFEST} has version {raw.get('version')}; this package reads version 1.")
+        buckets = {Bucket.parse(name): int(count) for name, count in raw["buckets"].items() if count}
+        if not buckets:
+            raise ValueError(f"{folder} holds no samples.")
+        return cls(int(raw["image_size"]), tuple(raw["captions"]), buckets)
+
+    def write(self, folder: Path) -> None:
+        names = {str(bucket): count for bucket, count in sorted(self.buckets.items())}
+        text = json.dumps({"version": 1, "image_size": self.image_size, "captions": self.captions, "buckets": names}, indent=1)
+        (folder / MANIFEST).write_text(text + "\n")
+
+
+class BucketWriter:
+    """Writes samples into one MDS folder per bucket; the split appears under its name only when it is complete.
+
+    Args:
+        folder: the split's folder; it must not exist yet.
+        image_size: side of the square whose area every bucket has.
+        captions: caption columns; every sample must have all of them.
+    """
+
+    def __init__(self, folder: Path, image_size: int, captions: tuple[str, ...]):
+        self._folder, self._partial = folder, folder.with_name(f".{folder.name}.partial")
+        self._image_size, self._captions = image_size, captions
+        self._writers: dict[Bucket, MDSWriter] = {}
+        self._counts: dict[Bucket, int] = {}
+
+    def __enter__(self) -> "BucketWriter":
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+        return self
+
+    def write(self, bucket: Bucket, sample: RawSample) -> None:
+        if bucket not in self._writers:
+            columns = COLUMNS | {name: "str" for name in self._captions}
+            self._writers[bucket] = MDSWriter(out=str(self._partial / str(bucket)), columns=columns)
+        row = {"image": sample.image, "width": sample.width, "height": sample.height, "key": sample.key}
+        self._writers[bucket].write(row | {name: sample.captions[name] for name in self._captions})
+        self._counts[bucket] = self._counts.get(bucket, 0) + 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for writer in self._writers.values():
+            writer.finish()
+        if kind is None:
+            Manifest(self._image_size, self._captions, self._counts).write(self._partial)
+            self._partial.rename(self._folder)
+        else:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def iterate_captions(folder: Path, column: str) -> Iterator[str]:
+    """The captions of a local split, in order, read without decoding an image."""
+    from streaming import LocalDataset
+
+    for bucket in Manifest.read(folder).buckets:
+        dataset = LocalDataset(str(folder / str(bucket)))
+        for index in range(len(dataset)):
+            yield dataset[index][column]

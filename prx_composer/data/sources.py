@@ -1,0 +1,161 @@
+"""Where a data set comes from when it is not there yet: a source makes its splits on first use."""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from prx_composer.data.buckets import Bucket, assign_bucket
+from prx_composer.data.schema import MANIFEST, BucketWriter, RawSample
+
+__all__ = ["FolderSource", "Source", "prepare"]
+
+log = logging.getLogger(__name__)
+
+FINGERPRINT = "source.json"
+
+
+class Source(Protocol):
+    """What can be named under `train_loader.source`."""
+
+    image_size: int
+    captions: tuple[str, ...]
+    buckets: list[Bucket]
+
+    def samples(self) -> Iterator[tuple[str, RawSample]]:
+        """Every sample with the name of its split."""
+        ...
+
+
+def prepare(path: Path, source: Source, spec: dict[str, Any]) -> None:
+    """Makes the data set of `source` in `path`, unless it is there already.
+
+    Args:
+        spec: the source's configuration; kept beside the data, so that other settings are never trained on old data.
+
+    Raises:
+        ValueError: `path` holds data made with other settings, or something else.
+    """
+    fingerprint = path / FINGERPRINT
+    if fingerprint.exists():
+        made_with = json.loads(fingerprint.read_text())
+        if made_with != spec:
+            different = sorted(key for key in made_with.keys() | spec.keys() if made_with.get(key) != spec.get(key))
+            raise ValueError(
+                f"{path} was made with other settings of train_loader.source ({', '.join(different)}). "
+                "Set train_loader.path to a new folder, or delete this one."
+            )
+        return
+    if path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty and was not made by train_loader.source; set train_loader.path to a new folder.")
+
+    log.info("Making the data set in %s", path)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    writers: dict[str, BucketWriter] = {}
+    try:
+        for split, sample in source.samples():
+            if split not in writers:
+                writers[split] = BucketWriter(partial / split, source.image_size, source.captions).__enter__()
+            writers[split].write(assign_bucket(sample.height, sample.width, source.buckets), sample)
+        for writer in writers.values():
+            writer.__exit__(None, None, None)
+        if "train" not in writers:
+            raise ValueError("The source gave no training samples.")
+        (partial / FINGERPRINT).write_text(json.dumps(spec, indent=1))
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class FolderSource:
+    """A folder of images and a JSON-lines file of captions.
+
+    Every line of `captions.jsonl` is an object with the image's `file` (or `file_name`), relative to the folder, and one
+    or more caption columns: `{"file": "cat.jpg", "caption": "a sleeping cat"}`.
+
+    Args:
+        folder: where images and captions are.
+        image_size: side of the square whose area the images are trained at.
+        multiple: sides of buckets are multiples of this: the model's patch size, or a multiple of it.
+        captions_file: name of the captions file in the folder.
+        max_aspect: images wider or taller than this are cropped to it.
+        min_bucket: aspect ratios with fewer images than this join the nearest that has more.
+        heldout: share of the images that go to the split `heldout`.
+
+    Raises:
+        ValueError: a missing folder or file, a line that isn't as above, an image that is not there.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        image_size: int,
+        multiple: int = 32,
+        captions_file: str = "captions.jsonl",
+        max_aspect: float = 2.0,
+        min_bucket: int = 8,
+        heldout: float = 0.0,
+    ):
+        from prx_composer.data.buckets import make_buckets
+
+        self._folder = Path(folder)
+        self.image_size = image_size
+        self._heldout = heldout
+        if not self._folder.is_dir():
+            raise ValueError(f"train_loader.source.folder: there is no folder {folder}.")
+        captions = self._folder / captions_file
+        if not captions.exists():
+            raise ValueError(f"train_loader.source.captions_file: there is no {captions}.")
+        self._rows = list(self._read(captions))
+        if not self._rows:
+            raise ValueError(f"{captions} has no lines.")
+        self.captions = tuple(self._rows[0][1])
+        candidates = make_buckets(image_size, multiple, max_aspect)
+        sizes = Counter(assign_bucket(height, width, candidates) for _, _, height, width in self._rows)
+        fewest = min(min_bucket, max(sizes.values()))
+        self.buckets = sorted(bucket for bucket, count in sizes.items() if count >= fewest)
+
+    def _read(self, captions: Path) -> Iterator[tuple[Path, dict[str, str], int, int]]:
+        from PIL import Image
+
+        for number, line in enumerate(captions.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            where = f"{captions}, line {number}"
+            try:
+                row = json.loads(line)
+                name = row.pop("file", None) or row.pop("file_name")
+            except (ValueError, AttributeError, KeyError) as error:
+                raise ValueError(f'{where}: expected {{"file": "…", "caption": "…"}}, found {line[:80]!r}.') from error
+            texts = {key: value for key, value in row.items() if isinstance(value, str)}
+            if not texts:
+                raise ValueError(f"{where}: no caption beside the file name.")
+            image = (self._folder / name).resolve()
+            if not image.is_file() or not image.is_relative_to(self._folder.resolve()):
+                raise ValueError(f"{where}: there is no image {name} in {self._folder}.")
+            try:
+                with Image.open(image) as opened:
+                    width, height = opened.size
+            except OSError:
+                log.warning("%s: %s is no image that can be opened; left out.", where, name)
+                continue
+            yield image, texts, height, width
+
+    def samples(self) -> Iterator[tuple[str, RawSample]]:
+        every = round(1 / self._heldout) if self._heldout else 0
+        for index, (image, texts, height, width) in enumerate(self._rows):
+            if texts.keys() != set(self.captions):
+                raise ValueError(f"{image.name} has captions {sorted(texts)}, the first image {sorted(self.captions)}.")
+            split = "heldout" if every and index % every == every - 1 else "train"
+            yield split, RawSample(image.read_bytes(), width, height, texts, image.name)
+
+
+def is_prepared(path: Path, split: str) -> bool:
+    """Whether a split is complete on this disk."""
+    return (path / split / MANIFEST).exists()

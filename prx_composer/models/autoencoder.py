@@ -1,0 +1,103 @@
+"""Between uint8 images and what the backbone denoises: pixels themselves, or the latents of a frozen autoencoder."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from prx_composer.models.frozen import Frozen
+
+__all__ = ["Autoencoder", "DiffusersAutoencoder", "Pixels"]
+
+
+class Autoencoder(Protocol):
+    """What `model.autoencoder` must offer."""
+
+    channels: int
+    downsampling: int  # image side / latent side
+
+    def encode(self, image: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → fp32 (B, channels, H / downsampling, W / downsampling)."""
+        ...
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Inverse of `encode`: → uint8 (B, 3, H, W)."""
+        ...
+
+
+def _to_unit_range(image: Tensor) -> Tensor:
+    return image.float() / 127.5 - 1
+
+
+def _to_uint8(image: Tensor) -> Tensor:
+    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class Pixels:
+    """No autoencoder: RGB in [−1, 1]."""
+
+    channels = 3
+    downsampling = 1
+
+    def encode(self, image: Tensor) -> Tensor:
+        return _to_unit_range(image)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return _to_uint8(latent)
+
+
+class DiffusersAutoencoder:
+    """A frozen `AutoencoderKL` or `AutoencoderDC`; latents are shifted and scaled as its configuration says.
+
+    Args:
+        pretrained: hub id or folder.
+        config: constructor arguments for random weights instead (tests), with `_class_name`.
+        subfolder, revision: where in the repository.
+        dtype: storage and compute dtype.
+
+    Raises:
+        ValueError: neither or both of `pretrained` and `config`, or an unknown class.
+        OSError: weights that cannot be had.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        dtype: str = "float32",
+    ):
+        import diffusers
+
+        if (pretrained is None) == (config is None):
+            raise ValueError("autoencoder needs either `pretrained` (hub id or folder) or `config` (random weights).")
+        if config is not None:
+            arguments = dict(config)
+            class_name = arguments.pop("_class_name", "AutoencoderKL")
+            if class_name not in ("AutoencoderKL", "AutoencoderDC"):
+                raise ValueError(f"_class_name must be AutoencoderKL or AutoencoderDC, not {class_name!r}.")
+            module = getattr(diffusers, class_name)(**arguments)
+        else:
+            module = diffusers.AutoModel.from_pretrained(pretrained, subfolder=subfolder, revision=revision)
+        self._frozen = Frozen(module, getattr(torch, dtype))
+        self._dtype = getattr(torch, dtype)
+        self.channels = int(module.config.latent_channels)
+        self.downsampling = int(
+            2 ** (len(module.config.block_out_channels) - 1)
+            if "block_out_channels" in module.config
+            else module.spatial_compression_ratio
+        )
+        self._shift = float(module.config.get("shift_factor") or 0.0)
+        self._scale = float(module.config.get("scaling_factor") or 1.0)
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        encoded = self._frozen.on(image.device).encode(_to_unit_range(image).to(self._dtype))
+        latent = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+        return (latent.float() - self._shift) * self._scale
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        unscaled = (latent / self._scale + self._shift).to(self._dtype)
+        return _to_uint8(self._frozen.on(latent.device).decode(unscaled).sample)

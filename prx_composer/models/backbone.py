@@ -1,0 +1,242 @@
+"""The PRX diffusion transformer: the mathematics and the parameter names of `diffusers.PRXTransformer2DModel`.
+
+Shape suffixes: B batch, C channels, H and W image size, N image tokens, T text tokens, D hidden size, K kept tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prx_composer.models.layers import FinalLayer, MLPEmbedder, PRXBlock, patchify, rope_table, sinusoid, unpatchify
+from prx_composer.models.routing import Route, Router, merge_tokens, select_tokens
+
+__all__ = ["BACKBONE_SIZES", "Conditioning", "PRXBackbone", "ResolutionEmbedder"]
+
+# Sizes are data. `prx` is the model of PRX Part 3 (1.2B), `prx-7b` the released PRXPixel.
+BACKBONE_SIZES: dict[str, dict[str, Any]] = {
+    "toy": dict(hidden_size=128, depth=4, num_heads=4, axes_dim=(16, 16)),
+    "small": dict(hidden_size=384, depth=12, num_heads=6, axes_dim=(32, 32)),
+    "prx": dict(hidden_size=1792, depth=16, num_heads=28, axes_dim=(32, 32)),
+    "prx-7b": dict(hidden_size=3584, depth=28, num_heads=56, axes_dim=(32, 32)),
+}
+
+
+class Conditioning(NamedTuple):
+    """What conditions every block; a conditioner takes one and returns a changed one."""
+
+    vec: Tensor  # (B, D), the time vector
+    context: Tensor  # (B, T, D), projected text tokens
+    mask: Tensor | None  # (B, T), True = real token
+
+
+class ResolutionEmbedder(nn.Module):
+    """Image height and width, in the pixels that the backbone sees, as a vector added to the time vector (PRX-7B)."""
+
+    def __init__(self, hidden_size: int, max_period: int):
+        super().__init__()
+        self.max_period = max_period
+        self.mlp = MLPEmbedder(256, hidden_size)
+
+    def forward(self, height: int, width: int, vec_BD: Tensor) -> Tensor:
+        size = torch.tensor([height, width], dtype=torch.float32).to(vec_BD.device, non_blocking=True)
+        features = sinusoid(size, 128, self.max_period).flatten()[None].expand(vec_BD.shape[0], -1)
+        return self.mlp(features.to(vec_BD.dtype))
+
+
+class PRXBackbone(nn.Module):
+    """Denoises image tokens that attend to text tokens, modulated by the time step.
+
+    Args:
+        in_channels: channels of the image (3) or latent (16).
+        patch_size: side of a square patch, in pixels or latent pixels.
+        context_in_dim: width of the text embedding.
+        hidden_size: width of a token; a multiple of `num_heads`.
+        mlp_ratio: MLP width / hidden size.
+        num_heads: attention heads.
+        depth: number of blocks.
+        axes_dim: channels of a head that turn with the row and with the column; they sum to hidden_size / num_heads.
+        theta: base of the rotary frequencies.
+        time_factor: t ∈ [0, 1] is multiplied by this before the sinusoids.
+        time_max_period: longest period of the time and resolution sinusoids.
+        bottleneck_size: width of an inner projection between patch and token (pixel models, where patches are wide).
+        resolution_embeds: condition on height and width.
+
+    Seams (see `prx_composer.algorithms`), all empty at first:
+        router: draws which tokens the middle blocks see; `forward` takes the drawn `route`.
+        taps: indices of blocks whose output `forward(..., return_taps=True)` returns.
+        conditioners: modules `Conditioning → Conditioning`, applied in order.
+
+    Raises:
+        ValueError: sizes that don't fit together.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 16,
+        patch_size: int = 2,
+        context_in_dim: int = 2304,
+        hidden_size: int = 1792,
+        mlp_ratio: float = 3.5,
+        num_heads: int = 28,
+        depth: int = 16,
+        axes_dim: list[int] | tuple[int, ...] | None = None,
+        theta: int = 10000,
+        time_factor: float = 1000.0,
+        time_max_period: int = 10000,
+        bottleneck_size: int | None = None,
+        resolution_embeds: bool = False,
+    ):
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of num_heads ({num_heads}).")
+        head_dim = hidden_size // num_heads
+        if axes_dim is None:
+            axes_dim = (head_dim // 2, head_dim // 2)
+        if len(axes_dim) != 2 or sum(axes_dim) != head_dim or any(dim % 2 for dim in axes_dim):
+            raise ValueError(
+                f"axes_dim ({list(axes_dim)}) must be two even numbers that sum to hidden_size / num_heads = {head_dim}."
+            )
+        self.config: dict[str, Any] = dict(
+            in_channels=in_channels,
+            patch_size=patch_size,
+            context_in_dim=context_in_dim,
+            hidden_size=hidden_size,
+            mlp_ratio=mlp_ratio,
+            num_heads=num_heads,
+            depth=depth,
+            axes_dim=list(axes_dim),
+            theta=theta,
+            time_factor=time_factor,
+            time_max_period=time_max_period,
+            bottleneck_size=bottleneck_size,
+            resolution_embeds=resolution_embeds,
+        )
+        self.in_channels = in_channels
+        self.patch_size = patch_size
+        self.context_in_dim = context_in_dim
+        self.hidden_size = hidden_size
+        self.time_factor = time_factor
+        self.time_max_period = time_max_period
+        self._axes_dim, self._theta = (axes_dim[0], axes_dim[1]), theta
+
+        patch_dim = in_channels * patch_size**2
+        if bottleneck_size is None:
+            self.img_in = nn.Linear(patch_dim, hidden_size)
+        else:
+            self.img_in = nn.Sequential(nn.Linear(patch_dim, bottleneck_size), nn.Linear(bottleneck_size, hidden_size))
+        self.time_in = MLPEmbedder(256, hidden_size)
+        self.txt_in = nn.Linear(context_in_dim, hidden_size)
+        self.resolution_embedder = ResolutionEmbedder(hidden_size, time_max_period) if resolution_embeds else None
+        self.blocks = nn.ModuleList(PRXBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_dim)
+
+        self.router: Router | None = None
+        self.taps: tuple[int, ...] = ()
+        self.conditioners = nn.ModuleDict()
+        self._rope_cache: dict[tuple[int, int, torch.device], Tensor] = {}
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """DiT's initialisation: Xavier for matrices, 0.02 for the time MLP, zero where a block must start as identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        embedders = [self.time_in] + ([self.resolution_embedder.mlp] if self.resolution_embedder else [])
+        for embedder in embedders:
+            nn.init.normal_(embedder.in_layer.weight, std=0.02)
+            nn.init.normal_(embedder.out_layer.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.modulation.lin.weight)  # pyright: ignore[reportArgumentType]
+        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)  # pyright: ignore[reportArgumentType]
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Image tokens of a (height, width) image; raises ValueError if the patch size doesn't divide it."""
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"An image of {height}×{width} is not divisible by patch_size {self.patch_size}.")
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Composer's FSDP asks this of every submodule: one shard unit per block."""
+        return isinstance(module, PRXBlock)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        route: Route | None = None,
+        return_taps: bool = False,
+    ) -> Any:
+        """Predicts x̂0 or v̂ from a noised image.
+
+        Args:
+            hidden_states: (B, C, H, W).
+            timestep: (B,) or (1,), t ∈ [0, 1] with 1 = noise.
+            encoder_hidden_states: (B, T, context_in_dim).
+            attention_mask: bool (B, T), True = real token.
+            route: what a router drew.
+            return_taps: also return {block index: (B, N or K, D)} for the blocks in `taps`.
+
+        Returns:
+            (B, C, H, W), or that and the dict of taps.
+        """
+        height, width = hidden_states.shape[-2:]
+        conditioning = self._condition(timestep, encoder_hidden_states, attention_mask, height, width)
+        rotation = self._rotation(height, width, hidden_states.device)
+        key_mask = self._key_mask(conditioning.mask, rotation.shape[0])
+        activated_BD = F.silu(conditioning.vec)
+        x_BND = self.img_in(patchify(hidden_states, self.patch_size))
+
+        taps: dict[int, Tensor] = {}
+        all_tokens, dense_rotation, dense_key_mask = x_BND, rotation, key_mask
+        for index, block in enumerate(self.blocks):
+            if route is not None and index == route.start:
+                all_tokens, x_BND = x_BND, select_tokens(x_BND, route.kept_indices)
+                rotation = dense_rotation[route.kept_indices][:, None]
+                key_mask = self._key_mask(conditioning.mask, route.kept_indices.shape[1])
+            x_BND = block(x_BND, conditioning.context, activated_BD, rotation, key_mask)
+            if index in self.taps:
+                taps[index] = x_BND
+            if route is not None and index == route.end - 1:
+                x_BND = merge_tokens(all_tokens, x_BND, route.kept_indices)
+                rotation, key_mask = dense_rotation, dense_key_mask
+
+        patches = self.final_layer(x_BND, conditioning.vec)
+        sample = unpatchify(patches, self.patch_size, height, width)
+        return (sample, taps) if return_taps else sample
+
+    def _condition(self, timestep: Tensor, text: Tensor, mask: Tensor | None, height: int, width: int) -> Conditioning:
+        context = self.txt_in(text)
+        time_features = sinusoid(timestep, 256, self.time_max_period, self.time_factor)
+        vec = self.time_in(time_features.to(context.dtype))
+        if self.resolution_embedder is not None:
+            vec = vec + self.resolution_embedder(height, width, vec)
+        conditioning = Conditioning(vec, context, mask)
+        for conditioner in self.conditioners.values():
+            conditioning = conditioner(conditioning)
+        return conditioning
+
+    def _rotation(self, height: int, width: int, device: torch.device) -> Tensor:
+        """The grid's rope table as a real (N, C/2, 2), computed in fp64 once per grid and device."""
+        key = (height // self.patch_size, width // self.patch_size, device)
+        if key not in self._rope_cache:
+            table = torch.view_as_real(rope_table(key[0], key[1], self._axes_dim, self._theta))
+            self._rope_cache[key] = table.to(device)
+        return self._rope_cache[key]
+
+    @staticmethod
+    def _key_mask(text_mask_BT: Tensor | None, num_image_tokens: int) -> Tensor | None:
+        """(B, 1, 1, T + N), broadcast over heads and queries: no (B, H, N, S) mask is ever made."""
+        if text_mask_BT is None:
+            return None
+        return F.pad(text_mask_BT.bool(), (0, num_image_tokens), value=True)[:, None, None, :]

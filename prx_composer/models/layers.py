@@ -1,0 +1,153 @@
+"""The parts of a PRX block, named and shaped as in `diffusers.PRXTransformer2DModel`.
+
+Shape suffixes: B batch, N image tokens, T text tokens, D hidden size, H heads, C head width (D / H), S = T + N.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["MLPEmbedder", "PRXBlock", "FinalLayer", "apply_rope", "patchify", "rope_table", "sinusoid", "unpatchify"]
+
+
+def patchify(image: Tensor, patch_size: int) -> Tensor:
+    """Cuts an image into flattened patches: (B, C, H, W) → (B, H/p · W/p, C·p·p), row-major, channels outermost."""
+    b, c, h, w = image.shape
+    p = patch_size
+    patches = image.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(b, (h // p) * (w // p), c * p * p)
+
+
+def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """Inverse of `patchify`: (B, N, C·p·p) → (B, C, height, width)."""
+    b, _, width_of_patch = tokens.shape
+    p = patch_size
+    c = width_of_patch // (p * p)
+    grid = tokens.reshape(b, height // p, width // p, c, p, p).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(b, c, height, width)
+
+
+def sinusoid(position: Tensor, dim: int, max_period: float, scale: float = 1.0) -> Tensor:
+    """Sinusoidal features [cos, sin] of real positions (B,) → (B, dim), fp32 (Vaswani et al. 2017, §3.5)."""
+    half = dim // 2
+    frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=position.device) / half)
+    angle = scale * (position.float()[:, None] * frequency[None, :])
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def rope_table(grid_height: int, grid_width: int, axes_dim: tuple[int, int], theta: float) -> Tensor:
+    """Rotation of every patch of a grid (RoFormer, arXiv:2104.09864, one axis per half of the head).
+
+    Returns:
+        complex64 (N, C/2): e^{iφ}; the first `axes_dim[0] / 2` columns turn with the row, the others with the column.
+    """
+    rows = torch.arange(grid_height, dtype=torch.float64).repeat_interleave(grid_width)
+    columns = torch.arange(grid_width, dtype=torch.float64).repeat(grid_height)
+    angles = []
+    for position, dim in zip((rows, columns), axes_dim, strict=True):
+        omega = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles.append(position[:, None] * omega[None, :])
+    angle = torch.cat(angles, dim=-1)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+
+
+def apply_rope(x_BHNC: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates neighbouring pairs of channels. `rotation` is a real view (..., N, C/2, 2) of `rope_table`."""
+    pairs = x_BHNC.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # inductor fuses real arithmetic but has no complex kernels
+        cos, sin = rotation.unbind(-1)
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:  # one kernel instead of six
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
+    return turned.flatten(-2).type_as(x_BHNC)
+
+
+class MLPEmbedder(nn.Module):
+    """Two-layer MLP over sinusoidal features: (B, in_dim) → (B, hidden_dim)."""
+
+    def __init__(self, in_dim: int, hidden_dim: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(features)))
+
+
+class Attention(nn.Module):
+    """Image tokens attend to text and image tokens; text tokens give keys and values only."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = hidden_size // num_heads
+        self.img_qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.txt_kv_proj = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
+        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_added_k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False)])
+
+    def forward(self, image_BND: Tensor, text_BTD: Tensor, rotation: Tensor, key_mask_B11S: Tensor | None) -> Tensor:
+        q, k, v = self.img_qkv_proj(image_BND).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        text_k, text_v = self.txt_kv_proj(text_BTD).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q = apply_rope(self.norm_q(q), rotation)
+        k = apply_rope(self.norm_k(k), rotation)
+        k_BHSC = torch.cat((self.norm_added_k(text_k), k), dim=2)
+        v_BHSC = torch.cat((text_v, v), dim=2)
+        out_BHNC = F.scaled_dot_product_attention(q, k_BHSC.type_as(q), v_BHSC.type_as(q), attn_mask=key_mask_B11S)
+        return self.to_out[0](out_BHNC.transpose(1, 2).flatten(2))
+
+
+class Modulation(nn.Module):
+    """AdaLN-zero (DiT, arXiv:2212.09748): activated time vector (B, D) → six (B, 1, D), shift, scale, gate, twice."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.lin = nn.Linear(hidden_size, 6 * hidden_size)
+
+    def forward(self, activated_BD: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(activated_BD)[:, None, :].chunk(6, dim=-1)
+
+
+class PRXBlock(nn.Module):
+    """Modulated attention, then a modulated gated MLP, both on image tokens: (B, N, D) → (B, N, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        mlp_size = int(hidden_size * mlp_ratio)
+        self.img_pre_norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attention = Attention(hidden_size, num_heads)
+        self.post_attention_layernorm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.gate_proj = nn.Linear(hidden_size, mlp_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, mlp_size, bias=False)
+        self.down_proj = nn.Linear(mlp_size, hidden_size, bias=False)
+        self.modulation = Modulation(hidden_size)
+
+    def forward(
+        self, x_BND: Tensor, text_BTD: Tensor, activated_BD: Tensor, rotation: Tensor, key_mask: Tensor | None
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(activated_BD)
+        modulated = torch.addcmul(shift1, 1 + scale1, self.img_pre_norm(x_BND))
+        x_BND = torch.addcmul(x_BND, gate1, self.attention(modulated, text_BTD, rotation, key_mask))
+        modulated = torch.addcmul(shift2, 1 + scale2, self.post_attention_layernorm(x_BND))
+        mlp_out = self.down_proj(F.gelu(self.gate_proj(modulated), approximate="tanh") * self.up_proj(modulated))
+        return torch.addcmul(x_BND, gate2, mlp_out)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection to patches: (B, N, D) → (B, N, patch_dim)."""
+
+    def __init__(self, hidden_size: int, patch_dim: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_dim)
+        # A Sequential only so that the parameters are called adaLN_modulation.1.*, as in diffusers.
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x_BND: Tensor, vec_BD: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec_BD)[:, None, :].chunk(2, dim=-1)
+        return self.linear(torch.addcmul(shift, 1 + scale, self.norm_final(x_BND)))

@@ -1,0 +1,38 @@
+"""Every random draw of training, from (seed, rank, step, microbatch, purpose) and nothing else."""
+
+import zlib
+
+import numpy as np
+import torch
+from composer.utils import dist
+
+__all__ = ["RandomStreams", "derive_seed"]
+
+
+def derive_seed(*entropy: int) -> int:
+    """A well-mixed 63-bit seed of some non-negative integers (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class RandomStreams:
+    """Hands out generators that a resumed run finds in the same state as the uninterrupted one.
+
+    `begin_step` is called by `callbacks.RandomStep` at every batch. Without it (a plain loop around the model) each
+    training forward counts as a microbatch of one endless step, which is reproducible but not resumable.
+    """
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+        self.step = 0
+        self.microbatch = -1
+
+    def begin_step(self, step: int) -> None:
+        self.step, self.microbatch = step, -1
+
+    def next_microbatch(self) -> None:
+        self.microbatch += 1
+
+    def generator(self, purpose: str, device: torch.device) -> torch.Generator:
+        """A generator for one purpose ("timesteps", "noise", …) of the current microbatch of this rank."""
+        entropy = (self.seed, dist.get_global_rank(), self.step, max(self.microbatch, 0), zlib.crc32(purpose.encode()))
+        return torch.Generator(device).manual_seed(derive_seed(*entropy))

@@ -1,0 +1,162 @@
+"""Text encoders: any Hugging Face encoder, frozen or trained along, with its tokenizer."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from prx_composer.models.frozen import Frozen
+
+__all__ = ["HuggingFaceTextEncoder", "load_tokenizer", "train_tokenizer"]
+
+log = logging.getLogger(__name__)
+
+# Encoder-only classes, so that a decoder's weights are never loaded only to be thrown away.
+_ENCODER_CLASSES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "t5gemma": "T5GemmaEncoderModel", "clip": "CLIPTextModel"}
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerBase:
+    """A word-level tokenizer of these captions: lower-cased words and punctuation, then an end token.
+
+    The end token makes the empty caption one real token long, which is what the unconditional branch attends to.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(captions, trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
+    )
+
+
+def load_tokenizer(name_or_folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer by hub id or folder; one without a padding token pads with its end token."""
+    tokenizer = AutoTokenizer.from_pretrained(name_or_folder, revision=revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _text_tower(model: nn.Module) -> nn.Module:
+    """The part of a multimodal or encoder-decoder model that reads text."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model.get_encoder()  # pyright: ignore[reportCallIssue]
+    for name in ("language_model", "text_model"):
+        if isinstance(tower := getattr(model, name, None), nn.Module):
+            return tower
+    return model
+
+
+def _build_encoder(pretrained: str | None, config: dict[str, Any] | None, revision: str | None, vocab_size: int) -> nn.Module:
+    if pretrained is not None:
+        hf_config = AutoConfig.from_pretrained(pretrained, revision=revision)
+        cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), AutoModel)
+        extra = {"is_encoder_decoder": False} if hf_config.model_type == "t5gemma" else {}
+        return _text_tower(cls.from_pretrained(pretrained, revision=revision, **extra))
+    arguments = dict(config or {})
+    if "model_type" not in arguments:
+        raise ValueError("text_encoder.config needs `model_type`, a transformers model type such as t5, t5gemma, qwen3_vl_text.")
+    model_type = arguments.pop("model_type")
+    if not any(isinstance(value, dict) for value in arguments.values()):
+        arguments.setdefault("vocab_size", vocab_size)
+    hf_config = AutoConfig.for_model(model_type, **arguments)
+    cls = getattr(transformers, _ENCODER_CLASSES.get(model_type, ""), None)
+    if model_type == "t5gemma":
+        hf_config.is_encoder_decoder = False
+    return _text_tower(cls(hf_config) if cls is not None else AutoModel.from_config(hf_config))
+
+
+class HuggingFaceTextEncoder(nn.Module):
+    """Turns captions into embeddings (B, T, C) and a mask (B, T).
+
+    Args:
+        tokenizer: from `load_tokenizer` or `train_tokenizer`.
+        pretrained: hub id or folder of the encoder.
+        config: transformers configuration of an encoder with random weights instead: `model_type` and its arguments.
+        max_tokens: captions are cut and padded to this many tokens.
+        trainable: train it with the backbone (its weights are then in checkpoints); else it is frozen and left out.
+        dtype: storage dtype of a frozen encoder.
+        revision: of `pretrained`.
+
+    Raises:
+        ValueError: neither or both of `pretrained` and `config`; an embedding table smaller than the vocabulary.
+        OSError: weights that cannot be had (missing, gated, offline).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        max_tokens: int = 256,
+        trainable: bool = False,
+        dtype: str = "float32",
+        revision: str | None = None,
+    ):
+        super().__init__()
+        if (pretrained is None) == (config is None):
+            raise ValueError("text_encoder needs either `pretrained` (hub id or folder) or `config` (random weights).")
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.trainable = trainable
+        encoder = _build_encoder(pretrained, config, revision, len(tokenizer))
+        vocabulary = encoder.get_input_embeddings().num_embeddings  # pyright: ignore[reportCallIssue]
+        if vocabulary < len(tokenizer):
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens but the text encoder only {vocabulary} embeddings; "
+                "set model.text_encoder.tokenizer to the encoder's own, or leave vocab_size out of its config."
+            )
+        hf_config: Any = encoder.config
+        self.hidden_size = int(hf_config.hidden_size)
+        self._layers = int(hf_config.num_hidden_layers)
+        head_dim = getattr(hf_config, "head_dim", None) or getattr(hf_config, "d_kv", None)
+        heads = int(hf_config.num_attention_heads)
+        self._attention_width = heads * int(head_dim) if head_dim else self.hidden_size
+        linears = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
+        self._matrix_parameters = sum(m.weight.numel() for m in linears)
+        if trainable:
+            self.encoder = encoder
+        else:
+            self._frozen = Frozen(encoder, getattr(torch, dtype))
+        null = self.tokenize([""])
+        self.register_buffer("null_input_ids", null["input_ids"], persistent=False)
+        self.register_buffer("null_attention_mask", null["attention_mask"], persistent=False)
+
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        """`input_ids` int64 and `attention_mask` bool, both (B, max_tokens)."""
+        return tokenize(self.tokenizer, texts, self.max_tokens)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T), (B, T) → embeddings (B, T, hidden_size), fp32 outside of autocast."""
+        if self.trainable:
+            return self.encoder(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
+        with torch.no_grad():
+            encoder = self._frozen.on(input_ids.device)
+            return encoder(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state.float()
+
+    def flops(self, batch_size: int, training: bool) -> int:
+        """Of matrix products, for padded captions; the backward pass counts only when the encoder is trained."""
+        per_token = 2 * self._matrix_parameters + 4 * self._layers * self.max_tokens * self._attention_width
+        return per_token * self.max_tokens * batch_size * (3 if training and self.trainable else 1)
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(str(folder))
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> dict[str, Tensor]:
+    """Captions → `input_ids` int64 (B, max_tokens) and `attention_mask` bool (B, max_tokens)."""
+    tokens = tokenizer(
+        texts, padding="max_length", max_length=max_tokens, truncation=True, return_attention_mask=True, return_tensors="pt"
+    )
+    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"].bool()}  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,271 @@
+"""The ComposerModel: encode → noise → denoise → FlowOutput, and the losses, metrics and images that follow from it."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from prx_composer.models.autoencoder import Autoencoder, Pixels
+from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.flops import backbone_flops
+from prx_composer.models.flow import FlowMatching
+from prx_composer.models.randomness import RandomStreams, derive_seed
+from prx_composer.models.routing import Route
+from prx_composer.models.sampling import ClassifierFreeGuidance, Guidance, TextConditioning, initial_noise, sample_flow
+from prx_composer.models.text_encoder import HuggingFaceTextEncoder
+
+__all__ = ["AuxiliaryLoss", "FlowOutput", "TextToImage", "TimestepMSE"]
+
+EVAL_TIMESTEP_BINS = 4
+
+
+@dataclass
+class FlowOutput:
+    """What a forward pass leaves for the losses."""
+
+    prediction: Tensor  # (B, C, H, W), x̂0 or v̂
+    clean: Tensor  # (B, C, H, W), x0
+    noise: Tensor  # (B, C, H, W), unit variance
+    noised: Tensor  # (B, C, H, W), x_t
+    timestep: Tensor  # (B,)
+    text: TextConditioning
+    route: Route | None
+    taps: dict[int, Tensor]  # block index → (B, N or K, D)
+
+
+class AuxiliaryLoss(nn.Module):
+    """Base of what fills `model.auxiliary_losses`: `forward(FlowOutput, batch) → scalar`, times `weight` while `active`."""
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.weight = weight
+        self.active = True
+
+
+class AuxiliaryLosses(nn.ModuleDict):
+    """The named auxiliary losses, called as one module so that FSDP gathers their parameters."""
+
+    def forward(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {name: loss.weight * loss(outputs, batch) for name, loss in self.items() if loss.active}  # pyright: ignore
+
+
+class TimestepMSE(Metric):
+    """Mean v-space error of the images whose t lies in [low, high)."""
+
+    full_state_update = False
+
+    def __init__(self, low: float, high: float):
+        super().__init__()
+        self.low, self.high = low, high
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, squared_error: Tensor, timestep: Tensor) -> None:
+        inside = (timestep >= self.low) & (timestep < self.high)
+        self.total += (squared_error.double() * inside).sum()
+        self.count += inside.sum()
+
+    def compute(self) -> Tensor:
+        return (self.total / self.count).float()
+
+
+class TextToImage(ComposerModel):
+    """Trains and samples a flow-matching text-to-image model.
+
+    Batches are mappings with `image` uint8 (B, 3, H, W), `input_ids` int64 and `attention_mask` bool (B, T); they are
+    never written to.
+
+    Args:
+        backbone: the network that is trained.
+        text_encoder: captions → embeddings.
+        flow: the process that is learned.
+        autoencoder: pixels (the default) or a frozen latent space.
+        caption_dropout: share of captions replaced by the empty one, for classifier-free guidance.
+        seed: of every random draw of training.
+        compile: `torch.compile` the backbone as one graph.
+
+    Seams, filled by algorithms at Event.INIT: `auxiliary_losses`, `guidance`, `sampling_weights`, and the backbone's
+    `router`, `taps` and `conditioners`.
+
+    Raises:
+        ValueError: parts that don't fit together, named by YAML path.
+    """
+
+    def __init__(
+        self,
+        backbone: PRXBackbone,
+        text_encoder: HuggingFaceTextEncoder,
+        flow: FlowMatching | None = None,
+        autoencoder: Autoencoder | None = None,
+        caption_dropout: float = 0.1,
+        seed: int = 0,
+        compile: bool = False,
+    ):
+        super().__init__()
+        self.autoencoder = autoencoder or Pixels()
+        if backbone.context_in_dim != text_encoder.hidden_size:
+            raise ValueError(
+                f"model.backbone.context_in_dim is {backbone.context_in_dim}, but the text encoder's embeddings are "
+                f"{text_encoder.hidden_size} wide; set context_in_dim: {text_encoder.hidden_size}."
+            )
+        if backbone.in_channels != self.autoencoder.channels:
+            raise ValueError(
+                f"model.backbone.in_channels is {backbone.in_channels}, but model.autoencoder gives "
+                f"{self.autoencoder.channels} channels; set in_channels: {self.autoencoder.channels}."
+            )
+        if not 0 <= caption_dropout < 1:
+            raise ValueError(f"model.caption_dropout must lie in [0, 1), not {caption_dropout}.")
+        self.backbone = backbone
+        self.text_encoder = text_encoder
+        self.flow = flow or FlowMatching()
+        self.caption_dropout = caption_dropout
+        self.random = RandomStreams(seed)
+        self.auxiliary_losses = AuxiliaryLosses()
+        self.guidance: Guidance = ClassifierFreeGuidance()
+        self.sampling_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+        edges = torch.linspace(0, 1, EVAL_TIMESTEP_BINS + 1).tolist()
+        self._eval_metrics = {"mse": TimestepMSE(0.0, 1.01)} | {
+            f"mse_t{low:.2f}-{high:.2f}": TimestepMSE(low, high if high < 1 else 1.01) for low, high in zip(edges, edges[1:])
+        }
+        if compile:
+            self.backbone.compile(fullgraph=True)
+
+    # ---------------------------------------------------------------------------------------------- training
+
+    def forward(self, batch: Mapping[str, Any]) -> FlowOutput:
+        self.random.next_microbatch()
+        return self._denoise(batch, self.random.generator, self.caption_dropout)
+
+    def eval_forward(self, batch: Mapping[str, Any], outputs: FlowOutput | None = None) -> FlowOutput:
+        """The forward pass of training without caption dropout, with draws that depend on the batch's samples only."""
+        if outputs is not None:
+            return outputs
+        first = int(batch["sample_id"][0]) if "sample_id" in batch else 0
+
+        def generator(purpose: str, device: torch.device) -> torch.Generator:
+            return torch.Generator(device).manual_seed(derive_seed(self.random.seed, first, len(purpose)))
+
+        return self._denoise(batch, generator, caption_dropout=0.0)
+
+    def _denoise(
+        self, batch: Mapping[str, Any], generator: Callable[[str, torch.device], torch.Generator], caption_dropout: float
+    ) -> FlowOutput:
+        clean = self.autoencoder.encode(batch["image"])
+        device = clean.device
+        text = self._encode_text(batch, caption_dropout, generator)
+        timestep = self.flow.sample_timesteps(clean.shape[0], generator("timesteps", device))
+        noise = torch.randn(clean.shape, generator=generator("noise", device), device=device)
+        noised = self.flow.interpolate(clean, noise, timestep)
+        route = None
+        if self.backbone.router is not None and self.training:
+            num_tokens = self.backbone.num_tokens(*clean.shape[-2:])
+            route = self.backbone.router.draw(clean.shape[0], num_tokens, generator("routing", device))
+        prediction, taps = self.backbone(
+            noised, timestep, text.embedding, attention_mask=text.mask, route=route, return_taps=True
+        )
+        return FlowOutput(prediction, clean, noise, noised, timestep, text, route, taps)
+
+    def _encode_text(
+        self, batch: Mapping[str, Any], dropout: float, generator: Callable[[str, torch.device], torch.Generator]
+    ) -> TextConditioning:
+        input_ids, mask = batch["input_ids"], batch["attention_mask"]
+        if dropout > 0:
+            device = input_ids.device
+            draw = torch.rand(len(input_ids), 1, generator=generator("caption_dropout", device), device=device)
+            dropped = draw < dropout
+            input_ids = torch.where(dropped, self.text_encoder.null_input_ids, input_ids)
+            mask = torch.where(dropped, self.text_encoder.null_attention_mask, mask)
+        return TextConditioning(self.text_encoder(input_ids, mask), mask)
+
+    def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`total`, and each term by name, already weighted: they sum to `total`."""
+        terms = {"flow": self.flow.squared_error(outputs.prediction, outputs.clean, outputs.noise, outputs.timestep).mean()}
+        if len(self.auxiliary_losses):
+            terms |= self.auxiliary_losses(outputs, batch)
+        return {"total": torch.stack(list(terms.values())).sum()} | terms
+
+    # -------------------------------------------------------------------------------------------- evaluation
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
+        return {} if is_train else self._eval_metrics
+
+    def update_metric(self, batch: Any, outputs: FlowOutput, metric: Metric) -> None:
+        error = self.flow.squared_error(outputs.prediction, outputs.clean, outputs.noise, outputs.timestep)
+        metric.update(error, outputs.timestep)
+
+    # ---------------------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[str],
+        height: int,
+        width: int,
+        seeds: list[int] | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 3.5,
+    ) -> Tensor:
+        """Draws one image per prompt with the current weights; wrap in `sampling_weights()` to use an average of them.
+
+        Args:
+            prompts: B captions.
+            height, width: image size; divisible by the patch size (and the autoencoder's downsampling).
+            seeds: one per image, 0 … B−1 by default. An image depends on its own seed only.
+            num_inference_steps: Euler steps.
+            guidance_scale: 1 = unguided.
+
+        Returns:
+            uint8 (B, 3, height, width).
+
+        Raises:
+            ValueError: a size that cannot be cut into patches; a number of seeds that isn't the number of prompts.
+        """
+        seeds = list(range(len(prompts))) if seeds is None else seeds
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
+        down = self.autoencoder.downsampling
+        if height % (down * self.backbone.patch_size) or width % (down * self.backbone.patch_size):
+            raise ValueError(f"height and width must be divisible by {down * self.backbone.patch_size}: {height}×{width}.")
+        was_training = self.training
+        self.eval()
+        try:
+            device = next(self.parameters()).device
+            text, null = self.encode_prompts(prompts, device), self.encode_prompts([""] * len(prompts), device)
+            noise = initial_noise(seeds, (self.autoencoder.channels, height // down, width // down), device)
+
+            def predict(x_t: Tensor, t: Tensor) -> Tensor:
+                return self.guidance(self._predict, x_t, t, text, null, guidance_scale)
+
+            return self.autoencoder.decode(sample_flow(predict, self.flow, noise, num_inference_steps))
+        finally:
+            self.train(was_training)
+
+    def encode_prompts(self, prompts: list[str], device: torch.device) -> TextConditioning:
+        tokens = self.text_encoder.tokenize(prompts)
+        input_ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+        return TextConditioning(self.text_encoder(input_ids, mask), mask)
+
+    def _predict(self, x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
+        return self.backbone(x_t, t, text.embedding, attention_mask=text.mask).float()
+
+    # ------------------------------------------------------------------------------------------------- costs
+
+    def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
+        """Training FLOPs of a device batch, which SpeedMonitor divides by the chip's peak to log MFU."""
+        batch_size, _, height, width = batch["image"].shape
+        down = self.autoencoder.downsampling
+        image_tokens = self.backbone.num_tokens(height // down, width // down)
+        router = self.backbone.router
+        routed = router.tokens_per_block(image_tokens, self.backbone.depth) if router is not None else None
+        per_image = backbone_flops(
+            self.backbone.config, image_tokens, batch["input_ids"].shape[1], training=True, tokens_per_block=routed
+        )
+        if self.text_encoder.trainable:  # then the text projection needs its input's gradient too
+            c = self.backbone.config
+            per_image += 2 * batch["input_ids"].shape[1] * c["context_in_dim"] * c["hidden_size"]
+        return per_image * batch_size + self.text_encoder.flops(batch_size, training=True)

@@ -1,0 +1,41 @@
+"""Which parameters decay."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["AdamW", "parameter_groups"]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of trained parameters: matrices with `weight_decay`; biases, gains and embeddings without."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, fused, over the parameter groups of a model.
+
+    Args:
+        model: what is trained.
+        lr: learning rate per step.
+        betas: decay of the first and second moment per step.
+        eps: added to the root of the second moment.
+        weight_decay: per step, as a fraction of lr; on matrices only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(parameter_groups(model, weight_decay), lr=lr, betas=tuple(betas), eps=eps, fused=True)

@@ -1,0 +1,129 @@
+"""Names in a recipe → classes. Anybody's own join by decorator, or by an entry point in the group `prx_composer_<kind>`.
+
+    from prx_composer import registry
+
+    @registry.algorithms.register("mine")
+    class Mine(composer.Algorithm): ...
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import catalogue
+
+from prx_composer.errors import UserError
+
+__all__ = ["Registry", "nearest"]
+
+T = TypeVar("T")
+
+
+def nearest(name: str, allowed: list[str]) -> str:
+    """ " Did you mean …?" if something is close, and all that is allowed."""
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Allowed: {', '.join(sorted(allowed))}."
+
+
+class Registry:
+    """Components of one kind.
+
+    Args:
+        kind: plural, as in the entry-point group.
+        builtin: name → "module:attribute", imported only when used.
+    """
+
+    def __init__(self, kind: str, builtin: dict[str, str]):
+        self.kind = kind
+        self._builtin = builtin
+        self._added = catalogue.create("prx_composer", kind, entry_points=True)
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that adds a class or function under `name`."""
+        return self._added.register(name)
+
+    def names(self) -> list[str]:
+        return sorted({*self._builtin, *self._added.get_all()})
+
+    def get(self, name: str, path: str) -> Any:
+        """The class of that name. Raises UserError, naming the YAML path and the nearest name, if there is none."""
+        if name in self._added:
+            return self._added.get(name)
+        if name not in self._builtin:
+            raise UserError(f"{path}: there is no {name!r} among the {self.kind}.{nearest(name, self.names())}")
+        module, attribute = self._builtin[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+models = Registry("models", {"text_to_image": "prx_composer.models.text_to_image:TextToImage"})
+backbones = Registry("backbones", {"prx": "prx_composer.models.backbone:PRXBackbone"})
+text_encoders = Registry("text_encoders", {"huggingface": "prx_composer.models.text_encoder:HuggingFaceTextEncoder"})
+autoencoders = Registry(
+    "autoencoders",
+    {
+        "pixels": "prx_composer.models.autoencoder:Pixels",
+        "diffusers": "prx_composer.models.autoencoder:DiffusersAutoencoder",
+    },
+)
+loaders = Registry("loaders", {"image_caption": "prx_composer.data.loader:build_loader"})
+sources = Registry(
+    "sources",
+    {
+        "digits": "prx_composer.data.digits:DigitsSource",
+        "folder": "prx_composer.data.sources:FolderSource",
+        "shapes": "prx_composer.data.shapes:ShapesSource",
+    },
+)
+algorithms = Registry(
+    "algorithms",
+    {
+        "ema": "prx_composer.algorithms.ema:EMA",
+        "gradient_clipping": "composer.algorithms:GradientClipping",
+        "low_precision_norm": "prx_composer.algorithms.low_precision_norm:LowPrecisionNorm",
+        "progressive_resolution": "prx_composer.algorithms.progressive_resolution:ProgressiveResolution",
+    },
+)
+callbacks = Registry(
+    "callbacks",
+    {
+        "digits_score": "prx_composer.callbacks.scores:DigitsScore",
+        "images": "prx_composer.callbacks.images:Images",
+        "lr_monitor": "composer.callbacks:LRMonitor",
+        "memory_monitor": "composer.callbacks:MemoryMonitor",
+        "optimizer_monitor": "composer.callbacks:OptimizerMonitor",
+        "runtime_estimator": "composer.callbacks:RuntimeEstimator",
+        "shapes_score": "prx_composer.callbacks.scores:ShapesScore",
+        "speed_monitor": "composer.callbacks:SpeedMonitor",
+    },
+)
+loggers = Registry(
+    "loggers",
+    {
+        "file": "composer.loggers:FileLogger",
+        "metrics_file": "prx_composer.callbacks.metrics_file:MetricsFile",
+        "mlflow": "composer.loggers:MLFlowLogger",
+        "tensorboard": "composer.loggers:TensorboardLogger",
+        "wandb": "composer.loggers:WandBLogger",
+    },
+)
+optimizers = Registry(
+    "optimizers",
+    {
+        "adamw": "prx_composer.optim.groups:AdamW",
+        "decoupled_adamw": "composer.optim:DecoupledAdamW",
+    },
+)
+schedulers = Registry(
+    "schedulers",
+    {
+        "constant": "composer.optim:ConstantScheduler",
+        "constant_with_warmup": "composer.optim:ConstantWithWarmupScheduler",
+        "cosine_with_warmup": "composer.optim:CosineAnnealingWithWarmupScheduler",
+        "linear_decay_with_warmup": "composer.optim:LinearWithWarmupScheduler",
+    },
+)
+
+# A component nested in another's arguments is looked up by the argument's name.
+NESTED = {"backbone": backbones, "text_encoder": text_encoders, "autoencoder": autoencoders, "source": sources}

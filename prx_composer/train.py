@@ -1,0 +1,295 @@
+"""A recipe becomes a run: configuration → objects → composer.Trainer → one line that says where everything is."""
+
+import dataclasses
+import inspect
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from composer import Trainer
+from composer.core import DataSpec, Evaluator
+from composer.utils import FSDP2Config, ParallelismConfig, dist, get_device, reproducibility
+from transformers import PreTrainedTokenizerBase
+
+from prx_composer import config, registry
+from prx_composer.algorithms.progressive_resolution import check_batch_sizes
+from prx_composer.callbacks.data_monitor import DataMonitor
+from prx_composer.callbacks.metrics_file import read_metrics
+from prx_composer.callbacks.random_step import RandomStep
+from prx_composer.config import Recipe, build, build_all, split
+from prx_composer.data.schema import Manifest, iterate_captions
+from prx_composer.data.sources import prepare
+from prx_composer.errors import UserError
+from prx_composer.models.text_encoder import load_tokenizer, train_tokenizer
+from prx_composer.models.text_to_image import TextToImage
+from prx_composer.optim.groups import parameter_groups
+
+__all__ = ["build_trainer", "main", "run"]
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_NAME = "ba{batch}-rank{rank}.pt"
+
+
+def main(arguments: list[str]) -> int:
+    """Runs what the command line names; returns the exit code. What is the user's to mend is said without a traceback."""
+    _set_up_logging()
+    try:
+        summary = run(config.load(arguments))
+    except UserError as error:
+        if dist.get_local_rank() == 0:
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return 1
+    if dist.get_global_rank() == 0:
+        print(f"\n{summary}", flush=True)
+    return 0
+
+
+def run(recipe: Recipe) -> str:
+    """Trains a recipe to its end and returns the closing line.
+
+    Raises:
+        UserError: anything in the recipe, the data or the run folder that must be mended first.
+    """
+    trainer = build_trainer(recipe)
+    state = trainer.state
+    try:
+        assert state.max_duration is not None
+        if state.timestamp.get(state.max_duration.unit) >= state.max_duration:
+            return (
+                f"{recipe.run_name} has already been trained for {state.max_duration.to_timestring()}; nothing was changed. "
+                f"Train it on with a longer max_duration=…, or start another with run_name=…\n{summarise(Path(recipe.run_folder))}"
+            )
+        trainer.fit()
+    finally:
+        trainer.close()
+    return summarise(Path(recipe.run_folder))
+
+
+def summarise(folder: Path) -> str:
+    """One line: the score and the time, and where images, metrics and checkpoints are."""
+    rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    last = rows[-1] if rows else {}
+    facts = [f"{name} {last[name]:.3f}" for name in ("heldout_accuracy", "classifier_accuracy") if name in last]
+    if "classifier_accuracy_real" in last:
+        facts.append(f"(real digits {last['classifier_accuracy_real']:.3f})")
+    if "loss/train/total" in last:
+        facts.append(f"loss {last['loss/train/total']:.4f}")
+    if "train_seconds" in last:
+        facts.append(f"{last['train_seconds'] / 60:.1f} min")
+    places = [folder / name for name in ("images", "metrics.jsonl", "checkpoints") if (folder / name).exists()]
+    return f"{folder.name}: {', '.join(facts)} · {' · '.join(str(place) for place in places)}"
+
+
+def build_trainer(recipe: Recipe) -> Trainer:
+    """Checks a recipe, prepares run folder and data, builds every object, and loads the newest checkpoint if there is one.
+
+    Raises:
+        UserError: as `run`.
+    """
+    config.import_code(recipe.code_paths)
+    config.check(recipe)
+    device = get_device(None)
+    dist.initialize_dist(device, timeout=recipe.dist_timeout)
+    microbatch_size = recipe.device_train_microbatch_size or recipe.global_train_batch_size // dist.get_world_size()
+    check_batch_sizes("", recipe.global_train_batch_size, microbatch_size, dist.get_world_size())
+
+    folder = Path(recipe.run_folder)
+    with dist.run_local_rank_zero_first():
+        if dist.get_local_rank() == 0:
+            _check_run_folder(recipe, folder)
+            _prepare_data(recipe)
+            _claim_run_folder(recipe, folder)
+    reproducibility.seed_all(recipe.seed)
+    model = _build_model(recipe, folder)
+    train_loader = _build_loader(recipe, "train_loader", model, recipe.global_train_batch_size)
+    optimizer = _build_optimizer(recipe, model)
+    name, arguments = split(recipe.scheduler, "scheduler")
+    provided: dict[str, Any] = {"folder": str(folder), "image_size": recipe.image_size}
+    loggers = build_all(registry.loggers, "loggers", {"metrics_file": {}} | recipe.loggers, **provided)
+    callbacks = build_all(registry.callbacks, "callbacks", recipe.callbacks, **provided)
+    return Trainer(
+        run_name=recipe.run_name,
+        model=model,
+        optimizers=optimizer,
+        schedulers=build(registry.schedulers, name, arguments, "scheduler"),
+        algorithms=build_all(registry.algorithms, "algorithms", recipe.algorithms),
+        callbacks=[RandomStep(), DataMonitor(), *callbacks],
+        loggers=loggers,
+        train_dataloader=train_loader,
+        eval_dataloader=_build_evaluator(recipe, model),
+        eval_interval=recipe.eval_interval,
+        eval_subset_num_batches=recipe.eval_subset_num_batches,
+        device_train_microbatch_size=microbatch_size,
+        max_duration=recipe.max_duration,
+        precision=recipe.precision,
+        parallelism_config=_parallelism(recipe),
+        seed=recipe.seed,
+        save_folder=str(folder / "checkpoints"),
+        save_filename=CHECKPOINT_NAME,
+        save_interval=recipe.save_interval,
+        save_num_checkpoints_to_keep=recipe.save_num_checkpoints_to_keep,
+        autoresume=recipe.autoresume,
+        progress_bar=recipe.progress_bar,
+        dist_timeout=recipe.dist_timeout,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ run folder
+
+
+def _check_run_folder(recipe: Recipe, folder: Path) -> None:
+    """A run folder is used by one run: nothing in it is overwritten, and it is resumed only with its own recipe."""
+    saved = folder / "config.yaml"
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not recipe.autoresume:
+        raise UserError(
+            f"run_folder: {folder} is already in use. Go on with that run with autoresume=true, "
+            "or start another with run_name=<another name>."
+        )
+    if not saved.exists():
+        raise UserError(f"run_folder: {folder} is not empty and holds no run; choose another run_name or run_folder.")
+    before = yaml.safe_load(saved.read_text())
+    now = _as_saved(recipe)
+    different = [key for key in now if key not in config.RESUMABLE_CHANGES and before.get(key) != now[key]]
+    if different:
+        paths = [path for key in different for path in _differences(before.get(key), now[key], key)]
+        raise UserError(
+            f"autoresume: {folder} was started with another recipe; what differs: {', '.join(paths)}. "
+            "Resume with the recipe in its config.yaml, or start another run with run_name=<another name>."
+        )
+
+
+def _differences(before: Any, now: Any, path: str) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [p for key in keys if before.get(key) != now.get(key) for p in _differences(before.get(key), now.get(key), f"{path}.{key}")]
+    return [f"{path} ({before!r} → {now!r})"]
+
+
+def _as_saved(recipe: Recipe) -> dict[str, Any]:
+    return yaml.safe_load(yaml.safe_dump(dataclasses.asdict(recipe)))
+
+
+def _claim_run_folder(recipe: Recipe, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(_as_saved(recipe), sort_keys=False, allow_unicode=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def _prepare_data(recipe: Recipe) -> None:
+    for key in ("train_loader", "eval_loader"):
+        spec = getattr(recipe, key)
+        if spec and "source" in spec:
+            name, arguments = split(spec["source"], f"{key}.source")
+            if "path" not in spec:
+                raise UserError(f"{key}.path is missing: the folder that the source is to make the data set in.")
+            source = build(registry.sources, name, arguments, f"{key}.source")
+            try:
+                prepare(Path(spec["path"]), source, spec["source"])
+            except ValueError as error:
+                raise UserError(f"{key}: {error}") from error
+
+
+def _build_loader(recipe: Recipe, key: str, model: TextToImage, global_batch_size: int, **overrides: Any) -> DataSpec:
+    name, arguments = split(getattr(recipe, key), key)
+    arguments = {argument: value for argument, value in arguments.items() if argument != "source"}
+    return build(
+        registry.loaders,
+        name,
+        overrides | arguments,
+        key,
+        tokenizer=model.text_encoder.tokenizer,
+        max_tokens=model.text_encoder.max_tokens,
+        image_size=recipe.image_size,
+        global_batch_size=global_batch_size,
+        multiple=model.backbone.patch_size * model.autoencoder.downsampling,
+        seed=recipe.seed,
+    )
+
+
+def _build_evaluator(recipe: Recipe, model: TextToImage) -> Evaluator | None:
+    if recipe.eval_loader is None:
+        return None
+    batch_size = recipe.global_eval_batch_size or recipe.global_train_batch_size
+    check_batch_sizes("global_eval_batch_size as ", batch_size, batch_size // dist.get_world_size() or 1, dist.get_world_size())
+    loader = _build_loader(recipe, "eval_loader", model, batch_size, shuffle=False)
+    return Evaluator(label="eval", dataloader=loader, device_eval_microbatch_size=batch_size // dist.get_world_size())
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+
+def _build_model(recipe: Recipe, folder: Path) -> TextToImage:
+    name, arguments = split(recipe.model, "model")
+    if "text_encoder" in arguments:
+        path = "model.text_encoder"
+        encoder, encoder_arguments = split(arguments.pop("text_encoder"), path)
+        tokenizer_spec = encoder_arguments.pop("tokenizer", encoder_arguments.get("pretrained"))
+        with dist.run_local_rank_zero_first():
+            tokenizer = _build_tokenizer(tokenizer_spec, encoder_arguments.get("revision"), recipe, folder / "tokenizer")
+        arguments["text_encoder"] = build(registry.text_encoders, encoder, encoder_arguments, path, tokenizer=tokenizer)
+    return build(registry.models, name, arguments, "model", seed=recipe.seed)
+
+
+def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+    """The run's own tokenizer if it has one; else the one that is named, or one trained on the captions, kept with the run."""
+    path = "model.text_encoder.tokenizer"
+    if folder.exists():
+        return load_tokenizer(str(folder))
+    try:
+        if isinstance(spec, str):
+            tokenizer = load_tokenizer(spec, revision)
+        elif isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size"} and spec.get("train"):
+            split_folder = Path(recipe.train_loader["path"]) / recipe.train_loader.get("split", "train")
+            columns = recipe.train_loader.get("captions") or [Manifest.read(split_folder).captions[0]]
+            captions = (caption for column in columns for caption in iterate_captions(split_folder, column))
+            tokenizer = train_tokenizer(captions, spec.get("vocab_size", 4096))
+        else:
+            raise UserError(f"{path}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: {error}") from error
+    if dist.get_local_rank() == 0:
+        tokenizer.save_pretrained(str(folder))
+    return tokenizer
+
+
+def _build_optimizer(recipe: Recipe, model: TextToImage) -> Any:
+    name, arguments = split(recipe.optimizer, "optimizer")
+    constructor = inspect.signature(registry.optimizers.get(name, "optimizer").__init__).parameters
+    if "model" in constructor:
+        return build(registry.optimizers, name, arguments, "optimizer", model=model)
+    groups = parameter_groups(model, float(arguments.get("weight_decay", 0.0)))
+    return build(registry.optimizers, name, arguments, "optimizer", params=groups)
+
+
+def _parallelism(recipe: Recipe) -> ParallelismConfig | None:
+    """`parallelism_config: {fsdp: {…}}` is FSDP2; without it, several processes train under DDP."""
+    if recipe.parallelism_config is None:
+        return None
+    path = "parallelism_config"
+    if unknown := recipe.parallelism_config.keys() - {"fsdp"}:
+        raise UserError(f"{path}.{min(unknown)}: only fsdp is supported.")
+    arguments = recipe.parallelism_config.get("fsdp") or {}
+    allowed = FSDP2Config.settable_attrs() - {"device_mesh"}
+    for key in arguments:
+        if key not in allowed:
+            raise UserError(f"{path}.fsdp.{key}: no such argument.{registry.nearest(key, sorted(allowed))}")
+    return ParallelismConfig(fsdp2=FSDP2Config(**arguments))
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("prx_composer").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenisation happens in forked workers
+    # A pass that a resume leaves empty (see ProgressiveResolution) is not a data set without batches.
+    warnings.filterwarnings("ignore", message="No batches were trained for global rank")

@@ -1,0 +1,8 @@
+"""Trains a recipe: composer train.py A.yaml [B.yaml …] [key=value …]"""
+
+import sys
+
+from prx_composer.train import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
