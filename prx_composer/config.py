@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from composer.core import Time, TimeUnit
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -79,7 +80,7 @@ def load(arguments: list[str]) -> Recipe:
     if not any("=" not in argument for argument in arguments):
         raise UserError("Name at least one recipe, such as: composer train.py yamls/quickstart.yaml [key=value …]")
     for argument in arguments:
-        merged = OmegaConf.merge(merged, _read(argument))
+        merged = _set(merged, argument) if "=" in argument else OmegaConf.merge(merged, _read(argument))
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -109,12 +110,21 @@ def _has_default(f: "dataclasses.Field[Any]") -> bool:
     return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
 
 
-def _read(argument: str) -> DictConfig:
+def _set(merged: Any, argument: str) -> Any:
+    """Applies `a.b=value` or `a.list[0].b=value`; the value is YAML."""
+    key, _, text = argument.partition("=")
     try:
-        if "=" in argument:
-            return OmegaConf.from_dotlist([argument])
-        if not Path(argument).is_file():
-            raise UserError(f"There is no recipe {argument}; give a YAML file, or key=value to change one key.")
+        value = OmegaConf.from_dotlist([f"value={text}"]).value
+        OmegaConf.update(merged, key, value, merge=True, force_add=True)
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError, ValueError) as error:
+        raise UserError(f"{argument}: this cannot be set; give key=value with a key of the recipe. ({error})") from error
+    return merged
+
+
+def _read(argument: str) -> DictConfig:
+    if not Path(argument).is_file():
+        raise UserError(f"There is no recipe {argument}; give a YAML file, or key=value to change one key.")
+    try:
         config = OmegaConf.load(argument)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{argument} is not valid YAML: {error}") from error
@@ -159,6 +169,10 @@ def check(recipe: Recipe) -> None:
     _check_spec(registry.models, recipe.model, "model", frozenset({"seed"}))
     _check_spec(registry.optimizers, recipe.optimizer, "optimizer", frozenset({"model", "params"}))
     _check_spec(registry.schedulers, recipe.scheduler, "scheduler")
+    times = {key: getattr(recipe, key) for key in ("max_duration", "eval_interval", "save_interval")}
+    times |= {f"scheduler.{key}": value for key, value in recipe.scheduler.items() if key.startswith("t_")}
+    for path, time in times.items():
+        _check_time(time, path)
     for key in ("train_loader", "eval_loader"):
         if spec := getattr(recipe, key):
             _check_spec(registry.loaders, spec, key, _LOADER_PROVIDED, also=frozenset({"source"}))
@@ -167,6 +181,15 @@ def check(recipe: Recipe) -> None:
             path = f"{kind}.{name}"
             target = getattr(registry, kind).get(name, path)
             _check_call(target, arguments, path, _PROVIDED.get(name, _NONE))
+
+
+def _check_time(time: Any, path: str) -> None:
+    try:
+        unit = Time.from_timestring(str(time)).unit
+    except ValueError as error:
+        raise UserError(f"{path}: {time!r} is no time such as 1000ba, 3ep, 64000sp or 0.5dur.") from error
+    if path == "max_duration" and unit in (TimeUnit.SECOND, TimeUnit.DURATION):
+        raise UserError(f"{path}: {time} must be a number of batches, epochs or samples, such as 1000ba.")
 
 
 def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]:

@@ -6,12 +6,14 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from composer import Trainer
-from composer.core import DataSpec, Evaluator
+from composer.core import DataSpec, Evaluator, Precision
 from composer.utils import FSDP2Config, ParallelismConfig, dist, get_device, reproducibility
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +23,7 @@ from prx_composer.callbacks.data_monitor import DataMonitor
 from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.callbacks.random_step import RandomStep
 from prx_composer.config import Recipe, build, build_all, split
+from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import Manifest, iterate_captions
 from prx_composer.data.sources import prepare
 from prx_composer.errors import UserError
@@ -96,6 +99,10 @@ def build_trainer(recipe: Recipe) -> Trainer:
     device = get_device(None)
     dist.initialize_dist(device, timeout=recipe.dist_timeout)
     microbatch_size = recipe.device_train_microbatch_size or recipe.global_train_batch_size // dist.get_world_size()
+    if recipe.precision not in (allowed := [p.value for p in Precision]):
+        raise UserError(f"precision: {recipe.precision!r} is none of {', '.join(allowed)}.")
+    if device.name == "cpu" and recipe.precision != "fp32":
+        raise UserError(f"precision: {recipe.precision} needs a GPU, and there is none here; use precision=fp32.")
     check_batch_sizes("", recipe.global_train_batch_size, microbatch_size, dist.get_world_size())
 
     folder = Path(recipe.run_folder)
@@ -112,7 +119,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     provided: dict[str, Any] = {"folder": str(folder), "image_size": recipe.image_size}
     loggers = build_all(registry.loggers, "loggers", {"metrics_file": {}} | recipe.loggers, **provided)
     callbacks = build_all(registry.callbacks, "callbacks", recipe.callbacks, **provided)
-    return Trainer(
+    options: dict[str, Any] = dict(
         run_name=recipe.run_name,
         model=model,
         optimizers=optimizer,
@@ -137,6 +144,13 @@ def build_trainer(recipe: Recipe) -> Trainer:
         progress_bar=recipe.progress_bar,
         dist_timeout=recipe.dist_timeout,
     )
+    try:
+        return Trainer(**options)
+    except UserError:
+        raise
+    except ValueError as error:  # Composer's word for what a configuration asks and it doesn't do
+        log.debug("Composer refused the recipe", exc_info=True)
+        raise UserError(str(error)) from error
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
@@ -192,10 +206,22 @@ def _prepare_data(recipe: Recipe) -> None:
             if "path" not in spec:
                 raise UserError(f"{key}.path is missing: the folder that the source is to make the data set in.")
             source = build(registry.sources, name, arguments, f"{key}.source")
-            try:
+            with _at(key):
                 prepare(Path(spec["path"]), source, spec["source"])
-            except ValueError as error:
-                raise UserError(f"{key}: {error}") from error
+        if spec and spec["name"] == "image_caption" and not spec.get("remote"):
+            with _at(key):
+                read_manifest(spec["path"], spec.get("split", "train"), spec.get("captions"))
+
+
+@contextmanager
+def _at(path: str) -> Iterator[None]:
+    """What is wrong with a value of the recipe is said with its YAML path."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _build_loader(recipe: Recipe, key: str, model: TextToImage, global_batch_size: int, **overrides: Any) -> DataSpec:
@@ -244,7 +270,7 @@ def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Pa
     path = "model.text_encoder.tokenizer"
     if folder.exists():
         return load_tokenizer(str(folder))
-    try:
+    with _at(path):
         if isinstance(spec, str):
             tokenizer = load_tokenizer(spec, revision)
         elif isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size"} and spec.get("train"):
@@ -254,10 +280,6 @@ def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Pa
             tokenizer = train_tokenizer(captions, spec.get("vocab_size", 4096))
         else:
             raise UserError(f"{path}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: {error}") from error
     if dist.get_local_rank() == 0:
         tokenizer.save_pretrained(str(folder))
     return tokenizer

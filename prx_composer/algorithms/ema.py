@@ -15,14 +15,12 @@ from prx_composer.errors import UserError
 
 __all__ = ["EMA", "WeightAverage", "clean_name"]
 
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 def clean_name(name: str) -> str:
     """A parameter's name without what DDP, FSDP, compile or checkpointing put around it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.removeprefix("module.").split(".") if part not in _WRAPPERS)
 
 
 def _local(tensor: Tensor) -> Tensor:

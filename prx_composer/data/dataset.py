@@ -13,11 +13,12 @@ from torch.utils.data import Dataset, get_worker_info
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.transforms import decode_image
+from prx_composer.errors import UserError
 
 if TYPE_CHECKING:
     from prx_composer.data.sampler import SampleRequest
 
-__all__ = ["ImageCaptionDataset", "UndecodableError"]
+__all__ = ["ImageCaptionDataset", "UndecodableError", "read_manifest"]
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,28 @@ UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 MIN_SEEN_FOR_RATE = 500
 
 
-class UndecodableError(RuntimeError):
+class UndecodableError(UserError):
     """Too many samples of a data set cannot be decoded to go on."""
+
+
+def read_manifest(path: str | Path, split: str, captions: dict[str, float] | None) -> Manifest:
+    """The manifest of a split that has the captions asked for.
+
+    Raises:
+        ValueError: no such folder, no samples, no such caption column, impossible weights.
+    """
+    folder = Path(path) / split
+    if not (folder / MANIFEST).exists():
+        raise ValueError(
+            f"There is no data set in {folder}: it has no {MANIFEST}. Set `path` and `split` to one, or name a `source` to make it from."
+        )
+    manifest = Manifest.read(folder)
+    for column, weight in (captions or {}).items():
+        if column not in manifest.captions:
+            raise ValueError(f"captions: no caption column {column!r}; the data set has {', '.join(manifest.captions)}.")
+        if weight < 0 or sum((captions or {}).values()) <= 0:
+            raise ValueError(f"captions: weights must be non-negative with a positive sum, not {captions}.")
+    return manifest
 
 
 class ImageCaptionDataset(Dataset):
@@ -64,15 +85,8 @@ class ImageCaptionDataset(Dataset):
             folder.mkdir(parents=True, exist_ok=True)
             source, target = f"{remote}/{split}/{MANIFEST}", str(folder / MANIFEST)
             CloudDownloader.get(source).download(source, target)
-        if not (folder / MANIFEST).exists():
-            raise ValueError(f"There is no data set in {folder}: it has no {MANIFEST}.")
-        self.manifest = Manifest.read(folder)
+        self.manifest = read_manifest(path, split, captions)
         self.captions = captions or {self.manifest.captions[0]: 1.0}
-        for column, weight in self.captions.items():
-            if column not in self.manifest.captions:
-                raise ValueError(f"no caption column {column!r}; the data set has {', '.join(self.manifest.captions)}.")
-            if weight < 0 or sum(self.captions.values()) <= 0:
-                raise ValueError(f"weights must be non-negative with a positive sum, not {dict(self.captions)}.")
         self.buckets: list[Bucket] = sorted(self.manifest.buckets)
         streams = [
             Stream(local=str(folder / str(bucket)), remote=f"{remote}/{split}/{bucket}" if remote else None)
@@ -146,9 +160,9 @@ class ImageCaptionDataset(Dataset):
         return {"sample_in_epoch": num_samples, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the checkpoint was written with other data: the order of samples would not be the same."""
+        """Raises UserError if the checkpoint was written with other data: the order of samples would not be the same."""
         if state["counts"] != self.counts:
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint was trained on a data set with {sum(state['counts'])} samples in {len(state['counts'])} "
                 f"buckets, but train_loader.path has {len(self)} in {len(self.counts)}. Resume with the same data, or "
                 "start a new run with another run_name."

@@ -9,7 +9,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from prx_composer.data.dataset import ImageCaptionDataset
+from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.sampler import BucketBatchSampler
 from prx_composer.models.text_encoder import tokenize
 
@@ -61,10 +61,13 @@ class ImageCaptionLoader(DataLoader):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not self._pass_ended:
-            for batch in super().__iter__():
-                yield batch
-                if self._pass_ended:
-                    break
+            try:
+                for batch in super().__iter__():
+                    yield batch
+                    if self._pass_ended:
+                        break
+            except UndecodableError as error:  # from a worker it comes with the worker's traceback in its text
+                raise UndecodableError(str(error).strip().rsplit("UndecodableError: ", 1)[-1]) from None
         else:
             self.dataset.take_start_sample()  # the position belonged to the pass that is over
         self._pass_ended = False

@@ -96,5 +96,5 @@ class FlowMatching:
         if self.prediction == "v":
             error = prediction.float() - self.velocity(x0, noise).float()
         else:
-            error = (prediction.float() - x0.float()) / _over_image(t).clamp_min(self.min_timestep)
+            error = (prediction.float() - x0.float()) / _over_image(t.float()).clamp_min(self.min_timestep)
         return error.square().flatten(1).mean(1)

@@ -1,7 +1,8 @@
 """Text encoders: any Hugging Face encoder, frozen or trained along, with its tokenizer."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,23 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrain
     )
 
 
+@contextmanager
+def says_how_to_get(name: str) -> Iterator[None]:
+    """Gives the hub's many errors one form: which weights, why not, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"{name} cannot be loaded: {reason} If it is gated, accept its licence and run `hf auth login`; without a network, "
+            "download it elsewhere and give its folder instead of the hub id."
+        ) from error
+
+
 def load_tokenizer(name_or_folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer by hub id or folder; one without a padding token pads with its end token."""
-    tokenizer = AutoTokenizer.from_pretrained(name_or_folder, revision=revision)
+    with says_how_to_get(name_or_folder):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, revision=revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -52,18 +67,18 @@ def _text_tower(model: nn.Module) -> nn.Module:
     """The part of a multimodal or encoder-decoder model that reads text."""
     if getattr(model.config, "is_encoder_decoder", False):
         return model.get_encoder()  # pyright: ignore[reportCallIssue]
-    for name in ("language_model", "text_model"):
-        if isinstance(tower := getattr(model, name, None), nn.Module):
-            return tower
+    if hasattr(model, "vision_model") or hasattr(model, "visual"):
+        return getattr(model, "language_model", None) or model.text_model  # pyright: ignore[reportReturnType]
     return model
 
 
 def _build_encoder(pretrained: str | None, config: dict[str, Any] | None, revision: str | None, vocab_size: int) -> nn.Module:
     if pretrained is not None:
-        hf_config = AutoConfig.from_pretrained(pretrained, revision=revision)
-        cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), AutoModel)
-        extra = {"is_encoder_decoder": False} if hf_config.model_type == "t5gemma" else {}
-        return _text_tower(cls.from_pretrained(pretrained, revision=revision, **extra))
+        with says_how_to_get(pretrained):
+            hf_config = AutoConfig.from_pretrained(pretrained, revision=revision)
+            cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), AutoModel)
+            extra = {"is_encoder_decoder": False} if hf_config.model_type == "t5gemma" else {}
+            return _text_tower(cls.from_pretrained(pretrained, revision=revision, **extra))
     arguments = dict(config or {})
     if "model_type" not in arguments:
         raise ValueError("text_encoder.config needs `model_type`, a transformers model type such as t5, t5gemma, qwen3_vl_text.")
@@ -118,6 +133,7 @@ class HuggingFaceTextEncoder(nn.Module):
                 "set model.text_encoder.tokenizer to the encoder's own, or leave vocab_size out of its config."
             )
         hf_config: Any = encoder.config
+        hf_config = getattr(hf_config, "encoder", hf_config)  # T5Gemma's configuration holds two
         self.hidden_size = int(hf_config.hidden_size)
         self._layers = int(hf_config.num_hidden_layers)
         head_dim = getattr(hf_config, "head_dim", None) or getattr(hf_config, "d_kv", None)

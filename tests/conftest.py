@@ -1,0 +1,112 @@
+"""Shared: a tiny model with real classes and random weights, and a tiny recipe on procedural data."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from prx_composer.data.shapes import ShapesSource, all_scenes
+from prx_composer.data.sources import prepare
+from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
+from prx_composer.models.text_encoder import train_tokenizer
+
+TINY_BACKBONE = dict(in_channels=3, patch_size=4, context_in_dim=24, hidden_size=32, num_heads=2, depth=2, mlp_ratio=2.0)
+TINY_T5 = dict(model_type="t5", d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+SOURCE = {"name": "shapes", "image_size": 16, "images_per_scene": 1, "heldout": 30}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return train_tokenizer(scene.caption for scene in all_scenes())
+
+
+@pytest.fixture
+def tiny_model(tokenizer: Any) -> Callable[..., TextToImage]:
+    """Builds a model whose zero-initialised layers are randomised, so that every part of it matters."""
+
+    def build(seed: int = 0, flow: FlowMatching | None = None, trainable_text: bool = True, **backbone: Any) -> TextToImage:
+        torch.manual_seed(seed)
+        encoder = HuggingFaceTextEncoder(tokenizer, config=TINY_T5, max_tokens=14, trainable=trainable_text)
+        model = TextToImage(PRXBackbone(**(TINY_BACKBONE | backbone)), encoder, flow, seed=seed)
+        with torch.no_grad():
+            for parameter in model.backbone.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.05)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def tiny_batch(tokenizer: Any) -> dict[str, torch.Tensor]:
+    from prx_composer.models.text_encoder import tokenize
+
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (4, 3, 16, 24), generator=generator, dtype=torch.uint8)
+    captions = [scene.caption for scene in all_scenes()[::70]]
+    return {"image": image, **tokenize(tokenizer, captions, 14), "sample_id": torch.arange(4)}
+
+
+@pytest.fixture(scope="session")
+def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "shapes"
+    arguments = {key: value for key, value in SOURCE.items() if key != "name"}
+    prepare(path, ShapesSource(**arguments), SOURCE)  # pyright: ignore[reportArgumentType]
+    return path
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, shapes_data: Path) -> dict[str, Any]:
+    """A recipe as YAML would give it: two stages, EMA, clipping; seconds on a CPU."""
+    return {
+        "run_name": "tiny",
+        "run_folder": str(tmp_path / "runs" / "${run_name}"),
+        "model": {
+            "name": "text_to_image",
+            "backbone": {"name": "prx", **TINY_BACKBONE},
+            "text_encoder": {
+                "name": "huggingface",
+                "config": dict(TINY_T5),
+                "tokenizer": {"train": True},
+                "max_tokens": 14,
+                "trainable": True,
+            },
+        },
+        "train_loader": {"name": "image_caption", "path": str(shapes_data), "source": dict(SOURCE)},
+        "image_size": 16,
+        "global_train_batch_size": 48,
+        "device_train_microbatch_size": 24,
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+        "max_duration": "8ba",
+        "algorithms": {
+            "gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1.0},
+            "ema": {"half_life": "4ba", "update_interval": "2ba"},
+            "progressive_resolution": {
+                "stages": [
+                    {"until": "4ba", "image_size": 8, "global_train_batch_size": 48, "device_train_microbatch_size": 24},
+                    {"image_size": 16, "global_train_batch_size": 24, "device_train_microbatch_size": 12},
+                ]
+            },
+        },
+        "progress_bar": False,
+        "save_interval": "2ba",
+        "save_num_checkpoints_to_keep": -1,
+    }
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    def write(recipe: dict[str, Any], name: str = "recipe.yaml") -> str:
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        return str(path)
+
+    return write

@@ -1,0 +1,113 @@
+"""Recipes: merging, and one clear message, with the YAML path, for everything that is wrong before anything is built."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from prx_composer import config, registry
+from prx_composer.errors import UserError
+
+Write = Callable[..., str]
+Recipe = dict[str, Any]
+
+
+def test_recipes_merge_left_to_right_and_arguments_win(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    second = write_recipe({"seed": 5, "model": {"backbone": {"depth": 3}}, "optimizer": {"lr": 0.5}}, "second.yaml")
+    recipe = config.load([write_recipe(tiny_recipe), second, "optimizer.lr=1e-4", "algorithms.ema=false", "seed=6"])
+    assert recipe.seed == 6 and recipe.optimizer["lr"] == 1e-4 and recipe.model["backbone"]["depth"] == 3
+    assert recipe.model["backbone"]["hidden_size"] == 32, "what a later file doesn't name stays"
+    assert [name for name, _ in config.entries(recipe.algorithms, "algorithms")] == ["gradient_clipping", "progressive_resolution"]
+    assert recipe.run_folder.endswith("runs/tiny")
+
+
+def test_every_shipped_recipe_is_valid() -> None:
+    recipes = sorted(Path("yamls").rglob("*.yaml"))
+    assert len(recipes) >= 2
+    for path in recipes:
+        config.check(config.load([str(path)]))
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "key": (["modle.caption_dropout=0.1"], r"modle: no such key in a recipe. Did you mean 'model'\?"),
+    "component": (["algorithms.emma={}"], r"algorithms.emma: there is no 'emma' among the algorithms. Did you mean 'ema'\?"),
+    "backbone": (["model.backbone.name=prxx"], r"model.backbone: there is no 'prxx'.* Did you mean 'prx'"),
+    "argument": (["model.backbone.hiden_size=3"], r"model.backbone.hiden_size: no such argument. Did you mean 'hidden_size'"),
+    "loader": (["train_loader.shufle=true"], r"train_loader.shufle: no such argument. Did you mean 'shuffle'"),
+    "source": (["train_loader.source.heldot=3"], r"train_loader.source.heldot: no such argument. Did you mean 'heldout'"),
+    "callback": (["callbacks.images.promts=[a]"], r"callbacks.images.promts: no such argument. Did you mean 'prompts'"),
+    "missing": (["callbacks.images={}"], r"callbacks.images lacks the argument 'prompts'"),
+    "type": (["model.backbone.depth=four"], r"model.backbone.depth: expected an integer, not 'four'"),
+    "top-level type": (["global_train_batch_size=many"], r"global_train_batch_size: expected an integer, not 'many'"),
+    "flow": (["model.flow.predicton=x"], r"model.flow.predicton: no such argument. Did you mean 'prediction'"),
+    "literal": (["model.flow.prediction=eps"], r"model.flow.prediction: 'eps' is none of 'x', 'v'"),
+    "stage": (["algorithms.progressive_resolution.stages=[{until: 3ba}]"], r"stages\[0\] lacks the argument 'image_size'"),
+    "stage key": (
+        ["algorithms.progressive_resolution.stages=[{image_sise: 8}]"],
+        r"algorithms.progressive_resolution.stages\[0\].image_sise: no such argument. Did you mean 'image_size'",
+    ),
+    "no name": (["optimizer={lr: 1.0}", "optimizer.name=null"], r"optimizer must be a mapping with a `name`"),
+    "entry": (["algorithms.ema=3"], r"algorithms.ema must be a mapping of arguments, or false to leave it out, not 3"),
+    "interpolation": (["run_name=${nothing}"], r"nothing"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_ends_in_one_message_with_its_path(name: str, tiny_recipe: Recipe, write_recipe: Write) -> None:
+    arguments, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        config.check(config.load([write_recipe(tiny_recipe), *arguments]))
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [1", "not valid YAML"), ("- 1", "mapping"), (None, "There is no recipe")])
+def test_files_that_are_no_recipes(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        config.load([str(path)])
+
+
+def test_a_missing_key_is_named(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    del tiny_recipe["optimizer"], tiny_recipe["max_duration"]
+    with pytest.raises(UserError, match="lacks optimizer, max_duration|lacks max_duration, optimizer"):
+        config.load([write_recipe(tiny_recipe)])
+    with pytest.raises(UserError, match="at least one recipe"):
+        config.load(["seed=3"])
+
+
+def test_ones_own_component_is_found_through_code_paths(tmp_path: Path) -> None:
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "from composer.core import Algorithm\n"
+        "from prx_composer import registry\n"
+        "@registry.algorithms.register('mine')\n"
+        "class Mine(Algorithm):\n"
+        "    def __init__(self, strength: float = 1.0): self.strength = strength\n"
+        "    def match(self, event, state): return False\n"
+        "    def apply(self, event, state, logger): ...\n"
+    )
+    config.import_code([str(code)])
+    built = config.build_all(registry.algorithms, "algorithms", {"mine": {"strength": 2.0}})
+    assert built[0].strength == 2.0
+    with pytest.raises(UserError, match=r"code_paths\[0\]"):
+        config.import_code([str(tmp_path / "yours.py")])
+
+
+def test_every_builtin_name_can_be_imported() -> None:
+    for kind in vars(registry).values():
+        if isinstance(kind, registry.Registry):
+            for name in kind.names():
+                assert callable(kind.get(name, name))
+
+
+def test_recipes_survive_being_saved(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    import dataclasses
+
+    recipe = config.load([write_recipe(tiny_recipe)])
+    saved = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
+    path = write_recipe({}, "saved.yaml")
+    Path(path).write_text(saved)
+    assert config.load([path]) == recipe

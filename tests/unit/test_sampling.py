@@ -1,0 +1,90 @@
+"""Sampling against diffusers' own pipeline and against the exact solution."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
+from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+from prx_composer.models import FlowMatching, TextToImage
+from prx_composer.models.sampling import initial_noise, sample_flow
+
+Build = Callable[..., TextToImage]
+PROMPT = "a red circle on the left of a white background"
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 8)])
+def test_draws_what_the_prx_pixel_pipeline_draws(tiny_model: Build, guidance_scale: float, height: int, width: int) -> None:
+    model = tiny_model(flow=FlowMatching(noise_scale=2.0, timestep_shift=3.0), resolution_embeds=True, bottleneck_size=6)
+    transformer = PRXTransformer2DModel(**model.backbone.config)
+    transformer.load_state_dict(model.backbone.state_dict())
+    pipeline = PRXPixelPipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        model.text_encoder.encoder,  # pyright: ignore[reportArgumentType]
+        model.text_encoder.tokenizer,
+        default_sample_size=16,
+        prompt_max_tokens=14,
+        noise_scale=2.0,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise = initial_noise([7], (3, height, width), torch.device("cpu"))
+    options: Any = dict(height=height, width=width, num_inference_steps=6, guidance_scale=guidance_scale)
+    expected = pipeline(PROMPT, latents=noise * 2.0, output_type="pt", use_resolution_binning=False, **options).images
+
+    device = torch.device("cpu")
+    text, null = model.encode_prompts([PROMPT], device), model.encode_prompts([""], device)
+    with torch.no_grad():
+        ours = sample_flow(
+            lambda x_t, t: model.guidance(model._predict, x_t, t, text, null, guidance_scale), model.flow, noise, 6
+        )
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    drawn = model.generate([PROMPT], seeds=[7], **options)
+    assert torch.equal(drawn, model.autoencoder.decode(expected)) or (drawn.int() - model.autoencoder.decode(expected).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_euler_follows_a_straight_path_exactly(prediction: str) -> None:
+    flow = FlowMatching(prediction=prediction, noise_scale=2.0, timestep_shift=3.0, min_timestep=1e-3)  # pyright: ignore[reportArgumentType]
+    x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    target = x0 if prediction == "x" else flow.velocity(x0, noise)
+    torch.testing.assert_close(sample_flow(lambda x_t, t: target, flow, noise, 9), x0, atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_depends_on_its_own_prompt_and_seed_only(tiny_model: Build) -> None:
+    model = tiny_model()
+    prompts = [PROMPT, "a blue ring in the centre of a black background", "a green cross on the right of a grey background"]
+    options: Any = dict(height=16, width=16, num_inference_steps=3, guidance_scale=2.0)
+    together = model.generate(prompts, seeds=[5, 6, 7], **options)
+    alone = model.generate(prompts[1:2], seeds=[6], **options)
+    assert (together[1].int() - alone[0].int()).abs().max() <= 1  # kernels may round differently by batch size
+    other = model.generate(prompts[1:2], seeds=[8], **options)
+    assert (other[0].int() - alone[0].int()).abs().max() > 10
+
+
+def test_guidance_uses_one_backbone_call_per_step(tiny_model: Build) -> None:
+    model = tiny_model()
+    calls: list[int] = []
+    model.backbone.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    model.generate([PROMPT] * 2, 16, 16, num_inference_steps=5, guidance_scale=3.0)
+    model.generate([PROMPT] * 2, 16, 16, num_inference_steps=5, guidance_scale=1.0)
+    assert calls == [4] * 5 + [2] * 5
+
+
+def test_generating_leaves_mode_and_random_state_alone(tiny_model: Build) -> None:
+    model = tiny_model().train()
+    before = torch.get_rng_state()
+    model.generate([PROMPT], 16, 16, num_inference_steps=2)
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+
+
+def test_impossible_requests_are_refused(tiny_model: Build) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="divisible by 4"):
+        model.generate([PROMPT], 18, 16)
+    with pytest.raises(ValueError, match="seeds"):
+        model.generate([PROMPT], 16, 16, seeds=[1, 2])
