@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from composer.core import Algorithm, Event, State, Time, TimeUnit
+from composer.core import Algorithm, Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -73,8 +73,7 @@ class WeightAverage:
 
     def state_dict(self, full: bool = False) -> dict[str, Tensor]:
         """Name → average; with `full`, sharded tensors are gathered (a collective)."""
-        gather = {name: t.full_tensor() if full and isinstance(t, DTensor) else t for name, t in self.average.items()}
-        return gather
+        return {name: t.full_tensor() if full and isinstance(t, DTensor) else t for name, t in self.average.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -87,6 +86,23 @@ class WeightAverage:
             if isinstance(average, DTensor) and not isinstance(loaded, DTensor):
                 loaded = distribute_tensor(loaded.to(average.device), average.device_mesh, average.placements)
             _local(average).copy_(_local(loaded))
+
+
+class AverageState(Callback):
+    """Carries a `WeightAverage` in and out of checkpoints.
+
+    Composer puts callbacks' states into a sharded checkpoint tensor by tensor, but an algorithm's as one pickled object of
+    rank 0, from which every other rank would load rank 0's shard.
+    """
+
+    def __init__(self, average: WeightAverage, gather: bool):
+        self._average, self._gather = average, gather
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self._average.state_dict(full=self._gather)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._average.load_state_dict(state["average"])
 
 
 class EMA(Algorithm):
@@ -131,7 +147,6 @@ class EMA(Algorithm):
         self.average: WeightAverage | None = None
         self._started = False
         self._swapped = False
-        self._gather = False
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.BEFORE_LOAD, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
@@ -142,8 +157,8 @@ class EMA(Algorithm):
                 raise UserError("algorithms.ema needs a model with a `sampling_weights` seam, such as text_to_image.")
             state.model.sampling_weights = self.sampling_weights  # pyright: ignore[reportAttributeAccessIssue]
         elif event == Event.BEFORE_LOAD:  # parameters are sharded now and will stay the objects that they are
-            self._gather = state.fsdp_state_dict_type == "full"
             self.average = WeightAverage(state.model)
+            state.callbacks.append(AverageState(self.average, gather=state.fsdp_state_dict_type == "full"))
         elif event == Event.BATCH_END:
             self._update(state)
         elif event == Event.EVAL_START and self._started:
@@ -178,13 +193,7 @@ class EMA(Algorithm):
             self.average.update(self.smoothing**self.interval)
 
     def state_dict(self) -> dict[str, Any]:
-        if self.average is None:
-            return {}
-        return {"started": self._started, "average": self.average.state_dict(full=self._gather)}
+        return {"started": self._started}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert self.average is not None
-        if not state.get("average"):
-            raise UserError("The checkpoint has no EMA weights; resume without algorithms.ema, or start a new run.")
         self._started = bool(state["started"])
-        self.average.load_state_dict(state["average"])

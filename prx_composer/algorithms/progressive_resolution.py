@@ -120,6 +120,7 @@ class ProgressiveResolution(Algorithm):
         stage = self.stage
         self._loader(state).set_stage(stage.image_size, stage.global_train_batch_size)
         state.device_train_microbatch_size = stage.device_train_microbatch_size
+        state.dataloader_len = -1  # read again: Composer would cut the new stage's passes to the old one's length
 
     def _check(self, state: State) -> None:
         loader = self._loader(state)

@@ -47,11 +47,28 @@ class AuxiliaryLoss(nn.Module):
         self.active = True
 
 
-class AuxiliaryLosses(nn.ModuleDict):
-    """The named auxiliary losses, called as one module so that FSDP gathers their parameters."""
+class AuxiliaryLosses(nn.Module):
+    """The auxiliary losses by name, called as one module so that FSDP gathers their parameters (it refuses a ModuleDict)."""
+
+    def __setitem__(self, name: str, loss: AuxiliaryLoss) -> None:
+        self.add_module(name, loss)
+
+    def __getitem__(self, name: str) -> AuxiliaryLoss:
+        return self.get_submodule(name)  # pyright: ignore[reportReturnType]
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
     def forward(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {name: loss.weight * loss(outputs, batch) for name, loss in self.items() if loss.active}  # pyright: ignore
+        """The weighted terms of the losses that are active."""
+        named: Any = self.named_children()
+        return {name: loss.weight * loss(outputs, batch) for name, loss in named if loss.active}
 
 
 class TimestepMSE(Metric):

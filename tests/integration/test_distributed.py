@@ -59,11 +59,11 @@ def test_ddp_and_fsdp2_train_the_same_curve_and_ema_and_fsdp2_resumes(tiny_recip
     dcp_to_torch_save(sharded, tmp_path / "full.pt")
     theirs = torch.load(runs / "ddp" / "checkpoints" / "ba20-rank0.pt", weights_only=False)["state"]
     ours = torch.load(tmp_path / "full.pt", weights_only=False)["state"]
-    average = dict(theirs["algorithms"])["EMA"]["average"]
+    average = theirs["callbacks"]["AverageState"]["average"]
     assert all(name.startswith(("backbone.", "text_encoder.")) for name in average), "no wrapper in a name"
     for name, value in theirs["model"].items():
         torch.testing.assert_close(ours["model"][name], value, atol=2e-4, rtol=1e-3)
-    found = dict(ours["algorithms"])["EMA"]["average"]
+    found = ours["callbacks"]["AverageState"]["average"]
     for name, value in average.items():
         torch.testing.assert_close(found[name], value, atol=2e-4, rtol=1e-3)
 

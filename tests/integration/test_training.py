@@ -96,21 +96,21 @@ def test_images_are_drawn_from_the_averaged_weights(tiny_recipe: Recipe, write_r
 # -------------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("stop", ["2ba", "4ba", "6ba"], ids=["in stage 1", "at the switch", "in stage 2"])
+@pytest.mark.parametrize("stop", ["2ba", "4ba", "10ba"], ids=["in stage 1", "at the switch", "in stage 2"])
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stop: str, tiny_recipe: Recipe, write_recipe: Write) -> None:
-    whole = tiny_recipe
+    whole = tiny_recipe | {"max_duration": "12ba"}
     run(config.load([write_recipe(whole)]))
-    parts = copy.deepcopy(tiny_recipe) | {"run_name": "parts", "autoresume": True}
+    assert read_metrics(folder_of(whole) / "metrics.jsonl")[10]["time/sample_in_epoch"] == 6 * 24, "a pass has its own stage's length"
+    parts = copy.deepcopy(whole) | {"run_name": "parts", "autoresume": True}
     path = write_recipe(parts, "parts.yaml")
-    stages = "algorithms.progressive_resolution.stages.0.until=4ba"
-    run(config.load([path, f"max_duration={stop}", stages]))
+    run(config.load([path, f"max_duration={stop}"]))
     assert max(losses(folder_of(parts))) == int(stop[:-2])
-    run(config.load([path, stages]))
+    run(config.load([path]))
 
-    assert losses(folder_of(parts)) == losses(folder_of(whole)) and len(losses(folder_of(parts))) == 8
-    expected, found = final_state(folder_of(whole)), final_state(folder_of(parts))
+    assert losses(folder_of(parts)) == losses(folder_of(whole)) and len(losses(folder_of(parts))) == 12
+    expected, found = final_state(folder_of(whole), 12), final_state(folder_of(parts), 12)
     assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
-    averages = [dict(state["algorithms"])["EMA"]["average"] for state in (expected, found)]
+    averages = [state["callbacks"]["AverageState"]["average"] for state in (expected, found)]
     assert all(torch.equal(averages[1][name], value) for name, value in averages[0].items())
     assert found["timestamp"]["Timestamp"]["epoch"] == expected["timestamp"]["Timestamp"]["epoch"]
 

@@ -103,13 +103,15 @@ def test_before_its_start_the_plain_weights_are_lent(tiny_model: Build) -> None:
 def test_state_has_plain_names_and_refuses_another_model(tiny_model: Build) -> None:
     ema = EMA(smoothing=0.9)
     drive(ema, tiny_model(), 2)
-    state = ema.state_dict()
-    assert set(state["average"]) == {name for name, _ in tiny_model().named_parameters()}
+    assert ema.average is not None
+    state = ema.average.state_dict()
+    assert set(state) == {name for name, _ in tiny_model().named_parameters()}
     assert clean_name("module.backbone._orig_mod.blocks.0._fsdp_wrapped_module.up_proj.weight") == "backbone.blocks.0.up_proj.weight"
     other = EMA(smoothing=0.9)
     drive(other, tiny_model(depth=1), 1)
+    assert other.average is not None
     with pytest.raises(ValueError, match="another model"):
-        other.load_state_dict(state)
+        other.average.load_state_dict(state)
 
 
 @pytest.mark.parametrize(

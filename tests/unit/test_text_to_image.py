@@ -24,7 +24,7 @@ def test_loss_is_the_v_space_error_and_terms_sum_to_total(tiny_model: Build, tin
     model = tiny_model(flow=FlowMatching(prediction="v"))
     model.auxiliary_losses["brightness"] = Brightness(weight=0.5)
     model.auxiliary_losses["asleep"] = Brightness(weight=9.0)
-    model.auxiliary_losses["asleep"].active = False  # pyright: ignore[reportArgumentType]
+    model.auxiliary_losses["asleep"].active = False
     out = model(tiny_batch)
     loss = model.loss(out, tiny_batch)
     assert loss.keys() == {"total", "flow", "brightness"}
