@@ -80,7 +80,7 @@ def load(arguments: list[str]) -> Recipe:
     if not any("=" not in argument for argument in arguments):
         raise UserError("Name at least one recipe, such as: composer train.py yamls/quickstart.yaml [key=value …]")
     for argument in arguments:
-        merged = _set(merged, argument) if "=" in argument else OmegaConf.merge(merged, _read(argument))
+        merged = _set(merged, argument) if "=" in argument else _merge(merged, _read(argument))
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -108,6 +108,23 @@ class _Defaults:
 
 def _has_default(f: "dataclasses.Field[Any]") -> bool:
     return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+
+
+def _merge(below: Any, above: DictConfig) -> Any:
+    """Merges two recipes; a component of another name replaces the one below instead of inheriting its arguments."""
+    below = below.copy()
+    _drop_replaced(below, above)
+    return OmegaConf.merge(below, above)
+
+
+def _drop_replaced(below: Any, above: DictConfig) -> None:
+    for key in above:
+        old, new = (config._get_node(key) for config in (below, above))
+        if isinstance(old, DictConfig) and isinstance(new, DictConfig):
+            if "name" in old and "name" in new and old.get("name") != new.get("name"):
+                del below[key]
+            else:
+                _drop_replaced(old, new)
 
 
 def _set(merged: Any, argument: str) -> Any:
@@ -209,7 +226,9 @@ def split(spec: Any, path: str) -> tuple[str, Spec]:
     return spec["name"], {key: value for key, value in spec.items() if key != "name"}
 
 
-def _check_spec(components: Registry, spec: Any, path: str, provided: frozenset[str] = _NONE, also: frozenset[str] = _NONE) -> None:
+def _check_spec(
+    components: Registry, spec: Any, path: str, provided: frozenset[str] = _NONE, also: frozenset[str] = _NONE
+) -> None:
     name, arguments = split(spec, path)
     _check_call(components.get(name, path), arguments, path, provided, also)
 
@@ -245,45 +264,41 @@ def _hints(function: Any) -> dict[str, Any]:
 
 def _check_type(value: Any, hint: Any, path: str) -> None:
     """Compares a YAML value with an annotation, as far as the annotation is one that YAML can express."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
+    if value is None and type(None) in options:
+        return
+    for option in options:
+        item = next(iter(typing.get_args(option)), None)
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            _check_call(option, value, path)
             return
-        mappings = [option for option in options if dataclasses.is_dataclass(option)]
-        if isinstance(value, dict) and mappings:
-            return _check_type(value, mappings[0], path)
-        known = [option for option in options if _plain_name(option)]
-        if len(known) == len(options) and not any(_matches(value, option) for option in options):
-            raise UserError(f"{path}: expected {' or '.join(_plain_name(o) for o in known)}, not {value!r}.")
-        return
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(f"{path} must be a mapping, not {value!r}.")
-        return _check_call(hint, value, path)
-    item = next(iter(typing.get_args(hint)), None)
-    if dataclasses.is_dataclass(item) and isinstance(value, list):
-        for index, element in enumerate(value):
-            _check_type(element, item, f"{path}[{index}]")
-        return
-    if origin is typing.Literal:
-        if value not in typing.get_args(hint):
-            raise UserError(f"{path}: {value!r} is none of {', '.join(map(repr, typing.get_args(hint)))}.")
-        return
-    if _plain_name(hint) and not _matches(value, hint):
-        raise UserError(f"{path}: expected {_plain_name(hint)}, not {value!r}.")
+        if dataclasses.is_dataclass(item) and isinstance(value, list):
+            for index, element in enumerate(value):
+                _check_type(element, item, f"{path}[{index}]")
+            return
+    expected = [_describe(option) for option in options]
+    if all(expected) and not any(_matches(value, option) for option in options):
+        raise UserError(f"{path}: expected {' or '.join(expected)}, not {value!r}.")
 
 
 _PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
 _CONTAINERS = {dict: "a mapping", list: "a list", tuple: "a list"}
 
 
-def _plain_name(hint: Any) -> str:
+def _describe(hint: Any) -> str:
+    """What a YAML value of that type is called; empty for types that YAML doesn't have, which are then not checked."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    if dataclasses.is_dataclass(hint):
+        return "a mapping"
     return _PLAIN.get(hint) or _CONTAINERS.get(typing.get_origin(hint) or hint, "")
 
 
 def _matches(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint) or hint
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
     if origin is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if origin is int:
@@ -317,9 +332,7 @@ def build(components: Registry, name: str, arguments: Spec, path: str, **provide
 
 def build_all(components: Registry, kind: str, recipe_entries: Spec, **provided: Any) -> list[Any]:
     """The algorithms, callbacks or loggers of a recipe, in order."""
-    return [
-        build(components, name, arguments, f"{kind}.{name}", **provided) for name, arguments in entries(recipe_entries, kind)
-    ]
+    return [build(components, name, arguments, f"{kind}.{name}", **provided) for name, arguments in entries(recipe_entries, kind)]
 
 
 def _construct(value: Any, key: str, hint: Any, path: str) -> Any:

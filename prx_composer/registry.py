@@ -1,9 +1,9 @@
 """Names in a recipe → classes. Anybody's own join by decorator, or by an entry point in the group `prx_composer_<kind>`.
 
-    from prx_composer import registry
+from prx_composer import registry
 
-    @registry.algorithms.register("mine")
-    class Mine(composer.Algorithm): ...
+@registry.algorithms.register("mine")
+class Mine(composer.Algorithm): ...
 """
 
 import difflib
@@ -95,6 +95,7 @@ callbacks = Registry(
         "optimizer_monitor": "composer.callbacks:OptimizerMonitor",
         "runtime_estimator": "composer.callbacks:RuntimeEstimator",
         "shapes_score": "prx_composer.callbacks.scores:ShapesScore",
+        "stop_after": "prx_composer.callbacks.stop_after:StopAfter",
         "speed_monitor": "composer.callbacks:SpeedMonitor",
     },
 )

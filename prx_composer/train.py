@@ -44,8 +44,7 @@ def main(arguments: list[str]) -> int:
     try:
         summary = run(config.load(arguments))
     except UserError as error:
-        if dist.get_local_rank() == 0:
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)  # of every rank: another's may be the only one
         return 1
     if dist.get_global_rank() == 0:
         print(f"\n{summary}", flush=True)
@@ -65,7 +64,8 @@ def run(recipe: Recipe) -> str:
         if state.timestamp.get(state.max_duration.unit) >= state.max_duration:
             return (
                 f"{recipe.run_name} has already been trained for {state.max_duration.to_timestring()}; nothing was changed. "
-                f"Train it on with a longer max_duration=…, or start another with run_name=…\n{summarise(Path(recipe.run_folder))}"
+                "Train it on with a longer max_duration=…, or start another with run_name=…\n"
+                + summarise(Path(recipe.run_folder))
             )
         trainer.fit()
     finally:
@@ -106,11 +106,14 @@ def build_trainer(recipe: Recipe) -> Trainer:
     check_batch_sizes("", recipe.global_train_batch_size, microbatch_size, dist.get_world_size())
 
     folder = Path(recipe.run_folder)
-    with dist.run_local_rank_zero_first():
-        if dist.get_local_rank() == 0:
-            _check_run_folder(recipe, folder)
-            _prepare_data(recipe)
-            _claim_run_folder(recipe, folder)
+    if dist.get_global_rank() == 0:
+        _check_run_folder(recipe, folder)
+        _prepare_data(recipe)
+        _claim_run_folder(recipe, folder)
+    dist.barrier()
+    if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:  # nothing to do unless this node has disks of its own
+        _prepare_data(recipe)
+    dist.barrier()
     reproducibility.seed_all(recipe.seed)
     model = _build_model(recipe, folder)
     train_loader = _build_loader(recipe, "train_loader", model, recipe.global_train_batch_size)
@@ -145,12 +148,15 @@ def build_trainer(recipe: Recipe) -> Trainer:
         dist_timeout=recipe.dist_timeout,
     )
     try:
-        return Trainer(**options)
+        trainer = Trainer(**options)
     except UserError:
         raise
     except ValueError as error:  # Composer's word for what a configuration asks and it doesn't do
         log.debug("Composer refused the recipe", exc_info=True)
         raise UserError(str(error)) from error
+    for destination in loggers:
+        destination.log_hyperparameters(_as_saved(recipe))
+    return trainer
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
@@ -182,7 +188,12 @@ def _check_run_folder(recipe: Recipe, folder: Path) -> None:
 def _differences(before: Any, now: Any, path: str) -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted({*before, *now})
-        return [p for key in keys if before.get(key) != now.get(key) for p in _differences(before.get(key), now.get(key), f"{path}.{key}")]
+        return [
+            p
+            for key in keys
+            if before.get(key) != now.get(key)
+            for p in _differences(before.get(key), now.get(key), f"{path}.{key}")
+        ]
     return [f"{path} ({before!r} → {now!r})"]
 
 

@@ -10,8 +10,8 @@ from composer.loggers import Logger
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from prx_composer.algorithms.window import ScheduleWindow
 from prx_composer.errors import UserError
+from prx_composer.schedule import ScheduleWindow
 
 __all__ = ["EMA", "WeightAverage", "clean_name"]
 
@@ -45,7 +45,7 @@ class WeightAverage:
         """average ← smoothing · average + (1 − smoothing) · parameters, in one fused call."""
         average = [_local(tensor) for tensor in self.average.values()]
         current = [_local(parameter.detach()) for parameter in self.parameters.values()]
-        torch._foreach_lerp_(average, current, weight=1 - smoothing)
+        torch._foreach_lerp_(average, current, weight=1 - smoothing)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -155,15 +155,14 @@ class EMA(Algorithm):
         if event == Event.INIT:
             if not hasattr(state.model, "sampling_weights"):
                 raise UserError("algorithms.ema needs a model with a `sampling_weights` seam, such as text_to_image.")
-            state.model.sampling_weights = self.sampling_weights  # pyright: ignore[reportAttributeAccessIssue]
+            model: Any = state.model
+            model.sampling_weights = self.sampling_weights
         elif event == Event.BEFORE_LOAD:  # parameters are sharded now and will stay the objects that they are
             self.average = WeightAverage(state.model)
             state.callbacks.append(AverageState(self.average, gather=state.fsdp_state_dict_type == "full"))
         elif event == Event.BATCH_END:
             self._update(state)
-        elif event == Event.EVAL_START and self._started:
-            self._exchange()
-        elif event == Event.EVAL_END and self._swapped:
+        elif (event == Event.EVAL_START and self._started) or (event == Event.EVAL_END and self._swapped):
             self._exchange()
 
     @contextmanager

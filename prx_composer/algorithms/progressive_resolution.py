@@ -9,8 +9,8 @@ from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 from composer.utils import dist
 
-from prx_composer.algorithms.window import has_reached
 from prx_composer.errors import UserError
+from prx_composer.schedule import has_reached
 
 __all__ = ["ProgressiveResolution", "Stage", "StagedLoader", "check_batch_sizes"]
 
@@ -108,13 +108,12 @@ class ProgressiveResolution(Algorithm):
         elif event == Event.BATCH_START:
             self._switching = False
             logger.log_metrics({"stage/index": self._current, "stage/image_size": self.stage.image_size})
-        elif self._current < len(self._ends) and self._current < len(self.stages) - 1:
-            if has_reached(state, self._ends[self._current]):
-                self._current += 1
-                self._switching = True
-                self._enter(state)
-                self._loader(state).end_pass()
-                log.info("Stage %d: %s", self._current, self.stage)
+        elif self._current < len(self.stages) - 1 and has_reached(state, self._ends[self._current]):
+            self._current += 1
+            self._switching = True
+            self._enter(state)
+            self._loader(state).end_pass()
+            log.info("Stage %d: %s", self._current, self.stage)
 
     def _enter(self, state: State) -> None:
         stage = self.stage
@@ -126,9 +125,7 @@ class ProgressiveResolution(Algorithm):
         loader = self._loader(state)
         for index, stage in enumerate(self.stages):
             path = f"algorithms.progressive_resolution.stages[{index}]."
-            check_batch_sizes(
-                path, stage.global_train_batch_size, stage.device_train_microbatch_size, dist.get_world_size()
-            )
+            check_batch_sizes(path, stage.global_train_batch_size, stage.device_train_microbatch_size, dist.get_world_size())
             try:
                 loader.set_stage(stage.image_size, stage.global_train_batch_size)
             except ValueError as error:

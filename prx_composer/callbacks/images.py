@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 
 import torch
-from composer.core import Callback, State, Time
+from composer.core import Callback, Event, State, Time
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
@@ -57,10 +57,11 @@ def image_grid(images: Tensor, captions: list[str], columns: int = 6, min_side: 
     _, _, height, width = images.shape
     factor = max(1, -(-min_side // min(height, width)))
     cell_width, cell_height = width * factor, height * factor
-    font = ImageFont.load_default(size=max(11, cell_width // 12))
-    letters = max(8, int(cell_width / (font.size * 0.52)))
+    font_size = max(11, cell_width // 12)
+    font = ImageFont.load_default(size=font_size)
+    letters = max(8, int(cell_width / (font_size * 0.52)))
     lines = [textwrap.wrap(caption, letters)[:4] for caption in captions]
-    line_height = int(font.size * 1.3)
+    line_height = int(font_size * 1.3)
     text_height = line_height * max(len(wrapped) for wrapped in lines) + 6
     columns = min(columns, len(captions))
     rows, gap = -(-len(captions) // columns), 8
@@ -72,7 +73,9 @@ def image_grid(images: Tensor, captions: list[str], columns: int = 6, min_side: 
         tile = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         sheet.paste(tile.resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
         draw.rectangle((x - 1, y - 1, x + cell_width, y + cell_height), outline=(200, 200, 200))
-        draw.multiline_text((x, y + cell_height + 3), "\n".join(wrapped), fill="black", font=font, spacing=line_height - font.size)
+        draw.multiline_text(
+            (x, y + cell_height + 3), "\n".join(wrapped), fill="black", font=font, spacing=line_height - font_size
+        )
     return sheet
 
 
@@ -114,8 +117,6 @@ class Images(Callback):
         self._due = create_interval_scheduler(Time.from_timestring(interval), include_end_of_training=True)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        from composer.core import Event
-
         if not self._due(state, Event.BATCH_CHECKPOINT):
             return
         images = draw_images(

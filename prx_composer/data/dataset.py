@@ -39,7 +39,8 @@ def read_manifest(path: str | Path, split: str, captions: dict[str, float] | Non
     folder = Path(path) / split
     if not (folder / MANIFEST).exists():
         raise ValueError(
-            f"There is no data set in {folder}: it has no {MANIFEST}. Set `path` and `split` to one, or name a `source` to make it from."
+            f"There is no data set in {folder}: it has no {MANIFEST}. "
+            "Set `path` and `split` to one, or name a `source` to make it from."
         )
     manifest = Manifest.read(folder)
     for column, weight in (captions or {}).items():

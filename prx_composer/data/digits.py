@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ def load_digit_scans() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("The digits come with scikit-learn: `uv pip install scikit-learn`.") from error
-    digits = load_digits()
+    digits: Any = load_digits()
     return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
 
 
@@ -30,6 +31,7 @@ class DigitsSource:
     """The scans as a data set: `train`, and the last 600 as `heldout`, on which the scoring classifier is fitted."""
 
     captions = ("caption",)
+    identity: dict[str, Any] = {}
 
     def __init__(self) -> None:
         self.image_size = 8

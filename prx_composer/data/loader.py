@@ -35,12 +35,10 @@ class ImageCaptionLoader(DataLoader):
     batch size; batches that workers had prepared for the old stage are dropped.
     """
 
-    dataset: ImageCaptionDataset
+    dataset: ImageCaptionDataset  # pyright: ignore[reportIncompatibleVariableOverride]
     batch_sampler: BucketBatchSampler
 
-    def __init__(
-        self, dataset: ImageCaptionDataset, batch_sampler: BucketBatchSampler, collator: Collator, num_workers: int = 0
-    ):
+    def __init__(self, dataset: ImageCaptionDataset, batch_sampler: BucketBatchSampler, collator: Collator, num_workers: int = 0):
         super().__init__(
             dataset,
             batch_sampler=batch_sampler,  # pyright: ignore[reportArgumentType]

@@ -1,6 +1,6 @@
 """What a data set is on disk: one MDS folder per aspect-ratio bucket, and a manifest that names them.
 
-    <path>/<split>/manifest.json            {"version": 1, "image_size": 512, "captions": ["caption"], "buckets": {"512x512": 8000, …}}
+    <path>/<split>/manifest.json            {"version": 1, "image_size": 512, "captions": […], "buckets": {"512x512": 8000, …}}
     <path>/<split>/512x512/index.json …     MDS shards (mosaicml-streaming); bucket names are height x width at `image_size`
 
 Columns: `image` (the encoded file), `width`, `height` (of that file), `key` (where it came from), one `str` per caption.
@@ -81,7 +81,7 @@ class BucketWriter:
 
     def write(self, bucket: Bucket, sample: RawSample) -> None:
         if bucket not in self._writers:
-            columns = COLUMNS | {name: "str" for name in self._captions}
+            columns = COLUMNS | dict.fromkeys(self._captions, "str")
             self._writers[bucket] = MDSWriter(out=str(self._partial / str(bucket)), columns=columns)
         row = {"image": sample.image, "width": sample.width, "height": sample.height, "key": sample.key}
         self._writers[bucket].write(row | {name: sample.captions[name] for name in self._captions})

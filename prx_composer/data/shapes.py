@@ -7,7 +7,7 @@ rendering among all combinations is the one that was asked for.
 import io
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -100,6 +100,7 @@ class ShapesSource:
     """
 
     captions = ("caption", "short_caption")
+    identity: dict[str, Any] = {}
 
     def __init__(
         self,
@@ -133,4 +134,3 @@ class ShapesSource:
                 captions = {"caption": scene.caption, "short_caption": scene.short_caption}
                 key = "-".join(scene) + f"-{index}"
                 yield "heldout" if scene in heldout else "train", RawSample(encoded.getvalue(), width, height, captions, key)
-

@@ -1,5 +1,6 @@
 """Where a data set comes from when it is not there yet: a source makes its splits on first use."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prx_composer.data.buckets import Bucket, assign_bucket
-from prx_composer.data.schema import MANIFEST, BucketWriter, RawSample
+from prx_composer.data.schema import BucketWriter, RawSample
 
 __all__ = ["FolderSource", "Source", "prepare"]
 
@@ -24,6 +25,7 @@ class Source(Protocol):
     image_size: int
     captions: tuple[str, ...]
     buckets: list[Bucket]
+    identity: dict[str, Any]  # what decides the data beside the source's arguments, such as a checksum
 
     def samples(self) -> Iterator[tuple[str, RawSample]]:
         """Every sample with the name of its split."""
@@ -39,6 +41,7 @@ def prepare(path: Path, source: Source, spec: dict[str, Any]) -> None:
     Raises:
         ValueError: `path` holds data made with other settings, or something else.
     """
+    spec = spec | source.identity
     fingerprint = path / FINGERPRINT
     if fingerprint.exists():
         made_with = json.loads(fingerprint.read_text())
@@ -116,6 +119,7 @@ class FolderSource:
         if not self._rows:
             raise ValueError(f"{captions} has no lines.")
         self.captions = tuple(self._rows[0][1])
+        self.identity = {"captions_sha256": hashlib.sha256(captions.read_bytes()).hexdigest()}
         candidates = make_buckets(image_size, multiple, max_aspect)
         sizes = Counter(assign_bucket(height, width, candidates) for _, _, height, width in self._rows)
         fewest = min(min_bucket, max(sizes.values()))
@@ -154,8 +158,3 @@ class FolderSource:
                 raise ValueError(f"{image.name} has captions {sorted(texts)}, the first image {sorted(self.captions)}.")
             split = "heldout" if every and index % every == every - 1 else "train"
             yield split, RawSample(image.read_bytes(), width, height, texts, image.name)
-
-
-def is_prepared(path: Path, split: str) -> bool:
-    """Whether a split is complete on this disk."""
-    return (path / split / MANIFEST).exists()

@@ -79,17 +79,17 @@ class DiffusersAutoencoder:
                 raise ValueError(f"_class_name must be AutoencoderKL or AutoencoderDC, not {class_name!r}.")
             module = getattr(diffusers, class_name)(**arguments)
         else:
-            module = diffusers.AutoModel.from_pretrained(pretrained, subfolder=subfolder, revision=revision)
+            from diffusers.models.auto_model import AutoModel
+
+            module: Any = AutoModel.from_pretrained(pretrained, subfolder=subfolder, revision=revision)
         self._frozen = Frozen(module, getattr(torch, dtype))
         self._dtype = getattr(torch, dtype)
-        self.channels = int(module.config.latent_channels)
-        self.downsampling = int(
-            2 ** (len(module.config.block_out_channels) - 1)
-            if "block_out_channels" in module.config
-            else module.spatial_compression_ratio
-        )
-        self._shift = float(module.config.get("shift_factor") or 0.0)
-        self._scale = float(module.config.get("scaling_factor") or 1.0)
+        settings: Any = module.config
+        self.channels = int(settings.latent_channels)
+        stages = settings.block_out_channels if "block_out_channels" in settings else settings.encoder_block_out_channels
+        self.downsampling = 2 ** (len(stages) - 1)
+        self._shift = float(settings.get("shift_factor") or 0.0)
+        self._scale = float(settings.get("scaling_factor") or 1.0)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:

@@ -3,24 +3,25 @@
 Shape suffixes: B batch, C channels, H and W image size, N image tokens, T text tokens, D hidden size, K kept tokens.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prx_composer.models.layers import FinalLayer, MLPEmbedder, PRXBlock, patchify, rope_table, sinusoid, unpatchify
+from prx_composer.models.layers import FinalLayer, MLPEmbedder, Modulation, PRXBlock, patchify, rope_table, sinusoid, unpatchify
 from prx_composer.models.routing import Route, Router, merge_tokens, select_tokens
 
-__all__ = ["BACKBONE_SIZES", "Conditioning", "PRXBackbone", "ResolutionEmbedder"]
+__all__ = ["Conditioning", "PRXBackbone", "ResolutionEmbedder"]
 
-# Sizes are data. `prx` is the model of PRX Part 3 (1.2B), `prx-7b` the released PRXPixel.
-BACKBONE_SIZES: dict[str, dict[str, Any]] = {
-    "toy": dict(hidden_size=128, depth=4, num_heads=4, axes_dim=(16, 16)),
-    "small": dict(hidden_size=384, depth=12, num_heads=6, axes_dim=(32, 32)),
-    "prx": dict(hidden_size=1792, depth=16, num_heads=28, axes_dim=(32, 32)),
-    "prx-7b": dict(hidden_size=3584, depth=28, num_heads=56, axes_dim=(32, 32)),
-}
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=256)
+def cached_rotation(rows: int, columns: int, axes_dim: tuple[int, int], theta: float, device: torch.device) -> Tensor:
+    """`rope_table` of a grid as a real tensor, computed in fp64 once per grid and device; a constant to the compiler."""
+    with torch.inference_mode(False):
+        return torch.view_as_real(rope_table(rows, columns, axes_dim, theta)).to(device)
 
 
 class Conditioning(NamedTuple):
@@ -40,8 +41,8 @@ class ResolutionEmbedder(nn.Module):
         self.mlp = MLPEmbedder(256, hidden_size)
 
     def forward(self, height: int, width: int, vec_BD: Tensor) -> Tensor:
-        size = torch.tensor([height, width], dtype=torch.float32).to(vec_BD.device, non_blocking=True)
-        features = sinusoid(size, 128, self.max_period).flatten()[None].expand(vec_BD.shape[0], -1)
+        sides = [torch.full((1,), float(side), device=vec_BD.device) for side in (height, width)]  # no copy from the host
+        features = torch.cat([sinusoid(side, 128, self.max_period) for side in sides], dim=-1)
         return self.mlp(features.to(vec_BD.dtype))
 
 
@@ -135,7 +136,6 @@ class PRXBackbone(nn.Module):
         self.router: Router | None = None
         self.taps: tuple[int, ...] = ()
         self.conditioners = nn.ModuleDict()
-        self._rope_cache: dict[tuple[int, int, torch.device], Tensor] = {}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -149,8 +149,9 @@ class PRXBackbone(nn.Module):
         for embedder in embedders:
             nn.init.normal_(embedder.in_layer.weight, std=0.02)
             nn.init.normal_(embedder.out_layer.weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.modulation.lin.weight)  # pyright: ignore[reportArgumentType]
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.lin.weight)
         nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)  # pyright: ignore[reportArgumentType]
         nn.init.zeros_(self.final_layer.linear.weight)
 
@@ -227,12 +228,9 @@ class PRXBackbone(nn.Module):
         return conditioning
 
     def _rotation(self, height: int, width: int, device: torch.device) -> Tensor:
-        """The grid's rope table as a real (N, C/2, 2), computed in fp64 once per grid and device."""
-        key = (height // self.patch_size, width // self.patch_size, device)
-        if key not in self._rope_cache:
-            table = torch.view_as_real(rope_table(key[0], key[1], self._axes_dim, self._theta))
-            self._rope_cache[key] = table.to(device)
-        return self._rope_cache[key]
+        """The grid's rotations as a real (N, C/2, 2)."""
+        grid = (height // self.patch_size, width // self.patch_size)
+        return cached_rotation(*grid, self._axes_dim, self._theta, device)
 
     @staticmethod
     def _key_mask(text_mask_BT: Tensor | None, num_image_tokens: int) -> Tensor | None:

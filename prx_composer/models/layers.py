@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MLPEmbedder", "PRXBlock", "FinalLayer", "apply_rope", "patchify", "rope_table", "sinusoid", "unpatchify"]
+__all__ = ["FinalLayer", "MLPEmbedder", "PRXBlock", "apply_rope", "patchify", "rope_table", "sinusoid", "unpatchify"]
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
@@ -127,9 +127,7 @@ class PRXBlock(nn.Module):
         self.down_proj = nn.Linear(mlp_size, hidden_size, bias=False)
         self.modulation = Modulation(hidden_size)
 
-    def forward(
-        self, x_BND: Tensor, text_BTD: Tensor, activated_BD: Tensor, rotation: Tensor, key_mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x_BND: Tensor, text_BTD: Tensor, activated_BD: Tensor, rotation: Tensor, key_mask: Tensor | None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(activated_BD)
         modulated = torch.addcmul(shift1, 1 + scale1, self.img_pre_norm(x_BND))
         x_BND = torch.addcmul(x_BND, gate1, self.attention(modulated, text_BTD, rotation, key_mask))

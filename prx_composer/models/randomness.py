@@ -6,12 +6,17 @@ import numpy as np
 import torch
 from composer.utils import dist
 
-__all__ = ["RandomStreams", "derive_seed"]
+__all__ = ["RandomStreams", "derive_seed", "seeded_generator"]
 
 
 def derive_seed(*entropy: int) -> int:
     """A well-mixed 63-bit seed of some non-negative integers (numpy's SeedSequence)."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seeded_generator(device: torch.device, purpose: str, *entropy: int) -> torch.Generator:
+    """A generator on `device`, another one for every purpose ("timesteps", "noise", …) and every entropy."""
+    return torch.Generator(device).manual_seed(derive_seed(*entropy, zlib.crc32(purpose.encode())))
 
 
 class RandomStreams:
@@ -33,6 +38,5 @@ class RandomStreams:
         self.microbatch += 1
 
     def generator(self, purpose: str, device: torch.device) -> torch.Generator:
-        """A generator for one purpose ("timesteps", "noise", …) of the current microbatch of this rank."""
-        entropy = (self.seed, dist.get_global_rank(), self.step, max(self.microbatch, 0), zlib.crc32(purpose.encode()))
-        return torch.Generator(device).manual_seed(derive_seed(*entropy))
+        """For one purpose of the current microbatch of this rank."""
+        return seeded_generator(device, purpose, self.seed, dist.get_global_rank(), self.step, max(self.microbatch, 0))

@@ -71,8 +71,9 @@ def sample_flow(
     scheduler = FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=flow.timestep_shift)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     x_t = noise * flow.noise_scale
-    for timestep in scheduler.timesteps:
+    timesteps: Tensor = scheduler.timesteps  # pyright: ignore[reportAssignmentType]
+    for timestep in timesteps:
         t = (timestep.float() / NUM_TRAIN_TIMESTEPS).expand(x_t.shape[0])
         velocity = flow.to_velocity(predict(x_t, t), x_t, t)
-        x_t = scheduler.step(velocity, timestep, x_t).prev_sample  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
     return x_t

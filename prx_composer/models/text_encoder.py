@@ -125,6 +125,8 @@ class HuggingFaceTextEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.trainable = trainable
+        self.null_input_ids: Tensor
+        self.null_attention_mask: Tensor
         encoder = _build_encoder(pretrained, config, revision, len(tokenizer))
         vocabulary = encoder.get_input_embeddings().num_embeddings  # pyright: ignore[reportCallIssue]
         if vocabulary < len(tokenizer):
@@ -172,7 +174,7 @@ class HuggingFaceTextEncoder(nn.Module):
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> dict[str, Tensor]:
     """Captions → `input_ids` int64 (B, max_tokens) and `attention_mask` bool (B, max_tokens)."""
-    tokens = tokenizer(
+    tokens: Any = tokenizer(
         texts, padding="max_length", max_length=max_tokens, truncation=True, return_attention_mask=True, return_tensors="pt"
     )
-    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"].bool()}  # pyright: ignore[reportAttributeAccessIssue]
+    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"].bool()}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from prx_composer.models.autoencoder import Autoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.flops import backbone_flops
 from prx_composer.models.flow import FlowMatching
-from prx_composer.models.randomness import RandomStreams, derive_seed
+from prx_composer.models.randomness import RandomStreams, seeded_generator
 from prx_composer.models.routing import Route
 from prx_composer.models.sampling import ClassifierFreeGuidance, Guidance, TextConditioning, initial_noise, sample_flow
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder
@@ -79,6 +80,8 @@ class TimestepMSE(Metric):
     def __init__(self, low: float, high: float):
         super().__init__()
         self.low, self.high = low, high
+        self.total: Tensor
+        self.count: Tensor
         self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -146,9 +149,9 @@ class TextToImage(ComposerModel):
         self.guidance: Guidance = ClassifierFreeGuidance()
         self.sampling_weights: Callable[[], AbstractContextManager[None]] = nullcontext
         edges = torch.linspace(0, 1, EVAL_TIMESTEP_BINS + 1).tolist()
-        self._eval_metrics = {"mse": TimestepMSE(0.0, 1.01)} | {
-            f"mse_t{low:.2f}-{high:.2f}": TimestepMSE(low, high if high < 1 else 1.01) for low, high in zip(edges, edges[1:])
-        }
+        self._eval_metrics: dict[str, Metric] = {"mse": TimestepMSE(0.0, 1.01)}
+        for low, high in pairwise(edges):
+            self._eval_metrics[f"mse_t{low:.2f}-{high:.2f}"] = TimestepMSE(low, high if high < 1 else 1.01)
         if compile:
             self.backbone.compile(fullgraph=True)
 
@@ -165,7 +168,7 @@ class TextToImage(ComposerModel):
         first = int(batch["sample_id"][0]) if "sample_id" in batch else 0
 
         def generator(purpose: str, device: torch.device) -> torch.Generator:
-            return torch.Generator(device).manual_seed(derive_seed(self.random.seed, first, len(purpose)))
+            return seeded_generator(device, purpose, self.random.seed, first)
 
         return self._denoise(batch, generator, caption_dropout=0.0)
 
@@ -199,7 +202,7 @@ class TextToImage(ComposerModel):
             mask = torch.where(dropped, self.text_encoder.null_attention_mask, mask)
         return TextConditioning(self.text_encoder(input_ids, mask), mask)
 
-    def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`total`, and each term by name, already weighted: they sum to `total`."""
         terms = {"flow": self.flow.squared_error(outputs.prediction, outputs.clean, outputs.noise, outputs.timestep).mean()}
         if len(self.auxiliary_losses):

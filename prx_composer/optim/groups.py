@@ -38,4 +38,4 @@ class AdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        super().__init__(parameter_groups(model, weight_decay), lr=lr, betas=tuple(betas), eps=eps, fused=True)
+        super().__init__(parameter_groups(model, weight_decay), lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).with_name("composer")), "-n", "2", "train.py", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False)
 
 
 def curve(recipe: Recipe) -> list[float]:
@@ -28,7 +28,9 @@ def curve(recipe: Recipe) -> list[float]:
 
 
 @pytest.mark.timeout(900)
-def test_ddp_and_fsdp2_train_the_same_curve_and_ema_and_fsdp2_resumes(tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
+def test_ddp_and_fsdp2_train_the_same_curve_and_ema_and_fsdp2_resumes(
+    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path
+) -> None:
     tiny_recipe["max_duration"] = "20ba"
     tiny_recipe["save_interval"] = "10ba"
     tiny_recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] = "8ba"

@@ -14,9 +14,9 @@ from torch import nn
 from prx_composer.algorithms.ema import EMA, WeightAverage, clean_name
 from prx_composer.algorithms.low_precision_norm import LowPrecisionNorm, apply_low_precision_norm
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution, Stage, check_batch_sizes
-from prx_composer.algorithms.window import ScheduleWindow
 from prx_composer.errors import UserError
 from prx_composer.models import TextToImage
+from prx_composer.schedule import ScheduleWindow
 
 Build = Callable[..., TextToImage]
 
@@ -106,7 +106,9 @@ def test_state_has_plain_names_and_refuses_another_model(tiny_model: Build) -> N
     assert ema.average is not None
     state = ema.average.state_dict()
     assert set(state) == {name for name, _ in tiny_model().named_parameters()}
-    assert clean_name("module.backbone._orig_mod.blocks.0._fsdp_wrapped_module.up_proj.weight") == "backbone.blocks.0.up_proj.weight"
+    assert (
+        clean_name("module.backbone._orig_mod.blocks.0._fsdp_wrapped_module.up_proj.weight") == "backbone.blocks.0.up_proj.weight"
+    )
     other = EMA(smoothing=0.9)
     drive(other, tiny_model(depth=1), 1)
     assert other.average is not None
@@ -115,7 +117,14 @@ def test_state_has_plain_names_and_refuses_another_model(tiny_model: Build) -> N
 
 
 @pytest.mark.parametrize(
-    "bad", [{}, {"smoothing": 0.9, "half_life": "5ba"}, {"smoothing": 1.0}, {"half_life": "2ep"}, {"smoothing": 0.9, "update_interval": "0ba"}]
+    "bad",
+    [
+        {},
+        {"smoothing": 0.9, "half_life": "5ba"},
+        {"smoothing": 1.0},
+        {"half_life": "2ep"},
+        {"smoothing": 0.9, "update_interval": "0ba"},
+    ],
 )
 def test_ema_arguments_out_of_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="smoothing|half_life|update_interval"):
@@ -132,7 +141,13 @@ class OwnNorm(nn.LayerNorm):
 
 def norms() -> nn.Sequential:
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.LayerNorm(16), nn.LayerNorm(16, elementwise_affine=False), nn.RMSNorm(16, eps=1e-6), nn.RMSNorm(16, elementwise_affine=False), OwnNorm(16))
+    layers = nn.Sequential(
+        nn.LayerNorm(16),
+        nn.LayerNorm(16, elementwise_affine=False),
+        nn.RMSNorm(16, eps=1e-6),
+        nn.RMSNorm(16, elementwise_affine=False),
+        OwnNorm(16),
+    )
     with torch.no_grad():
         for parameter in layers.parameters():
             parameter.normal_()
@@ -183,7 +198,8 @@ def test_the_backbone_computes_the_same_with_low_precision_norms(tiny_model: Bui
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "active"), [("0ba", None, range(10)), ("3ba", "6ba", range(3, 6)), ("0.5dur", None, range(5, 10)), ("40sp", "0.9dur", range(4, 9))]
+    ("start", "end", "active"),
+    [("0ba", None, range(10)), ("3ba", "6ba", range(3, 6)), ("0.5dur", None, range(5, 10)), ("40sp", "0.9dur", range(4, 9))],
 )
 def test_windows_in_any_unit(tiny_model: Build, start: str, end: str | None, active: range) -> None:
     state = state_of(tiny_model(), max_duration="10ba")
@@ -214,7 +230,8 @@ def test_impossible_stages_are_refused(stages: list[Stage], message: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"), [((10, 2, 4), "10 does not divide over 4 ranks; try 8"), ((24, 5, 2), "= 12; try 4"), ((0, 1, 1), "at least 1")]
+    ("sizes", "message"),
+    [((10, 2, 4), "10 does not divide over 4 ranks; try 8"), ((24, 5, 2), "= 12; try 4"), ((0, 1, 1), "at least 1")],
 )
 def test_batch_sizes_that_do_not_divide_come_with_one_that_does(sizes: tuple[int, int, int], message: str) -> None:
     with pytest.raises(UserError, match=message):

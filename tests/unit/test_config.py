@@ -19,7 +19,10 @@ def test_recipes_merge_left_to_right_and_arguments_win(tiny_recipe: Recipe, writ
     recipe = config.load([write_recipe(tiny_recipe), second, "optimizer.lr=1e-4", "algorithms.ema=false", "seed=6"])
     assert recipe.seed == 6 and recipe.optimizer["lr"] == 1e-4 and recipe.model["backbone"]["depth"] == 3
     assert recipe.model["backbone"]["hidden_size"] == 32, "what a later file doesn't name stays"
-    assert [name for name, _ in config.entries(recipe.algorithms, "algorithms")] == ["gradient_clipping", "progressive_resolution"]
+    assert [name for name, _ in config.entries(recipe.algorithms, "algorithms")] == [
+        "gradient_clipping",
+        "progressive_resolution",
+    ]
     assert recipe.run_folder.endswith("runs/tiny")
 
 
@@ -28,6 +31,21 @@ def test_every_shipped_recipe_is_valid() -> None:
     assert len(recipes) >= 2
     for path in recipes:
         config.check(config.load([str(path)]))
+
+
+def test_a_component_of_another_name_does_not_inherit_arguments(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    other = write_recipe({"optimizer": {"name": "decoupled_adamw"}, "train_loader": {"source": {"name": "digits"}}}, "other.yaml")
+    recipe = config.load([write_recipe(tiny_recipe), other])
+    assert recipe.optimizer == {"name": "decoupled_adamw"} and recipe.train_loader["source"] == {"name": "digits"}
+    assert recipe.train_loader["path"] == tiny_recipe["train_loader"]["path"], "the mapping around it is merged"
+
+
+def test_elements_of_lists_are_set_by_index(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    recipe = config.load([write_recipe(tiny_recipe), "algorithms.progressive_resolution.stages[0].until=6ba"])
+    stages = recipe.algorithms["progressive_resolution"]["stages"]
+    assert stages[0]["until"] == "6ba" and stages[0]["image_size"] == 8
+    with pytest.raises(UserError, match="cannot be set"):
+        config.load([write_recipe(tiny_recipe), "algorithms.progressive_resolution.stages[7].until=6ba"])
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -42,7 +60,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "type": (["model.backbone.depth=four"], r"model.backbone.depth: expected an integer, not 'four'"),
     "top-level type": (["global_train_batch_size=many"], r"global_train_batch_size: expected an integer, not 'many'"),
     "flow": (["model.flow.predicton=x"], r"model.flow.predicton: no such argument. Did you mean 'prediction'"),
-    "literal": (["model.flow.prediction=eps"], r"model.flow.prediction: 'eps' is none of 'x', 'v'"),
+    "literal": (["model.flow.prediction=eps"], r"model.flow.prediction: expected 'x' or 'v', not 'eps'"),
     "stage": (["algorithms.progressive_resolution.stages=[{until: 3ba}]"], r"stages\[0\] lacks the argument 'image_size'"),
     "stage key": (
         ["algorithms.progressive_resolution.stages=[{image_sise: 8}]"],

@@ -46,7 +46,13 @@ def test_t5gemma_by_folder_gives_its_own_hidden_states(tokenizer: Any, tmp_path:
         {"model_type": "t5gemma", "encoder": T5GEMMA_HALF, "decoder": T5GEMMA_HALF},
         QWEN3_VL_TEXT,
         {"model_type": "t5", "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
-        {"model_type": "clip_text_model", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        {
+            "model_type": "clip_text_model",
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
     ],
     ids=lambda config: config["model_type"],
 )
@@ -98,12 +104,14 @@ def test_wrong_encoders_are_refused(tokenizer: Any, tmp_path: Path) -> None:
         HuggingFaceTextEncoder(tokenizer, pretrained=str(tmp_path / "nowhere"))
 
 
+# fmt: off
 KL = dict(_class_name="AutoencoderKL", block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2,
-          up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1)  # fmt: skip
+          up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1)
 DC = dict(_class_name="AutoencoderDC", latent_channels=4, attention_head_dim=4, encoder_block_out_channels=[8, 8],
           decoder_block_out_channels=[8, 8], encoder_layers_per_block=[1, 1], decoder_layers_per_block=[1, 1],
           encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_qkv_multiscales=[[], []],
-          decoder_qkv_multiscales=[[], []], scaling_factor=0.3)  # fmt: skip
+          decoder_qkv_multiscales=[[], []], scaling_factor=0.3)
+# fmt: on
 
 
 def images() -> torch.Tensor:

@@ -58,7 +58,7 @@ def test_a_perfect_prediction_has_no_error_and_gives_velocity_and_image(predicti
     perfect = x0 if prediction == "x" else flow.velocity(x0, noise)
     assert flow.squared_error(perfect, x0, noise, T).abs().max() == 0
     torch.testing.assert_close(flow.to_x0(perfect, x_t, T), x0)
-    beyond = T >= flow.min_timestep
+    beyond = flow.min_timestep <= T
     torch.testing.assert_close(flow.to_velocity(perfect, x_t, T)[beyond], flow.velocity(x0, noise)[beyond])
 
 

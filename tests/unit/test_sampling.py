@@ -44,7 +44,10 @@ def test_draws_what_the_prx_pixel_pipeline_draws(tiny_model: Build, guidance_sca
         )
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     drawn = model.generate([PROMPT], seeds=[7], **options)
-    assert torch.equal(drawn, model.autoencoder.decode(expected)) or (drawn.int() - model.autoencoder.decode(expected).int()).abs().max() <= 1
+    assert (
+        torch.equal(drawn, model.autoencoder.decode(expected))
+        or (drawn.int() - model.autoencoder.decode(expected).int()).abs().max() <= 1
+    )
 
 
 @pytest.mark.parametrize("prediction", ["x", "v"])

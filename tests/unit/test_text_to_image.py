@@ -109,7 +109,9 @@ def test_eval_is_repeatable_and_the_bins_average_to_the_whole(tiny_model: Build,
 
 @pytest.mark.parametrize("trainable_text", [True, False])
 @pytest.mark.parametrize("extra", [{}, {"bottleneck_size": 6, "resolution_embeds": True}])
-def test_flops_agree_with_torchs_counter(tiny_model: Build, tiny_batch: Batch, trainable_text: bool, extra: dict[str, Any]) -> None:
+def test_flops_agree_with_torchs_counter(
+    tiny_model: Build, tiny_batch: Batch, trainable_text: bool, extra: dict[str, Any]
+) -> None:
     model = tiny_model(trainable_text=trainable_text, **extra)
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):

@@ -1,4 +1,4 @@
-"""When an algorithm is active: from `start` up to `end`, in any of Composer's time units."""
+"""Points and spans of training time, in any of Composer's units."""
 
 import datetime
 

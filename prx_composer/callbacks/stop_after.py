@@ -1,0 +1,26 @@
+"""Ends a run early without changing its schedule."""
+
+from composer.core import Callback, State, Time
+from composer.loggers import Logger
+
+from prx_composer.schedule import has_reached
+
+__all__ = ["StopAfter"]
+
+
+class StopAfter(Callback):
+    """Stops training at a time, with a checkpoint and the final evaluation, as a time slot of a cluster would.
+
+    `max_duration`, and with it the learning rate and everything given as a part of the run, stays what it is: the same command
+    without this callback and with `autoresume: true` goes on bit for bit. A shorter `max_duration` would be another schedule.
+
+    Args:
+        time: a time string, such as "500ba".
+    """
+
+    def __init__(self, time: str):
+        self._time = Time.from_timestring(time)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if has_reached(state, self._time):
+            state.stop_training()

@@ -1,0 +1,67 @@
+"""Documentation is executed: every command and snippet of README, recipes and cards, with training cut short."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("recipes/**/*.md"), *REPOSITORY.glob("prx_composer/**/*.md")])
+SHORT = "max_duration=6ba eval_interval=6ba save_interval=3ba"
+# Not run here: what sets up the environment (CI has done it) and what runs the tests, this one among them.
+ELSEWHERE = ("pip install uv", "uv run pytest", "uv run ruff", "uv run basedpyright", "git clone", "cd ")
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            found.append((str(page.relative_to(REPOSITORY)), block))
+    return found
+
+
+def commands() -> list[tuple[str, str]]:
+    lines = []
+    for page, block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.split("  #")[0].strip()
+            line = line.removeprefix("pip install uv && ")
+            if line and not line.startswith("#") and not line.startswith(ELSEWHERE):
+                lines.append((page, line))
+    return list(dict.fromkeys(lines))
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout's recipes to run in, so that runs/ and data/ of the real one stay as they are."""
+    folder = tmp_path_factory.mktemp("workshop")
+    for name in ("train.py", "yamls", "recipes", "prx_composer", "benchmarks"):
+        source = REPOSITORY / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    return folder
+
+
+def test_there_is_documentation_to_run() -> None:
+    assert any("train.py yamls/quickstart.yaml" in line for _, line in commands())
+    assert len(blocks("python")) >= 3
+
+
+@pytest.mark.docs
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:70])
+def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
+    if "train.py" in line and "max_duration=" not in line:
+        line = f"{line} {SHORT}"
+    line = re.sub(r"max_duration=\d+ba", "max_duration=6ba", line).replace("uv run ", "uv run --no-sync ")
+    environment = os.environ | {"UV_PROJECT": str(REPOSITORY), "WANDB_MODE": "offline"}
+    finished = subprocess.run(line, shell=True, cwd=workshop, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, f"{page}: {line}\n{finished.stdout[-2000:]}\n{finished.stderr[-3000:]}"
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize(("page", "snippet"), blocks("python"), ids=lambda value: value[:30])
+def test_documented_snippets_run(page: str, snippet: str) -> None:
+    exec(compile(snippet, page, "exec"), {})
