@@ -173,7 +173,11 @@ def import_code(paths: list[str]) -> None:
 
 # What the program passes to a component, beside the recipe's arguments.
 _LOADER_PROVIDED = frozenset({"tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed"})
-_PROVIDED: dict[str, frozenset[str]] = {"metrics_file": frozenset({"folder"}), "images": frozenset({"folder", "image_size"})}
+_PROVIDED: dict[str, frozenset[str]] = {
+    "metrics_file": frozenset({"folder"}),
+    "images": frozenset({"folder", "image_size"}),
+    "shapes_score": frozenset({"image_size", "source"}),
+}
 _NONE: frozenset[str] = frozenset()
 
 
@@ -205,8 +209,10 @@ def _check_time(time: Any, path: str) -> None:
         unit = Time.from_timestring(str(time)).unit
     except ValueError as error:
         raise UserError(f"{path}: {time!r} is no time such as 1000ba, 3ep, 64000sp or 0.5dur.") from error
-    if path == "max_duration" and unit in (TimeUnit.SECOND, TimeUnit.DURATION):
+    if path == "max_duration" and unit not in (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE):
         raise UserError(f"{path}: {time} must be a number of batches, epochs or samples, such as 1000ba.")
+    if unit == TimeUnit.TOKEN:
+        raise UserError(f"{path}: {time}: images have no tokens to count; use ba, ep, sp or dur.")
 
 
 def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]:

@@ -80,7 +80,7 @@ algorithms = Registry(
     "algorithms",
     {
         "ema": "prx_composer.algorithms.ema:EMA",
-        "gradient_clipping": "composer.algorithms:GradientClipping",
+        "gradient_clipping": "prx_composer.algorithms.gradient_clipping:GradientClipping",
         "low_precision_norm": "prx_composer.algorithms.low_precision_norm:LowPrecisionNorm",
         "progressive_resolution": "prx_composer.algorithms.progressive_resolution:ProgressiveResolution",
     },

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ __all__ = ["build_trainer", "main", "run"]
 log = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = "ba{batch}-rank{rank}.pt"
+LATEST = "latest-rank0.pt"
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer"
 
 
 def main(arguments: list[str]) -> int:
@@ -58,19 +62,23 @@ def run(recipe: Recipe) -> str:
         UserError: anything in the recipe, the data or the run folder that must be mended first.
     """
     trainer = build_trainer(recipe)
-    state = trainer.state
-    try:
-        assert state.max_duration is not None
-        if state.timestamp.get(state.max_duration.unit) >= state.max_duration:
-            return (
-                f"{recipe.run_name} has already been trained for {state.max_duration.to_timestring()}; nothing was changed. "
-                "Train it on with a longer max_duration=…, or start another with run_name=…\n"
-                + summarise(Path(recipe.run_folder))
-            )
-        trainer.fit()
-    finally:
+    state, folder = trainer.state, Path(recipe.run_folder)
+    assert state.max_duration is not None
+    if state.timestamp.get(state.max_duration.unit) >= state.max_duration:
         trainer.close()
-    return summarise(Path(recipe.run_folder))
+        return (
+            f"{recipe.run_name} has already been trained for {state.max_duration.to_timestring()}; nothing was changed. "
+            "Train it on with a longer max_duration=…, or start another with run_name=…\n" + summarise(folder)
+        )
+    if dist.get_global_rank() == 0:
+        (folder / CONFIG).write_text(yaml.safe_dump(_as_saved(recipe), sort_keys=False, allow_unicode=True))
+    try:
+        trainer.fit()
+    except BaseException:
+        trainer.engine.close()  # not trainer.close(), which would wait for ranks that are still training
+        raise
+    trainer.close()
+    return summarise(folder)
 
 
 def summarise(folder: Path) -> str:
@@ -106,11 +114,10 @@ def build_trainer(recipe: Recipe) -> Trainer:
     check_batch_sizes("", recipe.global_train_batch_size, microbatch_size, dist.get_world_size())
 
     folder = Path(recipe.run_folder)
-    if dist.get_global_rank() == 0:
-        _check_run_folder(recipe, folder)
-        _prepare_data(recipe)
-        _claim_run_folder(recipe, folder)
-    dist.barrier()
+    with _first_on_rank_zero():
+        if dist.get_global_rank() == 0:
+            _check_run_folder(recipe, folder)
+            _prepare_data(recipe)
     if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:  # nothing to do unless this node has disks of its own
         _prepare_data(recipe)
     dist.barrier()
@@ -119,7 +126,11 @@ def build_trainer(recipe: Recipe) -> Trainer:
     train_loader = _build_loader(recipe, "train_loader", model, recipe.global_train_batch_size)
     optimizer = _build_optimizer(recipe, model)
     name, arguments = split(recipe.scheduler, "scheduler")
-    provided: dict[str, Any] = {"folder": str(folder), "image_size": recipe.image_size}
+    provided: dict[str, Any] = {
+        "folder": str(folder),
+        "image_size": recipe.image_size,
+        "source": recipe.train_loader.get("source") or {},
+    }
     loggers = build_all(registry.loggers, "loggers", {"metrics_file": {}} | recipe.loggers, **provided)
     callbacks = build_all(registry.callbacks, "callbacks", recipe.callbacks, **provided)
     options: dict[str, Any] = dict(
@@ -142,6 +153,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         save_folder=str(folder / "checkpoints"),
         save_filename=CHECKPOINT_NAME,
         save_interval=recipe.save_interval,
+        save_overwrite=True,  # the folder is this run's: what a kill left half-written is written again
         save_num_checkpoints_to_keep=recipe.save_num_checkpoints_to_keep,
         autoresume=recipe.autoresume,
         progress_bar=recipe.progress_bar,
@@ -164,17 +176,19 @@ def build_trainer(recipe: Recipe) -> Trainer:
 
 def _check_run_folder(recipe: Recipe, folder: Path) -> None:
     """A run folder is used by one run: nothing in it is overwritten, and it is resumed only with its own recipe."""
-    saved = folder / "config.yaml"
-    if not folder.exists() or not any(folder.iterdir()):
+    saved, checkpoints = folder / CONFIG, folder / "checkpoints"
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if present <= {CONFIG, TOKENIZER, f".{TOKENIZER}.partial"}:  # nothing was trained here: a run that was refused left at most these
+        shutil.rmtree(folder, ignore_errors=True)
         return
     if not recipe.autoresume:
         raise UserError(
             f"run_folder: {folder} is already in use. Go on with that run with autoresume=true, "
-            "or start another with run_name=<another name>."
+            "or start another run with run_name=<another name>."
         )
     if not saved.exists():
         raise UserError(f"run_folder: {folder} is not empty and holds no run; choose another run_name or run_folder.")
-    before = yaml.safe_load(saved.read_text())
+    before = yaml.safe_load(saved.read_text()) or {}
     now = _as_saved(recipe)
     different = [key for key in now if key not in config.RESUMABLE_CHANGES and before.get(key) != now[key]]
     if different:
@@ -183,6 +197,10 @@ def _check_run_folder(recipe: Recipe, folder: Path) -> None:
             f"autoresume: {folder} was started with another recipe; what differs: {', '.join(paths)}. "
             "Resume with the recipe in its config.yaml, or start another run with run_name=<another name>."
         )
+    written = sorted(checkpoints.glob("ba*-rank0.pt"), key=lambda path: int(path.name[2:].split("-")[0]))
+    if written and not (checkpoints / LATEST).exists():  # killed while Composer replaced the link, which it does last
+        (checkpoints / LATEST).unlink(missing_ok=True)
+        (checkpoints / LATEST).symlink_to(written[-1].name)
 
 
 def _differences(before: Any, now: Any, path: str) -> list[str]:
@@ -201,9 +219,18 @@ def _as_saved(recipe: Recipe) -> dict[str, Any]:
     return yaml.safe_load(yaml.safe_dump(dataclasses.asdict(recipe)))
 
 
-def _claim_run_folder(recipe: Recipe, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(_as_saved(recipe), sort_keys=False, allow_unicode=True))
+@contextmanager
+def _first_on_rank_zero() -> Iterator[None]:
+    """What rank 0 finds wrong inside of this context is raised on every rank, so that none waits for it in vain."""
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    messages = [message]
+    dist.broadcast_object_list(messages, src=0)
+    if messages[0] is not None:
+        raise UserError(messages[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -271,7 +298,7 @@ def _build_model(recipe: Recipe, folder: Path) -> TextToImage:
         encoder, encoder_arguments = split(arguments.pop("text_encoder"), path)
         tokenizer_spec = encoder_arguments.pop("tokenizer", encoder_arguments.get("pretrained"))
         with dist.run_local_rank_zero_first():
-            tokenizer = _build_tokenizer(tokenizer_spec, encoder_arguments.get("revision"), recipe, folder / "tokenizer")
+            tokenizer = _build_tokenizer(tokenizer_spec, encoder_arguments.get("revision"), recipe, folder / TOKENIZER)
         arguments["text_encoder"] = build(registry.text_encoders, encoder, encoder_arguments, path, tokenizer=tokenizer)
     return build(registry.models, name, arguments, "model", seed=recipe.seed)
 
@@ -291,8 +318,10 @@ def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Pa
             tokenizer = train_tokenizer(captions, spec.get("vocab_size", 4096))
         else:
             raise UserError(f"{path}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
-    if dist.get_local_rank() == 0:
-        tokenizer.save_pretrained(str(folder))
+    if dist.get_global_rank() == 0:
+        partial = folder.with_name(f".{folder.name}.partial")
+        tokenizer.save_pretrained(str(partial))
+        partial.rename(folder)
     return tokenizer
 
 
@@ -313,11 +342,16 @@ def _parallelism(recipe: Recipe) -> ParallelismConfig | None:
     if unknown := recipe.parallelism_config.keys() - {"fsdp"}:
         raise UserError(f"{path}.{min(unknown)}: only fsdp is supported.")
     arguments = recipe.parallelism_config.get("fsdp") or {}
-    allowed = FSDP2Config.settable_attrs() - {"device_mesh"}
+    if not isinstance(arguments, dict):
+        raise UserError(f"{path}.fsdp must be a mapping of arguments, such as {{}}, not {arguments!r}.")
+    # Without load_monolith_rank0_only: it wraps the model after loading, when algorithms have taken hold of its parameters.
+    allowed = FSDP2Config.settable_attrs() - {"device_mesh", "load_monolith_rank0_only"}
     for key in arguments:
         if key not in allowed:
             raise UserError(f"{path}.fsdp.{key}: no such argument.{registry.nearest(key, sorted(allowed))}")
-    return ParallelismConfig(fsdp2=FSDP2Config(**arguments))
+    # Under amp, autocast chooses dtypes op by op. Composer's default would also round every block's and the backbone's inputs
+    # to bf16, timesteps and rotary tables among them.
+    return ParallelismConfig(fsdp2=FSDP2Config(**({"mixed_precision": "FULL"} | arguments)))
 
 
 def _set_up_logging() -> None:

@@ -8,6 +8,7 @@ import torch
 from composer.core import Algorithm, Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prx_composer.errors import UserError
@@ -37,6 +38,7 @@ class WeightAverage:
     """
 
     def __init__(self, module: nn.Module):
+        self._module = module
         self.parameters = {clean_name(name): p for name, p in module.named_parameters() if p.requires_grad}
         self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
 
@@ -56,6 +58,9 @@ class WeightAverage:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchanges average and parameters, exactly: two swaps change no bit."""
+        for module in self._module.modules():  # what a forward pass left gathered would keep the weights of before
+            if isinstance(module, FSDPModule):
+                module.reshard()
         for name, parameter in self.parameters.items():
             current, average = _local(parameter.detach()), _local(self.average[name])
             held = current.clone()

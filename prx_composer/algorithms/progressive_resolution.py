@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from composer.core import Algorithm, Event, State, Time
+from composer.core import Algorithm, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
@@ -84,6 +84,8 @@ class ProgressiveResolution(Algorithm):
                     raise ValueError(f"stages[{index}].until is missing; only the last stage may go on to the end.")
                 continue
             end = Time.from_timestring(stage.until)
+            if end.unit == TimeUnit.EPOCH:
+                raise ValueError(f"stages[{index}].until: {stage.until} cannot be in epochs, since a switch begins one; use ba, sp or dur.")
             if ends and end.unit == ends[-1].unit and end.value <= ends[-1].value:
                 raise ValueError(f"stages[{index}].until: {stage.until} must be later than the stage before it ends.")
             ends.append(end)
@@ -122,6 +124,8 @@ class ProgressiveResolution(Algorithm):
         state.dataloader_len = -1  # read again: Composer would cut the new stage's passes to the old one's length
 
     def _check(self, state: State) -> None:
+        if state.max_duration is not None and state.max_duration.unit == TimeUnit.EPOCH and len(self.stages) > 1:
+            raise UserError("max_duration cannot be in epochs with algorithms.progressive_resolution, whose switch begins one; use ba.")
         loader = self._loader(state)
         for index, stage in enumerate(self.stages):
             path = f"algorithms.progressive_resolution.stages[{index}]."

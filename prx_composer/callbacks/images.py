@@ -12,9 +12,10 @@ from composer.utils import create_interval_scheduler, dist
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from prx_composer.errors import UserError
 from prx_composer.models.text_to_image import TextToImage
 
-__all__ = ["Images", "draw_images", "image_grid", "unwrap"]
+__all__ = ["Images", "check_size", "draw_images", "image_grid", "unwrap"]
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,14 @@ def unwrap(state: State) -> TextToImage:
     if not isinstance(model, TextToImage):
         raise TypeError(f"This callback draws with a TextToImage model, not a {type(model).__name__}.")
     return model
+
+
+def check_size(state: State, height: int, width: int, path: str) -> None:
+    """Raises UserError, before training, if the model cannot draw images of that size."""
+    model = unwrap(state)
+    multiple = model.backbone.patch_size * model.autoencoder.downsampling
+    if height % multiple or width % multiple:
+        raise UserError(f"{path}: {height}×{width} is not divisible by {multiple} (patch_size × autoencoder downsampling).")
 
 
 def draw_images(
@@ -116,8 +125,17 @@ class Images(Callback):
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self._due = create_interval_scheduler(Time.from_timestring(interval), include_end_of_training=True)
 
+    def init(self, state: State, logger: Logger) -> None:
+        check_size(state, self.height, self.width, "callbacks.images.height and width")
+
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if not self._due(state, Event.BATCH_CHECKPOINT):
+        self._draw_if_due(Event.BATCH_CHECKPOINT, state, logger)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._draw_if_due(Event.EPOCH_CHECKPOINT, state, logger)
+
+    def _draw_if_due(self, event: Event, state: State, logger: Logger) -> None:
+        if not self._due(state, event):
             return
         images = draw_images(
             state, self.prompts, self.height, self.width, self.seeds, self.num_inference_steps, self.guidance_scale

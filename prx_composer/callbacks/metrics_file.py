@@ -1,6 +1,8 @@
 """metrics.jsonl: one JSON object per step, complete after a crash and consistent after a resume."""
 
 import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ class MetricsFile(LoggerDestination):
         self.path = Path(folder) / "metrics.jsonl"
         self._interval = interval
         self._row: dict[str, Any] = {}
+        self._last: dict[str, Any] = {}
+        self._last_start = 0
         self._seconds_before = 0.0
         self._fit_start = 0.0
 
@@ -48,7 +52,7 @@ class MetricsFile(LoggerDestination):
         for name, value in metrics.items():
             number = value.item() if hasattr(value, "item") else value
             if isinstance(number, int | float):
-                self._row[name] = number
+                self._row[name] = number if math.isfinite(number) else None  # JSON has no NaN
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._seconds_before = state.timestamp.total_wct.total_seconds()
@@ -62,17 +66,22 @@ class MetricsFile(LoggerDestination):
             partial.rename(self.path)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:  # after evaluation, with or before the checkpoint
-        last = state.max_duration is not None and state.timestamp >= state.max_duration
-        if not last and int(state.timestamp.batch) % self._interval == 0:
+        if int(state.timestamp.batch) % self._interval == 0:
             self._write(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
+        """The last line again, with what was logged since."""
         self._row["train_seconds"] = round(self._seconds_before + time.monotonic() - self._fit_start, 3)
+        if self._last.get("batch") == int(state.timestamp.batch):
+            self._row = self._last | self._row
+            if dist.get_global_rank() == 0:
+                os.truncate(self.path, self._last_start)
         self._write(state)
 
     def _write(self, state: State) -> None:
-        row, self._row = self._row, {}
+        seconds = round(state.timestamp.total_wct.total_seconds(), 3)
+        self._last, self._row = {"batch": int(state.timestamp.batch), "seconds": seconds} | self._row, {}
         if dist.get_global_rank() == 0:
-            seconds = round(state.timestamp.total_wct.total_seconds(), 3)
             with self.path.open("a") as file:
-                file.write(json.dumps({"batch": int(state.timestamp.batch), "seconds": seconds, **row}) + "\n")
+                self._last_start = file.tell()
+                file.write(json.dumps(self._last, allow_nan=False) + "\n")

@@ -1,11 +1,14 @@
 """The final scores of the bundled data sets."""
 
+import inspect
+from typing import Any
+
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from prx_composer.callbacks.images import draw_images
+from prx_composer.callbacks.images import check_size, draw_images
 from prx_composer.data.digits import DIGIT_WORDS
-from prx_composer.data.shapes import heldout_scenes
+from prx_composer.data.shapes import ShapesSource, heldout_scenes
 from prx_composer.evaluation.digits import score_digits
 from prx_composer.evaluation.shapes import nearest_scenes
 
@@ -18,26 +21,36 @@ class ShapesScore(Callback):
     An image is right if, of the renderings of all combinations, the one asked for is the nearest.
 
     Args:
-        heldout, source_seed: as in `train_loader.source`.
+        source: the recipe's `train_loader.source`, which says what was held out.
+        image_size: side of the images; the recipe's by default.
         images_per_prompt: with different seeds.
-        image_size: side of the images.
         seed, num_inference_steps, guidance_scale: of sampling.
+
+    Raises:
+        ValueError: data that isn't of the `shapes` source.
     """
 
     def __init__(
         self,
-        heldout: int = 36,
-        source_seed: int = 0,
+        source: dict[str, Any],
+        image_size: int,
         images_per_prompt: int = 4,
-        image_size: int = 32,
         seed: int = 1000,
         num_inference_steps: int = 20,
         guidance_scale: float = 3.0,
     ):
-        self._scenes = heldout_scenes(heldout, source_seed) * images_per_prompt
+        if source.get("name") != "shapes":
+            raise ValueError("scores models of `train_loader.source: {name: shapes, …}` only; set callbacks.shapes_score=false.")
+        arguments = inspect.signature(ShapesSource).bind(**{key: value for key, value in source.items() if key != "name"})
+        arguments.apply_defaults()
+        scenes = heldout_scenes(arguments.arguments["heldout"], arguments.arguments["seed"])
+        self._scenes = scenes * images_per_prompt
         self._seeds = [seed + index for index in range(len(self._scenes))]
         self._image_size = image_size
         self._sampling = (num_inference_steps, guidance_scale)
+
+    def init(self, state: State, logger: Logger) -> None:
+        check_size(state, self._image_size, self._image_size, "callbacks.shapes_score.image_size")
 
     def fit_end(self, state: State, logger: Logger) -> None:
         prompts = [scene.caption for scene in self._scenes]

@@ -1,6 +1,7 @@
 """Captioned images in MDS shards, as samples ready for the collator. Undecodable ones are counted, named and replaced."""
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +85,9 @@ class ImageCaptionDataset(Dataset):
             from streaming.base.storage import CloudDownloader
 
             folder.mkdir(parents=True, exist_ok=True)
-            source, target = f"{remote}/{split}/{MANIFEST}", str(folder / MANIFEST)
-            CloudDownloader.get(source).download(source, target)
+            source, partial = f"{remote}/{split}/{MANIFEST}", folder / f".{MANIFEST}.{os.getpid()}"
+            CloudDownloader.get(source).download(source, str(partial))
+            partial.rename(folder / MANIFEST)  # atomic: another rank never reads half of it
         self.manifest = read_manifest(path, split, captions)
         self.captions = captions or {self.manifest.captions[0]: 1.0}
         self.buckets: list[Bucket] = sorted(self.manifest.buckets)

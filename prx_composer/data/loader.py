@@ -58,17 +58,18 @@ class ImageCaptionLoader(DataLoader):
         self._pass_ended = True
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not self._pass_ended:
-            try:
-                for batch in super().__iter__():
-                    yield batch
-                    if self._pass_ended:
-                        break
-            except UndecodableError as error:  # from a worker it comes with the worker's traceback in its text
-                raise UndecodableError(str(error).strip().rsplit("UndecodableError: ", 1)[-1]) from None
-        else:
-            self.dataset.take_start_sample()  # the position belonged to the pass that is over
-        self._pass_ended = False
+        try:
+            if self._pass_ended:
+                self.dataset.take_start_sample()  # the position belonged to the pass that is over
+                return
+            for batch in super().__iter__():
+                yield batch
+                if self._pass_ended:
+                    break
+        except UndecodableError as error:  # from a worker it comes with the worker's traceback in its text
+            raise UndecodableError(str(error).strip().rsplit("UndecodableError: ", 1)[-1]) from None
+        finally:  # also when the Trainer, which counts batches itself, drops the iterator after the last one
+            self._pass_ended = False
 
 
 def build_loader(

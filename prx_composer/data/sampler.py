@@ -10,7 +10,7 @@ from torch.utils.data import DistributedSampler
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset
 
-__all__ = ["BucketBatchSampler", "SampleRequest", "epoch_batches"]
+__all__ = ["BucketBatchSampler", "SampleRequest", "epoch_batches", "epoch_steps"]
 
 
 class SampleRequest(NamedTuple):
@@ -38,23 +38,28 @@ def epoch_batches(
     rng = np.random.default_rng([seed, epoch])
     batches = []
     offset = 0
-    for count in counts:
+    for count, number in zip(counts, _batches_per_bucket(counts, device_batch_size, shuffle), strict=True):
         ids = np.arange(offset, offset + count)
         offset += count
         if shuffle:
             rng.shuffle(ids)
-        full = count // device_batch_size if shuffle else -(-count // device_batch_size)
-        batches.append(np.resize(ids, (max(full, 1), device_batch_size)))
+        batches.append(np.resize(ids, (number, device_batch_size)))
     stacked = np.concatenate(batches)
     if shuffle:
         rng.shuffle(stacked)
-        steps = len(stacked) // num_ranks
-    else:
-        steps = -(-len(stacked) // num_ranks)
-    if steps == 0:  # fewer batches than ranks
-        steps = 1
+    steps = epoch_steps(counts, device_batch_size, num_ranks, shuffle=shuffle)
     indices = np.resize(np.arange(len(stacked)), steps * num_ranks)
     return stacked[indices].reshape(steps, num_ranks, device_batch_size)
+
+
+def epoch_steps(counts: list[int], device_batch_size: int, num_ranks: int, *, shuffle: bool) -> int:
+    """How many steps `epoch_batches` has."""
+    batches = sum(_batches_per_bucket(counts, device_batch_size, shuffle))
+    return max(batches // num_ranks if shuffle else -(-batches // num_ranks), 1)  # 1: fewer batches than ranks repeat
+
+
+def _batches_per_bucket(counts: list[int], device_batch_size: int, shuffle: bool) -> list[int]:
+    return [max(count // device_batch_size if shuffle else -(-count // device_batch_size), 1) for count in counts]
 
 
 class BucketBatchSampler(DistributedSampler):
@@ -128,10 +133,11 @@ class BucketBatchSampler(DistributedSampler):
         )
 
     def __len__(self) -> int:
-        return len(self._batches())
+        return epoch_steps(self._dataset.counts, self.device_batch_size, self.num_replicas, shuffle=self.shuffle)
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         first = self._dataset.take_start_sample() // self.global_batch_size
+        epoch = self.epoch if self.shuffle else 0  # Composer counts evaluations there, which must not differ
         for step in self._batches()[first:, self.rank]:
             height, width = self._sizes[self._dataset.bucket_of(int(step[0]))]
-            yield [SampleRequest(int(sample_id), height, width, self.epoch) for sample_id in step]
+            yield [SampleRequest(int(sample_id), height, width, epoch) for sample_id in step]

@@ -17,6 +17,7 @@ __all__ = ["FolderSource", "Source", "prepare"]
 log = logging.getLogger(__name__)
 
 FINGERPRINT = "source.json"
+EXIF_ORIENTATION = 0x0112
 
 
 class Source(Protocol):
@@ -110,6 +111,8 @@ class FolderSource:
         self._folder = Path(folder)
         self.image_size = image_size
         self._heldout = heldout
+        if not 0 <= heldout < 1:
+            raise ValueError(f"train_loader.source.heldout must lie in [0, 1), not {heldout}.")
         if not self._folder.is_dir():
             raise ValueError(f"train_loader.source.folder: there is no folder {folder}.")
         captions = self._folder / captions_file
@@ -117,7 +120,7 @@ class FolderSource:
             raise ValueError(f"train_loader.source.captions_file: there is no {captions}.")
         self._rows = list(self._read(captions))
         if not self._rows:
-            raise ValueError(f"{captions} has no lines.")
+            raise ValueError(f"{captions} names no image that can be opened.")
         self.captions = tuple(self._rows[0][1])
         self.identity = {"captions_sha256": hashlib.sha256(captions.read_bytes()).hexdigest()}
         candidates = make_buckets(image_size, multiple, max_aspect)
@@ -134,8 +137,8 @@ class FolderSource:
             where = f"{captions}, line {number}"
             try:
                 row = json.loads(line)
-                name = row.pop("file", None) or row.pop("file_name")
-            except (ValueError, AttributeError, KeyError) as error:
+                name = str(row.pop("file", None) or row.pop("file_name"))
+            except (ValueError, AttributeError, KeyError, TypeError) as error:
                 raise ValueError(f'{where}: expected {{"file": "…", "caption": "…"}}, found {line[:80]!r}.') from error
             texts = {key: value for key, value in row.items() if isinstance(value, str)}
             if not texts:
@@ -146,15 +149,17 @@ class FolderSource:
             try:
                 with Image.open(image) as opened:
                     width, height = opened.size
-            except OSError:
-                log.warning("%s: %s is no image that can be opened; left out.", where, name)
+                    if opened.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8):  # lying on its side, as phones store it
+                        width, height = height, width
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                log.warning("%s: %s is no image that can be opened; left out: %s", where, name, error)
                 continue
             yield image, texts, height, width
 
     def samples(self) -> Iterator[tuple[str, RawSample]]:
-        every = round(1 / self._heldout) if self._heldout else 0
         for index, (image, texts, height, width) in enumerate(self._rows):
             if texts.keys() != set(self.captions):
                 raise ValueError(f"{image.name} has captions {sorted(texts)}, the first image {sorted(self.captions)}.")
-            split = "heldout" if every and index % every == every - 1 else "train"
-            yield split, RawSample(image.read_bytes(), width, height, texts, image.name)
+            held_out = int((index + 1) * self._heldout) > int(index * self._heldout)  # evenly spread
+            sample = RawSample(image.read_bytes(), width, height, texts, image.name)
+            yield "heldout" if held_out else "train", sample

@@ -1,6 +1,6 @@
 """Between uint8 images and what the backbone denoises: pixels themselves, or the latents of a frozen autoencoder."""
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class DiffusersAutoencoder:
         config: dict[str, Any] | None = None,
         subfolder: str | None = None,
         revision: str | None = None,
-        dtype: str = "float32",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ):
         import diffusers
 
@@ -77,7 +77,10 @@ class DiffusersAutoencoder:
             class_name = arguments.pop("_class_name", "AutoencoderKL")
             if class_name not in ("AutoencoderKL", "AutoencoderDC"):
                 raise ValueError(f"_class_name must be AutoencoderKL or AutoencoderDC, not {class_name!r}.")
-            module = getattr(diffusers, class_name)(**arguments)
+            try:
+                module = getattr(diffusers, class_name)(**arguments)
+            except TypeError as error:
+                raise ValueError(f"config: {error}") from error
         else:
             from diffusers.models.auto_model import AutoModel
 
@@ -93,11 +96,13 @@ class DiffusersAutoencoder:
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
-        encoded = self._frozen.on(image.device).encode(_to_unit_range(image).to(self._dtype))
+        with torch.autocast(image.device.type, enabled=False):
+            encoded = self._frozen.on(image.device).encode(_to_unit_range(image).to(self._dtype))
         latent = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         return (latent.float() - self._shift) * self._scale
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         unscaled = (latent / self._scale + self._shift).to(self._dtype)
-        return _to_uint8(self._frozen.on(latent.device).decode(unscaled).sample)
+        with torch.autocast(latent.device.type, enabled=False):
+            return _to_uint8(self._frozen.on(latent.device).decode(unscaled).sample)

@@ -1,15 +1,16 @@
 """Text encoders: any Hugging Face encoder, frozen or trained along, with its tokenizer."""
 
+import difflib
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prx_composer.models.frozen import Frozen
 
@@ -78,13 +79,19 @@ def _build_encoder(pretrained: str | None, config: dict[str, Any] | None, revisi
             hf_config = AutoConfig.from_pretrained(pretrained, revision=revision)
             cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), AutoModel)
             extra = {"is_encoder_decoder": False} if hf_config.model_type == "t5gemma" else {}
-            return _text_tower(cls.from_pretrained(pretrained, revision=revision, **extra))
+            return _text_tower(cls.from_pretrained(pretrained, revision=revision, dtype=torch.float32, **extra))
     arguments = dict(config or {})
     if "model_type" not in arguments:
         raise ValueError("text_encoder.config needs `model_type`, a transformers model type such as t5, t5gemma, qwen3_vl_text.")
     model_type = arguments.pop("model_type")
-    if not any(isinstance(value, dict) for value in arguments.values()):
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"config.model_type: transformers has no model type {model_type!r}.")
+    if not arguments.keys() & {"encoder", "text_config"}:
         arguments.setdefault("vocab_size", vocab_size)
+    known = {*CONFIG_MAPPING[model_type]().to_dict(), *CONFIG_MAPPING[model_type].attribute_map, "decoder", "encoder"}
+    if unknown := sorted(arguments.keys() - known):  # transformers would keep it and go on with its default
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ValueError(f"config.{unknown[0]}: {model_type} has no such setting." + (f" Did you mean {close[0]!r}?" if close else ""))
     hf_config = AutoConfig.for_model(model_type, **arguments)
     cls = getattr(transformers, _ENCODER_CLASSES.get(model_type, ""), None)
     if model_type == "t5gemma":
@@ -116,7 +123,7 @@ class HuggingFaceTextEncoder(nn.Module):
         config: dict[str, Any] | None = None,
         max_tokens: int = 256,
         trainable: bool = False,
-        dtype: str = "float32",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         revision: str | None = None,
     ):
         super().__init__()

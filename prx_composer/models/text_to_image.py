@@ -153,7 +153,7 @@ class TextToImage(ComposerModel):
         for low, high in pairwise(edges):
             self._eval_metrics[f"mse_t{low:.2f}-{high:.2f}"] = TimestepMSE(low, high if high < 1 else 1.01)
         if compile:
-            self.backbone.compile(fullgraph=True)
+            self.backbone.compile(fullgraph=True, dynamic=False)  # one graph per image size
 
     # ---------------------------------------------------------------------------------------------- training
 

@@ -38,4 +38,6 @@ class AdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
+        if len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, not {list(betas)}.")
         super().__init__(parameter_groups(model, weight_decay), lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)

@@ -31,7 +31,7 @@ def commands() -> list[tuple[str, str]]:
             line = line.removeprefix("pip install uv && ")
             if line and not line.startswith("#") and not line.startswith(ELSEWHERE):
                 lines.append((page, line))
-    return list(dict.fromkeys(lines))
+    return list({line: (page, line) for page, line in reversed(lines)}.values())[::-1]  # each once, where it is first said
 
 
 @pytest.fixture(scope="module")

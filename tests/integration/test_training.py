@@ -44,7 +44,7 @@ def test_a_run_leaves_images_metrics_checkpoints_tokenizer_and_a_closing_line(
 ) -> None:
     tiny_recipe["callbacks"] = {
         "images": {"prompts": ["a red circle", "a blue ring"], "interval": "4ba", "num_inference_steps": 2},
-        "shapes_score": {"heldout": 30, "images_per_prompt": 1, "image_size": 16, "num_inference_steps": 2},
+        "shapes_score": {"images_per_prompt": 1, "num_inference_steps": 2},
     }
     tiny_recipe["eval_loader"] = {"name": "image_caption", "path": tiny_recipe["train_loader"]["path"], "split": "heldout"}
     assert main([write_recipe(tiny_recipe), "eval_interval=4ba"]) == 0
@@ -102,12 +102,19 @@ def test_images_are_drawn_from_the_averaged_weights(tiny_recipe: Recipe, write_r
 # -------------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("stop", ["2ba", "4ba", "10ba"], ids=["in stage 1", "at the switch", "in stage 2"])
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stop: str, tiny_recipe: Recipe, write_recipe: Write) -> None:
+@pytest.mark.parametrize(
+    ("stop", "switch"),
+    [("2ba", 4), ("4ba", 4), ("10ba", 4), ("4ba", 5), ("5ba", 5)],
+    ids=["in stage 1", "at the switch", "in stage 2", "before a switch at an epoch's end", "at a switch at an epoch's end"],
+)
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    stop: str, switch: int, tiny_recipe: Recipe, write_recipe: Write
+) -> None:
     scheduler = {"name": "linear_decay_with_warmup", "t_warmup": "0.2dur"}
+    tiny_recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] = f"{switch}ba"
     whole = tiny_recipe | {"max_duration": "12ba", "scheduler": scheduler}
     run(config.load([write_recipe(whole)]))
-    assert read_metrics(folder_of(whole) / "metrics.jsonl")[10]["time/sample_in_epoch"] == 6 * 24, (
+    assert read_metrics(folder_of(whole) / "metrics.jsonl")[10]["time/sample_in_epoch"] == (10 - switch) * 24, (
         "a pass has its own stage's length"
     )
     parts = copy.deepcopy(whole) | {"run_name": "parts", "autoresume": True}
@@ -135,16 +142,36 @@ def test_resuming_across_the_end_of_an_epoch_repeats_the_uninterrupted_run(tiny_
     assert losses(folder_of(parts)) == losses(folder_of(tiny_recipe)) and len(losses(folder_of(parts))) == 12
 
 
+def test_epochs_are_a_duration_too(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    del tiny_recipe["algorithms"]["progressive_resolution"]
+    tiny_recipe["callbacks"] = {"images": {"prompts": ["a red circle"], "interval": "1ep", "num_inference_steps": 1}}
+    run(config.load([write_recipe(tiny_recipe), "max_duration=2ep", "save_interval=1ep"]))
+    rows = read_metrics(folder_of(tiny_recipe) / "metrics.jsonl")
+    assert [row["batch"] for row in rows] == list(range(1, 11)), "240 samples in batches of 48, twice"
+    assert "loss/train/total" in rows[-1] and "train_seconds" in rows[-1]
+    assert sorted(p.name for p in (folder_of(tiny_recipe) / "images").iterdir()) == ["ba000005.png", "ba000010.png"]
+
+
+def test_a_kill_between_checkpoint_and_link_does_not_lose_the_run(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    path = write_recipe(tiny_recipe | {"autoresume": True})
+    run(config.load([path, "callbacks.stop_after.time=6ba"]))
+    (folder_of(tiny_recipe) / "checkpoints" / "latest-rank0.pt").unlink()
+    kept = losses(folder_of(tiny_recipe))
+    run(config.load([path]))
+    assert {batch: loss for batch, loss in losses(folder_of(tiny_recipe)).items() if batch <= 6} == kept
+    assert len(losses(folder_of(tiny_recipe))) == 8
+
+
 def test_a_finished_run_says_so_and_ends_well(
     tiny_recipe: Recipe, write_recipe: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_recipe(tiny_recipe | {"autoresume": True})
     assert main([path, "max_duration=2ba"]) == 0
-    before = (folder_of(tiny_recipe) / "metrics.jsonl").read_text()
+    before = {p: p.read_bytes() for p in folder_of(tiny_recipe).rglob("*") if p.is_file()}
     capsys.readouterr()
-    assert main([path, "max_duration=2ba"]) == 0
+    assert main([path, "max_duration=2ba", "save_interval=1ba"]) == 0
     assert "already been trained for 2ba" in capsys.readouterr().out
-    assert (folder_of(tiny_recipe) / "metrics.jsonl").read_text() == before
+    assert {p: p.read_bytes() for p in folder_of(tiny_recipe).rglob("*") if p.is_file()} == before
 
 
 # ------------------------------------------------------------------------------------------------- loggers
@@ -211,6 +238,14 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "context width": ("model.backbone.context_in_dim", 99, "set context_in_dim: 24"),
     "precision": ("precision", "amp_bf16", "precision: amp_bf16 needs a GPU"),
     "scheduler": ("scheduler", {"name": "constant", "t_max": "3 weeks"}, "scheduler.t_max: '3 weeks' is no time"),
+    "size of images": ("callbacks.images", {"prompts": ["x"], "height": 18}, "callbacks.images.height and width: 18×16 is not"),
+    "clipping": ("algorithms.gradient_clipping.clipping_type", "nrm", "clipping_type: expected 'norm' or 'value' or 'adaptive'"),
+    "score of other data": ("callbacks.shapes_score", {"image_size": 18}, "callbacks.shapes_score.image_size: 18×18"),
+    "tokens": ("max_duration", "1000tok", "max_duration: 1000tok must be a number of batches, epochs or samples"),
+    "epochs with stages": ("max_duration", "3ep", "max_duration cannot be in epochs"),
+    "encoder setting": ("model.text_encoder.config.num_layrs", 3, "config.num_layrs: t5 has no such setting. Did you mean 'num_layers'?"),
+    "dtype": ("model.text_encoder.dtype", "bf16", "model.text_encoder.dtype: expected 'float32' or 'bfloat16' or 'float16'"),
+    "fsdp mapping": ("parallelism_config", {"fsdp": True}, "parallelism_config.fsdp must be a mapping"),
     "window": ("algorithms.ema", {"half_life": "4 moons"}, "algorithms.ema"),
     "fsdp": ("parallelism_config", {"fsdp": {"sharding": "full"}}, "parallelism_config.fsdp.sharding: no such argument"),
     "missing weights": (
@@ -230,6 +265,7 @@ def test_a_users_mistake_ends_in_one_message_and_nothing_is_trained(
     printed = capsys.readouterr()
     assert message in printed.err and "Traceback" not in printed.err
     assert not (folder_of(tiny_recipe) / "metrics.jsonl").exists()
+    assert main([write_recipe(tiny_recipe), "max_duration=1ba", "autoresume=true"]) == 0, "the mended recipe runs"
 
 
 def test_an_empty_or_missing_data_folder_is_named(

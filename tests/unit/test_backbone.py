@@ -191,12 +191,15 @@ def test_sizes_that_do_not_fit_are_named(bad: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_compiles_as_one_graph_with_routing_and_taps() -> None:
-    _, ours = both(PIXELS | {"depth": 2})
-    ours.taps = (1,)
-    arguments = inputs(PIXELS) | {"route": Route(1, 2, torch.tensor([[0, 3], [1, 2], [4, 6]])), "return_taps": True}
-    expected, expected_taps = ours(**arguments)
-    compiled = torch.compile(ours, fullgraph=True)
-    sample, taps = compiled(**arguments)
-    torch.testing.assert_close(sample, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(taps[1], expected_taps[1], atol=1e-5, rtol=1e-5)
+def test_compiles_as_one_graph_with_routing_and_taps_at_every_size() -> None:
+    _, ours = both(PIXELS | {"depth": 1})
+    ours.taps = (0,)
+    cached_rotation.cache_clear()
+    compiled = torch.compile(ours, fullgraph=True, dynamic=False)
+    kept = torch.tensor([[0, 3], [1, 2], [4, 5]])
+    for height, width in ((16, 24), (24, 16)):
+        arguments = inputs(PIXELS, height, width) | {"route": Route(0, 1, kept), "return_taps": True}
+        sample, taps = compiled(**arguments)
+        expected, expected_taps = ours(**arguments)
+        torch.testing.assert_close(sample, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(taps[0], expected_taps[0], atol=1e-5, rtol=1e-5)

@@ -60,6 +60,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "type": (["model.backbone.depth=four"], r"model.backbone.depth: expected an integer, not 'four'"),
     "top-level type": (["global_train_batch_size=many"], r"global_train_batch_size: expected an integer, not 'many'"),
     "flow": (["model.flow.predicton=x"], r"model.flow.predicton: no such argument. Did you mean 'prediction'"),
+    "tokens": (["eval_interval=5tok"], r"eval_interval: 5tok: images have no tokens"),
     "literal": (["model.flow.prediction=eps"], r"model.flow.prediction: expected 'x' or 'v', not 'eps'"),
     "stage": (["algorithms.progressive_resolution.stages=[{until: 3ba}]"], r"stages\[0\] lacks the argument 'image_size'"),
     "stage key": (

@@ -15,7 +15,7 @@ from PIL import Image
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.loader import build_loader
-from prx_composer.data.sampler import BucketBatchSampler, SampleRequest, epoch_batches
+from prx_composer.data.sampler import BucketBatchSampler, SampleRequest, epoch_batches, epoch_steps
 from prx_composer.data.schema import BucketWriter, Manifest, RawSample
 from prx_composer.data.shapes import ShapesSource, all_scenes, heldout_scenes, render
 from prx_composer.data.sources import FolderSource, prepare
@@ -88,6 +88,12 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 
     assert order(0, 0) == order(0, 0) != order(0, 1)
     assert order(0, 1) != order(1, 0)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_number_of_steps_is_known_without_drawing_them(shuffle: bool) -> None:
+    for counts, batch, ranks in (([100], 8, 1), ([100, 37, 5], 8, 3), ([3, 2], 8, 4)):
+        assert epoch_steps(counts, batch, ranks, shuffle=shuffle) == len(epoch_batches(counts, batch, ranks, shuffle=shuffle))
 
 
 def test_evaluation_sees_every_sample_in_order() -> None:
@@ -304,6 +310,22 @@ def test_a_folder_of_ones_own_images_becomes_a_data_set(tmp_path: Path) -> None:
     assert len(captions) == 24 and captions < {f"picture {index}" for index in range(30)}
 
 
+def test_a_photo_lying_on_its_side_goes_to_the_bucket_it_is_seen_in(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gradient(40, 60).save(tmp_path / "photos" / "phone.jpg", exif=exif)
+    (tmp_path / "photos" / "captions.jsonl").write_text('{"file": "phone.jpg", "caption": "upright"}')
+    source = FolderSource(str(tmp_path / "photos"), image_size=32, multiple=4)
+    assert [bucket.height > bucket.width for bucket in source.buckets] == [True]
+
+
+@pytest.mark.parametrize(("heldout", "count"), [(0.0, 0), (0.1, 3), (0.4, 12), (0.7, 21)])
+def test_the_held_out_share_is_what_it_says(tmp_path: Path, heldout: float, count: int) -> None:
+    source = FolderSource(str(folder_of_images(tmp_path / "photos")), image_size=32, multiple=4, heldout=heldout)
+    assert [split for split, _ in source.samples()].count("heldout") == count
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -312,6 +334,8 @@ def test_a_folder_of_ones_own_images_becomes_a_data_set(tmp_path: Path) -> None:
         ('{"file": "31.jpg", "caption": "x"}', "no image 31.jpg"),
         ('{"file": "../../etc/passwd", "caption": "x"}', "no image"),
         ('{"file": "1.jpg"}', "no caption"),
+        ('["1.jpg", "a list"]', "line 31"),
+        ('{"file": 3, "caption": "x"}', "no image 3"),
     ],
 )
 def test_a_bad_captions_file_is_named_by_line(tmp_path: Path, line: str, message: str) -> None:
