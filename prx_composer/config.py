@@ -173,11 +173,8 @@ def import_code(paths: list[str]) -> None:
 
 # What the program passes to a component, beside the recipe's arguments.
 _LOADER_PROVIDED = frozenset({"tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed"})
-_PROVIDED: dict[str, frozenset[str]] = {
-    "metrics_file": frozenset({"folder"}),
-    "images": frozenset({"folder", "image_size"}),
-    "shapes_score": frozenset({"image_size", "source"}),
-}
+_PROVIDED = {name: frozenset({"folder", "source"}) for name in ("metrics_file", "images", "shapes_score")}
+_DEFAULTED = frozenset({"image_size"})  # taken from the recipe unless it is given
 _NONE: frozenset[str] = frozenset()
 
 
@@ -201,7 +198,7 @@ def check(recipe: Recipe) -> None:
         for name, arguments in entries(getattr(recipe, kind), kind):
             path = f"{kind}.{name}"
             target = getattr(registry, kind).get(name, path)
-            _check_call(target, arguments, path, _PROVIDED.get(name, _NONE))
+            _check_call(target, arguments, path, _PROVIDED.get(name, _NONE), defaulted=_DEFAULTED)
 
 
 def _check_time(time: Any, path: str) -> None:
@@ -239,8 +236,21 @@ def _check_spec(
     _check_call(components.get(name, path), arguments, path, provided, also)
 
 
-def _check_call(target: Any, arguments: Spec, path: str, provided: frozenset[str] = _NONE, also: frozenset[str] = _NONE) -> None:
-    """Binds arguments against a signature; `provided` come from the program, `also` are allowed though it has them not."""
+def _check_call(
+    target: Any,
+    arguments: Spec,
+    path: str,
+    provided: frozenset[str] = _NONE,
+    also: frozenset[str] = _NONE,
+    defaulted: frozenset[str] = _NONE,
+) -> None:
+    """Binds arguments against a signature.
+
+    Args:
+        provided: what the program passes and a recipe may not.
+        also: what a recipe may give though the signature doesn't have it.
+        defaulted: what the program passes unless the recipe does.
+    """
     function = target.__init__ if inspect.isclass(target) else target
     parameters = {
         name: parameter for name, parameter in inspect.signature(function).parameters.items() if name not in ("self", *provided)
@@ -257,7 +267,7 @@ def _check_call(target: Any, arguments: Spec, path: str, provided: frozenset[str
         elif key in hints:
             _check_type(value, hints[key], f"{path}.{key}")
     for name, parameter in parameters.items():
-        if name not in arguments and parameter.default is parameter.empty and name in allowed:
+        if name not in defaulted and name not in arguments and parameter.default is parameter.empty and name in allowed:
             raise UserError(f"{path} lacks the argument {name!r}.")
 
 

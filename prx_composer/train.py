@@ -177,8 +177,12 @@ def build_trainer(recipe: Recipe) -> Trainer:
 def _check_run_folder(recipe: Recipe, folder: Path) -> None:
     """A run folder is used by one run: nothing in it is overwritten, and it is resumed only with its own recipe."""
     saved, checkpoints = folder / CONFIG, folder / "checkpoints"
-    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if present <= {CONFIG, TOKENIZER, f".{TOKENIZER}.partial"}:  # nothing was trained here: a run that was refused left at most these
+    present = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if not path.is_dir()}
+    if present <= {
+        CONFIG,
+        TOKENIZER,
+        f".{TOKENIZER}.partial",
+    }:  # nothing was trained here: a run that was refused left at most these
         shutil.rmtree(folder, ignore_errors=True)
         return
     if not recipe.autoresume:

@@ -85,7 +85,9 @@ class ProgressiveResolution(Algorithm):
                 continue
             end = Time.from_timestring(stage.until)
             if end.unit == TimeUnit.EPOCH:
-                raise ValueError(f"stages[{index}].until: {stage.until} cannot be in epochs, since a switch begins one; use ba, sp or dur.")
+                raise ValueError(
+                    f"stages[{index}].until: {stage.until} cannot be in epochs, since a switch begins one; use ba, sp or dur."
+                )
             if ends and end.unit == ends[-1].unit and end.value <= ends[-1].value:
                 raise ValueError(f"stages[{index}].until: {stage.until} must be later than the stage before it ends.")
             ends.append(end)
@@ -125,7 +127,9 @@ class ProgressiveResolution(Algorithm):
 
     def _check(self, state: State) -> None:
         if state.max_duration is not None and state.max_duration.unit == TimeUnit.EPOCH and len(self.stages) > 1:
-            raise UserError("max_duration cannot be in epochs with algorithms.progressive_resolution, whose switch begins one; use ba.")
+            raise UserError(
+                "max_duration cannot be in epochs with algorithms.progressive_resolution, whose switch begins one; use ba."
+            )
         loader = self._loader(state)
         for index, stage in enumerate(self.stages):
             path = f"algorithms.progressive_resolution.stages[{index}]."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from streaming import Stream, StreamingDataset
+from streaming import LocalDataset, Stream, StreamingDataset
 from torch.utils.data import Dataset, get_worker_info
 
 from prx_composer.data.buckets import Bucket
@@ -55,8 +55,8 @@ def read_manifest(path: str | Path, split: str, captions: dict[str, float] | Non
 class ImageCaptionDataset(Dataset):
     """Random access to a split of bucketed MDS folders.
 
-    Storage, download and caching are a StreamingDataset's; the order is the batch sampler's, which makes an epoch
-    independent of the number of workers and a resume exact.
+    With `remote`, download and caching are a StreamingDataset's. The order is always the batch sampler's, which makes an
+    epoch independent of the number of workers and a resume exact.
 
     Args:
         path: folder with the splits; local, or the local cache of `remote`.
@@ -91,12 +91,14 @@ class ImageCaptionDataset(Dataset):
         self.manifest = read_manifest(path, split, captions)
         self.captions = captions or {self.manifest.captions[0]: 1.0}
         self.buckets: list[Bucket] = sorted(self.manifest.buckets)
-        streams = [
-            Stream(local=str(folder / str(bucket)), remote=f"{remote}/{split}/{bucket}" if remote else None)
-            for bucket in self.buckets
-        ]
-        self._storage = StreamingDataset(streams=streams, batch_size=1, shuffle=False)
-        self.counts = [int(count) for count in self._storage.samples_per_stream]
+        if remote is None:  # plain files: no shared memory, no threads
+            self._local = [LocalDataset(str(folder / str(bucket))) for bucket in self.buckets]
+            self.counts = [len(part) for part in self._local]
+        else:
+            streams = [Stream(local=str(folder / str(bucket)), remote=f"{remote}/{split}/{bucket}") for bucket in self.buckets]
+            self._streaming = StreamingDataset(streams=streams, batch_size=1, shuffle=False)
+            self.counts = [int(count) for count in self._streaming.samples_per_stream]
+        self._remote = remote
         self._offsets = np.cumsum([0, *self.counts])
         self._seed = seed
         self._max_undecodable = max_undecodable
@@ -122,7 +124,7 @@ class ImageCaptionDataset(Dataset):
         first, count = int(self._offsets[bucket]), self.counts[bucket]
         for attempt in range(count):
             sample_id = first + (request.sample_id - first + attempt) % count
-            row = self._storage[sample_id]
+            row = self._row(sample_id)
             self._count(seen=1)
             try:
                 image = decode_image(row["image"], request.height, request.width)
@@ -131,6 +133,12 @@ class ImageCaptionDataset(Dataset):
                 continue
             return {"image": image, "caption": self._choose_caption(row, sample_id, request.epoch), "sample_id": sample_id}
         raise UndecodableError(f"None of the {count} images of bucket {self.buckets[bucket]} can be decoded.")
+
+    def _row(self, sample_id: int) -> dict[str, Any]:
+        if self._remote is not None:
+            return self._streaming[sample_id]
+        bucket = self.bucket_of(sample_id)
+        return self._local[bucket][sample_id - int(self._offsets[bucket])]
 
     def _choose_caption(self, row: dict[str, Any], sample_id: int, epoch: int) -> str:
         columns = list(self.captions)

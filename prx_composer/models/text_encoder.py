@@ -91,7 +91,9 @@ def _build_encoder(pretrained: str | None, config: dict[str, Any] | None, revisi
     known = {*CONFIG_MAPPING[model_type]().to_dict(), *CONFIG_MAPPING[model_type].attribute_map, "decoder", "encoder"}
     if unknown := sorted(arguments.keys() - known):  # transformers would keep it and go on with its default
         close = difflib.get_close_matches(unknown[0], known, n=1)
-        raise ValueError(f"config.{unknown[0]}: {model_type} has no such setting." + (f" Did you mean {close[0]!r}?" if close else ""))
+        raise ValueError(
+            f"config.{unknown[0]}: {model_type} has no such setting." + (f" Did you mean {close[0]!r}?" if close else "")
+        )
     hf_config = AutoConfig.for_model(model_type, **arguments)
     cls = getattr(transformers, _ENCODER_CLASSES.get(model_type, ""), None)
     if model_type == "t5gemma":

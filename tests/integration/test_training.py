@@ -243,7 +243,11 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "score of other data": ("callbacks.shapes_score", {"image_size": 18}, "callbacks.shapes_score.image_size: 18×18"),
     "tokens": ("max_duration", "1000tok", "max_duration: 1000tok must be a number of batches, epochs or samples"),
     "epochs with stages": ("max_duration", "3ep", "max_duration cannot be in epochs"),
-    "encoder setting": ("model.text_encoder.config.num_layrs", 3, "config.num_layrs: t5 has no such setting. Did you mean 'num_layers'?"),
+    "encoder setting": (
+        "model.text_encoder.config.num_layrs",
+        3,
+        "config.num_layrs: t5 has no such setting. Did you mean 'num_layers'?",
+    ),
     "dtype": ("model.text_encoder.dtype", "bf16", "model.text_encoder.dtype: expected 'float32' or 'bfloat16' or 'float16'"),
     "fsdp mapping": ("parallelism_config", {"fsdp": True}, "parallelism_config.fsdp must be a mapping"),
     "window": ("algorithms.ema", {"half_life": "4 moons"}, "algorithms.ema"),

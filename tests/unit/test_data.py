@@ -236,6 +236,17 @@ def test_a_stage_change_ends_the_pass_and_changes_sizes(tmp_path: Path, tokenize
     assert list(loader) == [] and len(list(loader)) == 10, "an ended pass is empty, the next one is whole"
 
 
+def test_remote_data_is_fetched_into_the_local_cache(tmp_path: Path) -> None:
+    samples = [((SQUARE, WIDE)[index % 2], encode(gradient(16, 16))) for index in range(10)]
+    remote = write(tmp_path / "remote", samples)
+    near = ImageCaptionDataset(str(remote))
+    far = ImageCaptionDataset(str(tmp_path / "cache"), remote=str(remote))
+    assert len(far) == 10 and far.counts == near.counts
+    captions = [[dataset[request(index)]["caption"] for index in range(10)] for dataset in (near, far)]
+    assert captions[0] == captions[1] and len(set(captions[0])) == 10
+    assert list((tmp_path / "cache").rglob("*.mds"))
+
+
 def test_what_is_wrong_with_the_data_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no data set in"):
         ImageCaptionDataset(str(tmp_path / "nowhere"))
