@@ -355,7 +355,8 @@ def _parallelism(recipe: Recipe) -> ParallelismConfig | None:
             raise UserError(f"{path}.fsdp.{key}: no such argument.{registry.nearest(key, sorted(allowed))}")
     # Under amp, autocast chooses dtypes op by op. Composer's default would also round every block's and the backbone's inputs
     # to bf16, timesteps and rotary tables among them.
-    return ParallelismConfig(fsdp2=FSDP2Config(**({"mixed_precision": "FULL"} | arguments)))
+    settings: dict[str, Any] = {"mixed_precision": "FULL"} | arguments
+    return ParallelismConfig(fsdp2=FSDP2Config(**settings))
 
 
 def _set_up_logging() -> None:
