@@ -1,10 +1,8 @@
 """A recipe becomes a run: configuration → objects → composer.Trainer → one line that says where everything is."""
 
-import dataclasses
 import inspect
 import logging
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from composer import Trainer
 from composer.core import DataSpec, Evaluator, Precision
 from composer.utils import FSDP2Config, ParallelismConfig, dist, get_device, reproducibility
@@ -21,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from prx_composer import config, registry
 from prx_composer.algorithms.progressive_resolution import check_batch_sizes
 from prx_composer.callbacks.data_monitor import DataMonitor
-from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.callbacks.random_step import RandomStep
 from prx_composer.config import Recipe, build, build_all, split
 from prx_composer.data.dataset import read_manifest
@@ -31,15 +27,11 @@ from prx_composer.errors import UserError
 from prx_composer.models.text_encoder import load_tokenizer, train_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.optim.groups import parameter_groups
+from prx_composer.run_folder import CHECKPOINT_NAME, CHECKPOINTS, TOKENIZER, as_saved, check_run_folder, save_recipe, summarise
 
 __all__ = ["build_trainer", "main", "run"]
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT_NAME = "ba{batch}-rank{rank}.pt"
-LATEST = "latest-rank0.pt"
-CONFIG = "config.yaml"
-TOKENIZER = "tokenizer"
 
 
 def main(arguments: list[str]) -> int:
@@ -71,7 +63,7 @@ def run(recipe: Recipe) -> str:
             "Train it on with a longer max_duration=…, or start another with run_name=…\n" + summarise(folder)
         )
     if dist.get_global_rank() == 0:
-        (folder / CONFIG).write_text(yaml.safe_dump(_as_saved(recipe), sort_keys=False, allow_unicode=True))
+        save_recipe(recipe, folder)
     try:
         trainer.fit()
     except BaseException:
@@ -79,21 +71,6 @@ def run(recipe: Recipe) -> str:
         raise
     trainer.close()
     return summarise(folder)
-
-
-def summarise(folder: Path) -> str:
-    """One line: the score and the time, and where images, metrics and checkpoints are."""
-    rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    last = rows[-1] if rows else {}
-    facts = [f"{name} {last[name]:.3f}" for name in ("heldout_accuracy", "classifier_accuracy") if name in last]
-    if "classifier_accuracy_real" in last:
-        facts.append(f"(real digits {last['classifier_accuracy_real']:.3f})")
-    if "loss/train/total" in last:
-        facts.append(f"loss {last['loss/train/total']:.4f}")
-    if "train_seconds" in last:
-        facts.append(f"{last['train_seconds'] / 60:.1f} min")
-    places = [folder / name for name in ("images", "metrics.jsonl", "checkpoints") if (folder / name).exists()]
-    return f"{folder.name}: {', '.join(facts)} · {' · '.join(str(place) for place in places)}"
 
 
 def build_trainer(recipe: Recipe) -> Trainer:
@@ -116,7 +93,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     folder = Path(recipe.run_folder)
     with _first_on_rank_zero():
         if dist.get_global_rank() == 0:
-            _check_run_folder(recipe, folder)
+            check_run_folder(recipe, folder)
             _prepare_data(recipe)
     if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:  # nothing to do unless this node has disks of its own
         _prepare_data(recipe)
@@ -150,7 +127,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         precision=recipe.precision,
         parallelism_config=_parallelism(recipe),
         seed=recipe.seed,
-        save_folder=str(folder / "checkpoints"),
+        save_folder=str(folder / CHECKPOINTS),
         save_filename=CHECKPOINT_NAME,
         save_interval=recipe.save_interval,
         save_overwrite=True,  # the folder is this run's: what a kill left half-written is written again
@@ -167,60 +144,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
         log.debug("Composer refused the recipe", exc_info=True)
         raise UserError(str(error)) from error
     for destination in loggers:
-        destination.log_hyperparameters(_as_saved(recipe))
+        destination.log_hyperparameters(as_saved(recipe))
     return trainer
-
-
-# ------------------------------------------------------------------------------------------------------ run folder
-
-
-def _check_run_folder(recipe: Recipe, folder: Path) -> None:
-    """A run folder is used by one run: nothing in it is overwritten, and it is resumed only with its own recipe."""
-    saved, checkpoints = folder / CONFIG, folder / "checkpoints"
-    present = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if not path.is_dir()}
-    if present <= {
-        CONFIG,
-        TOKENIZER,
-        f".{TOKENIZER}.partial",
-    }:  # nothing was trained here: a run that was refused left at most these
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    if not recipe.autoresume:
-        raise UserError(
-            f"run_folder: {folder} is already in use. Go on with that run with autoresume=true, "
-            "or start another run with run_name=<another name>."
-        )
-    if not saved.exists():
-        raise UserError(f"run_folder: {folder} is not empty and holds no run; choose another run_name or run_folder.")
-    before = yaml.safe_load(saved.read_text()) or {}
-    now = _as_saved(recipe)
-    different = [key for key in now if key not in config.RESUMABLE_CHANGES and before.get(key) != now[key]]
-    if different:
-        paths = [path for key in different for path in _differences(before.get(key), now[key], key)]
-        raise UserError(
-            f"autoresume: {folder} was started with another recipe; what differs: {', '.join(paths)}. "
-            "Resume with the recipe in its config.yaml, or start another run with run_name=<another name>."
-        )
-    written = sorted(checkpoints.glob("ba*-rank0.pt"), key=lambda path: int(path.name[2:].split("-")[0]))
-    if written and not (checkpoints / LATEST).exists():  # killed while Composer replaced the link, which it does last
-        (checkpoints / LATEST).unlink(missing_ok=True)
-        (checkpoints / LATEST).symlink_to(written[-1].name)
-
-
-def _differences(before: Any, now: Any, path: str) -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted({*before, *now})
-        return [
-            p
-            for key in keys
-            if before.get(key) != now.get(key)
-            for p in _differences(before.get(key), now.get(key), f"{path}.{key}")
-        ]
-    return [f"{path} ({before!r} → {now!r})"]
-
-
-def _as_saved(recipe: Recipe) -> dict[str, Any]:
-    return yaml.safe_load(yaml.safe_dump(dataclasses.asdict(recipe)))
 
 
 @contextmanager
