@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +16,21 @@ from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.transforms import decode_image
 from prx_composer.errors import UserError
 
-if TYPE_CHECKING:
-    from prx_composer.data.sampler import SampleRequest
-
-__all__ = ["ImageCaptionDataset", "UndecodableError", "read_manifest"]
+__all__ = ["ImageCaptionDataset", "SampleRequest", "UndecodableError", "read_manifest"]
 
 log = logging.getLogger(__name__)
 
 UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 MIN_SEEN_FOR_RATE = 500
+
+
+class SampleRequest(NamedTuple):
+    """All that a worker needs to know to make one sample."""
+
+    sample_id: int
+    height: int
+    width: int
+    epoch: int
 
 
 class UndecodableError(UserError):
@@ -118,7 +124,7 @@ class ImageCaptionDataset(Dataset):
         """How many decodings failed so far, over all workers of this rank."""
         return int(self._counters[:, 1].sum())
 
-    def __getitem__(self, request: "SampleRequest") -> dict[str, Any]:
+    def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
         """`image` uint8 (3, height, width), `caption`, `sample_id` (of the sample that was really used)."""
         bucket = self.bucket_of(request.sample_id)
         first, count = int(self._offsets[bucket]), self.counts[bucket]

@@ -1,25 +1,15 @@
 """Which samples form which batch: a pure function of (seed, epoch, batch size), with every device batch from one bucket."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.dataset import ImageCaptionDataset
+from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest
 
-__all__ = ["BucketBatchSampler", "SampleRequest", "epoch_batches", "epoch_steps"]
-
-
-class SampleRequest(NamedTuple):
-    """All that a worker needs to know to make one sample."""
-
-    sample_id: int
-    height: int
-    width: int
-    epoch: int
+__all__ = ["BucketBatchSampler", "epoch_batches", "epoch_steps"]
 
 
 def epoch_batches(

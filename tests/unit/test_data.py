@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
-from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
+from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest, UndecodableError
 from prx_composer.data.loader import build_loader
-from prx_composer.data.sampler import BucketBatchSampler, SampleRequest, epoch_batches, epoch_steps
+from prx_composer.data.sampler import BucketBatchSampler, epoch_batches, epoch_steps
 from prx_composer.data.schema import BucketWriter, Manifest, RawSample
 from prx_composer.data.shapes import ShapesSource, all_scenes, heldout_scenes, render
 from prx_composer.data.sources import FolderSource, prepare
