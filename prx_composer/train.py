@@ -23,6 +23,7 @@ from prx_composer.config import Recipe, build, build_all, split
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import Manifest, iterate_captions
 from prx_composer.data.sources import prepare
+from prx_composer.distributed import GlooAverage
 from prx_composer.errors import UserError
 from prx_composer.models.text_encoder import load_tokenizer, train_tokenizer
 from prx_composer.models.text_to_image import TextToImage
@@ -116,7 +117,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         optimizers=optimizer,
         schedulers=build(registry.schedulers, name, arguments, "scheduler"),
         algorithms=build_all(registry.algorithms, "algorithms", recipe.algorithms),
-        callbacks=[RandomStep(), DataMonitor(), *callbacks],
+        callbacks=[GlooAverage(), RandomStep(), DataMonitor(), *callbacks],
         loggers=loggers,
         train_dataloader=train_loader,
         eval_dataloader=_build_evaluator(recipe, model),

@@ -34,12 +34,12 @@ class Stage:
         until: end of the stage, a time string ("100000ba", "0.6dur"); None for the rest of the run.
         image_size: side of the square whose area the images have.
         global_train_batch_size: images per step over all ranks.
-        device_train_microbatch_size: images per forward pass of one rank.
+        device_train_microbatch_size: images per forward pass of one rank; by default its whole share of the batch.
     """
 
     image_size: int
     global_train_batch_size: int
-    device_train_microbatch_size: int
+    device_train_microbatch_size: int | None = None
     until: str | None = None
 
 
@@ -122,7 +122,7 @@ class ProgressiveResolution(Algorithm):
     def _enter(self, state: State) -> None:
         stage = self.stage
         self._loader(state).set_stage(stage.image_size, stage.global_train_batch_size)
-        state.device_train_microbatch_size = stage.device_train_microbatch_size
+        state.device_train_microbatch_size = self._microbatch_size(stage)
         state.dataloader_len = -1  # read again: Composer would cut the new stage's passes to the old one's length
 
     def _check(self, state: State) -> None:
@@ -133,11 +133,15 @@ class ProgressiveResolution(Algorithm):
         loader = self._loader(state)
         for index, stage in enumerate(self.stages):
             path = f"algorithms.progressive_resolution.stages[{index}]."
-            check_batch_sizes(path, stage.global_train_batch_size, stage.device_train_microbatch_size, dist.get_world_size())
+            check_batch_sizes(path, stage.global_train_batch_size, self._microbatch_size(stage), dist.get_world_size())
             try:
                 loader.set_stage(stage.image_size, stage.global_train_batch_size)
             except ValueError as error:
                 raise UserError(f"{path}image_size: {error}") from error
+
+    @staticmethod
+    def _microbatch_size(stage: Stage) -> int:
+        return stage.device_train_microbatch_size or max(stage.global_train_batch_size // dist.get_world_size(), 1)
 
     @staticmethod
     def _loader(state: State) -> StagedLoader:

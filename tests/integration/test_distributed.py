@@ -35,6 +35,7 @@ def test_ddp_and_fsdp2_train_the_same_curve_and_ema_and_fsdp2_resumes(
 ) -> None:
     tiny_recipe["max_duration"] = "20ba"
     tiny_recipe["save_interval"] = "20ba"
+    tiny_recipe["algorithms"]["gradient_clipping"]["clipping_threshold"] = 20.0  # exceeded in some steps, not in all
     tiny_recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] = "8ba"
     tiny_recipe["callbacks"] = {"images": {"prompts": ["a red circle"], "interval": "5ba", "num_inference_steps": 2}}
     tiny_recipe["eval_loader"] = {"name": "image_caption", "path": tiny_recipe["train_loader"]["path"], "split": "heldout"}
@@ -70,6 +71,13 @@ def test_ddp_and_fsdp2_train_the_same_curve_and_ema_and_fsdp2_resumes(
     found = ours["callbacks"]["AverageState"]["average"]
     for name, value in average.items():
         torch.testing.assert_close(found[name], value, atol=2e-4, rtol=1e-3)
+
+
+def test_fsdp2_averages_gradients_over_ranks() -> None:
+    script = Path(__file__).with_name("fsdp_gradients.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
 
 
 def test_fsdp2_with_a_frozen_text_encoder_and_a_full_state_dict(tiny_recipe: Recipe, write_recipe: Write) -> None:
