@@ -62,10 +62,10 @@ class Recipe:
     variables: Spec = field(default_factory=dict)
 
 
-# What may differ between a run and its continuation without making it another run.
+# What may differ between a run and its continuation without making it another run. Not the microbatch: it decides the draws.
 RESUMABLE_CHANGES = frozenset(
     {"max_duration", "autoresume", "callbacks", "loggers", "save_interval", "save_num_checkpoints_to_keep", "dist_timeout"}
-    | {"eval_interval", "eval_subset_num_batches", "progress_bar", "code_paths", "variables", "device_train_microbatch_size"}
+    | {"eval_interval", "eval_subset_num_batches", "progress_bar", "code_paths", "variables"}
 )
 
 
@@ -75,7 +75,7 @@ def load(arguments: list[str]) -> Recipe:
     Raises:
         UserError: a file that isn't there or isn't YAML, an unknown or missing key, a value of the wrong type.
     """
-    merged = OmegaConf.create(dataclasses.asdict(_Defaults()))
+    merged = OmegaConf.create({"run_folder": Recipe.run_folder})  # a default that refers to another key
     assert isinstance(merged, DictConfig)
     if not any("=" not in argument for argument in arguments):
         raise UserError("Name at least one recipe, such as: composer train.py yamls/quickstart.yaml [key=value …]")
@@ -97,13 +97,6 @@ def load(arguments: list[str]) -> Recipe:
     for key, value in values.items():
         _check_type(value, hints[str(key)], str(key))
     return Recipe(**{str(key): value for key, value in values.items()})
-
-
-@dataclass
-class _Defaults:
-    """Defaults that others may interpolate."""
-
-    run_folder: str = "runs/${run_name}"
 
 
 def _has_default(f: "dataclasses.Field[Any]") -> bool:
