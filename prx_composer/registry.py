@@ -79,10 +79,19 @@ sources = Registry(
 algorithms = Registry(
     "algorithms",
     {
+        "contrastive_flow_matching": "prx_composer.algorithms.contrastive_flow_matching:ContrastiveFlowMatching",
+        "deferred_masking": "prx_composer.algorithms.deferred_masking:DeferredMasking",
         "ema": "prx_composer.algorithms.ema:EMA",
         "gradient_clipping": "prx_composer.algorithms.gradient_clipping:GradientClipping",
+        "irepa": "prx_composer.algorithms.irepa:IREPA",
         "low_precision_norm": "prx_composer.algorithms.low_precision_norm:LowPrecisionNorm",
+        "lpips": "prx_composer.algorithms.lpips:LPIPS",
+        "perceptual_dino": "prx_composer.algorithms.perceptual_dino:PerceptualDINO",
         "progressive_resolution": "prx_composer.algorithms.progressive_resolution:ProgressiveResolution",
+        "repa": "prx_composer.algorithms.repa:REPA",
+        "resolution_aware": "prx_composer.algorithms.resolution_aware:ResolutionAware",
+        "sprint": "prx_composer.algorithms.sprint:SPRINT",
+        "tread": "prx_composer.algorithms.tread:TREAD",
     },
 )
 callbacks = Registry(
@@ -114,6 +123,7 @@ optimizers = Registry(
     {
         "adamw": "prx_composer.optim.groups:AdamW",
         "decoupled_adamw": "composer.optim:DecoupledAdamW",
+        "muon": "prx_composer.optim.muon:Muon",
     },
 )
 schedulers = Registry(

@@ -34,3 +34,18 @@ class ScheduleWindow:
 
     def contains(self, state: State) -> bool:
         return has_reached(state, self.start) and not (self.end is not None and has_reached(state, self.end))
+
+    def is_over(self, state: State) -> bool:
+        """Whether the window has closed for good."""
+        return self.end is not None and has_reached(state, self.end)
+
+    def is_open_throughout(self) -> bool:
+        """Whether it has neither a start nor an end."""
+        return self.start.value == 0 and self.end is None
+
+    def is_disjoint_from(self, other: "ScheduleWindow") -> bool:
+        """Whether the two are certain never to be open at once; times in different units can't be compared."""
+        return self._ends_before(other) or other._ends_before(self)
+
+    def _ends_before(self, other: "ScheduleWindow") -> bool:
+        return self.end is not None and self.end.unit == other.start.unit and self.end <= other.start

@@ -11,6 +11,8 @@ from composer.core import Algorithm, Event, Precision, State
 from composer.loggers import Logger
 from torch import Tensor, nn
 
+from prx_composer.schedule import ScheduleWindow
+
 __all__ = ["LowPrecisionLayerNorm", "LowPrecisionNorm", "LowPrecisionRMSNorm", "apply_low_precision_norm"]
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 class LowPrecisionLayerNorm(nn.LayerNorm):
     """LayerNorm whose input, weight and output are of the autocast dtype (statistics stay fp32 inside the kernel)."""
 
+    active = True
+
     def forward(self, input: Tensor) -> Tensor:
+        if not self.active:
+            return super().forward(input)
         dtype = _compute_dtype(input)
         with torch.autocast(input.device.type, enabled=False):
             weight, bias = _cast(self.weight, dtype), _cast(self.bias, dtype)
@@ -38,7 +44,11 @@ class LowPrecisionLayerNorm(nn.LayerNorm):
 class LowPrecisionRMSNorm(nn.RMSNorm):
     """RMSNorm whose input, weight and output are of the autocast dtype."""
 
+    active = True
+
     def forward(self, x: Tensor) -> Tensor:
+        if not self.active:
+            return super().forward(x)
         dtype = _compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x.to(dtype), list(self.normalized_shape), _cast(self.weight, dtype), self.eps)
@@ -72,13 +82,23 @@ def apply_low_precision_norm(model: nn.Module) -> int:
 class LowPrecisionNorm(Algorithm):
     """Applies `apply_low_precision_norm` at Event.INIT when training runs under bf16 or fp16 autocast.
 
-    It acts on the whole run: a layer's dtype does not change mid-way, since compiled graphs and saved activations depend on it.
+    Args:
+        start, end: window; outside of it the norms compute in fp32 as before. Opening or closing it recompiles a compiled model.
     """
 
+    def __init__(self, start: str = "0ba", end: str | None = None):
+        self.window = ScheduleWindow(start, end)
+        self._norms: list[LowPrecisionLayerNorm | LowPrecisionRMSNorm] = []
+
     def match(self, event: Event, state: State) -> bool:
-        return event == Event.INIT
+        return event == Event.INIT or (event == Event.BATCH_START and not self.window.is_open_throughout())
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.BATCH_START:
+            active = self.window.contains(state)
+            for norm in self._norms:
+                norm.active = active
+            return
         if state.precision not in (Precision.AMP_BF16, Precision.AMP_FP16):
             message = f"low_precision_norm does nothing under precision: {state.precision.value}; it needs amp_bf16 or amp_fp16."
             warnings.warn(NoEffectWarning(message), stacklevel=2)
@@ -86,4 +106,5 @@ class LowPrecisionNorm(Algorithm):
         replaced = apply_low_precision_norm(state.model)
         if replaced == 0:
             warnings.warn(NoEffectWarning("low_precision_norm found no LayerNorm or RMSNorm to replace."), stacklevel=2)
+        self._norms = [m for m in state.model.modules() if isinstance(m, LowPrecisionLayerNorm | LowPrecisionRMSNorm)]
         log.info("low_precision_norm: %d layers", replaced)

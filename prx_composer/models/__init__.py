@@ -2,7 +2,8 @@
 
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.flow import FlowMatching
+from prx_composer.models.losses import AuxiliaryLoss, FlowOutput
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder
-from prx_composer.models.text_to_image import AuxiliaryLoss, FlowOutput, TextToImage
+from prx_composer.models.text_to_image import TextToImage
 
 __all__ = ["AuxiliaryLoss", "FlowMatching", "FlowOutput", "HuggingFaceTextEncoder", "PRXBackbone", "TextToImage"]

@@ -10,8 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prx_composer.models.layers import FinalLayer, MLPEmbedder, Modulation, PRXBlock, patchify, rope_table, sinusoid, unpatchify
-from prx_composer.models.routing import Route, Router, merge_tokens, select_tokens
+from prx_composer.models.flops import backbone_flops, text_adapter_flops
+from prx_composer.models.layers import (
+    FinalLayer,
+    MLPEmbedder,
+    Modulation,
+    PRXBlock,
+    TextAdapterBlock,
+    patchify,
+    rope_table,
+    sinusoid,
+    unpatchify,
+)
+from prx_composer.models.routing import Route, Router, TokenFusion, merge_tokens, select_tokens
 
 __all__ = ["Conditioning", "PRXBackbone", "ResolutionEmbedder"]
 
@@ -38,12 +49,14 @@ class ResolutionEmbedder(nn.Module):
     def __init__(self, hidden_size: int, max_period: int):
         super().__init__()
         self.max_period = max_period
+        self.active = True  # off: adds zero, and its parameters still get a gradient (DDP waits for every one)
         self.mlp = MLPEmbedder(256, hidden_size)
 
     def forward(self, height: int, width: int, vec_BD: Tensor) -> Tensor:
         sides = [torch.full((1,), float(side), device=vec_BD.device) for side in (height, width)]  # no copy from the host
         features = torch.cat([sinusoid(side, 128, self.max_period) for side in sides], dim=-1)
-        return self.mlp(features.to(vec_BD.dtype))
+        embedding = self.mlp(features.to(vec_BD.dtype))
+        return embedding if self.active else 0.0 * embedding
 
 
 class PRXBackbone(nn.Module):
@@ -63,10 +76,13 @@ class PRXBackbone(nn.Module):
         time_max_period: longest period of the time and resolution sinusoids.
         bottleneck_size: width of an inner projection between patch and token (pixel models, where patches are wide).
         resolution_embeds: condition on height and width.
+        text_adapter_depth: blocks that adapt the projected text before the image tokens attend to it. diffusers' model has
+            none, so that a backbone with them cannot be exported to it.
 
     Seams (see `prx_composer.algorithms`), all empty at first:
         router: draws which tokens the middle blocks see; `forward` takes the drawn `route`.
-        taps: indices of blocks whose output `forward(..., return_taps=True)` returns.
+        fusion: a `TokenFusion` that joins the routed blocks' output with their input, instead of putting tokens back.
+        taps: indices of blocks whose output `forward(..., return_taps=True)` returns, once for every reader.
         conditioners: modules `Conditioning → Conditioning`, applied in order.
 
     Raises:
@@ -88,6 +104,7 @@ class PRXBackbone(nn.Module):
         time_max_period: int = 10000,
         bottleneck_size: int | None = None,
         resolution_embeds: bool = False,
+        text_adapter_depth: int = 0,
     ):
         super().__init__()
         if hidden_size % num_heads:
@@ -99,7 +116,7 @@ class PRXBackbone(nn.Module):
             raise ValueError(
                 f"axes_dim ({list(axes_dim)}) must be two even numbers that sum to hidden_size / num_heads = {head_dim}."
             )
-        self.config: dict[str, Any] = dict(
+        self.config: dict[str, Any] = dict(  # diffusers' arguments
             in_channels=in_channels,
             patch_size=patch_size,
             context_in_dim=context_in_dim,
@@ -130,10 +147,12 @@ class PRXBackbone(nn.Module):
         self.time_in = MLPEmbedder(256, hidden_size)
         self.txt_in = nn.Linear(context_in_dim, hidden_size)
         self.resolution_embedder = ResolutionEmbedder(hidden_size, time_max_period) if resolution_embeds else None
+        self.text_adapter = nn.ModuleList(TextAdapterBlock(hidden_size, num_heads, mlp_ratio) for _ in range(text_adapter_depth))
         self.blocks = nn.ModuleList(PRXBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_dim)
 
         self.router: Router | None = None
+        self.fusion: TokenFusion | None = None
         self.taps: tuple[int, ...] = ()
         self.conditioners = nn.ModuleDict()
         self.reset_parameters()
@@ -152,6 +171,9 @@ class PRXBackbone(nn.Module):
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.lin.weight)
+            elif isinstance(module, TextAdapterBlock):
+                nn.init.zeros_(module.to_out.weight)
+                nn.init.zeros_(module.down_proj.weight)
         nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)  # pyright: ignore[reportArgumentType]
         nn.init.zeros_(self.final_layer.linear.weight)
 
@@ -168,6 +190,18 @@ class PRXBackbone(nn.Module):
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Composer's FSDP asks this of every submodule: one shard unit per block."""
         return isinstance(module, PRXBlock)
+
+    def flops(self, image_tokens: int, text_tokens: int, *, training: bool) -> int:
+        """Matrix-product FLOPs of one image with what fills the seams now; see `backbone_flops`."""
+        routed = self.router.tokens_per_block(image_tokens, self.depth) if self.router is not None and training else None
+        predicted = routed[-1] if routed and self.router is not None and self.router.discard else None
+        count = backbone_flops(
+            self.config, image_tokens, text_tokens, training=training, tokens_per_block=routed, predicted_tokens=predicted
+        )
+        passes = 3 if training else 1
+        if self.fusion is not None:
+            count += passes * self.fusion.flops(image_tokens)
+        return count + passes * len(self.text_adapter) * text_adapter_flops(self.config, text_tokens)
 
     def forward(
         self,
@@ -199,25 +233,39 @@ class PRXBackbone(nn.Module):
         x_BND = self.img_in(patchify(hidden_states, self.patch_size))
 
         taps: dict[int, Tensor] = {}
-        all_tokens, dense_rotation, dense_key_mask = x_BND, rotation, key_mask
+        routed, fusion = route or self.fusion, self.fusion
+        start, end = (routed.start, routed.end) if routed is not None else (-1, -1)
+        early_BND, dense_rotation, dense_key_mask = x_BND, rotation, key_mask
         for index, block in enumerate(self.blocks):
-            if route is not None and index == route.start:
-                all_tokens, x_BND = x_BND, select_tokens(x_BND, route.kept_indices)
-                rotation = dense_rotation[route.kept_indices][:, None]
-                key_mask = self._key_mask(conditioning.mask, route.kept_indices.shape[1])
+            if index == start:
+                early_BND = x_BND
+                if route is not None:
+                    x_BND = select_tokens(x_BND, route.kept_indices)
+                    rotation = dense_rotation[route.kept_indices][:, None]
+                    key_mask = self._key_mask(conditioning.mask, route.kept_indices.shape[1])
             x_BND = block(x_BND, conditioning.context, activated_BD, rotation, key_mask)
             if index in self.taps:
                 taps[index] = x_BND
-            if route is not None and index == route.end - 1:
-                x_BND = merge_tokens(all_tokens, x_BND, route.kept_indices)
+            if index == end - 1:
                 rotation, key_mask = dense_rotation, dense_key_mask
+                if fusion is not None:
+                    x_BND = fusion(early_BND, x_BND, None if route is None else route.kept_indices)
+                elif route is not None and not route.discard:
+                    x_BND = merge_tokens(early_BND, x_BND, route.kept_indices)
 
         patches = self.final_layer(x_BND, conditioning.vec)
+        if route is not None and route.discard:
+            patches = merge_tokens(
+                patches.new_zeros(early_BND.shape[0], dense_rotation.shape[0], patches.shape[-1]), patches, route.kept_indices
+            )
         sample = unpatchify(patches, self.patch_size, height, width)
         return (sample, taps) if return_taps else sample
 
     def _condition(self, timestep: Tensor, text: Tensor, mask: Tensor | None, height: int, width: int) -> Conditioning:
         context = self.txt_in(text)
+        text_mask = None if mask is None else mask.bool()[:, None, None, :]
+        for adapter_block in self.text_adapter:
+            context = adapter_block(context, text_mask)
         time_features = sinusoid(timestep, 256, self.time_max_period, self.time_factor)
         vec = self.time_in(time_features.to(context.dtype))
         if self.resolution_embedder is not None:

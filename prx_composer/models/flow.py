@@ -32,6 +32,8 @@ class FlowMatching:
         noise_scale: standard deviation s of the noise at t = 1.
         logit_mean, logit_std: timesteps are sigmoid(N(logit_mean, logit_std²)) …
         uniform_fraction: … mixed with this fraction of uniform ones.
+        sampled_min, sampled_max: training timesteps, after the shift, are drawn from [sampled_min, sampled_max]: both
+            distributions are truncated to it, not clamped.
 
     Raises:
         ValueError: a value outside its range.
@@ -44,6 +46,8 @@ class FlowMatching:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     uniform_fraction: float = 0.1
+    sampled_min: float = 0.0
+    sampled_max: float = 1.0
 
     def __post_init__(self) -> None:
         if self.prediction not in ("x", "v"):
@@ -54,6 +58,8 @@ class FlowMatching:
         for name in ("min_timestep", "uniform_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
+        if not 0 <= self.sampled_min < self.sampled_max <= 1:
+            raise ValueError(f"0 ≤ sampled_min < sampled_max ≤ 1 must hold, not {self.sampled_min} and {self.sampled_max}.")
         if self.prediction == "x" and self.min_timestep == 0:
             raise ValueError("min_timestep must be positive with prediction: x, which divides by it.")
 
@@ -62,9 +68,20 @@ class FlowMatching:
         device = generator.device
         normal = torch.randn(batch_size, generator=generator, device=device)
         uniform, choice = torch.rand(2, batch_size, generator=generator, device=device)
+        if (self.sampled_min, self.sampled_max) != (0.0, 1.0):
+            low, high = (t / (self.timestep_shift + (1 - self.timestep_shift) * t) for t in (self.sampled_min, self.sampled_max))
+            uniform = low + (high - low) * uniform
+            normal = self._truncate(normal, low, high)
         logit_normal = torch.sigmoid(self.logit_mean + self.logit_std * normal)
         t = torch.where(choice < self.uniform_fraction, uniform, logit_normal)
         return shift_timesteps(t, self.timestep_shift)
+
+    def _truncate(self, normal: Tensor, low: float, high: float) -> Tensor:
+        """Standard normal draws → draws of the normal truncated to where the logit-normal timestep lies in [low, high]."""
+        edges = torch.logit(torch.tensor([low, high], dtype=torch.float64))
+        below, above = torch.special.ndtr((edges - self.logit_mean) / self.logit_std).tolist()  # on the CPU: no waiting
+        probability = below + (above - below) * torch.special.ndtr(normal.double())
+        return torch.special.ndtri(probability).float()
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of clean images and unit noise, both (B, C, H, W), at t (B,)."""
@@ -87,8 +104,8 @@ class FlowMatching:
             return prediction
         return x_t - _over_image(t) * prediction
 
-    def squared_error(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Mean squared error in v-space of every image: (B,) fp32.
+    def squared_error(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Mean squared error in v-space of every image, or of the part where `counted` (B, 1, H, W) is 1: (B,) fp32.
 
         For x-prediction both velocities are clamped the same way (JiT, algorithm 1), so that the error is
         ‖x0 − x̂0‖² / max(t, min_timestep)² and vanishes for a perfect prediction at every t.
@@ -97,4 +114,6 @@ class FlowMatching:
             error = prediction.float() - self.velocity(x0, noise).float()
         else:
             error = (prediction.float() - x0.float()) / _over_image(t.float()).clamp_min(self.min_timestep)
-        return error.square().flatten(1).mean(1)
+        if counted is None:
+            return error.square().flatten(1).mean(1)
+        return (error.square() * counted).flatten(1).sum(1) / (counted.flatten(1).sum(1) * error.shape[1])

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FinalLayer", "MLPEmbedder", "PRXBlock", "apply_rope", "patchify", "rope_table", "sinusoid", "unpatchify"]
+__all__ = [
+    "FinalLayer",
+    "MLPEmbedder",
+    "PRXBlock",
+    "TextAdapterBlock",
+    "apply_rope",
+    "patchify",
+    "rope_table",
+    "sinusoid",
+    "unpatchify",
+]
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
@@ -134,6 +144,31 @@ class PRXBlock(nn.Module):
         modulated = torch.addcmul(shift2, 1 + scale2, self.post_attention_layernorm(x_BND))
         mlp_out = self.down_proj(F.gelu(self.gate_proj(modulated), approximate="tanh") * self.up_proj(modulated))
         return torch.addcmul(x_BND, gate2, mlp_out)
+
+
+class TextAdapterBlock(nn.Module):
+    """A pre-norm transformer block over text tokens, (B, T, D) → (B, T, D); it starts as the identity.
+
+    It lets a trained network adapt a frozen language model's embeddings (i1, arXiv:2606.11289). Positions are the encoder's.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.num_heads = num_heads
+        mlp_size = int(hidden_size * mlp_ratio)
+        self.attention_norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.to_out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.mlp_norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.up_proj = nn.Linear(hidden_size, mlp_size, bias=False)
+        self.down_proj = nn.Linear(mlp_size, hidden_size, bias=False)
+
+    def forward(self, text_BTD: Tensor, key_mask_B11T: Tensor | None) -> Tensor:
+        qkv = self.qkv_proj(self.attention_norm(text_BTD)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attended_BHTC = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask_B11T)
+        text_BTD = text_BTD + self.to_out(attended_BHTC.transpose(1, 2).flatten(2))
+        return text_BTD + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(text_BTD)), approximate="tanh"))
 
 
 class FinalLayer(nn.Module):

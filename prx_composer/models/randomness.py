@@ -1,12 +1,14 @@
 """Every random draw of training, from (seed, rank, step, microbatch, purpose) and nothing else."""
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from composer.utils import dist
 
-__all__ = ["RandomStreams", "derive_seed", "seeded_generator"]
+__all__ = ["RandomStreams", "derive_seed", "seeded_generator", "seeded_initialisation"]
 
 
 def derive_seed(*entropy: int) -> int:
@@ -17,6 +19,14 @@ def derive_seed(*entropy: int) -> int:
 def seeded_generator(device: torch.device, purpose: str, *entropy: int) -> torch.Generator:
     """A generator on `device`, another one for every purpose ("timesteps", "noise", …) and every entropy."""
     return torch.Generator(device).manual_seed(derive_seed(*entropy, zlib.crc32(purpose.encode())))
+
+
+@contextmanager
+def seeded_initialisation(seed: int, purpose: str) -> Iterator[None]:
+    """Modules built inside draw their CPU weights from (seed, purpose) alone, whatever was built before them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, zlib.crc32(purpose.encode())))
+        yield
 
 
 class RandomStreams:

@@ -8,8 +8,18 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from prx_composer.models.flow import FlowMatching
+from prx_composer.models.randomness import seeded_generator
+from prx_composer.models.routing import Route, Router
 
-__all__ = ["ClassifierFreeGuidance", "Guidance", "TextConditioning", "initial_noise", "sample_flow"]
+__all__ = [
+    "ClassifierFreeGuidance",
+    "Guidance",
+    "RoutedSelfGuidance",
+    "SamplingStep",
+    "TextConditioning",
+    "initial_noise",
+    "sample_flow",
+]
 
 NUM_TRAIN_TIMESTEPS = 1000  # only a unit: the scheduler counts t ∈ [0, 1] in thousandths
 
@@ -21,17 +31,32 @@ class TextConditioning(NamedTuple):
     mask: Tensor  # bool (B, T), True = real token
 
 
+class SamplingStep(NamedTuple):
+    """Which step of which images: all that a guidance may draw from."""
+
+    step_index: int
+    seeds: list[int]  # one per image
+    num_tokens: int  # image tokens of the backbone
+
+
 class Denoise(Protocol):
     """One call of the backbone: x_t (B, C, H, W), t (B,) → prediction (B, C, H, W)."""
 
-    def __call__(self, x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor: ...
+    def __call__(self, x_t: Tensor, t: Tensor, text: TextConditioning, route: Route | None = None) -> Tensor: ...
 
 
 class Guidance(Protocol):
     """What `model.guidance` must be: combines predictions for x_t into one, in the space the network predicts in."""
 
     def __call__(
-        self, denoise: Denoise, x_t: Tensor, t: Tensor, text: TextConditioning, null: TextConditioning, scale: float
+        self,
+        denoise: Denoise,
+        x_t: Tensor,
+        t: Tensor,
+        text: TextConditioning,
+        null: TextConditioning,
+        scale: float,
+        step: SamplingStep,
     ) -> Tensor: ...
 
 
@@ -39,13 +64,57 @@ class ClassifierFreeGuidance:
     """p = p(∅) + s·(p(text) − p(∅)) (arXiv:2207.12598), both halves in one call of the backbone; s = 1 skips ∅."""
 
     def __call__(
-        self, denoise: Denoise, x_t: Tensor, t: Tensor, text: TextConditioning, null: TextConditioning, scale: float
+        self,
+        denoise: Denoise,
+        x_t: Tensor,
+        t: Tensor,
+        text: TextConditioning,
+        null: TextConditioning,
+        scale: float,
+        step: SamplingStep,
     ) -> Tensor:
         if scale == 1.0:
             return denoise(x_t, t, text)
         both = TextConditioning(torch.cat([null.embedding, text.embedding]), torch.cat([null.mask, text.mask]))
         unconditional, conditional = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return unconditional + scale * (conditional - unconditional)
+
+
+class RoutedSelfGuidance:
+    """p = p(routed) + s·(p(dense) − p(routed)), both with the text (TREAD, arXiv:2501.04765; arXiv:2601.01608); s = 1 is dense.
+
+    A model trained with routed tokens guides itself away from what it predicts when it sees fewer of them: 1 + (1 − rate)
+    forward passes on the routed blocks where classifier-free guidance takes two. Every image and step has a route of its own.
+    """
+
+    def __init__(self, router: Router):
+        self.router = router
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        x_t: Tensor,
+        t: Tensor,
+        text: TextConditioning,
+        null: TextConditioning,
+        scale: float,
+        step: SamplingStep,
+    ) -> Tensor:
+        dense = denoise(x_t, t, text)
+        route = None if scale == 1.0 else self._route(step, x_t.device)
+        if route is None:
+            return dense
+        routed = denoise(x_t, t, text, route)
+        return routed + scale * (dense - routed)
+
+    def _route(self, step: SamplingStep, device: torch.device) -> Route | None:
+        cpu = torch.device("cpu")
+        generators = [seeded_generator(cpu, "self_guidance", seed, step.step_index) for seed in step.seeds]
+        drawn = [self.router.draw(1, step.num_tokens, generator) for generator in generators]
+        if drawn[0] is None:
+            return None
+        kept = torch.cat([route.kept_indices for route in drawn if route is not None]).to(device)
+        return Route(drawn[0].start, drawn[0].end, kept, drawn[0].discard)
 
 
 def initial_noise(seeds: list[int], shape: tuple[int, int, int], device: torch.device) -> Tensor:
@@ -55,12 +124,12 @@ def initial_noise(seeds: list[int], shape: tuple[int, int, int], device: torch.d
 
 
 def sample_flow(
-    predict: Callable[[Tensor, Tensor], Tensor], flow: FlowMatching, noise: Tensor, num_inference_steps: int
+    predict: Callable[[Tensor, Tensor, int], Tensor], flow: FlowMatching, noise: Tensor, num_inference_steps: int
 ) -> Tensor:
     """Integrates dx/dt = v̂ from t = 1 to 0.
 
     Args:
-        predict: x_t (B, C, H, W), t (B,) → what the network predicts, guidance included.
+        predict: x_t (B, C, H, W), t (B,), index of the step → what the network predicts, guidance included.
         flow: the process the network was trained on; its `timestep_shift` also spaces the steps.
         noise: unit noise (B, C, H, W).
         num_inference_steps: Euler steps.
@@ -72,8 +141,8 @@ def sample_flow(
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     x_t = noise * flow.noise_scale
     timesteps: Tensor = scheduler.timesteps  # pyright: ignore[reportAssignmentType]
-    for timestep in timesteps:
+    for index, timestep in enumerate(timesteps):
         t = (timestep.float() / NUM_TRAIN_TIMESTEPS).expand(x_t.shape[0])
-        velocity = flow.to_velocity(predict(x_t, t), x_t, t)
+        velocity = flow.to_velocity(predict(x_t, t, index), x_t, t)
         x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
     return x_t

@@ -1,18 +1,17 @@
 """Text encoders: any Hugging Face encoder, frozen or trained along, with its tokenizer."""
 
-import difflib
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prx_composer.models.frozen import Frozen
+from prx_composer.models.huggingface import random_config, says_how_to_get
 
 __all__ = ["HuggingFaceTextEncoder", "load_tokenizer", "train_tokenizer"]
 
@@ -42,19 +41,6 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrain
     )
 
 
-@contextmanager
-def says_how_to_get(name: str) -> Iterator[None]:
-    """Gives the hub's many errors one form: which weights, why not, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(
-            f"{name} cannot be loaded: {reason} If it is gated, accept its licence and run `hf auth login`; without a network, "
-            "download it elsewhere and give its folder instead of the hub id."
-        ) from error
-
-
 def load_tokenizer(name_or_folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer by hub id or folder; one without a padding token pads with its end token."""
     with says_how_to_get(name_or_folder):
@@ -80,21 +66,8 @@ def _build_encoder(pretrained: str | None, config: dict[str, Any] | None, revisi
             cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), AutoModel)
             extra = {"is_encoder_decoder": False} if hf_config.model_type == "t5gemma" else {}
             return _text_tower(cls.from_pretrained(pretrained, revision=revision, dtype=torch.float32, **extra))
-    arguments = dict(config or {})
-    if "model_type" not in arguments:
-        raise ValueError("text_encoder.config needs `model_type`, a transformers model type such as t5, t5gemma, qwen3_vl_text.")
-    model_type = arguments.pop("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"config.model_type: transformers has no model type {model_type!r}.")
-    if not arguments.keys() & {"encoder", "text_config"}:
-        arguments.setdefault("vocab_size", vocab_size)
-    known = {*CONFIG_MAPPING[model_type]().to_dict(), *CONFIG_MAPPING[model_type].attribute_map, "decoder", "encoder"}
-    if unknown := sorted(arguments.keys() - known):  # transformers would keep it and go on with its default
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        raise ValueError(
-            f"config.{unknown[0]}: {model_type} has no such setting." + (f" Did you mean {close[0]!r}?" if close else "")
-        )
-    hf_config = AutoConfig.for_model(model_type, **arguments)
+    hf_config = random_config(config or {}, vocab_size=vocab_size)
+    model_type = hf_config.model_type
     cls = getattr(transformers, _ENCODER_CLASSES.get(model_type, ""), None)
     if model_type == "t5gemma":
         hf_config.is_encoder_decoder = False

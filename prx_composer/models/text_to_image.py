@@ -2,74 +2,33 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from composer.models import ComposerModel
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from prx_composer.models.autoencoder import Autoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
-from prx_composer.models.flops import backbone_flops
 from prx_composer.models.flow import FlowMatching
+from prx_composer.models.losses import AuxiliaryLosses, FlowOutput
 from prx_composer.models.randomness import RandomStreams, seeded_generator
-from prx_composer.models.routing import Route
-from prx_composer.models.sampling import ClassifierFreeGuidance, Guidance, TextConditioning, initial_noise, sample_flow
+from prx_composer.models.routing import Route, counted_pixels
+from prx_composer.models.sampling import (
+    ClassifierFreeGuidance,
+    Guidance,
+    SamplingStep,
+    TextConditioning,
+    initial_noise,
+    sample_flow,
+)
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder
 
-__all__ = ["AuxiliaryLoss", "FlowOutput", "TextToImage", "TimestepMSE"]
+__all__ = ["TextToImage", "TimestepMSE"]
 
 EVAL_TIMESTEP_BINS = 4
-
-
-@dataclass
-class FlowOutput:
-    """What a forward pass leaves for the losses."""
-
-    prediction: Tensor  # (B, C, H, W), x̂0 or v̂
-    clean: Tensor  # (B, C, H, W), x0
-    noise: Tensor  # (B, C, H, W), unit variance
-    noised: Tensor  # (B, C, H, W), x_t
-    timestep: Tensor  # (B,)
-    text: TextConditioning
-    route: Route | None
-    taps: dict[int, Tensor]  # block index → (B, N or K, D)
-
-
-class AuxiliaryLoss(nn.Module):
-    """Base of what fills `model.auxiliary_losses`: `forward(FlowOutput, batch) → scalar`, times `weight` while `active`."""
-
-    def __init__(self, weight: float):
-        super().__init__()
-        self.weight = weight
-        self.active = True
-
-
-class AuxiliaryLosses(nn.Module):
-    """The auxiliary losses by name, called as one module so that FSDP gathers their parameters (it refuses a ModuleDict)."""
-
-    def __setitem__(self, name: str, loss: AuxiliaryLoss) -> None:
-        self.add_module(name, loss)
-
-    def __getitem__(self, name: str) -> AuxiliaryLoss:
-        return self.get_submodule(name)  # pyright: ignore[reportReturnType]
-
-    def __delitem__(self, name: str) -> None:
-        del self._modules[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._modules
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def forward(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The weighted terms of the losses that are active."""
-        named: Any = self.named_children()
-        return {name: loss.weight * loss(outputs, batch) for name, loss in named if loss.active}
 
 
 class TimestepMSE(Metric):
@@ -188,7 +147,8 @@ class TextToImage(ComposerModel):
         prediction, taps = self.backbone(
             noised, timestep, text.embedding, attention_mask=text.mask, route=route, return_taps=True
         )
-        return FlowOutput(prediction, clean, noise, noised, timestep, text, route, taps)
+        counted = counted_pixels(route, clean, self.backbone.patch_size)
+        return FlowOutput(prediction, clean, noise, noised, timestep, text, route, taps, counted)
 
     def _encode_text(
         self, batch: Mapping[str, Any], dropout: float, generator: Callable[[str, torch.device], torch.Generator]
@@ -204,7 +164,8 @@ class TextToImage(ComposerModel):
 
     def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`total`, and each term by name, already weighted: they sum to `total`."""
-        terms = {"flow": self.flow.squared_error(outputs.prediction, outputs.clean, outputs.noise, outputs.timestep).mean()}
+        o = outputs
+        terms = {"flow": self.flow.squared_error(o.prediction, o.clean, o.noise, o.timestep, o.counted).mean()}
         if len(self.auxiliary_losses):
             terms |= self.auxiliary_losses(outputs, batch)
         return {"total": torch.stack(list(terms.values())).sum()} | terms
@@ -258,8 +219,11 @@ class TextToImage(ComposerModel):
             text, null = self.encode_prompts(prompts, device), self.encode_prompts([""] * len(prompts), device)
             noise = initial_noise(seeds, (self.autoencoder.channels, height // down, width // down), device)
 
-            def predict(x_t: Tensor, t: Tensor) -> Tensor:
-                return self.guidance(self._predict, x_t, t, text, null, guidance_scale)
+            num_tokens = self.backbone.num_tokens(*noise.shape[-2:])
+
+            def predict(x_t: Tensor, t: Tensor, index: int) -> Tensor:
+                step = SamplingStep(index, seeds, num_tokens)
+                return self.guidance(self._predict, x_t, t, text, null, guidance_scale, step)
 
             return self.autoencoder.decode(sample_flow(predict, self.flow, noise, num_inference_steps))
         finally:
@@ -270,8 +234,8 @@ class TextToImage(ComposerModel):
         input_ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         return TextConditioning(self.text_encoder(input_ids, mask), mask)
 
-    def _predict(self, x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
-        return self.backbone(x_t, t, text.embedding, attention_mask=text.mask).float()
+    def _predict(self, x_t: Tensor, t: Tensor, text: TextConditioning, route: Route | None = None) -> Tensor:
+        return self.backbone(x_t, t, text.embedding, attention_mask=text.mask, route=route).float()
 
     # ------------------------------------------------------------------------------------------------- costs
 
@@ -280,11 +244,7 @@ class TextToImage(ComposerModel):
         batch_size, _, height, width = batch["image"].shape
         down = self.autoencoder.downsampling
         image_tokens = self.backbone.num_tokens(height // down, width // down)
-        router = self.backbone.router
-        routed = router.tokens_per_block(image_tokens, self.backbone.depth) if router is not None else None
-        per_image = backbone_flops(
-            self.backbone.config, image_tokens, batch["input_ids"].shape[1], training=True, tokens_per_block=routed
-        )
+        per_image = self.backbone.flops(image_tokens, batch["input_ids"].shape[1], training=True)
         if self.text_encoder.trainable:  # then the text projection needs its input's gradient too
             c = self.backbone.config
             per_image += 2 * batch["input_ids"].shape[1] * c["context_in_dim"] * c["hidden_size"]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["AdamW", "parameter_groups"]
+__all__ = ["AdamW", "add_parameters", "parameter_groups"]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -17,6 +17,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def add_parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    """Lets an optimizer train a module that came after it: an algorithm's projector, for one."""
+    for group in parameter_groups(module, float(optimizer.defaults.get("weight_decay", 0.0))):
+        optimizer.add_param_group(group)
 
 
 class AdamW(torch.optim.AdamW):
@@ -40,4 +46,5 @@ class AdamW(torch.optim.AdamW):
     ):
         if len(betas) != 2:
             raise ValueError(f"betas must be two numbers, not {list(betas)}.")
-        super().__init__(parameter_groups(model, weight_decay), lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
+        groups = parameter_groups(model, weight_decay)
+        super().__init__(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=True)

@@ -10,7 +10,7 @@ from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from prx_composer.models import FlowMatching, TextToImage
-from prx_composer.models.sampling import initial_noise, sample_flow
+from prx_composer.models.sampling import SamplingStep, initial_noise, sample_flow
 
 Build = Callable[..., TextToImage]
 PROMPT = "a red circle on the left of a white background"
@@ -40,7 +40,12 @@ def test_draws_what_the_prx_pixel_pipeline_draws(tiny_model: Build, guidance_sca
     text, null = model.encode_prompts([PROMPT], device), model.encode_prompts([""], device)
     with torch.no_grad():
         ours = sample_flow(
-            lambda x_t, t: model.guidance(model._predict, x_t, t, text, null, guidance_scale), model.flow, noise, 6
+            lambda x_t, t, index: model.guidance(
+                model._predict, x_t, t, text, null, guidance_scale, SamplingStep(index, [0], 24)
+            ),
+            model.flow,
+            noise,
+            6,
         )
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     drawn = model.generate([PROMPT], seeds=[7], **options)
@@ -55,7 +60,7 @@ def test_euler_follows_a_straight_path_exactly(prediction: str) -> None:
     flow = FlowMatching(prediction=prediction, noise_scale=2.0, timestep_shift=3.0, min_timestep=1e-3)  # pyright: ignore[reportArgumentType]
     x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     target = x0 if prediction == "x" else flow.velocity(x0, noise)
-    torch.testing.assert_close(sample_flow(lambda x_t, t: target, flow, noise, 9), x0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sample_flow(lambda x_t, t, index: target, flow, noise, 9), x0, atol=1e-5, rtol=1e-5)
 
 
 def test_an_image_depends_on_its_own_prompt_and_seed_only(tiny_model: Build) -> None:

@@ -74,6 +74,8 @@ def test_draws_depend_on_step_and_microbatch_and_nothing_else(tiny_model: Build,
 
 def test_routers_are_drawn_per_microbatch_in_training_only(tiny_model: Build, tiny_batch: Batch) -> None:
     class KeepHalf:
+        discard = False
+
         def draw(self, batch_size: int, num_tokens: int, generator: torch.Generator) -> Route:
             order = torch.rand(batch_size, num_tokens, generator=generator).argsort(1)
             return Route(0, 1, order[:, : num_tokens // 2].sort(1).values)

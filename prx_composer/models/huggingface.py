@@ -1,0 +1,50 @@
+"""Configurations and weights from transformers, with errors that say which, why not, and what to do."""
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig
+
+__all__ = ["random_config", "says_how_to_get"]
+
+
+@contextmanager
+def says_how_to_get(name: str) -> Iterator[None]:
+    """Gives the hub's many errors one form: which weights, why not, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"{name} cannot be loaded: {reason} If it is gated, accept its licence and run `hf auth login`; without a network, "
+            "download it elsewhere and give its folder instead of the hub id."
+        ) from error
+
+
+def random_config(arguments: dict[str, Any], **defaults: Any) -> Any:
+    """A transformers configuration of `model_type` and its settings, for a network with random weights.
+
+    Args:
+        arguments: `model_type` and any of its settings.
+        defaults: settings used where `arguments` gives neither them nor a nested configuration.
+
+    Raises:
+        ValueError: no or an unknown `model_type`, or a setting that it doesn't have.
+    """
+    arguments = dict(arguments)
+    if "model_type" not in arguments:
+        raise ValueError("config needs `model_type`, a transformers model type such as t5, qwen3_vl_text or dinov2.")
+    model_type = arguments.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"config.model_type: transformers has no model type {model_type!r}.")
+    if not arguments.keys() & {"encoder", "text_config"}:
+        arguments = defaults | arguments
+    known = {*CONFIG_MAPPING[model_type]().to_dict(), *CONFIG_MAPPING[model_type].attribute_map, "decoder", "encoder"}
+    if unknown := sorted(arguments.keys() - known):  # transformers would keep it and go on with its default
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ValueError(
+            f"config.{unknown[0]}: {model_type} has no such setting." + (f" Did you mean {close[0]!r}?" if close else "")
+        )
+    return AutoConfig.for_model(model_type, **arguments)

@@ -1,0 +1,112 @@
+"""Vision encoders as teachers: any transformers one, frozen, from images to a grid of patch features."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from prx_composer.models.frozen import Frozen
+from prx_composer.models.huggingface import random_config, says_how_to_get
+
+__all__ = ["TeacherSpec", "VisionEncoder", "resize_antialiased"]
+
+# The image towers of models that also read text.
+_VISION_CLASSES = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """Which vision encoder.
+
+    Args:
+        pretrained: hub id or folder.
+        config: transformers configuration of one with random weights instead: `model_type` and its settings.
+        revision: of `pretrained`.
+        dtype: storage dtype of the weights; bfloat16 halves the memory and, without autocast, the time.
+
+    Raises:
+        ValueError: neither or both of `pretrained` and `config`.
+    """
+
+    pretrained: str | None = None
+    config: dict[str, Any] | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if (self.pretrained is None) == (self.config is None):
+            raise ValueError("a teacher needs either `pretrained` (hub id or folder) or `config` (random weights).")
+
+
+def resize_antialiased(image: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic, antialiased, differentiable: (B, C, H, W) → (B, C, height, width); the same tensor if nothing changes."""
+    if image.shape[-2:] == (height, width):
+        return image
+    return F.interpolate(image.float(), (height, width), mode="bicubic", antialias=True, align_corners=False)
+
+
+class VisionEncoder:
+    """Patch features of a frozen vision encoder (DINOv2, DINOv3, SigLIP, CLIP, ViT …). Not a module: no checkpoint has it.
+
+    Args:
+        spec: which, or its hub id or folder.
+
+    Raises:
+        ValueError: a configuration without patches.
+        OSError: weights that cannot be had (missing, gated, offline).
+    """
+
+    def __init__(self, spec: TeacherSpec | str):
+        spec = TeacherSpec(pretrained=spec) if isinstance(spec, str) else spec
+        if spec.pretrained is not None:
+            self.name = spec.pretrained
+            with says_how_to_get(spec.pretrained):
+                config = AutoConfig.from_pretrained(spec.pretrained, revision=spec.revision)
+                cls = getattr(transformers, _VISION_CLASSES.get(config.model_type, "AutoModel"))
+                module = cls.from_pretrained(spec.pretrained, revision=spec.revision, dtype=torch.float32)
+                processor = self._processor(spec.pretrained, spec.revision)
+        else:
+            config, processor = random_config(spec.config or {}), {}
+            module: Any = AutoModel.from_config(config)
+            self.name = f"random {config.model_type}"
+        patch_size = getattr(module.config, "patch_size", None)
+        if not isinstance(patch_size, int):
+            raise ValueError(f"{self.name} is no vision transformer with square patches (patch_size is {patch_size}).")
+        self.patch_size = patch_size
+        self.hidden_size = int(module.config.hidden_size)
+        self._dtype = getattr(torch, spec.dtype)
+        self._frozen = Frozen(module, self._dtype)
+        self._mean = torch.tensor(processor.get("image_mean") or IMAGENET_MEAN)[:, None, None]
+        self._std = torch.tensor(processor.get("image_std") or IMAGENET_STD)[:, None, None]
+        takes = inspect.signature(module.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
+
+    @staticmethod
+    def _processor(name: str, revision: str | None) -> dict[str, Any]:
+        try:
+            return BaseImageProcessor.get_image_processor_dict(name, revision=revision)[0]
+        except OSError:  # a folder with weights alone
+            return {}
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Features of the patches, without class and register tokens; gradients flow to the image.
+
+        Args:
+            image: (B, 3, H, W) in [−1, 1] (values outside are kept), H and W divisible by `patch_size`.
+
+        Returns:
+            (B, H/p, W/p, hidden_size), fp32.
+        """
+        mean, std = self._mean.to(image.device), self._std.to(image.device)
+        rows, columns = image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
+        normalised = ((image.float() + 1) / 2 - mean) / std
+        module = self._frozen.on(image.device)
+        tokens = module(pixel_values=normalised.to(self._dtype), **self._options).last_hidden_state
+        return tokens[:, -rows * columns :].float().unflatten(1, (rows, columns))  # what comes before are prefix tokens
