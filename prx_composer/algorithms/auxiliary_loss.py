@@ -52,7 +52,12 @@ class AuxiliaryLossAlgorithm(Algorithm):
         if self.name in model.auxiliary_losses:
             raise UserError(f"algorithms.{self.name} is there twice; one of them is enough.")
         with seeded_initialisation(model.random.seed, self.name):
-            self.loss = self.build_loss(model)
+            try:
+                self.loss = self.build_loss(model)
+            except UserError:
+                raise
+            except ValueError as error:
+                raise UserError(f"algorithms.{self.name}: {error}") from error
         for block in self.loss.taps:
             if not 0 <= block < model.backbone.depth:
                 raise UserError(

@@ -37,11 +37,11 @@ class UndecodableError(UserError):
     """Too many samples of a data set cannot be decoded to go on."""
 
 
-def read_manifest(path: str | Path, split: str, captions: dict[str, float] | None) -> Manifest:
-    """The manifest of a split that has the captions asked for.
+def read_manifest(path: str | Path, split: str, captions: dict[str, float] | None, features: list[str] | None = None) -> Manifest:
+    """The manifest of a split that has the captions and features asked for.
 
     Raises:
-        ValueError: no such folder, no samples, no such caption column, impossible weights.
+        ValueError: no such folder, no samples, no such caption or feature column, impossible weights.
     """
     folder = Path(path) / split
     if not (folder / MANIFEST).exists():
@@ -55,6 +55,10 @@ def read_manifest(path: str | Path, split: str, captions: dict[str, float] | Non
             raise ValueError(f"captions: no caption column {column!r}; the data set has {', '.join(manifest.captions)}.")
         if weight < 0 or sum((captions or {}).values()) <= 0:
             raise ValueError(f"captions: weights must be non-negative with a positive sum, not {captions}.")
+    for column in features or []:
+        if column not in manifest.features:
+            there = ", ".join(manifest.features) or "none"
+            raise ValueError(f"features: no feature column {column!r}; the data set has {there}.")
     return manifest
 
 
@@ -68,12 +72,13 @@ class ImageCaptionDataset(Dataset):
         path: folder with the splits; local, or the local cache of `remote`.
         split: name of the split.
         captions: caption column → weight of choosing it; by default the first column alone.
+        features: feature columns that samples are to have.
         remote: where the same layout lies remotely (`s3://…`), if anywhere.
         max_undecodable: share of samples above which training stops.
         max_workers: DataLoader workers that will share this object, for the counts.
 
     Raises:
-        ValueError: no such folder, no samples, no such caption column.
+        ValueError: no such folder, no samples, no such caption or feature column.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class ImageCaptionDataset(Dataset):
         seed: int = 0,
         max_undecodable: float = 0.01,
         max_workers: int = 0,
+        features: list[str] | None = None,
     ):
         folder = Path(path) / split
         if remote is not None and not (folder / MANIFEST).exists():
@@ -94,7 +100,8 @@ class ImageCaptionDataset(Dataset):
             source, partial = f"{remote}/{split}/{MANIFEST}", folder / f".{MANIFEST}.{os.getpid()}"
             CloudDownloader.get(source).download(source, str(partial))
             partial.rename(folder / MANIFEST)  # atomic: another rank never reads half of it
-        self.manifest = read_manifest(path, split, captions)
+        self.manifest = read_manifest(path, split, captions, features)
+        self.features = features or []
         self.captions = captions or {self.manifest.captions[0]: 1.0}
         self.buckets: list[Bucket] = sorted(self.manifest.buckets)
         if remote is None:  # plain files: no shared memory, no threads
@@ -125,7 +132,7 @@ class ImageCaptionDataset(Dataset):
         return int(self._counters[:, 1].sum())
 
     def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
-        """`image` uint8 (3, height, width), `caption`, `sample_id` (of the sample that was really used)."""
+        """`image` uint8 (3, height, width), `caption`, `sample_id` (of the sample that was really used), `features` by column."""
         bucket = self.bucket_of(request.sample_id)
         first, count = int(self._offsets[bucket]), self.counts[bucket]
         for attempt in range(count):
@@ -137,7 +144,9 @@ class ImageCaptionDataset(Dataset):
             except UNDECODABLE as error:
                 self._note_undecodable(sample_id, row.get("key", ""), error)
                 continue
-            return {"image": image, "caption": self._choose_caption(row, sample_id, request.epoch), "sample_id": sample_id}
+            caption = self._choose_caption(row, sample_id, request.epoch)
+            features = {name: torch.tensor(row[name]) for name in self.features}  # a copy: the row's memory is read-only
+            return {"image": image, "caption": caption, "sample_id": sample_id, "features": features}
         raise UndecodableError(f"None of the {count} images of bucket {self.buckets[bucket]} can be decoded.")
 
     def _row(self, sample_id: int) -> dict[str, Any]:

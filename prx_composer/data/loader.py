@@ -17,7 +17,7 @@ __all__ = ["ImageCaptionLoader", "build_loader"]
 
 
 class Collator:
-    """Samples → a batch: images stacked as uint8, captions tokenised."""
+    """Samples → a batch: images stacked as uint8, captions tokenised, features as they are stored, by column."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
@@ -25,7 +25,8 @@ class Collator:
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tokens = tokenize(self.tokenizer, [sample["caption"] for sample in samples], self.max_tokens)
         images = torch.stack([sample["image"] for sample in samples])
-        return {"image": images, **tokens, "sample_id": torch.tensor([sample["sample_id"] for sample in samples])}
+        features = {name: torch.stack([sample["features"][name] for sample in samples]) for name in samples[0]["features"]}
+        return {"image": images, **tokens, "sample_id": torch.tensor([sample["sample_id"] for sample in samples]), **features}
 
 
 class ImageCaptionLoader(DataLoader):
@@ -83,6 +84,7 @@ def build_loader(
     path: str,
     split: str = "train",
     captions: dict[str, float] | None = None,
+    features: list[str] | None = None,
     remote: str | None = None,
     shuffle: bool = True,
     num_workers: int = 0,
@@ -95,11 +97,11 @@ def build_loader(
         image_size, global_batch_size: of the first stage.
         multiple: see `BucketBatchSampler`.
         seed: of order and choices.
-        path, split, captions, remote, max_undecodable: see `ImageCaptionDataset`.
+        path, split, captions, features, remote, max_undecodable: see `ImageCaptionDataset`.
         shuffle: off for evaluation.
         num_workers: processes that decode and tokenise; 0 = in the training process.
     """
-    dataset = ImageCaptionDataset(path, split, captions, remote, seed, max_undecodable, num_workers)
+    dataset = ImageCaptionDataset(path, split, captions, remote, seed, max_undecodable, num_workers, features)
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
     sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank)
     loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens), num_workers)

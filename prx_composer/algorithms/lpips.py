@@ -1,0 +1,215 @@
+"""LPIPS between the predicted and the true image: the distance of deep features that people's judgement calibrated.
+
+Shapes: B images, C channels, H × W pixels (of the image, or of a layer's features).
+"""
+
+import logging
+import pickle
+import re
+import socket
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from composer.utils import dist
+from torch import Tensor, nn
+
+from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
+from prx_composer.algorithms.pixel_prediction import PixelLoss, refuse_latents
+from prx_composer.errors import UserError
+from prx_composer.models.flow import FlowMatching
+from prx_composer.models.frozen import Frozen
+from prx_composer.models.vision_encoder import resize_antialiased
+
+__all__ = ["LPIPS", "LPIPSLoss", "Net", "build_network", "lpips_distance"]
+
+log = logging.getLogger(__name__)
+
+Net = Literal["vgg", "alex", "squeeze"]
+_TORCHVISION: dict[str, tuple[str, str]] = {
+    "vgg": ("vgg16", "VGG16"), "alex": ("alexnet", "AlexNet"), "squeeze": ("squeezenet1_1", "SqueezeNet 1.1")
+}  # fmt: skip
+_MIN_SIDE = {"vgg": 16, "alex": 31, "squeeze": 17}  # below, a pooling layer has nothing left to pool
+_CONNECT_TIMEOUT = 15.0  # seconds; without it a network that drops packets is waited for for minutes
+
+
+def _unit_length(features: Tensor) -> Tensor:
+    """Features (B, C, H, W) → fp32, divided by their length at every place; lpips' own epsilon."""
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float32) + 1e-10)
+
+
+def lpips_distance(network: Any, prediction: Tensor, target: Tensor) -> Tensor:
+    """LPIPS of two images, without an autograd graph for the target.
+
+    The network runs in the autocast dtype, but differences are taken in fp32, and the heads see means over the image instead
+    of every place, which is the same (they are linear) and keeps one tensor per layer for the backward pass.
+
+    Args:
+        network: `lpips.LPIPS`, without gradients of its own.
+        prediction, target: (B, 3, H, W) around [−1, 1].
+
+    Returns:
+        (B,), fp32; what `network(prediction, target)` gives.
+    """
+    with torch.no_grad():
+        target_features = network.net(network.scaling_layer(target.contiguous(memory_format=torch.channels_last)))
+    features = network.net(network.scaling_layer(prediction.contiguous(memory_format=torch.channels_last)))
+    distance = torch.zeros(len(prediction), device=prediction.device)
+    with torch.autocast(prediction.device.type, enabled=False):
+        for predicted, expected, head in zip(features, target_features, network.lins, strict=True):
+            difference = _unit_length(predicted) - _unit_length(expected)
+            distance = distance + difference.square().mean((2, 3)) @ head.model[-1].weight.flatten()  # (B, C) @ (C,)
+    return distance
+
+
+class LPIPSLoss(PixelLoss):
+    """`lpips_distance` of the images at `scale` times their size.
+
+    Args:
+        weight, flow, max_timestep: as in `PixelLoss`.
+        network: `lpips.LPIPS`; it is frozen.
+        scale: of both sides.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+
+    def __init__(self, weight: float, flow: FlowMatching, network: Any, scale: float = 0.5, max_timestep: float = 1.0):
+        super().__init__(weight, flow, max_timestep)
+        if scale <= 0:
+            raise ValueError(f"scale must be positive, not {scale}.")
+        self.scale = scale
+        self._network: Frozen | None = Frozen(network.to(memory_format=torch.channels_last))
+        self._net = network.pnet_type
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        assert self._network is not None
+        sides = self._scaled_sides(*target.shape[-2:])
+        network = self._network.on(prediction.device)
+        return lpips_distance(network, resize_antialiased(prediction, *sides), resize_antialiased(target, *sides))
+
+    def _scaled_sides(self, height: int, width: int) -> tuple[int, int]:
+        scaled = round(self.scale * height), round(self.scale * width)
+        smallest = _MIN_SIDE[self._net]
+        if min(scaled) < smallest:
+            raise UserError(
+                f"algorithms.lpips: images of {height}×{width} px at scale {self.scale} are {scaled[0]}×{scaled[1]}, but "
+                f"net: {self._net} needs {smallest} px a side; set algorithms.lpips.scale to {smallest / min(height, width):.3g} "
+                "or more, or algorithms.lpips.start to when the images are larger."
+            )
+        return scaled
+
+    def release(self) -> None:
+        self._network = None
+
+
+class LPIPS(AuxiliaryLossAlgorithm):
+    """Adds an `LPIPSLoss` (arXiv:1801.03924) to a model that predicts pixels.
+
+    Args:
+        weight: of the term in the total loss.
+        net: the network whose features are compared.
+        scale: images are resized to this share of their sides first, antialiased.
+        max_timestep: images noisier than that don't count; 1 = all do.
+        weights: torchvision's ImageNet weights of `net` as a file, instead of the one in torch.hub's cache, which is
+            downloaded if it isn't there.
+        random_weights: of the network, for tests.
+        start, end: window.
+
+    Raises:
+        ValueError: an argument out of range, or both `weights` and `random_weights`.
+        UserError: at INIT, for a model of latents and for weights that cannot be had.
+    """
+
+    name = "lpips"
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        net: Net = "vgg",
+        scale: float = 0.5,
+        max_timestep: float = 1.0,
+        weights: str | None = None,
+        random_weights: bool = False,
+        start: str = "0ba",
+        end: str | None = None,
+    ):
+        super().__init__(start, end)
+        if weights is not None and random_weights:
+            raise ValueError("weights and random_weights exclude each other.")
+        self.net: Net = net
+        self.weight, self.scale, self.max_timestep = weight, scale, max_timestep
+        self.weights, self.random_weights = weights, random_weights
+
+    def build_loss(self, model: Any) -> LPIPSLoss:
+        refuse_latents(model, self.name)
+        network = build_network(self.net, self.weights, self.random_weights)
+        return LPIPSLoss(self.weight, model.flow, network, self.scale, self.max_timestep)
+
+
+# -------------------------------------------------------------------------------------------------------- weights
+
+
+def build_network(net: Net, weights: str | None = None, random_weights: bool = False) -> nn.Module:
+    """`lpips.LPIPS` with the heads from its wheel and the backbone's weights from torchvision, as `LPIPS` says.
+
+    Raises:
+        UserError: weights that cannot be had.
+    """
+    file = None if random_weights else _cached_weights(net) if weights is None else Path(weights)
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torchvision", category=UserWarning)  # lpips' way to name the weights
+        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    if file is not None:
+        _load_backbone(network.net, file, net)
+    return network
+
+
+def _load_backbone(backbone: nn.Module, file: Path, net: Net) -> None:
+    """torchvision's "features.5.weight" is "slice2.5.weight" in lpips."""
+    if not file.is_file():
+        raise UserError(f"algorithms.lpips.weights: there is no file {file}.")
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        state = {name: loaded["features." + name.partition(".")[2]] for name in backbone.state_dict()}
+        backbone.load_state_dict(state)
+    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"algorithms.lpips.weights: {file} is no {_TORCHVISION[net][1]} of torchvision's ({reason}).") from error
+
+
+def _cached_weights(net: Net) -> Path:
+    from torchvision.models import get_model_weights
+
+    model, title = _TORCHVISION[net]
+    url: str = get_model_weights(model)["IMAGENET1K_V1"].url  # pyright: ignore[reportIndexIssue]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    reason = None
+    with dist.run_local_rank_zero_first():
+        if not file.is_file():
+            reason = _download(url, file, title)
+    if reason is not None:
+        raise UserError(
+            f"algorithms.lpips needs the {title} weights of torchvision, which are not in {file} and cannot be downloaded "
+            f"from {url} ({reason}). Put the file there, or name it as algorithms.lpips.weights."
+        )
+    return file
+
+
+def _download(url: str, file: Path, title: str) -> str | None:
+    """Returns why it failed, or None. Not lpips' own download, which prints to the terminal and has no timeout."""
+    log.info("Downloading the %s weights of torchvision to %s", title, file)
+    digest = re.search(r"-([0-9a-f]{8,})\.", file.name)  # the file's name ends in the first digits of its hash
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_CONNECT_TIMEOUT)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), digest[1] if digest else None, progress=False)
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return None
