@@ -1,10 +1,11 @@
-"""The final scores of the bundled data sets."""
+"""The scores of the bundled data sets."""
 
 import inspect
 from typing import Any
 
-from composer.core import Callback, State
+from composer.core import Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
+from composer.utils import create_interval_scheduler
 
 from prx_composer.callbacks.images import check_size, draw_images
 from prx_composer.data.digits import DIGIT_WORDS
@@ -16,7 +17,7 @@ __all__ = ["DigitsScore", "ShapesScore"]
 
 
 class ShapesScore(Callback):
-    """At the end: draws every held-out combination of the `shapes` source and logs `heldout_accuracy`.
+    """Draws every held-out combination of the `shapes` source and logs `heldout_accuracy`: at the end, and at an interval.
 
     An image is right if, of the renderings of all combinations, the one asked for is the nearest.
 
@@ -25,9 +26,11 @@ class ShapesScore(Callback):
         image_size: side of the images; the recipe's by default.
         images_per_prompt: with different seeds.
         seed, num_inference_steps, guidance_scale: of sampling.
+        interval: score during training too, every "100ba", "6400sp" or "0.05dur".
+        images_per_prompt_during: fewer images then; they are the first of those that the end draws.
 
     Raises:
-        ValueError: data that isn't of the `shapes` source.
+        ValueError: data that isn't of the `shapes` source; an interval that isn't a time or is in epochs.
     """
 
     def __init__(
@@ -38,29 +41,47 @@ class ShapesScore(Callback):
         seed: int = 1000,
         num_inference_steps: int = 20,
         guidance_scale: float = 3.0,
+        interval: str | None = None,
+        images_per_prompt_during: int = 1,
     ):
         if source.get("name") != "shapes":
             raise ValueError("scores models of `train_loader.source: {name: shapes, …}` only; set callbacks.shapes_score=false.")
         arguments = inspect.signature(ShapesSource).bind(**{key: value for key, value in source.items() if key != "name"})
         arguments.apply_defaults()
-        scenes = heldout_scenes(arguments.arguments["heldout"], arguments.arguments["seed"])
-        self._scenes = scenes * images_per_prompt
-        self._seeds = [seed + index for index in range(len(self._scenes))]
+        self._scenes = heldout_scenes(arguments.arguments["heldout"], arguments.arguments["seed"])
+        self._images_per_prompt, self._images_per_prompt_during = images_per_prompt, images_per_prompt_during
+        self._seed = seed
         self._image_size = image_size
         self._sampling = (num_inference_steps, guidance_scale)
+        self._due = None
+        if interval is not None:
+            time = Time.from_timestring(interval)
+            if time.unit not in (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.DURATION) or time.value <= 0:
+                raise ValueError(f"interval must be a time such as 100ba, 6400sp or 0.05dur, not {interval}.")
+            self._due = create_interval_scheduler(time, include_end_of_training=False)
 
     def init(self, state: State, logger: Logger) -> None:
         check_size(state, self._image_size, self._image_size, "callbacks.shapes_score.image_size")
 
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        elapsed = state.get_elapsed_duration()
+        ends = elapsed is not None and elapsed.value >= 1  # then fit_end scores
+        if self._due is not None and self._due(state, Event.BATCH_CHECKPOINT) and not ends:
+            logger.log_metrics(self._score(state, self._images_per_prompt_during))
+
     def fit_end(self, state: State, logger: Logger) -> None:
-        prompts = [scene.caption for scene in self._scenes]
-        images = draw_images(state, prompts, self._image_size, self._image_size, self._seeds, *self._sampling)
-        found = nearest_scenes(images)
-        scores = {"heldout_accuracy": [drawn == asked for drawn, asked in zip(found, self._scenes, strict=True)]}
-        for attribute in self._scenes[0]._fields:
-            pairs = zip(found, self._scenes, strict=True)
-            scores[f"heldout_accuracy/{attribute}"] = [getattr(d, attribute) == getattr(a, attribute) for d, a in pairs]
-        logger.log_metrics({name: sum(right) / len(right) for name, right in scores.items()})
+        logger.log_metrics(self._score(state, self._images_per_prompt))
+
+    def _score(self, state: State, images_per_prompt: int) -> dict[str, float]:
+        asked = self._scenes * images_per_prompt
+        seeds = [self._seed + index for index in range(len(asked))]
+        prompts = [scene.caption for scene in asked]
+        drawn = nearest_scenes(draw_images(state, prompts, self._image_size, self._image_size, seeds, *self._sampling))
+        pairs = list(zip(drawn, asked, strict=True))
+        right = {"heldout_accuracy": [d == a for d, a in pairs]}
+        for attribute in asked[0]._fields:
+            right[f"heldout_accuracy/{attribute}"] = [getattr(d, attribute) == getattr(a, attribute) for d, a in pairs]
+        return {name: sum(values) / len(values) for name, values in right.items()}
 
 
 class DigitsScore(Callback):

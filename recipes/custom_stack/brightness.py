@@ -3,17 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from composer.core import Algorithm, Event, State
-from composer.loggers import Logger
 from torch import Tensor
 
 from prx_composer import registry
+from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
 from prx_composer.models import AuxiliaryLoss, FlowMatching, FlowOutput
-from prx_composer.schedule import ScheduleWindow
 
 
 class BrightnessLoss(AuxiliaryLoss):
     """Squared difference of mean brightness between x̂0 and x0, averaged over the batch."""
+
+    needs_whole_image = True
 
     def __init__(self, weight: float, flow: FlowMatching):
         super().__init__(weight)
@@ -25,24 +25,14 @@ class BrightnessLoss(AuxiliaryLoss):
 
 
 @registry.algorithms.register("brightness")
-class Brightness(Algorithm):
-    """Adds a `BrightnessLoss`.
+class Brightness(AuxiliaryLossAlgorithm):
+    """Adds a `BrightnessLoss` of this weight between `start` and `end`."""
 
-    Args:
-        weight: of the term in the total loss.
-        start, end: window.
-    """
+    name = "brightness"
 
     def __init__(self, weight: float = 0.1, start: str = "0ba", end: str | None = None):
-        self.weight, self.window = weight, ScheduleWindow(start, end)
-        self.term: BrightnessLoss | None = None
+        super().__init__(start, end)
+        self.weight = weight
 
-    def match(self, event: Event, state: State) -> bool:
-        return event in (Event.INIT, Event.BATCH_START)
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        model: Any = state.model
-        if event == Event.INIT:
-            self.term = model.auxiliary_losses["brightness"] = BrightnessLoss(self.weight, model.flow)
-        elif self.term is not None:
-            self.term.active = self.window.contains(state)
+    def build_loss(self, model: Any) -> AuxiliaryLoss:
+        return BrightnessLoss(self.weight, model.flow)

@@ -1,0 +1,48 @@
+"""Scores during training and at its end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prx_composer import config, train
+from prx_composer.callbacks.metrics_file import read_metrics
+from prx_composer.callbacks.scores import ShapesScore
+
+SCORE = {"images_per_prompt": 2, "num_inference_steps": 2}
+SOURCE = {"name": "shapes", "image_size": 16, "images_per_scene": 1, "heldout": 30}
+
+
+@pytest.fixture
+def trained(tiny_recipe: dict[str, Any], write_recipe: Callable[..., str]) -> Callable[..., list[dict[str, Any]]]:
+    """Trains the tiny recipe with a score and returns what was logged, step by step."""
+
+    def run(run_name: str, **score: Any) -> list[dict[str, Any]]:
+        recipe = config.load([write_recipe(tiny_recipe | {"run_name": run_name, "callbacks": {"shapes_score": SCORE | score}})])
+        train.run(recipe)
+        return read_metrics(Path(recipe.run_folder) / "metrics.jsonl")
+
+    return run
+
+
+def test_scoring_at_an_interval_changes_neither_training_nor_the_final_score(
+    trained: Callable[..., list[dict[str, Any]]],
+) -> None:
+    plain, scored = trained("plain"), trained("scored", interval="0.25dur")
+    assert [row["batch"] for row in scored if "heldout_accuracy" in row] == [2, 4, 6, 8]
+    assert [row["batch"] for row in plain if "heldout_accuracy" in row] == [8]
+    for before, after in zip(plain, scored, strict=True):
+        for key in before.keys() & {"loss/train/total", "loss/train/flow"}:
+            assert before[key] == after[key]
+    final = {key for key in plain[-1] if key.startswith("heldout_accuracy")}
+    assert len(final) == 5
+    assert {key: plain[-1][key] for key in final} == {key: scored[-1][key] for key in final}
+    assert 0 < scored[3]["heldout_accuracy/background"] <= 1
+    assert (30 * scored[3]["heldout_accuracy/background"]) % 1 == pytest.approx(0, abs=1e-9)  # one image each, not two
+
+
+@pytest.mark.parametrize(("interval", "message"), [("often", "often"), ("1ep", "not 1ep"), ("0ba", "not 0ba")])
+def test_an_interval_that_is_none_is_refused(interval: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShapesScore(SOURCE, 16, interval=interval)
