@@ -1,5 +1,6 @@
 """Vision encoders as teachers: any transformers one, frozen, from images to a grid of patch features."""
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,11 +46,25 @@ class TeacherSpec:
             raise ValueError("a teacher needs either `pretrained` (hub id or folder) or `config` (random weights).")
 
 
+@functools.lru_cache(maxsize=64)
+def _resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
+    """(target, source): what torch's antialiased bicubic interpolation does to one side."""
+    with torch.inference_mode(False), torch.no_grad():
+        identity = torch.eye(source)[None, None]
+        return F.interpolate(identity, (target, source), mode="bicubic", antialias=True)[0, 0].to(device)
+
+
 def resize_antialiased(image: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic, antialiased, differentiable: (B, C, H, W) → (B, C, height, width); the same tensor if nothing changes."""
+    """Bicubic, antialiased, differentiable: (B, C, H, W) → (B, C, height, width); the same tensor if nothing changes.
+
+    As two matrix products, since the backward pass of `interpolate` adds up in no fixed order on a GPU.
+    """
     if image.shape[-2:] == (height, width):
         return image
-    return F.interpolate(image.float(), (height, width), mode="bicubic", antialias=True, align_corners=False)
+    rows = _resize_matrix(image.shape[-2], height, image.device)
+    columns = _resize_matrix(image.shape[-1], width, image.device)
+    with torch.autocast(image.device.type, enabled=False):
+        return rows @ image.float() @ columns.mT
 
 
 class VisionEncoder:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from composer import Trainer
 from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
+from stacks import TEACHER, stack_of_24h
 
 from prx_composer import config, registry
 from prx_composer.callbacks.metrics_file import read_metrics
@@ -28,9 +28,6 @@ Build = Callable[..., TextToImage]
 Batch = dict[str, torch.Tensor]
 REPOSITORY = Path(__file__).parents[2]
 
-TEACHER = {
-    "config": dict(model_type="dinov2", hidden_size=12, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=16)
-}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "contrastive_flow_matching": {},
     "deferred_masking": {"mixer_blocks": 1, "rate": 0.5},
@@ -184,28 +181,6 @@ def test_a_resumed_run_with_every_algorithm_repeats_every_loss_term_bit_for_bit(
     assert not any("teacher" in name or "lpips" in name or "source" in name for name in models[0])
 
 
-def stack_of_24h(recipe: Recipe) -> Recipe:
-    """The algorithms, optimizer and flow of yamls/24h.yaml as they are written there, at toy size and with toy teachers."""
-    full = yaml.safe_load((REPOSITORY / "yamls" / "24h.yaml").read_text())
-    recipe = copy.deepcopy(recipe)
-    recipe["model"]["flow"] = full["model"]["flow"]
-    recipe["model"]["backbone"] |= {"depth": 4, "bottleneck_size": 16}
-    recipe["optimizer"], recipe["scheduler"] = full["optimizer"], full["scheduler"] | {"t_warmup": "2ba"}
-    algorithms = full["algorithms"]
-    algorithms["tread"] |= {"start_block": 1, "end_block": 2}
-    algorithms["repa"] |= {"teacher": TEACHER, "block": 2, "end": "4ba", "projector_hidden": 16}
-    algorithms["lpips"] |= {"net": "squeeze", "random_weights": True, "scale": 1.25}
-    algorithms["perceptual_dino"] |= {"teacher": TEACHER, "image_size": 16}
-    algorithms["ema"]["update_interval"] = "2ba"
-    stages = [
-        {"until": "4ba", "image_size": 16, "global_train_batch_size": 24},
-        {"image_size": 24, "global_train_batch_size": 12},
-    ]
-    algorithms["progressive_resolution"]["stages"] = [s | {"device_train_microbatch_size": 6} for s in stages]
-    small = {"global_train_batch_size": 24, "device_train_microbatch_size": 6, "image_size": 16}
-    return recipe | {"algorithms": algorithms, "max_duration": "6ba", "save_interval": "6ba"} | small
-
-
 def check_24h(recipe: Recipe) -> None:
     terms = terms_of(recipe)
     names = {"flow", "repa", "lpips", "perceptual_dino", "total"}
@@ -227,21 +202,6 @@ def test_the_24h_stack_trains_compiled_as_it_does_eagerly(tiny_recipe: Recipe, w
         check_24h(recipe)
     totals = [[row["loss/train/total"] for row in terms_of(recipe)] for recipe in (eager, compiled)]
     assert totals[1] == pytest.approx(totals[0], rel=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_24h_stack_trains_under_ddp_and_fsdp2(tiny_recipe: Recipe, write_recipe: Write) -> None:
-    from tests.integration.test_distributed import launch
-
-    curves = {}
-    for name, parallelism in (("ddp", None), ("fsdp", {"fsdp": {}})):
-        recipe = stack_of_24h(tiny_recipe) | {"run_name": name, "parallelism_config": parallelism}
-        finished = launch(write_recipe(recipe, f"{name}.yaml"))
-        assert finished.returncode == 0, finished.stderr[-3000:]
-        check_24h(recipe)
-        curves[name] = [row["loss/train/total"] for row in terms_of(recipe)]
-    assert curves["fsdp"] == pytest.approx(curves["ddp"], rel=1e-3)
 
 
 def test_the_24h_recipe_passes_the_check_and_a_mistake_in_it_does_not() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stacks import stack_of_24h
 
 from prx_composer.callbacks.metrics_file import read_metrics
 
@@ -30,17 +31,17 @@ def curve(recipe: Recipe) -> list[float]:
 
 
 @pytest.mark.timeout(900)
-def test_ddp_and_fsdp2_train_the_same_curve_and_ema_and_fsdp2_resumes(
+def test_ddp_and_fsdp2_train_the_same_curve_with_the_24h_stack_and_fsdp2_resumes(
     tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path
 ) -> None:
-    tiny_recipe["max_duration"] = "20ba"
-    tiny_recipe["save_interval"] = "20ba"
-    tiny_recipe["algorithms"]["gradient_clipping"]["clipping_threshold"] = 20.0  # exceeded in some steps, not in all
+    tiny_recipe = stack_of_24h(tiny_recipe)
+    tiny_recipe |= {"max_duration": "20ba", "save_interval": "20ba"}
+    tiny_recipe["algorithms"]["gradient_clipping"]["clipping_threshold"] = 2.0  # exceeded in some steps, not in all
     tiny_recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] = "8ba"
+    tiny_recipe["algorithms"]["repa"]["end"] = "12ba"
+    tiny_recipe["optimizer"] |= {"split_heads": True, "lr": 1e-3, "adam_lr": 1e-3}
     tiny_recipe["callbacks"] = {"images": {"prompts": ["a red circle"], "interval": "5ba", "num_inference_steps": 2}}
     tiny_recipe["eval_loader"] = {"name": "image_caption", "path": tiny_recipe["train_loader"]["path"], "split": "heldout"}
-    for stage in tiny_recipe["algorithms"]["progressive_resolution"]["stages"]:
-        stage["device_train_microbatch_size"] = stage["global_train_batch_size"] // 4
     tiny_recipe["eval_interval"] = "5ba"  # averaged weights are lent where no checkpoint follows
     ddp = copy.deepcopy(tiny_recipe) | {"run_name": "ddp"}
     fsdp = copy.deepcopy(tiny_recipe) | {"run_name": "fsdp", "autoresume": True}
@@ -65,7 +66,9 @@ def test_ddp_and_fsdp2_train_the_same_curve_and_ema_and_fsdp2_resumes(
     theirs = torch.load(runs / "ddp" / "checkpoints" / "ba20-rank0.pt", weights_only=False)["state"]
     ours = torch.load(tmp_path / "full.pt", weights_only=False)["state"]
     average = theirs["callbacks"]["AverageState"]["average"]
-    assert all(name.startswith(("backbone.", "text_encoder.")) for name in average), "no wrapper in a name"
+    assert all(name.startswith(("backbone.", "text_encoder.", "auxiliary_losses.repa.")) for name in average), (
+        "no wrapper in a name"
+    )
     for name, value in theirs["model"].items():
         torch.testing.assert_close(ours["model"][name], value, atol=2e-4, rtol=1e-3)
     found = ours["callbacks"]["AverageState"]["average"]

@@ -11,6 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("recipes/**/*.md"), *REPOSITORY.glob("prx_composer/**/*.md")])
 SHORT = "max_duration=6ba eval_interval=6ba save_interval=3ba"
+SHORT_ABLATION = f"{SHORT} callbacks.shapes_score.num_inference_steps=1 callbacks.shapes_score.images_per_prompt=1"
 # Not run here: what sets up the environment (CI has done it) and what runs the tests, this one among them.
 ELSEWHERE = ("pip install uv", "uv run pytest", "uv run ruff", "uv run basedpyright", "git clone", "cd ")
 
@@ -55,6 +56,8 @@ def test_there_is_documentation_to_run() -> None:
 def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
     if "train.py" in line and "max_duration=" not in line:
         line = f"{line} {SHORT}"
+    if "ablate.py" in line:
+        line = f"{line} {SHORT_ABLATION}"
     line = re.sub(r"max_duration=\d+ba", "max_duration=6ba", line).replace("uv run ", "uv run --no-sync ")
     environment = os.environ | {"UV_PROJECT": str(REPOSITORY), "WANDB_MODE": "offline"}
     finished = subprocess.run(line, shell=True, cwd=workshop, env=environment, capture_output=True, text=True, check=False)
