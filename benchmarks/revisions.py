@@ -88,9 +88,9 @@ def main() -> None:
         try:
             first = {name: [loss for _, loss in worker.steps(5)] for name, worker in workers.items()}
             ratios, times = [], {"base": [], "now": []}
-            for round in range(arguments.rounds):
+            for number in range(arguments.rounds):
                 turn = {}
-                for name in sorted(workers, reverse=bool(round % 2)):
+                for name in sorted(workers, reverse=bool(number % 2)):
                     turn[name] = statistics.median(seconds for seconds, _ in workers[name].steps(arguments.steps))
                     times[name].append(1000 * turn[name])
                 ratios.append(turn["now"] / turn["base"])

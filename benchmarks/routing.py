@@ -64,12 +64,12 @@ def main() -> None:
     difference = check_agreement(backbone, inputs, route)
 
     times: dict[str, list[float]] = {"dense": [], "tread": []}
-    for round in range(arguments.rounds + 2):
-        order = ["dense", "tread"] if round % 2 else ["tread", "dense"]
+    for number in range(arguments.rounds + 2):
+        order = ["dense", "tread"] if number % 2 else ["tread", "dense"]
         for name in order:
             drawn = router.draw(batch, 256, generator) if name == "tread" else None
             elapsed = step(backbone, inputs, drawn)
-            if round >= 2:
+            if number >= 2:
                 times[name].append(elapsed)
     ratios = sorted(dense / tread for dense, tread in zip(times["dense"], times["tread"], strict=True))
     flops = [backbone.flops(256, text_tokens, training=True)]
