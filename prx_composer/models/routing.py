@@ -4,6 +4,7 @@ A router draws a `Route` once per microbatch, outside the compiled graph; the ba
 the first routed block and scatters them back once after the last. Shapes depend on the token count alone, never on the draw.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,9 +65,9 @@ class TokenFusion(nn.Module):
         super().__init__()
         self.start, self.end = start, end
 
+    @abstractmethod
     def flops(self, num_tokens: int) -> int:
         """Of one image's forward pass."""
-        raise NotImplementedError
 
 
 def draw_kept_indices(batch_size: int, num_tokens: int, num_kept: int, generator: torch.Generator) -> Tensor:
