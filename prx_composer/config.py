@@ -81,18 +81,21 @@ def load(arguments: list[str]) -> Recipe:
         raise UserError("Name at least one recipe, such as: composer train.py yamls/quickstart.yaml [key=value …]")
     for argument in arguments:
         merged = _set(merged, argument) if "=" in argument else _merge(merged, _read(argument))
+    fields = {f.name: f for f in dataclasses.fields(Recipe)}
+    for key in merged:
+        if key not in fields:
+            raise UserError(f"{key}: no such key in a recipe.{nearest(str(key), list(fields))}")
+    missing = [name for name, f in fields.items() if name not in merged and not _has_default(f)]
+    if missing:
+        raise UserError(
+            f"The recipe lacks {', '.join(missing)}. A file that names a few keys, such as those in yamls/ablations/, is "
+            "given after a whole recipe, over which it is merged."
+        )
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'recipe'}: {str(error).splitlines()[0]}") from error
     assert isinstance(values, dict)
-    fields = {f.name: f for f in dataclasses.fields(Recipe)}
-    for key in values:
-        if key not in fields:
-            raise UserError(f"{key}: no such key in a recipe.{nearest(str(key), list(fields))}")
-    missing = [name for name, f in fields.items() if name not in values and not _has_default(f)]
-    if missing:
-        raise UserError(f"The recipe lacks {', '.join(missing)}.")
     hints = typing.get_type_hints(Recipe)
     for key, value in values.items():
         _check_type(value, hints[str(key)], str(key))

@@ -27,10 +27,15 @@ def test_recipes_merge_left_to_right_and_arguments_win(tiny_recipe: Recipe, writ
 
 
 def test_every_shipped_recipe_is_valid() -> None:
-    recipes = sorted(Path("yamls").rglob("*.yaml"))
-    assert len(recipes) >= 2
+    recipes = sorted(Path("yamls").glob("*.yaml"))
+    assert len(recipes) >= 3
     for path in recipes:
         config.check(config.load([str(path)]))
+
+
+def test_a_file_to_merge_over_a_recipe_says_so_when_given_alone() -> None:
+    with pytest.raises(UserError, match=r"lacks run_name, model.* given after a whole recipe"):
+        config.load(["yamls/ablations/tread.yaml"])
 
 
 def test_a_component_of_another_name_does_not_inherit_arguments(tiny_recipe: Recipe, write_recipe: Write) -> None:
