@@ -1,4 +1,4 @@
-"""Which samples form which batch: a pure function of (seed, epoch, batch size), with every device batch from one bucket."""
+"""Which samples form which batch: a pure function of (seed, epoch, batch size), with every batch from one bucket."""
 
 from collections.abc import Iterator
 
@@ -12,44 +12,40 @@ from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest
 __all__ = ["BucketBatchSampler", "epoch_batches", "epoch_steps"]
 
 
-def epoch_batches(
-    counts: list[int], device_batch_size: int, num_ranks: int, *, shuffle: bool, seed: int = 0, epoch: int = 0
-) -> NDArray[np.int64]:
-    """An epoch's sample ids, (steps, num_ranks, device_batch_size).
+def epoch_batches(counts: list[int], batch_size: int, *, shuffle: bool, seed: int = 0, epoch: int = 0) -> NDArray[np.int64]:
+    """An epoch's sample ids, (steps, batch_size), whatever the number of ranks that share a batch.
 
-    Every device batch is full and of one bucket, and every rank has the same number of them, so shapes never change
-    silently and no rank waits for another at the epoch's end. What doesn't fill a batch waits for another epoch's
-    shuffle; a bucket smaller than one batch fills it by repetition. Without shuffling (evaluation) tails are filled by
-    repetition too, so that every sample is seen.
+    Every batch is full and of one bucket: all ranks have one shape at a time, so that none waits for another that has more
+    to compute or a new shape to compile, and a run that goes on with another number of ranks sees the same samples. What
+    doesn't fill a batch waits for another epoch's shuffle; a bucket smaller than one batch fills it by repetition. Without
+    shuffling (evaluation) tails are filled by repetition too, so that every sample is seen.
 
     Args:
         counts: samples per bucket; ids are numbered through.
+        batch_size: over all ranks.
     """
     rng = np.random.default_rng([seed, epoch])
     batches = []
     offset = 0
-    for count, number in zip(counts, _batches_per_bucket(counts, device_batch_size, shuffle), strict=True):
+    for count, number in zip(counts, _batches_per_bucket(counts, batch_size, shuffle), strict=True):
         ids = np.arange(offset, offset + count)
         offset += count
         if shuffle:
             rng.shuffle(ids)
-        batches.append(np.resize(ids, (number, device_batch_size)))
+        batches.append(np.resize(ids, (number, batch_size)))
     stacked = np.concatenate(batches)
     if shuffle:
         rng.shuffle(stacked)
-    steps = epoch_steps(counts, device_batch_size, num_ranks, shuffle=shuffle)
-    indices = np.resize(np.arange(len(stacked)), steps * num_ranks)
-    return stacked[indices].reshape(steps, num_ranks, device_batch_size)
+    return stacked
 
 
-def epoch_steps(counts: list[int], device_batch_size: int, num_ranks: int, *, shuffle: bool) -> int:
-    """How many steps `epoch_batches` has."""
-    batches = sum(_batches_per_bucket(counts, device_batch_size, shuffle))
-    return max(batches // num_ranks if shuffle else -(-batches // num_ranks), 1)  # 1: fewer batches than ranks repeat
+def epoch_steps(counts: list[int], batch_size: int, *, shuffle: bool) -> int:
+    """How many batches `epoch_batches` has."""
+    return sum(_batches_per_bucket(counts, batch_size, shuffle))
 
 
-def _batches_per_bucket(counts: list[int], device_batch_size: int, shuffle: bool) -> list[int]:
-    return [max(count // device_batch_size if shuffle else -(-count // device_batch_size), 1) for count in counts]
+def _batches_per_bucket(counts: list[int], batch_size: int, shuffle: bool) -> list[int]:
+    return [max(count // batch_size if shuffle else -(-count // batch_size), 1) for count in counts]
 
 
 class BucketBatchSampler(DistributedSampler):
@@ -97,7 +93,6 @@ class BucketBatchSampler(DistributedSampler):
                 f"image_size {image_size} is not divisible by {self._multiple} (patch_size × autoencoder downsampling)."
             )
         self.image_size, self.global_batch_size = image_size, global_batch_size
-        self.device_batch_size = global_batch_size // self.num_replicas
         base = self._dataset.manifest.image_size
         self._sizes = [bucket.at(image_size, base, self._multiple) for bucket in self._dataset.buckets]
         for stored, size in zip(self._dataset.buckets, self._sizes, strict=True):
@@ -114,20 +109,16 @@ class BucketBatchSampler(DistributedSampler):
 
     def _batches(self) -> NDArray[np.int64]:
         return epoch_batches(
-            self._dataset.counts,
-            self.device_batch_size,
-            self.num_replicas,
-            shuffle=self.shuffle,
-            seed=self.seed,
-            epoch=self.epoch,
+            self._dataset.counts, self.global_batch_size, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch
         )
 
     def __len__(self) -> int:
-        return epoch_steps(self._dataset.counts, self.device_batch_size, self.num_replicas, shuffle=self.shuffle)
+        return epoch_steps(self._dataset.counts, self.global_batch_size, shuffle=self.shuffle)
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         first = self._dataset.take_start_sample() // self.global_batch_size
         epoch = self.epoch if self.shuffle else 0  # Composer counts evaluations there, which must not differ
-        for step in self._batches()[first:, self.rank]:
-            height, width = self._sizes[self._dataset.bucket_of(int(step[0]))]
-            yield [SampleRequest(int(sample_id), height, width, epoch) for sample_id in step]
+        share = self.global_batch_size // self.num_replicas
+        for batch in self._batches()[first:, self.rank * share : (self.rank + 1) * share]:
+            height, width = self._sizes[self._dataset.bucket_of(int(batch[0]))]
+            yield [SampleRequest(int(sample_id), height, width, epoch) for sample_id in batch]

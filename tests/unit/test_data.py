@@ -70,21 +70,34 @@ def test_an_image_goes_to_the_nearest_aspect_ratio() -> None:
 # --------------------------------------------------------------------------------------------------- order
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("counts", [[100], [100, 37, 64], [5, 100, 1]])
-def test_batches_are_full_of_one_bucket_and_equal_on_all_ranks(counts: list[int], ranks: int) -> None:
-    batches = epoch_batches(counts, 8, ranks, shuffle=True, seed=1, epoch=2)
-    assert batches.shape[1:] == (ranks, 8) and batches.min() >= 0
+def test_batches_are_full_and_of_one_bucket(counts: list[int]) -> None:
+    batches = epoch_batches(counts, 8, shuffle=True, seed=1, epoch=2)
+    assert batches.shape[1] == 8 and batches.min() >= 0
     edges = np.cumsum(counts)
-    for batch in batches.reshape(-1, 8):
+    for batch in batches:
         assert len(set(np.searchsorted(edges, batch, side="right"))) == 1
-    if min(counts) >= 8 and ranks == 1:
+    if min(counts) >= 8:
         assert max(Counter(batches.ravel().tolist()).values()) == 1, "no sample twice in an epoch"
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_any_number_of_ranks_shares_the_same_batches(tmp_path: Path, shuffle: bool) -> None:
+    samples = [((SQUARE, WIDE)[index % 3 == 0], encode(gradient(16, 16))) for index in range(50)]
+    dataset = ImageCaptionDataset(str(write(tmp_path / "d", samples)))
+
+    def batches(ranks: int) -> list[list[int]]:
+        samplers = [BucketBatchSampler(dataset, 16, 12, 4, shuffle, 0, ranks, rank) for rank in range(ranks)]
+        parts = [[[request.sample_id for request in part] for part in sampler] for sampler in samplers]
+        assert all(len(part) == 12 // ranks for share in parts for part in share)
+        return [sum(together, []) for together in zip(*parts, strict=True)]
+
+    assert batches(1) == batches(2) == batches(4) and len(batches(1)) == (3 if shuffle else 5)
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        return epoch_batches([50, 40], 8, 1, shuffle=True, seed=seed, epoch=epoch).ravel().tolist()
+        return epoch_batches([50, 40], 8, shuffle=True, seed=seed, epoch=epoch).ravel().tolist()
 
     assert order(0, 0) == order(0, 0) != order(0, 1)
     assert order(0, 1) != order(1, 0)
@@ -92,19 +105,19 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_the_number_of_steps_is_known_without_drawing_them(shuffle: bool) -> None:
-    for counts, batch, ranks in (([100], 8, 1), ([100, 37, 5], 8, 3), ([3, 2], 8, 4)):
-        assert epoch_steps(counts, batch, ranks, shuffle=shuffle) == len(epoch_batches(counts, batch, ranks, shuffle=shuffle))
+    for counts, batch in (([100], 8), ([100, 37, 5], 24), ([3, 2], 32)):
+        assert epoch_steps(counts, batch, shuffle=shuffle) == len(epoch_batches(counts, batch, shuffle=shuffle))
 
 
 def test_evaluation_sees_every_sample_in_order() -> None:
-    batches = epoch_batches([10, 3], 4, 2, shuffle=False)
+    batches = epoch_batches([10, 3], 8, shuffle=False)
     assert set(batches.ravel().tolist()) == set(range(13))
-    assert batches[0, 0].tolist() == [0, 1, 2, 3]
+    assert batches[0].tolist() == list(range(8))
 
 
 def test_a_bucket_smaller_than_a_batch_is_still_used() -> None:
-    batches = epoch_batches([3, 40], 8, 1, shuffle=True)
-    small = [batch for batch in batches.reshape(-1, 8).tolist() if batch[0] < 3]
+    batches = epoch_batches([3, 40], 8, shuffle=True)
+    small = [batch for batch in batches.tolist() if batch[0] < 3]
     assert len(small) == 1 and set(small[0]) == {0, 1, 2}
 
 
@@ -213,7 +226,7 @@ def test_batches_are_the_same_with_any_number_of_workers(tmp_path: Path, tokeniz
     spec = build_loader(tokenizer, 14, 16, 8, 4, 0, path=str(path), num_workers=num_workers)
     loader: Any = spec.dataloader
     seen = [(batch["image"].shape, batch["sample_id"].tolist()) for batch in loader]
-    expected = epoch_batches([24, 24], 8, 1, shuffle=True, seed=0, epoch=0)[:, 0].tolist()
+    expected = epoch_batches([24, 24], 8, shuffle=True, seed=0, epoch=0).tolist()
     assert [ids for _, ids in seen] == expected
     assert {tuple(shape) for shape, _ in seen} == {(8, 3, 16, 16), (8, 3, 12, 20)}
     batch = next(iter(loader))
