@@ -5,10 +5,13 @@ import warnings
 from typing import Annotated
 
 import typer
+import typer.core
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+ASSUMED_UTILISATION = 0.33  # of `prx plan`, where nothing was measured
 
 
 @app.callback()
@@ -23,19 +26,113 @@ def check(
         bool, typer.Option("--config-only", help="Only what needs no data, no weights and no network.")
     ] = False,
     ranks: Annotated[int, typer.Option(min=1, help="Number of GPUs that will train it.")] = 1,
+    no_step: Annotated[bool, typer.Option("--no-step", help="Do not try a forward and backward pass of every stage.")] = False,
 ) -> None:
-    """Check a recipe before it costs anything: exit code 0 if it is right, 1 with a message if it isn't.
+    """Check a recipe before it costs anything: names, sizes, weights, data, disk, loggers, GPUs, and a step of every stage.
 
-    So far --config-only is the only kind of check, and must be given; train.py makes the others when it starts.
+    One line per check: ✓ right, ! worth knowing, ✗ to be mended, – not checked here. The exit code is 1 if there is a ✗, else 0.
+    Nothing is written, downloaded or trained. train.py makes the same checks when it starts.
     """
-    if not config_only:
-        typer.echo("error: give --config-only; data and weights are checked by train.py when it starts.", err=True)
-        raise typer.Exit(2)
     from prx_composer import config
-    from prx_composer.preflight import check_config
+    from prx_composer.errors import UserError, problems_of
+    from prx_composer.preflight import check_config, check_recipe
+    from prx_composer.preflight.result import failed
 
-    for line in check_config(config.load(recipe), ranks):
-        typer.echo(f"✓ {line}")
+    try:
+        loaded = config.load(recipe)
+    except UserError as error:
+        results = map(failed, problems_of(error))
+    else:
+        results = check_config(loaded, ranks) if config_only else check_recipe(loaded, ranks, step=not no_step)
+    wrong = 0
+    for result in results:
+        typer.echo(str(result))
+        wrong += result.mark == "✗"
+    if wrong:
+        raise typer.Exit(1)
+
+
+class OptionalFile(typer.core.TyperCommand):
+    """Takes `--json` without a file as `--json -`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        bare = [a == "--json" and (i + 1 == len(args) or args[i + 1].startswith("--")) for i, a in enumerate(args)]
+        return super().parse_args(ctx, [b for a, alone in zip(args, bare, strict=True) for b in ([a, "-"] if alone else [a])])
+
+
+@app.command(cls=OptionalFile)
+def plan(
+    recipe: Annotated[list[str], typer.Argument(help="One or more YAML files, then key=value pairs, as for train.py.")],
+    gpu: Annotated[
+        str, typer.Option(help="a100-80gb, h100, h200, b200, mi300x, l40s or rtx4090. [default: the measurement's, or h200]")
+    ] = "",
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, all nodes together.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one node.")] = 8,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU-hour.")] = None,
+    mfu: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, max=1, help="Share of what a bf16 matrix product reaches (not of the datasheet). [default: 0.33]"
+        ),
+    ] = None,
+    throughput: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measured speeds instead, as benchmarks/throughput.py writes them: JSON "
+            '{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0}, …]}, one stage per image size.',
+        ),
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="Images in the data, such as 8.7M, where its manifest isn't here to tell.")
+    ] = None,
+    disk: Annotated[str, typer.Option(help="How fast a checkpoint is written, all ranks together.")] = "1GB/s",
+    stored_text: Annotated[
+        bool, typer.Option("--stored-text", help="Plan as if text embeddings came with the data: no text encoder runs.")
+    ] = False,
+    fit: Annotated[str | None, typer.Option(metavar="TIME", help="Propose a schedule that takes this long, such as 12h.")] = None,
+    json_file: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="[FILE]", help="Write the plan as JSON to FILE; without one, print it instead of the table."
+        ),
+    ] = None,
+) -> None:
+    """What a run will take, before anything is rented: hours, dollars, memory, disk and data of every stage.
+
+    Nothing is downloaded or trained. How to read it, and what is assumed: recipes/speedrun_24h/PLAN.md
+    """
+    from prx_composer import config, plan_fit, plan_text, planning
+    from prx_composer.errors import UserError
+    from prx_composer.hardware import find_gpu
+    from prx_composer.quantities import parse_count, parse_rate
+
+    if mfu is not None and throughput is not None:
+        raise UserError("--mfu and --throughput both say how fast training is; give one of them.")
+    measured_on, speeds = (None, None) if throughput is None else planning.read_throughput(throughput)
+    kind = find_gpu(gpu or measured_on or "h200")
+    if measured_on is not None and find_gpu(measured_on) != kind:
+        raise UserError(f"--gpu: {throughput} was measured on {measured_on}, which says little of {kind.name}; measure there.")
+    conditions = planning.Conditions(
+        kind,
+        gpus,
+        gpus_per_node,
+        price,
+        (mfu or ASSUMED_UTILISATION) if throughput is None else None,
+        speeds,
+        None if samples is None else parse_count(samples, "--samples"),
+        parse_rate(disk, "--disk"),
+        stored_text,
+    )
+    loaded = config.load(recipe)
+    config.import_code(loaded.code_paths)
+    config.check(loaded)
+    fitted = None if fit is None else plan_fit.fit(loaded, conditions, planning.seconds(fit, "--fit"))
+    made = fitted.plan if fitted else planning.make_plan(loaded, conditions)
+    if json_file is not None:
+        plan_text.write_json(made, fitted, json_file)
+    if json_file != "-":
+        typer.echo(plan_text.as_text(made) + (plan_text.fit_text(fitted) if fitted else ""))
 
 
 def main() -> None:

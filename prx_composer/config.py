@@ -21,8 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prx_composer import registry
-from prx_composer.errors import UserError
+from prx_composer.errors import Problems, UserError
 from prx_composer.registry import NESTED, Registry, nearest
+from prx_composer.schedule import Moment, names_budget, parse_duration
 
 __all__ = ["RESUMABLE_CHANGES", "Recipe", "build", "build_all", "check", "import_code", "load", "split"]
 
@@ -40,6 +41,7 @@ class Recipe:
     global_train_batch_size: int
     image_size: int
     max_duration: str
+    time_budget: str | None = None
     scheduler: Spec = field(default_factory=lambda: {"name": "constant"})
     device_train_microbatch_size: int | None = None
     seed: int = 17
@@ -58,6 +60,7 @@ class Recipe:
     autoresume: bool = False
     dist_timeout: float = 600.0
     progress_bar: bool = True
+    preflight: bool = True
     code_paths: list[str] = field(default_factory=list)
     variables: Spec = field(default_factory=dict)
 
@@ -65,7 +68,7 @@ class Recipe:
 # What may differ between a run and its continuation without making it another run. Not the microbatch: it decides the draws.
 RESUMABLE_CHANGES = frozenset(
     {"max_duration", "autoresume", "callbacks", "loggers", "save_interval", "save_num_checkpoints_to_keep", "dist_timeout"}
-    | {"eval_interval", "eval_subset_num_batches", "progress_bar", "code_paths", "variables"}
+    | {"eval_interval", "eval_subset_num_batches", "progress_bar", "preflight", "code_paths", "variables", "time_budget"}
 )
 
 
@@ -82,23 +85,28 @@ def load(arguments: list[str]) -> Recipe:
     for argument in arguments:
         merged = _set(merged, argument) if "=" in argument else _merge(merged, _read(argument))
     fields = {f.name: f for f in dataclasses.fields(Recipe)}
+    problems = Problems()
     for key in merged:
         if key not in fields:
-            raise UserError(f"{key}: no such key in a recipe.{nearest(str(key), list(fields))}")
+            problems.found.append(f"{key}: no such key in a recipe.{nearest(str(key), list(fields))}")
     missing = [name for name, f in fields.items() if name not in merged and not _has_default(f)]
     if missing:
-        raise UserError(
+        problems.found.append(
             f"The recipe lacks {', '.join(missing)}. A file that names a few keys, such as those in yamls/ablations/, is "
             "given after a whole recipe, over which it is merged."
         )
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'recipe'}: {str(error).splitlines()[0]}") from error
+        problems.found.append(f"{error.full_key or 'recipe'}: {str(error).splitlines()[0]}")
+        values = {}
     assert isinstance(values, dict)
     hints = typing.get_type_hints(Recipe)
     for key, value in values.items():
-        _check_type(value, hints[str(key)], str(key))
+        with problems.noted():
+            if key in fields:
+                _check_type(value, hints[str(key)], str(key))
+    problems.raise_any()
     return Recipe(**{str(key): value for key, value in values.items()})
 
 
@@ -169,7 +177,10 @@ def import_code(paths: list[str]) -> None:
 
 # What the program passes to a component, beside the recipe's arguments.
 _LOADER_PROVIDED = frozenset({"tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed"})
-_PROVIDED = {name: frozenset({"folder", "source"}) for name in ("metrics_file", "images", "shapes_score")}
+_PROVIDED = {
+    name: frozenset({"folder", "source"})
+    for name in ("metrics_file", "images", "shapes_score", "loss_spikes", "watchdog", "skip_nonfinite")
+}
 _DEFAULTED = frozenset({"image_size"})  # taken from the recipe unless it is given
 _NONE: frozenset[str] = frozenset()
 
@@ -178,34 +189,79 @@ def check(recipe: Recipe) -> None:
     """Checks names and arguments of every component; the arguments that `train` supplies count as given.
 
     Raises:
-        UserError: naming the path.
+        UserError: naming every path that is wrong.
     """
-    _check_spec(registry.models, recipe.model, "model", frozenset({"seed"}))
-    _check_spec(registry.optimizers, recipe.optimizer, "optimizer", frozenset({"model", "params"}))
-    _check_spec(registry.schedulers, recipe.scheduler, "scheduler")
+    problems = Problems()
+    for components, spec, path, provided in (
+        (registry.models, recipe.model, "model", frozenset({"seed"})),
+        (registry.optimizers, recipe.optimizer, "optimizer", frozenset({"model", "params"})),
+        (registry.schedulers, recipe.scheduler, "scheduler", _NONE),
+    ):
+        with problems.noted():
+            _check_spec(components, spec, path, provided)
     times = {key: getattr(recipe, key) for key in ("max_duration", "eval_interval", "save_interval")}
     times |= {f"scheduler.{key}": value for key, value in recipe.scheduler.items() if key.startswith("t_")}
     for path, time in times.items():
-        _check_time(time, path)
+        with problems.noted():
+            _check_moment(time, path) if path.startswith("scheduler.") else _check_time(time, path)
+    with problems.noted():
+        _check_time_budget(recipe)
     for key in ("train_loader", "eval_loader"):
         if spec := getattr(recipe, key):
-            _check_spec(registry.loaders, spec, key, _LOADER_PROVIDED, also=frozenset({"source"}))
+            with problems.noted():
+                _check_spec(registry.loaders, spec, key, _LOADER_PROVIDED, also=frozenset({"source"}))
     for kind in ("algorithms", "callbacks", "loggers"):
         for name, arguments in entries(getattr(recipe, kind), kind):
             path = f"{kind}.{name}"
-            target = getattr(registry, kind).get(name, path)
-            _check_call(target, arguments, path, _PROVIDED.get(name, _NONE), defaulted=_DEFAULTED)
+            with problems.noted():
+                target = getattr(registry, kind).get(name, path)
+                _check_call(target, arguments, path, _PROVIDED.get(name, _NONE), defaulted=_DEFAULTED)
+    problems.raise_any()
 
 
 def _check_time(time: Any, path: str) -> None:
     try:
         unit = Time.from_timestring(str(time)).unit
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: 1.5ba
         raise UserError(f"{path}: {time!r} is no time such as 1000ba, 3ep, 64000sp or 0.5dur.") from error
     if path == "max_duration" and unit not in (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE):
         raise UserError(f"{path}: {time} must be a number of batches, epochs or samples, such as 1000ba.")
     if unit == TimeUnit.TOKEN:
         raise UserError(f"{path}: {time}: images have no tokens to count; use ba, ep, sp or dur.")
+
+
+def _check_moment(time: Any, path: str) -> None:
+    try:
+        Moment(time)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _check_time_budget(recipe: Recipe) -> None:
+    """The budget is a time, and without one nothing is a part of it."""
+    if recipe.time_budget is not None:
+        try:
+            if parse_duration(recipe.time_budget) <= 0:
+                raise ValueError("a budget must be more than nothing.")
+        except ValueError as error:
+            raise UserError(f"time_budget: {error}") from error
+        return
+    for key in ("scheduler", "algorithms", "callbacks"):
+        for path, text in _strings(getattr(recipe, key), key):
+            if names_budget(text):
+                raise UserError(f"{path}: {text} is a part of a time budget, and the recipe has none; set time_budget, to 24h say.")
+
+
+def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Every string in a value of a recipe, with its path."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _strings(item, f"{path}[{index}]")
 
 
 def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]:
@@ -254,17 +310,20 @@ def _check_call(
     open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     allowed = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)] + sorted(also)
     hints = _hints(function)
+    problems = Problems()
     for key, value in arguments.items():
-        if key not in allowed and not open_ended:
-            raise UserError(f"{path}.{key}: no such argument.{nearest(str(key), allowed)}")
-        if key in NESTED and isinstance(value, dict):
-            tokenizer = frozenset({"tokenizer"}) if key == "text_encoder" else _NONE
-            _check_spec(NESTED[key], value, f"{path}.{key}", provided=tokenizer, also=tokenizer)
-        elif key in hints:
-            _check_type(value, hints[key], f"{path}.{key}")
+        with problems.noted():
+            if key not in allowed and not open_ended:
+                raise UserError(f"{path}.{key}: no such argument.{nearest(str(key), allowed)}")
+            if key in NESTED and isinstance(value, dict):
+                tokenizer = frozenset({"tokenizer"}) if key == "text_encoder" else _NONE
+                _check_spec(NESTED[key], value, f"{path}.{key}", provided=tokenizer, also=tokenizer)
+            elif key in hints:
+                _check_type(value, hints[key], f"{path}.{key}")
     for name, parameter in parameters.items():
         if name not in defaulted and name not in arguments and parameter.default is parameter.empty and name in allowed:
-            raise UserError(f"{path} lacks the argument {name!r}.")
+            problems.found.append(f"{path} lacks the argument {name!r}.")
+    problems.raise_any()
 
 
 def _hints(function: Any) -> dict[str, Any]:

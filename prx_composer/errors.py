@@ -1,7 +1,52 @@
-"""The one exception that is the user's to mend: shown as a message, without a traceback."""
+"""What ends a run without a traceback: a mistake that is the user's to mend, and a request to stop."""
 
-__all__ = ["UserError"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["Problems", "TrainingInterrupted", "UserError", "problems_of", "raise_all"]
 
 
 class UserError(ValueError):
     """Says which YAML path is wrong, what was given, what is allowed and what to do."""
+
+
+class UserErrors(UserError):
+    """Several of them."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join([f"{len(problems)} things must be mended.", *(f"✗ {problem}" for problem in problems)]))
+        self.problems = problems
+
+
+def problems_of(error: UserError) -> list[str]:
+    """The messages in it, one per mistake."""
+    return error.problems if isinstance(error, UserErrors) else [str(error)]
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raises one UserError with all of these messages, if there are any; each is said once."""
+    problems = list(dict.fromkeys(problems))
+    if problems:
+        raise UserError(problems[0]) if len(problems) == 1 else UserErrors(problems)
+
+
+class Problems:
+    """Collects mistakes, so that all of them are said at once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """A UserError inside of this context is kept for later."""
+        try:
+            yield
+        except UserError as error:
+            self.found.extend(problems_of(error))
+
+    def raise_any(self) -> None:
+        raise_all(self.found)
+
+
+class TrainingInterrupted(Exception):
+    """The run was asked to stop and did; says where it goes on."""

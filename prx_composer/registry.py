@@ -90,6 +90,7 @@ algorithms = Registry(
         "progressive_resolution": "prx_composer.algorithms.progressive_resolution:ProgressiveResolution",
         "repa": "prx_composer.algorithms.repa:REPA",
         "resolution_aware": "prx_composer.algorithms.resolution_aware:ResolutionAware",
+        "skip_nonfinite": "prx_composer.algorithms.skip_nonfinite:SkipNonfinite",
         "sprint": "prx_composer.algorithms.sprint:SPRINT",
         "tread": "prx_composer.algorithms.tread:TREAD",
     },
@@ -98,7 +99,9 @@ callbacks = Registry(
     "callbacks",
     {
         "digits_score": "prx_composer.callbacks.scores:DigitsScore",
+        "garbage_collection": "prx_composer.callbacks.garbage_collection:GarbageCollection",
         "images": "prx_composer.callbacks.images:Images",
+        "loss_spikes": "prx_composer.callbacks.loss_spikes:LossSpikes",
         "lr_monitor": "composer.callbacks:LRMonitor",
         "memory_monitor": "composer.callbacks:MemoryMonitor",
         "optimizer_monitor": "composer.callbacks:OptimizerMonitor",
@@ -106,6 +109,7 @@ callbacks = Registry(
         "shapes_score": "prx_composer.callbacks.scores:ShapesScore",
         "stop_after": "prx_composer.callbacks.stop_after:StopAfter",
         "speed_monitor": "composer.callbacks:SpeedMonitor",
+        "watchdog": "prx_composer.callbacks.watchdog:Watchdog",
     },
 )
 loggers = Registry(
@@ -133,6 +137,7 @@ schedulers = Registry(
         "constant_with_warmup": "composer.optim:ConstantWithWarmupScheduler",
         "cosine_with_warmup": "composer.optim:CosineAnnealingWithWarmupScheduler",
         "linear_decay_with_warmup": "composer.optim:LinearWithWarmupScheduler",
+        "warmup_stable_decay": "prx_composer.optim.schedules:WarmupStableDecay",
     },
 )
 

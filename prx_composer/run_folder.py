@@ -4,6 +4,7 @@ runs/<run_name>/config.yaml  tokenizer/  checkpoints/  metrics.jsonl  images/
 """
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,33 @@ from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.config import RESUMABLE_CHANGES, Recipe
 from prx_composer.errors import UserError
 
-__all__ = ["CHECKPOINTS", "CHECKPOINT_NAME", "TOKENIZER", "as_saved", "check_run_folder", "save_recipe", "summarise"]
+__all__ = ["CHECKPOINTS", "TOKENIZER", "as_saved", "check_run_folder", "check_same_recipe", "holds_run", "save_recipe", "summarise"]
 
 CHECKPOINTS = "checkpoints"
-CHECKPOINT_NAME = "ba{batch}-rank{rank}.pt"
 CONFIG = "config.yaml"
-LATEST = "latest-rank0.pt"
 TOKENIZER = "tokenizer"
+
+
+_LEFTOVERS = frozenset({TOKENIZER, f".{TOKENIZER}.partial", f".{CONFIG}.partial"})
 
 
 def check_run_folder(recipe: Recipe, folder: Path) -> None:
     """A run folder is used by one run: nothing in it is overwritten, and it is resumed only with its own recipe."""
-    saved, checkpoints = folder / CONFIG, folder / CHECKPOINTS
+    if not holds_run(recipe, folder):
+        for name in _LEFTOVERS:
+            (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def holds_run(recipe: Recipe, folder: Path) -> bool:
+    """Whether a run of this recipe is in the folder, to go on with; False if the folder is free.
+
+    Raises:
+        UserError: it is in use by something else.
+    """
+    saved = folder / CONFIG
     present = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if not path.is_dir()}
-    leftovers = {TOKENIZER, f".{TOKENIZER}.partial"}
-    if present <= leftovers:  # a run that was refused before its first step
-        for name in leftovers:
-            shutil.rmtree(folder / name, ignore_errors=True)
-        return
+    if present <= _LEFTOVERS:  # of a run that was refused before its first step
+        return False
     if not recipe.autoresume:
         raise UserError(
             f"run_folder: {folder} is already in use. Go on with that run with autoresume=true, "
@@ -39,19 +49,25 @@ def check_run_folder(recipe: Recipe, folder: Path) -> None:
         )
     if not saved.exists():
         raise UserError(f"run_folder: {folder} is not empty and holds no run; choose another run_name or run_folder.")
-    before = yaml.safe_load(saved.read_text()) or {}
+    check_same_recipe(recipe, yaml.safe_load(saved.read_text()) or {}, str(folder))
+    return True
+
+
+def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str) -> None:
+    """Raises UserError, naming every difference, unless `before` is this recipe but for what may change on a resume.
+
+    Args:
+        before: as `as_saved` gave it.
+        what: that was started or written with it.
+    """
     now = as_saved(recipe)
     different = [key for key in now if key not in RESUMABLE_CHANGES and before.get(key) != now[key]]
     if different:
         paths = [path for key in different for path in _differences(before.get(key), now[key], key)]
         raise UserError(
-            f"autoresume: {folder} was started with another recipe; what differs: {', '.join(paths)}. "
+            f"autoresume: {what} was started with another recipe; what differs: {', '.join(paths)}. "
             "Resume with the recipe in its config.yaml, or start another run with run_name=<another name>."
         )
-    written = sorted(checkpoints.glob("ba*-rank0.pt"), key=lambda path: int(path.name[2:].split("-")[0]))
-    if written and not (checkpoints / LATEST).exists():  # killed while Composer replaced the link, which it does last
-        (checkpoints / LATEST).unlink(missing_ok=True)
-        (checkpoints / LATEST).symlink_to(written[-1].name)
 
 
 def _differences(before: Any, now: Any, path: str) -> list[str]:
@@ -69,7 +85,12 @@ def as_saved(recipe: Recipe) -> dict[str, Any]:
 
 def save_recipe(recipe: Recipe, folder: Path) -> None:
     """Makes the folder this run's."""
-    (folder / CONFIG).write_text(yaml.safe_dump(as_saved(recipe), sort_keys=False, allow_unicode=True))
+    partial = folder / f".{CONFIG}.partial"
+    with partial.open("w") as file:
+        file.write(yaml.safe_dump(as_saved(recipe), sort_keys=False, allow_unicode=True))
+        file.flush()
+        os.fsync(file.fileno())  # a kill must not leave half a recipe, with which nothing could be resumed
+    partial.rename(folder / CONFIG)
 
 
 def summarise(folder: Path) -> str:

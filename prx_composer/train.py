@@ -5,30 +5,49 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from composer import Trainer
-from composer.core import DataSpec, Evaluator, Precision
-from composer.utils import FSDP2Config, ParallelismConfig, dist, get_device, reproducibility
+from composer.core import DataSpec, Evaluator
+from composer.utils import dist, get_device, reproducibility
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer import config, registry
 from prx_composer.algorithms.progressive_resolution import check_batch_sizes
+from prx_composer.callbacks.checkpointing import Checkpointing, due_every
+from prx_composer.callbacks.clock import TrainingClock, clock_of
 from prx_composer.callbacks.data_monitor import DataMonitor
 from prx_composer.callbacks.random_step import RandomStep
+from prx_composer.checkpoints import newest_whole_checkpoint
 from prx_composer.config import Recipe, build, build_all, split
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import Manifest, iterate_captions
 from prx_composer.data.sources import prepare
 from prx_composer.distributed import GlooAverage
-from prx_composer.errors import UserError
+from prx_composer.errors import TrainingInterrupted, UserError
+from prx_composer.interruption import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
 from prx_composer.models.text_encoder import load_tokenizer, train_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.optim.groups import parameter_groups
-from prx_composer.run_folder import CHECKPOINT_NAME, CHECKPOINTS, TOKENIZER, as_saved, check_run_folder, save_recipe, summarise
+from prx_composer.parallelism import parallelism
+from prx_composer.preflight import check_surroundings
+from prx_composer.preflight.data import check_data
+from prx_composer.preflight.gpus import check_gpus
+from prx_composer.preflight.recipe import examine
+from prx_composer.preflight.result import Result, require
+from prx_composer.preflight.step import remember_steps, try_steps_before_training
+from prx_composer.run_folder import (
+    CHECKPOINTS,
+    TOKENIZER,
+    as_saved,
+    check_run_folder,
+    check_same_recipe,
+    save_recipe,
+    summarise,
+)
 
 __all__ = ["build_trainer", "main", "run"]
 
@@ -43,6 +62,10 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)  # of every rank: another's may be the only one
         return 1
+    except TrainingInterrupted as interruption:
+        if dist.get_global_rank() == 0:
+            print(f"\n{interruption}", flush=True)
+        return INTERRUPTED_EXIT_CODE
     if dist.get_global_rank() == 0:
         print(f"\n{summary}", flush=True)
     return 0
@@ -53,7 +76,9 @@ def run(recipe: Recipe) -> str:
 
     Raises:
         UserError: anything in the recipe, the data or the run folder that must be mended first.
+        TrainingInterrupted: a signal asked the run to stop, and it has written a checkpoint.
     """
+    stop_with_launcher()
     trainer = build_trainer(recipe)
     state, folder = trainer.state, Path(recipe.run_folder)
     assert state.max_duration is not None
@@ -63,10 +88,16 @@ def run(recipe: Recipe) -> str:
             f"{recipe.run_name} has already been trained for {state.max_duration.to_timestring()}; nothing was changed. "
             "Train it on with a longer max_duration=…, or start another with run_name=…\n" + summarise(folder)
         )
-    if dist.get_global_rank() == 0:
-        save_recipe(recipe, folder)
     try:
-        trainer.fit()
+        if recipe.preflight:
+            try_steps_before_training(trainer, recipe, folder)
+        with _first_on_rank_zero(), _at("run_folder"):
+            if dist.get_global_rank() == 0:
+                save_recipe(recipe, folder)
+                if recipe.preflight:
+                    remember_steps(folder)
+        with stop_on_signals(clock_of(state)):
+            trainer.fit()
     except BaseException:
         trainer.engine.close()  # not trainer.close(), which would wait for ranks that are still training
         raise
@@ -81,24 +112,31 @@ def build_trainer(recipe: Recipe) -> Trainer:
         UserError: as `run`.
     """
     config.import_code(recipe.code_paths)
-    config.check(recipe)
+    results, parts = examine(recipe, dist.get_world_size())
+    require(results)
+    if recipe.preflight:
+        _heed(check_gpus(recipe, dist.get_local_world_size(), dist.get_world_size()))
     device = get_device(None)
     dist.initialize_dist(device, timeout=recipe.dist_timeout)
     microbatch_size = recipe.device_train_microbatch_size or recipe.global_train_batch_size // dist.get_world_size()
-    if recipe.precision not in (allowed := [p.value for p in Precision]):
-        raise UserError(f"precision: {recipe.precision!r} is none of {', '.join(allowed)}.")
     if device.name == "cpu" and recipe.precision != "fp32":
         raise UserError(f"precision: {recipe.precision} needs a GPU, and there is none here; use precision=fp32.")
-    check_batch_sizes("", recipe.global_train_batch_size, microbatch_size, dist.get_world_size())
 
     folder = Path(recipe.run_folder)
     with _first_on_rank_zero():
         if dist.get_global_rank() == 0:
+            if recipe.preflight:
+                _heed(check_surroundings(recipe, parts))
             check_run_folder(recipe, folder)
             _prepare_data(recipe)
+        load_path = _checkpoint_to_load(recipe, folder)
     if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:  # nothing to do unless this node has disks of its own
+        if recipe.preflight:
+            _heed(check_data(recipe, parts))
         _prepare_data(recipe)
-    dist.barrier()
+    paths = [load_path]
+    dist.broadcast_object_list(paths, src=0)
+    load_path = paths[0]
     reproducibility.seed_all(recipe.seed)
     model = _build_model(recipe, folder)
     train_loader = _build_loader(recipe, "train_loader", model, recipe.global_train_batch_size)
@@ -116,8 +154,15 @@ def build_trainer(recipe: Recipe) -> Trainer:
         model=model,
         optimizers=optimizer,
         schedulers=build(registry.schedulers, name, arguments, "scheduler"),
-        algorithms=build_all(registry.algorithms, "algorithms", recipe.algorithms),
-        callbacks=[GlooAverage(), RandomStep(), DataMonitor(), *callbacks],
+        algorithms=build_all(registry.algorithms, "algorithms", recipe.algorithms, folder=str(folder)),
+        callbacks=[
+            TrainingClock(folder),
+            GlooAverage(),
+            RandomStep(),
+            DataMonitor(),
+            *callbacks,
+            Checkpointing(folder, due_every(recipe.save_interval), recipe.save_num_checkpoints_to_keep, as_saved(recipe)),
+        ],
         loggers=loggers,
         train_dataloader=train_loader,
         eval_dataloader=_build_evaluator(recipe, model),
@@ -126,14 +171,10 @@ def build_trainer(recipe: Recipe) -> Trainer:
         device_train_microbatch_size=microbatch_size,
         max_duration=recipe.max_duration,
         precision=recipe.precision,
-        parallelism_config=_parallelism(recipe),
+        parallelism_config=parallelism(recipe.parallelism_config, dist.get_world_size(), device.name == "gpu"),
         seed=recipe.seed,
-        save_folder=str(folder / CHECKPOINTS),
-        save_filename=CHECKPOINT_NAME,
-        save_interval=recipe.save_interval,
-        save_overwrite=True,  # the folder is this run's: what a kill left half-written is written again
-        save_num_checkpoints_to_keep=recipe.save_num_checkpoints_to_keep,
-        autoresume=recipe.autoresume,
+        save_folder=str(folder / CHECKPOINTS),  # where `Checkpointing` writes
+        load_path=load_path,
         progress_bar=recipe.progress_bar,
         dist_timeout=recipe.dist_timeout,
     )
@@ -147,6 +188,30 @@ def build_trainer(recipe: Recipe) -> Trainer:
     for destination in loggers:
         destination.log_hyperparameters(as_saved(recipe))
     return trainer
+
+
+def _checkpoint_to_load(recipe: Recipe, folder: Path) -> str | None:
+    """Where to go on from, found on rank 0: the newest whole checkpoint."""
+    if dist.get_global_rank() != 0 or not recipe.autoresume:
+        return None
+    checkpoint = newest_whole_checkpoint(folder / CHECKPOINTS)
+    if checkpoint is None:
+        return None
+    index = checkpoint.index()
+    check_same_recipe(recipe, index["recipe"], str(checkpoint.path))
+    if index["ranks"] != dist.get_world_size():
+        log.warning(
+            "%s was written by %d ranks; with %d the samples stay the same, but not the noise drawn for them.",
+            checkpoint.path, index["ranks"], dist.get_world_size(),
+        )  # fmt: skip
+    return checkpoint.load_path
+
+
+def _heed(results: Iterable[Result]) -> None:
+    """Warns of what should be known; raises UserError with all that must be mended."""
+    for result in require(results):
+        if result.mark == "!":
+            log.warning("%s", result.text)
 
 
 @contextmanager
@@ -262,27 +327,6 @@ def _build_optimizer(recipe: Recipe, model: TextToImage) -> Any:
         return build(registry.optimizers, name, arguments, "optimizer", model=model)
     groups = parameter_groups(model, float(arguments.get("weight_decay", 0.0)))
     return build(registry.optimizers, name, arguments, "optimizer", params=groups)
-
-
-def _parallelism(recipe: Recipe) -> ParallelismConfig | None:
-    """`parallelism_config: {fsdp: {…}}` is FSDP2; without it, several processes train under DDP."""
-    if recipe.parallelism_config is None:
-        return None
-    path = "parallelism_config"
-    if unknown := recipe.parallelism_config.keys() - {"fsdp"}:
-        raise UserError(f"{path}.{min(unknown)}: only fsdp is supported.")
-    arguments = recipe.parallelism_config.get("fsdp") or {}
-    if not isinstance(arguments, dict):
-        raise UserError(f"{path}.fsdp must be a mapping of arguments, such as {{}}, not {arguments!r}.")
-    # Without load_monolith_rank0_only: it wraps the model after loading, when algorithms have taken hold of its parameters.
-    allowed = FSDP2Config.settable_attrs() - {"device_mesh", "load_monolith_rank0_only"}
-    for key in arguments:
-        if key not in allowed:
-            raise UserError(f"{path}.fsdp.{key}: no such argument.{registry.nearest(key, sorted(allowed))}")
-    # Under amp, autocast chooses dtypes op by op. Composer's default would also round every block's and the backbone's inputs
-    # to bf16, timesteps and rotary tables among them.
-    settings: dict[str, Any] = {"mixed_precision": "FULL"} | arguments
-    return ParallelismConfig(fsdp2=FSDP2Config(**settings))
 
 
 def _set_up_logging() -> None:

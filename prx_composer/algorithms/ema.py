@@ -190,7 +190,7 @@ class EMA(Algorithm):
             return
         if not self._started:
             self._started = True
-            if self.window.start.value > 0:
+            if not self.window.start.is_beginning:
                 self.average.reset()
                 return
         if int(state.timestamp.batch) % self.interval == 0:

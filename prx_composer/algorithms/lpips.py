@@ -22,7 +22,7 @@ from prx_composer.models.flow import FlowMatching
 from prx_composer.models.frozen import Frozen
 from prx_composer.models.vision_encoder import resize_antialiased
 
-__all__ = ["LPIPS", "LPIPSLoss", "Net", "build_network", "lpips_distance"]
+__all__ = ["LPIPS", "LPIPSLoss", "Net", "build_network", "lpips_distance", "torchvision_weights"]
 
 log = logging.getLogger(__name__)
 
@@ -181,12 +181,16 @@ def _load_backbone(backbone: nn.Module, file: Path, net: Net) -> None:
         raise UserError(f"algorithms.lpips.weights: {file} is no {_TORCHVISION[net][1]} of torchvision's ({reason}).") from error
 
 
-def _cached_weights(net: Net) -> Path:
+def torchvision_weights(net: Net) -> tuple[str, Path]:
+    """Where torchvision's ImageNet weights of `net` come from, and where they are kept."""
     from torchvision.models import get_model_weights
 
-    model, title = _TORCHVISION[net]
-    url: str = get_model_weights(model)["IMAGENET1K_V1"].url  # pyright: ignore[reportIndexIssue]
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    url: str = get_model_weights(_TORCHVISION[net][0])["IMAGENET1K_V1"].url  # pyright: ignore[reportIndexIssue]
+    return url, Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+
+
+def _cached_weights(net: Net) -> Path:
+    (url, file), title = torchvision_weights(net), _TORCHVISION[net][1]
     reason = None
     with dist.run_local_rank_zero_first():
         if not file.is_file():

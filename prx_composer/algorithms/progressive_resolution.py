@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from composer.core import Algorithm, Event, State, Time, TimeUnit
+from composer.core import Algorithm, Event, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
 from prx_composer.errors import UserError
-from prx_composer.schedule import has_reached
+from prx_composer.schedule import Moment
 
 __all__ = ["ProgressiveResolution", "Stage", "StagedLoader", "check_batch_sizes"]
 
@@ -20,6 +20,12 @@ log = logging.getLogger(__name__)
 @runtime_checkable
 class StagedLoader(Protocol):
     """What a loader must offer to be staged; `data.loader.ImageCaptionLoader` does."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def global_batch_size(self) -> int: ...
 
     def set_stage(self, image_size: int, global_batch_size: int) -> None: ...
 
@@ -31,7 +37,7 @@ class Stage:
     """One stage.
 
     Args:
-        until: end of the stage, a time string ("100000ba", "0.6dur"); None for the rest of the run.
+        until: end of the stage, a `Moment` ("100000ba", "0.6dur", "100000ba or 0.83budget"); None for the rest of the run.
         image_size: side of the square whose area the images have.
         global_train_batch_size: images per step over all ranks.
         device_train_microbatch_size: images per forward pass of one rank; by default its whole share of the batch.
@@ -62,10 +68,10 @@ def check_batch_sizes(path: str, global_batch_size: int, microbatch_size: int, n
 
 
 class ProgressiveResolution(Algorithm):
-    """Moves the loader and the trainer from stage to stage.
+    """Moves the loaders, of training and evaluation, and the trainer from stage to stage.
 
-    The stage is a function of the training time alone, and a switch ends the loader's pass (Composer counts an epoch), so
-    a run that is stopped anywhere, the switch included, resumes as if it hadn't been.
+    The stage is a function of the training time alone, a stage that was entered stays entered, and a switch ends the loader's
+    pass (Composer counts an epoch), so a run that is stopped anywhere, the switch included, resumes as if it hadn't been.
 
     Args:
         stages: in order; all but the last need `until`, and the last must not end before training does.
@@ -77,18 +83,18 @@ class ProgressiveResolution(Algorithm):
     def __init__(self, stages: Sequence[Stage]):
         if not stages:
             raise ValueError("stages needs at least one stage.")
-        ends: list[Time] = []
+        ends: list[Moment] = []
         for index, stage in enumerate(stages):
             if stage.until is None:
                 if index < len(stages) - 1:
                     raise ValueError(f"stages[{index}].until is missing; only the last stage may go on to the end.")
                 continue
-            end = Time.from_timestring(stage.until)
-            if end.unit == TimeUnit.EPOCH:
+            end = Moment(stage.until)
+            if any(point.unit == TimeUnit.EPOCH.value for point in end.points):
                 raise ValueError(
                     f"stages[{index}].until: {stage.until} cannot be in epochs, since a switch begins one; use ba, sp or dur."
                 )
-            if ends and end.unit == ends[-1].unit and end.value <= ends[-1].value:
+            if ends and end.may_precede(ends[-1]):
                 raise ValueError(f"stages[{index}].until: {stage.until} must be later than the stage before it ends.")
             ends.append(end)
         self.stages = list(stages)
@@ -99,6 +105,11 @@ class ProgressiveResolution(Algorithm):
     @property
     def stage(self) -> Stage:
         return self.stages[self._current]
+
+    @property
+    def next_switch(self) -> Moment | None:
+        """When the present stage ends, unless it is the last."""
+        return self._ends[self._current] if self._current < len(self.stages) - 1 else None
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.AFTER_LOAD, Event.BATCH_START, Event.BATCH_END)
@@ -111,8 +122,9 @@ class ProgressiveResolution(Algorithm):
                 self._loader(state).end_pass()
         elif event == Event.BATCH_START:
             self._switching = False
+            self._stage_evaluation(state)
             logger.log_metrics({"stage/index": self._current, "stage/image_size": self.stage.image_size})
-        elif self._current < len(self.stages) - 1 and has_reached(state, self._ends[self._current]):
+        elif self.next_switch is not None and self.next_switch.has_come(state):
             self._current += 1
             self._switching = True
             self._enter(state)
@@ -124,6 +136,13 @@ class ProgressiveResolution(Algorithm):
         self._loader(state).set_stage(stage.image_size, stage.global_train_batch_size)
         state.device_train_microbatch_size = self._microbatch_size(stage)
         state.dataloader_len = -1  # read again: Composer would cut the new stage's passes to the old one's length
+
+    def _stage_evaluation(self, state: State) -> None:
+        """A model is judged at the size that it is trained at: that of the step in hand, also in the last step before a switch."""
+        for evaluator in state.evaluators:
+            loader = evaluator.dataloader.dataloader
+            if isinstance(loader, StagedLoader) and loader.image_size != self.stage.image_size:
+                loader.set_stage(self.stage.image_size, loader.global_batch_size)
 
     def _check(self, state: State) -> None:
         if state.max_duration is not None and state.max_duration.unit == TimeUnit.EPOCH and len(self.stages) > 1:

@@ -12,7 +12,9 @@ from composer.utils import create_interval_scheduler, dist
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from prx_composer.callbacks.rehearsal import with_rehearsal
 from prx_composer.errors import UserError
+from prx_composer.evaluation.grid_artifacts import VISIBLE_GRID, can_measure_grid, grid_energy, seam_energy
 from prx_composer.models.text_to_image import TextToImage
 
 __all__ = ["Images", "check_size", "draw_images", "image_grid", "unwrap"]
@@ -91,7 +93,9 @@ def image_grid(images: Tensor, captions: list[str], columns: int = 6, min_side: 
 class Images(Callback):
     """Draws the same prompts from the same seeds at an interval and at the end.
 
-    Grids go to `<run folder>/images/ba<batch>.png` and to every logger that takes images (wandb, TensorBoard).
+    Grids go to `<run folder>/images/ba<batch>.png` and to every logger that takes images (wandb, TensorBoard). Also logs
+    `images/grid_energy` and `images/seam_energy`, medians over the images of how much of the grid of patches shows in them (1 =
+    nothing), if there are enough patches to tell, and warns when one can see it.
 
     Args:
         prompts: one image each.
@@ -123,7 +127,7 @@ class Images(Callback):
         self.height, self.width = height or image_size, width or image_size
         self.seeds = [seed + index for index in range(len(prompts))]
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
-        self._due = create_interval_scheduler(Time.from_timestring(interval), include_end_of_training=True)
+        self._due = with_rehearsal(create_interval_scheduler(Time.from_timestring(interval), include_end_of_training=True))
 
     def init(self, state: State, logger: Logger) -> None:
         check_size(state, self.height, self.width, "callbacks.images.height and width")
@@ -141,8 +145,23 @@ class Images(Callback):
             state, self.prompts, self.height, self.width, self.seeds, self.num_inference_steps, self.guidance_scale
         )
         if dist.get_global_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"ba{int(state.timestamp.batch):06d}.png"
-            image_grid(images, self.prompts).save(path)
-            log.info("Drew %s", path)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                image_grid(images, self.prompts).save(path)
+                log.info("Drew %s", path)
+            except OSError as error:  # a full disk: no reason to lose the run
+                log.error("%s cannot be written: %s", path, error)
         logger.log_images(images.float().div(255), name="images", use_table=False)
+        self._look_for_grid(images, state, logger)
+
+    def _look_for_grid(self, images: Tensor, state: State, logger: Logger) -> None:
+        model = unwrap(state)
+        patch_size = model.backbone.patch_size * model.autoencoder.downsampling
+        if not can_measure_grid(self.height, self.width, patch_size):
+            return
+        for name, measure in {"grid": grid_energy, "seam": seam_energy}.items():
+            energy = measure(images, patch_size).median().item()
+            logger.log_metrics({f"images/{name}_energy": energy})
+            if energy > VISIBLE_GRID and dist.get_global_rank() == 0:
+                log.warning("The grid of patches shows in the images: %s energy %.1f, where 1 is nothing.", name, energy)

@@ -8,6 +8,7 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler
 
 from prx_composer.callbacks.images import check_size, draw_images
+from prx_composer.callbacks.rehearsal import rehearsing
 from prx_composer.data.digits import DIGIT_WORDS
 from prx_composer.data.shapes import ShapesSource, heldout_scenes
 from prx_composer.evaluation.digits import score_digits
@@ -66,8 +67,10 @@ class ShapesScore(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         elapsed = state.get_elapsed_duration()
         ends = elapsed is not None and elapsed.value >= 1  # then fit_end scores
-        if self._due is not None and self._due(state, Event.BATCH_CHECKPOINT) and not ends:
-            logger.log_metrics(self._score(state, self._images_per_prompt_during))
+        due = self._due is not None and self._due(state, Event.BATCH_CHECKPOINT)
+        if (due or rehearsing(state)) and not ends:
+            images_per_prompt = self._images_per_prompt if rehearsing(state) else self._images_per_prompt_during
+            logger.log_metrics(self._score(state, images_per_prompt))
 
     def fit_end(self, state: State, logger: Logger) -> None:
         logger.log_metrics(self._score(state, self._images_per_prompt))
@@ -96,6 +99,10 @@ class DigitsScore(Callback):
         self._labels = [index % 10 for index in range(images)]
         self._seeds = [seed + index for index in range(images)]
         self._sampling = (num_inference_steps, guidance_scale)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if rehearsing(state):
+            self.fit_end(state, logger)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         prompts = [f"a handwritten {DIGIT_WORDS[label]}" for label in self._labels]

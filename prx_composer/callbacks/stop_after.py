@@ -1,9 +1,9 @@
 """Ends a run early without changing its schedule."""
 
-from composer.core import Callback, State, Time
+from composer.core import Callback, State
 from composer.loggers import Logger
 
-from prx_composer.schedule import has_reached
+from prx_composer.schedule import Moment
 
 __all__ = ["StopAfter"]
 
@@ -15,12 +15,12 @@ class StopAfter(Callback):
     without this callback and with `autoresume: true` goes on bit for bit. A shorter `max_duration` would be another schedule.
 
     Args:
-        time: a time string, such as "500ba".
+        time: a `Moment`, such as "500ba", "2h" (of training, over all restarts) or "500ba or 0.5budget".
     """
 
     def __init__(self, time: str):
-        self._time = Time.from_timestring(time)
+        self._time = Moment(time)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if has_reached(state, self._time):
+        if self._time.has_come(state):
             state.stop_training()

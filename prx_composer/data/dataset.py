@@ -149,6 +149,15 @@ class ImageCaptionDataset(Dataset):
             return {"image": image, "caption": caption, "sample_id": sample_id, "features": features}
         raise UndecodableError(f"None of the {count} images of bucket {self.buckets[bucket]} can be decoded.")
 
+    def look_at(self, request: SampleRequest) -> dict[str, Any]:
+        """As `dataset[request]`, but what cannot be decoded is not counted; while no worker runs."""
+        counters, named = self._counters.clone(), set(self._named)
+        try:
+            return self[request]
+        finally:
+            self._counters.copy_(counters)
+            self._named = named
+
     def _row(self, sample_id: int) -> dict[str, Any]:
         if self._remote is not None:
             return self._streaming[sample_id]

@@ -50,6 +50,15 @@ class ImageCaptionLoader(DataLoader):
         )
         self._pass_ended = False
 
+    @property
+    def image_size(self) -> int:
+        """Side of the square whose area the images have, in this stage."""
+        return self.batch_sampler.image_size
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.batch_sampler.global_batch_size
+
     def set_stage(self, image_size: int, global_batch_size: int) -> None:
         """What the next pass yields."""
         self.batch_sampler.set_stage(image_size, global_batch_size)

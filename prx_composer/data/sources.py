@@ -1,6 +1,7 @@
 """Where a data set comes from when it is not there yet: a source makes its splits on first use."""
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 from prx_composer.data.buckets import Bucket, assign_bucket
 from prx_composer.data.schema import BucketWriter, RawSample
 
-__all__ = ["FolderSource", "Source", "prepare"]
+__all__ = ["FolderSource", "Source", "is_made", "prepare"]
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +34,8 @@ class Source(Protocol):
         ...
 
 
-def prepare(path: Path, source: Source, spec: dict[str, Any]) -> None:
-    """Makes the data set of `source` in `path`, unless it is there already.
-
-    Args:
-        spec: the source's configuration; kept beside the data, so that other settings are never trained on old data.
+def is_made(path: Path, source: Source, spec: dict[str, Any]) -> bool:
+    """Whether the data set of `source` is in `path` already.
 
     Raises:
         ValueError: `path` holds data made with other settings, or something else.
@@ -52,16 +50,31 @@ def prepare(path: Path, source: Source, spec: dict[str, Any]) -> None:
                 f"{path} was made with other settings of train_loader.source ({', '.join(different)}). "
                 "Set train_loader.path to a new folder, or delete this one."
             )
-        return
+        return True
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} is not empty and was not made by train_loader.source; set train_loader.path to a new folder.")
+    return False
 
+
+def prepare(path: Path, source: Source, spec: dict[str, Any], limit: int | None = None) -> None:
+    """Makes the data set of `source` in `path`, unless it is there already.
+
+    Args:
+        spec: the source's configuration; kept beside the data, so that other settings are never trained on old data.
+        limit: only so many samples, for a trial.
+
+    Raises:
+        ValueError: as `is_made`; a source without training samples.
+    """
+    if is_made(path, source, spec):
+        return
+    spec = spec | source.identity
     log.info("Making the data set in %s", path)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     writers: dict[str, BucketWriter] = {}
     try:
-        for split, sample in source.samples():
+        for split, sample in itertools.islice(source.samples(), limit):
             if split not in writers:
                 writers[split] = BucketWriter(partial / split, source.image_size, source.captions).__enter__()
             writers[split].write(assign_bucket(sample.height, sample.width, source.buckets), sample)

@@ -1,5 +1,6 @@
 """Between uint8 images and what the backbone denoises: pixels themselves, or the latents of a frozen autoencoder."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from prx_composer.models.frozen import Frozen
 
-__all__ = ["Autoencoder", "DiffusersAutoencoder", "Pixels"]
+__all__ = ["Autoencoder", "DiffusersAutoencoder", "Pixels", "downsampling_of"]
 
 
 class Autoencoder(Protocol):
@@ -31,6 +32,12 @@ def _to_unit_range(image: Tensor) -> Tensor:
 
 def _to_uint8(image: Tensor) -> Tensor:
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def downsampling_of(config: Mapping[str, Any]) -> int | None:
+    """Image side / latent side of a diffusers autoencoder; None if its configuration doesn't say."""
+    stages = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    return None if stages is None else 2 ** (len(stages) - 1)
 
 
 class Pixels:
@@ -89,8 +96,9 @@ class DiffusersAutoencoder:
         self._dtype = getattr(torch, dtype)
         settings: Any = module.config
         self.channels = int(settings.latent_channels)
-        stages = settings.block_out_channels if "block_out_channels" in settings else settings.encoder_block_out_channels
-        self.downsampling = 2 ** (len(stages) - 1)
+        downsampling = downsampling_of(settings)
+        assert downsampling is not None
+        self.downsampling = downsampling
         self._shift = float(settings.get("shift_factor") or 0.0)
         self._scale = float(settings.get("scaling_factor") or 1.0)
 

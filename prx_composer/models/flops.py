@@ -1,8 +1,16 @@
-"""One analytic count of a backbone's matrix-product FLOPs, held against `torch.utils.flop_counter` in the tests."""
+"""Analytic counts of matrix-product FLOPs per image, held against `torch.utils.flop_counter` in the tests.
 
-from typing import Any
+A multiply and an add are two.
+"""
 
-__all__ = ["backbone_flops", "text_adapter_flops"]
+from typing import TYPE_CHECKING, Any
+
+from prx_composer.models.perceptual_nets import feature_maps
+
+if TYPE_CHECKING:
+    from prx_composer.models.encoder_sizes import VisionSize  # it imports transformers, which a count doesn't need
+
+__all__ = ["adapter_head_flops", "backbone_flops", "lpips_flops", "newton_schulz_flops", "text_adapter_flops", "vision_flops"]
 
 
 def backbone_flops(
@@ -14,7 +22,7 @@ def backbone_flops(
     tokens_per_block: list[int] | None = None,
     predicted_tokens: int | None = None,
 ) -> int:
-    """FLOPs of one image; a multiply and an add are two.
+    """Of one image.
 
     Args:
         config: `PRXBackbone.config`.
@@ -29,12 +37,7 @@ def backbone_flops(
     patch_dim = config["in_channels"] * config["patch_size"] ** 2
     n, s = image_tokens, text_tokens
 
-    def block(kept: int) -> int:
-        projections = kept * d * 3 * d + s * d * 2 * d + kept * d * d
-        attention = 2 * kept * (kept + s) * d
-        return 2 * (projections + attention + 3 * kept * d * mlp + d * 6 * d)
-
-    inner = sum(block(kept) for kept in tokens_per_block or [n] * depth)
+    inner = sum(_block_flops(d, mlp, kept, s) for kept in tokens_per_block or [n] * depth)
     inner += 2 * (
         d * d + (predicted_tokens or n) * d * patch_dim + 2 * d * d
     )  # time MLP's second layer, final layer and its modulation
@@ -50,7 +53,43 @@ def backbone_flops(
     return 3 * inner + 2 * first if training else inner + first
 
 
+def _block_flops(d: int, mlp: int, kept: int, s: int) -> int:
+    """Forward FLOPs of a PRX block of width d on `kept` image and s text tokens."""
+    projections = kept * d * 3 * d + s * d * 2 * d + kept * d * d
+    attention = 2 * kept * (kept + s) * d
+    return 2 * (projections + attention + 3 * kept * d * mlp + d * 6 * d)
+
+
 def text_adapter_flops(config: dict[str, Any], text_tokens: int) -> int:
     """Forward FLOPs of one text adapter block on one caption, padding included."""
     d, s = config["hidden_size"], text_tokens
     return 2 * (4 * s * d * d + 2 * s * s * d + 2 * s * d * int(d * config["mlp_ratio"]))
+
+
+def adapter_head_flops(config: dict[str, Any], depth: int, kept_tokens: int, text_tokens: int, width: int) -> int:
+    """Training FLOPs of PixelREPA's head, `depth` PRX blocks with time and text embeddings of their own, to `width` channels.
+
+    Nobody asks for the gradients of its sinusoids and text embeddings.
+    """
+    d, s = config["hidden_size"], text_tokens
+    blocks = depth * _block_flops(d, int(d * config["mlp_ratio"]), kept_tokens, s)
+    first = 2 * (s * config["context_in_dim"] * d + 256 * d)
+    return 3 * (blocks + 2 * (d * d + kept_tokens * d * width)) + 2 * first
+
+
+def vision_flops(size: "VisionSize", patches: int) -> int:
+    """Forward FLOPs of a vision transformer on an image of so many patches."""
+    tokens = patches + size.prefix_tokens
+    attention = 4 * size.layers * tokens**2 * size.hidden_size
+    return 2 * tokens * size.token_matrices + attention + 2 * patches * size.patch_matrix
+
+
+def lpips_flops(net: str, height: int, width: int) -> int:
+    """Forward FLOPs of an LPIPS network on one image; its heads, one weight per channel, are left out."""
+    return sum(layer.flops for layer in feature_maps(net, height, width))
+
+
+def newton_schulz_flops(rows: int, columns: int, steps: int = 5) -> int:
+    """Of orthogonalising one matrix, once per optimizer step; see `optim.muon.newton_schulz`."""
+    short, long = sorted((rows, columns))
+    return steps * (4 * short**2 * long + 2 * short**3)

@@ -1,11 +1,26 @@
 """Networks that are used but not trained: kept out of the state dict, the optimizer, DDP and FSDP."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Frozen"]
+__all__ = ["Frozen", "returned_afterwards"]
+
+_moves: "list[list[tuple[Frozen, torch.device | None]]]" = []  # one list per open `returned_afterwards`
+
+
+@contextmanager
+def returned_afterwards() -> Iterator[None]:
+    """Modules that move to a device for the first time inside of this context move back after it."""
+    _moves.append([])
+    try:
+        yield
+    finally:
+        for frozen, device in reversed(_moves.pop()):
+            frozen.move(device)
 
 
 class Frozen:
@@ -27,6 +42,12 @@ class Frozen:
     def on(self, device: torch.device) -> Any:
         """The module, on `device`."""
         if self._device != device:
-            self.module.to(device)
-            self._device = device
+            for moves in _moves:
+                moves.append((self, self._device))
+            self.move(device)
         return self.module
+
+    def move(self, device: torch.device | None) -> None:
+        """To a device; None: to the CPU, as if it had never been used."""
+        self.module.to(device or "cpu")
+        self._device = device

@@ -61,9 +61,9 @@ def test_ddp_and_fsdp2_train_the_same_curve_with_the_24h_stack_and_fsdp2_resumes
 
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    sharded = next(path for path in (runs / "fsdp" / "checkpoints").rglob(".metadata") if "ba20" in str(path)).parent
+    sharded = runs / "fsdp" / "checkpoints" / "ba20"
     dcp_to_torch_save(sharded, tmp_path / "full.pt")
-    theirs = torch.load(runs / "ddp" / "checkpoints" / "ba20-rank0.pt", weights_only=False)["state"]
+    theirs = torch.load(runs / "ddp" / "checkpoints" / "ba20" / "rank0.pt", weights_only=False)["state"]
     ours = torch.load(tmp_path / "full.pt", weights_only=False)["state"]
     average = theirs["callbacks"]["AverageState"]["average"]
     assert all(name.startswith(("backbone.", "text_encoder.", "auxiliary_losses.repa.")) for name in average), (
@@ -89,7 +89,7 @@ def test_fsdp2_with_a_frozen_text_encoder_and_a_full_state_dict(tiny_recipe: Rec
     finished = launch(write_recipe(tiny_recipe), "max_duration=2ba", "algorithms.progressive_resolution=false")
     assert finished.returncode == 0, finished.stderr[-3000:]
     folder = Path(tiny_recipe["run_folder"].replace("${run_name}", "tiny")) / "checkpoints"
-    state = torch.load(folder / "ba2-rank0.pt", weights_only=False)["state"]
+    state = torch.load(folder / "ba2" / "rank0.pt", weights_only=False)["state"]
     average = state["callbacks"]["AverageState"]["average"]
     assert {name: value.shape for name, value in average.items()} == {name: p.shape for name, p in state["model"].items()}
 

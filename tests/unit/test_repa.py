@@ -486,7 +486,7 @@ def test_a_resumed_run_with_adapter_and_route_repeats_the_uninterrupted_one_bit_
     run(config.load([write_recipe(parts)]))
     assert losses(parts) == losses(tiny_recipe) and len(losses(parts)) == 8
     states = [
-        torch.load(folder_of(recipe) / "checkpoints" / "ba8-rank0.pt", weights_only=False)["state"]["model"]  # our own runs'
+        torch.load(folder_of(recipe) / "checkpoints" / "ba8" / "rank0.pt", weights_only=False)["state"]["model"]  # our own runs'
         for recipe in (tiny_recipe, parts)
     ]
     assert states[0].keys() == states[1].keys() and any("repa.head.mask_token" in name for name in states[0])

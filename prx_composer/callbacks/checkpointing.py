@@ -1,0 +1,111 @@
+"""Writes checkpoints at an interval, at the end, and when the run is asked to stop."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from composer.callbacks import CheckpointSaver
+from composer.core import Event, State, Time
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist
+
+from prx_composer.callbacks.clock import clock_of
+from prx_composer.checkpoints import clean_up, keep_newest, newest_checkpoint, write_checkpoint
+from prx_composer.errors import TrainingInterrupted, UserError
+from prx_composer.schedule import BUDGET, SECONDS, Point
+
+__all__ = ["Checkpointing", "due_every"]
+
+log = logging.getLogger(__name__)
+
+
+def due_every(interval: str) -> Any:
+    """`(state, event) → bool` for "2000ba", "0.1dur" …, or for training time: "30m", "1h", counted over restarts, all ranks alike.
+
+    Raises:
+        ValueError: not a time, or not a positive one.
+    """
+    point = Point.parse(interval)
+    if point.value <= 0 or point.unit == BUDGET:
+        raise ValueError(f"an interval must be a positive time such as 2000ba, 0.1dur or 30m, not {interval}.")
+    if point.unit != SECONDS:
+        return create_interval_scheduler(interval, include_end_of_training=True)
+    at_end = create_interval_scheduler(Time.from_timestring("1dur"), include_end_of_training=True)
+    last: list[float] = []
+
+    def due(state: State, event: Event) -> bool:
+        elapsed = clock_of(state).elapsed
+        if not last:
+            last.append(elapsed)
+        if elapsed - last[0] >= point.value:
+            last[0] = elapsed
+            return True
+        return at_end(state, event)
+
+    return due
+
+
+class Checkpointing(CheckpointSaver):
+    """Composer's CheckpointSaver, with whole checkpoints (`checkpoints.write_checkpoint`) and a disk that may be full.
+
+    A checkpoint that cannot be written is an error in the log, and training goes on: the one before it is still there, and the
+    next may succeed. Only where it is the last one does the run end with a message. When any rank was asked to stop, the step in hand is
+    completed, a checkpoint is written, and `TrainingInterrupted` ends the run on all ranks.
+
+    Args:
+        run_folder: of the run; checkpoints go to `<run folder>/checkpoints`.
+        save_interval: when, as a Composer callable.
+        keep: how many; −1 = all.
+        recipe: kept in each of them.
+    """
+
+    def __init__(self, run_folder: Path, save_interval: Any, keep: int, recipe: dict[str, Any]):
+        super().__init__(str(run_folder / "checkpoints"), save_interval=save_interval, overwrite=True, num_checkpoints_to_keep=keep)
+        self._run_folder, self._recipe = run_folder, recipe
+        self.failures = 0  # in a row
+
+    def init(self, state: State, logger: Logger) -> None:
+        super().init(state, logger)
+        if dist.get_global_rank() == 0:
+            clean_up(Path(self.folder))
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        super().batch_checkpoint(state, logger)
+        if clock_of(state).stop_requested and self.last_checkpoint_batch != state.timestamp.batch:
+            self._save_checkpoint(state, logger)
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:  # what watches the run has written its last line by now
+        clock = clock_of(state)
+        if clock.stop_requested:
+            newest = newest_checkpoint(self._run_folder)
+            where = f"its checkpoint is {newest.path}" if newest is not None else "it has no checkpoint yet"
+            raise TrainingInterrupted(
+                f"Stopped after batch {int(state.timestamp.batch)} ({clock.stop_reason}); {where}. The same command goes on from there."
+            )
+
+    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        self.last_checkpoint_batch = state.timestamp.batch
+        start = time.monotonic()
+        try:
+            checkpoint = write_checkpoint(state, Path(self.folder), self._recipe)
+        except OSError as error:
+            self._note_failure(state, error)
+        else:
+            self.failures = 0
+            if dist.get_global_rank() == 0:
+                keep_newest(Path(self.folder), self.num_checkpoints_to_keep)
+            self.saved_checkpoints = [str(checkpoint.path)]
+            logger.log_metrics({"checkpoint/seconds": time.monotonic() - start})
+        dist.barrier()
+        logger.log_metrics({"checkpoint/failures": self.failures})
+
+    def _note_failure(self, state: State, error: OSError) -> None:
+        self.failures += 1
+        newest = newest_checkpoint(self._run_folder)
+        before = f"The newest is {newest.path}." if newest is not None else "There is none before it."
+        message = f"The checkpoint of batch {int(state.timestamp.batch)} could not be written: {error}. {before}"
+        assert state.max_duration is not None
+        if state.timestamp >= state.max_duration or clock_of(state).stop_requested:
+            raise UserError(f"{message} Make room (save_num_checkpoints_to_keep, other runs), then the same command goes on from there.")
+        log.error("%s Training goes on; the next one is tried at save_interval.", message)

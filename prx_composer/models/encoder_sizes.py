@@ -1,0 +1,152 @@
+"""How large a frozen encoder is, from its configuration alone: nothing is downloaded and no weight is allocated."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from prx_composer.models.huggingface import random_config
+
+__all__ = ["VisionSize", "known_config", "vision_size"]
+
+
+def _vit(
+    model_type: str, hidden_size: int, layers: int, heads: int, patch_size: int, image_size: int, **more: Any
+) -> dict[str, Any]:
+    sizes = dict(hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads)
+    return dict(model_type=model_type, **sizes, patch_size=patch_size, image_size=image_size, **more)
+
+
+def _t5gemma(hidden_size: int, mlp_size: int, layers: int, heads: int, key_value_heads: int) -> dict[str, Any]:
+    module = dict(
+        hidden_size=hidden_size,
+        intermediate_size=mlp_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=256,
+        vocab_size=256_000,
+    )
+    return dict(model_type="t5gemma", encoder=module, decoder=module, vocab_size=256_000)
+
+
+def _t5(d_model: int, d_ff: int, layers: int, heads: int) -> dict[str, Any]:
+    sizes = dict(d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=layers, num_heads=heads, vocab_size=32_128)
+    return dict(model_type="t5", feed_forward_proj="gated-gelu", **sizes)
+
+
+def _qwen3_vl_text(hidden_size: int, mlp_size: int, layers: int, heads: int) -> dict[str, Any]:
+    sizes = dict(hidden_size=hidden_size, intermediate_size=mlp_size, num_hidden_layers=layers, num_attention_heads=heads)
+    rope = {"rope_type": "default", "mrope_section": [24, 20, 20]}
+    return dict(model_type="qwen3_vl_text", **sizes, num_key_value_heads=8, head_dim=128, vocab_size=151_936, rope_scaling=rope)
+
+
+_SMALL, _BASE, _LARGE = (384, 12, 6), (768, 12, 12), (1024, 24, 16)
+_MLP = {384: 1536, 768: 3072, 1024: 4096}
+# Architecture numbers from the encoders' config.json on the Hugging Face hub; those that only matter to weights are left out.
+_ENCODERS: dict[str, dict[str, Any]] = {
+    "google/t5gemma-2b-2b-ul2": _t5gemma(2304, 9216, 26, 8, 4),
+    "google/t5gemma-2b-2b-prefixlm": _t5gemma(2304, 9216, 26, 8, 4),
+    "google/t5gemma-9b-9b-ul2": _t5gemma(3584, 14_336, 42, 16, 8),
+    "google/t5gemma-9b-2b-ul2": _t5gemma(3584, 14_336, 42, 16, 8),
+    "google/flan-t5-xl": _t5(2048, 5120, 24, 32),
+    "google/flan-t5-xxl": _t5(4096, 10_240, 24, 64),
+    "google/t5-v1_1-xl": _t5(2048, 5120, 24, 32),
+    "google/t5-v1_1-xxl": _t5(4096, 10_240, 24, 64),
+    "Qwen/Qwen3-VL-2B-Instruct": _qwen3_vl_text(2048, 6144, 28, 16),
+    "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl_text(2560, 9728, 36, 32),
+    **{
+        f"facebook/dinov2-{infix}{name}": _vit(model_type, *sizes, 14, 518)
+        for infix, model_type in (("", "dinov2"), ("with-registers-", "dinov2_with_registers"))
+        for name, sizes in (("small", _SMALL), ("base", _BASE), ("large", _LARGE))
+    },
+    **{
+        f"facebook/dinov3-{name}-pretrain-lvd1689m": _vit(
+            "dinov3_vit", *sizes, 16, 224, intermediate_size=_MLP[sizes[0]], num_register_tokens=4
+        )
+        for name, sizes in (("vits16", _SMALL), ("vitb16", _BASE), ("vitl16", _LARGE))
+    },
+    **{
+        f"google/siglip-{name}-patch16-{image_size}": _vit(
+            "siglip_vision_model", *sizes, 16, image_size, intermediate_size=_MLP[sizes[0]]
+        )
+        for name, sizes, image_sizes in (("base", _BASE, (224, 256, 384, 512)), ("large", _LARGE, (256, 384)))
+        for image_size in image_sizes
+    },
+    "google/siglip-so400m-patch14-384": _vit("siglip_vision_model", 1152, 27, 16, 14, 384, intermediate_size=4304),
+    "openai/clip-vit-base-patch16": _vit("clip_vision_model", *_BASE, 16, 224, intermediate_size=3072),
+    "openai/clip-vit-large-patch14": _vit("clip_vision_model", *_LARGE, 14, 224, intermediate_size=4096),
+}
+
+
+def known_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The configuration of an encoder by folder or hub id, if it is here: on disk, in the cache, or in the table above.
+
+    Returns:
+        `model_type` and settings, as `random_config` takes them; None if nothing is known without asking the network.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        return _ENCODERS.get(name)
+    defaults = type(config)().to_dict()
+    return {"model_type": config.model_type} | {k: v for k, v in config.to_diff_dict().items() if k in defaults}
+
+
+@dataclass(frozen=True)
+class VisionSize:
+    """A vision transformer's numbers.
+
+    Args:
+        parameters: weights and biases.
+        token_matrices: elements of the matrices that every token is multiplied with.
+        patch_matrix: elements of the one that makes a token of a patch.
+        layers, hidden_size, mlp_size: of the transformer.
+        patch_size: side of a patch in pixels.
+        prefix_tokens: class and register tokens.
+    """
+
+    parameters: int
+    token_matrices: int
+    patch_matrix: int
+    layers: int
+    hidden_size: int
+    mlp_size: int
+    patch_size: int
+    prefix_tokens: int
+
+
+def vision_size(config: dict[str, Any]) -> VisionSize:
+    """Of the vision encoder with this configuration (`model_type` and settings).
+
+    Raises:
+        ValueError: a configuration that transformers doesn't take, or not one of a vision transformer.
+    """
+    settings = random_config(config)
+    settings = getattr(settings, "vision_config", settings)  # of a model that also reads text
+    with torch.device("meta"):
+        module: nn.Module = AutoModel.from_config(settings)
+    patch_size, convolution = getattr(settings, "patch_size", None), _first(module, nn.Conv2d)
+    if not isinstance(patch_size, int) or convolution is None:
+        raise ValueError(f"{settings.model_type} is no vision transformer with square patches (patch_size is {patch_size}).")
+    layers = next(m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == settings.num_hidden_layers)
+    matrices = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
+    # SigLIP's head asks all tokens one question: keys and values are made of every token, the rest is one token's work.
+    matrices += sum(2 * m.embed_dim**2 for m in module.modules() if isinstance(m, nn.MultiheadAttention))
+    class_token = 0 if "siglip" in settings.model_type else 1
+    return VisionSize(
+        parameters=sum(p.numel() for p in module.parameters()),
+        token_matrices=matrices,
+        patch_matrix=convolution.weight.numel(),
+        layers=len(layers),
+        hidden_size=int(settings.hidden_size),
+        mlp_size=max(m.out_features for m in layers.modules() if isinstance(m, nn.Linear)),
+        patch_size=patch_size,
+        prefix_tokens=class_token + int(getattr(settings, "num_register_tokens", 0)),
+    )
+
+
+def _first(module: nn.Module, kind: type[nn.Conv2d]) -> nn.Conv2d | None:
+    return next((m for m in module.modules() if isinstance(m, kind)), None)

@@ -1,0 +1,395 @@
+"""What a run will take, before anything is rented: time, money, memory, disk and data, from one count of FLOPs.
+
+`make_plan` computes, `plan_text` prints, `plan_fit` moves a schedule until it fits a given time.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from prx_composer.config import Recipe
+from prx_composer.data.schema import Manifest
+from prx_composer.errors import UserError
+from prx_composer.hardware import GPU
+from prx_composer.models.flops import newton_schulz_flops
+from prx_composer.parallelism import parallelism
+from prx_composer.plan_memory import RESERVE, Memory, memory, muon_matrices, sharding, training_state
+from prx_composer.plan_model import PlannedModel, plan_model
+from prx_composer.plan_parts import ImageShape, Part
+from prx_composer.plan_timeline import Span, Timeline, dataset, timeline
+from prx_composer.schedule import BUDGET, SECONDS, Point, parse_duration
+
+__all__ = ["Conditions", "Plan", "StagePlan", "estimate_checkpoint_bytes", "make_plan", "read_throughput", "seconds"]
+
+DENOISER = "denoiser"
+JPEG_BYTES_PER_PIXEL = 0.25  # at about quality 90; only used where the data isn't here to look at
+VALID_TEXT = 0.4  # share of the padded tokens that are real ones in long captions, which is what is stored of them
+LANDED_TOKEN_BYTES = 9  # id (int64) and mask (bool)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is to be rented and how well it will be used.
+
+    Args:
+        gpu: kind.
+        num_gpus: all of them.
+        gpus_per_node: that share a machine and its loaders.
+        price: per GPU-hour, in whatever currency; None: no costs.
+        utilisation: share of what a bf16 matrix product reaches on this GPU that training reaches; None with `throughput`.
+        throughput: measured images per second and GPU, by image size, instead.
+        samples: images in the data, where its manifest isn't here to tell.
+        disk: bytes per second at which a checkpoint is written, all ranks together.
+        stored_text: text embeddings come with the data, though the recipe encodes captions during training.
+    """
+
+    gpu: GPU
+    num_gpus: int = 1
+    gpus_per_node: int = 8
+    price: float | None = None
+    utilisation: float | None = None
+    throughput: dict[int, float] | None = None
+    samples: int | None = None
+    disk: float = 1e9
+    stored_text: bool = False
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage.
+
+    Args:
+        image_size: side in pixels. batch_size, microbatch_size: images per step over all GPUs, and per pass of one.
+        start, end: first step, and first step after it. images: trained in it.
+        image_tokens, text_tokens: per image, padding included.
+        flops: training FLOPs per image by component, averaged over the stage where a window opens or closes inside of it.
+        optimizer_flops: per image, for Muon's orthogonalisation; not part of the work that utilisation is counted against.
+        utilisation: share of what a bf16 matrix product reaches.
+        images_per_second: per GPU. step_seconds, hours: of the stage's steps. dollars: None without a price.
+        epochs: passes over the data, if its size is known.
+        read_bytes, device_bytes: per image, as it lies on disk, and as it goes to the GPU.
+        memory: of one GPU. fits: with a tenth of the GPU to spare. fitting_microbatch: the largest divisor of the GPU's share of
+            the batch that fits, 0 if none does.
+    """
+
+    image_size: int
+    batch_size: int
+    microbatch_size: int
+    start: int
+    end: int
+    images: int
+    image_tokens: int
+    text_tokens: int
+    flops: dict[str, float]
+    optimizer_flops: float
+    utilisation: float
+    images_per_second: float
+    step_seconds: float
+    hours: float
+    dollars: float | None
+    epochs: float | None
+    read_bytes: float
+    device_bytes: float
+    memory: Memory
+    fits: bool
+    fitting_microbatch: int
+
+    @property
+    def total_flops(self) -> float:
+        """Training FLOPs per image."""
+        return sum(self.flops.values())
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Checkpoints of the full state: bytes and seconds of one, how many over the run, bytes of those that lie on disk at once."""
+
+    bytes: int
+    seconds: float
+    count: int
+    on_disk: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of a whole run.
+
+    Args:
+        run_name: of the recipe.
+        conditions: what it was planned for.
+        parameters: of the backbone, and trained_parameters: those with heads and text encoder that are trained along.
+        text: how the text embeddings come about. parallelism: how the state lies on the GPUs.
+        samples: images in the data, if known. samples_from: who says so.
+        stages, checkpoints: see there.
+        hours: of training and of writing checkpoints. dollars: None without a price.
+        time_budget: of the recipe, in hours, if it has one.
+        assumptions: what a reader must know of how the numbers came about.
+        unknown: what is not counted.
+    """
+
+    run_name: str
+    conditions: Conditions
+    parameters: int
+    trained_parameters: int
+    text: str
+    parallelism: str
+    samples: int | None
+    samples_from: str
+    stages: list[StagePlan]
+    checkpoints: CheckpointPlan
+    hours: float
+    dollars: float | None
+    time_budget: float | None
+    assumptions: list[str]
+    unknown: list[str]
+
+    @property
+    def training_hours(self) -> float:
+        return sum(stage.hours for stage in self.stages)
+
+    @property
+    def images(self) -> int:
+        return sum(stage.images for stage in self.stages)
+
+    @property
+    def fits_budget(self) -> bool | None:
+        """Whether it ends inside of the recipe's time budget; None if there is none."""
+        return None if self.time_budget is None else self.hours <= self.time_budget
+
+
+def estimate_checkpoint_bytes(recipe: Recipe) -> int:
+    """Size of one checkpoint of the full state: weights, EMA and optimizer state, over all ranks.
+
+    Raises:
+        UserError: a model that the recipe doesn't describe rightly.
+    """
+    return training_state(plan_model(recipe), recipe).checkpoint
+
+
+def read_throughput(path: str) -> tuple[str, dict[int, float]]:
+    """What `benchmarks/throughput.py` measured: the GPU's name, and image size → images per second and GPU.
+
+    The file is JSON: `{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0, …}, …]}`.
+
+    Raises:
+        UserError: no such file, or another content.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError(f"--throughput: {path} cannot be read: {error.strerror}.") from error
+    try:
+        content = json.loads(text)
+        speeds = {int(s["image_size"]): float(s["images_per_second_per_gpu"]) for s in content["stages"]}
+        gpu = str(content["gpu"])
+    except (ValueError, KeyError, TypeError) as error:
+        form = '{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0}]}'
+        raise UserError(f"--throughput: {path} is no file of the form {form} ({error!r}).") from error
+    if not speeds or min(speeds.values()) <= 0:
+        raise UserError(f"--throughput: {path} has no stage with a positive images_per_second_per_gpu.")
+    return gpu, speeds
+
+
+def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
+    """Computes the plan of a recipe; see `Plan` and, for what is assumed, recipes/speedrun_24h/PLAN.md.
+
+    Raises:
+        UserError: a recipe that cannot be planned, at its YAML path, or a throughput that lacks one of its image sizes.
+    """
+    parallelism(recipe.parallelism_config, conditions.num_gpus)  # refuses what is not right
+    planned = plan_model(recipe, conditions.stored_text)
+    manifest = dataset(recipe)
+    samples, source = conditions.samples, "--samples"
+    if manifest is not None:
+        samples, source = sum(manifest.buckets.values()), "train_loader.path"
+    line = timeline(recipe, conditions.num_gpus, samples)
+    largest = max(span.image_size for span in line.spans)
+    read_bytes, read_from = _stored_bytes(recipe, manifest, largest)
+    orthogonalisation = _orthogonalisation(planned, recipe)
+    stages = [_stage(planned, recipe, conditions, line, span, samples, read_bytes, orthogonalisation) for span in line.spans]
+
+    training = sum(stage.hours for stage in stages)
+    checkpoints = _checkpoints(planned, recipe, conditions, line, training)
+    hours = training + checkpoints.count * checkpoints.seconds / 3600
+    budget = recipe.time_budget
+    return Plan(
+        run_name=recipe.run_name,
+        conditions=conditions,
+        parameters=sum(p.numel() for p in planned.model.backbone.parameters()),
+        trained_parameters=sum(p.numel() for p in planned.trained.values()),
+        text=planned.text,
+        parallelism="DDP, whole"
+        if recipe.parallelism_config is None
+        else f"FSDP2, sharded over {sharding(recipe, conditions.num_gpus)}",
+        samples=samples,
+        samples_from=source,
+        stages=stages,
+        checkpoints=checkpoints,
+        hours=hours,
+        dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
+        time_budget=None if budget is None else seconds(budget, "time_budget") / 3600,
+        assumptions=[*line.notes, read_from, *_assumptions(planned, recipe)],
+        unknown=planned.unknown,
+    )
+
+
+def _assumptions(planned: PlannedModel, recipe: Recipe) -> list[str]:
+    assumed = ["left out of the hours: start, compilation, evaluation, drawing images"]
+    if not planned.amp:
+        assumed.append(f"precision: {recipe.precision} does not come near the peak, which is bf16's; --mfu has to allow for it")
+    if recipe.model.get("compile"):
+        assumed.append("activations: as eager PyTorch keeps them; a compiled model keeps fewer")
+    return assumed
+
+
+def seconds(text: str, path: str) -> float:
+    """ "24h", "1h30m", "90m" or "86400s"; raises UserError, at `path`, for anything else or nothing."""
+    try:
+        length = parse_duration(text)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    if length <= 0:
+        raise UserError(f"{path}: {text} is no time to train in.")
+    return length
+
+
+# ------------------------------------------------------------------------------------------------------- stages
+
+
+def _stage(
+    planned: PlannedModel,
+    recipe: Recipe,
+    conditions: Conditions,
+    line: Timeline,
+    span: Span,
+    samples: int | None,
+    read_bytes: float,
+    orthogonalisation: int,
+) -> StagePlan:
+    segments = _segments(planned, line, span)
+    flops: dict[str, float] = {}
+    for share, shape, parts in segments:
+        counts = {DENOISER: planned.denoiser_flops(shape)} | {part.name: part.flops(shape) for part in parts}
+        for name, count in counts.items():
+            flops[name] = flops.get(name, 0.0) + share * count
+    speed, utilisation = _speed(conditions, span.image_size, sum(flops.values()))
+    step_seconds = span.batch_size / conditions.num_gpus / speed
+    hours = span.steps * step_seconds / 3600
+    own_batch = span.batch_size // conditions.num_gpus
+
+    def memory_of(microbatch_size: int) -> Memory:
+        shapes = [(shape, parts) for _, shape, parts in segments]
+        return memory(planned, recipe, conditions.num_gpus, own_batch, microbatch_size, shapes)
+
+    room = (1 - RESERVE) * conditions.gpu.memory_gib * 2**30
+    divisors = [size for size in range(1, own_batch + 1) if own_batch % size == 0]
+    needed, shape = memory_of(span.microbatch_size), segments[0][1]
+    return StagePlan(
+        image_size=span.image_size,
+        batch_size=span.batch_size,
+        microbatch_size=span.microbatch_size,
+        start=span.start,
+        end=span.end,
+        images=span.samples,
+        image_tokens=shape.image_tokens,
+        text_tokens=shape.text_tokens,
+        flops=flops,
+        optimizer_flops=orthogonalisation / span.batch_size,
+        utilisation=utilisation,
+        images_per_second=speed,
+        step_seconds=step_seconds,
+        hours=hours,
+        dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
+        epochs=None if samples is None else span.samples / samples,
+        read_bytes=read_bytes,
+        device_bytes=_device_bytes(planned, conditions, span.image_size),
+        memory=needed,
+        fits=needed.peak <= room,
+        fitting_microbatch=max((size for size in divisors if memory_of(size).peak <= room), default=0),
+    )
+
+
+def _segments(planned: PlannedModel, line: Timeline, span: Span) -> list[tuple[float, ImageShape, list[Part]]]:
+    """A stage cut where a window opens or closes: share of its steps, what an image is then, which parts are active."""
+    windows = [(part, line.window(part.start, part.end, part.path)) for part in planned.parts]
+    path, start, end = planned.routing
+    routing = line.window(start, end, path) if path else (0, 0)
+    edges = {span.start, span.end, *routing, *(edge for _, window in windows for edge in window)}
+    cuts = sorted(edge for edge in edges if span.start <= edge <= span.end)
+    segments = []
+    for first, last in pairwise(cuts):
+        shape = planned.shape(span.image_size, routing[0] <= first < routing[1], f"{span.path}image_size")
+        parts = [part for part, window in windows if window[0] <= first < window[1]]
+        segments.append(((last - first) / span.steps, shape, parts))
+    return segments
+
+
+def _speed(conditions: Conditions, image_size: int, flops: float) -> tuple[float, float]:
+    """Images per second and GPU, and the share of the reachable peak that they are."""
+    peak = conditions.gpu.reachable_tflops * 1e12
+    if conditions.throughput is None:
+        assert conditions.utilisation is not None
+        return conditions.utilisation * peak / flops, conditions.utilisation
+    if image_size not in conditions.throughput:
+        there = ", ".join(map(str, sorted(conditions.throughput)))
+        raise UserError(
+            f"--throughput: nothing was measured at image_size {image_size}, only at {there}; measure it, or give --mfu."
+        )
+    speed = conditions.throughput[image_size]
+    return speed, speed * flops / peak
+
+
+def _orthogonalisation(planned: PlannedModel, recipe: Recipe) -> int:
+    """FLOPs of Muon's Newton–Schulz iterations per step, over all GPUs."""
+    steps = int(recipe.optimizer.get("newton_schulz_steps", 5))
+    matrices = muon_matrices(planned, recipe)
+    return sum(newton_schulz_flops(p.shape[0], p.shape[1], steps) for p in matrices)
+
+
+# --------------------------------------------------------------------------------------------- data, checkpoints
+
+
+def _stored_bytes(recipe: Recipe, manifest: Manifest | None, largest: int) -> tuple[float, str]:
+    """Bytes on disk per image, and how that is known."""
+    if manifest is not None:
+        folder = Path(recipe.train_loader["path"]) / str(recipe.train_loader.get("split", "train"))
+        total = 0
+        for bucket in manifest.buckets:
+            index = folder / str(bucket) / "index.json"
+            for shard in json.loads(index.read_text())["shards"] if index.is_file() else ():
+                total += (shard.get("zip_data") or shard["raw_data"])["bytes"]
+        if total:
+            size = total / sum(manifest.buckets.values())
+            return size, f"read from disk: {size / 1e3:,.1f} kB per image, the mean of the data in train_loader.path"
+    size = JPEG_BYTES_PER_PIXEL * largest**2
+    return size, f"read from disk: {size / 1e3:,.1f} kB per image, {JPEG_BYTES_PER_PIXEL} bytes a pixel (JPEG) at {largest} px"
+
+
+def _device_bytes(planned: PlannedModel, conditions: Conditions, image_size: int) -> float:
+    encoder = planned.model.text_encoder
+    text = encoder.max_tokens * LANDED_TOKEN_BYTES
+    if conditions.stored_text:
+        text += VALID_TEXT * encoder.max_tokens * 2 * encoder.hidden_size
+    return 3 * image_size**2 + text
+
+
+def _checkpoints(
+    planned: PlannedModel, recipe: Recipe, conditions: Conditions, line: Timeline, training_hours: float
+) -> CheckpointPlan:
+    size = training_state(planned, recipe).checkpoint
+    try:
+        interval = Point.parse(recipe.save_interval)
+    except ValueError as error:
+        raise UserError(f"save_interval: {error}") from error
+    if interval.value <= 0 or interval.unit == BUDGET:
+        raise UserError(f"save_interval: {recipe.save_interval} is no positive time such as 2000ba, 0.1dur or 30m.")
+    length = {SECONDS: training_hours * 3600, "ba": line.steps, "sp": line.samples, "dur": 1.0}
+    if line.epoch is not None:
+        length["ep"] = line.samples / line.epoch
+    if interval.unit not in length:
+        raise UserError(f"save_interval: {recipe.save_interval} of data that isn't here; say how many images with --samples.")
+    count = max(1, math.ceil(length[interval.unit] / interval.value - 1e-9))  # the last is written at the end, whenever that is
+    kept = count if recipe.save_num_checkpoints_to_keep < 0 else min(count, max(recipe.save_num_checkpoints_to_keep, 1) + 1)
+    return CheckpointPlan(size, size / conditions.disk, count, kept * size)

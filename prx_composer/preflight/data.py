@@ -1,0 +1,246 @@
+"""Whether the data can serve every stage: splits, columns, shards, buckets and a first look at the images."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from streaming import LocalDataset
+
+from prx_composer import registry
+from prx_composer.config import Recipe, build, split
+from prx_composer.data.buckets import Bucket
+from prx_composer.data.dataset import UNDECODABLE, read_manifest
+from prx_composer.data.schema import MANIFEST, Manifest
+from prx_composer.data.sources import is_made
+from prx_composer.data.transforms import decode_image
+from prx_composer.errors import UserError, raise_all
+from prx_composer.preflight.recipe import Parts, PlannedStage
+from prx_composer.preflight.result import Result, failed, guarded, passed, skipped, warned
+from prx_composer.schedule import ScheduleWindow
+
+__all__ = ["check_data", "unmade_source"]
+
+REMOTE_TIMEOUT = 20.0  # seconds for a manifest of a few kilobytes
+LOOKED_AT = 10  # samples of a bucket, if the first cannot be decoded
+NAMED = 4  # broken files or buckets that are named; the others are counted
+
+
+def check_data(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+    """The splits of both loaders; `parts.stages` and `parts.multiple` may be unknown, and what needs them is then left out."""
+    to_be_made: set[str] = set()
+    for key in ("train_loader", "eval_loader"):
+        spec = getattr(recipe, key)
+        if spec is not None and parts.is_wrong(key):
+            yield skipped(key, "its arguments must be right first")
+        elif spec is not None:
+            yield from guarded(_check_loader(recipe, key, parts, to_be_made))
+
+
+def unmade_source(recipe: Recipe, key: str) -> Any:
+    """The source that is going to make a loader's data set on first use; None if there is none or it has.
+
+    Raises:
+        UserError: a source that cannot be built, or a folder that holds other data.
+    """
+    spec = getattr(recipe, key) or {}
+    if not spec.get("source"):
+        return None
+    name, arguments = split(spec["source"], f"{key}.source")
+    if "path" not in spec:
+        raise UserError(f"{key}.path is missing: the folder that the source is to make the data set in.")
+    source = build(registry.sources, name, arguments, f"{key}.source")
+    with _at(key):
+        return None if is_made(Path(spec["path"]), source, spec["source"]) else source
+
+
+@contextmanager
+def _at(path: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) -> Iterator[Result]:
+    spec = getattr(recipe, key)
+    if spec.get("name") != "image_caption":
+        yield skipped(key, f"the loader {spec.get('name')!r} is not of this package")
+        return
+    if key == "train_loader":
+        stages = parts.stages
+    else:  # it stays at one size
+        size = recipe.global_eval_batch_size or recipe.global_train_batch_size
+        stages = [PlannedStage("", recipe.image_size, size, size, 1, ScheduleWindow())]
+    source = unmade_source(recipe, key)
+    path = spec.get("path", "")
+    if source is not None:
+        to_be_made.add(path)
+        yield skipped(key, f"the source {spec['source']['name']!r} makes the data on first use, in {path}")
+        yield from _check_sizes(key, source.buckets, source.image_size, stages, parts.multiple)
+        return
+    if path in to_be_made:
+        yield skipped(key, f"train_loader.source makes {path} on first use")
+        return
+    manifest = _remote_manifest(key, spec) if spec.get("remote") else _local_manifest(key, spec)
+    folder = Path(path) / spec.get("split", "train")
+    facts = [f"{sum(manifest.buckets.values()):,} samples in {_count(len(manifest.buckets), 'bucket')}"]
+    if not spec.get("remote"):
+        facts.append(_check_shards(key, folder, manifest, spec))
+    captions = spec.get("captions") or {manifest.captions[0]: 1}
+    facts.append(f"captions: {', '.join(captions)}")
+    yield passed(key, f"{spec.get('remote') or path}/{spec.get('split', 'train')}: {'; '.join(facts)}")
+    yield from _check_sizes(key, list(manifest.buckets), manifest.image_size, stages, parts.multiple)
+    if key == "train_loader":
+        yield from _check_buckets(key, manifest, stages)
+    if spec.get("remote"):
+        yield skipped(f"{key}: shards and images", f"they lie on {spec['remote']}")
+    else:
+        yield from _check_images(key, folder, manifest)
+
+
+# ------------------------------------------------------------------------------------------------------- manifests
+
+
+def _local_manifest(key: str, spec: dict[str, Any]) -> Manifest:
+    with _at(key):
+        if "path" not in spec:
+            raise UserError(f"{key}.path is missing: the folder of the data set.")
+        return read_manifest(spec["path"], spec.get("split", "train"), spec.get("captions"), spec.get("features"))
+
+
+def _remote_manifest(key: str, spec: dict[str, Any]) -> Manifest:
+    from streaming.base.storage import CloudDownloader
+
+    name = spec.get("split", "train")
+    source = f"{spec['remote']}/{name}/{MANIFEST}"
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / name).mkdir()
+        try:
+            CloudDownloader.get(source).download(source, f"{temporary}/{name}/{MANIFEST}", timeout=REMOTE_TIMEOUT)
+        except Exception as error:  # every cloud's SDK has its own, and one that is missing
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise UserError(
+                f"{key}.remote: {source} cannot be fetched ({reason}); check the address and your credentials."
+            ) from error
+        with _at(f"{key}.remote"):
+            return read_manifest(temporary, name, spec.get("captions"), spec.get("features"))
+
+
+# ---------------------------------------------------------------------------------------------------------- shards
+
+
+def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, Any]) -> str:
+    """Compares what lies in the folder with the index of every bucket, by name and size; returns what was looked at.
+
+    Raises:
+        UserError: files that are missing or cut short, an index with other samples or columns than the manifest's.
+    """
+    problems, broken, shards = [], [], 0
+    wanted = {"image", *(spec.get("captions") or manifest.captions), *(spec.get("features") or [])}
+    for bucket, count in manifest.buckets.items():
+        index = folder / str(bucket) / "index.json"
+        try:
+            listed = json.loads(index.read_text())["shards"]
+            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(index.parent)}
+            files = [(shard["raw_data"]["basename"], int(shard["raw_data"]["bytes"])) for shard in listed]
+            samples = sum(int(shard["samples"]) for shard in listed)
+            columns = set(listed[0]["column_names"]) if listed else set()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problems.append(f"{key}: {index} cannot be read ({error}); copy or convert bucket {bucket} again.")
+            continue
+        shards += len(files)
+        for name, size in files:
+            if sizes.get(name) != size:
+                state = f"{sizes[name]:,} of {size:,} bytes" if name in sizes else "missing"
+                broken.append(f"{bucket}/{name} ({state})")
+        if samples != count:
+            problems.append(
+                f"{key}: {index} lists {samples:,} samples, but {folder / MANIFEST} {count:,}; convert the data again."
+            )
+        if lacking := sorted(wanted - columns):
+            problems.append(f"{key}: the shards of bucket {bucket} have no column {', '.join(lacking)}; convert the data again.")
+    if broken:
+        named = ", ".join(broken[:NAMED]) + (f" and {len(broken) - NAMED} more" if len(broken) > NAMED else "")
+        problems.append(
+            f"{key}: {len(broken)} of {_count(shards, 'shard file')} in {folder} missing or cut short: {named}. Copy or convert "
+            "them again."
+        )
+    raise_all(problems)
+    return f"{_count(shards, 'shard file')}, all there and whole by size"
+
+
+def _check_images(key: str, folder: Path, manifest: Manifest) -> Iterator[Result]:
+    """Decodes the first image of every bucket."""
+    undecodable = []
+    for bucket, count in manifest.buckets.items():
+        samples = LocalDataset(str(folder / str(bucket)))
+        for index in range(min(count, LOOKED_AT)):
+            row = samples[index]
+            try:
+                decode_image(row["image"], *bucket)
+                break
+            except UNDECODABLE as error:
+                undecodable.append(f"{bucket}: {row.get('key') or f'sample {index}'} ({error})")
+        else:
+            yield failed(
+                f"{key}: none of the first {min(count, LOOKED_AT)} images of bucket {bucket} in {folder} can be decoded, such as "
+                f"{undecodable[-1]}. Convert the data again."
+            )
+            return
+    if undecodable:
+        named = ", ".join(undecodable[:NAMED])
+        yield warned(key, f"{_count(len(undecodable), 'image')} at the beginning of a bucket cannot be decoded: {named}")
+    else:
+        each = "the first image of every bucket decodes" if len(manifest.buckets) > 1 else "the first image decodes"
+        yield passed(key, each)
+
+
+# --------------------------------------------------------------------------------------------------------- buckets
+
+
+def _check_sizes(
+    key: str, buckets: list[Bucket], base_size: int, stages: list[PlannedStage], multiple: int | None
+) -> Iterator[Result]:
+    if multiple is None:
+        return
+    uneven = sorted({bucket for bucket in buckets for stage in stages if _is_uneven(bucket, stage, base_size, multiple)})
+    if uneven:
+        yield failed(
+            f"{key}: {_count(len(uneven), 'bucket')} cannot be cut into patches of {multiple}: {_some(uneven)}. Convert the data "
+            "with that multiple, or change model.backbone.patch_size."
+        )
+
+
+def _is_uneven(bucket: Bucket, stage: PlannedStage, base_size: int, multiple: int) -> bool:
+    return any(side % multiple for side in bucket.at(stage.image_size, base_size, multiple))
+
+
+def _check_buckets(key: str, manifest: Manifest, stages: list[PlannedStage]) -> Iterator[Result]:
+    """Whether every bucket fills a global batch, which is of one bucket: those that don't are shown more often than others."""
+    total = sum(manifest.buckets.values())
+    for stage in stages:
+        batch_size = stage.global_batch_size
+        small = {bucket: count for bucket, count in manifest.buckets.items() if count < batch_size}
+        if small:
+            rarest = min(small, key=lambda bucket: small[bucket])
+            yield warned(
+                key,
+                f"{len(small)} of {_count(len(manifest.buckets), 'bucket')}, with {sum(small.values()) / total:.1%} of the "
+                f"samples, hold fewer than a batch of {batch_size} ({stage.image_size} px) and fill it by repetition: "
+                f"{_some(list(small))}. A sample of {rarest} is seen up to {-(-batch_size // small[rarest])} times an epoch; "
+                "convert the data into fewer buckets if that matters",
+            )
+
+
+def _some(buckets: list[Bucket]) -> str:
+    return ", ".join(map(str, buckets[:NAMED])) + (f" and {len(buckets) - NAMED} more" if len(buckets) > NAMED else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,235 @@
+"""What is known from the recipe alone: names, arguments and types, and sizes that must divide one another."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Precision
+
+from prx_composer import config, registry
+from prx_composer.algorithms.progressive_resolution import ProgressiveResolution, check_batch_sizes
+from prx_composer.config import Recipe, build, split
+from prx_composer.errors import Problems
+from prx_composer.models.backbone import PRXBackbone
+from prx_composer.parallelism import parallelism
+from prx_composer.preflight.result import Result, failed, guarded, passed, skipped
+from prx_composer.schedule import ScheduleWindow
+
+__all__ = ["Parts", "PlannedStage", "check_callbacks", "examine", "planned_stages"]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A span of the run with one image size and one batch.
+
+    Args:
+        path: what comes before `image_size` and its like in the YAML path.
+        image_size: side of the square whose area the images have.
+        global_batch_size, microbatch_size: images per step over all ranks, and per forward pass of one.
+        num_ranks: that share a batch.
+        window: from when to when it lasts.
+    """
+
+    path: str
+    image_size: int
+    global_batch_size: int
+    microbatch_size: int
+    num_ranks: int
+    window: ScheduleWindow
+
+    @property
+    def device_batch_size(self) -> int:
+        return self.global_batch_size // self.num_ranks
+
+    def __str__(self) -> str:
+        return f"{self.image_size} px, batch {self.global_batch_size}"
+
+
+def planned_stages(recipe: Recipe, algorithms: list[Any], num_ranks: int) -> list[PlannedStage]:
+    """The stages of `progressive_resolution`, or the whole run as the only one."""
+    for algorithm in algorithms:
+        if isinstance(algorithm, ProgressiveResolution):
+            path, starts = "algorithms.progressive_resolution.stages", ["0ba", *(stage.until for stage in algorithm.stages)]
+            return [
+                _stage(f"{path}[{index}].", stage, num_ranks, ScheduleWindow(start or "0ba", stage.until))
+                for index, (stage, start) in enumerate(zip(algorithm.stages, starts, strict=False))
+            ]
+    return [_stage("", recipe, num_ranks, ScheduleWindow())]
+
+
+def _stage(path: str, sizes: Any, num_ranks: int, window: ScheduleWindow) -> PlannedStage:
+    batch_size: int = sizes.global_train_batch_size
+    microbatch_size = sizes.device_train_microbatch_size or max(batch_size // num_ranks, 1)
+    return PlannedStage(path, sizes.image_size, batch_size, microbatch_size, num_ranks, window)
+
+
+@dataclass
+class Parts:
+    """What of a recipe could be built without data and weights; other checks go on from there.
+
+    Attributes:
+        backbone: on the meta device, without storage.
+        algorithms: by name.
+        stages: that are trained.
+        multiple: of which image sides must be multiples (patch size × autoencoder downsampling), if it is known.
+        problems: names, arguments and types that are wrong; each begins with its path.
+    """
+
+    backbone: Any = None
+    algorithms: dict[str, Algorithm] = field(default_factory=dict)
+    stages: list[PlannedStage] = field(default_factory=list)
+    multiple: int | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def is_wrong(self, path: str) -> bool:
+        """Whether something at or below a path is, so that what is there cannot be relied on."""
+        return any(problem.startswith((f"{path}.", f"{path} ", f"{path}:", f"{path}[")) for problem in self.problems)
+
+
+def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Parts]:
+    """Everything that can be said of a recipe without data, weights or a network, and the parts that it says it of."""
+    problems = Problems()
+    with problems.noted():
+        config.check(recipe)
+    parts = Parts(problems=problems.found)
+    results = [failed(problem) for problem in problems.found]
+    if not problems.found:
+        counts = [f"{len(list(config.entries(getattr(recipe, kind), kind)))} {kind}" for kind in ("algorithms", "callbacks")]
+        results.append(passed("names, arguments and types", f"model, optimizer, scheduler, {', '.join(counts)}"))
+    if not parts.is_wrong("model"):
+        results.extend(guarded(_check_backbone(recipe, parts)))
+    results.extend(guarded(_check_settings(recipe, num_ranks)))
+    if not parts.is_wrong("scheduler"):
+        results.extend(guarded(_check_scheduler(recipe)))
+    built = Problems()
+    for name, arguments in config.entries(recipe.algorithms, "algorithms"):
+        path = f"algorithms.{name}"
+        if not parts.is_wrong(path):
+            with built.noted():
+                parts.algorithms[name] = build(registry.algorithms, name, arguments, path, folder=recipe.run_folder)
+    results.extend(map(failed, built.found))
+    if parts.algorithms:
+        results.append(passed("algorithms", ", ".join(parts.algorithms)))
+    stages_known = "progressive_resolution" in parts.algorithms or not recipe.algorithms.get("progressive_resolution")
+    if stages_known:
+        parts.stages = planned_stages(recipe, list(parts.algorithms.values()), num_ranks)
+        results.extend(_check_batches(recipe, parts.stages, num_ranks))
+        results.extend(_check_image_sizes(recipe, parts))
+    else:
+        results.append(skipped("batches and image sizes", "the stages could not be built"))
+    return results, parts
+
+
+def _check_backbone(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+    _, arguments = split(recipe.model, "model")
+    if "backbone" not in arguments:
+        return
+    name, backbone_arguments = split(arguments["backbone"], "model.backbone")
+    with torch.device("meta"):
+        parts.backbone = build(registry.backbones, name, backbone_arguments, "model.backbone")
+    parameters = sum(parameter.numel() for parameter in parts.backbone.parameters())
+    yield passed("model.backbone", f"{parameters / 1e6:,.1f}M parameters")
+
+
+def _check_settings(recipe: Recipe, num_ranks: int) -> Iterator[Result]:
+    if recipe.precision not in (allowed := [precision.value for precision in Precision]):
+        yield failed(f"precision: {recipe.precision!r} is none of {', '.join(allowed)}.")
+    parallelism(recipe.parallelism_config, num_ranks)
+
+
+def _check_scheduler(recipe: Recipe) -> Iterator[Result]:
+    name, arguments = split(recipe.scheduler, "scheduler")
+    build(registry.schedulers, name, arguments, "scheduler")
+    yield from ()
+
+
+def check_callbacks(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+    """Builds the callbacks one by one and lets them go again."""
+    provided = {
+        "folder": recipe.run_folder, "image_size": recipe.image_size, "source": recipe.train_loader.get("source") or {}
+    }  # fmt: skip
+    names = []
+    problems = Problems()
+    for name, arguments in config.entries(recipe.callbacks, "callbacks"):
+        path = f"callbacks.{name}"
+        if not parts.is_wrong(path):
+            with problems.noted():
+                build(registry.callbacks, name, arguments, path, **provided)
+                names.append(name)
+    yield from map(failed, problems.found)
+    if names:
+        yield passed("callbacks", ", ".join(names))
+
+
+# ---------------------------------------------------------------------------------------------------------- sizes
+
+
+def _check_batches(recipe: Recipe, stages: list[PlannedStage], num_ranks: int) -> Iterator[Result]:
+    problems = Problems()
+    base = _stage("", recipe, num_ranks, ScheduleWindow())  # the loader begins with it, whatever the stages are
+    for stage in [base, *stages]:
+        with problems.noted():
+            check_batch_sizes(stage.path, stage.global_batch_size, stage.microbatch_size, num_ranks)
+    if recipe.eval_loader is not None:
+        size = recipe.global_eval_batch_size or recipe.global_train_batch_size
+        with problems.noted():
+            check_batch_sizes("global_eval_batch_size as ", size, size // num_ranks or 1, num_ranks)
+    for problem in dict.fromkeys(problems.found):
+        yield failed(problem)
+    if not problems.found:
+        shares = [f"{s.global_batch_size} = {s.device_batch_size // s.microbatch_size} × {s.microbatch_size}" for s in stages]
+        ranks = f" × {num_ranks} ranks" if num_ranks > 1 else ""
+        yield passed("batches divide into microbatches", ", ".join(share + ranks for share in dict.fromkeys(shares)))
+
+
+def _check_image_sizes(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+    if not isinstance(parts.backbone, PRXBackbone):
+        if parts.backbone is not None:
+            yield skipped("image sizes", "the backbone is not of this package")
+        return
+    patch_size, downsampling = parts.backbone.patch_size, _downsampling(recipe)
+    if downsampling is None:
+        yield skipped("image sizes", "what the autoencoder divides them by is known only from its weights")
+        return
+    parts.multiple = patch_size * downsampling
+    sizes = {"image_size": recipe.image_size} | {f"{stage.path}image_size": stage.image_size for stage in parts.stages}
+    wrong = False
+    for path, size in sizes.items():
+        if size < 1 or size % parts.multiple:
+            wrong = True
+            by = f" × autoencoder downsampling {downsampling}" if downsampling > 1 else ""
+            nearest = max(round(size / parts.multiple), 1) * parts.multiple
+            yield failed(f"{path}: {size} is not divisible by model.backbone.patch_size {patch_size}{by}; try {nearest}.")
+    if not wrong:
+        of = ", ".join(str(size) for size in sorted({stage.image_size for stage in parts.stages}))
+        yield passed("image sizes divide into patches", f"{of} px, patches of {patch_size}")
+
+
+def _downsampling(recipe: Recipe) -> int | None:
+    """Of the autoencoder, from its configuration if that is in the recipe, in a folder, or in the cache."""
+    spec = split(recipe.model, "model")[1].get("autoencoder") or {"name": "pixels"}
+    name, arguments = split(spec, "model.autoencoder")
+    if name == "pixels":
+        return 1
+    if name != "diffusers":
+        return None
+    settings = arguments.get("config")
+    if settings is None and arguments.get("pretrained"):
+        settings = _stored_autoencoder_config(arguments)
+    if settings is None:
+        return None
+    from prx_composer.models.autoencoder import downsampling_of
+
+    return downsampling_of(settings)
+
+
+def _stored_autoencoder_config(arguments: dict[str, Any]) -> dict[str, Any] | None:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    options: dict[str, Any] = {key: arguments.get(key) for key in ("subfolder", "revision")}
+    try:
+        loaded: Any = AutoencoderKL.load_config(arguments["pretrained"], local_files_only=True, **options)
+    except (OSError, ValueError):
+        return None
+    return loaded

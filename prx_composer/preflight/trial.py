@@ -1,0 +1,99 @@
+"""The step that `prx check` tries: a trainer of one rank's share, built in a temporary folder, that never trains."""
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prx_composer.config import Recipe, split
+from prx_composer.data.sources import prepare
+from prx_composer.errors import UserError
+from prx_composer.preflight.data import unmade_source
+from prx_composer.preflight.recipe import Parts, PlannedStage
+from prx_composer.preflight.result import Result, skipped
+from prx_composer.preflight.weights import is_here, references
+
+__all__ = ["try_out"]
+
+MOST_PARAMETERS = 100e6  # that are tried without a GPU …
+MOST_FLOPS = 2e12  # … and work of one step of every stage: half a minute on a laptop
+SAMPLES = 256  # of a data set that is still to be made
+
+
+def try_out(recipe: Recipe, parts: Parts, num_ranks: int) -> Iterator[Result]:
+    """Builds the model and makes one forward and backward pass of every stage, if this machine can do that in moderate time."""
+    if (reason := _why_not(recipe, parts)) is not None:
+        yield skipped("step", reason)
+        return
+    from prx_composer.preflight.step import try_steps
+    from prx_composer.train import build_trainer
+
+    with tempfile.TemporaryDirectory(prefix="prx-check-") as temporary:
+        reduced = _one_rank(recipe, num_ranks, Path(temporary))
+        trainer = build_trainer(reduced)
+        try:
+            yield from try_steps(trainer, reduced)
+        finally:
+            trainer.close()
+
+
+def _why_not(recipe: Recipe, parts: Parts) -> str | None:
+    wanted = references(recipe, parts.algorithms.values())
+    if torch.cuda.is_available():
+        away = [reference.name for reference in wanted if not is_here(reference)]
+        return f"it would download {', '.join(away)}" if away else None
+    if recipe.precision != "fp32":
+        what = "it needs a GPU"
+    elif wanted:
+        what = f"without a GPU {wanted[0].name} takes too long"
+    elif parts.backbone is None:
+        return "the backbone is not of this package"
+    else:
+        parameters = sum(parameter.numel() for parameter in parts.backbone.parameters())
+        work = sum(_flops(stage, recipe, parts) for stage in parts.stages)
+        if parameters <= MOST_PARAMETERS and work <= MOST_FLOPS:
+            return None
+        what = f"{parameters / 1e6:,.0f}M parameters and {work / 1e12:,.1f} TFLOP take too long without a GPU"
+    return f"{what}; train.py tries it before the first step"
+
+
+def _flops(stage: PlannedStage, recipe: Recipe, parts: Parts) -> float:
+    """Of the backbone for one microbatch of square images."""
+    assert parts.multiple is not None
+    side = stage.image_size * parts.backbone.patch_size // parts.multiple
+    text_tokens = int(split(recipe.model, "model")[1].get("text_encoder", {}).get("max_tokens", 256))
+    return stage.microbatch_size * parts.backbone.flops(parts.backbone.num_tokens(side, side), text_tokens, training=True)
+
+
+def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:
+    """The same run with one rank's share of every batch, and nothing that reaches out of `folder`."""
+    algorithms = copy.deepcopy(recipe.algorithms)
+    for stage in (algorithms.get("progressive_resolution") or {}).get("stages", []):
+        stage["global_train_batch_size"] //= num_ranks
+    changes: dict[str, Any] = {
+        "run_folder": str(folder / "run"),
+        "global_train_batch_size": recipe.global_train_batch_size // num_ranks,
+        "global_eval_batch_size": (recipe.global_eval_batch_size or recipe.global_train_batch_size) // num_ranks,
+        "algorithms": algorithms,
+        "loggers": {},
+        "parallelism_config": None,
+        "autoresume": False,
+        "progress_bar": False,
+        "preflight": False,
+        "code_paths": [],  # imported already
+    }
+    source = unmade_source(recipe, "train_loader")
+    if source is not None:
+        path = folder / "data"
+        try:
+            prepare(path, source, recipe.train_loader["source"], limit=SAMPLES)
+        except (OSError, ValueError) as error:
+            raise UserError(f"train_loader.source: {error}") from error
+        changes |= {"train_loader": recipe.train_loader | {"path": str(path)}, "eval_loader": None}
+    elif unmade_source(recipe, "eval_loader") is not None:
+        changes["eval_loader"] = None
+    return dataclasses.replace(recipe, **changes)

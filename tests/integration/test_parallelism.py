@@ -1,0 +1,33 @@
+"""Where `parallelism_config` puts the weights."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prx_composer.errors import UserError
+from prx_composer.parallelism import parallelism
+
+
+@pytest.mark.parametrize(
+    ("degree", "expected"),
+    [
+        (8, "(4, 8) (Replicate(), Shard(dim=0)) (28, 64)"),
+        (-1, "(32,) (Shard(dim=0),) (7, 64)"),
+    ],
+)
+def test_weights_are_sharded_within_nodes_and_replicated_over_them(degree: int, expected: str) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("hybrid_mesh.py")), str(degree), "32"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.strip() == expected
+
+
+def test_what_cannot_be_is_said() -> None:
+    with pytest.raises(UserError, match=r"shard_degree: 5 must divide the 32 ranks \(1, 2, 4, 8, 16, 32\)"):
+        parallelism({"fsdp": {"shard_degree": 5}}, 32)
+    with pytest.raises(UserError, match="replicas of shards need GPUs"):
+        parallelism({"fsdp": {"shard_degree": 2}}, 4, on_gpu=False)
+    assert parallelism({"fsdp": {"shard_degree": 4}}, 4, on_gpu=False) is not None
+    assert parallelism(None, 4) is None

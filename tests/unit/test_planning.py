@@ -1,0 +1,530 @@
+"""The plan of a run against reference numbers, torch's counters, and what real tiny runs hold in memory and leave on disk."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stacks import REPOSITORY, TEACHER, stack_of_24h
+from torch.nn.attention import SDPBackend, sdpa_kernel  # the counter knows no formula of the CPU's own kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
+from typer.testing import CliRunner
+
+from prx_composer import config
+from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
+from prx_composer.algorithms.lpips import build_network
+from prx_composer.cli import app
+from prx_composer.config import Recipe
+from prx_composer.errors import UserError
+from prx_composer.hardware import GPUS, find_gpu
+from prx_composer.models.activations import backbone_activations
+from prx_composer.models.encoder_sizes import known_config, vision_size
+from prx_composer.models.flops import lpips_flops, vision_flops
+from prx_composer.models.huggingface import random_config
+from prx_composer.plan_fit import fit
+from prx_composer.plan_memory import training_state
+from prx_composer.plan_model import plan_model
+from prx_composer.plan_text import as_text
+from prx_composer.plan_timeline import timeline
+from prx_composer.planning import Conditions, estimate_checkpoint_bytes, make_plan
+from prx_composer.quantities import parse_count, parse_rate
+from prx_composer.train import build_trainer
+
+Write = Callable[..., str]
+H200 = find_gpu("h200")
+LIMIT = Conditions(H200, num_gpus=32, price=2.0, utilisation=1.0, stored_text=True)
+FULL = str(REPOSITORY / "yamls" / "24h.yaml")
+# reference.md counts a projector of 1,024 channels, and REPA in both stages.
+AS_REFERENCE = ["algorithms.repa.projector_hidden=1024", "algorithms.repa.end=null"]
+
+
+def full(*changes: str) -> Recipe:
+    return config.load([FULL, *changes])
+
+
+# ------------------------------------------------------------------------------------------ the 24-hour recipe
+
+
+def test_parameters_are_those_of_the_reference() -> None:
+    assert make_plan(full(), LIMIT).parameters / 1e6 == pytest.approx(1177, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "at_512", "at_1024"),
+    [
+        (["algorithms.tread=false"], "denoiser", 1365.9, 5235.9),
+        ([], "denoiser", 878.1, 3119.9),
+        ([], "repa", 167.7, 739.3),
+        ([], "lpips", 80.2 + 40.1, 320.8 + 160.4),
+        ([], "perceptual_dino", 94.2 + 47.1, 94.2 + 47.1),
+        ([], "text encoder", 1050.4, 1050.4),
+    ],
+)
+def test_flops_of_every_component_are_those_of_the_reference(
+    changes: list[str], name: str, at_512: float, at_1024: float
+) -> None:
+    """The denoiser's differ by up to 0.3%: the reference counts three forward passes, but nobody computes input gradients of
+    the first layers. The others agree to the digits given."""
+    online = dataclasses.replace(LIMIT, stored_text=False)
+    stages = make_plan(full(*AS_REFERENCE, *changes), online).stages
+    tolerance = 3e-3 if name == "denoiser" else 1e-3
+    assert [stage.flops[name] / 1e9 for stage in stages] == pytest.approx([at_512, at_1024], rel=tolerance)
+    assert stages[0].flops["denoiser"] / 1e9 < 878.1 or changes
+
+
+def test_the_limit_is_that_of_the_reference_and_half_of_it_takes_twice_as_long() -> None:
+    plan = make_plan(full(*AS_REFERENCE), LIMIT)
+    assert [stage.total_flops / 1e9 for stage in plan.stages] == pytest.approx([1307, 4482], rel=2e-3)
+    assert [stage.images_per_second for stage in plan.stages] == pytest.approx([604, 176], rel=3e-3)
+    assert plan.training_hours == pytest.approx(2.0, abs=0.05)
+    half = make_plan(full(*AS_REFERENCE), dataclasses.replace(LIMIT, utilisation=0.5))
+    assert half.training_hours == pytest.approx(4.0, abs=0.1) and half.training_hours == pytest.approx(2 * plan.training_hours)
+
+
+def test_the_reported_run_took_a_day_and_1500_dollars() -> None:
+    measured = dataclasses.replace(LIMIT, utilisation=None, throughput={512: 40.7, 1024: 40.7}, disk=1e15)
+    plan = make_plan(full(), measured)
+    assert plan.images == pytest.approx(112.6e6, rel=1e-3)
+    assert plan.hours == pytest.approx(24, rel=2e-3)
+    assert plan.dollars == pytest.approx(1500, rel=0.03)
+    assert plan.stages[0].utilisation == pytest.approx(40.7 / 604, rel=0.01)
+
+
+def test_muons_work_is_that_of_the_reference_and_not_part_of_the_sum() -> None:
+    for stage in make_plan(full(), LIMIT).stages:
+        assert stage.optimizer_flops * stage.batch_size / 1e12 == pytest.approx(47.9, abs=0.05)
+        assert stage.total_flops == sum(stage.flops.values())
+
+
+def test_what_ends_with_a_stage_is_not_in_the_next() -> None:
+    first, second = make_plan(full(), LIMIT).stages
+    assert "repa" in first.flops and "repa" not in second.flops
+    assert first.memory.frozen - second.memory.frozen == 2 * 303_129_600  # DINOv3 ViT-L in bf16 is let go
+
+
+def test_a_window_that_opens_inside_of_a_stage_counts_for_its_share_and_for_all_of_the_memory() -> None:
+    dense, routed = (make_plan(full(*c), LIMIT).stages[0] for c in (["algorithms.tread=false"], []))
+    mixed = make_plan(full("algorithms.tread.start=25000ba", "algorithms.repa.end=50000ba"), LIMIT).stages[0]
+    assert mixed.flops["denoiser"] == pytest.approx(0.25 * dense.flops["denoiser"] + 0.75 * routed.flops["denoiser"])
+    # for a quarter of the steps REPA's head sees all tokens, for a quarter half of them
+    assert mixed.flops["repa"] == pytest.approx(0.25 * dense.flops["repa"] + 0.25 * routed.flops["repa"])
+    assert mixed.memory.activations == dense.memory.activations
+
+
+# --------------------------------------------------------------------------------------------- torch's counters
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(model_type="dinov2"),
+        dict(model_type="dinov2_with_registers", num_register_tokens=3),
+        dict(model_type="dinov2", use_swiglu_ffn=True),
+        dict(model_type="dinov3_vit", intermediate_size=64, num_register_tokens=2),
+        dict(model_type="clip_vision_model", intermediate_size=64),
+        dict(model_type="siglip_vision_model", intermediate_size=64),
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_teacher_flops_and_parameters_are_those_of_the_real_class(settings: dict[str, Any]) -> None:
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=4, image_size=16)
+    teacher = AutoModel.from_config(random_config(settings | sizes))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        teacher(pixel_values=torch.zeros(3, 3, 16, 16))
+    size = vision_size(settings | sizes)
+    # SigLIP's head does a little for one token that is not counted.
+    tolerance = 0.05 if "siglip" in settings["model_type"] else 0
+    assert 3 * vision_flops(size, 16) == pytest.approx(counter.get_total_flops(), rel=tolerance)
+    assert size.parameters == sum(p.numel() for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("net", ["vgg", "alex", "squeeze"])
+@pytest.mark.parametrize("sides", [(64, 64), (67, 45)])
+def test_lpips_flops_are_those_of_the_real_class(net: Any, sides: tuple[int, int]) -> None:
+    network: Any = build_network(net, random_weights=True)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.net(torch.zeros(2, 3, *sides))
+    assert 2 * lpips_flops(net, *sides) == counter.get_total_flops()
+
+
+@pytest.fixture
+def stack(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
+    """The stack of the 24-hour recipe at toy size, without what a count of FLOPs leaves out: resizing and Muon."""
+    recipe = stack_of_24h(tiny_recipe)
+    recipe["optimizer"], recipe["scheduler"] = {"name": "adamw", "lr": 1e-3}, {"name": "constant"}
+    recipe["algorithms"]["lpips"]["scale"] = 1.0
+    sizes = dict(global_train_batch_size=6, device_train_microbatch_size=6)
+    recipe["algorithms"]["progressive_resolution"]["stages"] = [
+        {"until": "1ba", "image_size": 20, **sizes},
+        {"image_size": 24, **sizes},
+    ]
+    recipe["algorithms"]["repa"]["end"] = "1ba"
+    recipe["algorithms"]["perceptual_dino"] |= {"image_size": 20, "end": "1ba"}
+    return recipe | {"image_size": 20, "max_duration": "2ba", "save_interval": "2ba", **sizes}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"repa": {"teacher": TEACHER, "block": 2, "adapter": {"depth": 1}}, "tread": {"start_block": 1, "end": "1ba"}},
+        {"repa": False, "irepa": {"teacher": TEACHER, "block": 1}, "tread": False, "sprint": {"start_block": 1, "rate": 0.5}},
+    ],
+    ids=["as the recipe", "adapter", "iREPA and SPRINT"],
+)
+def test_the_flops_of_a_whole_run_are_those_that_torch_counts(
+    changes: dict[str, Any], stack: dict[str, Any], write_recipe: Write
+) -> None:
+    stack["algorithms"] |= changes
+    recipe = config.load([write_recipe(stack)])
+    planned = sum(stage.images * stage.total_flops for stage in make_plan(recipe, Conditions(H200, utilisation=1.0)).stages)
+    trainer = build_trainer(recipe)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        trainer.fit()
+    trainer.close()
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.005)
+
+
+# ------------------------------------------------------------------------------------------------ memory and disk
+
+
+def bytes_of(tensors: Iterator[torch.Tensor] | list[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"name": "adamw", "lr": 1e-3},
+        {"name": "muon", "lr": 1e-3, "exclude": ["modulation"]},
+        {"name": "decoupled_adamw", "lr": 1e-3},
+    ],
+    ids=lambda optimizer: optimizer["name"],
+)
+def test_state_is_byte_for_byte_that_of_a_run_and_a_checkpoint_is_as_large_as_foretold(
+    optimizer: dict[str, Any], stack: dict[str, Any], write_recipe: Write
+) -> None:
+    path = write_recipe(stack | {"optimizer": optimizer, "max_duration": "1ba"})
+    trainer = build_trainer(config.load([path]))
+    trainer.fit()
+    recipe = config.load([path])  # now the run's tokenizer is there, whose size the plan needs
+    state, model = training_state(plan_model(recipe), recipe), trainer.state.model
+    assert state.weights == bytes_of([p for p in model.parameters() if p.requires_grad])
+    held = trainer.state.optimizers[0].state.values()
+    assert state.optimizer == bytes_of([tensor for tensors in held for tensor in tensors.values()])
+    ema: Any = next(a for a in trainer.state.algorithms if type(a).__name__ == "EMA")
+    assert state.ema == bytes_of(list(ema.average.average.values()))
+    trainer.close()
+    folder = Path(recipe.run_folder) / "checkpoints"
+    largest = max(file.stat().st_size for file in folder.rglob("*.pt") if not file.is_symlink())
+    assert estimate_checkpoint_bytes(recipe) == pytest.approx(largest, rel=0.1, abs=200_000)
+
+
+class Kept:
+    """Counts the bytes of distinct storages that autograd saves, but for the parameters'."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._storages[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return tensor
+
+    def __enter__(self) -> "Kept":
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._hooks.__exit__(*_)
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+
+WITHIN = 1.15  # the factor that an estimate of activations is held to
+
+
+def images_of(outputs: Any) -> list[torch.Tensor]:
+    """What a step holds until the backward pass, whether or not autograd saves it."""
+    return [outputs.prediction, outputs.clean, outputs.noise, outputs.noised, outputs.text.embedding]
+
+
+def test_activations_of_the_whole_stack_are_about_what_a_step_really_keeps(stack: dict[str, Any], write_recipe: Write) -> None:
+    del stack["algorithms"]["progressive_resolution"]
+    for name in ("repa", "perceptual_dino"):
+        del stack["algorithms"][name]["end"]
+    path = write_recipe(stack | {"max_duration": "1ba"})
+    trainer = build_trainer(config.load([path]))
+    trainer.fit()  # opens the windows
+    model: Any = trainer.state.model.train()
+    batch = {name: values[:6] for name, values in next(iter(trainer.state.train_dataloader)).items()}
+    frozen = [loss.teacher._frozen.module for loss in model.auxiliary_losses.named().values() if hasattr(loss, "teacher")]
+    frozen.append(model.auxiliary_losses["lpips"]._network.module)
+    with Kept(torch.nn.ModuleList([model, *frozen])) as kept:
+        outputs = model(batch)
+        loss = model.loss(outputs, batch)["total"]
+        for tensor in images_of(outputs):
+            kept.add(tensor)
+    trainer.close()
+    assert loss.requires_grad
+    stage = make_plan(config.load([path]), Conditions(H200, utilisation=1.0)).stages[0]
+    assert stage.microbatch_size == 6 and {"repa", "lpips", "perceptual_dino"} <= stage.flops.keys()
+    assert 1 / WITHIN < stage.memory.activations / kept.bytes < WITHIN
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("trained_text", [False, True])
+@pytest.mark.parametrize("backbone", [{}, dict(hidden_size=64, mlp_ratio=3.5, bottleneck_size=16), dict(depth=4)], ids=str)
+def test_activations_of_the_backbone_are_about_what_a_step_really_keeps(
+    backbone: dict[str, Any], trained_text: bool, amp: bool, tiny_model: Any, tiny_batch: Any
+) -> None:
+    model = tiny_model(trainable_text=trained_text, **backbone)
+    if amp:
+        apply_low_precision_norm(model)
+    with torch.autocast("cpu", torch.bfloat16) if amp else contextlib.nullcontext(), Kept(model) as kept:
+        outputs = model(tiny_batch)
+        model.loss(outputs, tiny_batch)
+        for tensor in images_of(outputs):
+            kept.add(tensor)
+    image_tokens = model.backbone.num_tokens(*tiny_batch["image"].shape[-2:])
+    estimate = 4 * backbone_activations(model.backbone.config, image_tokens, 14, amp=amp)
+    copies = 2 * sum(p.numel() for p in model.parameters() if p.ndim >= 2) if amp else 0
+    assert 1 / WITHIN < (estimate + copies) / kept.bytes < WITHIN
+
+
+def test_fsdp_cuts_the_state_into_parts_and_ddp_holds_all_of_it_and_buckets() -> None:
+    degree = "parallelism_config.fsdp.shard_degree"
+    whole = training_state(plan_model(full()), full())
+    ranks = [make_plan(full(f"{degree}=-1"), LIMIT), make_plan(full("parallelism_config=null"), LIMIT)]
+    sharded, replicated = (plan.stages[0].memory for plan in ranks)
+    for name in ("weights", "optimizer", "ema"):
+        assert getattr(replicated, name) == getattr(whole, name)
+        # every parameter's last part may be padded
+        assert getattr(whole, name) <= 32 * getattr(sharded, name) < 1.03 * getattr(whole, name)
+    assert replicated.gathered == whole.weights > 3 * sharded.gathered
+    hybrid = make_plan(full(f"{degree}=8"), LIMIT).stages[0].memory
+    assert hybrid.weights == pytest.approx(4 * sharded.weights, rel=0.03)
+    assert ranks[0].checkpoints.bytes == ranks[1].checkpoints.bytes == whole.checkpoint
+
+
+def test_checkpointing_activations_keeps_fewer() -> None:
+    plain, checkpointed = (
+        make_plan(full(f"parallelism_config={{fsdp: {{activation_checkpointing: {on}}}}}"), LIMIT).stages[0].memory.activations
+        for on in ("false", "true")
+    )
+    assert checkpointed < 0.5 * plain
+
+
+def test_a_plan_that_does_not_fit_says_which_microbatch_would() -> None:
+    small = dataclasses.replace(LIMIT, gpu=GPUS["rtx4090"], stored_text=True)
+    plan = make_plan(full(), small)
+    stage = plan.stages[1]
+    assert not stage.fits and 0 < stage.fitting_microbatch < stage.microbatch_size
+    path = "algorithms.progressive_resolution.stages[1].device_train_microbatch_size"
+    assert make_plan(full(f"{path}={stage.fitting_microbatch}"), small).stages[1].fits
+    assert f"device_train_microbatch_size: {stage.fitting_microbatch} would" in as_text(plan)
+
+
+@pytest.mark.parametrize(("interval", "keep", "count"), [("3ba", 2, 3), ("0.5dur", -1, 2), ("8ba", 5, 1), ("50sp", 1, 6)])
+def test_checkpoints_are_counted_with_the_last_one(
+    interval: str, keep: int, count: int, tiny_recipe: dict[str, Any], write_recipe: Write
+) -> None:
+    recipe = config.load([write_recipe(tiny_recipe | {"save_interval": interval, "save_num_checkpoints_to_keep": keep})])
+    found = make_plan(recipe, Conditions(H200, utilisation=0.1, disk=2e6)).checkpoints
+    assert found.count == count and found.seconds == found.bytes / 2e6
+    assert found.on_disk == found.bytes * (count if keep < 0 else min(count, keep + 1))
+
+
+# --------------------------------------------------------------------------------------------- schedule and data
+
+
+def spans(recipe: Recipe, samples: int | None = None) -> list[tuple[int, int]]:
+    return [(span.start, span.end) for span in timeline(recipe, 1, samples).spans]
+
+
+@pytest.mark.parametrize(
+    ("until", "max_duration", "expected"),
+    [
+        ("4ba", "8ba", [(0, 4), (4, 8)]),
+        ("0.5dur", "9ba", [(0, 5), (5, 9)]),  # half of nine is first passed after five
+        ("100sp", "8ba", [(0, 3), (3, 8)]),  # of batches of 48
+        ("4ba or 0.83budget", "8ba", [(0, 4), (4, 8)]),
+        ("2h or 4ba", "8ba", [(0, 4), (4, 8)]),
+        ("4ba", "240sp", [(0, 4), (4, 6)]),  # 4 · 48 + 2 · 24
+        ("4ba", "3ba", [(0, 3)]),
+    ],
+)
+def test_stages_in_any_unit_are_laid_out_in_steps(
+    until: str, max_duration: str, expected: list[tuple[int, int]], tiny_recipe: dict[str, Any], write_recipe: Write
+) -> None:
+    tiny_recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] = until
+    assert spans(config.load([write_recipe(tiny_recipe | {"max_duration": max_duration})])) == expected
+
+
+def test_an_alternative_in_time_is_named_as_left_out() -> None:
+    path = "algorithms.progressive_resolution.stages[0].until"
+    plan = make_plan(full(f"{path}=90000ba or 0.8budget"), LIMIT)
+    assert f"{path}: 90000ba or 0.8budget is taken as 90000ba" in plan.assumptions
+    with pytest.raises(UserError, match=r"stages\[0\]\.until: 0\.8budget says nothing of steps"):
+        make_plan(full(f"{path}=0.8budget"), LIMIT)
+
+
+def test_the_data_on_disk_says_how_many_epochs_and_bytes(
+    tiny_recipe: dict[str, Any], shapes_data: Path, write_recipe: Write
+) -> None:
+    plan = make_plan(config.load([write_recipe(tiny_recipe)]), Conditions(H200, utilisation=1.0, samples=5))
+    assert plan.samples == 240 and plan.samples_from == "train_loader.path"
+    assert [stage.epochs for stage in plan.stages] == [4 * 48 / 240, 4 * 24 / 240]
+    shards = sum(file.stat().st_size for file in (shapes_data / "train").rglob("*.mds"))
+    assert plan.stages[0].read_bytes == pytest.approx(shards / 240)
+
+    tiny_recipe["train_loader"] = {"name": "image_caption", "path": "nowhere"}
+    absent = config.load([write_recipe(tiny_recipe)])
+    assert make_plan(absent, Conditions(H200, utilisation=1.0)).stages[0].epochs is None
+    assert make_plan(absent, Conditions(H200, utilisation=1.0, samples=96)).stages[0].epochs == 2
+    tiny_recipe["algorithms"] = {}
+    epochs = config.load([write_recipe(tiny_recipe | {"max_duration": "3ep"})])
+    with pytest.raises(UserError, match=r"max_duration: 3ep .* --samples"):
+        make_plan(epochs, Conditions(H200, utilisation=1.0))
+    assert spans(epochs, samples=240) == [(0, 15)]
+
+
+def test_batches_that_do_not_divide_over_the_gpus_are_refused_at_their_path() -> None:
+    with pytest.raises(UserError, match=r"stages\[0\]\.global_train_batch_size: 1024 does not divide over 24 ranks"):
+        make_plan(full(), dataclasses.replace(LIMIT, num_gpus=24))
+
+
+# ------------------------------------------------------------------------------------------------------- fitting
+
+
+@pytest.mark.parametrize("hours", [0.5, 1.9, 6])
+def test_a_fitted_schedule_takes_nearly_the_time_given_and_keeps_its_proportions(hours: float) -> None:
+    fitted = fit(full(), LIMIT, hours * 3600)
+    again = make_plan(full(*fitted.arguments), LIMIT)  # what a user would train
+    assert again == fitted.plan
+    assert 0.97 * hours < again.hours <= hours
+    first, second = again.stages
+    assert (first.end - first.start) / (second.end - second.start) == pytest.approx(5, rel=0.01)
+    assert "repa" in first.flops and "repa" not in second.flops  # its window went along
+    assert first.end % 10 == 0
+
+
+def test_a_fitted_schedule_moves_all_that_is_tied_to_steps_and_nothing_else(
+    tiny_recipe: dict[str, Any], write_recipe: Write
+) -> None:
+    recipe = copy.deepcopy(tiny_recipe) | {"max_duration": "8000ba", "save_interval": "2000ba"}
+    recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] = "4000ba or 0.8budget"
+    recipe["algorithms"]["ema"] |= {"start": "2000ba"}
+    recipe["algorithms"]["gradient_clipping"] |= {"start": "0.1dur", "end": f"{4000 * 48}sp"}
+    recipe["scheduler"] = {"name": "cosine_with_warmup", "t_warmup": "100ba", "t_max": "8000ba"}
+    loaded = config.load([write_recipe(recipe)])
+    slow = Conditions(H200, utilisation=None, throughput={8: 480.0, 16: 240.0}, disk=1e15)
+    seconds = make_plan(loaded, slow).hours * 3600
+    assert fit(loaded, slow, seconds / 2).changes == {
+        "max_duration": "4000ba",
+        "algorithms.progressive_resolution.stages[0].until": "2000ba or 0.8budget",
+        "algorithms.ema.start": "1000ba",
+        "algorithms.gradient_clipping.end": f"{2000 * 48}sp",
+        "scheduler.t_max": "4000ba",
+    }
+    assert "scheduler.t_warmup=100ba" in fit(loaded, slow, seconds / 2).unmoved
+    assert fit(loaded, slow, 2 * seconds).changes["max_duration"] == "16000ba"
+    with pytest.raises(UserError, match="too short for a step of every stage"):
+        fit(loaded, slow, 0.01)
+
+
+# ------------------------------------------------------------------------------------------- what a stranger types
+
+
+def prx(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_table_names_what_a_reader_looks_for() -> None:
+    found = prx(FULL, "--gpus", "32", "--gpu", "h200", "--price", "2.0", "--mfu", "0.33", "--samples", "8.7M")
+    assert found.exit_code == 0, found.exception
+    for text in ("4 nodes of 8", "33% of the reachable peak (26% of the datasheet's)", "measured", "REPA", "12.95", "yes"):
+        assert text in found.output
+    assert "online" in found.output and "embeddings of google/t5gemma" in prx(FULL, "--stored-text", "--gpus", "8").output
+
+
+def test_json_says_what_the_table_says(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert "total: " in prx(FULL, "--gpus", "32", "--json", str(file), "--fit", "5h").output
+    written = json.loads(file.read_text())
+    assert written["hours"] <= 5 and written["fit"]["algorithms.repa.end"].split()[0] == f"{written['stages'][0]['end']}ba"
+    printed = json.loads(prx(FULL, "--gpus", "32", "--json").output)
+    assert printed["stages"][1]["flops"].keys() == {"denoiser", "text encoder", "lpips", "perceptual_dino"}
+    assert printed["stages"][1]["memory"]["peak"] > printed["stages"][1]["memory"]["activations"]
+
+
+def test_measured_speeds_must_cover_every_stage_and_be_of_the_same_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "speeds.json"
+    stages = [{"image_size": 512, "images_per_second_per_gpu": 190.0}]
+    file.write_text(json.dumps({"gpu": "h100", "stages": stages}))
+    missing = prx(FULL, "--gpus", "32", "--throughput", str(file)).exception
+    assert isinstance(missing, UserError) and "image_size 1024, only at 512" in str(missing)
+    other = prx(FULL, "--gpus", "32", "--throughput", str(file), "--gpu", "h200").exception
+    assert isinstance(other, UserError) and "measured on h100" in str(other)
+    both = prx(FULL, "--gpus", "32", "--throughput", str(file), "--mfu", "0.4").exception
+    assert isinstance(both, UserError) and "give one of them" in str(both)
+    file.write_text("[]")
+    broken = prx(FULL, "--gpus", "32", "--throughput", str(file)).exception
+    assert isinstance(broken, UserError) and "no file of the form" in str(broken)
+
+
+def test_an_encoder_that_nothing_is_known_of_is_named_and_not_counted() -> None:
+    recipe = full("algorithms.repa.teacher.pretrained=somebody/vit", "model.text_encoder.pretrained=somebody/llm")
+    plan = make_plan(recipe, dataclasses.replace(LIMIT, stored_text=False))
+    assert plan.stages[0].flops.keys() == {"denoiser", "lpips", "perceptual_dino"}
+    assert any(line.startswith("algorithms.repa.teacher: somebody/vit") for line in plan.unknown)
+    assert any(line.startswith("model.text_encoder: somebody/llm") for line in plan.unknown)
+
+
+def test_an_algorithm_of_ones_own_is_named_and_not_counted(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
+    recipe = tiny_recipe | {"code_paths": [str(REPOSITORY / "recipes" / "custom_stack" / "brightness.py")]}
+    recipe["algorithms"] |= {"brightness": {}}
+    found = prx(write_recipe(recipe))
+    assert found.exit_code == 0 and "algorithms.brightness: what it costs is not known" in found.output
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("facebook/dinov2-base", 86.6),
+        ("facebook/dinov2-large", 304.4),
+        ("facebook/dinov3-vitl16-pretrain-lvd1689m", 303.1),
+        ("google/siglip-so400m-patch14-384", 428.2),
+        ("openai/clip-vit-large-patch14", 303.2),
+    ],
+)
+def test_known_teachers_have_the_published_number_of_parameters(name: str, millions: float) -> None:
+    settings = known_config(name)
+    assert settings is not None and vision_size(settings).parameters / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_no_gpu_reaches_its_datasheet() -> None:
+    assert all(0.4 < gpu.reachable_tflops / gpu.datasheet_tflops < 0.95 for gpu in GPUS.values())
+    with pytest.raises(UserError, match="Did you mean 'h100'"):
+        find_gpu("h1000")
+
+
+def test_counts_and_rates_are_read_as_people_write_them() -> None:
+    assert [parse_count(text, "") for text in ("8.7M", "240k", "1,000", "1.5B")] == [8_700_000, 240_000, 1000, 1_500_000_000]
+    assert [parse_rate(text, "") for text in ("1GB/s", "500 MB/s", "2.5gbps")] == [1e9, 5e8, 2.5e9]
+    for wrong in ("many", "0", "-3"):
+        with pytest.raises(UserError, match="--samples"):
+            parse_count(wrong, "--samples")
+        with pytest.raises(UserError, match="--disk"):
+            parse_rate(wrong, "--disk")

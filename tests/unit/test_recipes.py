@@ -1,0 +1,110 @@
+"""The 24-hour recipe and its laptop-size copy are held against each other, key by key; the launch files against the recipe."""
+
+import fnmatch
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPES = REPOSITORY / "yamls"
+
+# Paths at which the mini recipe may differ, and why. Everything else is the same to the letter.
+MAY_DIFFER = {
+    "run_name": "it is another run",
+    "time_budget": "a hundredth of the steps",
+    "model.compile": "compiling takes longer than the run; tests/integration/test_composition.py compiles the stack",
+    "model.backbone.patch_size": "size",
+    "model.backbone.bottleneck_size": "size",
+    "model.backbone.hidden_size": "size",
+    "model.backbone.depth": "size",
+    "model.backbone.num_heads": "size",
+    "model.backbone.context_in_dim": "the width of the text encoder",
+    "model.text_encoder.pretrained": "random weights of the same library instead of a download",
+    "model.text_encoder.config.*": "random weights",
+    "model.text_encoder.tokenizer.train": "random weights have no tokenizer",
+    "model.text_encoder.max_tokens": "size",
+    "model.text_encoder.dtype": "a CPU computes in fp32",
+    "*_loader.path": "data",
+    "train_loader.source.*": "data that are made on first use",
+    "train_loader.num_workers": "two cores",
+    "image_size": "size",
+    "global_train_batch_size": "size",
+    "global_eval_batch_size": "size",
+    "max_duration": "a hundredth of the steps",
+    "precision": "Composer trains in fp32 on a CPU",
+    "parallelism_config.fsdp.shard_degree": "any number of processes",
+    "optimizer.lr": "a hundredth of the steps",
+    "optimizer.adam_lr": "a hundredth of the steps",
+    "scheduler.t_warmup": "a hundredth of the steps",
+    "algorithms.ema.smoothing": "a hundredth of the steps",
+    "algorithms.tread.start_block": "depth",
+    "algorithms.tread.end_block": "depth",
+    "algorithms.repa.teacher.*": "random weights",
+    "algorithms.repa.block": "depth",
+    "algorithms.repa.projector_hidden": "size",
+    "algorithms.repa.end": "a hundredth of the steps",
+    "algorithms.lpips.net": "size: the smallest network",
+    "algorithms.lpips.scale": "size: that network needs 17 px",
+    "algorithms.lpips.random_weights": "random weights",
+    "algorithms.perceptual_dino.teacher.*": "random weights",
+    "algorithms.perceptual_dino.image_size": "size",
+    "algorithms.progressive_resolution.stages.*": "sizes, and a hundredth of the steps",
+    "callbacks.shapes_score.*": "a score that these data have",
+    "callbacks.images.interval": "a hundredth of the steps",
+    "callbacks.images.num_inference_steps": "half of them",
+    "callbacks.images.prompts.*": "what the data show",
+    "eval_interval": "a hundredth of the steps",
+    "save_interval": "a shorter run",
+}
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {p: leaf for key, child in value.items() for p, leaf in leaves(child, f"{path}.{key}" if path else str(key)).items()}
+    if isinstance(value, list) and value:
+        return {p: leaf for index, child in enumerate(value) for p, leaf in leaves(child, f"{path}.{index}").items()}
+    return {path: value}
+
+
+def test_the_mini_recipe_differs_from_the_24h_recipe_only_where_a_reason_is_given() -> None:
+    full, mini = (leaves(yaml.safe_load((RECIPES / f"{name}.yaml").read_text())) for name in ("24h", "24h_mini"))
+    differing = {path for path in full.keys() | mini.keys() if full.get(path) != mini.get(path)}
+    unexplained = {path for path in differing if not any(fnmatch.fnmatch(path, pattern) for pattern in MAY_DIFFER)}
+    assert not unexplained, {path: (full.get(path), mini.get(path)) for path in sorted(unexplained)}
+    unused = {pattern for pattern in MAY_DIFFER if not any(fnmatch.fnmatch(path, pattern) for path in differing)}
+    assert not unused, f"these are the same now: {sorted(unused)}"
+
+
+def test_both_have_the_same_algorithms_and_callbacks_in_the_same_order_and_as_many_stages() -> None:
+    full, mini = (yaml.safe_load((RECIPES / f"{name}.yaml").read_text()) for name in ("24h", "24h_mini"))
+    assert list(full["algorithms"]) == list(mini["algorithms"])
+    assert list(full["callbacks"]) == [name for name in mini["callbacks"] if name != "shapes_score"]
+    stages = [recipe["algorithms"]["progressive_resolution"]["stages"] for recipe in (full, mini)]
+    for of_full, of_mini in zip(*stages, strict=True):
+        assert list(of_full) == list(of_mini)
+    ends = [recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] for recipe in (full, mini)]
+    assert ends == ["100000ba or 0.78budget", "1000ba or 0.78budget"], "a hundredth"
+    assert [full["max_duration"], mini["max_duration"]] == ["120000ba", "1200ba"]
+
+
+def test_every_value_of_the_24h_recipe_can_be_traced() -> None:
+    """The header names the source of what has no comment; sections of our own say so."""
+    text = (RECIPES / "24h.yaml").read_text()
+    assert "Every value's source is Photoroom's PRX blog, part 3" in text
+    for ours in ("seed", "eval_loader", "skip_nonfinite", "callbacks", "eval_interval", "save_interval"):
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"{ours}:"))
+        assert "ours" in line, line
+
+
+def test_launch_files_name_the_recipe_and_its_shape() -> None:
+    folder = REPOSITORY / "recipes" / "speedrun_24h"
+    subprocess.run(["bash", "-n", str(folder / "slurm.sh")], check=True)
+    slurm = (folder / "slurm.sh").read_text()
+    sky = yaml.safe_load((folder / "sky.yaml").read_text())
+    recipe = yaml.safe_load((RECIPES / "24h.yaml").read_text())
+    assert "#SBATCH --nodes=4" in slurm and "#SBATCH --gpus-per-node=8" in slurm and sky["num_nodes"] == 4
+    assert sky["resources"]["accelerators"] == "H200:8" and recipe["parallelism_config"]["fsdp"]["shard_degree"] == 8
+    for text in (slurm, sky["run"]):
+        assert "train.py yamls/24h.yaml" in text and "--base_rank" in text and "--master_addr" in text
