@@ -2,8 +2,9 @@
 
 python benchmarks/checkpoint_cost.py --run runs/24h_mini --output benchmarks/results/checkpoint-cost.json
 
-Two figures. The share of a finished mini run that went into its checkpoints, from its metrics. And the seconds of a checkpoint by its size, from which the large one follows: t = a + bytes / rate, fitted
-to models of several widths, all with optimizer, average and CRC, flushed to the disk. Every rank of a node writes its shard.
+Two figures: the share of a finished mini run that went into its checkpoints, from its metrics; and the seconds of a checkpoint
+by its size, from which the large one follows: t = a + bytes / rate, fitted to models of several widths, with optimizer, average
+and CRC, flushed to the disk. Every rank of a node writes its shard.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from seeds import PACKAGES, processor
 from prx_composer import config
 from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.checkpoints import write_checkpoint
-from prx_composer.planning import estimate_checkpoint_bytes
+from prx_composer.planning.plan import estimate_checkpoint_bytes
 from prx_composer.schedule import Point
 from prx_composer.train import build_trainer
 
@@ -45,12 +46,12 @@ def write_times(width: int, repeats: int) -> dict[str, Any]:
         overrides += ["time_budget=null", "save_interval=1dur", "eval_loader=null", "progress_bar=false", "preflight=false"]
         trainer = build_trainer(config.load(["yamls/24h_mini.yaml", *overrides]))
         trainer.fit()
-        seconds = []
+        seconds, size = [], 0
         for _ in range(repeats):
             begin = time.monotonic()
             checkpoint = write_checkpoint(trainer.state, Path(folder) / "written", {})
             seconds.append(time.monotonic() - begin)
-        size = sum(file.stat().st_size for file in checkpoint.path.iterdir())
+            size = sum(file.stat().st_size for file in checkpoint.path.iterdir())
         trainer.close()
         shutil.rmtree(folder, ignore_errors=True)
     return {"hidden_size": width, "bytes": size, "seconds": round(statistics.median(seconds), 4)}

@@ -4,8 +4,8 @@ python benchmarks/kills.py yamls/24h_mini.yaml --kills 30 --output benchmarks/re
 
 After every kill the same command is given again. Kills come at random moments of start-up and training, while a checkpoint
 is being written (as soon as its folder appears, or a few milliseconds later), and around the switch of stages. All processes
-of the run die at once, as on a machine that loses power. Weights, their average, the optimizer's state and every logged loss must be
-equal; the result says so, and for each kill where the run was.
+of the run die at once, as on a machine that loses power. Weights, their average, the optimizer's state and every logged loss
+must be equal; the result says so, and for each kill where the run was.
 """
 
 import argparse
@@ -70,7 +70,8 @@ class Run:
 
     def __init__(self, recipe: str, name: str, overrides: list[str], processes: int):
         self.folder = Path("runs") / name
-        self.command = ["composer", "-n", str(processes), "train.py", recipe, f"run_name={name}", "progress_bar=false", *overrides]
+        options = [recipe, f"run_name={name}", "progress_bar=false", *overrides]
+        self.command = ["composer", "-n", str(processes), "train.py", *options]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", help="key=value, as for train.py")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     rng = random.Random(arguments.seed)
 
     whole = Run(arguments.recipe, "kills-undisturbed", arguments.overrides, arguments.processes)
@@ -182,7 +183,7 @@ def main() -> None:
     compared = [{key: state["state"][key] for key in ("model", "optimizers")} for state in states]
     for part, state in zip(compared, states, strict=True):
         part["average"] = state["state"]["callbacks"]["AverageState"]["average"]
-    unequal = differences(*compared)
+    unequal = differences(compared[0], compared[1])
     result = {
         "what": "final state of a run killed again and again against the undisturbed one",
         "date": datetime.date.today().isoformat(),

@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there: written aside, renamed when complete, and verified before they are read.
 
-    <run folder>/checkpoints/ba2000/checkpoint.json     batch, ranks, recipe, and size and CRC-32 of every file
-                                    rank0.pt             full state of the run; or, when it is sharded,
-                                    .metadata __0_0.distcp …
-    <run folder>/checkpoints/.ba4000.partial/            being written; what a kill left of it is deleted
+<run folder>/checkpoints/ba2000/checkpoint.json     batch, ranks, recipe, and size and CRC-32 of every file
+                                rank0.pt             full state of the run; or, when it is sharded,
+                                .metadata __0_0.distcp …
+<run folder>/checkpoints/.ba4000.partial/            being written; what a kill left of it is deleted
 """
 
 import json
@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from composer.core import State
 from composer.utils import dist, reproducibility
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from prx_composer.errors import UserError
 
@@ -163,8 +165,9 @@ def _write_state(state: State, folder: Path) -> None:
         if dist.get_global_rank() != 0:
             del content["rng"]  # of all ranks, gathered; Composer reads rank 0's
         try:
-            dcp.save(content, storage_writer=dcp.FileSystemWriter(folder), planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True))
-        except dcp.CheckpointException as error:  # raised on all ranks
+            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+            save_sharded(content, storage_writer=FileSystemWriter(folder), planner=planner)
+        except CheckpointException as error:  # raised on all ranks
             raise OSError("; ".join(str(failure[0]) for failure in error.failures.values())) from error
     else:
         _together(lambda: _save(content, folder / MONOLITH) if dist.get_global_rank() == 0 else None)

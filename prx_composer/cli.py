@@ -102,14 +102,18 @@ def plan(
 
     Nothing is downloaded or trained. How to read it, and what is assumed: recipes/speedrun_24h/PLAN.md
     """
-    from prx_composer import config, plan_fit, plan_text, planning
+    from prx_composer import config
     from prx_composer.errors import UserError
-    from prx_composer.hardware import find_gpu
-    from prx_composer.quantities import parse_count, parse_rate
+    from prx_composer.planning import fit as plan_fit
+    from prx_composer.planning import inputs as plan_inputs
+    from prx_composer.planning import plan as planning
+    from prx_composer.planning import text as plan_text
+    from prx_composer.planning.hardware import find_gpu
+    from prx_composer.planning.quantities import parse_count, parse_rate
 
     if mfu is not None and throughput is not None:
         raise UserError("--mfu and --throughput both say how fast training is; give one of them.")
-    measured_on, speeds = (None, None) if throughput is None else planning.read_throughput(throughput)
+    measured_on, speeds = (None, None) if throughput is None else plan_inputs.read_throughput(throughput)
     kind = find_gpu(gpu or measured_on or "h200")
     if measured_on is not None and find_gpu(measured_on) != kind:
         raise UserError(f"--gpu: {throughput} was measured on {measured_on}, which says little of {kind.name}; measure there.")

@@ -249,7 +249,9 @@ def _check_time_budget(recipe: Recipe) -> None:
     for key in ("scheduler", "algorithms", "callbacks"):
         for path, text in _strings(getattr(recipe, key), key):
             if names_budget(text):
-                raise UserError(f"{path}: {text} is a part of a time budget, and the recipe has none; set time_budget, to 24h say.")
+                raise UserError(
+                    f"{path}: {text} is a part of the time budget, and the recipe has none; set time_budget=24h, say."
+                )
 
 
 def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:

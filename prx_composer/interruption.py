@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def stop_on_signals(clock: TrainingClock) -> Iterator[None]:
-    """Inside, SIGTERM, SIGUSR1 (SLURM's warning before a time limit) and Ctrl-C ask the run to stop; a second Ctrl-C stops at once."""
+    """Inside, SIGTERM, SIGUSR1 (a cluster's warning) and Ctrl-C ask the run to stop; a second Ctrl-C stops at once."""
     owner = os.getpid()
     before: dict[int, Any] = {}
 

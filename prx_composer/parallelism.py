@@ -1,8 +1,8 @@
 """How the weights lie on the ranks: `parallelism_config` of a recipe → Composer's configuration.
 
-    (left out)                    DDP: every rank has all weights
-    {fsdp: {}}                    FSDP2: every rank has a shard
-    {fsdp: {shard_degree: 8}}     HSDP: shards over 8 ranks, such as those of a node, and replicas of that over the others
+(left out)                    DDP: every rank has all weights
+{fsdp: {}}                    FSDP2: every rank has a shard
+{fsdp: {shard_degree: 8}}     HSDP: shards over 8 ranks, such as those of a node, and replicas of that over the others
 """
 
 from dataclasses import dataclass
@@ -65,11 +65,13 @@ def parallelism(config: dict[str, Any] | None, num_ranks: int, on_gpu: bool = Tr
     degree = arguments.get("shard_degree", -1)
     if not isinstance(degree, int) or isinstance(degree, bool) or (degree != -1 and (degree < 1 or num_ranks % degree)):
         fitting = ", ".join(str(d) for d in range(1, num_ranks + 1) if num_ranks % d == 0)
-        raise UserError(f"{path}.fsdp.shard_degree: {degree!r} must divide the {num_ranks} ranks ({fitting}), or be -1 for all of them.")
+        raise UserError(
+            f"{path}.fsdp.shard_degree: {degree!r} must divide the {num_ranks} ranks ({fitting}), or be -1 for all of them."
+        )
     if degree not in (-1, num_ranks) and not on_gpu:
         raise UserError(
-            f"{path}.fsdp.shard_degree: replicas of shards need GPUs (gloo averages over no replicas); on {num_ranks} CPU processes "
-            f"use {path}.fsdp.shard_degree=-1, which shards over all of them."
+            f"{path}.fsdp.shard_degree: replicas of shards need GPUs (gloo averages over no replicas); on {num_ranks} CPU "
+            f"processes use {path}.fsdp.shard_degree=-1, which shards over all of them."
         )
     # Under amp, autocast chooses dtypes op by op. Composer's default would also round every block's and the backbone's inputs
     # to bf16, timesteps and rotary tables among them.

@@ -15,7 +15,16 @@ from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.config import RESUMABLE_CHANGES, Recipe
 from prx_composer.errors import UserError
 
-__all__ = ["CHECKPOINTS", "TOKENIZER", "as_saved", "check_run_folder", "check_same_recipe", "holds_run", "save_recipe", "summarise"]
+__all__ = [
+    "CHECKPOINTS",
+    "TOKENIZER",
+    "as_saved",
+    "check_run_folder",
+    "check_same_recipe",
+    "holds_run",
+    "save_recipe",
+    "summarise",
+]
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"

@@ -123,7 +123,7 @@ def count_after_step(state: State, unit: str | TimeUnit) -> float:
 def _clock(state: State, text: str) -> TrainingClock:
     clock = clock_of(state)
     if clock.budget is None:
-        raise UserError(f"{text} is a part of a time budget, and the recipe has none; set time_budget, such as 24h.")
+        raise UserError(f"{text} is a part of the time budget, and the run has none; set time_budget=24h, say.")
     return clock
 
 

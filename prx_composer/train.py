@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from composer import Trainer
-from composer.core import DataSpec, Evaluator
-from composer.utils import dist, get_device, reproducibility
+from composer.core import DataSpec, Evaluator, Event
+from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer import config, registry
 from prx_composer.algorithms.progressive_resolution import check_batch_sizes
 from prx_composer.callbacks.checkpointing import Checkpointing, due_every
-from prx_composer.callbacks.clock import TrainingClock, clock_of
+from prx_composer.callbacks.clock import ClockStop, TrainingClock, clock_of
 from prx_composer.callbacks.data_monitor import DataMonitor
 from prx_composer.callbacks.random_step import RandomStep
-from prx_composer.checkpoints import newest_whole_checkpoint
+from prx_composer.callbacks.rehearsal import with_rehearsal
+from prx_composer.callbacks.time_budget import TimeBudget, time_budget_of
+from prx_composer.checkpoints import newest_checkpoint, newest_whole_checkpoint
 from prx_composer.config import Recipe, build, build_all, split
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import Manifest, iterate_captions
@@ -48,6 +50,7 @@ from prx_composer.run_folder import (
     save_recipe,
     summarise,
 )
+from prx_composer.schedule import duration_string, parse_duration
 
 __all__ = ["build_trainer", "main", "run"]
 
@@ -87,6 +90,15 @@ def run(recipe: Recipe) -> str:
         return (
             f"{recipe.run_name} has already been trained for {state.max_duration.to_timestring()}; nothing was changed. "
             "Train it on with a longer max_duration=…, or start another with run_name=…\n" + summarise(folder)
+        )
+    budget = time_budget_of(state)
+    if budget is not None and budget.is_used_up:
+        trainer.close()
+        newest, spent = newest_checkpoint(folder), duration_string(clock_of(state).spent)
+        at = f" (its newest checkpoint is {newest.path})" if newest is not None else ""
+        return (
+            f"{recipe.run_name} has used {spent} of its time budget of {budget}{at}: no time for another step; nothing was "
+            "changed. Train it on with a longer time_budget=…, or start another with run_name=…\n" + summarise(folder)
         )
     try:
         if recipe.preflight:
@@ -149,6 +161,9 @@ def build_trainer(recipe: Recipe) -> Trainer:
     }
     loggers = build_all(registry.loggers, "loggers", {"metrics_file": {}} | recipe.loggers, **provided)
     callbacks = build_all(registry.callbacks, "callbacks", recipe.callbacks, **provided)
+    seconds = None if recipe.time_budget is None else parse_duration(recipe.time_budget)
+    clock = TrainingClock(folder, seconds)
+    save_when = with_rehearsal(due_every(recipe.save_interval))
     options: dict[str, Any] = dict(
         run_name=recipe.run_name,
         model=model,
@@ -156,17 +171,18 @@ def build_trainer(recipe: Recipe) -> Trainer:
         schedulers=build(registry.schedulers, name, arguments, "scheduler"),
         algorithms=build_all(registry.algorithms, "algorithms", recipe.algorithms, folder=str(folder)),
         callbacks=[
-            TrainingClock(folder),
+            clock,
+            *([] if seconds is None else [TimeBudget(seconds)]),
             GlooAverage(),
             RandomStep(),
             DataMonitor(),
             *callbacks,
-            Checkpointing(folder, due_every(recipe.save_interval), recipe.save_num_checkpoints_to_keep, as_saved(recipe)),
+            Checkpointing(folder, save_when, recipe.save_num_checkpoints_to_keep, as_saved(recipe)),
+            ClockStop(clock),
         ],
         loggers=loggers,
         train_dataloader=train_loader,
         eval_dataloader=_build_evaluator(recipe, model),
-        eval_interval=recipe.eval_interval,
         eval_subset_num_batches=recipe.eval_subset_num_batches,
         device_train_microbatch_size=microbatch_size,
         max_duration=recipe.max_duration,
@@ -280,7 +296,15 @@ def _build_evaluator(recipe: Recipe, model: TextToImage) -> Evaluator | None:
     batch_size = recipe.global_eval_batch_size or recipe.global_train_batch_size
     check_batch_sizes("global_eval_batch_size as ", batch_size, batch_size // dist.get_world_size() or 1, dist.get_world_size())
     loader = _build_loader(recipe, "eval_loader", model, batch_size, shuffle=False)
-    return Evaluator(label="eval", dataloader=loader, device_eval_microbatch_size=batch_size // dist.get_world_size())
+    # The last evaluation comes with the last batch, not after FIT_END as Composer's: its metrics belong to that batch's line.
+    when = create_interval_scheduler(recipe.eval_interval, checkpoint_events=False, final_events={Event.BATCH_END})
+    microbatch_size = batch_size // dist.get_world_size()
+    return Evaluator(
+        label="eval",
+        dataloader=loader,
+        eval_interval=with_rehearsal(when, Event.BATCH_END),
+        device_eval_microbatch_size=microbatch_size,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- model

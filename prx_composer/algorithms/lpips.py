@@ -22,7 +22,7 @@ from prx_composer.models.flow import FlowMatching
 from prx_composer.models.frozen import Frozen
 from prx_composer.models.vision_encoder import resize_antialiased
 
-__all__ = ["LPIPS", "LPIPSLoss", "Net", "build_network", "lpips_distance", "torchvision_weights"]
+__all__ = ["LPIPS", "LPIPSLoss", "Net", "build_network", "lpips_distance", "torchvision_weights", "weights_are_missing"]
 
 log = logging.getLogger(__name__)
 
@@ -181,25 +181,32 @@ def _load_backbone(backbone: nn.Module, file: Path, net: Net) -> None:
         raise UserError(f"algorithms.lpips.weights: {file} is no {_TORCHVISION[net][1]} of torchvision's ({reason}).") from error
 
 
-def torchvision_weights(net: Net) -> tuple[str, Path]:
-    """Where torchvision's ImageNet weights of `net` come from, and where they are kept."""
+def torchvision_weights(net: Net) -> tuple[str, str, Path]:
+    """What torchvision's ImageNet weights of `net` are called, where they come from, and where they are kept."""
     from torchvision.models import get_model_weights
 
-    url: str = get_model_weights(_TORCHVISION[net][0])["IMAGENET1K_V1"].url  # pyright: ignore[reportIndexIssue]
-    return url, Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    model, title = _TORCHVISION[net]
+    url: str = get_model_weights(model)["IMAGENET1K_V1"].url  # pyright: ignore[reportIndexIssue]
+    return title, url, Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+
+
+def weights_are_missing(net: Net, reason: str) -> str:
+    """The message for weights that are not here and cannot be fetched."""
+    title, url, file = torchvision_weights(net)
+    return (
+        f"algorithms.lpips needs the {title} weights of torchvision, which are not in {file} and cannot be downloaded "
+        f"from {url} ({reason}). Put the file there, or name it as algorithms.lpips.weights."
+    )
 
 
 def _cached_weights(net: Net) -> Path:
-    (url, file), title = torchvision_weights(net), _TORCHVISION[net][1]
+    title, url, file = torchvision_weights(net)
     reason = None
     with dist.run_local_rank_zero_first():
         if not file.is_file():
             reason = _download(url, file, title)
     if reason is not None:
-        raise UserError(
-            f"algorithms.lpips needs the {title} weights of torchvision, which are not in {file} and cannot be downloaded "
-            f"from {url} ({reason}). Put the file there, or name it as algorithms.lpips.weights."
-        )
+        raise UserError(weights_are_missing(net, reason))
     return file
 
 

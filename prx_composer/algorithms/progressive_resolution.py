@@ -138,7 +138,7 @@ class ProgressiveResolution(Algorithm):
         state.dataloader_len = -1  # read again: Composer would cut the new stage's passes to the old one's length
 
     def _stage_evaluation(self, state: State) -> None:
-        """A model is judged at the size that it is trained at: that of the step in hand, also in the last step before a switch."""
+        """A model is judged at the size that it is trained at: that of the step in hand, also in the last before a switch."""
         for evaluator in state.evaluators:
             loader = evaluator.dataloader.dataloader
             if isinstance(loader, StagedLoader) and loader.image_size != self.stage.image_size:

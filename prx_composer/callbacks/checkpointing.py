@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def due_every(interval: str) -> Any:
-    """`(state, event) → bool` for "2000ba", "0.1dur" …, or for training time: "30m", "1h", counted over restarts, all ranks alike.
+    """`(state, event) → bool` for "2000ba", "0.1dur" …, or for training time ("30m", "1h"), counted over restarts.
 
     Raises:
         ValueError: not a time, or not a positive one.
@@ -50,8 +50,8 @@ class Checkpointing(CheckpointSaver):
     """Composer's CheckpointSaver, with whole checkpoints (`checkpoints.write_checkpoint`) and a disk that may be full.
 
     A checkpoint that cannot be written is an error in the log, and training goes on: the one before it is still there, and the
-    next may succeed. Only where it is the last one does the run end with a message. When any rank was asked to stop, the step in hand is
-    completed, a checkpoint is written, and `TrainingInterrupted` ends the run on all ranks.
+    next may succeed. Only where it is the last one does the run end with a message. When any rank was asked to stop, the step in
+    hand is completed, a checkpoint is written, and `TrainingInterrupted` ends the run on all ranks.
 
     Args:
         run_folder: of the run; checkpoints go to `<run folder>/checkpoints`.
@@ -61,7 +61,8 @@ class Checkpointing(CheckpointSaver):
     """
 
     def __init__(self, run_folder: Path, save_interval: Any, keep: int, recipe: dict[str, Any]):
-        super().__init__(str(run_folder / "checkpoints"), save_interval=save_interval, overwrite=True, num_checkpoints_to_keep=keep)
+        folder = str(run_folder / "checkpoints")
+        super().__init__(folder, save_interval=save_interval, overwrite=True, num_checkpoints_to_keep=keep)
         self._run_folder, self._recipe = run_folder, recipe
         self.failures = 0  # in a row
 
@@ -81,7 +82,8 @@ class Checkpointing(CheckpointSaver):
             newest = newest_checkpoint(self._run_folder)
             where = f"its checkpoint is {newest.path}" if newest is not None else "it has no checkpoint yet"
             raise TrainingInterrupted(
-                f"Stopped after batch {int(state.timestamp.batch)} ({clock.stop_reason}); {where}. The same command goes on from there."
+                f"Stopped after batch {int(state.timestamp.batch)} ({clock.stop_reason}); {where}. "
+                "The same command goes on from there."
             )
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
@@ -107,5 +109,6 @@ class Checkpointing(CheckpointSaver):
         message = f"The checkpoint of batch {int(state.timestamp.batch)} could not be written: {error}. {before}"
         assert state.max_duration is not None
         if state.timestamp >= state.max_duration or clock_of(state).stop_requested:
-            raise UserError(f"{message} Make room (save_num_checkpoints_to_keep, other runs), then the same command goes on from there.")
+            remedy = "Make room (save_num_checkpoints_to_keep, other runs); then the same command goes on from there."
+            raise UserError(f"{message} {remedy}")
         log.error("%s Training goes on; the next one is tried at save_interval.", message)

@@ -100,7 +100,8 @@ class Images(Callback):
     Args:
         prompts: one image each.
         folder: the run folder.
-        image_size: side of the image, unless `height` and `width` are given; the recipe's by default.
+        image_size: side of the image, unless `height` and `width` are given. With progressive resolution it is the size that the
+            model is trained at by then; else the recipe's.
         interval: a time string, such as "0.25dur" or "1000ba".
         height, width: for other aspect ratios.
         seed: of the first image; the next ones count on.
@@ -124,6 +125,7 @@ class Images(Callback):
             raise ValueError("prompts must name at least one prompt.")
         self.prompts = list(prompts)
         self.folder = Path(folder) / "images"
+        self._given = (height, width)
         self.height, self.width = height or image_size, width or image_size
         self.seeds = [seed + index for index in range(len(prompts))]
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
@@ -131,6 +133,10 @@ class Images(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         check_size(state, self.height, self.width, "callbacks.images.height and width")
+
+    def batch_start(self, state: State, logger: Logger) -> None:  # later in the step the loader may be in the next stage already
+        if (stage_size := getattr(state.train_dataloader, "image_size", None)) is not None:
+            self.height, self.width = (side or stage_size for side in self._given)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self._draw_if_due(Event.BATCH_CHECKPOINT, state, logger)

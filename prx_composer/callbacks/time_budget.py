@@ -133,7 +133,8 @@ class TimeBudget(Callback):
         if self._elapsed - self._told_at < max(self.budget / 100, _TELL_EVERY):
             return
         self._told_at = self._elapsed
-        text = f"{duration_string(self._elapsed)} of {self} used; to go: about {batches:,.0f} batches in {duration_string(seconds)}"
+        used, left = duration_string(self._elapsed), duration_string(seconds)
+        text = f"{used} of {self} used; to go: about {batches:,.0f} batches in {left}"
         for algorithm in state.algorithms:
             if isinstance(algorithm, ProgressiveResolution) and algorithm.next_switch is not None:
                 until_switch = algorithm.next_switch.seconds_left(state, step)

@@ -108,9 +108,7 @@ class BucketBatchSampler(DistributedSampler):
         return self._sizes
 
     def _batches(self) -> NDArray[np.int64]:
-        return epoch_batches(
-            self._dataset.counts, self.global_batch_size, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch
-        )
+        return epoch_batches(self._dataset.counts, self.global_batch_size, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch)
 
     def __len__(self) -> int:
         return epoch_steps(self._dataset.counts, self.global_batch_size, shuffle=self.shuffle)

@@ -65,7 +65,7 @@ def checkpoints_to_keep(recipe: Recipe) -> int | None:
 
 
 def _check_room(recipe: Recipe, folder: Path) -> Iterator[Result]:
-    from prx_composer.planning import estimate_checkpoint_bytes
+    from prx_composer.planning.plan import estimate_checkpoint_bytes
 
     count = checkpoints_to_keep(recipe)
     if count is None:

@@ -36,7 +36,10 @@ def try_out(recipe: Recipe, parts: Parts, num_ranks: int) -> Iterator[Result]:
         reduced = _one_rank(recipe, num_ranks, Path(temporary))
         trainer = build_trainer(reduced)
         try:
-            yield from try_steps(trainer, reduced)
+            for result in try_steps(trainer, reduced):
+                if result.mark == "✗" and recipe.parallelism_config is not None and "out of memory" in result.text:
+                    result = skipped("step", "one GPU cannot hold the weights that the run will shard; train.py tries it then")
+                yield result
         finally:
             trainer.close()
 

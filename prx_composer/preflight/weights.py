@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -21,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from prx_composer.algorithms.lpips import LPIPS, torchvision_weights
+from prx_composer.algorithms.lpips import LPIPS, torchvision_weights, weights_are_missing
 from prx_composer.config import Recipe, split
 from prx_composer.errors import UserError
 from prx_composer.models.vision_encoder import TeacherSpec
@@ -171,10 +170,8 @@ def _ask_hub(reference: Reference, there: str, elsewhere: str) -> tuple[str, int
     api = HfApi()
     try:
         info = api.model_info(reference.name, revision=reference.revision, files_metadata=True, timeout=TIMEOUT)
-        if info.gated or info.private:  # its description is public; whether its files are ours to have, a file must say
-            probe = "config.json" if reference.weights else (info.siblings or [])[0].rfilename
-            url = hf_hub_url(reference.name, probe, subfolder=reference.subfolder, revision=reference.revision)
-            get_hf_file_metadata(url, timeout=TIMEOUT)
+        if info.gated or info.private:  # its description may be public
+            api.auth_check(reference.name)
     except GatedRepoError as error:
         page = f"{constants.ENDPOINT}/{reference.name}"
         raise UserError(f"it is gated. Accept its licence on {page} and run `hf auth login`.") from error
@@ -184,26 +181,26 @@ def _ask_hub(reference: Reference, there: str, elsewhere: str) -> tuple[str, int
         raise UserError(
             f"{constants.ENDPOINT} has none of that name, or it is private. Mend the name, or `hf auth login`."
         ) from error
-    except EntryNotFoundError as error:
-        where = f" in {reference.subfolder}" if reference.subfolder else ""
-        raise UserError(f"the repository has no config.json{where}; is `subfolder` right?") from error
     except HfHubHTTPError as error:
         raise UserError(f"{there} and {constants.ENDPOINT} answers: {_first_line(error)}") from error
     except Exception as error:  # the many ways in which requests and httpx say that nobody is there
         raise UserError(
             f"{there} and {constants.ENDPOINT} does not answer ({_first_line(error)}). Wait until it does, or {elsewhere}"
         ) from error
-    size = _download_size(info.siblings or [], reference)
+    files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    needed = f"{reference.subfolder}/config.json" if reference.subfolder else "config.json"
+    if reference.weights and needed not in files:
+        raise UserError(f"the repository has no {needed}; mend `pretrained` or `subfolder`.")
+    size = _download_size(files, reference) if reference.weights else 0
     return f"is downloaded on first use ({size / 1e9:.1f} GB)" if size else "is downloaded on first use", size
 
 
-def _download_size(siblings: list[Any], reference: Reference) -> int:
+def _download_size(files: dict[str, int], reference: Reference) -> int:
     """Of the weights in one format, which are nearly all of it."""
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
-    names = {file.rfilename: file.size or 0 for file in siblings if reference.weights}
+    here = [name for name in files if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
     for ending in (".safetensors", ".bin"):
-        here = [name for name in names if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
-        if size := sum(names[name] for name in here if name.endswith(ending)):
+        if size := sum(files[name] for name in here if name.endswith(ending)):
             return size
     return 0
 
@@ -226,18 +223,15 @@ def _answer_torchvision(algorithm: LPIPS) -> Result:
         if Path(algorithm.weights).is_file():
             return passed(path, f"weights are in {algorithm.weights}")
         return failed(f"{path}.weights: there is no file {algorithm.weights}.")
-    url, file = torchvision_weights(algorithm.net)
+    title, url, file = torchvision_weights(algorithm.net)
     if file.is_file():
-        return passed(path, f"torchvision's {algorithm.net} is in {file}")
+        return passed(path, f"torchvision's {title} is in {file}")
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as answer:
             size = int(answer.headers.get("Content-Length") or 0)
     except (OSError, ValueError) as error:
-        return failed(
-            f"{path}: torchvision's weights of {algorithm.net} are not in {file}, and {url} does not answer "
-            f"({_first_line(error)}). Put the file there, or name it as algorithms.lpips.weights."
-        )
-    return passed(path, f"torchvision's {algorithm.net} is downloaded on first use ({size / 1e6:.0f} MB)")
+        return failed(weights_are_missing(algorithm.net, _first_line(error)))
+    return passed(path, f"torchvision's {title} is downloaded on first use ({size / 1e6:.0f} MB)")
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,12 +1,7 @@
-"""Thirty-two ranks that are not there (torch's fake backend): where `shard_degree` puts the weights of a model under Composer."""
+"""Ranks that are not there (torch's fake backend): where `shard_degree` puts the weights of a model under Composer."""
 
 import os
 import sys
-import warnings
-
-warnings.filterwarnings("ignore")
-SHARDS, RANKS = int(sys.argv[1]), int(sys.argv[2])
-os.environ |= {"RANK": "0", "WORLD_SIZE": str(RANKS), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "NODE_RANK": "0"}
 
 import torch.distributed as dist
 from composer.core import State
@@ -19,6 +14,8 @@ from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbon
 from prx_composer.models.text_encoder import train_tokenizer
 from prx_composer.parallelism import parallelism
 
+SHARDS, RANKS = int(sys.argv[1]), int(sys.argv[2])
+os.environ |= {"RANK": "0", "WORLD_SIZE": str(RANKS), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "NODE_RANK": "0"}
 dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
 tokenizer = train_tokenizer(["a red circle"])
 t5 = dict(model_type="t5", d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)

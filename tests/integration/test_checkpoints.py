@@ -1,4 +1,4 @@
-"""What a machine can do to a run: stop it, kill it, fill its disk, damage its files. Nothing is lost, and nothing changes silently."""
+"""What a machine can do to a run: stop it, kill it, fill its disk, damage its files. Nothing is lost or changes silently."""
 
 import copy
 import errno
@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_what_differs(
     tiny_recipe: Recipe, write_recipe: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Somebody copies checkpoints into the folder of a run with another model."""
-    parts, path = stopped(tiny_recipe, write_recipe)
+    parts, _ = stopped(tiny_recipe, write_recipe)
     other = copy.deepcopy(parts) | {"run_name": "other"}
     other["model"]["backbone"]["depth"] = 3
     other_path = write_recipe(other, "other.yaml")
@@ -232,7 +232,8 @@ def test_a_disk_that_is_really_full(
     """On a file system of its own, filled to the last byte in the sixth step."""
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], capture_output=True, check=False).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no file system can be mounted here")
     try:
         parts = copy.deepcopy(tiny_recipe) | {"run_name": "parts", "autoresume": True, "run_folder": str(small / "${run_name}")}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -57,6 +58,11 @@ def test_a_run_leaves_images_metrics_checkpoints_tokenizer_and_a_closing_line(
     assert [row["batch"] for row in rows if "metrics/eval/mse" in row] == [4, 8]
     assert sorted(p.name for p in (folder / "images").iterdir()) == ["ba000004.png", "ba000008.png"]
     assert Image.open(folder / "images" / "ba000008.png").width > 2 * 128
+    cells = [np.asarray(Image.open(folder / "images" / f"ba00000{batch}.png"))[8 : 8 + 128, 8 : 8 + 128] for batch in (4, 8)]
+    for cell, image_size in zip(cells, (8, 16), strict=True):  # drawn, and evaluated, at the size of the stage that ends
+        pixels = cell[:: 128 // image_size, :: 128 // image_size]
+        assert (cell == pixels.repeat(128 // image_size, 0).repeat(128 // image_size, 1)).all()
+    assert not (cells[1] == cells[1][::16, ::16].repeat(16, 0).repeat(16, 1)).all()
     assert (folder / "tokenizer" / "tokenizer.json").exists() and (folder / "config.yaml").exists()
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert "heldout_accuracy" in last and str(folder / "images") in last and str(folder / "checkpoints") in last

@@ -90,7 +90,7 @@ def test_any_number_of_ranks_shares_the_same_batches(tmp_path: Path, shuffle: bo
         samplers = [BucketBatchSampler(dataset, 16, 12, 4, shuffle, 0, ranks, rank) for rank in range(ranks)]
         parts = [[[request.sample_id for request in part] for part in sampler] for sampler in samplers]
         assert all(len(part) == 12 // ranks for share in parts for part in share)
-        return [sum(together, []) for together in zip(*parts, strict=True)]
+        return [[sample for part in together for sample in part] for together in zip(*parts, strict=True)]
 
     assert batches(1) == batches(2) == batches(4) and len(batches(1)) == (3 if shuffle else 5)
 

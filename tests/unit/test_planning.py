@@ -22,18 +22,18 @@ from prx_composer.algorithms.lpips import build_network
 from prx_composer.cli import app
 from prx_composer.config import Recipe
 from prx_composer.errors import UserError
-from prx_composer.hardware import GPUS, find_gpu
 from prx_composer.models.activations import backbone_activations
 from prx_composer.models.encoder_sizes import known_config, vision_size
 from prx_composer.models.flops import lpips_flops, vision_flops
 from prx_composer.models.huggingface import random_config
-from prx_composer.plan_fit import fit
-from prx_composer.plan_memory import training_state
-from prx_composer.plan_model import plan_model
-from prx_composer.plan_text import as_text
-from prx_composer.plan_timeline import timeline
-from prx_composer.planning import Conditions, estimate_checkpoint_bytes, make_plan
-from prx_composer.quantities import parse_count, parse_rate
+from prx_composer.planning.fit import fit
+from prx_composer.planning.hardware import GPUS, find_gpu
+from prx_composer.planning.memory import training_state
+from prx_composer.planning.model import plan_model
+from prx_composer.planning.plan import Conditions, estimate_checkpoint_bytes, make_plan
+from prx_composer.planning.quantities import parse_count, parse_rate
+from prx_composer.planning.text import as_text
+from prx_composer.planning.timeline import timeline
 from prx_composer.train import build_trainer
 
 Write = Callable[..., str]
@@ -479,9 +479,43 @@ def test_measured_speeds_must_cover_every_stage_and_be_of_the_same_gpu(tmp_path:
     assert isinstance(other, UserError) and "measured on h100" in str(other)
     both = prx(FULL, "--gpus", "32", "--throughput", str(file), "--mfu", "0.4").exception
     assert isinstance(both, UserError) and "give one of them" in str(both)
+    by_device = {"gpu": "NVIDIA H200", "stages": [*stages, {"image_size": 1024, "images_per_second_per_gpu": 60}]}
+    file.write_text(json.dumps(by_device))
+    assert "on 32 × h200" in prx(FULL, "--gpus", "32", "--throughput", str(file)).output
     file.write_text("[]")
     broken = prx(FULL, "--gpus", "32", "--throughput", str(file)).exception
     assert isinstance(broken, UserError) and "no file of the form" in str(broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.exclude=[nothing]", "optimizer: exclude: 'nothing'"),
+        ("algorithms.repa.block=16", "algorithms.repa.block: 16 is no block"),
+        ("algorithms.progressive_resolution.stages[1].image_size=1000", r"stages\[1\]\.image_size: .*1000.*patch_size"),
+        ("max_duration=3ep", "max_duration: 3ep cannot be in epochs"),
+        ("save_interval=1ep", "save_interval: 1ep of data that isn't here"),
+        ("time_budget=soon", "time_budget: 'soon'"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_with_its_path(change: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_plan(full(change), LIMIT)
+
+
+@pytest.mark.parametrize(("budget", "says"), [("1h", "does NOT fit"), ("3h", "fits with")])
+def test_the_plan_says_whether_it_fits_the_time_budget(budget: str, says: str) -> None:
+    plan = make_plan(full(f"time_budget={budget}"), LIMIT)
+    assert plan.fits_budget == (budget == "3h") and says in as_text(plan)
+    assert fit(full(f"time_budget={budget}"), LIMIT, 1.5 * 3600).changes["time_budget"] == "1h30m"
+
+
+@pytest.mark.parametrize("name", ["google/flan-t5-xl", "google/t5gemma-9b-9b-ul2", "Qwen/Qwen3-VL-2B-Instruct"])
+def test_known_text_encoders_are_counted_as_wide_as_the_backbone_takes_them(name: str) -> None:
+    widths = {"google/flan-t5-xl": 2048, "google/t5gemma-9b-9b-ul2": 3584, "Qwen/Qwen3-VL-2B-Instruct": 2048}
+    changes = (f"model.text_encoder.pretrained={name}", f"model.backbone.context_in_dim={widths[name]}")
+    plan = make_plan(full(*changes), dataclasses.replace(LIMIT, stored_text=False))
+    assert not plan.unknown and plan.stages[0].flops["text encoder"] > 5e11
 
 
 def test_an_encoder_that_nothing_is_known_of_is_named_and_not_counted() -> None:
@@ -516,8 +550,15 @@ def test_known_teachers_have_the_published_number_of_parameters(name: str, milli
 
 def test_no_gpu_reaches_its_datasheet() -> None:
     assert all(0.4 < gpu.reachable_tflops / gpu.datasheet_tflops < 0.95 for gpu in GPUS.values())
-    with pytest.raises(UserError, match="Did you mean 'h100'"):
-        find_gpu("h1000")
+
+
+def test_gpus_are_found_by_the_names_that_people_and_devices_give() -> None:
+    devices = ["NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "AMD Instinct MI300X", "NVIDIA GeForce RTX 4090"]
+    assert [find_gpu(name).name for name in devices] == ["h200", "h100", "a100-80gb", "mi300x", "rtx4090"]
+    with pytest.raises(UserError, match="no 'h300'.* Did you mean"):
+        find_gpu("h300")
+    with pytest.raises(UserError, match="no 'NVIDIA A100-SXM4-40GB'"):
+        find_gpu("NVIDIA A100-SXM4-40GB")
 
 
 def test_counts_and_rates_are_read_as_people_write_them() -> None:

@@ -62,7 +62,8 @@ MAY_DIFFER = {
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
-        return {p: leaf for key, child in value.items() for p, leaf in leaves(child, f"{path}.{key}" if path else str(key)).items()}
+        below = [leaves(child, f"{path}.{key}" if path else str(key)) for key, child in value.items()]
+        return {p: leaf for part in below for p, leaf in part.items()}
     if isinstance(value, list) and value:
         return {p: leaf for index, child in enumerate(value) for p, leaf in leaves(child, f"{path}.{index}").items()}
     return {path: value}

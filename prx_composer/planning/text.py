@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from prx_composer.errors import UserError
-from prx_composer.hardware import GPU
-from prx_composer.plan_fit import Fit
-from prx_composer.plan_memory import RESERVE
-from prx_composer.planning import Plan, StagePlan
+from prx_composer.planning.fit import Fit
+from prx_composer.planning.hardware import GPU
+from prx_composer.planning.memory import RESERVE
+from prx_composer.planning.plan import Plan, StagePlan
 from prx_composer.schedule import duration_string
 
 __all__ = ["as_dict", "as_text", "fit_text", "write_json"]

@@ -3,28 +3,25 @@
 `make_plan` computes, `plan_text` prints, `plan_fit` moves a schedule until it fits a given time.
 """
 
-import json
-import math
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from prx_composer.config import Recipe
-from prx_composer.data.schema import Manifest
 from prx_composer.errors import UserError
-from prx_composer.hardware import GPU
 from prx_composer.models.flops import newton_schulz_flops
 from prx_composer.parallelism import parallelism
-from prx_composer.plan_memory import RESERVE, Memory, memory, muon_matrices, sharding, training_state
-from prx_composer.plan_model import PlannedModel, plan_model
-from prx_composer.plan_parts import ImageShape, Part
-from prx_composer.plan_timeline import Span, Timeline, dataset, timeline
-from prx_composer.schedule import BUDGET, SECONDS, Point, parse_duration
+from prx_composer.planning.checkpoints import CheckpointPlan, plan_checkpoints
+from prx_composer.planning.hardware import GPU
+from prx_composer.planning.inputs import dataset, stored_bytes
+from prx_composer.planning.memory import RESERVE, Memory, memory, muon_matrices, sharding, training_state
+from prx_composer.planning.model import PlannedModel, plan_model
+from prx_composer.planning.parts import ImageShape, Part
+from prx_composer.planning.timeline import Span, Timeline, timeline
+from prx_composer.schedule import parse_duration
 
-__all__ = ["Conditions", "Plan", "StagePlan", "estimate_checkpoint_bytes", "make_plan", "read_throughput", "seconds"]
+__all__ = ["Conditions", "Plan", "StagePlan", "estimate_checkpoint_bytes", "make_plan", "seconds"]
 
 DENOISER = "denoiser"
-JPEG_BYTES_PER_PIXEL = 0.25  # at about quality 90; only used where the data isn't here to look at
 VALID_TEXT = 0.4  # share of the padded tokens that are real ones in long captions, which is what is stored of them
 LANDED_TOKEN_BYTES = 9  # id (int64) and mask (bool)
 
@@ -103,16 +100,6 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class CheckpointPlan:
-    """Checkpoints of the full state: bytes and seconds of one, how many over the run, bytes of those that lie on disk at once."""
-
-    bytes: int
-    seconds: float
-    count: int
-    on_disk: int
-
-
-@dataclass(frozen=True)
 class Plan:
     """Of a whole run.
 
@@ -168,30 +155,6 @@ def estimate_checkpoint_bytes(recipe: Recipe) -> int:
     return training_state(plan_model(recipe), recipe).checkpoint
 
 
-def read_throughput(path: str) -> tuple[str, dict[int, float]]:
-    """What `benchmarks/throughput.py` measured: the GPU's name, and image size → images per second and GPU.
-
-    The file is JSON: `{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0, …}, …]}`.
-
-    Raises:
-        UserError: no such file, or another content.
-    """
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise UserError(f"--throughput: {path} cannot be read: {error.strerror}.") from error
-    try:
-        content = json.loads(text)
-        speeds = {int(s["image_size"]): float(s["images_per_second_per_gpu"]) for s in content["stages"]}
-        gpu = str(content["gpu"])
-    except (ValueError, KeyError, TypeError) as error:
-        form = '{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0}]}'
-        raise UserError(f"--throughput: {path} is no file of the form {form} ({error!r}).") from error
-    if not speeds or min(speeds.values()) <= 0:
-        raise UserError(f"--throughput: {path} has no stage with a positive images_per_second_per_gpu.")
-    return gpu, speeds
-
-
 def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
     """Computes the plan of a recipe; see `Plan` and, for what is assumed, recipes/speedrun_24h/PLAN.md.
 
@@ -206,12 +169,12 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         samples, source = sum(manifest.buckets.values()), "train_loader.path"
     line = timeline(recipe, conditions.num_gpus, samples)
     largest = max(span.image_size for span in line.spans)
-    read_bytes, read_from = _stored_bytes(recipe, manifest, largest)
+    read_bytes, read_from = stored_bytes(recipe, manifest, largest)
     orthogonalisation = _orthogonalisation(planned, recipe)
     stages = [_stage(planned, recipe, conditions, line, span, samples, read_bytes, orthogonalisation) for span in line.spans]
 
     training = sum(stage.hours for stage in stages)
-    checkpoints = _checkpoints(planned, recipe, conditions, line, training)
+    checkpoints = plan_checkpoints(training_state(planned, recipe).checkpoint, recipe, line, training, conditions.disk)
     hours = training + checkpoints.count * checkpoints.seconds / 3600
     budget = recipe.time_budget
     return Plan(
@@ -348,48 +311,9 @@ def _orthogonalisation(planned: PlannedModel, recipe: Recipe) -> int:
     return sum(newton_schulz_flops(p.shape[0], p.shape[1], steps) for p in matrices)
 
 
-# --------------------------------------------------------------------------------------------- data, checkpoints
-
-
-def _stored_bytes(recipe: Recipe, manifest: Manifest | None, largest: int) -> tuple[float, str]:
-    """Bytes on disk per image, and how that is known."""
-    if manifest is not None:
-        folder = Path(recipe.train_loader["path"]) / str(recipe.train_loader.get("split", "train"))
-        total = 0
-        for bucket in manifest.buckets:
-            index = folder / str(bucket) / "index.json"
-            for shard in json.loads(index.read_text())["shards"] if index.is_file() else ():
-                total += (shard.get("zip_data") or shard["raw_data"])["bytes"]
-        if total:
-            size = total / sum(manifest.buckets.values())
-            return size, f"read from disk: {size / 1e3:,.1f} kB per image, the mean of the data in train_loader.path"
-    size = JPEG_BYTES_PER_PIXEL * largest**2
-    return size, f"read from disk: {size / 1e3:,.1f} kB per image, {JPEG_BYTES_PER_PIXEL} bytes a pixel (JPEG) at {largest} px"
-
-
 def _device_bytes(planned: PlannedModel, conditions: Conditions, image_size: int) -> float:
     encoder = planned.model.text_encoder
     text = encoder.max_tokens * LANDED_TOKEN_BYTES
     if conditions.stored_text:
         text += VALID_TEXT * encoder.max_tokens * 2 * encoder.hidden_size
     return 3 * image_size**2 + text
-
-
-def _checkpoints(
-    planned: PlannedModel, recipe: Recipe, conditions: Conditions, line: Timeline, training_hours: float
-) -> CheckpointPlan:
-    size = training_state(planned, recipe).checkpoint
-    try:
-        interval = Point.parse(recipe.save_interval)
-    except ValueError as error:
-        raise UserError(f"save_interval: {error}") from error
-    if interval.value <= 0 or interval.unit == BUDGET:
-        raise UserError(f"save_interval: {recipe.save_interval} is no positive time such as 2000ba, 0.1dur or 30m.")
-    length = {SECONDS: training_hours * 3600, "ba": line.steps, "sp": line.samples, "dur": 1.0}
-    if line.epoch is not None:
-        length["ep"] = line.samples / line.epoch
-    if interval.unit not in length:
-        raise UserError(f"save_interval: {recipe.save_interval} of data that isn't here; say how many images with --samples.")
-    count = max(1, math.ceil(length[interval.unit] / interval.value - 1e-9))  # the last is written at the end, whenever that is
-    kept = count if recipe.save_num_checkpoints_to_keep < 0 else min(count, max(recipe.save_num_checkpoints_to_keep, 1) + 1)
-    return CheckpointPlan(size, size / conditions.disk, count, kept * size)

@@ -13,8 +13,8 @@ from prx_composer.errors import UserError
 from prx_composer.models.activations import backbone_activations
 from prx_composer.models.layers import PRXBlock
 from prx_composer.optim.muon import Muon, muon_parameters
-from prx_composer.plan_model import PlannedModel
-from prx_composer.plan_parts import ImageShape, Part
+from prx_composer.planning.model import PlannedModel
+from prx_composer.planning.parts import ImageShape, Part
 
 __all__ = ["RESERVE", "Memory", "State", "memory", "muon_matrices", "sharding", "training_state"]
 

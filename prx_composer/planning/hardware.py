@@ -64,8 +64,9 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPU:
-    """Raises UserError, with the names that there are."""
-    key = name.lower().replace("_", "-").replace(" ", "")
-    if key not in GPUS:
-        raise UserError(f"--gpu: there is no {name!r} in the table of GPUs.{nearest(key, list(GPUS))}")
-    return GPUS[key]
+    """By the table's name or the device's own ("NVIDIA H200"); raises UserError, with the names that there are."""
+    key = "".join(character for character in name.lower() if character.isalnum())
+    for gpu in GPUS.values():
+        if all(part in key for part in gpu.name.split("-")):
+            return gpu
+    raise UserError(f"--gpu: there is no {name!r} in the table of GPUs.{nearest(name.lower(), list(GPUS))}")

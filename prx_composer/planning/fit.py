@@ -7,8 +7,8 @@ from typing import Any
 
 from prx_composer.config import Recipe, entries
 from prx_composer.errors import UserError
-from prx_composer.plan_timeline import STAGES, Span, stages, timeline
-from prx_composer.planning import Conditions, Plan, make_plan
+from prx_composer.planning.plan import Conditions, Plan, make_plan
+from prx_composer.planning.timeline import STAGES, Span, stages, timeline
 from prx_composer.schedule import Moment, Point, duration_string, parse_duration
 
 __all__ = ["Fit", "fit"]
@@ -60,9 +60,8 @@ def fit(recipe: Recipe, conditions: Conditions, seconds: float) -> Fit:
         if plan.hours * 3600 <= seconds:
             return Fit(changes, _unmoved(recipe), plan)
         factor *= min(0.995, seconds / 3600 / plan.hours)
-    raise UserError(
-        f"--fit: {duration_string(seconds)} is too short for a step of every stage; the recipe as it is takes {before.hours:,.2f} h."
-    )
+    now = f"the recipe as it is takes {before.hours:.2f} h"
+    raise UserError(f"--fit: {duration_string(seconds)} is too short for a step of every stage; {now}.")
 
 
 def _round_down(steps: float) -> int:

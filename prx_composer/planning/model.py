@@ -34,7 +34,7 @@ from prx_composer.models.encoder_sizes import known_config
 from prx_composer.models.routing import RandomRouter
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.plan_parts import BYTES, ImageShape, Part, loss_part
+from prx_composer.planning.parts import BYTES, ImageShape, Part, loss_part
 from prx_composer.run_folder import TOKENIZER
 
 __all__ = ["PlannedModel", "plan_model"]

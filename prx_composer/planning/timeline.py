@@ -3,18 +3,16 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from composer.core import TimeUnit
 
 from prx_composer.algorithms.progressive_resolution import Stage, check_batch_sizes
 from prx_composer.config import Recipe
-from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.errors import UserError
 from prx_composer.schedule import BUDGET, SECONDS, Moment, Point
 
-__all__ = ["STAGES", "Span", "Timeline", "dataset", "placeable", "stages", "timeline"]
+__all__ = ["STAGES", "Span", "Timeline", "placeable", "stages", "timeline"]
 
 STAGES = "algorithms.progressive_resolution.stages"
 _NEVER = 1 << 62  # steps
@@ -118,13 +116,6 @@ def stages(recipe: Recipe) -> list[tuple[str, Stage]]:
     if not listed:
         raise UserError(f"{STAGES} needs at least one stage.")
     return [(f"{STAGES}[{index}].", Stage(**stage)) for index, stage in enumerate(listed)]
-
-
-def dataset(recipe: Recipe) -> Manifest | None:
-    """The manifest of the recipe's training data, if it is on this machine."""
-    loader = recipe.train_loader
-    folder = Path(str(loader.get("path", ""))) / str(loader.get("split", "train"))
-    return Manifest.read(folder) if "path" in loader and (folder / MANIFEST).is_file() else None
 
 
 def timeline(recipe: Recipe, num_gpus: int, epoch: int | None) -> Timeline:

@@ -1,0 +1,1 @@
+"""What a recipe costs, said before anything is rented."""
