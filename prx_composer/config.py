@@ -10,7 +10,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,7 @@ def load(arguments: list[str]) -> Recipe:
             f"The recipe lacks {', '.join(missing)}. A file that names a few keys, such as those in yamls/ablations/, is "
             "given after a whole recipe, over which it is merged."
         )
+        problems.raise_any()
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -356,7 +357,7 @@ def _check_type(value: Any, hint: Any, path: str) -> None:
 
 
 _PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
-_CONTAINERS = {dict: "a mapping", list: "a list", tuple: "a list"}
+_CONTAINERS = {dict: "a mapping", list: "a list", tuple: "a list", Sequence: "a list"}
 
 
 def _describe(hint: Any) -> str:
@@ -376,7 +377,7 @@ def _matches(value: Any, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if origin is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if origin in (list, tuple):
+    if origin in (list, tuple, Sequence):
         return isinstance(value, list | tuple)
     return isinstance(value, origin)
 

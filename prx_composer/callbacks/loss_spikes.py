@@ -38,7 +38,7 @@ class LossSpikes(Callback):
     A spike, or a loss that isn't finite, is a warning in the log and a line in `<run folder>/spikes.jsonl`: `batch`, `loss`,
     `median`, `score`, and for every rank its `sample_id`s and the `timestep` that each was trained at. A spike isn't taken into
     the window of normal losses. But when half of the last 20 steps were spikes, the loss has come to another level: the window is
-    begun anew, and compares again after `warmup` steps.
+    begun anew, and compares again after `warmup` steps; so does another stage of progressive resolution, whose losses are others.
 
     The total is the one that Composer has reduced over ranks and brought to the host anyway, so that all ranks agree without a
     word. Nothing waits for the device and nothing is gathered in a step without a spike.
@@ -64,6 +64,7 @@ class LossSpikes(Callback):
         self._normal: deque[float] = deque(maxlen=window)
         self._recent: deque[bool] = deque(maxlen=_RECENT)
         self._timesteps: list[Tensor] = []  # of the step in hand, on the device
+        self._image_size: int | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """What a run that was killed wrote after the checkpoint comes again."""
@@ -72,6 +73,12 @@ class LossSpikes(Callback):
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
             partial.rename(self.path)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        image_size = getattr(state.train_dataloader, "image_size", None)
+        if self._image_size not in (None, image_size):
+            self._begin_anew()
+        self._image_size = image_size
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self._timesteps.clear()
@@ -95,9 +102,12 @@ class LossSpikes(Callback):
         self._recent.append(spike)
         if sum(self._recent) >= _NEW_LEVEL:
             log.warning("%d of the last %d losses were spikes: the normal loss is learned anew.", _NEW_LEVEL, len(self._recent))
-            self._normal.clear()
-            self._recent.clear()
+            self._begin_anew()
         logger.log_metrics({"guard/loss_spikes": self.spikes})
+
+    def _begin_anew(self) -> None:
+        self._normal.clear()
+        self._recent.clear()
 
     def _report(self, state: State, loss: float, score: float | None) -> None:
         own = {"sample_id": _listed(state.batch, "sample_id"), "timestep": None}
@@ -119,13 +129,13 @@ class LossSpikes(Callback):
             log.error("%s cannot be written: %s", self.path, error)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spikes": self.spikes, "normal": list(self._normal), "recent": list(self._recent)}
+        lists = {"normal": list(self._normal), "recent": list(self._recent)}
+        return {"spikes": self.spikes, "image_size": self._image_size, **lists}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.spikes = int(state["spikes"])
-        self._normal.clear()
+        self.spikes, self._image_size = int(state["spikes"]), state["image_size"]
+        self._begin_anew()
         self._normal.extend(state["normal"])
-        self._recent.clear()
         self._recent.extend(state["recent"])
 
 

@@ -7,6 +7,7 @@ storage.py  run folder and disk      loggers.py, gpus.py
 step.py     one forward and backward pass of every stage (probe.py: without a trace)
 """
 
+import logging
 from collections.abc import Iterator
 
 from prx_composer import config
@@ -23,6 +24,8 @@ from prx_composer.preflight.weights import check_weights
 
 __all__ = ["check_config", "check_recipe", "check_surroundings"]
 
+log = logging.getLogger(__name__)
+
 
 def check_config(recipe: Recipe, num_ranks: int = 1) -> list[Result]:
     """Checks a recipe without data, weights or a network; finds all that is wrong.
@@ -36,8 +39,11 @@ def check_config(recipe: Recipe, num_ranks: int = 1) -> list[Result]:
 def _examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Parts | None]:
     try:
         config.import_code(recipe.code_paths)
-    except UserError as error:  # what it registers may be named anywhere
-        return [failed(str(error)), skipped("the rest", "it may need that code")], None
+    except Exception as error:  # whatever the user's code raises; what it registers may be named anywhere
+        if not isinstance(error, UserError):
+            log.warning("code_paths cannot be imported", exc_info=True)
+        problem = str(error) if isinstance(error, UserError) else f"code_paths: importing them fails with {error!r}."
+        return [failed(problem), skipped("the rest", "it may need that code")], None
     results, parts = examine(recipe, num_ranks)
     return [*results, *check_callbacks(recipe, parts)], parts
 
@@ -71,5 +77,5 @@ def check_surroundings(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     """
     yield from guarded(check_weights(recipe, parts))
     yield from guarded(check_data(recipe, parts))
-    yield from guarded(check_storage(recipe))
+    yield from guarded(check_storage(recipe, parts))
     yield from guarded(check_loggers(recipe, parts))

@@ -9,13 +9,14 @@ from pathlib import Path
 from composer.core import Time, TimeUnit
 
 from prx_composer.config import Recipe
+from prx_composer.preflight.recipe import Parts
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped
 from prx_composer.run_folder import CHECKPOINTS, holds_run
 
 __all__ = ["check_storage", "checkpoints_to_keep", "why_not_writable"]
 
 
-def check_storage(recipe: Recipe) -> Iterator[Result]:
+def check_storage(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     """Who the run folder belongs to, whether it can be written, and whether the checkpoints fit its file system."""
     folder = Path(recipe.run_folder)
     if (problem := why_not_writable(folder)) is not None:
@@ -27,7 +28,10 @@ def check_storage(recipe: Recipe) -> Iterator[Result]:
         yield passed("run_folder", f"{folder} {fact}")
 
     yield from guarded(whose())
-    yield from guarded(_check_room(recipe, folder))
+    if parts.problems:
+        yield skipped("disk", "names and arguments must be right first")
+    else:
+        yield from guarded(_check_room(recipe, folder))
 
 
 def _existing(folder: Path) -> Path:

@@ -120,10 +120,16 @@ def _look_up(reference: Reference) -> tuple[str, int]:
         return "is in the local cache", 0
     cache = f"the local cache, {constants.HF_HUB_CACHE},"
     there = f"it is not in {cache}" if cached is None else f"{cache} lacks its {missing},"
-    elsewhere = f"run `hf download {reference.name}` where there is a network and give the folder instead of the hub id."
     if constants.HF_HUB_OFFLINE:
-        raise UserError(f"{there} and HF_HUB_OFFLINE is set. Unset it, or {elsewhere}")
-    return _ask_hub(reference, there, elsewhere)
+        raise UserError(f"{there} and HF_HUB_OFFLINE is set. {_elsewhere(reference)}")
+    return _ask_hub(reference, there)
+
+
+def _elsewhere(reference: Reference) -> str:
+    return (
+        f"Run `hf download {reference.name}` where there is a network (if it is gated, accept its licence and `hf auth login` "
+        "first), and give its folder instead of the hub id."
+    )
 
 
 def _cached(reference: Reference) -> Path | None:
@@ -166,7 +172,7 @@ def _what_is_missing(folder: Path, reference: Reference) -> str | None:
     return None if any(path.exists() for pattern in _WEIGHTS for path in folder.glob(pattern)) else "weights (*.safetensors)"
 
 
-def _ask_hub(reference: Reference, there: str, elsewhere: str) -> tuple[str, int]:
+def _ask_hub(reference: Reference, there: str) -> tuple[str, int]:
     api = HfApi()
     try:
         info = api.model_info(reference.name, revision=reference.revision, files_metadata=True, timeout=TIMEOUT)
@@ -184,9 +190,8 @@ def _ask_hub(reference: Reference, there: str, elsewhere: str) -> tuple[str, int
     except HfHubHTTPError as error:
         raise UserError(f"{there} and {constants.ENDPOINT} answers: {_first_line(error)}") from error
     except Exception as error:  # the many ways in which requests and httpx say that nobody is there
-        raise UserError(
-            f"{there} and {constants.ENDPOINT} does not answer ({_first_line(error)}). Wait until it does, or {elsewhere}"
-        ) from error
+        silence = f"{constants.ENDPOINT} does not answer ({_first_line(error)})"
+        raise UserError(f"{there} and {silence}. {_elsewhere(reference)}") from error
     files = {file.rfilename: file.size or 0 for file in info.siblings or []}
     needed = f"{reference.subfolder}/config.json" if reference.subfolder else "config.json"
     if reference.weights and needed not in files:

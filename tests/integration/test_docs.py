@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("recipes/**/*.md"), *REPOSITORY.glob("prx_composer/**/*.md")])
 SHORT = "max_duration=6ba eval_interval=6ba save_interval=3ba"
+SHORT_STAGES = "'algorithms.progressive_resolution.stages[0].until=3ba' algorithms.repa.end=3ba"
 SHORT_ABLATION = f"{SHORT} callbacks.shapes_score.num_inference_steps=1 callbacks.shapes_score.images_per_prompt=1"
 # Not run here: what sets up the environment (CI has done it) and what runs the tests, this one among them.
 ELSEWHERE = ("pip install uv", "uv run pytest", "uv run ruff", "uv run basedpyright", "git clone", "cd ")
@@ -22,6 +24,11 @@ def blocks(language: str) -> list[tuple[str, str]]:
         for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL):
             found.append((str(page.relative_to(REPOSITORY)), block))
     return found
+
+
+def cases() -> list[Any]:
+    """Pages may run side by side (pytest -n), the commands of one page may not."""
+    return [pytest.param(page, line, marks=pytest.mark.xdist_group(page)) for page, line in commands()]
 
 
 def commands() -> list[tuple[str, str]]:
@@ -52,10 +59,12 @@ def test_there_is_documentation_to_run() -> None:
 
 @pytest.mark.docs
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:70])
+@pytest.mark.parametrize(("page", "line"), cases(), ids=lambda value: value[:70])
 def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
     if "train.py" in line and "max_duration=" not in line:
         line = f"{line} {SHORT}"
+    if "train.py" in line and "24h_mini" in line:
+        line = f"{line} {SHORT_STAGES}"
     if "ablate.py" in line:
         line = f"{line} {SHORT_ABLATION}"
     line = re.sub(r"max_duration=\d+ba", "max_duration=6ba", line).replace("uv run ", "uv run --no-sync ")

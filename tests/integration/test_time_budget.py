@@ -107,7 +107,7 @@ def test_a_run_ends_inside_its_budget_with_everything_and_goes_on_with_a_larger_
 
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert main([config_path]) == 0
-    assert "tiny has used 20s of its time budget of 20s" in capsys.readouterr().out
+    assert "tiny has used 19s of its time budget of 20s" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
     pace.seen.clear()

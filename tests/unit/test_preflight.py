@@ -338,15 +338,17 @@ def test_room_for_one_checkpoint_more_than_is_kept_is_asked_for(load: Load, monk
     recipe, _ = load("save_num_checkpoints_to_keep=3")
     size = estimate_checkpoint_bytes(recipe)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 6 * size, 4 * size))
-    assert not marked(check_storage(recipe))
+    assert not marked(check_storage(recipe, Parts()))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 6 * size, 4 * size - 1))
-    (found,) = marked(check_storage(recipe))
+    (found,) = marked(check_storage(recipe, Parts()))
     assert found.startswith("run_folder: ") and "Set save_num_checkpoints_to_keep to 2 or less, or run_folder" in found
     written = Path(recipe.run_folder) / "checkpoints" / "ba2"
     written.mkdir(parents=True)
     (written / "rank0.pt").write_bytes(bytes(size))
     (Path(recipe.run_folder) / "config.yaml").write_text("{}")
-    assert not [text for text in marked(check_storage(recipe)) if "GB" in text], "what is there already needs no more room"
+    assert not [text for text in marked(check_storage(recipe, Parts())) if "GB" in text], (
+        "what is there already needs no more room"
+    )
 
 
 @pytest.mark.parametrize(
@@ -360,14 +362,14 @@ def test_how_many_checkpoints_lie_on_the_disk(load: Load, keep: int, interval: s
 
 def test_a_run_folder_that_cannot_be_made_or_is_in_use_is_refused(load: Load, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    (found,) = marked(check_storage(load(run_folder=f"{tmp_path}/file/run")[0]))
+    (found,) = marked(check_storage(*load(run_folder=f"{tmp_path}/file/run")))
     assert f"run_folder: {tmp_path}/file/run cannot be written: {tmp_path}/file is a file" in found
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("precious")
-    assert "is already in use" in marked(check_storage(load(run_folder=f"{tmp_path}/used")[0]))[0]
+    assert "is already in use" in marked(check_storage(*load(run_folder=f"{tmp_path}/used")))[0]
     free = tmp_path / "free"
     free.mkdir()
-    assert not marked(check_storage(load(run_folder=str(free))[0])) and not list(free.iterdir()), "it leaves nothing"
+    assert not marked(check_storage(*load(run_folder=str(free)))) and not list(free.iterdir()), "it leaves nothing"
 
 
 def test_loggers_must_be_logged_in_and_writable(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
