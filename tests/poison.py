@@ -26,8 +26,8 @@ class PoisonLoss(AuxiliaryLoss):
             return value * float("nan")
         if kind == "loss":  # infinite, with the finite gradient of `value`
             return value + float("inf")
-        if kind == "gradient":  # finite, with an infinite derivative by the first number alone
-            return value + (self.scale[0] - self.scale[0].detach()).sqrt()
+        if kind == "gradient":  # finite, with an infinite derivative by the last number alone
+            return value + (self.scale[-1] - self.scale[-1].detach()).sqrt()
         if kind == "spike":
             return value + 1000
         return value

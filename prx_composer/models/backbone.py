@@ -35,6 +35,9 @@ def cached_rotation(rows: int, columns: int, axes_dim: tuple[int, int], theta: f
         return torch.view_as_real(rope_table(rows, columns, axes_dim, theta)).to(device)
 
 
+_MOST_GRAPHS = 1024  # image sizes, dense and routed, in training, evaluation and sampling
+
+
 class Conditioning(NamedTuple):
     """What conditions every block; a conditioner takes one and returns a changed one."""
 
@@ -186,6 +189,17 @@ class PRXBackbone(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"An image of {height}×{width} is not divisible by patch_size {self.patch_size}.")
         return (height // self.patch_size) * (width // self.patch_size)
+
+    def compile_graphs(self, per_block: bool) -> None:
+        """Lets `torch.compile` make a graph of a forward pass, or of every block's: one for each image size, when first met."""
+        settings: Any = torch._dynamo.config  # pyright: ignore[reportPrivateImportUsage]
+        for limit in ("recompile_limit", "accumulated_recompile_limit"):  # 8 of them would be too few for buckets of many sizes
+            setattr(settings, limit, max(getattr(settings, limit), _MOST_GRAPHS))
+        if per_block:  # the method and not the module: FSDP2's hooks around it can be in no graph
+            for block in self.blocks:
+                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        else:
+            self.compile(fullgraph=True, dynamic=False)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Composer's FSDP asks this of every submodule: one shard unit per block."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from composer.models import ComposerModel
@@ -66,7 +66,8 @@ class TextToImage(ComposerModel):
         autoencoder: pixels (the default) or a frozen latent space.
         caption_dropout: share of captions replaced by the empty one, for classifier-free guidance.
         seed: of every random draw of training.
-        compile: `torch.compile` the backbone as one graph.
+        compile: `torch.compile` the backbone as one graph (true), or each block ("blocks"), which FSDP2 needs: its hooks stand
+            between them.
 
     Seams, filled by algorithms at Event.INIT: `auxiliary_losses`, `guidance`, `sampling_weights`, and the backbone's
     `router`, `taps` and `conditioners`.
@@ -83,7 +84,7 @@ class TextToImage(ComposerModel):
         autoencoder: Autoencoder | None = None,
         caption_dropout: float = 0.1,
         seed: int = 0,
-        compile: bool = False,
+        compile: bool | Literal["blocks"] = False,
     ):
         super().__init__()
         self.autoencoder = autoencoder or Pixels()
@@ -112,7 +113,7 @@ class TextToImage(ComposerModel):
         for low, high in pairwise(edges):
             self._eval_metrics[f"mse_t{low:.2f}-{high:.2f}"] = TimestepMSE(low, high if high < 1 else 1.01)
         if compile:
-            self.backbone.compile(fullgraph=True, dynamic=False)  # one graph per image size
+            self.backbone.compile_graphs(per_block=compile == "blocks")
 
     # ---------------------------------------------------------------------------------------------- training
 

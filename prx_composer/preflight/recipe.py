@@ -136,6 +136,11 @@ def _check_settings(recipe: Recipe, num_ranks: int) -> Iterator[Result]:
     if recipe.precision not in (allowed := [precision.value for precision in Precision]):
         yield failed(f"precision: {recipe.precision!r} is none of {', '.join(allowed)}.")
     parallelism(recipe.parallelism_config, num_ranks)
+    if recipe.parallelism_config is not None and recipe.model.get("compile") is True:
+        yield failed(
+            "model.compile: true compiles the backbone as one graph, which FSDP2 cannot shard; use model.compile=blocks, or "
+            "parallelism_config=null."
+        )
 
 
 def _check_scheduler(recipe: Recipe) -> Iterator[Result]:

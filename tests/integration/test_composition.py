@@ -197,11 +197,16 @@ def test_the_24h_stack_trains_compiled_as_it_does_eagerly(tiny_recipe: Recipe, w
     eager = stack_of_24h(tiny_recipe) | {"run_name": "eager"}
     compiled = copy.deepcopy(eager) | {"run_name": "compiled"}
     compiled["model"]["compile"] = True
-    for recipe in (eager, compiled):
+    blocks = copy.deepcopy(eager) | {"run_name": "blocks", "parallelism_config": {"fsdp": {}}}
+    blocks["model"]["compile"] = "blocks"
+    for recipe in (eager, compiled, blocks):
         assert main([write_recipe(recipe, f"{recipe['run_name']}.yaml")]) == 0
         check_24h(recipe)
-    totals = [[row["loss/train/total"] for row in terms_of(recipe)] for recipe in (eager, compiled)]
-    assert totals[1] == pytest.approx(totals[0], rel=1e-3)
+    totals = [[row["loss/train/total"] for row in terms_of(recipe)] for recipe in (eager, compiled, blocks)]
+    assert totals[1] == pytest.approx(totals[0], rel=1e-3) and totals[2] == pytest.approx(totals[0], rel=1e-3)
+    refused = copy.deepcopy(blocks) | {"run_name": "refused"}
+    refused["model"]["compile"] = True
+    assert main([write_recipe(refused, "refused.yaml")]) == 1, "FSDP2's hooks fit into no graph"
 
 
 def test_the_24h_recipe_passes_the_check_and_a_mistake_in_it_does_not() -> None:

@@ -17,12 +17,12 @@ POISON = str(Path(__file__).parents[1] / "poison.py")
 def test_what_is_not_finite_on_one_rank_is_skipped_on_both(
     tiny_recipe: dict[str, Any], write_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Batch 3: rank 1's loss and gradient. Batch 5: an infinite derivative on rank 1, by a number in rank 0's shard."""
+    """Rank 0, which logs, sees nothing of batch 4 but a finite gradient, and nothing of batch 6: that is in rank 1's shard."""
     del tiny_recipe["algorithms"]["progressive_resolution"]
     tiny_recipe |= {"code_paths": [POISON], "image_size": 8, "max_duration": "8ba", "save_interval": "8ba"}
     tiny_recipe["parallelism_config"] = {"fsdp": {"state_dict_type": "sharded"}}
-    kinds = {"3": "nan", "5": "gradient", "7": "spike"}
-    tiny_recipe["algorithms"] |= {"skip_nonfinite": {"limit": 2}, "poison": {"kinds": kinds, "rank": 1}}
+    kinds = {"3": "nan", "4": "loss", "6": "gradient", "7": "spike"}
+    tiny_recipe["algorithms"] |= {"skip_nonfinite": {"limit": 3}, "poison": {"kinds": kinds, "rank": 1}}
     tiny_recipe["callbacks"] = {
         "loss_spikes": {"window": 4, "warmup": 2, "threshold": 50.0},
         "watchdog": {"timeout": 120},
@@ -33,12 +33,12 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_both(
 
     folder = tmp_path / "runs" / "tiny"
     rows = read_metrics(folder / "metrics.jsonl")
-    assert [row["guard/skipped_steps"] for row in rows] == [0, 0, 1, 1, 2, 2, 2, 2]
-    assert [row["batch"] for row in rows if row["loss/train/total"] is None] == [3]
-    assert [row["guard/loss_spikes"] for row in rows] == [0, 0, 1, 1, 1, 1, 2, 2]
+    assert [row["guard/skipped_steps"] for row in rows] == [0, 0, 1, 2, 2, 3, 3, 3]
+    assert [row["batch"] for row in rows if row["loss/train/total"] is None] == [3, 4]
+    assert [row["guard/loss_spikes"] for row in rows] == [0, 0, 1, 2, 2, 2, 3, 3]
     spikes = [json.loads(line) for line in (folder / "spikes.jsonl").read_text().splitlines()]
-    assert [(row["batch"], len(row["ranks"])) for row in spikes] == [(3, 2), (7, 2)]
-    ids = [set(rank["sample_id"]) for rank in spikes[1]["ranks"]]
+    assert [(row["batch"], len(row["ranks"])) for row in spikes] == [(3, 2), (4, 2), (7, 2)]
+    ids = [set(rank["sample_id"]) for rank in spikes[2]["ranks"]]
     assert [len(ids[0]), len(ids[1]), len(ids[0] & ids[1])] == [24, 24, 0]
-    assert all(len(rank["timestep"]) == 24 for rank in spikes[1]["ranks"])
+    assert all(len(rank["timestep"]) == 24 for rank in spikes[2]["ranks"])
     assert not (folder / "stacks").exists()

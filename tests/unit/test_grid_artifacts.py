@@ -168,7 +168,7 @@ class Gridded(Algorithm):
     tiny_recipe["code_paths"], tiny_recipe["algorithms"] = [str(code)], {"gridded": {}}
     path = write_recipe(tiny_recipe)
     rows = {}
-    for name, arguments in {"small": [], "large": ["callbacks.images.image_size=48"]}.items():
+    for name, arguments in {"small": [], "large": ["callbacks.images.height=48", "callbacks.images.width=48"]}.items():
         with caplog.at_level(logging.WARNING, "prx_composer"):
             run(config.load([path, f"run_name={name}", "max_duration=1ba", "optimizer.lr=0.0", *arguments]))
         rows[name] = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")[-1]
