@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,21 @@ from composer.core import State
 from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from prx_composer.errors import UserError
 
-__all__ = ["Checkpoint", "clean_up", "damage", "keep_newest", "newest_checkpoint", "newest_whole_checkpoint", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "clean_up",
+    "damage",
+    "keep_newest",
+    "newest_checkpoint",
+    "newest_whole_checkpoint",
+    "without_new_callbacks",
+    "write_checkpoint",
+]
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +133,26 @@ def _crc32(path: Path) -> int:
         while chunk := file.read(_CHUNK):
             value = zlib.crc32(chunk, value)
     return value
+
+
+def without_new_callbacks(load_path: str) -> Callable[[dict[str, Any]], None]:
+    """For Composer's `load_ignore_keys`: a sharded checkpoint is read key by key, and a callback that is new to the run has none.
+
+    Returns:
+        A function that takes them out of the state that is about to be read. Everything else must be there.
+    """
+
+    def forget(content: dict[str, Any]) -> None:
+        if not Path(load_path).is_dir():
+            return
+        saved = FileSystemReader(load_path).read_metadata().planner_data.values()
+        known = {path[2] for path in saved if path[:2] == ("state", "callbacks")}
+        callbacks = content["state"].get("callbacks", {})
+        for name in [name for name, state in callbacks.items() if state and name not in known]:
+            log.info("%s begins anew: the checkpoint has none.", name)
+            del callbacks[name]
+
+    return forget
 
 
 # ------------------------------------------------------------------------------------------------------- writing

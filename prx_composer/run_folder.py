@@ -4,6 +4,7 @@ runs/<run_name>/config.yaml  tokenizer/  checkpoints/  metrics.jsonl  images/
 """
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -69,7 +70,7 @@ def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str) -> None
         before: as `as_saved` gave it.
         what: that was started or written with it.
     """
-    now = as_saved(recipe)
+    before, now = (json.loads(json.dumps(content)) for content in (before, as_saved(recipe)))  # keys as JSON has them: strings
     different = [key for key in now if key not in RESUMABLE_CHANGES and before.get(key) != now[key]]
     if different:
         paths = [path for key in different for path in _differences(before.get(key), now[key], key)]
@@ -109,7 +110,7 @@ def summarise(folder: Path) -> str:
     facts = [f"{name} {last[name]:.3f}" for name in ("heldout_accuracy", "classifier_accuracy") if name in last]
     if "classifier_accuracy_real" in last:
         facts.append(f"(real digits {last['classifier_accuracy_real']:.3f})")
-    if "loss/train/total" in last:
+    if last.get("loss/train/total") is not None:  # not finite in the last step
         facts.append(f"loss {last['loss/train/total']:.4f}")
     if "train_seconds" in last:
         facts.append(f"{last['train_seconds'] / 60:.1f} min")

@@ -23,7 +23,7 @@ from prx_composer.callbacks.data_monitor import DataMonitor
 from prx_composer.callbacks.random_step import RandomStep
 from prx_composer.callbacks.rehearsal import with_rehearsal
 from prx_composer.callbacks.time_budget import TimeBudget, time_budget_of
-from prx_composer.checkpoints import newest_checkpoint, newest_whole_checkpoint
+from prx_composer.checkpoints import newest_checkpoint, newest_whole_checkpoint, without_new_callbacks
 from prx_composer.config import Recipe, build, build_all, split
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import Manifest, iterate_captions
@@ -191,6 +191,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         seed=recipe.seed,
         save_folder=str(folder / CHECKPOINTS),  # where `Checkpointing` writes
         load_path=load_path,
+        load_ignore_keys=None if load_path is None else without_new_callbacks(load_path),
         progress_bar=recipe.progress_bar,
         dist_timeout=recipe.dist_timeout,
     )

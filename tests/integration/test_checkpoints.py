@@ -305,3 +305,15 @@ def test_checkpoints_come_at_an_interval_of_training_time(tiny_recipe: Recipe, w
     assert [checkpoint.batch for checkpoint in all_checkpoints(folder_of(recipe) / "checkpoints")] == [4, 7, 10, 11]
     index = json.loads((folder_of(recipe) / "checkpoints" / "ba11" / "checkpoint.json").read_text())
     assert index["ranks"] == 1 and index["recipe"]["optimizer"] == recipe["optimizer"]
+
+
+def test_a_sharded_run_goes_on_with_a_callback_that_its_checkpoint_does_not_know(
+    tiny_recipe: Recipe, write_recipe: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_recipe |= {"parallelism_config": {"fsdp": {}}, "autoresume": True}
+    path = write_recipe(tiny_recipe)
+    run(config.load([path, "callbacks.stop_after.time=4ba"]))
+    run(config.load([path, "callbacks.loss_spikes={}"]))
+    assert "LossSpikes begins anew" in caplog.text
+    rows = read_metrics(folder_of(tiny_recipe) / "metrics.jsonl")
+    assert len(rows) == 8 and "guard/loss_spikes" in rows[-1] and "guard/loss_spikes" not in rows[3]
