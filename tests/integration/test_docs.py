@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,11 +23,6 @@ def blocks(language: str) -> list[tuple[str, str]]:
         for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL):
             found.append((str(page.relative_to(REPOSITORY)), block))
     return found
-
-
-def cases() -> list[Any]:
-    """Pages may run side by side (pytest -n), the commands of one page may not."""
-    return [pytest.param(page, line, marks=pytest.mark.xdist_group(page)) for page, line in commands()]
 
 
 def commands() -> list[tuple[str, str]]:
@@ -59,7 +53,7 @@ def test_there_is_documentation_to_run() -> None:
 
 @pytest.mark.docs
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("page", "line"), cases(), ids=lambda value: value[:70])
+@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:70])
 def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
     if "train.py" in line and "max_duration=" not in line:
         line = f"{line} {SHORT}"
