@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import os
 import random
 import shutil
 import signal
@@ -88,15 +89,16 @@ def one_run(seed: int, shortest: float, longest: float, pace: float) -> dict[str
     slow = f"callbacks.slow_machine={{folder: {folder}, seed: {seed}, seconds: {draw.uniform(0.3, 1) * pace:.3f}}}"
     recipe = [*RECIPE, f"run_name={folder.name}", f"seed={seed}", f"time_budget={budget:.1f}s", slow]
     command = [sys.executable, __file__, "--fit", str(folder), *recipe]
+    environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)  # threads that wait for each other would measure the machine's load
     if kind == "stop_after":
-        subprocess.run([*command, f"callbacks.stop_after.time={at:.2f}budget"], check=True)
+        subprocess.run([*command, f"callbacks.stop_after.time={at:.2f}budget"], env=environment, check=True)
     if kind == "SIGTERM":
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, env=environment)
         while elapsed(folder) < at * budget and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         process.wait()
-    subprocess.run(command, check=True)
+    subprocess.run(command, env=environment, check=True)
 
     fits = [json.loads(line)["seconds"] for line in (folder / FITS).read_text().splitlines()]
     machine = [json.loads(path.read_text()) for path in folder.glob("slow_machine-*.json")]

@@ -21,6 +21,15 @@ log = logging.getLogger(__name__)
 class StagedLoader(Protocol):
     """What a loader must offer to be staged; `data.loader.ImageCaptionLoader` does."""
 
+    def set_stage(self, image_size: int, global_batch_size: int) -> None: ...
+
+    def end_pass(self) -> None: ...
+
+
+@runtime_checkable
+class SizedLoader(Protocol):
+    """What a loader of evaluation must offer to follow the stages."""
+
     @property
     def image_size(self) -> int: ...
 
@@ -28,8 +37,6 @@ class StagedLoader(Protocol):
     def global_batch_size(self) -> int: ...
 
     def set_stage(self, image_size: int, global_batch_size: int) -> None: ...
-
-    def end_pass(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ class ProgressiveResolution(Algorithm):
         """A model is judged at the size that it is trained at: that of the step in hand, also in the last before a switch."""
         for evaluator in state.evaluators:
             loader = evaluator.dataloader.dataloader
-            if isinstance(loader, StagedLoader) and loader.image_size != self.stage.image_size:
+            if isinstance(loader, SizedLoader) and loader.image_size != self.stage.image_size:
                 loader.set_stage(self.stage.image_size, loader.global_batch_size)
 
     def _check(self, state: State) -> None:

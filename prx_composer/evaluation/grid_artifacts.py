@@ -9,7 +9,7 @@ VISIBLE_GRID = 3.0
 """Above it, as the median of several images, either energy means a grid that one can see. Measured: single photographs, noise and
 fields with power spectra from 1/f² to 1/f⁴ stay below 1.4 with patches of 16 and 32 pixels and below 4 with patches of 4 and 8,
 where fewer harmonics are averaged; their medians below 1.7. Waves or lines of 4 grey levels (of 255) have a `grid_energy` of 30
-and more on a plain ground and 3 to 30 on one with noise of 5 levels (more with small patches); on busy photographs it takes lines of 8 to 16. JPEG's blocks
+and more on a plain ground and 3 to 30 on one with noise of 5 levels; on busy photographs it takes lines of 8 to 16. JPEG's blocks
 have a `seam_energy` of 1.5 at quality 80, 3 at 60, 18 at 20."""
 
 _LUMINANCE = (0.2126, 0.7152, 0.0722)  # Rec. 709

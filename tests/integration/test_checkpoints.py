@@ -232,7 +232,7 @@ def test_a_disk_that_is_really_full(
     """On a file system of its own, filled to the last byte in the sixth step."""
     small = tmp_path / "small"
     small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(small)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no file system can be mounted here")
     try:
