@@ -162,7 +162,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     loggers = build_all(registry.loggers, "loggers", {"metrics_file": {}} | recipe.loggers, **provided)
     callbacks = build_all(registry.callbacks, "callbacks", recipe.callbacks, **provided)
     seconds = None if recipe.time_budget is None else parse_duration(recipe.time_budget)
-    clock = TrainingClock(folder, seconds)
+    clock = TrainingClock(folder, seconds, recipe.dist_timeout)
     save_when = with_rehearsal(due_every(recipe.save_interval))
     options: dict[str, Any] = dict(
         run_name=recipe.run_name,

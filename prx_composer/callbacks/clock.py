@@ -1,5 +1,6 @@
 """Seconds of training, over all restarts and the same on every rank."""
 
+import datetime
 import json
 import logging
 import math
@@ -35,9 +36,10 @@ class TrainingClock(Callback):
     Args:
         folder: the run folder.
         budget: seconds of training that the recipe's `time_budget` allows, if it does.
+        timeout: seconds that a rank waits for the others.
     """
 
-    def __init__(self, folder: str | Path, budget: float | None = None):
+    def __init__(self, folder: str | Path, budget: float | None = None, timeout: float = 600.0):
         self.path = Path(folder) / "clock.json"
         self.budget = budget
         self.elapsed = 0.0
@@ -52,6 +54,7 @@ class TrainingClock(Callback):
         """Why this rank was asked to stop."""
         self.stop_requested = False
         """Whether any rank was asked to stop; changes at AFTER_TRAIN_BATCH, on all ranks."""
+        self._timeout = datetime.timedelta(seconds=timeout)
         self._group: Any = None
         self._start: float | None = None  # while training: now − spent
         self._step_end: float | None = None
@@ -71,7 +74,7 @@ class TrainingClock(Callback):
     def init(self, state: State, logger: Logger) -> None:
         # The default group of a run on GPUs is NCCL alone, which cannot reduce on the CPU.
         if dist.get_world_size() > 1 and torch_dist.get_backend() != "gloo":
-            self._group = torch_dist.new_group(backend="gloo")
+            self._group = torch_dist.new_group(backend="gloo", timeout=self._timeout)
 
     def after_load(self, state: State, logger: Logger) -> None:
         spent = self.elapsed
