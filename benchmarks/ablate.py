@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from ablate_report import plot, report, summarise, table
-from seeds import PACKAGES, processor
+from record import PACKAGES, processor
 from turns import Player, take_turns
 
 from prx_composer import config

@@ -8,19 +8,17 @@ and CRC, flushed to the disk. Every rank of a node writes its shard.
 """
 
 import argparse
-import datetime
 import json
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from seeds import PACKAGES, processor
+from record import circumstances
 
 from prx_composer import config
 from prx_composer.callbacks.metrics_file import read_metrics
@@ -74,10 +72,7 @@ def main() -> None:
     seconds = max(fixed, 0.0) + slope * total / shards
     result = {
         "what": "cost of checkpoints, measured on the mini recipe and scaled to the 24-hour recipe",
-        "date": datetime.date.today().isoformat(),
-        "machine": processor(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "command": " ".join(["python", *sys.argv]),
+        **circumstances(),
         "mini_run": share_of_run(arguments.run),
         "by_size": measured,
         "fixed_seconds": round(float(fixed), 4),

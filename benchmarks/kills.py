@@ -10,7 +10,6 @@ must be equal; the result says so, and for each kill where the run was.
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import random
@@ -18,12 +17,11 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from seeds import PACKAGES, processor
+from record import circumstances
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from prx_composer.callbacks.metrics_file import read_metrics
@@ -186,10 +184,7 @@ def main() -> None:
     unequal = differences(compared[0], compared[1])
     result = {
         "what": "final state of a run killed again and again against the undisturbed one",
-        "date": datetime.date.today().isoformat(),
-        "machine": processor(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "command": " ".join(["python", *sys.argv]),
+        **circumstances(),
         "exit_code": exit_code,
         "kills": len(kills),
         "of_these_while_a_checkpoint_was_written": sum(kill["half_a_checkpoint"] for kill in kills),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from seeds import processor
+from record import processor
 from torch import Tensor, nn
 
 from prx_composer.models import PRXBackbone

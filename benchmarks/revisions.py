@@ -7,17 +7,15 @@ take turns, and start from the same weights. Their losses are compared before th
 """
 
 import argparse
-import datetime
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
-from seeds import PACKAGES, processor
+from record import circumstances
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,10 +100,7 @@ def main() -> None:
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
     result = {
         "what": "training step of the quickstart's model with all algorithms off, now against an earlier revision",
-        "date": datetime.date.today().isoformat(),
-        "machine": processor(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "command": " ".join(["python", *sys.argv]),
+        **circumstances(),
         "revisions": {"base": arguments.base, "now": revision.stdout.strip()},
         "equal_losses": first["base"] == first["now"],
         "base_ms": round(statistics.median(times["base"]), 2),

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from seeds import PACKAGES, processor
+from record import PACKAGES, processor
 
 from prx_composer.models import PRXBackbone
 from prx_composer.models.routing import RandomRouter, Route

@@ -6,24 +6,13 @@ Seeds that have been trained already (runs/<recipe>-seed<n>) are not trained aga
 """
 
 import argparse
-import datetime
 import json
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "diffusers", "transformers")
-
-
-def processor() -> str:
-    """Name of the CPU, as far as the system says."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} × {names[0]}" if names else platform.processor()
+from record import circumstances
 
 
 def main() -> None:
@@ -45,10 +34,7 @@ def main() -> None:
 
     result = {
         "what": f"final scores of {arguments.recipe} by seed",
-        "date": datetime.date.today().isoformat(),
-        "machine": processor(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "command": " ".join(["python", *sys.argv]),
+        **circumstances(),
         "runs": runs,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

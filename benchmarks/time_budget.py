@@ -10,7 +10,6 @@ longest), on either side, with evaluation, scores, images, averaged weights and 
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import random
@@ -19,13 +18,12 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Trainer
-from seeds import PACKAGES, processor
+from record import circumstances
 
 from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.checkpoints import newest_checkpoint
@@ -137,10 +135,7 @@ def main() -> None:
         sys.stdout.flush()
     result = {
         "what": "seconds of training of runs with a time budget, on a machine slowed at random",
-        "date": datetime.date.today().isoformat(),
-        "machine": processor(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "command": " ".join(["python", *sys.argv]),
+        **circumstances(),
         "met": f"{sum(run['met'] for run in runs)} of {len(runs)}",
         "of_budget": [min(run["of_budget"] for run in runs), max(run["of_budget"] for run in runs)],
         "runs": runs,

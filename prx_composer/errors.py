@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Problems", "TrainingInterrupted", "UserError", "problems_of", "raise_all"]
+__all__ = ["Problems", "TrainingInterrupted", "UserError", "at_path", "problems_of", "raise_all"]
 
 
 class UserError(ValueError):
@@ -28,6 +28,21 @@ def raise_all(problems: list[str]) -> None:
     problems = list(dict.fromkeys(problems))
     if problems:
         raise UserError(problems[0]) if len(problems) == 1 else UserErrors(problems)
+
+
+@contextmanager
+def at_path(path: str, *also: type[Exception]) -> Iterator[None]:
+    """What is wrong with a value of the recipe, or with the file that it names, becomes a UserError with its YAML path.
+
+    Args:
+        also: kinds of errors beside OSError, ValueError and LookupError: those that reading a malformed file may end in.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, *also) as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 class Problems:

@@ -29,14 +29,14 @@ from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import Manifest, iterate_captions
 from prx_composer.data.sources import prepare
 from prx_composer.distributed import GlooAverage
-from prx_composer.errors import TrainingInterrupted, UserError
+from prx_composer.errors import TrainingInterrupted, UserError, at_path
 from prx_composer.interruption import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
 from prx_composer.models.text_encoder import load_tokenizer, train_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.optim.groups import parameter_groups
 from prx_composer.parallelism import parallelism
 from prx_composer.preflight import check_surroundings
-from prx_composer.preflight.data import check_data
+from prx_composer.preflight.data import check_data, source_of
 from prx_composer.preflight.gpus import check_gpus
 from prx_composer.preflight.recipe import examine
 from prx_composer.preflight.result import Result, require
@@ -103,7 +103,7 @@ def run(recipe: Recipe) -> str:
     try:
         if recipe.preflight:
             try_steps_before_training(trainer, recipe, folder)
-        with _first_on_rank_zero(), _at("run_folder"):
+        with _first_on_rank_zero(), at_path("run_folder"):
             if dist.get_global_rank() == 0:
                 save_recipe(recipe, folder)
                 if recipe.preflight:
@@ -251,27 +251,13 @@ def _first_on_rank_zero() -> Iterator[None]:
 def _prepare_data(recipe: Recipe) -> None:
     for key in ("train_loader", "eval_loader"):
         spec = getattr(recipe, key)
-        if spec and "source" in spec:
-            name, arguments = split(spec["source"], f"{key}.source")
-            if "path" not in spec:
-                raise UserError(f"{key}.path is missing: the folder that the source is to make the data set in.")
-            source = build(registry.sources, name, arguments, f"{key}.source")
-            with _at(key):
+        source = source_of(recipe, key)
+        if source is not None:
+            with at_path(key):
                 prepare(Path(spec["path"]), source, spec["source"])
         if spec and spec["name"] == "image_caption" and not spec.get("remote"):
-            with _at(key):
+            with at_path(key):
                 read_manifest(spec["path"], spec.get("split", "train"), spec.get("captions"))
-
-
-@contextmanager
-def _at(path: str) -> Iterator[None]:
-    """What is wrong with a value of the recipe is said with its YAML path."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def _build_loader(recipe: Recipe, key: str, model: TextToImage, global_batch_size: int, **overrides: Any) -> DataSpec:
@@ -328,7 +314,7 @@ def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Pa
     path = "model.text_encoder.tokenizer"
     if folder.exists():
         return load_tokenizer(str(folder))
-    with _at(path):
+    with at_path(path):
         if isinstance(spec, str):
             tokenizer = load_tokenizer(spec, revision)
         elif isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size"} and spec.get("train"):

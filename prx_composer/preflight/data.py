@@ -4,7 +4,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from prx_composer.data.dataset import UNDECODABLE, read_manifest
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.sources import is_made
 from prx_composer.data.transforms import decode_image
-from prx_composer.errors import UserError, raise_all
+from prx_composer.errors import UserError, at_path, raise_all
 from prx_composer.preflight.recipe import Parts, PlannedStage
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped, warned
 from prx_composer.schedule import ScheduleWindow
 
-__all__ = ["check_data", "unmade_source"]
+__all__ = ["check_data", "source_of", "unmade_source"]
 
 REMOTE_TIMEOUT = 20.0  # seconds for a manifest of a few kilobytes
 LOOKED_AT = 10  # samples of a bucket, if the first cannot be decoded
@@ -40,11 +39,11 @@ def check_data(recipe: Recipe, parts: Parts) -> Iterator[Result]:
             yield from guarded(_check_loader(recipe, key, parts, to_be_made))
 
 
-def unmade_source(recipe: Recipe, key: str) -> Any:
-    """The source that is going to make a loader's data set on first use; None if there is none or it has.
+def source_of(recipe: Recipe, key: str) -> Any:
+    """The source that a loader's data set is made from, or None if the recipe names none.
 
     Raises:
-        UserError: a source that cannot be built, or a folder that holds other data.
+        UserError: one that cannot be built, or no folder to make it in.
     """
     spec = getattr(recipe, key) or {}
     if not spec.get("source"):
@@ -52,19 +51,21 @@ def unmade_source(recipe: Recipe, key: str) -> Any:
     name, arguments = split(spec["source"], f"{key}.source")
     if "path" not in spec:
         raise UserError(f"{key}.path is missing: the folder that the source is to make the data set in.")
-    source = build(registry.sources, name, arguments, f"{key}.source")
-    with _at(key):
+    return build(registry.sources, name, arguments, f"{key}.source")
+
+
+def unmade_source(recipe: Recipe, key: str) -> Any:
+    """`source_of`, if it is going to make the data set on first use; None if it has.
+
+    Raises:
+        UserError: as `source_of`, and for a folder that holds other data.
+    """
+    source = source_of(recipe, key)
+    if source is None:
+        return None
+    spec = getattr(recipe, key)
+    with at_path(key):
         return None if is_made(Path(spec["path"]), source, spec["source"]) else source
-
-
-@contextmanager
-def _at(path: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) -> Iterator[Result]:
@@ -108,7 +109,7 @@ def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) 
 
 
 def _local_manifest(key: str, spec: dict[str, Any]) -> Manifest:
-    with _at(key):
+    with at_path(key, TypeError, AttributeError):
         if "path" not in spec:
             raise UserError(f"{key}.path is missing: the folder of the data set.")
         return read_manifest(spec["path"], spec.get("split", "train"), spec.get("captions"), spec.get("features"))
@@ -128,7 +129,7 @@ def _remote_manifest(key: str, spec: dict[str, Any]) -> Manifest:
             raise UserError(
                 f"{key}.remote: {source} cannot be fetched ({reason}); check the address and your credentials."
             ) from error
-        with _at(f"{key}.remote"):
+        with at_path(f"{key}.remote", TypeError, AttributeError):
             return read_manifest(temporary, name, spec.get("captions"), spec.get("features"))
 
 

@@ -1,0 +1,260 @@
+"""The plan of a run: stages laid out and fitted, data, and what a stranger types."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stacks import REPOSITORY
+from typer.testing import CliRunner
+
+from prx_composer import config
+from prx_composer.cli import app
+from prx_composer.config import Recipe
+from prx_composer.errors import UserError
+from prx_composer.models.encoder_sizes import known_config, vision_size
+from prx_composer.planning.fit import fit
+from prx_composer.planning.hardware import GPUS, find_gpu
+from prx_composer.planning.plan import Conditions, make_plan
+from prx_composer.planning.quantities import parse_count, parse_rate
+from prx_composer.planning.text import as_text
+from prx_composer.planning.timeline import timeline
+
+Write = Callable[..., str]
+H200 = find_gpu("h200")
+LIMIT = Conditions(H200, num_gpus=32, price=2.0, utilisation=1.0, stored_text=True)
+FULL = str(REPOSITORY / "yamls" / "24h.yaml")
+# reference.md counts a projector of 1,024 channels, and REPA in both stages.
+AS_REFERENCE = ["algorithms.repa.projector_hidden=1024", "algorithms.repa.end=null"]
+
+
+def full(*changes: str) -> Recipe:
+    return config.load([FULL, *changes])
+
+
+# --------------------------------------------------------------------------------------------- schedule and data
+
+
+def spans(recipe: Recipe, samples: int | None = None) -> list[tuple[int, int]]:
+    return [(span.start, span.end) for span in timeline(recipe, 1, samples).spans]
+
+
+@pytest.mark.parametrize(
+    ("until", "max_duration", "expected"),
+    [
+        ("4ba", "8ba", [(0, 4), (4, 8)]),
+        ("0.5dur", "9ba", [(0, 5), (5, 9)]),  # half of nine is first passed after five
+        ("100sp", "8ba", [(0, 3), (3, 8)]),  # of batches of 48
+        ("4ba or 0.83budget", "8ba", [(0, 4), (4, 8)]),
+        ("2h or 4ba", "8ba", [(0, 4), (4, 8)]),
+        ("4ba", "240sp", [(0, 4), (4, 6)]),  # 4 · 48 + 2 · 24
+        ("4ba", "3ba", [(0, 3)]),
+    ],
+)
+def test_stages_in_any_unit_are_laid_out_in_steps(
+    until: str, max_duration: str, expected: list[tuple[int, int]], tiny_recipe: dict[str, Any], write_recipe: Write
+) -> None:
+    tiny_recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] = until
+    assert spans(config.load([write_recipe(tiny_recipe | {"max_duration": max_duration})])) == expected
+
+
+def test_an_alternative_in_time_is_named_as_left_out() -> None:
+    path = "algorithms.progressive_resolution.stages[0].until"
+    plan = make_plan(full(f"{path}=90000ba or 0.8budget"), LIMIT)
+    assert f"{path}: 90000ba or 0.8budget is taken as 90000ba" in plan.assumptions
+    with pytest.raises(UserError, match=r"stages\[0\]\.until: 0\.8budget says nothing of steps"):
+        make_plan(full(f"{path}=0.8budget"), LIMIT)
+
+
+def test_the_data_on_disk_says_how_many_epochs_and_bytes(
+    tiny_recipe: dict[str, Any], shapes_data: Path, write_recipe: Write
+) -> None:
+    plan = make_plan(config.load([write_recipe(tiny_recipe)]), Conditions(H200, utilisation=1.0, samples=5))
+    assert plan.samples == 240 and plan.samples_from == "train_loader.path"
+    assert [stage.epochs for stage in plan.stages] == [4 * 48 / 240, 4 * 24 / 240]
+    shards = sum(file.stat().st_size for file in (shapes_data / "train").rglob("*.mds"))
+    assert plan.stages[0].read_bytes == pytest.approx(shards / 240)
+
+    tiny_recipe["train_loader"] = {"name": "image_caption", "path": "nowhere"}
+    absent = config.load([write_recipe(tiny_recipe)])
+    assert make_plan(absent, Conditions(H200, utilisation=1.0)).stages[0].epochs is None
+    assert make_plan(absent, Conditions(H200, utilisation=1.0, samples=96)).stages[0].epochs == 2
+    tiny_recipe["algorithms"] = {}
+    epochs = config.load([write_recipe(tiny_recipe | {"max_duration": "3ep"})])
+    with pytest.raises(UserError, match=r"max_duration: 3ep .* --samples"):
+        make_plan(epochs, Conditions(H200, utilisation=1.0))
+    assert spans(epochs, samples=240) == [(0, 15)]
+
+
+def test_batches_that_do_not_divide_over_the_gpus_are_refused_at_their_path() -> None:
+    with pytest.raises(UserError, match=r"stages\[0\]\.global_train_batch_size: 1024 does not divide over 24 ranks"):
+        make_plan(full(), dataclasses.replace(LIMIT, num_gpus=24))
+
+
+# ------------------------------------------------------------------------------------------------------- fitting
+
+
+@pytest.mark.parametrize("hours", [0.5, 1.9, 6])
+def test_a_fitted_schedule_takes_nearly_the_time_given_and_keeps_its_proportions(hours: float) -> None:
+    fitted = fit(full(), LIMIT, hours * 3600)
+    again = make_plan(full(*fitted.arguments), LIMIT)  # what a user would train
+    assert again == fitted.plan
+    assert 0.97 * hours < again.hours <= hours
+    first, second = again.stages
+    assert (first.end - first.start) / (second.end - second.start) == pytest.approx(5, rel=0.01)
+    assert "repa" in first.flops and "repa" not in second.flops  # its window went along
+    assert first.end % 10 == 0
+
+
+def test_a_fitted_schedule_moves_all_that_is_tied_to_steps_and_nothing_else(
+    tiny_recipe: dict[str, Any], write_recipe: Write
+) -> None:
+    recipe = copy.deepcopy(tiny_recipe) | {"max_duration": "8000ba", "save_interval": "2000ba"}
+    recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] = "4000ba or 0.8budget"
+    recipe["algorithms"]["ema"] |= {"start": "2000ba"}
+    recipe["algorithms"]["gradient_clipping"] |= {"start": "0.1dur", "end": f"{4000 * 48}sp"}
+    recipe["scheduler"] = {"name": "cosine_with_warmup", "t_warmup": "100ba", "t_max": "8000ba"}
+    loaded = config.load([write_recipe(recipe)])
+    slow = Conditions(H200, utilisation=None, throughput={8: 480.0, 16: 240.0}, disk=1e15)
+    seconds = make_plan(loaded, slow).hours * 3600
+    assert fit(loaded, slow, seconds / 2).changes == {
+        "max_duration": "4000ba",
+        "algorithms.progressive_resolution.stages[0].until": "2000ba or 0.8budget",
+        "algorithms.ema.start": "1000ba",
+        "algorithms.gradient_clipping.end": f"{2000 * 48}sp",
+        "scheduler.t_max": "4000ba",
+    }
+    assert "scheduler.t_warmup=100ba" in fit(loaded, slow, seconds / 2).unmoved
+    assert fit(loaded, slow, 2 * seconds).changes["max_duration"] == "16000ba"
+    with pytest.raises(UserError, match="too short for a step of every stage"):
+        fit(loaded, slow, 0.01)
+
+
+# ------------------------------------------------------------------------------------------- what a stranger types
+
+
+def prx(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_table_names_what_a_reader_looks_for() -> None:
+    found = prx(FULL, "--gpus", "32", "--gpu", "h200", "--price", "2.0", "--mfu", "0.33", "--samples", "8.7M")
+    assert found.exit_code == 0, found.exception
+    for text in ("4 nodes of 8", "33% of the reachable peak (26% of the datasheet's)", "measured", "REPA", "12.95", "yes"):
+        assert text in found.output
+    assert "online" in found.output and "embeddings of google/t5gemma" in prx(FULL, "--stored-text", "--gpus", "8").output
+
+
+def test_json_says_what_the_table_says(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert "total: " in prx(FULL, "--gpus", "32", "--json", str(file), "--fit", "5h").output
+    written = json.loads(file.read_text())
+    assert written["hours"] <= 5 and written["fit"]["algorithms.repa.end"].split()[0] == f"{written['stages'][0]['end']}ba"
+    printed = json.loads(prx(FULL, "--gpus", "32", "--json").output)
+    assert printed["stages"][1]["flops"].keys() == {"denoiser", "text encoder", "lpips", "perceptual_dino"}
+    assert printed["stages"][1]["memory"]["peak"] > printed["stages"][1]["memory"]["activations"]
+
+
+def test_measured_speeds_must_cover_every_stage_and_be_of_the_same_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "speeds.json"
+    stages = [{"image_size": 512, "images_per_second_per_gpu": 190.0}]
+    file.write_text(json.dumps({"gpu": "h100", "stages": stages}))
+    missing = prx(FULL, "--gpus", "32", "--throughput", str(file)).exception
+    assert isinstance(missing, UserError) and "image_size 1024, only at 512" in str(missing)
+    other = prx(FULL, "--gpus", "32", "--throughput", str(file), "--gpu", "h200").exception
+    assert isinstance(other, UserError) and "measured on h100" in str(other)
+    both = prx(FULL, "--gpus", "32", "--throughput", str(file), "--mfu", "0.4").exception
+    assert isinstance(both, UserError) and "give one of them" in str(both)
+    by_device = {"gpu": "NVIDIA H200", "stages": [*stages, {"image_size": 1024, "images_per_second_per_gpu": 60}]}
+    file.write_text(json.dumps(by_device))
+    assert "on 32 × h200" in prx(FULL, "--gpus", "32", "--throughput", str(file)).output
+    file.write_text("[]")
+    broken = prx(FULL, "--gpus", "32", "--throughput", str(file)).exception
+    assert isinstance(broken, UserError) and "no file of the form" in str(broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.exclude=[nothing]", "optimizer: exclude: 'nothing'"),
+        ("algorithms.repa.block=16", "algorithms.repa.block: 16 is no block"),
+        ("algorithms.progressive_resolution.stages[1].image_size=1000", r"stages\[1\]\.image_size: .*1000.*patch_size"),
+        ("max_duration=3ep", "max_duration: 3ep cannot be in epochs"),
+        ("save_interval=1ep", "save_interval: 1ep of data that isn't here"),
+        ("time_budget=soon", "time_budget: 'soon'"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_with_its_path(change: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_plan(full(change), LIMIT)
+
+
+@pytest.mark.parametrize(("budget", "says"), [("1h", "does NOT fit"), ("3h", "fits with")])
+def test_the_plan_says_whether_it_fits_the_time_budget(budget: str, says: str) -> None:
+    plan = make_plan(full(f"time_budget={budget}"), LIMIT)
+    assert plan.fits_budget == (budget == "3h") and says in as_text(plan)
+    assert fit(full(f"time_budget={budget}"), LIMIT, 1.5 * 3600).changes["time_budget"] == "1h30m"
+
+
+@pytest.mark.parametrize("name", ["google/flan-t5-xl", "google/t5gemma-9b-9b-ul2", "Qwen/Qwen3-VL-2B-Instruct"])
+def test_known_text_encoders_are_counted_as_wide_as_the_backbone_takes_them(name: str) -> None:
+    widths = {"google/flan-t5-xl": 2048, "google/t5gemma-9b-9b-ul2": 3584, "Qwen/Qwen3-VL-2B-Instruct": 2048}
+    changes = (f"model.text_encoder.pretrained={name}", f"model.backbone.context_in_dim={widths[name]}")
+    plan = make_plan(full(*changes), dataclasses.replace(LIMIT, stored_text=False))
+    assert not plan.unknown and plan.stages[0].flops["text encoder"] > 5e11
+
+
+def test_an_encoder_that_nothing_is_known_of_is_named_and_not_counted() -> None:
+    recipe = full("algorithms.repa.teacher.pretrained=somebody/vit", "model.text_encoder.pretrained=somebody/llm")
+    plan = make_plan(recipe, dataclasses.replace(LIMIT, stored_text=False))
+    assert plan.stages[0].flops.keys() == {"denoiser", "lpips", "perceptual_dino"}
+    assert any(line.startswith("algorithms.repa.teacher: somebody/vit") for line in plan.unknown)
+    assert any(line.startswith("model.text_encoder: somebody/llm") for line in plan.unknown)
+
+
+def test_an_algorithm_of_ones_own_is_named_and_not_counted(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
+    recipe = tiny_recipe | {"code_paths": [str(REPOSITORY / "recipes" / "custom_stack" / "brightness.py")]}
+    recipe["algorithms"] |= {"brightness": {}}
+    found = prx(write_recipe(recipe))
+    assert found.exit_code == 0 and "algorithms.brightness: what it costs is not known" in found.output
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("facebook/dinov2-base", 86.6),
+        ("facebook/dinov2-large", 304.4),
+        ("facebook/dinov3-vitl16-pretrain-lvd1689m", 303.1),
+        ("google/siglip-so400m-patch14-384", 428.2),
+        ("openai/clip-vit-large-patch14", 303.2),
+    ],
+)
+def test_known_teachers_have_the_published_number_of_parameters(name: str, millions: float) -> None:
+    settings = known_config(name)
+    assert settings is not None and vision_size(settings).parameters / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_no_gpu_reaches_its_datasheet() -> None:
+    assert all(0.4 < gpu.reachable_tflops / gpu.datasheet_tflops < 0.95 for gpu in GPUS.values())
+
+
+def test_gpus_are_found_by_the_names_that_people_and_devices_give() -> None:
+    devices = ["NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "AMD Instinct MI300X", "NVIDIA GeForce RTX 4090"]
+    assert [find_gpu(name).name for name in devices] == ["h200", "h100", "a100-80gb", "mi300x", "rtx4090"]
+    with pytest.raises(UserError, match="no 'h300'.* Did you mean"):
+        find_gpu("h300")
+    with pytest.raises(UserError, match="no 'NVIDIA A100-SXM4-40GB'"):
+        find_gpu("NVIDIA A100-SXM4-40GB")
+
+
+def test_counts_and_rates_are_read_as_people_write_them() -> None:
+    assert [parse_count(text, "") for text in ("8.7M", "240k", "1,000", "1.5B")] == [8_700_000, 240_000, 1000, 1_500_000_000]
+    assert [parse_rate(text, "") for text in ("1GB/s", "500 MB/s", "2.5gbps")] == [1e9, 5e8, 2.5e9]
+    for wrong in ("many", "0", "-3"):
+        with pytest.raises(UserError, match="--samples"):
+            parse_count(wrong, "--samples")
+        with pytest.raises(UserError, match="--disk"):
+            parse_rate(wrong, "--disk")
