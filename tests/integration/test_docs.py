@@ -57,7 +57,7 @@ def test_there_is_documentation_to_run() -> None:
 def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
     if "train.py" in line and "max_duration=" not in line:
         line = f"{line} {SHORT}"
-    if "train.py" in line and "24h_mini" in line:
+    if ("train.py" in line or "prx check" in line) and "24h_mini" in line:  # a check finds the run of the command before it
         line = f"{line} {SHORT_STAGES}"
     if "ablate.py" in line:
         line = f"{line} {SHORT_ABLATION}"
