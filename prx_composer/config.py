@@ -21,9 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prx_composer import registry
-from prx_composer.errors import Problems, UserError
+from prx_composer.errors import Problems, UserError, at_path
 from prx_composer.registry import NESTED, Registry, nearest
-from prx_composer.schedule import Moment, names_budget, parse_duration
+from prx_composer.schedule import Moment, Point, names_budget, parse_duration
 
 __all__ = ["RESUMABLE_CHANGES", "Recipe", "build", "build_all", "check", "import_code", "load", "split"]
 
@@ -200,7 +200,9 @@ def check(recipe: Recipe) -> None:
     ):
         with problems.noted():
             _check_spec(components, spec, path, provided)
-    times = {key: getattr(recipe, key) for key in ("max_duration", "eval_interval", "save_interval")}
+    with problems.noted(), at_path("save_interval"):
+        Point.parse_interval(recipe.save_interval)
+    times = {key: getattr(recipe, key) for key in ("max_duration", "eval_interval")}
     times |= {f"scheduler.{key}": value for key, value in recipe.scheduler.items() if key.startswith("t_")}
     for path, time in times.items():
         with problems.noted():

@@ -72,6 +72,14 @@ class Point:
             raise ValueError(f"{text!r}: these are counted in whole numbers.")
         return cls(value, unit, text)
 
+    @classmethod
+    def parse_interval(cls, text: str) -> "Point":
+        """Raises ValueError for what nothing can be repeated at."""
+        point = cls.parse(text)
+        if point.value <= 0 or point.unit in (BUDGET, TimeUnit.TOKEN.value):
+            raise ValueError(f"an interval must be a positive time such as 2000ba, 0.1dur or 30m, not {text}.")
+        return point
+
     def reached(self, state: State) -> float:
         """How much of `value` has passed, in its unit."""
         if self.unit == BUDGET:

@@ -13,7 +13,7 @@ from composer.utils import create_interval_scheduler, dist
 from prx_composer.callbacks.clock import clock_of
 from prx_composer.checkpoints import clean_up, keep_newest, newest_checkpoint, write_checkpoint
 from prx_composer.errors import TrainingInterrupted, UserError
-from prx_composer.schedule import BUDGET, SECONDS, Point
+from prx_composer.schedule import SECONDS, Point
 
 __all__ = ["Checkpointing", "due_every"]
 
@@ -26,9 +26,7 @@ def due_every(interval: str) -> Any:
     Raises:
         ValueError: not a time, or not a positive one.
     """
-    point = Point.parse(interval)
-    if point.value <= 0 or point.unit == BUDGET:
-        raise ValueError(f"an interval must be a positive time such as 2000ba, 0.1dur or 30m, not {interval}.")
+    point = Point.parse_interval(interval)
     if point.unit != SECONDS:
         return create_interval_scheduler(interval, include_end_of_training=True)
     at_end = create_interval_scheduler(Time.from_timestring("1dur"), include_end_of_training=True)

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 from prx_composer.config import Recipe
-from prx_composer.errors import UserError
+from prx_composer.errors import UserError, at_path
 from prx_composer.planning.timeline import Timeline
-from prx_composer.schedule import BUDGET, SECONDS, Point
+from prx_composer.schedule import SECONDS, Point
 
 __all__ = ["CheckpointPlan", "plan_checkpoints"]
 
@@ -33,12 +33,8 @@ def plan_checkpoints(size: int, recipe: Recipe, line: Timeline, training_hours: 
     Raises:
         UserError: an interval that is none, or in epochs of data whose size isn't known.
     """
-    try:
-        interval = Point.parse(recipe.save_interval)
-    except ValueError as error:
-        raise UserError(f"save_interval: {error}") from error
-    if interval.value <= 0 or interval.unit == BUDGET:
-        raise UserError(f"save_interval: {recipe.save_interval} is no positive time such as 2000ba, 0.1dur or 30m.")
+    with at_path("save_interval"):
+        interval = Point.parse_interval(recipe.save_interval)
     length = {SECONDS: training_hours * 3600, "ba": line.steps, "sp": line.samples, "dur": 1.0}
     if line.epoch is not None:
         length["ep"] = line.samples / line.epoch

@@ -6,12 +6,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from composer.core import Time, TimeUnit
+from composer.core import TimeUnit
 
 from prx_composer.config import Recipe
 from prx_composer.preflight.recipe import Parts
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped
 from prx_composer.run_folder import CHECKPOINTS, holds_run
+from prx_composer.schedule import SECONDS, Point, parse_duration
 
 __all__ = ["check_storage", "checkpoints_to_keep", "why_not_writable"]
 
@@ -58,13 +59,13 @@ def checkpoints_to_keep(recipe: Recipe) -> int | None:
     if keep >= 0:
         return max(keep, 1) + 1
     try:
-        interval, duration = Time.from_timestring(recipe.save_interval), Time.from_timestring(recipe.max_duration)
+        interval, duration = Point.parse_interval(recipe.save_interval), Point.parse(recipe.max_duration)
     except ValueError:
         return None
-    if interval.value <= 0:
-        return None
-    if interval.unit == TimeUnit.DURATION:
+    if interval.unit == TimeUnit.DURATION.value:
         return math.ceil(1 / interval.value)
+    if interval.unit == SECONDS and recipe.time_budget is not None:
+        return math.ceil(parse_duration(recipe.time_budget) / interval.value)
     return math.ceil(duration.value / interval.value) if interval.unit == duration.unit else None
 
 

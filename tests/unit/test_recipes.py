@@ -32,6 +32,7 @@ MAY_DIFFER = {
     "image_size": "size",
     "global_train_batch_size": "size",
     "global_eval_batch_size": "size",
+    "device_train_microbatch_size": "the first stage without accumulation, as on 32 GPUs, the second with",
     "max_duration": "a hundredth of the steps",
     "precision": "Composer trains in fp32 on a CPU",
     "parallelism_config.fsdp.shard_degree": "any number of processes",
