@@ -11,6 +11,7 @@ from composer.core import Algorithm, Event, Precision, State
 from composer.loggers import Logger
 from torch import Tensor, nn
 
+from prx_composer.models.pointwise import RMSNorm
 from prx_composer.schedule import ScheduleWindow
 
 __all__ = ["LowPrecisionLayerNorm", "LowPrecisionNorm", "LowPrecisionRMSNorm", "apply_low_precision_norm"]
@@ -57,13 +58,14 @@ class LowPrecisionRMSNorm(nn.RMSNorm):
 _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: LowPrecisionLayerNorm,
     nn.RMSNorm: LowPrecisionRMSNorm,
+    RMSNorm: LowPrecisionRMSNorm,
 }
 
 
 def apply_low_precision_norm(model: nn.Module) -> int:
     """Replaces every nn.LayerNorm and nn.RMSNorm, affine or not, in place; returns how many.
 
-    Subclasses are left alone, since their own forward would be lost. Parameters stay the same objects, so optimizers
+    Subclasses but our own are left alone, since their own forward would be lost. Parameters stay the same objects, so optimizers
     and state dicts don't notice.
     """
     replaced = 0

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prx_composer.models.pointwise import RMSNorm, add_scaled, gated_gelu
+
 __all__ = [
     "FinalLayer",
     "MLPEmbedder",
@@ -96,9 +98,9 @@ class Attention(nn.Module):
         head_dim = hidden_size // num_heads
         self.img_qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.txt_kv_proj = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
-        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
-        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.norm_added_k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_q = RMSNorm(head_dim, eps=1e-6)
+        self.norm_k = RMSNorm(head_dim, eps=1e-6)
+        self.norm_added_k = RMSNorm(head_dim, eps=1e-6)
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False)])
 
     def forward(self, image_BND: Tensor, text_BTD: Tensor, rotation: Tensor, key_mask_B11S: Tensor | None) -> Tensor:
@@ -139,11 +141,11 @@ class PRXBlock(nn.Module):
 
     def forward(self, x_BND: Tensor, text_BTD: Tensor, activated_BD: Tensor, rotation: Tensor, key_mask: Tensor | None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(activated_BD)
-        modulated = torch.addcmul(shift1, 1 + scale1, self.img_pre_norm(x_BND))
-        x_BND = torch.addcmul(x_BND, gate1, self.attention(modulated, text_BTD, rotation, key_mask))
-        modulated = torch.addcmul(shift2, 1 + scale2, self.post_attention_layernorm(x_BND))
-        mlp_out = self.down_proj(F.gelu(self.gate_proj(modulated), approximate="tanh") * self.up_proj(modulated))
-        return torch.addcmul(x_BND, gate2, mlp_out)
+        modulated = add_scaled(shift1, 1 + scale1, self.img_pre_norm(x_BND))
+        x_BND = add_scaled(x_BND, gate1, self.attention(modulated, text_BTD, rotation, key_mask))
+        modulated = add_scaled(shift2, 1 + scale2, self.post_attention_layernorm(x_BND))
+        mlp_out = self.down_proj(gated_gelu(self.gate_proj(modulated), self.up_proj(modulated)))
+        return add_scaled(x_BND, gate2, mlp_out)
 
 
 class TextAdapterBlock(nn.Module):
@@ -183,4 +185,4 @@ class FinalLayer(nn.Module):
 
     def forward(self, x_BND: Tensor, vec_BD: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec_BD)[:, None, :].chunk(2, dim=-1)
-        return self.linear(torch.addcmul(shift, 1 + scale, self.norm_final(x_BND)))
+        return self.linear(add_scaled(shift, 1 + scale, self.norm_final(x_BND)))

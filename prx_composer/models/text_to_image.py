@@ -57,7 +57,8 @@ class TextToImage(ComposerModel):
     """Trains and samples a flow-matching text-to-image model.
 
     Batches are mappings with `image` uint8 (B, 3, H, W), `input_ids` int64 and `attention_mask` bool (B, T); they are
-    never written to.
+    never written to. With `text_embedding` (B, T, C) they bring what the (frozen) text encoder would make of their captions, and
+    it isn't asked.
 
     Args:
         backbone: the network that is trained.
@@ -108,6 +109,7 @@ class TextToImage(ComposerModel):
         self.auxiliary_losses = AuxiliaryLosses()
         self.guidance: Guidance = ClassifierFreeGuidance()
         self.sampling_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._null: Tensor | None = None
         edges = torch.linspace(0, 1, EVAL_TIMESTEP_BINS + 1).tolist()
         self._eval_metrics: dict[str, Metric] = {"mse": TimestepMSE(0.0, 1.01)}
         for low, high in pairwise(edges):
@@ -154,14 +156,23 @@ class TextToImage(ComposerModel):
     def _encode_text(
         self, batch: Mapping[str, Any], dropout: float, generator: Callable[[str, torch.device], torch.Generator]
     ) -> TextConditioning:
-        input_ids, mask = batch["input_ids"], batch["attention_mask"]
+        input_ids, mask, embedding = batch["input_ids"], batch["attention_mask"], batch.get("text_embedding")
         if dropout > 0:
             device = input_ids.device
             draw = torch.rand(len(input_ids), 1, generator=generator("caption_dropout", device), device=device)
             dropped = draw < dropout
-            input_ids = torch.where(dropped, self.text_encoder.null_input_ids, input_ids)
+            if embedding is None:
+                input_ids = torch.where(dropped, self.text_encoder.null_input_ids, input_ids)
+            else:
+                embedding = torch.where(dropped[..., None], self._null_embedding(device).type_as(embedding), embedding)
             mask = torch.where(dropped, self.text_encoder.null_attention_mask, mask)
-        return TextConditioning(self.text_encoder(input_ids, mask), mask)
+        return TextConditioning(self.text_encoder(input_ids, mask) if embedding is None else embedding.float(), mask)
+
+    def _null_embedding(self, device: torch.device) -> Tensor:
+        """Of the empty caption, (1, T, C); computed once."""
+        if self._null is None or self._null.device != device:
+            self._null = self.encode_prompts([""], device).embedding.detach()
+        return self._null
 
     def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`total`, and each term by name, already weighted: they sum to `total`."""
@@ -249,4 +260,5 @@ class TextToImage(ComposerModel):
         if self.text_encoder.trainable:  # then the text projection needs its input's gradient too
             c = self.backbone.config
             per_image += 2 * batch["input_ids"].shape[1] * c["context_in_dim"] * c["hidden_size"]
-        return per_image * batch_size + self.text_encoder.flops(batch_size, training=True)
+        encoding = 0 if "text_embedding" in batch else self.text_encoder.flops(batch_size, training=True)
+        return per_image * batch_size + encoding

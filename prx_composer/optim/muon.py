@@ -17,6 +17,7 @@ from prx_composer.optim.shares import Plan, Stack, local, make_plans
 __all__ = ["Muon", "muon_parameters", "newton_schulz"]
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
+_WIDE = 1.5  # long side / short side from which iterating on XXᵀ is less work, at five steps
 _IN_BLOCK = re.compile(r"(^|\.)blocks\.\d+(\.|$)")
 _FUSED_PROJECTIONS = {"img_qkv_proj": 3, "txt_kv_proj": 2}  # rows ordered (q k v | k v, head, channel)
 
@@ -28,11 +29,13 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     p(σ) = aσ + bσ³ + cσ⁵ and leaves U and V alone. Jordan's (a, b, c) buy a steep slope at 0, 3.4445 per step, with the
     exactness at 1: after five steps no singular value is above 1.203, and those that were at least 0.0016 of the norm are
     above 0.68 and keep moving in between. More steps lift smaller ones, and bring none closer to 1.
-    The products stay with X: iterating on the smaller XXᵀ alone loses ill-conditioned matrices in bf16.
+    All factors commute, so that the steps can also be made on the smaller XXᵀ alone, collected in P, and X multiplied by P at the
+    end: less work for matrices that are wider than 1.5 times their height. It needs XXᵀ to be exact to far below the smallest σ²
+    that matters, which it is in fp32 and not in bf16, where the products stay with X.
 
     Args:
         matrices: (..., m, n), floating point. One whose norm is far below 1e-12 comes out small, zero as zero.
-        steps: iterations, each 4·s²·l + 2·s³ FLOPs for the short side s and the long side l.
+        steps: iterations, each 4·s²·l + 2·s³ FLOPs for the short side s and the long side l, or 8·s³ on XXᵀ.
 
     Returns:
         (..., m, n); tall matrices come out transposed in memory.
@@ -43,10 +46,31 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x.reshape(-1, *x.shape[-2:])
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     x = (x / norm.clamp(min=1e-12)).to(matrices.dtype)
-    for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.dtype in (torch.float32, torch.float64) and x.shape[-1] > _WIDE * x.shape[-2] and steps > 1:
+        x = torch.bmm(_gram_polynomial(torch.bmm(x, x.mT), steps), x)
+    else:
+        for _ in range(steps):
+            gram = torch.bmm(x, x.mT)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).view(matrices.shape)
+
+
+def _gram_polynomial(gram: Tensor, steps: int) -> Tensor:
+    """The P of Newton–Schulz's P·X from G = XXᵀ, (..., s, s): with Q = aI + bG + cG², P ← Q·P and G ← Q·G·Q."""
+    a, b, c = _QUINTIC
+    product = None
+    for left in reversed(range(steps)):
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # Q − aI
+        if product is None:
+            product = rest.clone()
+            product.diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            product = torch.baddbmm(product, rest, product, beta=a)
+        if left:
+            gram = torch.baddbmm(gram, rest, gram, beta=a)
+            gram = torch.baddbmm(gram, rest, gram, beta=a)
+    assert product is not None
+    return product
 
 
 def muon_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:

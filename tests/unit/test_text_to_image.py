@@ -150,3 +150,20 @@ def test_parts_that_do_not_fit_are_named_by_their_yaml_path(tokenizer: Any) -> N
         TextToImage(PRXBackbone(in_channels=3, context_in_dim=24, hidden_size=32, num_heads=2, depth=1), encoder)
     with pytest.raises(ValueError, match="model.backbone.in_channels is 4"):
         TextToImage(PRXBackbone(in_channels=4, context_in_dim=16, hidden_size=32, num_heads=2, depth=1), encoder)
+
+
+def test_stored_text_embeddings_give_the_loss_of_the_encoder_run_online(tiny_model: Build, tiny_batch: Batch) -> None:
+    model = tiny_model()
+    model.caption_dropout = 0.5
+    stored = tiny_batch | {"text_embedding": model.text_encoder(tiny_batch["input_ids"], tiny_batch["attention_mask"]).detach()}
+    losses = []
+    for batch in (tiny_batch, stored):
+        model.zero_grad()
+        model.random.begin_step(3)
+        loss = model.loss(model(batch), batch)["total"]
+        loss.backward()
+        losses.append((loss.detach(), model.backbone.txt_in.weight.grad))
+    torch.testing.assert_close(losses[0], losses[1])
+    assert model.flops_per_batch(stored) == model.flops_per_batch(tiny_batch) - model.text_encoder.flops(
+        len(tiny_batch["image"]), training=True
+    )
