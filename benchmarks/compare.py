@@ -140,8 +140,10 @@ def compare_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """Peak of one forward and backward pass above what was there before, each in a fresh process."""
     start, found = multiprocessing.get_context("spawn"), {}
     for name in ("diffusers", "ours"):
-        with start.Pool(1) as pool:
-            found[name] = pool.apply(_peak_of_a_step, (name, arguments))
+        pool = start.Pool(1)
+        found[name] = pool.apply(_peak_of_a_step, (name, arguments))
+        pool.close()  # not terminate, of which Composer's signal handler would make a traceback
+        pool.join()
     return {
         "image_tokens": arguments.tokens,
         "peak_mb": {name: round(peak / 1e6, 1) for name, peak in found.items()},
