@@ -6,28 +6,16 @@ Both are the same weights; before timing, the routed pass is held against one co
 """
 
 import argparse
-import datetime
 import json
-import statistics
 import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from record import PACKAGES, processor
+from interleaved import ratio, summary, time_in_turns
+from record import circumstances
 
 from prx_composer.models import PRXBackbone
 from prx_composer.models.routing import RandomRouter, Route
-
-
-def step(backbone: PRXBackbone, inputs: tuple[torch.Tensor, ...], route: Route | None) -> float:
-    """Milliseconds of a forward and backward pass."""
-    started = time.perf_counter()
-    backbone(*inputs, route=route).square().mean().backward()
-    elapsed = 1000 * (time.perf_counter() - started)
-    backbone.zero_grad()
-    return elapsed
 
 
 def check_agreement(backbone: PRXBackbone, inputs: tuple[torch.Tensor, ...], route: Route) -> float:
@@ -63,30 +51,22 @@ def main() -> None:
     assert route is not None
     difference = check_agreement(backbone, inputs, route)
 
-    times: dict[str, list[float]] = {"dense": [], "tread": []}
-    for number in range(arguments.rounds + 2):
-        order = ["dense", "tread"] if number % 2 else ["tread", "dense"]
-        for name in order:
-            drawn = router.draw(batch, 256, generator) if name == "tread" else None
-            elapsed = step(backbone, inputs, drawn)
-            if number >= 2:
-                times[name].append(elapsed)
-    ratios = sorted(dense / tread for dense, tread in zip(times["dense"], times["tread"], strict=True))
+    def step(routed: bool) -> None:
+        backbone.zero_grad()
+        drawn = router.draw(batch, 256, generator) if routed else None
+        backbone(*inputs, route=drawn).square().mean().backward()
+
+    times = time_in_turns({"dense": lambda: step(False), "tread": lambda: step(True)}, arguments.rounds)
     flops = [backbone.flops(256, text_tokens, training=True)]
     backbone.router = router
     flops.append(backbone.flops(256, text_tokens, training=True))
     result = {
         "what": "forward + backward of 256 image tokens, dense against TREAD over all but the first two and the last block",
-        "date": datetime.date.today().isoformat(),
-        "machine": processor(),
+        **circumstances(),
         "threads": torch.get_num_threads(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "command": " ".join(["python", *sys.argv]),
         "largest_difference_with_every_token_kept": difference,
-        "dense_ms": round(statistics.median(times["dense"]), 1),
-        "tread_ms": round(statistics.median(times["tread"]), 1),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_quartiles": [round(ratios[len(ratios) // 4], 3), round(ratios[-len(ratios) // 4], 3)],
+        "milliseconds": {name: summary(values, 1) for name, values in times.items()},
+        "ratio": ratio(times, "dense", "tread"),
         "ratio_of_flops": round(flops[0] / flops[1], 3),
     }
     text = json.dumps(result, indent=1)

@@ -100,7 +100,6 @@ class StepTimes(Callback):
         self._walls: list[float] = []
         self._profile: Any = None
         self._profiled: dict[str, float] | None = None
-        self._began = time.perf_counter()
 
     # The part that a mark begins; a step is from one `loader` to the next.
 
@@ -182,7 +181,6 @@ class StepTimes(Callback):
             "step_ms": steps[self.warmup : counted],
             "parts_ms": parts,
             "peak_memory_bytes": _peak_memory(),
-            "start_to_first_step_s": self._walls[0] - self._began,
             "profiled": self._profiled,
         }
 

@@ -87,9 +87,8 @@ def overlay(recipe: Recipe, point: Point, folder: Path, arguments: argparse.Name
         "global_train_batch_size": point.batch * point.gpus,
         "device_train_microbatch_size": point.microbatch,
         "algorithms": algorithms,
-        "callbacks": dict.fromkeys(recipe.callbacks, False)
-        | {"step_times": {"path": str(folder / "times.json"), "warmup": arguments.warmup}},
-        "loggers": dict.fromkeys(recipe.loggers, False),
+        "callbacks": {"step_times": {"path": str(folder / "times.json"), "warmup": arguments.warmup}},
+        "loggers": {},
         "code_paths": [*recipe.code_paths, str(HERE / "step_times.py")],
     }
     if arguments.profile:
@@ -110,8 +109,6 @@ def build_recipe(recipe: Recipe, over: dict[str, Any], folder: Path, arguments: 
         else:
             content["algorithms"][name] |= change
     content |= over
-    content["callbacks"] = {name: given for name, given in over["callbacks"].items() if given is not False}
-    content["loggers"] = {}
     if arguments.random_weights:
         content = with_random_weights(content)
     encoder = content["model"]["text_encoder"]
@@ -192,20 +189,15 @@ def flops_of(point: Point, recipe: Recipe, arguments: argparse.Namespace) -> dic
         GPUS[arguments.gpu], arguments.of, utilisation=0.4, samples=arguments.samples, stored_text=arguments.stored_text
     )
     if arguments.image_size:
-        recipe = dataclasses.replace(recipe, image_size=arguments.image_size, algorithms=_one_stage(recipe, point))
+        alone = {name: given for name, given in recipe.algorithms.items() if name != "progressive_resolution"}
+        recipe = dataclasses.replace(recipe, image_size=arguments.image_size, algorithms=alone)
         return make_plan(recipe, conditions).stages[0].flops
     return make_plan(recipe, conditions).stages[point.stage].flops
 
 
-def _one_stage(recipe: Recipe, point: Point) -> dict[str, Any]:
-    return {name: given for name, given in recipe.algorithms.items() if name != "progressive_resolution"}
-
-
-def matrix_product_rate(threads: int | None) -> float:
+def matrix_product_rate() -> float:
     """FLOP/s of a large matrix product on this machine, in the precision that training uses here: what MFU is a share of."""
     on_gpu = torch.cuda.is_available()
-    if not on_gpu and threads:
-        torch.set_num_threads(threads)
     size, dtype, device = (8192, torch.bfloat16, "cuda") if on_gpu else (1536, torch.float32, "cpu")
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
 
@@ -268,7 +260,7 @@ def main() -> None:
     arguments.gpus = arguments.gpus or [1]
 
     recipe = config.load(arguments.recipe)
-    rate = matrix_product_rate(None)
+    rate = matrix_product_rate()
     stages = []
     for point in points_of(recipe, arguments):
         stages.append(report(point, measure(point, recipe, arguments), recipe, rate, arguments))

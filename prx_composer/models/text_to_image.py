@@ -157,6 +157,11 @@ class TextToImage(ComposerModel):
         self, batch: Mapping[str, Any], dropout: float, generator: Callable[[str, torch.device], torch.Generator]
     ) -> TextConditioning:
         input_ids, mask, embedding = batch["input_ids"], batch["attention_mask"], batch.get("text_embedding")
+        if embedding is not None and self.text_encoder.trainable:
+            raise ValueError(
+                "The batch has a text_embedding, but model.text_encoder is trained: what is stored would not follow it. "
+                "Set model.text_encoder.trainable: false, or leave the column out of train_loader.features."
+            )
         if dropout > 0:
             device = input_ids.device
             draw = torch.rand(len(input_ids), 1, generator=generator("caption_dropout", device), device=device)

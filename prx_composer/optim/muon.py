@@ -58,18 +58,13 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
 def _gram_polynomial(gram: Tensor, steps: int) -> Tensor:
     """The P of Newton–Schulz's P·X from G = XXᵀ, (..., s, s): with Q = aI + bG + cG², P ← Q·P and G ← Q·G·Q."""
     a, b, c = _QUINTIC
-    product = None
-    for left in reversed(range(steps)):
-        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # Q − aI
-        if product is None:
-            product = rest.clone()
-            product.diagonal(dim1=-2, dim2=-1).add_(a)
-        else:
-            product = torch.baddbmm(product, rest, product, beta=a)
-        if left:
-            gram = torch.baddbmm(gram, rest, gram, beta=a)
-            gram = torch.baddbmm(gram, rest, gram, beta=a)
-    assert product is not None
+    rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # Q − aI
+    product = rest + a * torch.eye(rest.shape[-1], dtype=rest.dtype, device=rest.device)
+    for _ in range(steps - 1):
+        gram = torch.baddbmm(gram, rest, gram, beta=a)
+        gram = torch.baddbmm(gram, rest, gram, beta=a)
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        product = torch.baddbmm(product, rest, product, beta=a)
     return product
 
 

@@ -1,4 +1,4 @@
-"""REPA, PixelREPA's adapter and iREPA against transformers called directly, closed forms and whole runs."""
+"""REPA against transformers called directly, closed forms and whole runs; the refusals of all alignment losses."""
 
 import copy
 import gc
@@ -11,77 +11,28 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from composer.core import Event, State
-from composer.devices import DeviceCPU
+from alignment import COLUMNS, DINO, ROWS, SIZES, Batch, Build, attach, loss_of, make_teacher, repa, transformers_features
 from PIL import Image
-from scipy.ndimage import correlate
-from sklearn.preprocessing import StandardScaler
 
 from prx_composer import config
-from prx_composer.algorithms.alignment import AlignmentAlgorithm, AlignmentLoss, StoredFeatures, TappedTokens
-from prx_composer.algorithms.irepa import IREPA, ConvProjector, normalise_over_space
-from prx_composer.algorithms.repa import REPA, Adapter, MaskedTransformerAdapter
+from prx_composer.algorithms.alignment import AlignmentAlgorithm, StoredFeatures
+from prx_composer.algorithms.irepa import IREPA
+from prx_composer.algorithms.repa import REPA, Adapter
 from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.errors import UserError
 from prx_composer.models import PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.routing import RandomRouter
 from prx_composer.models.vision_encoder import TeacherSpec, resize_antialiased
-from prx_composer.optim.groups import AdamW
 from prx_composer.train import build_trainer, main, run
 
-Build = Callable[..., TextToImage]
-Batch = dict[str, torch.Tensor]
 Recipe = dict[str, Any]
 Write = Callable[..., str]
-
-SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-DINO = dict(model_type="dinov2", image_size=16, patch_size=4, mlp_ratio=2, **SIZES)
-ROWS, COLUMNS = 4, 6  # of a tiny batch's 16×24 images in patches of 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny DINOv2 with its image processor, as on the hub."""
-    path = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    arguments = {key: value for key, value in DINO.items() if key != "model_type"}
-    transformers.Dinov2Model(transformers.Dinov2Config(**arguments)).save_pretrained(path)  # pyright: ignore[reportArgumentType]
-    transformers.BitImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.25]).save_pretrained(path)
-    return path
-
-
-def attach(model: TextToImage, algorithm: AlignmentAlgorithm) -> State:
-    """As the Trainer does, up to the first batch."""
-    state = State(
-        model=model,
-        rank_zero_seed=0,
-        run_name="test",
-        device=DeviceCPU(),
-        max_duration="10ba",
-        optimizers=AdamW(model),
-    )
-    algorithm.apply(Event.INIT, state, None)  # pyright: ignore[reportArgumentType]
-    algorithm.apply(Event.BATCH_START, state, None)  # pyright: ignore[reportArgumentType]
-    return state
-
-
-def loss_of(algorithm: AlignmentAlgorithm) -> AlignmentLoss:
-    assert isinstance(algorithm.loss, AlignmentLoss)
-    return algorithm.loss
-
-
-def repa(**arguments: Any) -> REPA:
-    return REPA(**({"teacher": TeacherSpec(config=DINO), "block": 1, "projector_hidden": 20} | arguments))
-
-
-def transformers_features(folder: Path, image: torch.Tensor) -> torch.Tensor:
-    """Patch features (B, N, C) of uint8 images by transformers' own processor and model."""
-    processor = transformers.BitImageProcessor.from_pretrained(folder, do_resize=False, do_center_crop=False)
-    pixels = processor(list(image), return_tensors="pt").pixel_values
-    with torch.no_grad():
-        return transformers.AutoModel.from_pretrained(folder).eval()(pixel_values=pixels).last_hidden_state[:, 1:]
+    return make_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 # --------------------------------------------------------------------------------------------------- the loss
@@ -271,118 +222,6 @@ def test_a_block_outside_of_the_route_is_compared_whole(tiny_model: Build, tiny_
     assert outputs.route is not None and outputs.taps[0].shape[1] == ROWS * COLUMNS
     projected = loss_of(algorithm).head.layers(outputs.taps[0])  # pyright: ignore
     expected = -F.cosine_similarity(projected, transformers_features(folder, tiny_batch["image"]), dim=-1).mean()
-    torch.testing.assert_close(loss_of(algorithm)(outputs, tiny_batch), expected)
-
-
-# ---------------------------------------------------------------------------------------------------- adapter
-
-
-def tapped_tokens(model: TextToImage, batch: Batch) -> TappedTokens:
-    outputs = model(batch)
-    return TappedTokens(outputs.taps[1], ROWS, COLUMNS, None, outputs.timestep, outputs.text)
-
-
-def test_the_adapter_hides_its_share_of_tokens_and_draws_anew_for_every_microbatch(tiny_model: Build, tiny_batch: Batch) -> None:
-    model, algorithm = tiny_model(), repa(adapter=Adapter(depth=1, mask_rate=0.3))
-    attach(model, algorithm)
-    head = loss_of(algorithm).head
-    assert isinstance(head, MaskedTransformerAdapter)
-    seen: list[torch.Tensor] = []
-    head.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-
-    def hidden() -> torch.Tensor:  # (B, N)
-        tapped = tapped_tokens(model, tiny_batch)
-        head(tapped)
-        is_mask = (seen[-1] == head.mask_token).all(-1)
-        assert torch.equal(is_mask, (seen[-1] != tapped.tokens).any(-1)), "the others come as they are"
-        return is_mask
-
-    model.random.begin_step(3)
-    first, second = hidden(), hidden()
-    model.random.begin_step(3)
-    assert torch.equal(hidden(), first) and not torch.equal(first, second)
-    share = torch.stack([hidden() for _ in range(30)]).float().mean()
-    assert share.item() == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / (30 * 96)) ** 0.5)
-
-
-def test_the_adapter_starts_token_by_token_and_learns_to_look_around(tiny_model: Build, tiny_batch: Batch) -> None:
-    model, algorithm = tiny_model(), repa(adapter=Adapter(mask_rate=0.2))
-    attach(model, algorithm)
-    head: Any = loss_of(algorithm).head
-    model.random.begin_step(0)
-    tapped = tapped_tokens(model, tiny_batch)
-    generator = model.random.generator("repa_mask", torch.device("cpu"))
-    hidden = torch.rand(4, ROWS * COLUMNS, generator=generator) < 0.2
-    tokens = torch.where(hidden[..., None], head.mask_token, tapped.tokens)
-    torch.testing.assert_close(head(tapped), head.out(tokens), msg="its blocks start as the identity")
-    with torch.no_grad():
-        for block in head.blocks:
-            block.modulation.lin.weight.normal_(std=0.5)
-    moved = tapped._replace(tokens=tapped.tokens.roll((1, 1), (1, 2)))
-    order = torch.arange(ROWS * COLUMNS).expand(4, -1)
-    turned = order.flip(1)
-    head.mask_rate = 0.0
-    plain = head(tapped)
-    assert not torch.allclose(head(moved), plain.roll(1, 1), atol=1e-3)
-    permuted = tapped._replace(tokens=tapped.tokens.flip(1), kept_indices=turned)
-    torch.testing.assert_close(head(permuted), plain.flip(1), msg="tokens carry their places with them")
-    assert not torch.allclose(head(permuted._replace(kept_indices=order)), plain.flip(1), atol=1e-3)
-
-
-def test_the_adapter_trains_the_backbone_but_not_the_text_encoder(tiny_model: Build, tiny_batch: Batch) -> None:
-    model, algorithm = tiny_model(), repa(adapter=Adapter())
-    attach(model, algorithm)
-    with torch.no_grad():
-        for block in loss_of(algorithm).head.blocks:  # pyright: ignore
-            block.modulation.lin.weight.normal_(std=0.5)
-    outputs = model(tiny_batch)
-    inputs = [outputs.taps[1], *model.text_encoder.parameters()]
-    loss = loss_of(algorithm)(outputs, tiny_batch)
-    loss.backward(retain_graph=True)
-    assert all(p.grad is not None and p.grad.any() for p in loss_of(algorithm).parameters())
-    severed = outputs.taps[1].detach().requires_grad_()
-    again = loss_of(algorithm)(copy.copy(outputs).__class__(**(vars(outputs) | {"taps": {1: severed}})), tiny_batch)
-    grads = torch.autograd.grad(again, [severed, *inputs[1:]], allow_unused=True)
-    assert grads[0] is not None and all(grad is None for grad in grads[1:])
-
-
-# ------------------------------------------------------------------------------------------------------ irepa
-
-
-def test_spatial_normalisation_is_a_standard_scaler_with_part_of_the_mean_put_back() -> None:
-    features = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0)) * 3 + 5
-    for image, found in zip(features.numpy(), normalise_over_space(features, 1.0), strict=True):
-        np.testing.assert_allclose(found, StandardScaler().fit_transform(image), atol=1e-5)
-    partly, scaler = normalise_over_space(features, 0.6)[0], StandardScaler().fit(features[0].numpy())
-    expected = scaler.transform(features[0].numpy()) + 0.4 * scaler.mean_ / scaler.scale_  # pyright: ignore
-    np.testing.assert_allclose(partly, expected, atol=1e-5)
-    assert normalise_over_space(features[:, :1], 0.6).isfinite().all()
-
-
-def test_the_convolution_is_scipys_with_zeros_where_tokens_are_missing(tiny_model: Build, tiny_batch: Batch) -> None:
-    torch.manual_seed(0)
-    head, tokens = ConvProjector(5, 3, 3), torch.randn(2, 7, 5)
-    kept = torch.stack([torch.randperm(ROWS * COLUMNS)[:7].sort().values for _ in range(2)])
-    found = head(TappedTokens(tokens, ROWS, COLUMNS, kept, None, None))  # pyright: ignore[reportArgumentType]
-    weight, bias = (p.detach().numpy() for p in head.convolution.parameters())
-    for image in range(2):
-        grid = np.zeros((5, ROWS * COLUMNS), np.float32)
-        grid[:, kept[image]] = tokens[image].T
-        grid = grid.reshape(5, ROWS, COLUMNS)
-        full = [sum(correlate(grid[i], weight[o, i], mode="constant") for i in range(5)) + bias[o] for o in range(3)]
-        expected = np.stack(full).reshape(3, -1)[:, kept[image]].T
-        np.testing.assert_allclose(found[image].detach(), expected, atol=1e-5)
-
-
-def test_irepa_compares_normalised_features(tiny_model: Build, tiny_batch: Batch, folder: Path) -> None:
-    model, algorithm = tiny_model(), IREPA(str(folder), block=1, gamma=0.6)
-    attach(model, algorithm)
-    outputs = model(tiny_batch)
-    y = transformers_features(folder, tiny_batch["image"])
-    z_scored = (y - 0.6 * y.mean(1, keepdim=True)) / y.std(1, keepdim=True)
-    grid = outputs.taps[1].transpose(1, 2).unflatten(2, (ROWS, COLUMNS))
-    projected = loss_of(algorithm).head.convolution(grid).flatten(2).transpose(1, 2)  # pyright: ignore
-    expected = -F.cosine_similarity(projected, z_scored, dim=-1).mean()
     torch.testing.assert_close(loss_of(algorithm)(outputs, tiny_batch), expected)
 
 

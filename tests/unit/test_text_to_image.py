@@ -153,9 +153,9 @@ def test_parts_that_do_not_fit_are_named_by_their_yaml_path(tokenizer: Any) -> N
 
 
 def test_stored_text_embeddings_give_the_loss_of_the_encoder_run_online(tiny_model: Build, tiny_batch: Batch) -> None:
-    model = tiny_model()
+    model = tiny_model(trainable_text=False)
     model.caption_dropout = 0.5
-    stored = tiny_batch | {"text_embedding": model.text_encoder(tiny_batch["input_ids"], tiny_batch["attention_mask"]).detach()}
+    stored = tiny_batch | {"text_embedding": model.text_encoder(tiny_batch["input_ids"], tiny_batch["attention_mask"])}
     losses = []
     for batch in (tiny_batch, stored):
         model.zero_grad()
@@ -167,3 +167,10 @@ def test_stored_text_embeddings_give_the_loss_of_the_encoder_run_online(tiny_mod
     assert model.flops_per_batch(stored) == model.flops_per_batch(tiny_batch) - model.text_encoder.flops(
         len(tiny_batch["image"]), training=True
     )
+
+
+def test_stored_embeddings_of_an_encoder_that_is_trained_are_refused(tiny_model: Build, tiny_batch: Batch) -> None:
+    model = tiny_model(trainable_text=True)
+    stored = tiny_batch | {"text_embedding": model.text_encoder(tiny_batch["input_ids"], tiny_batch["attention_mask"])}
+    with pytest.raises(ValueError, match=r"model\.text_encoder is trained"):
+        model(stored)

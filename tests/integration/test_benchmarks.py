@@ -1,0 +1,57 @@
+"""The benchmarks run, at toy size, and what they write is what others read. No time that they measure is asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prx_composer.planning.inputs import read_throughput
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def benchmark(name: str, *arguments: Any) -> str:
+    command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
+    finished = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-3000:]
+    return finished.stdout
+
+
+def test_compare_ends_with_its_median_ratios(tmp_path: Path) -> None:
+    small = ("--hidden-size", 64, "--depth", 3, "--tokens", 16, "--text-tokens", 8, "--batch-size", 2, "--rounds", 2)
+    said = benchmark("compare.py", *small, "--no-compile", "--json", "--output", tmp_path / "found.json")
+    last, found = json.loads(said.splitlines()[-1]), json.loads((tmp_path / "found.json").read_text())
+    assert last == {name: ratio["median"] for name, ratio in found["ratios"].items()}
+    assert last.keys() == {"eager", "tread"} and max(found["largest_difference"].values()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ["memory", "text", "optimizers"])
+def test_every_other_entry_of_compare_finds_agreement_and_ends(entry: str) -> None:
+    small = ("--tokens", 64, "--text-tokens", 8, "--batch-size", 2, "--rounds", 2)
+    assert json.loads(benchmark("compare.py", "--entry", entry, *small))["versions"]
+
+
+@pytest.mark.slow
+def test_the_cost_over_images_and_tokens_is_measured_and_drawn(tmp_path: Path) -> None:
+    benchmark("linear_cost.py", "--hidden-size", 64, "--depth", 1, "--rounds", 2, "--output", tmp_path / "cost.json")
+    assert json.loads((tmp_path / "cost.json").read_text())["exponents"].keys() == {"images", "tokens"}
+    assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_throughput_times_every_stage_of_a_recipe_and_the_plan_reads_it(tmp_path: Path) -> None:
+    output, trace = tmp_path / "found.json", tmp_path / "trace.json"
+    benchmark("throughput.py", "yamls/24h_mini.yaml", "--steps", 2, "--warmup", 1, "--profile", trace, "--output", output)
+    found = json.loads(output.read_text())
+    assert [stage["image_size"] for stage in found["stages"]] == [16, 32]
+    assert "repa" in found["stages"][0]["gflop_per_image"] and "repa" not in found["stages"][1]["gflop_per_image"]
+    for stage in found["stages"]:
+        parts = sum(stage["parts_ms"].values())
+        assert 0.5 * stage["step_ms"]["median"] < parts < 1.5 * stage["step_ms"]["median"]  # two steps: their median is no sum
+    gpu, speeds = read_throughput(str(output))
+    assert gpu == "cpu" and speeds == {s["image_size"]: s["images_per_second_per_gpu"] for s in found["stages"]}
+    assert json.loads(trace.read_text())["traceEvents"]
