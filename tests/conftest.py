@@ -1,5 +1,6 @@
 """Shared: a tiny model with real classes and random weights, and a tiny recipe on procedural data."""
 
+import logging
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,6 +22,9 @@ from prx_composer.models.text_encoder import train_tokenizer
 TINY_BACKBONE = dict(in_channels=3, patch_size=4, context_in_dim=24, hidden_size=32, num_heads=2, depth=2, mlp_ratio=2.0)
 TINY_T5 = dict(model_type="t5", d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
 SOURCE = {"name": "shapes", "image_size": 16, "images_per_scene": 1, "heldout": 30}
+
+
+logging.getLogger("prx_composer").setLevel(logging.INFO)  # as `main` has it: no test hangs on another having called that
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,7 @@ class Slow(Callback):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_rank_dies_and_the_launcher_dies_and_a_shard_is_damaged_and_the_losses_are_those_of_the_undisturbed_run(
     tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path
@@ -98,6 +99,7 @@ def test_a_rank_dies_and_the_launcher_dies_and_a_shard_is_damaged_and_the_losses
     assert losses(killed) == losses(whole) and len(losses(whole)) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_goes_on_with_another_number_of_ranks_with_the_same_samples(
     tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path

@@ -30,6 +30,7 @@ def curve(recipe: Recipe) -> list[float]:
     return [row["loss/train/total"] for row in read_metrics(folder / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ddp_and_fsdp2_train_the_same_curve_with_the_24h_stack_and_fsdp2_resumes(
     tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path
@@ -83,6 +84,7 @@ def test_fsdp2_averages_gradients_over_ranks() -> None:
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_fsdp2_with_a_frozen_text_encoder_and_a_full_state_dict(tiny_recipe: Recipe, write_recipe: Write) -> None:
     tiny_recipe["model"]["text_encoder"]["trainable"] = False
     tiny_recipe["parallelism_config"] = {"fsdp": {"state_dict_type": "full"}}

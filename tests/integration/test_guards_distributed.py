@@ -13,6 +13,7 @@ from prx_composer.callbacks.metrics_file import read_metrics
 POISON = str(Path(__file__).parents[1] / "poison.py")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_what_is_not_finite_on_one_rank_is_skipped_on_both(
     tiny_recipe: dict[str, Any], write_recipe: Callable[..., str], tmp_path: Path

@@ -157,6 +157,7 @@ class Uneven(Callback):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_two_ranks_agree_on_the_time_and_stop_at_the_same_batch(budgeted: Recipe, write_recipe: Write, tmp_path: Path) -> None:
     (tmp_path / "uneven.py").write_text(UNEVEN)
