@@ -79,7 +79,7 @@ def test_ddp_and_fsdp2_train_the_same_curve_with_the_24h_stack_and_fsdp2_resumes
 
 def test_fsdp2_averages_gradients_over_ranks() -> None:
     script = Path(__file__).with_name("fsdp_gradients.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
 

@@ -52,7 +52,6 @@ def test_there_is_documentation_to_run() -> None:
 
 
 @pytest.mark.docs
-@pytest.mark.xdist_group("docs")  # in order: a command finds what the one before it left
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:70])
 def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
