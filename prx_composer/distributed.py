@@ -1,13 +1,52 @@
-"""What a backend gets wrong, met where PyTorch lets one."""
+"""What ranks agree on without their devices, and what a backend gets wrong, met where PyTorch lets one."""
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from composer.core import Callback, State
 from composer.loggers import Logger
+from composer.utils import dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["GlooAverage", "average_on_gloo"]
+__all__ = ["GlooAverage", "HostGroup", "average_on_gloo"]
+
+
+class HostGroup:
+    """Lets the hosts of all ranks agree on numbers, while their devices compute; made on all ranks at once.
+
+    Args:
+        timeout: seconds that a rank waits for the others.
+    """
+
+    def __init__(self, timeout: float):
+        self._group: Any = None
+        # The default group of a run on GPUs is NCCL alone, which cannot reduce on the CPU.
+        if dist.get_world_size() > 1 and torch_dist.get_backend() != "gloo":
+            self._group = torch_dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Of every rank's values, one by one."""
+        return self._reduced(values, torch_dist.ReduceOp.MAX)
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Over all ranks; whole numbers are exact up to 2⁵³."""
+        return self._reduced(values, torch_dist.ReduceOp.SUM)
+
+    def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
+        if dist.get_world_size() == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64)
+        torch_dist.all_reduce(tensor, operation, group=self._group)
+        return tensor.tolist()
+
+    def close(self) -> None:
+        if self._group is not None:
+            torch_dist.destroy_process_group(self._group)
+            self._group = None
 
 
 def average_on_gloo(model: nn.Module) -> bool:

@@ -108,7 +108,7 @@ callbacks = Registry(
         "runtime_estimator": "composer.callbacks:RuntimeEstimator",
         "shapes_score": "prx_composer.callbacks.scores:ShapesScore",
         "stop_after": "prx_composer.callbacks.stop_after:StopAfter",
-        "speed_monitor": "composer.callbacks:SpeedMonitor",
+        "speed_monitor": "prx_composer.callbacks.speed_monitor:SpeedMonitor",
         "watchdog": "prx_composer.callbacks.watchdog:Watchdog",
     },
 )

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from composer import Trainer
 from composer.core import DataSpec, Evaluator, Event
 from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 from transformers import PreTrainedTokenizerBase
@@ -51,6 +50,7 @@ from prx_composer.run_folder import (
     summarise,
 )
 from prx_composer.schedule import duration_string, parse_duration
+from prx_composer.trainer import Trainer
 
 __all__ = ["build_trainer", "main", "run"]
 

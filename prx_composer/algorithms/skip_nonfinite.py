@@ -48,8 +48,8 @@ class SkipNonfinite(Algorithm):
 
     Ranks decide together, by an all-reduce of two numbers, since each sees only its own loss and, under FSDP2, its own shards.
     It costs one pass over the gradients and one read by the host per step, when everything but the update has been handed to the
-    device; there Composer's Trainer waits anyway, for the loss that the optimizer's closure returns. Only an optimizer that takes
-    a flag from the device could do without the read. Few do, and gradients of zero would not leave moments alone.
+    device: the one place where a step waits for the device with nothing left for it to do. Only an optimizer that takes a flag
+    from the device could do without the read. Few do, and gradients of zero would not leave moments alone.
 
     Args:
         limit: so many skipped steps in a row end training.

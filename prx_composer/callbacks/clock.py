@@ -1,6 +1,5 @@
 """Seconds of training, over all restarts and the same on every rank."""
 
-import datetime
 import json
 import logging
 import math
@@ -9,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as torch_dist
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
+
+from prx_composer.distributed import HostGroup
 
 __all__ = ["ClockStop", "TrainingClock", "clock_of"]
 
@@ -54,8 +53,8 @@ class TrainingClock(Callback):
         """Why this rank was asked to stop."""
         self.stop_requested = False
         """Whether any rank was asked to stop; changes at AFTER_TRAIN_BATCH, on all ranks."""
-        self._timeout = datetime.timedelta(seconds=timeout)
-        self._group: Any = None
+        self._timeout = timeout
+        self._hosts: HostGroup | None = None
         self._start: float | None = None  # while training: now − spent
         self._step_end: float | None = None
         self._batch_asked_for = 0.0
@@ -72,9 +71,7 @@ class TrainingClock(Callback):
         return self.asked or ("asked for on another rank" if self.stop_requested else None)
 
     def init(self, state: State, logger: Logger) -> None:
-        # The default group of a run on GPUs is NCCL alone, which cannot reduce on the CPU.
-        if dist.get_world_size() > 1 and torch_dist.get_backend() != "gloo":
-            self._group = torch_dist.new_group(backend="gloo", timeout=self._timeout)
+        self._hosts = HostGroup(self._timeout)
 
     def after_load(self, state: State, logger: Logger) -> None:
         spent = self.elapsed
@@ -116,9 +113,8 @@ class TrainingClock(Callback):
 
     def close(self, state: State, logger: Logger) -> None:
         self.stop()
-        if self._group is not None:
-            torch_dist.destroy_process_group(self._group)
-            self._group = None
+        if self._hosts is not None:
+            self._hosts.close()
 
     def state_dict(self) -> dict[str, Any]:
         return {"elapsed": self.elapsed, "fraction": self.fraction}
@@ -128,11 +124,7 @@ class TrainingClock(Callback):
 
     def _agree(self, *values: float) -> list[float]:
         """The largest of every rank's values, on all of them."""
-        if dist.get_world_size() == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64)
-        torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX, group=self._group)
-        return tensor.tolist()
+        return list(values) if self._hosts is None else self._hosts.largest(values)
 
     def _read(self) -> float:
         if not self.path.exists():

@@ -1,0 +1,139 @@
+"""The Trainer's step against Composer's own: the same numbers, and no waiting for the device in between."""
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import composer
+import pytest
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from host_reads import HostReads
+from stacks import stack_of_24h
+
+from prx_composer import config
+from prx_composer import train as train_module
+from prx_composer.callbacks.metrics_file import read_metrics
+from prx_composer.train import build_trainer, run
+from prx_composer.trainer import Trainer
+
+Recipe = dict[str, Any]
+Write = Callable[..., str]
+HOSTS_OWN = {"dataset.py:undecodable"}  # counters that live in the memory of the host
+
+
+class Watched(Callback):
+    """Counts reads by the host from one batch's being there to the next one's being asked for."""
+
+    def __init__(self, batch: int):
+        self.batch, self.reads, self.on = batch, HostReads(), False
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) == self.batch:
+            self.reads.__enter__()
+            self.on = True
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.on:
+            self.reads.__exit__(None, None, None)
+            self.on = False
+
+
+class Flagged(Callback):
+    """Makes every implicit wait for the GPU an error, in one batch."""
+
+    def __init__(self, batch: int):
+        self.batch, self.seen = batch, False
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) == self.batch:
+            torch.cuda.set_sync_debug_mode("error")
+            self.seen = True
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def full_stack(recipe: Recipe, tmp_path: Path, name: str = "full") -> Recipe:
+    """Every algorithm and watching callback of yamls/24h.yaml, at toy size; the text encoder frozen, as there."""
+    recipe = stack_of_24h(recipe) | {"run_name": name, "preflight": False, "max_duration": "4ba"}
+    recipe["model"]["text_encoder"]["trainable"] = False
+    recipe["callbacks"] = {"speed_monitor": {"window_size": 2}, "lr_monitor": {}, "loss_spikes": {}, "watchdog": {}}
+    return recipe
+
+
+def reads_of(recipe: Recipe, write_recipe: Write, **overrides: Any) -> dict[str, int]:
+    trainer = build_trainer(config.load([write_recipe(recipe | overrides)]))
+    watched = Watched(batch=2)
+    trainer.state.callbacks.append(watched)
+    trainer.fit()
+    trainer.close()
+    return {where: count for where, count in watched.reads.found.items() if where not in HOSTS_OWN}
+
+
+def test_nothing_in_a_step_of_the_whole_stack_reads_the_device_implicitly(
+    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path
+) -> None:
+    recipe = full_stack(tiny_recipe, tmp_path)
+    assert reads_of(recipe, write_recipe) == {}  # but for two explicit `tolist`s, of the losses and of skip_nonfinite's flag
+
+
+def test_the_counter_sees_what_composers_own_step_reads(
+    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "Trainer", composer.Trainer)
+    reads = reads_of(full_stack(tiny_recipe, tmp_path), write_recipe)
+    losses = 5  # total, flow, repa, lpips, perceptual_dino
+    counts = {name.split(":")[1]: count for name, count in reads.items()}
+    assert counts["<dictcomp>"] == losses
+    assert counts["_accumulate_time_across_ranks"] == 3 and counts["_train_microbatches"] == 1
+
+
+def test_it_logs_and_learns_what_composers_own_step_does(
+    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+    for name, trainer in (("ours", Trainer), ("composers", composer.Trainer)):
+        monkeypatch.setattr(train_module, "Trainer", trainer)
+        recipe = full_stack(tiny_recipe, tmp_path, name)
+        recipe["run_folder"] = str(tmp_path / name)
+        run(config.load([write_recipe(recipe)]))
+        folders.append(tmp_path / name)
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in folders)
+    timed = ("seconds", "throughput", "time/", "checkpoint/seconds")
+    for a, b in zip(ours, theirs, strict=True):
+        kept = [{key: value for key, value in row.items() if not key.startswith(timed)} for row in (a, b)]
+        assert kept[0] | {"train_seconds": 0} == kept[1] | {"train_seconds": 0}
+    states = [torch.load(folder / "checkpoints" / "ba4" / "rank0.pt", weights_only=False)["state"]["model"] for folder in folders]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, where a wait is an error")
+def test_a_step_on_a_gpu_waits_for_nothing_implicitly(tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
+    recipe = full_stack(tiny_recipe, tmp_path) | {"precision": "amp_bf16"}
+    recipe["algorithms"]["skip_nonfinite"] = False  # its read is one that it must make
+    trainer = build_trainer(config.load([write_recipe(recipe)]))
+    flagged = Flagged(batch=2)
+    trainer.state.callbacks.append(flagged)
+    trainer.fit()
+    trainer.close()
+    assert flagged.seen
+
+
+def test_the_overridden_methods_of_composer_are_those_that_were_read() -> None:
+    if composer.__version__ != "0.32.1":
+        pytest.skip("with another version its own step is used")
+    methods = ("_use_closures", "_train_batch", "_train_microbatches", "_train_microbatch", "_accumulate_time_across_ranks")
+    source = "".join(inspect.getsource(getattr(composer.Trainer, method)) for method in methods)
+    assert hashlib.sha256(source.encode()).hexdigest()[:16] == "f2a8f5bd73881537"
+
+
+def test_another_composer_gets_its_own_step(
+    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("prx_composer.trainer._READ", ("0.31.0",))
+    reads = reads_of(full_stack(tiny_recipe, tmp_path), write_recipe)
+    assert sum(reads.values()) >= 9 and "its own step is used" in caplog.text
