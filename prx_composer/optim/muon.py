@@ -40,31 +40,36 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     Returns:
         (..., m, n); tall matrices come out transposed in memory.
     """
-    a, b, c = _QUINTIC
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x.reshape(-1, *x.shape[-2:])
+    x = matrices.reshape(-1, *matrices.shape[-2:])
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     x = (x / norm.clamp(min=1e-12)).to(matrices.dtype)
-    if x.dtype in (torch.float32, torch.float64) and x.shape[-1] > _WIDE * x.shape[-2] and steps > 1:
-        x = torch.bmm(_gram_polynomial(torch.bmm(x, x.mT), steps), x)
-    else:
-        for _ in range(steps):
-            gram = torch.bmm(x, x.mT)
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    tall = x.shape[-2] > x.shape[-1]
+    short, long = sorted(x.shape[-2:])
+    if x.dtype in (torch.float32, torch.float64) and long > _WIDE * short and steps > 1:
+        polynomial = _gram_polynomial(torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT), steps)
+        return (torch.bmm(x, polynomial) if tall else torch.bmm(polynomial, x)).view(matrices.shape)
+    a, b, c = _QUINTIC
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).view(matrices.shape)
 
 
 def _gram_polynomial(gram: Tensor, steps: int) -> Tensor:
     """The P of Newton–Schulz's P·X from G = XXᵀ, (..., s, s): with Q = aI + bG + cG², P ← Q·P and G ← Q·G·Q."""
     a, b, c = _QUINTIC
-    rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # Q − aI
-    product = rest + a * torch.eye(rest.shape[-1], dtype=rest.dtype, device=rest.device)
+
+    def factor_of(gram: Tensor) -> Tensor:
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)  # rather than to every product, for which each would be copied once more
+        return factor
+
+    product = factor = factor_of(gram)
     for _ in range(steps - 1):
-        gram = torch.baddbmm(gram, rest, gram, beta=a)
-        gram = torch.baddbmm(gram, rest, gram, beta=a)
-        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        product = torch.baddbmm(product, rest, product, beta=a)
+        gram = torch.bmm(factor, torch.bmm(factor, gram))
+        factor = factor_of(gram)
+        product = torch.bmm(factor, product)
     return product
 
 

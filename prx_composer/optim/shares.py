@@ -167,7 +167,9 @@ class Plan:
                     parts = owned.view(shards.size, own)[:, block.start - before :][:, : stack.size(block)]
                     parts = parts.unflatten(1, (len(block.members), stack.chunk, stack.columns)).transpose(0, 1)
                     result = work(stack, parts.flatten(1, 2)[:, : stack.rows])
-                    parts.copy_(F.pad(result, (0, 0, 0, shards.size * stack.chunk - stack.rows)).view(parts.shape))
+                    if padding := shards.size * stack.chunk - stack.rows:
+                        result = F.pad(result, (0, 0, 0, padding))
+                    parts.copy_(result.view(parts.shape))
         if shards.size > 1:
             dist.all_to_all_single(row, owned, self._sizes, [own] * shards.size, group=shards.group)
         if replicas.size == 1:
