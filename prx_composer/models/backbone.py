@@ -190,9 +190,17 @@ class PRXBackbone(nn.Module):
             raise ValueError(f"An image of {height}×{width} is not divisible by patch_size {self.patch_size}.")
         return (height // self.patch_size) * (width // self.patch_size)
 
-    def compile_graphs(self, per_block: bool) -> None:
-        """Lets `torch.compile` make a graph of a forward pass, or of every block's: one for each image size, when first met."""
+    def compile_graphs(self, per_block: bool, activation_memory_budget: float = 1.0) -> None:
+        """Lets `torch.compile` make a graph of a forward pass, or of every block's: one for each image size, when first met.
+
+        Args:
+            per_block: a graph of each block.
+            activation_memory_budget: what a graph may keep for its backward pass, 1 = what it would without a budget, 0 = its
+                inputs; the rest is computed again, what costs least first. It is a setting of the process.
+        """
         settings: Any = torch._dynamo.config  # pyright: ignore[reportPrivateImportUsage]
+        partitioner: Any = torch._functorch.config
+        partitioner.activation_memory_budget = activation_memory_budget
         for limit in ("recompile_limit", "accumulated_recompile_limit"):  # 8 of them would be too few for buckets of many sizes
             setattr(settings, limit, max(getattr(settings, limit), _MOST_GRAPHS))
         if per_block:  # the method and not the module: FSDP2's hooks around it can be in no graph

@@ -69,6 +69,8 @@ class TextToImage(ComposerModel):
         seed: of every random draw of training.
         compile: `torch.compile` the backbone as one graph (true), or each block ("blocks"), which FSDP2 needs: its hooks stand
             between them.
+        activation_memory_budget: of a compiled graph: the part of its activations that it keeps for the backward pass, 1 = all;
+            the others are computed again. For what doesn't fit otherwise: it costs time.
 
     Seams, filled by algorithms at Event.INIT: `auxiliary_losses`, `guidance`, `sampling_weights`, and the backbone's
     `router`, `taps` and `conditioners`.
@@ -86,6 +88,7 @@ class TextToImage(ComposerModel):
         caption_dropout: float = 0.1,
         seed: int = 0,
         compile: bool | Literal["blocks"] = False,
+        activation_memory_budget: float = 1.0,
     ):
         super().__init__()
         self.autoencoder = autoencoder or Pixels()
@@ -114,8 +117,12 @@ class TextToImage(ComposerModel):
         self._eval_metrics: dict[str, Metric] = {"mse": TimestepMSE(0.0, 1.01)}
         for low, high in pairwise(edges):
             self._eval_metrics[f"mse_t{low:.2f}-{high:.2f}"] = TimestepMSE(low, high if high < 1 else 1.01)
+        if not 0 <= activation_memory_budget <= 1:
+            raise ValueError(f"model.activation_memory_budget must lie in [0, 1], not {activation_memory_budget}.")
         if compile:
-            self.backbone.compile_graphs(per_block=compile == "blocks")
+            self.backbone.compile_graphs(compile == "blocks", activation_memory_budget)
+        elif activation_memory_budget < 1:
+            raise ValueError("model.activation_memory_budget is for compiled graphs: set model.compile to blocks or true.")
 
     # ---------------------------------------------------------------------------------------------- training
 

@@ -203,3 +203,25 @@ def test_compiles_as_one_graph_with_routing_and_taps_at_every_size() -> None:
         expected, expected_taps = ours(**arguments)
         torch.testing.assert_close(sample, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(taps[0], expected_taps[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_budget_keeps_less_for_the_backward_pass_and_changes_no_gradient() -> None:
+    kept, gradients = [], []
+    budget = torch._functorch.config.activation_memory_budget  # pyright: ignore[reportPrivateImportUsage]
+    try:
+        for given in (1.0, 0.3):
+            torch.compiler.reset()
+            _, ours = both(PIXELS | {"depth": 1})
+            ours.compile_graphs(per_block=True, activation_memory_budget=given)
+            sizes: list[int] = []
+            pack = lambda tensor, sizes=sizes: (sizes.append(tensor.nbytes), tensor)[1]  # noqa: E731
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                ours(**inputs(PIXELS, 48, 64)).square().mean().backward()
+            kept.append(sum(sizes))
+            gradients.append([parameter.grad for parameter in ours.parameters()])
+    finally:
+        torch._functorch.config.activation_memory_budget = budget  # pyright: ignore[reportPrivateImportUsage]
+    assert kept[1] < 0.75 * kept[0]
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
