@@ -3,7 +3,7 @@
 python benchmarks/quality.py --seeds 17 1 2 --output benchmarks/results/quality.json
 
 Fast: our network compiled, Muon in stacks, fused AdamW, our Trainer. Plain: `plain_path.py`. Both start from the same weights and
-see the same batches with the same noise. What is left out of both is EMA's one call for all tensors, whose arithmetic is the same.
+see the same batches with the same noise. Both have EMA's one call for all tensors, whose arithmetic is that of a loop.
 A run that has been trained already (runs/quality-<path>-seed<n>) is not trained again.
 """
 
@@ -45,7 +45,7 @@ def train(path: str, seed: int, overrides: list[str]) -> dict[str, Any]:
 
 def run_here(path: str, arguments: list[str]) -> None:
     if path == "plain":
-        vars(train_module)["Trainer"] = Trainer  # Composer's own, for this process
+        setattr(train_module, "Trainer", Trainer)  # noqa: B010 - Composer's own, for this process
     train_module.run(config.load(arguments))
 
 

@@ -7,9 +7,13 @@ from typing import Annotated
 import typer
 import typer.core
 
+from prx_composer.encoding import commands as encode_commands
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+app.add_typer(encode_commands.app, name="encode")
 
 ASSUMED_UTILISATION = 0.33  # of `prx plan`, where nothing was measured
 
@@ -149,3 +153,7 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":  # composer -n 8 -m prx_composer.cli encode text …
+    main()

@@ -24,13 +24,14 @@ from prx_composer.callbacks.rehearsal import with_rehearsal
 from prx_composer.callbacks.time_budget import TimeBudget, time_budget_of
 from prx_composer.checkpoints import newest_checkpoint, newest_whole_checkpoint, without_new_callbacks
 from prx_composer.config import Recipe, build, build_all, split
+from prx_composer.data.columns import check_text_column
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import Manifest, iterate_captions
 from prx_composer.data.sources import prepare
 from prx_composer.distributed import GlooAverage
 from prx_composer.errors import TrainingInterrupted, UserError, at_path
 from prx_composer.interruption import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
-from prx_composer.models.text_encoder import load_tokenizer, train_tokenizer
+from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer, train_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.optim.groups import parameter_groups
 from prx_composer.parallelism import parallelism
@@ -52,7 +53,7 @@ from prx_composer.run_folder import (
 from prx_composer.schedule import duration_string, parse_duration
 from prx_composer.trainer import Trainer
 
-__all__ = ["build_trainer", "main", "run"]
+__all__ = ["build_text_encoder", "build_trainer", "main", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -263,7 +264,7 @@ def _prepare_data(recipe: Recipe) -> None:
 def _build_loader(recipe: Recipe, key: str, model: TextToImage, global_batch_size: int, **overrides: Any) -> DataSpec:
     name, arguments = split(getattr(recipe, key), key)
     arguments = {argument: value for argument, value in arguments.items() if argument != "source"}
-    return build(
+    spec = build(
         registry.loaders,
         name,
         overrides | arguments,
@@ -275,6 +276,9 @@ def _build_loader(recipe: Recipe, key: str, model: TextToImage, global_batch_siz
         multiple=model.backbone.patch_size * model.autoencoder.downsampling,
         seed=recipe.seed,
     )
+    for column in getattr(getattr(spec.dataloader, "dataset", None), "text_columns", {}).values():
+        check_text_column(column, model.text_encoder, f"{key}.text_embedding")
+    return spec
 
 
 def _build_evaluator(recipe: Recipe, model: TextToImage) -> Evaluator | None:
@@ -300,13 +304,22 @@ def _build_evaluator(recipe: Recipe, model: TextToImage) -> Evaluator | None:
 def _build_model(recipe: Recipe, folder: Path) -> TextToImage:
     name, arguments = split(recipe.model, "model")
     if "text_encoder" in arguments:
-        path = "model.text_encoder"
-        encoder, encoder_arguments = split(arguments.pop("text_encoder"), path)
-        tokenizer_spec = encoder_arguments.pop("tokenizer", encoder_arguments.get("pretrained"))
-        with dist.run_local_rank_zero_first():
-            tokenizer = _build_tokenizer(tokenizer_spec, encoder_arguments.get("revision"), recipe, folder / TOKENIZER)
-        arguments["text_encoder"] = build(registry.text_encoders, encoder, encoder_arguments, path, tokenizer=tokenizer)
+        arguments["text_encoder"] = build_text_encoder(recipe, folder)
     return build(registry.models, name, arguments, "model", seed=recipe.seed)
+
+
+def build_text_encoder(recipe: Recipe, folder: Path) -> HuggingFaceTextEncoder:
+    """The recipe's, with its tokenizer, which is kept in the run folder.
+
+    Raises:
+        UserError: weights or a tokenizer that cannot be had.
+    """
+    path = "model.text_encoder"
+    name, arguments = split(recipe.model["text_encoder"], path)
+    spec = arguments.pop("tokenizer", arguments.get("pretrained"))
+    with dist.run_local_rank_zero_first():
+        tokenizer = _build_tokenizer(spec, arguments.get("revision"), recipe, folder / TOKENIZER)
+    return build(registry.text_encoders, name, arguments, path, tokenizer=tokenizer)
 
 
 def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
 from prx_composer.errors import UserError
-from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.losses import AuxiliaryLoss, FlowOutput
 from prx_composer.models.routing import select_tokens
 from prx_composer.models.sampling import TextConditioning
-from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder, resize_antialiased
+from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder, teacher_features
 
 __all__ = [
     "AlignmentAlgorithm",
@@ -30,7 +29,6 @@ __all__ = [
     "alignment_loss",
     "initialise_linears",
     "stored_features",
-    "teacher_features",
 ]
 
 FeatureSource = Callable[[Mapping[str, Any], int, int], Tensor]  # batch, rows, columns → (B, rows · columns, C)
@@ -70,13 +68,6 @@ class StoredFeatures:
 def alignment_loss(projected_BKC: Tensor, features_BKC: Tensor) -> Tensor:
     """−cos of the angle between the two, averaged over tokens and images, in fp32: REPA's sign, −1 at its best."""
     return -F.cosine_similarity(projected_BKC.float(), features_BKC.float(), dim=-1).mean()
-
-
-@torch.no_grad()
-def teacher_features(teacher: VisionEncoder, batch: Mapping[str, Any], rows: int, columns: int) -> Tensor:
-    """Features of the clean images, resized so that the teacher's patches are the backbone's tokens: (B, rows · columns, C)."""
-    image = resize_antialiased(Pixels().encode(batch["image"]), rows * teacher.patch_size, columns * teacher.patch_size)
-    return teacher(image).flatten(1, 2)
 
 
 def stored_features(stored: StoredFeatures, path: str, batch: Mapping[str, Any], rows: int, columns: int) -> Tensor:

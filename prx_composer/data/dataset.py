@@ -1,26 +1,24 @@
 """Captioned images in MDS shards, as samples ready for the collator. Undecodable ones are counted, named and replaced."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from streaming import LocalDataset, Stream, StreamingDataset
 from torch.utils.data import Dataset, get_worker_info
 
 from prx_composer.data.buckets import Bucket
+from prx_composer.data.columns import ENCODED, IMAGE, StoredColumn, encoded_folder, manifest_path, read_column, unpack
+from prx_composer.data.rows import BucketRows, download
 from prx_composer.data.schema import MANIFEST, Manifest
-from prx_composer.data.transforms import decode_image
+from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.errors import UserError
 
 __all__ = ["ImageCaptionDataset", "SampleRequest", "UndecodableError", "read_manifest"]
 
 log = logging.getLogger(__name__)
 
-UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 MIN_SEEN_FOR_RATE = 500
 
 
@@ -56,9 +54,11 @@ def read_manifest(path: str | Path, split: str, captions: dict[str, float] | Non
         if weight < 0 or sum((captions or {}).values()) <= 0:
             raise ValueError(f"captions: weights must be non-negative with a positive sum, not {captions}.")
     for column in features or []:
-        if column not in manifest.features:
+        if column not in manifest.features and not (folder / ENCODED / column / IMAGE).exists():
             there = ", ".join(manifest.features) or "none"
-            raise ValueError(f"features: no feature column {column!r}; the data set has {there}.")
+            raise ValueError(
+                f"features: no feature column {column!r}; the data set has {there}. `prx encode features` makes one."
+            )
     return manifest
 
 
@@ -73,6 +73,7 @@ class ImageCaptionDataset(Dataset):
         split: name of the split.
         captions: caption column → weight of choosing it; by default the first column alone.
         features: feature columns that samples are to have.
+        text_embedding: name of embeddings that `prx encode text` has stored for these captions.
         remote: where the same layout lies remotely (`s3://…`), if anywhere.
         max_undecodable: share of samples above which training stops.
         max_workers: DataLoader workers that will share this object, for the counts.
@@ -91,27 +92,29 @@ class ImageCaptionDataset(Dataset):
         max_undecodable: float = 0.01,
         max_workers: int = 0,
         features: list[str] | None = None,
+        text_embedding: str | None = None,
     ):
         folder = Path(path) / split
         if remote is not None and not (folder / MANIFEST).exists():
-            from streaming.base.storage import CloudDownloader
-
-            folder.mkdir(parents=True, exist_ok=True)
-            source, partial = f"{remote}/{split}/{MANIFEST}", folder / f".{MANIFEST}.{os.getpid()}"
-            CloudDownloader.get(source).download(source, str(partial))
-            partial.rename(folder / MANIFEST)  # atomic: another rank never reads half of it
+            download(f"{remote}/{split}/{MANIFEST}", folder / MANIFEST)
         self.manifest = read_manifest(path, split, captions, features)
         self.features = features or []
         self.captions = captions or {self.manifest.captions[0]: 1.0}
         self.buckets: list[Bucket] = sorted(self.manifest.buckets)
-        if remote is None:  # plain files: no shared memory, no threads
-            self._local = [LocalDataset(str(folder / str(bucket))) for bucket in self.buckets]
-            self.counts = [len(part) for part in self._local]
-        else:
-            streams = [Stream(local=str(folder / str(bucket)), remote=f"{remote}/{split}/{bucket}") for bucket in self.buckets]
-            self._streaming = StreamingDataset(streams=streams, batch_size=1, shuffle=False)
-            self.counts = [int(count) for count in self._streaming.samples_per_stream]
-        self._remote = remote
+        self._rows = BucketRows(folder, self.buckets, None if remote is None else f"{remote}/{split}")
+        self.counts = self._rows.counts
+        self.text_columns: dict[str, StoredColumn] = {}
+        """Stored embeddings by caption column."""
+        self._text_rows: dict[str, BucketRows] = {}
+        if text_embedding is not None:
+            for caption in self.captions:
+                at = f"{ENCODED}/{text_embedding}/{caption}"
+                self.text_columns[caption], self._text_rows[caption] = self._stored(
+                    encoded_folder(path, split, text_embedding, caption),
+                    None if remote is None else f"{remote}/{split}/{at}",
+                    "text",
+                    "text_embedding",
+                )
         self._offsets = np.cumsum([0, *self.counts])
         self._seed = seed
         self._max_undecodable = max_undecodable
@@ -144,9 +147,13 @@ class ImageCaptionDataset(Dataset):
             except UNDECODABLE as error:
                 self._note_undecodable(sample_id, row.get("key", ""), error)
                 continue
-            caption = self._choose_caption(row, sample_id, request.epoch)
+            column = self._choose_caption(sample_id, request.epoch)
             features = {name: torch.tensor(row[name]) for name in self.features}  # a copy: the row's memory is read-only
-            return {"image": image, "caption": caption, "sample_id": sample_id, "features": features}
+            sample = {"image": image, "caption": row[column], "sample_id": sample_id, "features": features}
+            if column in self._text_rows:
+                stored = self._text_rows[column].row(bucket, sample_id - first)
+                sample["text_embedding"] = unpack(stored, self.text_columns[column].storage)
+            return sample
         raise UndecodableError(f"None of the {count} images of bucket {self.buckets[bucket]} can be decoded.")
 
     def look_at(self, request: SampleRequest) -> dict[str, Any]:
@@ -158,19 +165,27 @@ class ImageCaptionDataset(Dataset):
             self._counters.copy_(counters)
             self._named = named
 
-    def _row(self, sample_id: int) -> dict[str, Any]:
-        if self._remote is not None:
-            return self._streaming[sample_id]
-        bucket = self.bucket_of(sample_id)
-        return self._local[bucket][sample_id - int(self._offsets[bucket])]
+    def _stored(self, folder: Path, remote: str | None, kind: str, path: str) -> tuple[StoredColumn, BucketRows]:
+        """A stored column and its rows; raises UserError, at `path`, unless it has as many as the data set."""
+        if remote is not None and not manifest_path(folder).exists():
+            download(f"{remote}/{manifest_path(folder).name}", manifest_path(folder))
+        column = read_column(folder, kind, path)
+        if column.buckets != {str(bucket): self.manifest.buckets[bucket] for bucket in self.buckets}:
+            raise UserError(f"{path}: {folder} was made of other data than lies beside it; delete it and encode again.")
+        return column, BucketRows(folder, self.buckets, remote)
 
-    def _choose_caption(self, row: dict[str, Any], sample_id: int, epoch: int) -> str:
+    def _row(self, sample_id: int) -> dict[str, Any]:
+        bucket = self.bucket_of(sample_id)
+        return self._rows.row(bucket, sample_id - int(self._offsets[bucket]))
+
+    def _choose_caption(self, sample_id: int, epoch: int) -> str:
+        """Name of a caption column."""
         columns = list(self.captions)
         if len(columns) == 1:
-            return row[columns[0]]
+            return columns[0]
         weights = np.array(list(self.captions.values()))
         choice = np.random.default_rng([self._seed, epoch, sample_id]).choice(len(columns), p=weights / weights.sum())
-        return row[columns[choice]]
+        return columns[choice]
 
     def _count(self, seen: int = 0, undecodable: int = 0) -> None:
         worker = get_worker_info()

@@ -1,7 +1,6 @@
 """Batches on their way to the device, and the one thing a schedule may change about them."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from composer.core import DataSpec
@@ -9,24 +8,11 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from prx_composer.data.collate import Collator, split_batch
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.sampler import BucketBatchSampler
-from prx_composer.models.text_encoder import tokenize
 
 __all__ = ["ImageCaptionLoader", "build_loader"]
-
-
-class Collator:
-    """Samples → a batch: images stacked as uint8, captions tokenised, features as they are stored, by column."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        tokens = tokenize(self.tokenizer, [sample["caption"] for sample in samples], self.max_tokens)
-        images = torch.stack([sample["image"] for sample in samples])
-        features = {name: torch.stack([sample["features"][name] for sample in samples]) for name in samples[0]["features"]}
-        return {"image": images, **tokens, "sample_id": torch.tensor([sample["sample_id"] for sample in samples]), **features}
 
 
 class ImageCaptionLoader(DataLoader):
@@ -94,6 +80,7 @@ def build_loader(
     split: str = "train",
     captions: dict[str, float] | None = None,
     features: list[str] | None = None,
+    text_embedding: str | None = None,
     remote: str | None = None,
     shuffle: bool = True,
     num_workers: int = 0,
@@ -106,15 +93,15 @@ def build_loader(
         image_size, global_batch_size: of the first stage.
         multiple: see `BucketBatchSampler`.
         seed: of order and choices.
-        path, split, captions, features, remote, max_undecodable: see `ImageCaptionDataset`.
+        path, split, captions, features, text_embedding, remote, max_undecodable: see `ImageCaptionDataset`.
         shuffle: off for evaluation.
         num_workers: processes that decode and tokenise; 0 = in the training process.
     """
-    dataset = ImageCaptionDataset(path, split, captions, remote, seed, max_undecodable, num_workers, features)
+    dataset = ImageCaptionDataset(path, split, captions, remote, seed, max_undecodable, num_workers, features, text_embedding)
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
     sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank)
     loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens), num_workers)
-    return DataSpec(loader, get_num_samples_in_batch=_num_samples, get_num_tokens_in_batch=_no_tokens)
+    return DataSpec(loader, split_batch=split_batch, get_num_samples_in_batch=_num_samples, get_num_tokens_in_batch=_no_tokens)
 
 
 def _num_samples(batch: dict[str, torch.Tensor]) -> int:

@@ -8,7 +8,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["decode_image"]
+__all__ = ["UNDECODABLE", "decode_image"]
+
+UNDECODABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+)  # what `decode_image` raises for bytes that are no image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -27,7 +34,7 @@ def decode_image(encoded: bytes, height: int, width: int) -> Tensor:
         uint8 (3, height, width).
 
     Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: the bytes are no image, or not one to open.
+        UNDECODABLE: the bytes are no image, or not one to open.
     """
     image = Image.open(io.BytesIO(encoded))
     if image.format == "JPEG":

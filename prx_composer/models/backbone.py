@@ -199,7 +199,7 @@ class PRXBackbone(nn.Module):
                 inputs; the rest is computed again, what costs least first. It is a setting of the process.
         """
         settings: Any = torch._dynamo.config  # pyright: ignore[reportPrivateImportUsage]
-        partitioner: Any = torch._functorch.config
+        partitioner: Any = torch._functorch.config  # pyright: ignore[reportAttributeAccessIssue]
         partitioner.activation_memory_budget = activation_memory_budget
         for limit in ("recompile_limit", "accumulated_recompile_limit"):  # 8 of them would be too few for buckets of many sizes
             setattr(settings, limit, max(getattr(settings, limit), _MOST_GRAPHS))

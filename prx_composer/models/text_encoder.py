@@ -133,6 +133,11 @@ class HuggingFaceTextEncoder(nn.Module):
         self.register_buffer("null_input_ids", null["input_ids"], persistent=False)
         self.register_buffer("null_attention_mask", null["attention_mask"], persistent=False)
 
+    @property
+    def network(self) -> nn.Module:
+        """transformers' module, trained or frozen."""
+        return self.encoder if self.trainable else self._frozen.module
+
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """`input_ids` int64 and `attention_mask` bool, both (B, max_tokens)."""
         return tokenize(self.tokenizer, texts, self.max_tokens)

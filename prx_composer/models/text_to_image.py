@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from prx_composer.models.autoencoder import Autoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.flow import FlowMatching
+from prx_composer.models.frozen import returned_afterwards
 from prx_composer.models.losses import AuxiliaryLosses, FlowOutput
 from prx_composer.models.randomness import RandomStreams, seeded_generator
 from prx_composer.models.routing import Route, counted_pixels
@@ -57,8 +58,8 @@ class TextToImage(ComposerModel):
     """Trains and samples a flow-matching text-to-image model.
 
     Batches are mappings with `image` uint8 (B, 3, H, W), `input_ids` int64 and `attention_mask` bool (B, T); they are
-    never written to. With `text_embedding` (B, T, C) they bring what the (frozen) text encoder would make of their captions, and
-    it isn't asked.
+    never written to. With `text_embedding` they bring what the (frozen) text encoder would make of their captions, and it isn't
+    asked: (B, T, C), or (V, C) of the V valid tokens with `text_position` int64 (V,), their places in the flattened (B, T).
 
     Args:
         backbone: the network that is trained.
@@ -167,8 +168,11 @@ class TextToImage(ComposerModel):
         if embedding is not None and self.text_encoder.trainable:
             raise ValueError(
                 "The batch has a text_embedding, but model.text_encoder is trained: what is stored would not follow it. "
-                "Set model.text_encoder.trainable: false, or leave the column out of train_loader.features."
+                "Set model.text_encoder.trainable: false, or leave train_loader.text_embedding out."
             )
+        if embedding is not None and embedding.ndim == 2:  # valid tokens only
+            flat = embedding.new_zeros(mask.numel(), embedding.shape[1])
+            embedding = flat.index_copy_(0, batch["text_position"], embedding).unflatten(0, mask.shape)
         if dropout > 0:
             device = input_ids.device
             draw = torch.rand(len(input_ids), 1, generator=generator("caption_dropout", device), device=device)
@@ -183,7 +187,8 @@ class TextToImage(ComposerModel):
     def _null_embedding(self, device: torch.device) -> Tensor:
         """Of the empty caption, (1, T, C); computed once."""
         if self._null is None or self._null.device != device:
-            self._null = self.encode_prompts([""], device).embedding.detach()
+            with returned_afterwards():  # the encoder, where training needs it for this caption alone
+                self._null = self.encode_prompts([""], device).embedding.detach()
         return self._null
 
     def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]

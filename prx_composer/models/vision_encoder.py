@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.frozen import Frozen
 from prx_composer.models.huggingface import random_config, says_how_to_get
 
-__all__ = ["TeacherSpec", "VisionEncoder", "resize_antialiased"]
+__all__ = ["TeacherSpec", "VisionEncoder", "resize_antialiased", "teacher_features"]
 
 # The image towers of models that also read text.
 _VISION_CLASSES = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}
@@ -110,6 +112,11 @@ class VisionEncoder:
         except OSError:  # a folder with weights alone
             return {}
 
+    @property
+    def module(self) -> torch.nn.Module:
+        """transformers' own."""
+        return self._frozen.module
+
     def __call__(self, image: Tensor) -> Tensor:
         """Features of the patches, without class and register tokens; gradients flow to the image.
 
@@ -125,3 +132,10 @@ class VisionEncoder:
         module = self._frozen.on(image.device)
         tokens = module(pixel_values=normalised.to(self._dtype), **self._options).last_hidden_state
         return tokens[:, -rows * columns :].float().unflatten(1, (rows, columns))  # what comes before are prefix tokens
+
+
+@torch.no_grad()
+def teacher_features(teacher: VisionEncoder, batch: Mapping[str, Any], rows: int, columns: int) -> Tensor:
+    """Features of the clean images, resized so that the teacher's patches are the backbone's tokens: (B, rows · columns, C)."""
+    image = resize_antialiased(Pixels().encode(batch["image"]), rows * teacher.patch_size, columns * teacher.patch_size)
+    return teacher(image).flatten(1, 2)

@@ -12,10 +12,10 @@ from streaming import LocalDataset
 from prx_composer import registry
 from prx_composer.config import Recipe, build, split
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.dataset import UNDECODABLE, read_manifest
+from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.sources import is_made
-from prx_composer.data.transforms import decode_image
+from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.errors import UserError, at_path, raise_all
 from prx_composer.preflight.recipe import Parts, PlannedStage
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped, warned

@@ -182,6 +182,10 @@ def _microbatch(loader: ImageCaptionLoader, step: _Step) -> Any:
     batch: dict[str, torch.Tensor] = loader.collate_fn([sample] * step.stage.microbatch_size)
     if "attention_mask" in batch:
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+        if "text_position" in batch:  # stored embeddings of valid tokens: of all of them now
+            places = batch["attention_mask"].numel()
+            batch["text_embedding"] = torch.zeros(places, batch["text_embedding"].shape[1], dtype=batch["text_embedding"].dtype)
+            batch["text_position"] = torch.arange(places)
     return batch
 
 

@@ -1,0 +1,49 @@
+"""Rows of bucketed MDS folders by number, from a disk or from an object store."""
+
+from pathlib import Path
+from typing import Any
+
+from streaming import LocalDataset, Stream, StreamingDataset
+
+from prx_composer.data.buckets import Bucket
+
+__all__ = ["BucketRows", "download"]
+
+
+def download(source: str, target: Path) -> None:
+    """One remote file; it appears under its name only when it is whole, so that another rank never reads half of it."""
+    import os
+
+    from streaming.base.storage import CloudDownloader
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    CloudDownloader.get(source).download(source, str(partial))
+    partial.rename(target)
+
+
+class BucketRows:
+    """The shards of every bucket below a folder.
+
+    Args:
+        folder: local, or the local cache of `remote`.
+        buckets: names of folders in it.
+        remote: where the same folders lie remotely, if anywhere; download and caching are then a StreamingDataset's.
+    """
+
+    def __init__(self, folder: Path, buckets: list[Bucket], remote: str | None = None):
+        self._streaming: StreamingDataset | None = None
+        if remote is None:  # plain files: no shared memory, no threads
+            self._local = [LocalDataset(str(folder / str(bucket))) for bucket in buckets]
+            self.counts = [len(part) for part in self._local]
+        else:
+            streams = [Stream(local=str(folder / str(bucket)), remote=f"{remote}/{bucket}") for bucket in buckets]
+            self._streaming = StreamingDataset(streams=streams, batch_size=1, shuffle=False)
+            self.counts = [int(count) for count in self._streaming.samples_per_stream]
+            self._starts = [sum(self.counts[:index]) for index in range(len(buckets))]
+
+    def row(self, bucket: int, index: int) -> dict[str, Any]:
+        """Row `index` of the bucket with that place in `buckets`."""
+        if self._streaming is not None:
+            return self._streaming[self._starts[bucket] + index]
+        return self._local[bucket][index]

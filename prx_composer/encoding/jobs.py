@@ -1,0 +1,131 @@
+"""From a recipe to the columns that it could train on."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.utils import dist, get_device
+
+from prx_composer import config, registry
+from prx_composer.config import Recipe, build
+from prx_composer.data.buckets import Bucket
+from prx_composer.data.columns import IMAGE, StoredColumn, encoded_folder, fingerprint
+from prx_composer.data.dataset import read_manifest
+from prx_composer.encoding.images import ImageEncoder, features_of
+from prx_composer.encoding.parts import encode_split
+from prx_composer.encoding.text import CaptionEncoder, text_column
+from prx_composer.errors import UserError, at_path
+from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
+from prx_composer.train import build_text_encoder
+
+__all__ = ["encode_features", "encode_latents", "encode_text"]
+
+STORAGE = ("bfloat16", "float16", "float32")
+
+
+def encode_text(arguments: list[str], name: str, split: str, storage: str, batch_size: int, part_size: int) -> Iterator[str]:
+    """Stores embeddings of every caption column of `train_loader.captions`; yields a line about each.
+
+    Raises:
+        UserError: an encoder that is trained along, no data, or something begun with other settings.
+    """
+    recipe, device = _start(arguments, storage, (*STORAGE, "int8"))
+    captions, folder = _data(recipe, split)
+    given = recipe.model.get("text_encoder") or {}
+    with tempfile.TemporaryDirectory() as scratch:
+        encoder = build_text_encoder(recipe, Path(scratch, str(dist.get_global_rank())))
+    title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('model_type')}")
+    column = text_column(encoder, title, given.get("revision"), storage)
+    for caption in captions:
+        target = encoded_folder(recipe.train_loader["path"], split, name, caption)
+        work = CaptionEncoder(encoder, caption, storage, batch_size, device)
+        made = encode_split(folder, target, column, work, part_size, batch_size=batch_size)
+        error = "" if made.error is None else f", relative error of a token {made.error:.2%}"
+        yield f"{target}: {sum(made.buckets.values()):,} captions by {title}, {storage}{error}"
+
+
+def encode_features(
+    arguments: list[str], teacher: str, name: str, split: str, image_size: int, storage: str, batch_size: int, part_size: int
+) -> str:
+    """Stores a teacher's patch features on the backbone's grid; returns a line about it.
+
+    Raises:
+        UserError: no teacher at that path, and as `encode_text`.
+    """
+    recipe, device = _start(arguments, storage, STORAGE)
+    _, folder = _data(recipe, split)
+    spec: Any = {"algorithms": recipe.algorithms}
+    for key in teacher.split("."):
+        spec = spec.get(key) if isinstance(spec, dict) else None
+    if not isinstance(spec, dict | str):
+        raise UserError(f"--teacher: the recipe has nothing at {teacher}; name one such as algorithms.repa.teacher.")
+    with at_path(teacher, TypeError):
+        network = VisionEncoder(TeacherSpec(**spec) if isinstance(spec, dict) else spec)
+    patch = int(recipe.model["backbone"]["patch_size"]) * _downsampling(recipe)
+    revision = spec.get("revision") if isinstance(spec, dict) else None
+    image_size = image_size or recipe.image_size
+    column = StoredColumn(
+        "features", network.name, revision, fingerprint(network.module), network.hidden_size, storage, image_size=image_size
+    )
+    target = encoded_folder(recipe.train_loader["path"], split, name, IMAGE)
+    work = ImageEncoder(features_of(network, patch), _size_of(recipe, split, image_size, patch), storage, batch_size, device)
+    made = encode_split(folder, target, column, work, part_size, batch_size=batch_size, patch=patch)
+    return f"{target}: features of {sum(made.buckets.values()):,} images by {network.name}, {storage}"
+
+
+def encode_latents(
+    arguments: list[str], name: str, split: str, image_size: int, storage: str, batch_size: int, part_size: int
+) -> str:
+    """Stores the autoencoder's latents; returns a line about it.
+
+    Raises:
+        UserError: a recipe in pixels, and as `encode_text`.
+    """
+    recipe, device = _start(arguments, storage, STORAGE)
+    _, folder = _data(recipe, split)
+    autoencoder_name, given = config.split(recipe.model.get("autoencoder") or {"name": "pixels"}, "model.autoencoder")
+    if autoencoder_name == "pixels":
+        raise UserError("model.autoencoder: pixels need no encoding; latents are for a recipe with another autoencoder.")
+    autoencoder = build(registry.autoencoders, autoencoder_name, given, "model.autoencoder")
+    title = str(given.get("pretrained") or "random autoencoder")
+    image_size = image_size or recipe.image_size
+    patch = int(recipe.model["backbone"]["patch_size"]) * autoencoder.downsampling
+    mark = fingerprint(autoencoder.module)
+    column = StoredColumn("latents", title, given.get("revision"), mark, autoencoder.channels, storage, image_size=image_size)
+    target = encoded_folder(recipe.train_loader["path"], split, name, IMAGE)
+    work = ImageEncoder(autoencoder.encode, _size_of(recipe, split, image_size, patch), storage, batch_size, device)
+    made = encode_split(folder, target, column, work, part_size, batch_size=batch_size)
+    return f"{target}: latents of {sum(made.buckets.values()):,} images by {title}, {storage}"
+
+
+def _start(arguments: list[str], storage: str, allowed: tuple[str, ...]) -> tuple[Recipe, torch.device]:
+    if storage not in allowed:
+        raise UserError(f"--storage: {storage!r} must be {', '.join(allowed[:-1])} or {allowed[-1]}.")
+    recipe = config.load(arguments)
+    config.import_code(recipe.code_paths)
+    config.check(recipe)
+    device = get_device(None)
+    dist.initialize_dist(device, timeout=recipe.dist_timeout)
+    return recipe, torch.device("cuda", torch.cuda.current_device()) if device.name == "gpu" else torch.device("cpu")
+
+
+def _data(recipe: Recipe, split: str) -> tuple[list[str], Path]:
+    """Caption columns and folder of the split."""
+    spec = recipe.train_loader
+    if spec.get("remote"):
+        raise UserError("train_loader.remote: encode where the data lies on a disk; then upload the folder `encoded` beside it.")
+    with at_path("train_loader"):
+        manifest = read_manifest(spec["path"], split, spec.get("captions"))
+    return list(spec.get("captions") or manifest.captions[:1]), Path(spec["path"]) / split
+
+
+def _downsampling(recipe: Recipe) -> int:
+    name, given = config.split(recipe.model.get("autoencoder") or {"name": "pixels"}, "model.autoencoder")
+    return int(build(registry.autoencoders, name, given, "model.autoencoder").downsampling)
+
+
+def _size_of(recipe: Recipe, split: str, image_size: int, multiple: int) -> Callable[[Bucket], tuple[int, int]]:
+    base = read_manifest(recipe.train_loader["path"], split, None).image_size
+    return lambda bucket: bucket.at(image_size, base, multiple)
