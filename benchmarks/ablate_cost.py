@@ -201,19 +201,19 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    load = os.getloadavg()[0]
-    stages = []
+    what = f"cost of the algorithms of {' '.join(options.recipe)}, {options.rounds} turns of {options.turn} steps"
+    around = {"threads": torch.get_num_threads(), "load_before": round(os.getloadavg()[0], 2)}
+    data, text, picture = outputs(options.output)
+    stages: list[dict[str, Any]] = []
     for stage, runs in planned:
         say(f"stage {stage.number}: {stage.sizes}")
         known = {key: getattr(stage, key) for key in ("number", "sizes", "algorithms", "kept", "closed")}
-        stages.append(known | summarise(measure(runs, options.turn), stage.algorithms, stacks_of(stage.algorithms)))
-    what = f"cost of the algorithms of {' '.join(options.recipe)}, {options.rounds} turns of {options.turn} steps"
-    around = {"threads": torch.get_num_threads(), "load_before": round(load, 2)}
-    result = head(what, arguments) | around | {"stages": stages}
-    data, text, picture = outputs(options.output)
-    write_json(result, data)
-    text.write_text(report(result))
-    plot(stages, picture)
-    say("\n" + "\n".join(tables(stage) for stage in stages) + f"\n{data} · {text} · {picture}")
+        found = summarise(measure(runs, options.turn), stage.algorithms, stacks_of(stage.algorithms))
+        stages.append(known | found)
+        result = head(what, arguments) | around | {"stages": stages}
+        write_json(result, data)  # after every stage, so that who stops it keeps what there is
+        text.write_text(report(result))
+        plot(stages, picture)
+        say(f"\n{tables(stages[-1])}\n{data} · {text} · {picture}")
     stacks = [stack for stage in stages for stack in stage["stacks"]]
     return 1 if any(stack["failed"] and (stack["stack"] in (BARE, WHOLE) or not stack["refused"]) for stack in stacks) else 0
