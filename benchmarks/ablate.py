@@ -7,27 +7,19 @@ and `-name` (that algorithm left out), in the order written. The first stack is 
 
 Each stack is a process of its own and an ordinary run of train.py; they take turns of some steps (see turns.py). Writes a table
 (.md), everything measured (.json) and curves (.png); the runs and their logs stay in runs/ablate-<name>/.
+
+With --cost: what each algorithm of the recipe costs or saves in time and memory, one by one and together (ablate_cost.py).
 """
 
 import argparse
-import datetime
-import json
 import re
-import shlex
-import shutil
-import socket
-import subprocess
 import sys
-from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+import ablate_cost
 from ablate_report import plot, report, summarise, table
-from record import PACKAGES, processor
-from turns import Player, take_turns
+from ablate_runs import Run, Stack, fresh_folder, head, outputs, say, train, write_json
 
 from prx_composer import config
 from prx_composer.callbacks.metrics_file import read_metrics
@@ -35,28 +27,11 @@ from prx_composer.config import Recipe
 from prx_composer.errors import UserError
 from prx_composer.registry import nearest
 
-ROOT = Path(__file__).resolve().parents[1]
-ABLATIONS = ROOT / "yamls" / "ablations"
+ABLATIONS = Path(__file__).resolve().parents[1] / "yamls" / "ablations"
 PART = re.compile(r"\+(?P<path>[^+]+?\.ya?ml)|\+(?P<name>\w+)|-(?P<without>\w+)")
 
 
 # --------------------------------------------------------------------------------------------------------- stacks
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A recipe's tricks, and what differs from the recipe."""
-
-    name: str  # such as base+muon-ema
-    changes: tuple[str, ...]  # files and `algorithms.x=false`, in order
-
-    @property
-    def files(self) -> list[str]:
-        return [change for change in self.changes if "=" not in change]
-
-    @property
-    def left_out(self) -> list[str]:
-        return [change.removeprefix("algorithms.").removesuffix("=false") for change in self.changes if "=" in change]
 
 
 def parse_stack(text: str) -> Stack:
@@ -114,45 +89,6 @@ def check_stack(recipe_files: list[str], stack: Stack, overrides: list[str]) -> 
 # ----------------------------------------------------------------------------------------------------------- runs
 
 
-@dataclass
-class Run:
-    """One stack with one seed."""
-
-    stack: Stack
-    seed: int
-    folder: Path
-    arguments: list[str]  # of train.py
-    code_paths: list[str]
-    process: "subprocess.Popen[str] | None" = None
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.log")
-
-    @property
-    def steps_file(self) -> Path:
-        return self.folder / "turns.jsonl"
-
-    def start(self, steps: int) -> Player:
-        """Starts the training; it goes up to its first step and waits."""
-        ours, theirs = socket.socketpair()
-        own = [f"run_name={self.folder.name}", f"run_folder={self.folder}", f"seed={self.seed}", "autoresume=false"]
-        own += [f"code_paths={json.dumps([*self.code_paths, str(Path(__file__).with_name('turns.py'))])}"]
-        own += [f"callbacks.turns={json.dumps({'path': str(self.steps_file), 'link': theirs.fileno(), 'steps': steps})}"]
-        with self.log.open("w") as log, theirs:  # not through `composer`: a single process needs no launcher, and no port
-            command = [sys.executable, str(ROOT / "train.py"), *self.arguments, *own]
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()], text=True)
-        self.process = process
-        return Player(self.folder.name, ours, lambda: process.poll() is not None)
-
-    def failure(self) -> str | None:
-        """The last line of the log, if the run failed."""
-        if self.process is None or self.process.returncode == 0:
-            return None
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1].removeprefix("[rank0]: ") if lines else f"exit code {self.process.returncode}"
-
-
 def defaults(recipe: Recipe) -> list[str]:
     """What a comparison sets unless the command line says otherwise."""
     settings = ["progress_bar=false", "save_interval=1dur"]
@@ -163,43 +99,21 @@ def defaults(recipe: Recipe) -> list[str]:
     return settings
 
 
-def train(runs: list[Run], steps: int) -> None:
-    """Trains all of them in turns."""
-    try:
-        for rounds, playing in take_turns([partial(run.start, steps) for run in runs]):
-            if playing and (rounds % 10 == 0 or len(playing) < len(runs)):
-                say(f"{rounds * steps} steps each; still training: {', '.join(player.name for player in playing)}")
-    finally:
-        for run in runs:
-            if run.process is not None and run.process.poll() is None:
-                run.process.terminate()
-    for run in runs:
-        if (failure := run.failure()) is not None:
-            say(f"{run.folder.name} failed: {failure} (see {run.log})")
-
-
 def measure(run: Run, base: Run) -> dict[str, Any]:
     """What a run left, in numbers."""
     who = {"stack": run.stack.name, "seed": run.seed, "merged": list(run.stack.changes), "failed": run.failure()}
-    header, *steps = _rows(run.steps_file) or [{}]
-    return who | summarise(header, steps, _rows(run.folder / "metrics.jsonl"), _rows(base.steps_file)[1:])
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return read_metrics(path) if path.exists() else []
+    header, *steps = run.rows() or [{}]
+    metrics = run.folder / "metrics.jsonl"
+    return who | summarise(header, steps, read_metrics(metrics) if metrics.exists() else [], base.rows()[1:])
 
 
 # ----------------------------------------------------------------------------------------------------------- main
 
 
-def say(message: str) -> None:
-    sys.stdout.write(message + "\n")
-    sys.stdout.flush()
-
-
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="+", help="YAML files, then key=value, as for train.py; these hold for every stack")
+    parser.add_argument("--cost", action="store_true", help="cost of every algorithm instead; --cost --help has its options")
     parser.add_argument("--stack", action="append", required=True, help="base, +name, -name, or several joined")
     parser.add_argument("--seed", type=int, action="append", help="repeat for several; the recipe's by default")
     parser.add_argument("--turn", type=int, default=25, help="steps that a stack trains before it is the next one's turn")
@@ -226,13 +140,7 @@ def plan(options: argparse.Namespace) -> list[list[Run]]:
         raise UserError(f"--stack {twice[0]} is there twice; give own files other names.")
     recipes = [check_stack(files, stack, overrides) for stack in stacks]
     output = options.output or Path("runs", f"ablate-{Path(files[0]).stem}")
-    group = Path("runs", output.name if output.name.startswith("ablate-") else f"ablate-{output.name}")
-    existing = [path for path in (group, *outputs(output)) if path.exists()]
-    if existing and not options.overwrite:
-        raise UserError(f"{existing[0]} is there already; give --overwrite to delete it, or another --output.")
-    for path in existing:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    group.mkdir(parents=True)
+    group = fresh_folder(output, options.overwrite)
     options.output = output
 
     seeds = options.seed or [recipes[0].seed]
@@ -254,12 +162,10 @@ def plan(options: argparse.Namespace) -> list[list[Run]]:
     return runs
 
 
-def outputs(path: Path) -> list[Path]:
-    return [path.with_name(path.name + suffix) for suffix in (".json", ".md", ".png")]
-
-
 def main(arguments: list[str]) -> int:
     """Trains, measures, writes; 0 if all stacks trained to their end."""
+    if "--cost" in arguments:
+        return ablate_cost.main(arguments)
     options = parse_arguments(arguments)
     try:
         groups = plan(options)
@@ -270,18 +176,10 @@ def main(arguments: list[str]) -> int:
     for runs in groups:
         train(runs, options.turn)
         measured += [measure(run, runs[0]) for run in runs]
-    gpu = f"{torch.cuda.get_device_name()} · " if torch.cuda.is_available() else ""
-    result = {
-        "what": f"stacks of {' '.join(options.recipe)}, in turns of {options.turn} steps",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{gpu}{processor()}",
-        "versions": {package: version(package) for package in PACKAGES},
-        "command": shlex.join(["python", "benchmarks/ablate.py", *arguments]),
-        "runs": measured,
-    }
+    what = f"stacks of {' '.join(options.recipe)}, in turns of {options.turn} steps"
+    result = head(what, arguments) | {"runs": measured}
     data, text, picture = outputs(options.output)
-    data.parent.mkdir(parents=True, exist_ok=True)
-    data.write_text(re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), json.dumps(result, indent=1)) + "\n")
+    write_json(result, data)
     text.write_text(report(result))
     plot(measured, picture)
     say(f"\n{table(measured)}\n{data} · {text} · {picture}")

@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from interleaved import milliseconds, summary
+from one_stage import batch_of_share, one_stage, with_random_weights, with_synthetic_batches, write_recipe
 from record import circumstances
 from step_times import PARTS
 
 from prx_composer import config
 from prx_composer.config import Recipe
-from prx_composer.models.encoder_sizes import known_config
-from prx_composer.models.text_encoder import train_tokenizer
+from prx_composer.errors import UserError
 from prx_composer.planning.hardware import GPUS
 from prx_composer.planning.plan import DENOISER, Conditions, make_plan
 from prx_composer.planning.timeline import Span, timeline
@@ -54,95 +53,37 @@ def points_of(recipe: Recipe, arguments: argparse.Namespace) -> list[Point]:
             continue
         if arguments.image_size:
             span = dataclasses.replace(span, image_size=arguments.image_size)
-        batch = span.batch_size // arguments.of
         for gpus in arguments.gpus:
             for microbatch in arguments.microbatch or [span.microbatch_size]:
-                whole = max(batch, microbatch)
-                points.append(Point(stage, span, gpus, microbatch, whole - whole % microbatch))
+                points.append(Point(stage, span, gpus, microbatch, batch_of_share(span, microbatch, arguments.of)))
     return points
 
 
-def overlay(recipe: Recipe, point: Point, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What is put over the recipe: one stage of it, a few steps, and nothing that isn't a step."""
+def build_recipe(recipe: Recipe, point: Point, folder: Path, arguments: argparse.Namespace) -> Path:
+    """The point as a recipe in a file."""
     line = timeline(recipe, arguments.of, arguments.samples)
-    middle = (point.span.start + point.span.end) // 2
-    algorithms: dict[str, Any] = {"progressive_resolution": False} if "progressive_resolution" in recipe.algorithms else {}
-    for name, given in recipe.algorithms.items():
-        if not isinstance(given, dict) or not {"start", "end"} & given.keys():
-            continue
-        first, last = line.window(str(given.get("start", "0ba")), given.get("end"), f"algorithms.{name}")
-        algorithms[name] = {"start": "0ba", "end": None} if first <= middle < last else False
     steps = arguments.warmup + arguments.steps + (2 if arguments.profile else 0)
-    over: dict[str, Any] = {
+    content = one_stage(recipe, line, point.span, point.batch * point.gpus, point.microbatch, steps)
+    times: dict[str, Any] = {"path": str(folder / "times.json"), "warmup": arguments.warmup}
+    if arguments.profile:
+        times["trace"] = str(Path(arguments.profile).resolve())
+    content |= {
         "run_name": "throughput",
         "run_folder": str(folder / "run"),
-        "autoresume": False,
-        "preflight": False,
-        "time_budget": "1000h",  # never reached, but what is given as a part of it keeps its meaning
-        "max_duration": f"{steps}ba",
-        "save_interval": "1000h",
-        "progress_bar": False,
-        "eval_loader": None,
-        "image_size": point.span.image_size,
-        "global_train_batch_size": point.batch * point.gpus,
-        "device_train_microbatch_size": point.microbatch,
-        "algorithms": algorithms,
-        "callbacks": {"step_times": {"path": str(folder / "times.json"), "warmup": arguments.warmup}},
-        "loggers": {},
+        "callbacks": {"step_times": times},
         "code_paths": [*recipe.code_paths, str(HERE / "step_times.py")],
     }
-    if arguments.profile:
-        over["callbacks"]["step_times"]["trace"] = str(Path(arguments.profile).resolve())
-    if not arguments.data:
-        over["train_loader"] = {"name": "synthetic", "valid_text": arguments.valid_text}
-        if arguments.stored_text:
-            over["train_loader"]["embedding_size"] = recipe.model["backbone"]["context_in_dim"]
-    return over
-
-
-def build_recipe(recipe: Recipe, over: dict[str, Any], folder: Path, arguments: argparse.Namespace) -> Path:
-    """The recipe with `overlay` over it, as a file: what the overlay replaces must not be merged with what was there."""
-    content = dataclasses.asdict(recipe)
-    for name, change in over.pop("algorithms").items():
-        if change is False:
-            content["algorithms"].pop(name)
-        else:
-            content["algorithms"][name] |= change
-    content |= over
     if arguments.random_weights:
         content = with_random_weights(content)
-    encoder = content["model"]["text_encoder"]
-    if not arguments.data and (arguments.random_weights or isinstance(encoder.get("tokenizer"), dict)):
-        words = train_tokenizer(["a photograph of a lighthouse on a cliff above the sea at dawn"] * 2, 256)
-        words.save_pretrained(str(folder / "words"))
-        encoder["tokenizer"] = str(folder / "words")
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
-    return path
-
-
-def with_random_weights(content: Any) -> Any:
-    """Every `pretrained:` becomes the configuration of that network: as much work, nothing to download."""
-    if isinstance(content, list):
-        return [with_random_weights(item) for item in content]
-    if not isinstance(content, dict):
-        return content
-    changed = {key: with_random_weights(value) for key, value in content.items()}
-    if isinstance(name := changed.get("pretrained"), str):
-        known = known_config(name)
-        if known is None:
-            raise SystemExit(f"--random-weights: the sizes of {name} are not known here.")
-        del changed["pretrained"]
-        changed["config"] = known
-    if changed.get("net") in ("vgg", "alex", "squeeze"):
-        changed["random_weights"] = True
-    return changed
+    if not arguments.data:
+        content = with_synthetic_batches(content, folder, arguments.valid_text, arguments.stored_text, arguments.random_weights)
+    return write_recipe(content, folder / "recipe.yaml")
 
 
 def measure(point: Point, recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="throughput-") as temporary:
         folder = Path(temporary)
-        path = build_recipe(recipe, overlay(recipe, point, folder, arguments), folder, arguments)
+        path = build_recipe(recipe, point, folder, arguments)
         command = ["composer", "-n", str(point.gpus), str(HERE.parent / "train.py"), str(path)]
         with (folder / "log").open("wb") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
@@ -260,6 +201,7 @@ def main() -> None:
     arguments.gpus = arguments.gpus or [1]
 
     recipe = config.load(arguments.recipe)
+    config.import_code(recipe.code_paths)
     rate = matrix_product_rate()
     stages = []
     for point in points_of(recipe, arguments):
@@ -284,4 +226,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

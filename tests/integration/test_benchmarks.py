@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from prx_composer.planning.inputs import read_throughput
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def benchmark(name: str, *arguments: Any) -> str:
+def benchmark(name: str, *arguments: Any, folder: Path = BENCHMARKS.parent) -> str:
     command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
-    finished = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-3000:]
     return finished.stdout
 
@@ -55,3 +56,42 @@ def test_throughput_times_every_stage_of_a_recipe_and_the_plan_reads_it(tmp_path
     gpu, speeds = read_throughput(str(output))
     assert gpu == "cpu" and speeds == {s["image_size"]: s["images_per_second_per_gpu"] for s in found["stages"]}
     assert json.loads(trace.read_text())["traceEvents"]
+
+
+NEEDY = """
+from composer.core import Algorithm, Event
+from prx_composer import registry
+from prx_composer.algorithms.ema import EMA
+from prx_composer.errors import UserError
+
+@registry.algorithms.register("needy")
+class Needy(Algorithm):
+    def match(self, event, state):
+        return event == Event.INIT
+
+    def apply(self, event, state, logger):
+        if not any(isinstance(algorithm, EMA) for algorithm in state.algorithms):
+            raise UserError("algorithms.needy needs algorithms.ema beside it.")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_cost_of_a_custom_stack_is_measured_and_what_the_recipe_refuses_is_reported(
+    tiny_recipe: dict[str, Any], write_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "needy.py").write_text(NEEDY)
+    tiny_recipe["algorithms"]["needy"] = {}
+    recipe = write_recipe(tiny_recipe | {"code_paths": [str(tmp_path / "needy.py")]})
+    output = tmp_path / "cost-of-needy"
+    options = ("--cost", "--stage", 1, "--keep", "gradient_clipping", "--steps", 2, "--turn", 1, "--output", output)
+    said = benchmark("ablate.py", recipe, *options, folder=tmp_path)
+    [stage] = json.loads(output.with_suffix(".json").read_text())["stages"]
+    rows = {row["stack"]: row for row in stage["stacks"]}
+    assert rows.keys() == {"bare", "whole", "bare+ema", "bare+needy"}
+    assert rows["bare+needy"]["refused"] and "needs algorithms.ema beside it" in rows["bare+needy"]["failed"]
+    assert all(rows[name]["failed"] is None and rows[name]["x_bare"]["rounds"] == 2 for name in ("bare", "whole", "bare+ema"))
+    assert {row["algorithm"]: row["alone"]["ms"] is None for row in stage["effects"]} == {"ema": False, "needy": True}
+    assert "refused: algorithms.needy needs algorithms.ema beside it." in output.with_suffix(".md").read_text() and said
+    assert output.with_suffix(".png").stat().st_size > 1000
+    assert not list((tmp_path / "runs").glob("**/checkpoints"))

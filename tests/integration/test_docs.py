@@ -13,6 +13,9 @@ PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("recipes/**/*.md"), *
 SHORT = "max_duration=6ba eval_interval=6ba save_interval=3ba"
 SHORT_STAGES = "'algorithms.progressive_resolution.stages[0].until=3ba' algorithms.repa.end=3ba"
 SHORT_ABLATION = f"{SHORT} callbacks.shapes_score.num_inference_steps=1 callbacks.shapes_score.images_per_prompt=1"
+SHORT_COST = "--steps 1 --together 20"
+KEPT = ("skip_nonfinite", "gradient_clipping", "low_precision_norm", "ema", "lpips", "perceptual_dino")  # two are measured
+SHORT_COST_MINI = " ".join([SHORT_COST, "--stage 0", *(f"--keep {name}" for name in KEPT)])
 # Not run here: what sets up the environment (CI has done it) and what runs the tests, this one among them.
 ELSEWHERE = ("pip install uv", "uv run pytest", "uv run ruff", "uv run basedpyright", "git clone", "cd ")
 
@@ -59,7 +62,9 @@ def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
         line = f"{line} {SHORT}"
     if ("train.py" in line or "prx check" in line) and "24h_mini" in line:  # a check finds the run of the command before it
         line = f"{line} {SHORT_STAGES}"
-    if "ablate.py" in line:
+    if "--cost" in line:
+        line = f"{line} {SHORT_COST_MINI if '24h_mini' in line else SHORT_COST}"
+    elif "ablate.py" in line:
         line = f"{line} {SHORT_ABLATION}"
     line = re.sub(r"max_duration=\d+ba", "max_duration=6ba", line).replace("uv run ", "uv run --no-sync ")
     environment = os.environ | {"UV_PROJECT": str(REPOSITORY), "WANDB_MODE": "offline"}
