@@ -70,13 +70,17 @@ def plan(
     gpu: Annotated[
         str, typer.Option(help="a100-80gb, h100, h200, b200, mi300x, l40s or rtx4090. [default: the measurement's, or h200]")
     ] = "",
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, all nodes together.")] = 1,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Number of GPUs, all nodes together. [default: the recipe's shard_degree, or 1]")
+    ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one node.")] = 8,
     price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU-hour.")] = None,
     mfu: Annotated[
         float | None,
         typer.Option(
-            min=0.001, max=1, help="Share of what a bf16 matrix product reaches (not of the datasheet). [default: 0.33]"
+            min=0.001,
+            max=1,
+            help="Share of what a bf16 matrix product reaches (not of the datasheet), waiting left out. [default: 0.33]",
         ),
     ] = None,
     throughput: Annotated[
@@ -91,6 +95,14 @@ def plan(
         str | None, typer.Option(help="Images in the data, such as 8.7M, where its manifest isn't here to tell.")
     ] = None,
     disk: Annotated[str, typer.Option(help="How fast a checkpoint is written, all ranks together.")] = "1GB/s",
+    network: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="GB/s per GPU between nodes, one way; 400 Gbit/s are 50. [default: usual for the GPU]"),
+    ] = None,
+    loader: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Images per second that one node's loaders deliver. [default: never waited for]"),
+    ] = None,
     stored_text: Annotated[
         bool, typer.Option("--stored-text", help="Plan as if text embeddings came with the data: no text encoder runs.")
     ] = False,
@@ -121,9 +133,12 @@ def plan(
     kind = find_gpu(gpu or measured_on or "h200")
     if measured_on is not None and find_gpu(measured_on) != kind:
         raise UserError(f"--gpu: {throughput} was measured on {measured_on}, which says little of {kind.name}; measure there.")
+    loaded = config.load(recipe)
+    config.import_code(loaded.code_paths)
+    config.check(loaded)
     conditions = planning.Conditions(
         kind,
-        gpus,
+        gpus or planning.least_gpus(loaded),
         gpus_per_node,
         price,
         (mfu or ASSUMED_UTILISATION) if throughput is None else None,
@@ -131,10 +146,9 @@ def plan(
         None if samples is None else parse_count(samples, "--samples"),
         parse_rate(disk, "--disk"),
         stored_text,
+        network,
+        loader,
     )
-    loaded = config.load(recipe)
-    config.import_code(loaded.code_paths)
-    config.check(loaded)
     fitted = None if fit is None else plan_fit.fit(loaded, conditions, planning.seconds(fit, "--fit"))
     made = fitted.plan if fitted else planning.make_plan(loaded, conditions)
     if json_file is not None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-__all__ = ["Plan", "Stack", "local", "make_plans"]
+__all__ = ["Plan", "Stack", "local", "make_plans", "plan_for"]
 
 
 def local(tensor: Tensor | None) -> Tensor:
@@ -91,6 +91,8 @@ class Plan:
     Args:
         layout: that of all weights.
         weights: (group, pieces, weight), in the same order on all ranks.
+
+    `cost` is the FLOPs of one Newton–Schulz iteration over all ranks, `largest_share` the part of the rank with most to do.
     """
 
     def __init__(self, layout: _Layout, weights: list[tuple[int, int, nn.Parameter]]):
@@ -120,6 +122,18 @@ class Plan:
                     sizes[replica][shard] += stack.size(stack.blocks[-1])
         self._width = max(map(sum, sizes))
         self._sizes = sizes[layout.replicas.rank]
+        self._all_sizes = sizes
+        self.cost = sum(load.values())
+        self.largest_share = max(load.values()) / max(self.cost, 1)
+
+    def elements_sent(self) -> tuple[int, int]:
+        """By the rank that sends most in one `exchange`: to other shards, there and back, and to other replicas.
+
+        An all-gather is counted as a ring sends it: every rank all parts but one.
+        """
+        shards, replicas = self._layout.shards.size, self._layout.replicas.size
+        to_shards = max(sum(sizes) - own + (shards - 1) * own for sizes in self._all_sizes for own in sizes)
+        return to_shards if shards > 1 else 0, (replicas - 1) * self._width
 
     def buffer(self) -> Tensor:
         """Uninitialised; `to_send` says where to write."""
@@ -193,3 +207,13 @@ def make_plans(weights: list[tuple[int, int, nn.Parameter]]) -> list[Plan]:
     for entry in weights:
         layouts.setdefault(_Layout.of(entry[2]), []).append(entry)
     return [Plan(layout, members) for layout, members in layouts.items()]
+
+
+def plan_for(weights: list[tuple[int, int, nn.Parameter]], replicas: int, shards: int) -> Plan:
+    """The plan of ranks that aren't there, to ask what they would do; it has no groups to exchange anything in.
+
+    Args:
+        weights: as for `make_plans`, whole; their storage isn't touched.
+        replicas, shards: of the grid of ranks.
+    """
+    return Plan(_Layout(_Ranks(None, replicas, 0), _Ranks(None, shards, 0), torch.bfloat16, torch.device("meta")), weights)

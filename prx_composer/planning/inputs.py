@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from prx_composer.config import Recipe
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.errors import UserError
+from prx_composer.planning.conditions import Measured
 
 __all__ = ["dataset", "read_throughput", "stored_bytes"]
 
@@ -40,10 +42,11 @@ def stored_bytes(recipe: Recipe, manifest: Manifest | None, largest: int) -> tup
     return size, f"read from disk: {size / 1e3:,.1f} kB per image, {JPEG_BYTES_PER_PIXEL} bytes a pixel (JPEG) at {largest} px"
 
 
-def read_throughput(path: str) -> tuple[str, dict[int, float]]:
-    """What `benchmarks/throughput.py` measured: the GPU's name, and image size → images per second and GPU.
+def read_throughput(path: str) -> tuple[str, dict[int, Measured]]:
+    """What `benchmarks/throughput.py` measured: the GPU's name, and the speed by image size.
 
-    The file is JSON: `{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0, …}, …]}`.
+    The file is JSON: `{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0, …}, …]}`; `gpus` and
+    `batch_per_gpu` of a stage may be there. Of a sweep the point on most GPUs is taken, of several such the fastest.
 
     Raises:
         UserError: no such file, or another content.
@@ -54,11 +57,19 @@ def read_throughput(path: str) -> tuple[str, dict[int, float]]:
         raise UserError(f"--throughput: {path} cannot be read: {error.strerror}.") from error
     try:
         content = json.loads(text)
-        speeds = {int(s["image_size"]): float(s["images_per_second_per_gpu"]) for s in content["stages"]}
+        found = [(int(stage["image_size"]), _measured(stage)) for stage in content["stages"] if "error" not in stage]
         gpu = str(content["gpu"])
     except (ValueError, KeyError, TypeError) as error:
         form = '{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0}]}'
         raise UserError(f"--throughput: {path} is no file of the form {form} ({error!r}).") from error
-    if not speeds or min(speeds.values()) <= 0:
+    if not found or min(speed.images_per_second for _, speed in found) <= 0:
         raise UserError(f"--throughput: {path} has no stage with a positive images_per_second_per_gpu.")
-    return gpu, speeds
+    found.sort(key=lambda one: (one[1].gpus or 0, one[1].images_per_second))
+    return gpu, dict(found)  # the last of each size
+
+
+def _measured(stage: dict[str, Any]) -> Measured:
+    counts = [None if stage.get(key) is None else int(stage[key]) for key in ("gpus", "batch_per_gpu")]
+    if any(count is not None and count < 1 for count in counts):
+        raise ValueError("gpus and batch_per_gpu must be at least 1")
+    return Measured(float(stage["images_per_second_per_gpu"]), *counts)

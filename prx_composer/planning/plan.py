@@ -8,49 +8,22 @@ from itertools import pairwise
 
 from prx_composer.config import Recipe
 from prx_composer.errors import UserError
-from prx_composer.models.flops import newton_schulz_flops
 from prx_composer.parallelism import parallelism
 from prx_composer.planning.checkpoints import CheckpointPlan, plan_checkpoints
-from prx_composer.planning.hardware import GPU
+from prx_composer.planning.conditions import Conditions
 from prx_composer.planning.inputs import dataset, stored_bytes
-from prx_composer.planning.memory import RESERVE, Memory, memory, muon_matrices, sharding, training_state
+from prx_composer.planning.memory import RESERVE, Memory, memory, sharding, training_state
 from prx_composer.planning.model import PlannedModel, plan_model
 from prx_composer.planning.parts import ImageShape, Part
+from prx_composer.planning.step_time import LINK_SHARE, StepTime, StepTimes
 from prx_composer.planning.timeline import Span, Timeline, timeline
 from prx_composer.schedule import parse_duration
 
-__all__ = ["Conditions", "Plan", "StagePlan", "estimate_checkpoint_bytes", "make_plan", "seconds"]
+__all__ = ["Conditions", "Plan", "StagePlan", "estimate_checkpoint_bytes", "least_gpus", "make_plan", "seconds"]
 
 DENOISER = "denoiser"
 VALID_TEXT = 0.4  # share of the padded tokens that are real ones in long captions, which is what is stored of them
 LANDED_TOKEN_BYTES = 9  # id (int64) and mask (bool)
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What is to be rented and how well it will be used.
-
-    Args:
-        gpu: kind.
-        num_gpus: all of them.
-        gpus_per_node: that share a machine and its loaders.
-        price: per GPU-hour, in whatever currency; None: no costs.
-        utilisation: share of what a bf16 matrix product reaches on this GPU that training reaches; None with `throughput`.
-        throughput: measured images per second and GPU, by image size, instead.
-        samples: images in the data, where its manifest isn't here to tell.
-        disk: bytes per second at which a checkpoint is written, all ranks together.
-        stored_text: text embeddings come with the data, though the recipe encodes captions during training.
-    """
-
-    gpu: GPU
-    num_gpus: int = 1
-    gpus_per_node: int = 8
-    price: float | None = None
-    utilisation: float | None = None
-    throughput: dict[int, float] | None = None
-    samples: int | None = None
-    disk: float = 1e9
-    stored_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,8 +36,8 @@ class StagePlan:
         image_tokens, text_tokens: per image, padding included.
         flops: training FLOPs per image by component, averaged over the stage where a window opens or closes inside of it.
         optimizer_flops: per image, for Muon's orthogonalisation; not part of the work that utilisation is counted against.
-        utilisation: share of what a bf16 matrix product reaches.
-        images_per_second: per GPU. step_seconds, hours: of the stage's steps. dollars: None without a price.
+        utilisation: share of what a bf16 matrix product reaches, with all that the step takes.
+        images_per_second: per GPU. step: where its time goes. hours: of the stage's steps. dollars: None without a price.
         epochs: passes over the data, if its size is known.
         read_bytes, device_bytes: per image, as it lies on disk, and as it goes to the GPU.
         memory: of one GPU. fits: with a tenth of the GPU to spare. fitting_microbatch: the largest divisor of the GPU's share of
@@ -83,7 +56,7 @@ class StagePlan:
     optimizer_flops: float
     utilisation: float
     images_per_second: float
-    step_seconds: float
+    step: StepTime
     hours: float
     dollars: float | None
     epochs: float | None
@@ -155,6 +128,13 @@ def estimate_checkpoint_bytes(recipe: Recipe) -> int:
     return training_state(plan_model(recipe), recipe).checkpoint
 
 
+def least_gpus(recipe: Recipe) -> int:
+    """That can train it: its `shard_degree`, or one. What is wrong with the configuration is for `make_plan` to say."""
+    fsdp = (recipe.parallelism_config or {}).get("fsdp")
+    degree = fsdp.get("shard_degree") if isinstance(fsdp, dict) else None
+    return degree if isinstance(degree, int) and degree > 0 else 1
+
+
 def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
     """Computes the plan of a recipe; see `Plan` and, for what is assumed, recipes/speedrun_24h/PLAN.md.
 
@@ -170,8 +150,8 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
     line = timeline(recipe, conditions.num_gpus, samples)
     largest = max(span.image_size for span in line.spans)
     read_bytes, read_from = stored_bytes(recipe, manifest, largest)
-    orthogonalisation = _orthogonalisation(planned, recipe)
-    stages = [_stage(planned, recipe, conditions, line, span, samples, read_bytes, orthogonalisation) for span in line.spans]
+    times = StepTimes(planned, recipe, conditions)
+    stages = [_stage(planned, recipe, conditions, line, span, samples, read_bytes, times) for span in line.spans]
 
     training = sum(stage.hours for stage in stages)
     checkpoints = plan_checkpoints(training_state(planned, recipe).checkpoint, recipe, line, training, conditions.disk)
@@ -193,7 +173,7 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         hours=hours,
         dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
         time_budget=None if budget is None else seconds(budget, "time_budget") / 3600,
-        assumptions=[*line.notes, read_from, *_assumptions(planned, recipe)],
+        assumptions=[*line.notes, read_from, *_assumptions(planned, recipe), *_step_assumptions(conditions)],
         unknown=planned.unknown,
     )
 
@@ -205,6 +185,25 @@ def _assumptions(planned: PlannedModel, recipe: Recipe) -> list[str]:
     if recipe.model.get("compile"):
         assumed.append("activations: as eager PyTorch keeps them; a compiled model keeps fewer")
     return assumed
+
+
+def _step_assumptions(c: Conditions) -> list[str]:
+    assumed = []
+    for size, measured in sorted((c.throughput or {}).items()):
+        gpus, batch = measured.gpus or c.num_gpus, f" with {measured.batch} images each" if measured.batch else ""
+        on = f"{gpus} GPU{'s' if gpus > 1 else ''}{batch}" + ("" if measured.gpus else ": the file doesn't say otherwise")
+        assumed.append(f"speed at {size} px: {measured.images_per_second:,.1f} images per second and GPU, measured on {on}")
+    if c.num_gpus > 1:
+        network = c.gpu.network if c.network is None else c.network
+        between = f", {network:g} between nodes" if c.num_gpus > c.per_node else ""
+        assumed.append(
+            f"links: {c.gpu.link:g} GB/s per GPU and direction in a node{between}, used to {LINK_SHARE:.0%}, no latency"
+        )
+        assumed.append(
+            "sending runs beside the passes it belongs to, kinds one after the other; nothing runs beside Muon's exchange"
+        )
+    deliver = "fast enough" if c.loader is None else f"{c.loader:,.0f} images per second and node"
+    return [*assumed, f"loaders deliver: {deliver}"]
 
 
 def seconds(text: str, path: str) -> float:
@@ -229,7 +228,7 @@ def _stage(
     span: Span,
     samples: int | None,
     read_bytes: float,
-    orthogonalisation: int,
+    times: StepTimes,
 ) -> StagePlan:
     segments = _segments(planned, line, span)
     flops: dict[str, float] = {}
@@ -237,10 +236,10 @@ def _stage(
         counts = {DENOISER: planned.denoiser_flops(shape)} | {part.name: part.flops(shape) for part in parts}
         for name, count in counts.items():
             flops[name] = flops.get(name, 0.0) + share * count
-    speed, utilisation = _speed(conditions, span.image_size, sum(flops.values()))
-    step_seconds = span.batch_size / conditions.num_gpus / speed
-    hours = span.steps * step_seconds / 3600
     own_batch = span.batch_size // conditions.num_gpus
+    step = times.of(span, sum(flops.values()))
+    hours = span.steps * step.total / 3600
+    speed = own_batch / step.total
 
     def memory_of(microbatch_size: int) -> Memory:
         shapes = [(shape, parts) for _, shape, parts in segments]
@@ -259,10 +258,10 @@ def _stage(
         image_tokens=shape.image_tokens,
         text_tokens=shape.text_tokens,
         flops=flops,
-        optimizer_flops=orthogonalisation / span.batch_size,
-        utilisation=utilisation,
+        optimizer_flops=times.muon_flops / span.batch_size,
+        utilisation=speed * sum(flops.values()) / (conditions.gpu.reachable_tflops * 1e12),
         images_per_second=speed,
-        step_seconds=step_seconds,
+        step=step,
         hours=hours,
         dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
         epochs=None if samples is None else span.samples / samples,
@@ -287,28 +286,6 @@ def _segments(planned: PlannedModel, line: Timeline, span: Span) -> list[tuple[f
         parts = [part for part, window in windows if window[0] <= first < window[1]]
         segments.append(((last - first) / span.steps, shape, parts))
     return segments
-
-
-def _speed(conditions: Conditions, image_size: int, flops: float) -> tuple[float, float]:
-    """Images per second and GPU, and the share of the reachable peak that they are."""
-    peak = conditions.gpu.reachable_tflops * 1e12
-    if conditions.throughput is None:
-        assert conditions.utilisation is not None
-        return conditions.utilisation * peak / flops, conditions.utilisation
-    if image_size not in conditions.throughput:
-        there = ", ".join(map(str, sorted(conditions.throughput)))
-        raise UserError(
-            f"--throughput: nothing was measured at image_size {image_size}, only at {there}; measure it, or give --mfu."
-        )
-    speed = conditions.throughput[image_size]
-    return speed, speed * flops / peak
-
-
-def _orthogonalisation(planned: PlannedModel, recipe: Recipe) -> int:
-    """FLOPs of Muon's Newton–Schulz iterations per step, over all GPUs."""
-    steps = int(recipe.optimizer.get("newton_schulz_steps", 5))
-    matrices = muon_matrices(planned, recipe)
-    return sum(newton_schulz_flops(p.shape[0], p.shape[1], steps) for p in matrices)
 
 
 def _device_bytes(planned: PlannedModel, conditions: Conditions, image_size: int) -> float:

@@ -13,6 +13,7 @@ from prx_composer.planning.fit import Fit
 from prx_composer.planning.hardware import GPU
 from prx_composer.planning.memory import RESERVE
 from prx_composer.planning.plan import Plan, StagePlan
+from prx_composer.planning.step_time import StepTime
 from prx_composer.schedule import duration_string
 
 __all__ = ["as_dict", "as_text", "fit_text", "write_json"]
@@ -44,6 +45,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     values["conditions"]["gpu"]["reachable_tflops"] = plan.conditions.gpu.reachable_tflops
     for stage, given in zip(plan.stages, values["stages"], strict=True):
         given |= {"total_flops": stage.total_flops, "memory": given["memory"] | {"peak": stage.memory.peak}}
+        step = stage.step
+        given["step"] |= {"total": step.total, "waiting": step.waiting, "efficiency": step.efficiency}
     return values | {"training_hours": plan.training_hours, "images": plan.images, "fits_budget": plan.fits_budget}
 
 
@@ -97,8 +100,9 @@ def _speed(plan: Plan, gpu: GPU) -> str:
     if plan.conditions.throughput is not None:
         shares = ", ".join(f"{stage.utilisation:.0%}" for stage in plan.stages)
         return f"measured images per second; {shares} of the reachable peak"
-    utilisation = plan.stages[0].utilisation
-    return f"assumed utilisation {utilisation:.0%} of the reachable peak ({utilisation * share:.0%} of the datasheet's)"
+    utilisation = plan.conditions.utilisation or 0.0
+    of = f"{utilisation:.0%} of the reachable peak ({utilisation * share:.0%} of the datasheet's)"
+    return f"assumed utilisation {of} while nothing is waited for"
 
 
 def _table(plan: Plan) -> list[str]:
@@ -122,7 +126,8 @@ def _table(plan: Plan) -> list[str]:
     if any(stage.optimizer_flops for stage in stages):
         row("  Muon's, not in the sum", lambda s: _giga(s.optimizer_flops))
     row("images per second and GPU", lambda s: f"{s.images_per_second:,.1f}")
-    row("seconds per step", lambda s: f"{s.step_seconds:#.3g}")
+    row("seconds per step", lambda s: f"{s.step.total:#.3g}")
+    _step_rows(row, plan)
     row("hours", lambda s: _hours(s.hours), _hours(plan.training_hours))
     if plan.conditions.price is not None:
         row("dollars", lambda s: _optional(s.dollars, "{:,.0f}"), _sum([s.dollars for s in stages], "{:,.0f}"))
@@ -144,6 +149,24 @@ def _table(plan: Plan) -> list[str]:
         columns = [f"{cell:>{width + 2}}" for cell, width in zip(cells, widths, strict=False)]
         lines.append((f"{label:<{label_width}}" + "".join(columns) + (f"{total:>{_CELL}}" if total else "")).rstrip())
     return lines
+
+
+def _step_rows(row: Callable[..., None], plan: Plan) -> None:
+    """Where a step's time goes; what takes none in any stage is left out."""
+    parts: dict[str, Callable[[StepTime], float]] = {
+        "  computing": lambda step: step.compute,
+        "  sending that outlasts it": lambda step: step.uncovered,
+        "  Muon, a GPU's share": lambda step: step.optimizer,
+        "  Muon's exchange": lambda step: step.exchange,
+        "  waiting for data": lambda step: step.waiting,
+    }
+    for label, part in parts.items():
+        if any(part(stage.step) for stage in plan.stages):
+            row(label, lambda s, part=part: f"{part(s.step):#.3g}")
+    if any(stage.step.sent for stage in plan.stages):
+        row("  (sending beside computing)", lambda s: f"{s.step.beside:#.3g}")
+        row("GB sent per step and GPU", lambda s: f"{sum(s.step.sent.values()) / 1e9:#.3g}")
+    row("scaling efficiency", lambda s: f"{s.step.efficiency:.1%}")
 
 
 def _totals(plan: Plan) -> list[str]:

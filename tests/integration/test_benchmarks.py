@@ -54,7 +54,10 @@ def test_throughput_times_every_stage_of_a_recipe_and_the_plan_reads_it(tmp_path
         parts = sum(stage["parts_ms"].values())
         assert 0.5 * stage["step_ms"]["median"] < parts < 1.5 * stage["step_ms"]["median"]  # two steps: their median is no sum
     gpu, speeds = read_throughput(str(output))
-    assert gpu == "cpu" and speeds == {s["image_size"]: s["images_per_second_per_gpu"] for s in found["stages"]}
+    assert gpu == "cpu" and {size: speed.images_per_second for size, speed in speeds.items()} == {
+        stage["image_size"]: stage["images_per_second_per_gpu"] for stage in found["stages"]
+    }
+    assert [(speed.gpus, speed.batch) for speed in speeds.values()] == [(1, 64), (1, 32)]
     assert json.loads(trace.read_text())["traceEvents"]
 
 
@@ -95,3 +98,14 @@ def test_the_cost_of_a_custom_stack_is_measured_and_what_the_recipe_refuses_is_r
     assert "refused: algorithms.needy needs algorithms.ema beside it." in output.with_suffix(".md").read_text() and said
     assert output.with_suffix(".png").stat().st_size > 1000
     assert not list((tmp_path / "runs").glob("**/checkpoints"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+def test_two_ranks_send_what_the_plan_says(way: str, tmp_path: Path) -> None:
+    benchmark("communication.py", "--ranks", 2, "--ways", way, "--output", tmp_path / "found.json")
+    (run,) = json.loads((tmp_path / "found.json").read_text())["runs"]
+    assert run["ranks"] == 2 and run["collectives"].keys() == run["by_purpose"].keys() | {"all else"}
+    for purpose, found in run["by_purpose"].items():
+        assert found["counted_bytes"] == pytest.approx(found["formula_bytes"], rel=0.01), purpose
+    assert run["not_in_the_formula_bytes"] < 0.001 * run["formula_bytes"]

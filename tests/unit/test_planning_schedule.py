@@ -16,6 +16,7 @@ from prx_composer.cli import app
 from prx_composer.config import Recipe
 from prx_composer.errors import UserError
 from prx_composer.models.encoder_sizes import known_config, vision_size
+from prx_composer.planning.conditions import Measured
 from prx_composer.planning.fit import fit
 from prx_composer.planning.hardware import GPUS, find_gpu
 from prx_composer.planning.plan import Conditions, make_plan
@@ -25,7 +26,8 @@ from prx_composer.planning.timeline import timeline
 
 Write = Callable[..., str]
 H200 = find_gpu("h200")
-LIMIT = Conditions(H200, num_gpus=32, price=2.0, utilisation=1.0, stored_text=True)
+FAST = dataclasses.replace(H200, link=float("inf"), network=float("inf"))  # as the reference counts: nothing waits for links
+LIMIT = Conditions(FAST, num_gpus=32, price=2.0, utilisation=1.0, stored_text=True)
 FULL = str(REPOSITORY / "yamls" / "24h.yaml")
 # reference.md counts a projector of 1,024 channels, and REPA in both stages.
 AS_REFERENCE = ["algorithms.repa.projector_hidden=1024", "algorithms.repa.end=null"]
@@ -118,7 +120,7 @@ def test_a_fitted_schedule_moves_all_that_is_tied_to_steps_and_nothing_else(
     recipe["algorithms"]["gradient_clipping"] |= {"start": "0.1dur", "end": f"{4000 * 48}sp"}
     recipe["scheduler"] = {"name": "cosine_with_warmup", "t_warmup": "100ba", "t_max": "8000ba"}
     loaded = config.load([write_recipe(recipe)])
-    slow = Conditions(H200, utilisation=None, throughput={8: 480.0, 16: 240.0}, disk=1e15)
+    slow = Conditions(H200, utilisation=None, throughput={8: Measured(480.0), 16: Measured(240.0)}, disk=1e15)
     seconds = make_plan(loaded, slow).hours * 3600
     assert fit(loaded, slow, seconds / 2).changes == {
         "max_duration": "4000ba",
@@ -148,6 +150,20 @@ def test_the_table_names_what_a_reader_looks_for() -> None:
     assert "online" in found.output and "embeddings of google/t5gemma" in prx(FULL, "--stored-text", "--gpus", "8").output
 
 
+def test_without_gpus_a_recipe_is_planned_for_as_many_as_share_its_state() -> None:
+    assert prx(FULL).output.startswith("24h on 8 × h200\n")
+    assert prx(FULL, "parallelism_config=null").output.startswith("24h on 1 × h200\n")
+    assert "shard_degree: 8 must divide the 4 ranks" in str(prx(FULL, "--gpus", "4").exception)
+
+
+def test_slow_links_and_loaders_are_seen_in_the_table() -> None:
+    slow = prx(FULL, "--gpus", "32", "--network", "0.5", "--loader", "20").output
+    for text in ("sending that outlasts it", "waiting for data", "0.5 between nodes", "deliver: 20 images per second and node"):
+        assert text in slow
+    one = prx(FULL, "parallelism_config=null", "--gpus", "1").output
+    assert "GB sent" not in one and "links:" not in one
+
+
 def test_json_says_what_the_table_says(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     assert "total: " in prx(FULL, "--gpus", "32", "--json", str(file), "--fit", "5h").output
@@ -155,6 +171,8 @@ def test_json_says_what_the_table_says(tmp_path: Path) -> None:
     assert written["hours"] <= 5 and written["fit"]["algorithms.repa.end"].split()[0] == f"{written['stages'][0]['end']}ba"
     printed = json.loads(prx(FULL, "--gpus", "32", "--json").output)
     assert printed["stages"][1]["flops"].keys() == {"denoiser", "text encoder", "lpips", "perceptual_dino"}
+    step = printed["stages"][0]["step"]
+    assert step["total"] == pytest.approx(step["compute"] + step["uncovered"] + step["optimizer"] + step["exchange"])
     assert printed["stages"][1]["memory"]["peak"] > printed["stages"][1]["memory"]["activations"]
 
 
@@ -171,6 +189,15 @@ def test_measured_speeds_must_cover_every_stage_and_be_of_the_same_gpu(tmp_path:
     by_device = {"gpu": "NVIDIA H200", "stages": [*stages, {"image_size": 1024, "images_per_second_per_gpu": 60}]}
     file.write_text(json.dumps(by_device))
     assert "on 32 × h200" in prx(FULL, "--gpus", "32", "--throughput", str(file)).output
+    failed = {"image_size": 512, "error": "out of memory"}
+    sweep = [{**stages[0], "gpus": 1}, {**stages[0], "gpus": 8, "images_per_second_per_gpu": 150.0, "batch_per_gpu": 32}, failed]
+    file.write_text(json.dumps({"gpu": "h200", "stages": [*sweep, {**by_device["stages"][1], "gpus": 1}]}))
+    found = prx(FULL, "--gpus", "32", "--throughput", str(file)).output
+    assert "at 512 px: 150.0 images per second and GPU, measured on 8 GPUs with 32 images each" in found
+    assert "at 1024 px: 60.0 images per second and GPU, measured on 1 GPU" in found
+    file.write_text(json.dumps({"gpu": "h200", "stages": [{**stages[0], "gpus": 0}]}))
+    none = prx(FULL, "--gpus", "32", "--throughput", str(file)).exception
+    assert isinstance(none, UserError) and "gpus and batch_per_gpu must be at least 1" in str(none)
     file.write_text("[]")
     broken = prx(FULL, "--gpus", "32", "--throughput", str(file)).exception
     assert isinstance(broken, UserError) and "no file of the form" in str(broken)
