@@ -48,13 +48,13 @@ class StoredColumn:
     """What a stored column is.
 
     Args:
-        kind: text, latents or features.
+        kind: text or features.
         encoder: hub id, folder or description of what made it. revision: of the hub id.
         fingerprint: of its weights, configuration and tokenizer; see `fingerprint`.
-        width: channels of an embedding, a feature or a latent.
+        width: channels of an embedding or a feature.
         storage: bfloat16, float16, float32, or int8 with one fp32 scale per token.
         max_tokens: text: captions were cut to so many.
-        image_size: latents and features: side of the square whose area the images had.
+        image_size: features: side of the square whose area the images had.
         error: int8: mean over the tokens of |stored − exact| / |exact|.
         buckets: rows by bucket.
     """

@@ -72,7 +72,7 @@ class ImageCaptionDataset(Dataset):
         path: folder with the splits; local, or the local cache of `remote`.
         split: name of the split.
         captions: caption column → weight of choosing it; by default the first column alone.
-        features: feature columns that samples are to have.
+        features: feature columns that samples are to have: of the data set, or stored by `prx encode features`.
         text_embedding: name of embeddings that `prx encode text` has stored for these captions.
         remote: where the same layout lies remotely (`s3://…`), if anywhere.
         max_undecodable: share of samples above which training stops.
@@ -99,6 +99,7 @@ class ImageCaptionDataset(Dataset):
             download(f"{remote}/{split}/{MANIFEST}", folder / MANIFEST)
         self.manifest = read_manifest(path, split, captions, features)
         self.features = features or []
+        self._feature_rows: dict[str, tuple[StoredColumn, BucketRows]] = {}
         self.captions = captions or {self.manifest.captions[0]: 1.0}
         self.buckets: list[Bucket] = sorted(self.manifest.buckets)
         self._rows = BucketRows(folder, self.buckets, None if remote is None else f"{remote}/{split}")
@@ -106,6 +107,10 @@ class ImageCaptionDataset(Dataset):
         self.text_columns: dict[str, StoredColumn] = {}
         """Stored embeddings by caption column."""
         self._text_rows: dict[str, BucketRows] = {}
+        for name in self.features:
+            if name not in self.manifest.features:
+                at = None if remote is None else f"{remote}/{split}/{ENCODED}/{name}/{IMAGE}"
+                self._feature_rows[name] = self._stored(encoded_folder(path, split, name, IMAGE), at, "features", "features")
         if text_embedding is not None:
             for caption in self.captions:
                 at = f"{ENCODED}/{text_embedding}/{caption}"
@@ -148,7 +153,7 @@ class ImageCaptionDataset(Dataset):
                 self._note_undecodable(sample_id, row.get("key", ""), error)
                 continue
             column = self._choose_caption(sample_id, request.epoch)
-            features = {name: torch.tensor(row[name]) for name in self.features}  # a copy: the row's memory is read-only
+            features = {name: self._feature(name, row, bucket, sample_id - first) for name in self.features}
             sample = {"image": image, "caption": row[column], "sample_id": sample_id, "features": features}
             if column in self._text_rows:
                 stored = self._text_rows[column].row(bucket, sample_id - first)
@@ -173,6 +178,12 @@ class ImageCaptionDataset(Dataset):
         if column.buckets != {str(bucket): self.manifest.buckets[bucket] for bucket in self.buckets}:
             raise UserError(f"{path}: {folder} was made of other data than lies beside it; delete it and encode again.")
         return column, BucketRows(folder, self.buckets, remote)
+
+    def _feature(self, name: str, row: dict[str, Any], bucket: int, index: int) -> torch.Tensor:
+        if name not in self._feature_rows:
+            return torch.tensor(row[name])  # a copy: the row's memory is read-only
+        column, rows = self._feature_rows[name]
+        return unpack(rows.row(bucket, index), column.storage)
 
     def _row(self, sample_id: int) -> dict[str, Any]:
         bucket = self.bucket_of(sample_id)

@@ -57,23 +57,6 @@ def features(
     typer.echo(encode_features(recipe, teacher, name, split, image_size, storage, batch_size, part))
 
 
-@app.command()
-def latents(
-    recipe: Recipe,
-    name: Annotated[str, typer.Option(help="What train_loader.latent calls it.")] = "latent",
-    split: Split = "train",
-    image_size: Annotated[int, typer.Option(help="Size that images are encoded at. [default: the recipe's image_size]")] = 0,
-    storage: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
-    part: Part = 512,
-) -> None:
-    """Store what the recipe's autoencoder makes of every image."""
-    from prx_composer.encoding.jobs import encode_latents
-
-    _prepare()
-    typer.echo(encode_latents(recipe, name, split, image_size, storage, batch_size, part))
-
-
 def _prepare() -> Any:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("prx_composer").setLevel(logging.INFO)

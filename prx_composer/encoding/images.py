@@ -1,4 +1,4 @@
-"""Images → latents of an autoencoder, or patch features of a teacher, at the size and crop that training sees."""
+"""Images → patch features of a teacher, at the size and crop that training sees."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

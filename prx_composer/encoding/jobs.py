@@ -20,7 +20,7 @@ from prx_composer.errors import UserError, at_path
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
 from prx_composer.train import build_text_encoder
 
-__all__ = ["encode_features", "encode_latents", "encode_text"]
+__all__ = ["encode_features", "encode_text"]
 
 STORAGE = ("bfloat16", "float16", "float32")
 
@@ -73,31 +73,6 @@ def encode_features(
     work = ImageEncoder(features_of(network, patch), _size_of(recipe, split, image_size, patch), storage, batch_size, device)
     made = encode_split(folder, target, column, work, part_size, batch_size=batch_size, patch=patch)
     return f"{target}: features of {sum(made.buckets.values()):,} images by {network.name}, {storage}"
-
-
-def encode_latents(
-    arguments: list[str], name: str, split: str, image_size: int, storage: str, batch_size: int, part_size: int
-) -> str:
-    """Stores the autoencoder's latents; returns a line about it.
-
-    Raises:
-        UserError: a recipe in pixels, and as `encode_text`.
-    """
-    recipe, device = _start(arguments, storage, STORAGE)
-    _, folder = _data(recipe, split)
-    autoencoder_name, given = config.split(recipe.model.get("autoencoder") or {"name": "pixels"}, "model.autoencoder")
-    if autoencoder_name == "pixels":
-        raise UserError("model.autoencoder: pixels need no encoding; latents are for a recipe with another autoencoder.")
-    autoencoder = build(registry.autoencoders, autoencoder_name, given, "model.autoencoder")
-    title = str(given.get("pretrained") or "random autoencoder")
-    image_size = image_size or recipe.image_size
-    patch = int(recipe.model["backbone"]["patch_size"]) * autoencoder.downsampling
-    mark = fingerprint(autoencoder.module)
-    column = StoredColumn("latents", title, given.get("revision"), mark, autoencoder.channels, storage, image_size=image_size)
-    target = encoded_folder(recipe.train_loader["path"], split, name, IMAGE)
-    work = ImageEncoder(autoencoder.encode, _size_of(recipe, split, image_size, patch), storage, batch_size, device)
-    made = encode_split(folder, target, column, work, part_size, batch_size=batch_size)
-    return f"{target}: latents of {sum(made.buckets.values()):,} images by {title}, {storage}"
 
 
 def _start(arguments: list[str], storage: str, allowed: tuple[str, ...]) -> tuple[Recipe, torch.device]:

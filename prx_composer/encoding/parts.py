@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _SETTINGS = "settings.json"
 _TELL_EVERY = 30.0  # seconds
+_LARGEST = 2**32 - 1  # bytes of a shard, whose offsets are uint32
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,13 @@ def _write_part(folder: Path, part: _Part, encoded: list[Encoded]) -> None:
     target = folder / str(part.bucket)
     target.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as temporary:
-        with MDSWriter(out=f"{temporary}/mds", columns=COLUMNS, size_limit=1 << 40) as writer:  # one shard
+        with MDSWriter(out=f"{temporary}/mds", columns=COLUMNS, size_limit=_LARGEST) as writer:
             for row in encoded:
                 writer.write({"shape": "x".join(map(str, row.shape)), "values": row.values})
-        (entry,) = json.loads(Path(temporary, "mds", "index.json").read_text())["shards"]
+        shards = json.loads(Path(temporary, "mds", "index.json").read_text())["shards"]
+        if len(shards) != 1:
+            raise UserError(f"--part: {len(encoded)} samples are too many for one shard of at most 4 GiB; give a smaller number.")
+        (entry,) = shards
         file = Path(temporary, "mds", entry["raw_data"]["basename"])
         _sync(file)
         os.replace(file, target / f"{part.stem}.mds")

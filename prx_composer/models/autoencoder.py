@@ -102,11 +102,6 @@ class DiffusersAutoencoder:
         self._shift = float(settings.get("shift_factor") or 0.0)
         self._scale = float(settings.get("scaling_factor") or 1.0)
 
-    @property
-    def module(self) -> torch.nn.Module:
-        """diffusers' own."""
-        return self._frozen.module
-
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):

@@ -1,0 +1,180 @@
+"""Stored columns: from `prx encode` to the loss, killed on the way, made by two ranks, and refused where they don't belong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prx_composer import config
+from prx_composer.cli import app
+from prx_composer.data.columns import encoded_folder, pack, unpack
+from prx_composer.errors import UserError
+from prx_composer.train import build_trainer, run
+
+Recipe = dict[str, Any]
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def recipe(tiny_recipe: Recipe, tmp_path: Path, shapes_data: Path, tokenizer: Any) -> Recipe:
+    """Frozen encoder with random but seeded weights from a folder, and data of its own."""
+    import shutil
+
+    from conftest import TINY_T5
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in TINY_T5.items() if key != "model_type"}
+    T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    shutil.copytree(shapes_data, tmp_path / "data")
+    tiny_recipe["model"]["text_encoder"] = {"name": "huggingface", "pretrained": str(tmp_path / "encoder"), "max_tokens": 14}
+    tiny_recipe["train_loader"]["path"] = str(tmp_path / "data")
+    return tiny_recipe | {"preflight": False}
+
+
+def encode(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    prx = ["-m", "prx_composer.cli", "encode", *arguments]
+    command = [sys.executable, *prx] if ranks == 1 else [str(Path(sys.executable).with_name("composer")), "-n", str(ranks), *prx]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def invoke(*arguments: str) -> str:
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(app, ["encode", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def first_loss(recipe_file: str, *overrides: str) -> dict[str, float]:
+    """Every term of the first step's loss."""
+    trainer = build_trainer(config.load([recipe_file, "max_duration=1ba", *overrides]))
+    trainer.fit()
+    losses = dict(trainer.state.total_loss_dict)
+    trainer.close()
+    return losses
+
+
+@pytest.mark.parametrize(("storage", "tolerance"), [("bfloat16", 1e-3), ("int8", 1e-2), ("float32", 1e-6)])
+def test_stored_embeddings_give_the_loss_of_the_encoder_run_online(
+    recipe: Recipe, write_recipe: Write, tmp_path: Path, storage: str, tolerance: float
+) -> None:
+    file = write_recipe(recipe)
+    said = invoke("text", file, "--storage", storage, "--part", "100", "--batch-size", "16")
+    assert "captions by" in said and ("relative error of a token" in said) == (storage == "int8")
+    online = first_loss(file, "run_name=online")
+    stored = first_loss(file, "run_name=stored", "train_loader.text_embedding=text")
+    for name in online:
+        assert stored[name] == pytest.approx(online[name], rel=tolerance), name
+
+
+def test_only_valid_tokens_are_stored(recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
+    from streaming import LocalDataset
+
+    invoke("text", write_recipe(recipe), "--part", "64")
+    folder = encoded_folder(tmp_path / "data", "train", "text", "caption")
+    images, stored = (LocalDataset(str(path / "16x16")) for path in (tmp_path / "data" / "train", folder))
+    assert len(images) == len(stored)
+    for index in range(0, len(images), 37):
+        words = len(images[index]["caption"].split()) + 1  # and the end token
+        assert unpack(stored[index], "bfloat16").shape == (words, 24)
+
+
+@pytest.mark.slow
+def test_kills_and_other_numbers_of_ranks_leave_the_same_bytes(recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
+    file = write_recipe(recipe)
+    folder = tmp_path / "data" / "train" / "encoded"
+    undisturbed = encode("text", file, "--part", "4", "--name", "a")
+    assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
+    for _ in range(3):
+        command = [sys.executable, "-m", "prx_composer.cli", "encode", "text", file, "--part", "4", "--name", "b"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        before = len(list((folder / "b").rglob("*.mds")))
+        while process.poll() is None and len(list((folder / "b").rglob("*.mds"))) < before + 5:
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not list((folder / "b").rglob("manifest.json"))
+    finished = encode("text", file, "--part", "4", "--name", "b", ranks=2)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
+    assert bytes_of(folder / "b") == bytes_of(folder / "a")
+
+
+def test_stored_embeddings_of_another_encoder_are_refused_by_name(recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
+    from transformers import T5EncoderModel
+
+    file = write_recipe(recipe)
+    invoke("text", file)
+    moved = T5EncoderModel.from_pretrained(tmp_path / "encoder")
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.mul_(1.01)
+    moved.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(UserError, match=rf"train_loader.text_embedding.*made by {tmp_path / 'encoder'}.*weights or"):
+        build_trainer(config.load([file, "train_loader.text_embedding=text"]))
+    with pytest.raises(UserError, match=r"stored are up to 14 tokens.*Set max_tokens"):
+        build_trainer(config.load([file, "train_loader.text_embedding=text", "model.text_encoder.max_tokens=12", "run_name=b"]))
+    with pytest.raises(UserError, match=r"text_embedding: nothing is stored in .*prx encode text.*There is: text.*text"):
+        build_trainer(config.load([file, "train_loader.text_embedding=txet", "run_name=c"]))
+
+
+def test_going_on_with_other_settings_is_refused(recipe: Recipe, write_recipe: Write) -> None:
+    file = write_recipe(recipe)
+    invoke("text", file, "--part", "64")
+    with pytest.raises(UserError, match=r"part_size was 64 and is 32, storage was 'bfloat16' and is 'int8'"):
+        invoke("text", file, "--part", "32", "--storage", "int8")
+
+
+def test_a_trained_encoder_is_not_stored(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    with pytest.raises(UserError, match="trained along"):
+        invoke("text", write_recipe(tiny_recipe))
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32", "int8"])
+def test_what_is_packed_comes_back_rounded(storage: str) -> None:
+    values = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 7, 100, 1e3])[:, None]
+    back = unpack({"shape": "5x24", "values": pack(values, storage)}, storage)
+    expected = values if storage == "int8" else values.to(getattr(torch, storage))
+    coarse = values.abs().amax(1, keepdim=True) / 127 * 0.5 if storage == "int8" else 0
+    assert back.shape == values.shape and ((back.float() - expected.float()).abs() <= coarse + values.abs() / 256).all()
+
+
+def test_a_run_on_stored_embeddings_learns_in_microbatches_what_it_learns_online(recipe: Recipe, write_recipe: Write) -> None:
+    file = write_recipe(recipe)
+    invoke("text", file, "--storage", "float32")
+    rows = []
+    for name, overrides in (("online", []), ("stored", ["train_loader.text_embedding=text"])):
+        run(config.load([file, f"run_name={name}", "max_duration=6ba", *overrides]))
+        folder = Path(recipe["run_folder"].replace("${run_name}", name))
+        rows.append([json.loads(line)["loss/train/total"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4) and rows[0][0] != rows[0][-1]
+
+
+def test_stored_features_give_repa_the_loss_of_its_teacher_run_online(recipe: Recipe, write_recipe: Write) -> None:
+    from stacks import TEACHER
+
+    teacher = TEACHER | {"config": TEACHER["config"] | {"initializer_range": 0.3}}
+    recipe["algorithms"] = {"repa": {"teacher": teacher, "block": 1, "projector_hidden": 16}}
+    file = write_recipe(recipe)
+    torch.manual_seed(recipe.get("seed", 17))
+    said = invoke("features", file, "--name", "dino", "--storage", "float32", "--part", "50")
+    assert "features of" in said and "random dinov2" in said
+    online = first_loss(file, "run_name=online")
+    stored = {"features": {"column": "dino", "width": 12}, "teacher": None}
+    overrides = [f"algorithms.repa={json.dumps(recipe['algorithms']['repa'] | stored)}", "train_loader.features=[dino]"]
+    trained = first_loss(file, "run_name=stored", *overrides)
+    assert trained.keys() == online.keys() and trained["loss/train/flow"] == pytest.approx(online["loss/train/flow"], rel=1e-6)
