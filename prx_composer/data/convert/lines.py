@@ -94,7 +94,7 @@ def _lines(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes |
         while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
             pass  # the rest of a line that began before
     while (offset := file.tell()) < stop and (line := file.readline(MAX_LINE_BYTES)):
-        whole = line.endswith(b"\n") or len(line) < MAX_LINE_BYTES
-        while not line.endswith(b"\n") and (line := file.readline(MAX_LINE_BYTES)):
-            pass
+        rest, whole = line, True
+        while not rest.endswith(b"\n") and (rest := file.readline(MAX_LINE_BYTES)):
+            whole = False
         yield offset, line if whole else None

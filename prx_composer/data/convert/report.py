@@ -1,7 +1,9 @@
-"""The HTML page of a conversion: counts, histograms, buckets, and pictures of what was kept and what was not. One file, no script."""
+"""The HTML page of a conversion: counts, histograms, buckets, and pictures of what was kept and what was not. One file."""
 
 import base64
 import io
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +74,6 @@ def _histogram(bins: dict[str, int], width: float) -> str:
 
 def _samples(folder: str) -> list[tuple[str, str]]:
     """Small pictures of a bucket's first samples, as base64, with their first caption."""
-    import json
-    import tempfile
-
     from streaming.base.format import reader_from_json
 
     from prx_composer.data.convert import pixels

@@ -3,11 +3,15 @@
 Nothing is extracted: members are read in order as a stream, their names only tell what belongs together.
 """
 
+import bz2
+import contextlib
+import gzip
 import itertools
 import json
+import lzma
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +84,14 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
 
     Ends with the key DAMAGED if the archive does not end where it should.
     """
+    compressed = _opener(path)
     try:
-        with tarfile.open(path, "r|*") as opened:
-            tar: Any = opened  # typeshed does not know `members`
+        with contextlib.ExitStack() as stack:
+            if compressed is None:
+                tar: Any = stack.enter_context(tarfile.open(path, "r:"))
+            else:
+                stream = stack.enter_context(compressed(path, "rb"))
+                tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))
             while (member := tar.next()) is not None:
                 tar.members.clear()  # or it would keep them all
                 if not member.isreg():
@@ -96,22 +105,27 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
                     file = tar.extractfile(member)
                     content = b"" if file is None else file.read()
                 yield folder + slash + stem, suffix.lower(), content
-            end = tar.offset
-        if _is_plain(path) and not _ends(path, end):
-            yield DAMAGED, "", None
+            if compressed is not None:
+                while stream.read(1 << 20):  # pyright: ignore[reportPossiblyUnboundVariable]
+                    pass  # to its checksum
+            elif not _ends(path, tar.offset):
+                yield DAMAGED, "", None
     except Exception as error:
         if not is_damage(error):
             raise
         yield DAMAGED, "", None
 
 
-def _is_plain(path: Path) -> bool:
+def _opener(path: Path) -> Callable[[Path, str], Any] | None:
+    """What decompresses the file; None for a plain one."""
     with path.open("rb") as file:
-        return not file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
+        start = file.read(6)
+    openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+    return next((opener for magic, opener in openers.items() if start.startswith(magic)), None)
 
 
 def _ends(path: Path, offset: int) -> bool:
-    """Whether an archive ends there. tarfile takes a broken header for the end; compressed files have their own checksums."""
+    """Whether a plain archive ends there. tarfile takes a broken header for the end."""
     with path.open("rb") as file:
         file.seek(offset)
         rest = file.read(tarfile.BLOCKSIZE)
