@@ -16,7 +16,7 @@ from typing import Any
 
 from prx_composer.errors import UserError
 
-__all__ = ["ENGINES", "prepare", "run"]
+__all__ = ["ENGINES", "UNITS", "prepare", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +37,16 @@ def prepare(engine: str, workers: int) -> None:
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """A function of units.py, by name."""
-    return getattr(importlib.import_module(UNITS), function)(*arguments)
+    """A function by name, `module:function`."""
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(*arguments)
 
 
 def run(engine: str, workers: int, function: str, tasks: list[Task], address: str | None = None) -> Iterator[Any]:
     """Results of `function(*task)` as they come, in any order.
 
     Args:
+        function: `module:function`.
         workers: processes; 0 runs everything in this one. With Ray: units at a time, 0 for all CPUs of the cluster.
         address: of the Ray cluster; None for one on this machine.
 
@@ -98,7 +100,7 @@ def _run_in_processes(workers: int, function: str, tasks: list[Task]) -> Iterato
                         yield result
             except BrokenProcessPool as error:
                 crashes += 1
-                named = ", ".join(str(task[1]) for task in list(left.values())[: 2 * workers])
+                named = ", ".join(str(task[1:2] or task) for task in list(left.values())[: 2 * workers])
                 if crashes == CRASHES:
                     raise UserError(
                         f"A worker was killed {CRASHES} times, for want of memory or by a crash, in one of: {named}. "

@@ -65,7 +65,7 @@ def convert(
 
         def run(function: str, tasks: list[tuple[Any, ...]], done: int, what: str) -> None:
             with tqdm(total=done + len(tasks), initial=done, desc=what, unit="unit", disable=not progress) as bar:
-                for _ in engine.run(on, workers, function, tasks, address):
+                for _ in engine.run(on, workers, f"{engine.UNITS}:{function}", tasks, address):
                     bar.update()
 
         duplicates: list[dict[int, str]] = [{} for _ in units]

@@ -38,7 +38,7 @@ class Tables:
             if name.endswith(".arrow") or (name.endswith(".parquet") and is_remote(name)):
                 units.append(Unit(len(units), name, 0, WHOLE))
             elif name.endswith(".parquet"):
-                units.extend(Unit(len(units) + i, name, *part) for i, part in enumerate(self._row_groups(name)))
+                units.extend([Unit(len(units) + i, name, *part) for i, part in enumerate(self._row_groups(name))])
         if not units:
             raise UserError(f"--input: no .parquet and no .arrow file in {self._settings.input}.")
         return units
