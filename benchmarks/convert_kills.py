@@ -59,6 +59,10 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def differences(first: dict[str, str], second: dict[str, str]) -> set[str]:
+    return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+
+
 def session_of(leader: int) -> dict[int, str]:
     """Every process of the leader's session, by id, with its command line."""
     found = {}
@@ -116,6 +120,10 @@ class Conversion:
         self.process.wait()
         return "everything" if victim == "everything" else "leader"
 
+    def finish(self) -> int:
+        assert self.process is not None
+        return self.process.wait()
+
     def done(self, folder: str) -> int:
         names = os.listdir(self.work / folder) if (self.work / folder).is_dir() else []
         return sum(not name.startswith(".") for name in names)
@@ -135,8 +143,6 @@ def wait_for(run: Conversion, moment: str, units: int, rng: random.Random) -> bo
     if moment == "start-up":
         time.sleep(rng.uniform(0, 12))
         return run.is_alive()
-    if moment == "finishing" and begun["units"] < units - 4:
-        moment = "converting"
     while run.is_alive() and time.monotonic() < deadline:
         if moment == "finishing" and ((run.work / "whole").exists() or run.done("units") == units):
             time.sleep(rng.uniform(0, 0.05))
@@ -174,18 +180,25 @@ def measure(folder: Path, arguments: argparse.Namespace, rng: random.Random) -> 
     whole = Conversion(folder / "input", folder / "whole", options)
     killed = Conversion(folder / "input", folder / "killed", options)
     whole.start()
-    assert whole.process is not None
     begin = time.monotonic()
-    if whole.process.wait() != 0:
+    if whole.finish() != 0:
         sys.exit(f"The undisturbed conversion failed:\n{(folder / 'whole.log').read_text()}")
     seconds = time.monotonic() - begin
 
+    expected = contents(folder / "whole" / "train")
     kills: list[dict[str, Any]] = []
+    unequal: set[str] = set()
+    rounds = 1
     killed.start()
     while len(kills) < arguments.kills:
         moment = MOMENTS[len(kills) % len(MOMENTS)]
         if not wait_for(killed, moment, arguments.tars, rng):
-            break
+            if killed.finish() == 0:  # it came to its end before the next kill: compared, and begun anew
+                unequal |= differences(expected, contents(killed.output / "train"))
+                shutil.rmtree(killed.output)
+                rounds += 1
+            killed.start()
+            continue
         was = killed.moment()
         victim = killed.kill(VICTIMS[len(kills) % len(VICTIMS)])
         kills.append({"moment": was, "victim": victim, "hashed": killed.done("hashes"), "converted": killed.done("units")})
@@ -193,12 +206,9 @@ def measure(folder: Path, arguments: argparse.Namespace, rng: random.Random) -> 
         sys.stdout.flush()
         if victim != "worker":
             killed.start()
-    assert killed.process is not None
-    exit_code = killed.process.wait()
-    if exit_code:
-        killed.start()  # it was over before the last kill, or is to say why not
-        exit_code = killed.process.wait()
-    first, second = contents(folder / "whole" / "train"), contents(folder / "killed" / "train")
+    exit_code = killed.finish()
+    second = contents(folder / "killed" / "train")
+    unequal |= differences(expected, second)
     statistics = json.loads((folder / "killed" / "train" / "conversion.json").read_text()) if second else {}
     return {
         "what": "files of a conversion killed again and again against an undisturbed one",
@@ -208,8 +218,9 @@ def measure(folder: Path, arguments: argparse.Namespace, rng: random.Random) -> 
         "kills": len(kills),
         "kills_by_moment": {moment: sum(kill["moment"] == moment for kill in kills) for moment in sorted(set(MOMENTS))},
         "kills_by_victim": {victim: sum(kill["victim"] == victim for kill in kills) for victim in sorted(set(VICTIMS))},
-        "equal": bool(first) and first == second,
-        "unequal": sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))[:20],
+        "conversions_compared": rounds,
+        "equal": bool(expected) and not unequal,
+        "unequal": sorted(unequal)[:20],
         "files": len(second),
         "left_behind": sorted(path.name for path in (folder / "killed").iterdir() if path.name != "train"),
         "counts": statistics.get("counts"),
