@@ -91,7 +91,7 @@ def with_torch(image: Image.Image, bucket: Bucket) -> Image.Image:
     top, left = (image.height - height) // 2, (image.width - width) // 2
     part = pixels[:, :, top : top + height, left : left + width]
     resized = torch.nn.functional.interpolate(part, tuple(bucket), mode="bicubic", antialias=True)
-    return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
+    return Image.fromarray(resized[0].permute(1, 2, 0).contiguous().numpy())
 
 
 def with_pillow(image: Image.Image, bucket: Bucket) -> Image.Image:

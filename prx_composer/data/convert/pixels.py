@@ -171,7 +171,7 @@ def resize(pixels: np.ndarray, bucket: Bucket) -> np.ndarray:
         return part
     image = torch.tensor(part).permute(2, 0, 1)[None]
     image = torch.nn.functional.interpolate(image, tuple(bucket), mode="bicubic", antialias=True)
-    return image[0].permute(1, 2, 0).numpy()
+    return image[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def encode_jpeg(pixels: np.ndarray, quality: int, subsampling: int) -> bytes:
