@@ -49,8 +49,8 @@ def sample(key: str, image: bytes, caption: str = "a caption", **columns: Any) -
 
 
 def settings(source: str, path: Path, **changes: Any) -> Settings:
-    plain: dict[str, Any] = {"captions": {"caption": "txt"}, "image_size": 64, "multiple": 16}
-    return Settings(source=source, input=str(path), **plain | changes)
+    plain: dict[str, Any] = {"input": str(path), "captions": {"caption": "txt"}, "image_size": 64, "multiple": 16}
+    return Settings(source=source, **plain | changes)
 
 
 def convert(source: str, path: Path, output: Path, workers: int = 0, on: str = "local", **changes: Any) -> dict[str, Any]:
