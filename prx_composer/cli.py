@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 import typer.core
 
+from prx_composer.data import commands as data_commands
 from prx_composer.encoding import commands as encode_commands
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
+app.add_typer(data_commands.app, name="data")
 app.add_typer(encode_commands.app, name="encode")
 
 ASSUMED_UTILISATION = 0.33  # of `prx plan`, where nothing was measured

@@ -5,7 +5,7 @@
 
 Columns: `image` (the encoded file), `width`, `height` (of that file), `key` (where it came from), one `str` per caption, and
 perhaps features: arrays (h, w, channels) made of the image as it is cropped to its bucket. The manifest names them: `"features":
-{"dinov3": 1024}`, column and channels.
+{"dinov3": 1024}`, column and channels. Further columns it names under `"metadata"`: `{"score": "float64"}`.
 """
 
 import json
@@ -14,12 +14,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from streaming import MDSWriter
 
 from prx_composer.data.buckets import Bucket
+
+if TYPE_CHECKING:
+    from streaming import MDSWriter
 
 __all__ = ["MANIFEST", "BucketWriter", "Manifest", "RawSample"]
 
@@ -47,6 +49,7 @@ class Manifest:
     captions: tuple[str, ...]
     buckets: dict[Bucket, int]
     features: dict[str, int] = field(default_factory=dict)  # column → channels
+    metadata: dict[str, str] = field(default_factory=dict)  # column → MDS encoding
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -57,14 +60,19 @@ class Manifest:
         buckets = {Bucket.parse(name): int(count) for name, count in raw["buckets"].items() if count}
         if not buckets:
             raise ValueError(f"{folder} holds no samples.")
-        return cls(int(raw["image_size"]), tuple(raw["captions"]), buckets, raw.get("features", {}))
+        return cls(int(raw["image_size"]), tuple(raw["captions"]), buckets, raw.get("features", {}), raw.get("metadata", {}))
 
-    def write(self, folder: Path) -> None:
+    def to_json(self) -> str:
         names = {str(bucket): count for bucket, count in sorted(self.buckets.items())}
         content = {"version": 1, "image_size": self.image_size, "captions": self.captions, "buckets": names}
         if self.features:
             content["features"] = self.features
-        (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+        if self.metadata:
+            content["metadata"] = self.metadata
+        return json.dumps(content, indent=1) + "\n"
+
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(self.to_json())
 
 
 class BucketWriter:
@@ -99,6 +107,8 @@ class BucketWriter:
             if array.ndim != 3 or array.shape[-1] != self._features[name]:
                 raise ValueError(f"{sample.key}: {name} must be (h, w, {self._features[name]}), not {array.shape}.")
         if bucket not in self._writers:
+            from streaming import MDSWriter  # slow to import, and not needed to read a manifest
+
             columns = COLUMNS | dict.fromkeys(self._captions, "str")
             for name, array in features.items():
                 columns[name] = f"ndarray:{array.dtype}:{','.join(map(str, array.shape))}"

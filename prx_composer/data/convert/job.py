@@ -1,0 +1,171 @@
+"""A whole conversion: checks, plan, perhaps a pass that finds duplicates, all units, and the indexes that make it a data set."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from typing import Any
+
+from tqdm import tqdm
+
+from prx_composer.data.buckets import Bucket
+from prx_composer.data.convert import engine
+from prx_composer.data.convert.output import STATS, Output, open_output
+from prx_composer.data.convert.reasons import REASONS
+from prx_composer.data.convert.records import Job, Source, Unit
+from prx_composer.data.convert.settings import METADATA_TYPES, Settings
+from prx_composer.data.convert.sources import limited, open_source
+from prx_composer.data.convert.tally import Tally
+from prx_composer.data.schema import MANIFEST, Manifest
+from prx_composer.errors import UserError
+from prx_composer.registry import nearest
+
+__all__ = ["as_text", "check_columns", "convert"]
+
+log = logging.getLogger(__name__)
+
+PLAN = "plan.json"
+MAX_PICTURES = 24  # of one reason, in the statistics
+
+
+def convert(
+    settings: Settings, output: str, workers: int = 0, on: str = "local", address: str | None = None, progress: bool = False
+) -> dict[str, Any]:
+    """Converts, or goes on where an earlier call with the same settings was stopped.
+
+    Args:
+        output: folder of the data set, local or remote.
+        workers: processes; 0 for this one alone.
+        on: engine, "local" or "ray".
+        address: of the Ray cluster, if there is one already.
+
+    Returns:
+        The statistics, as they are stored in conversion.json.
+
+    Raises:
+        UserError: what was asked for cannot be done, or the output holds another conversion.
+    """
+    if on not in engine.ENGINES:
+        raise UserError(f"--engine: there is no {on!r}.{nearest(on, list(engine.ENGINES))}")
+    store = open_output(output, settings.split)
+    with store.lock():
+        finished = store.finished()
+        if finished is not None:
+            _compare(finished["settings"], settings, output)
+            return finished
+        stored = store.get(PLAN)
+        if stored is not None:
+            _compare(json.loads(stored)["settings"], settings, output)
+        source = open_source(settings)
+        units = source.plan()
+        check_columns(settings, source, units)
+        engine.prepare(on, workers)
+        units = _planned(store, stored, settings, source, units)
+        job = Job(settings, output)
+
+        def run(function: str, tasks: list[tuple[Any, ...]], done: int, what: str) -> None:
+            with tqdm(total=done + len(tasks), initial=done, desc=what, unit="unit", disable=not progress) as bar:
+                for _ in engine.run(on, workers, f"{engine.UNITS}:{function}", tasks, address):
+                    bar.update()
+
+        duplicates: list[dict[int, str]] = [{} for _ in units]
+        if settings.duplicates != "keep":
+            there = store.names("hashes")
+            run("hash_unit", [(job, unit) for unit in units if unit.name not in there], len(there), "Hashing")
+            duplicates = _decide(store, units, settings)
+        there = store.names("units")
+        tasks = [(job, unit, duplicates[unit.number]) for unit in units if unit.name not in there]
+        run("convert_unit", tasks, len(there), "Converting")
+        return _finish(store, units, settings)
+
+
+def check_columns(settings: Settings, source: Source, units: list[Unit]) -> None:
+    """Raises UserError if a column that the settings name is not there."""
+    columns = source.columns(units)
+    wanted = [("--caption", column) for column in settings.captions.values()]
+    wanted += [("--metadata", column) for column, _ in settings.metadata.values()]
+    for option, column in wanted:
+        if column not in columns and column.partition(".")[0] not in columns:
+            raise UserError(f"{option}: there is no column {column!r} in {settings.input}.{nearest(column, columns)}")
+    if settings.where:
+        from prx_composer.data.convert.expressions import check_where
+
+        check_where(settings.where, columns)
+
+
+def _compare(stored: dict[str, Any], settings: Settings, output: str) -> None:
+    asked = json.loads(json.dumps(settings.to_json()))
+    different = sorted(name for name in stored.keys() | asked.keys() if stored.get(name) != asked.get(name))
+    if different:
+        was = "; ".join(f"{name} was {stored.get(name)!r}, now {asked.get(name)!r}" for name in different)
+        raise UserError(f"--output: {output} holds a conversion with other settings ({was}). Name a new folder, or delete it.")
+
+
+def _planned(store: Output, stored: bytes | None, settings: Settings, source: Source, units: list[Unit]) -> list[Unit]:
+    """The plan that an earlier call stored, if the input is still the same; else a new one."""
+    inputs = hashlib.sha256(json.dumps([dataclasses.astuple(unit) for unit in units]).encode()).hexdigest()
+    if stored is not None:
+        plan = json.loads(stored)
+        if plan["inputs"] != inputs:
+            raise UserError(f"--input: {settings.input} has other files than when this conversion began. Name a new --output.")
+        return [Unit(**unit) for unit in plan["units"]]
+    if settings.limit is not None:
+        units = limited(source, units, settings.limit)
+    plan = {"settings": settings.to_json(), "inputs": inputs, "units": [dataclasses.asdict(unit) for unit in units]}
+    store.put(PLAN, json.dumps(plan).encode())
+    return units
+
+
+def _decide(store: Output, units: list[Unit], settings: Settings) -> list[dict[int, str]]:
+    from prx_composer.data.convert.duplicates import decide
+    from prx_composer.data.convert.units import load_hashes
+
+    contents = [store.get(f"hashes/{unit.name}") for unit in units]
+    return decide([load_hashes(content) for content in contents if content is not None], settings)
+
+
+def _finish(store: Output, units: list[Unit], settings: Settings) -> dict[str, Any]:
+    """The indexes of all buckets, then the manifest. Order and content depend on the units alone."""
+    tally, pictures = Tally(), dict[str, list[str]]()
+    shards: dict[str, list[dict[str, Any]]] = {}
+    for unit in units:
+        result = store.result(unit)
+        tally.include(Tally(result))
+        for reason, some in result["pictures"].items():
+            pictures.setdefault(reason, []).extend(some[: MAX_PICTURES - len(pictures.get(reason, []))])
+        for bucket, written in result["shards"].items():
+            for shard in written:
+                shard["raw_data"]["basename"] = f"{unit.name}/{shard['raw_data']['basename']}"
+                shards.setdefault(bucket, []).append(shard)
+    if not shards:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in tally.dropped.most_common())
+        raise UserError(f"--input: none of the {tally.counts['read']} samples of {settings.input} is left: {reasons}.")
+    stats = {"settings": settings.to_json(), **tally.to_json(), "pictures": pictures}
+    manifest = Manifest(
+        settings.image_size,
+        tuple(settings.captions),
+        {Bucket.parse(bucket): count for bucket, count in tally.buckets.items()},
+        metadata={name: METADATA_TYPES[kind] for name, (_, kind) in settings.metadata.items()},
+    )
+    files = {
+        f"{bucket}/index.json": json.dumps({"version": 2, "shards": parts}, sort_keys=True) for bucket, parts in shards.items()
+    }
+    files |= {STATS: json.dumps(stats, indent=1), MANIFEST: manifest.to_json()}
+    store.finish(units, sorted(shards), {name: content.encode() for name, content in files.items()})
+    return stats
+
+
+def as_text(statistics: dict[str, Any]) -> str:
+    """What came of it, a line each: what is kept, and every reason for which something is not."""
+    counts, dropped = statistics["counts"], statistics["dropped"]
+    kept, original = counts["kept"], counts.get("original_bytes", 0)
+    lines = [f"{kept} of {counts['read']} samples in {len(statistics['buckets'])} buckets, {original} with their original bytes."]
+    for name, what in (
+        ("enlarged", "smaller than their bucket"),
+        ("captions_filled", "with a caption in place of a missing one"),
+    ):
+        if counts.get(name):
+            lines.append(f"{counts[name]} {what}")
+    for reason, count in sorted(dropped.items(), key=lambda item: -item[1]):
+        lines.append(f"{count} left out: {reason} ({REASONS[reason]}), such as {statistics['examples'][reason][0]}")
+    return "\n".join(lines)

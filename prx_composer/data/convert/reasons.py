@@ -1,0 +1,28 @@
+"""Why a sample is left out: the names that are counted, stored and reported, and what they mean."""
+
+__all__ = ["REASONS"]
+
+REASONS = {
+    "damaged_input": "a file of the input ends early or is broken: what was readable before is kept (counted once per file)",
+    "unreadable_record": "a line, JSON member or row that is not what it should be",
+    "no_image": "no image with the record, or the file it names is not there",
+    "outside_input": "the record names a file outside of the input folder: it is not opened",
+    "file_too_large": "an encoded image or text above 256 MiB: it is not read",
+    "empty_file": "an image of zero bytes",
+    "not_an_image": "bytes that are no image of a format that is opened",
+    "too_many_pixels": "more pixels than --max-pixels, by the header: it is not decoded",
+    "truncated_image": "an image whose data ends early or is broken",
+    "animated": "several frames",
+    "unsupported_pixels": "floating-point or Lab pixels, which have no agreed range",
+    "no_caption": "none of the captions is there (missing, NaN, empty or only spaces)",
+    "caption_not_utf8": "a caption that is not text in UTF-8",
+    "metadata": "a metadata column that is missing or not of its type",
+    "caption_length": "the shortest or longest caption is outside of --caption-chars",
+    "min_side": "the shorter side is below --min-side",
+    "max_aspect": "wider or taller than --max-aspect",
+    "single_colour": "all pixels are the same colour, within 2 of 255",
+    "where": "--where is false",
+    "where_failed": "--where cannot be evaluated on this sample, such as a number compared with a missing value",
+    "duplicate": "the same bytes as an earlier sample",
+    "near_duplicate": "a perceptual hash within --distance bits of an earlier sample that is kept",
+}

@@ -1,0 +1,94 @@
+"""What a source gives: raw records, in numbered work units that can be read one by one, in any order, on any machine."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from prx_composer.data.convert.settings import Settings
+
+__all__ = ["MAX_FILE_BYTES", "RESULT", "Job", "Record", "Source", "Unit", "is_damage", "lookup"]
+
+RESULT = "unit.json"  # beside the shards of a unit
+MAX_FILE_BYTES = 1 << 28  # of one encoded image or text: what is larger is not read
+
+
+class Record(NamedTuple):
+    """One sample as it came.
+
+    Args:
+        key: where it came from; only ever a label.
+        image: the encoded file; None if there is none.
+        columns: everything else, by column name.
+        problem: reason (see `reasons.py`) for which the source itself could not give the sample.
+    """
+
+    key: str
+    image: bytes | None
+    columns: dict[str, Any]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the input.
+
+    Args:
+        number: position among the units; the order of the output.
+        path: file or folder, local or remote.
+        start, stop: the part of it; of what (bytes, row groups, shards) is the source's business.
+        take: at most so many records, if not all.
+    """
+
+    number: int
+    path: str
+    start: int
+    stop: int
+    take: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:06d}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all units have in common."""
+
+    settings: Settings
+    output: str
+
+
+class Source(Protocol):
+    """A kind of input."""
+
+    def plan(self) -> list[Unit]:
+        """The work units, from names and headers alone."""
+        ...
+
+    def columns(self, units: list[Unit]) -> list[str]:
+        """Names of the columns that a record can be asked for."""
+        ...
+
+    def read(self, unit: Unit) -> Iterator[Record]:
+        """The unit's records, in a fixed order. What cannot be read is a record with a problem."""
+        ...
+
+
+def lookup(columns: dict[str, Any], name: str) -> Any:
+    """The value of a column; `meta.tags.0` looks inside of mappings and lists. None if there is none."""
+    if name in columns:
+        return columns[name]
+    value: Any = columns
+    for part in name.split("."):
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error means that the file's content is broken, rather than that the disk or the network is."""
+    return not isinstance(error, OSError) or error.errno is None

@@ -1,0 +1,184 @@
+"""The per-sample function: a raw record → a row to store, or the reason why not. It is all that any engine runs on a sample."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
+from prx_composer.data.convert import pixels
+from prx_composer.data.convert.expressions import is_wanted
+from prx_composer.data.convert.pixels import BadImageError
+from prx_composer.data.convert.records import Record, lookup
+from prx_composer.data.convert.settings import CHROMA, Settings
+
+__all__ = ["Checked", "Dropped", "Kept", "Measured", "check", "convert"]
+
+MAX_KEY = 1024
+
+
+class Measured(NamedTuple):
+    """What is known of a sample before its pixels are."""
+
+    height: int = 0  # of the original, upright
+    width: int = 0
+    caption_length: int = 0  # of the longest, characters
+
+
+class Kept(NamedTuple):
+    bucket: Bucket
+    row: dict[str, Any]
+    measured: Measured
+    original: bool  # the bytes are the input's
+    filled: bool  # a missing caption was replaced by another
+
+
+class Dropped(NamedTuple):
+    reason: str
+    key: str
+    measured: Measured
+    pixels: np.ndarray | None = None  # for the report, where they were decoded anyway
+
+
+class Checked(NamedTuple):
+    """A record of which only the pixels are still to be looked at."""
+
+    key: str
+    encoded: bytes
+    image: Image.Image  # header read, pixels not
+    captions: dict[str, str]
+    filled: bool
+    metadata: dict[str, Any]
+    measured: Measured
+
+
+class _Drop(Exception):
+    pass
+
+
+def check(record: Record, settings: Settings) -> Checked | Dropped:
+    """Everything that can be said without decoding the image."""
+    key, measured = clean_key(record.key), Measured()
+    try:
+        if record.problem:
+            raise _Drop(record.problem)
+        captions, filled = _captions(record.columns, settings)
+        lengths = [len(text) for text in captions.values()]
+        measured = Measured(caption_length=max(lengths))
+        metadata = _metadata(record.columns, settings)
+        if record.image is None:
+            raise _Drop("no_image")
+        image = pixels.open_image(record.image, settings.max_pixels)
+        measured = Measured(*pixels.oriented_size(image), max(lengths))
+        if problem := _unwanted(record.columns, measured, min(lengths), settings):
+            raise _Drop(problem)
+    except (_Drop, BadImageError) as drop:
+        return Dropped(str(drop), key, measured)
+    return Checked(key, record.image, image, captions, filled, metadata, measured)
+
+
+def convert(record: Record, settings: Settings, duplicate: str = "") -> Kept | Dropped:
+    """One record as it will be stored, or why it won't be.
+
+    Args:
+        duplicate: the reason, if the record is a duplicate of another one.
+    """
+    checked = check(record, settings)
+    if isinstance(checked, Dropped):
+        return checked
+    if duplicate:
+        return Dropped(duplicate, checked.key, checked.measured)
+    height, width, _ = checked.measured
+    bucket = assign_bucket(height, width, _buckets(settings.image_size, settings.multiple, settings.bucket_aspect))
+    fits = (height, width) == bucket and pixels.is_plain(checked.image)
+    try:
+        decoded = pixels.decode(checked.image, None if fits else bucket)
+    except BadImageError as error:
+        return Dropped(str(error), checked.key, checked.measured)
+    if not settings.single_colour and pixels.is_one_colour(decoded):
+        return Dropped("single_colour", checked.key, checked.measured, decoded)
+    encoded = checked.encoded
+    if not fits:
+        encoded = pixels.encode_jpeg(pixels.resize(decoded, bucket), settings.quality, CHROMA[settings.chroma])
+    row = {"image": encoded, "width": bucket.width, "height": bucket.height, "key": checked.key}
+    return Kept(bucket, row | checked.captions | checked.metadata, checked.measured, fits, checked.filled)
+
+
+@functools.lru_cache
+def _buckets(image_size: int, multiple: int, max_aspect: float) -> list[Bucket]:
+    return make_buckets(image_size, multiple, max_aspect)
+
+
+def clean_key(key: str) -> str:
+    """A label that every encoding can store and every terminal can show."""
+    printable = "".join(character if character.isprintable() else "\ufffd" for character in key)
+    return printable.encode(errors="replace").decode()[:MAX_KEY]
+
+
+def _captions(columns: dict[str, Any], settings: Settings) -> tuple[dict[str, str], bool]:
+    """Every caption column; one that is missing takes the first that is not. And whether there was one."""
+    found = {name: _text(lookup(columns, column)) for name, column in settings.captions.items()}
+    there = [text for text in found.values() if text]
+    if not there:
+        raise _Drop("no_caption")
+    return {name: text or there[0] for name, text in found.items()}, len(there) < len(found)
+
+
+def _text(value: Any) -> str:
+    """Text without surrounding space; "" for none."""
+    try:
+        if isinstance(value, bytes):
+            value = value.decode("utf-8-sig")
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return ""
+        if not isinstance(value, str):
+            raise _Drop("no_caption")
+        value.encode()  # half a surrogate pair, as JSON can spell it, is no text
+    except UnicodeError:
+        raise _Drop("caption_not_utf8") from None
+    return value.replace("\0", "").strip()
+
+
+def _metadata(columns: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    return {name: _typed(lookup(columns, column), kind) for name, (column, kind) in settings.metadata.items()}
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """A missing number is NaN where there is one, missing text is empty."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    try:
+        if kind == "float":
+            return float("nan") if value is None else float(value)
+        if kind == "int":
+            number = int(value)
+            if not -(2**63) <= number < 2**63 or number != float(value):
+                raise ValueError
+            return number
+        text = "" if value is None else str(value)
+        text.encode()
+    except (TypeError, ValueError, OverflowError):
+        raise _Drop("metadata") from None
+    return text
+
+
+def _unwanted(columns: dict[str, Any], measured: Measured, shortest: int, settings: Settings) -> str:
+    height, width, longest = measured
+    low, high = settings.caption_chars
+    aspect = max(height, width) / min(height, width)
+    if shortest < low or (high is not None and longest > high):
+        return "caption_length"
+    if min(height, width) < settings.min_side:
+        return "min_side"
+    if settings.max_aspect is not None and aspect > settings.max_aspect:
+        return "max_aspect"
+    if settings.where:
+        own = {"width": width, "height": height, "aspect": width / height, "caption_length": longest}
+        wanted = is_wanted(settings.where, columns | own)
+        if not wanted:
+            return "where_failed" if wanted is None else "where"
+    return ""

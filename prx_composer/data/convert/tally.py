@@ -1,0 +1,70 @@
+"""Counts of what became of the records: made per work unit, added up over all."""
+
+import math
+from collections import Counter
+from typing import Any
+
+from prx_composer.data.convert.sample import Dropped, Kept, Measured
+
+__all__ = ["HISTOGRAMS", "Tally"]
+
+EXAMPLES = 5  # keys that are kept of every reason
+HISTOGRAMS = {"size": 64, "log2_aspect": 0.25, "caption_length": 50}  # widths of their bins
+
+
+class Tally:
+    """Counts as JSON stores them.
+
+    Args:
+        content: counts to go on from.
+    """
+
+    def __init__(self, content: dict[str, Any] | None = None):
+        content = content or {}
+        self.counts = Counter[str](content.get("counts", {}))
+        self.dropped = Counter[str](content.get("dropped", {}))
+        self.buckets = Counter[str](content.get("buckets", {}))
+        self.histograms = {name: Counter[str](content.get("histograms", {}).get(name, {})) for name in HISTOGRAMS}
+        self.examples: dict[str, list[str]] = {reason: list(keys) for reason, keys in content.get("examples", {}).items()}
+
+    def add(self, outcome: Kept | Dropped) -> None:
+        self.counts["read"] += 1
+        self._measure(outcome.measured)
+        if isinstance(outcome, Dropped):
+            self.dropped[outcome.reason] += 1
+            self._example(outcome.reason, outcome.key)
+            return
+        height, width, _ = outcome.measured
+        self.counts["kept"] += 1
+        self.counts["original_bytes"] += outcome.original
+        self.counts["enlarged"] += height < outcome.bucket.height or width < outcome.bucket.width
+        self.counts["captions_filled"] += outcome.filled
+        self.buckets[str(outcome.bucket)] += 1
+
+    def _measure(self, measured: Measured) -> None:
+        height, width, length = measured
+        values = {"caption_length": length} if length else {}
+        if height and width:
+            values |= {"size": math.sqrt(height * width), "log2_aspect": math.log2(width / height)}
+        for name, value in values.items():
+            self.histograms[name][str(math.floor(value / HISTOGRAMS[name]))] += 1
+
+    def _example(self, reason: str, key: str) -> None:
+        keys = self.examples.setdefault(reason, [])
+        if len(keys) < EXAMPLES:
+            keys.append(key)
+
+    def include(self, other: "Tally") -> None:
+        """Adds what another unit counted."""
+        self.counts += other.counts
+        self.dropped += other.dropped
+        self.buckets += other.buckets
+        for name, histogram in other.histograms.items():
+            self.histograms[name] += histogram
+        for reason, keys in other.examples.items():
+            for key in keys:
+                self._example(reason, key)
+
+    def to_json(self) -> dict[str, Any]:
+        content: dict[str, Any] = {"counts": dict(self.counts), "dropped": dict(self.dropped), "buckets": dict(self.buckets)}
+        return content | {"histograms": {n: dict(h) for n, h in self.histograms.items()}, "examples": self.examples}

@@ -1,0 +1,134 @@
+"""Conversions that are killed, and conversions from and to an object store: S3 as moto serves it on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conversions import contents, convert, jpeg, rows, sample, settings, write_tar
+
+from prx_composer.data.convert import job, units
+from prx_composer.data.convert.output import open_output
+from prx_composer.data.convert.records import Job
+from prx_composer.data.convert.sources import open_source
+from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest
+from prx_composer.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_killed_conversion_writes_the_bytes_of_an_undisturbed_one(tmp_path: Path, engine: str) -> None:
+    if engine == "ray":
+        pytest.importorskip("ray")
+    command = [sys.executable, str(BENCHMARKS / "convert_kills.py"), "--engine", engine, "--kills", "2", "--tars", "8"]
+    result = tmp_path / "result.json"
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 280}
+    done = subprocess.run([*command, "--samples", "8", "--output", str(result)], check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(result.read_text())
+    assert found["kills"] == 2 and found["equal"] and found["left_behind"] == [".train.work.lock"]
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of an S3 server with an empty bucket `data`."""
+    boto3 = pytest.importorskip("boto3")
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
+    client.create_bucket(Bucket="data")
+    yield client
+    server.stop()
+
+
+def put_tars(s3: Any, folder: Path) -> Path:
+    for number in range(3):
+        members = [p for i in range(5) for p in sample(f"{number}{i}", jpeg(100, 80 + 20 * i, 5 * number + i), f"{number} {i}")]
+        write_tar(folder / f"{number}.tar", members)
+        s3.upload_file(str(folder / f"{number}.tar"), "data", f"in/{number}.tar")
+    return folder
+
+
+def fetch_all(s3: Any, prefix: str, folder: Path) -> Path:
+    for entry in s3.list_objects_v2(Bucket="data", Prefix=prefix)["Contents"]:
+        path = folder / entry["Key"].removeprefix(prefix).lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        s3.download_file("data", entry["Key"], str(path))
+    return folder
+
+
+def without_paths(files: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in files.items() if name != "conversion.json"}  # which names input and settings
+
+
+def test_from_and_to_an_object_store_are_the_bytes_of_a_local_conversion(tmp_path: Path, s3: Any) -> None:
+    convert("webdataset", put_tars(s3, tmp_path / "in"), tmp_path / "local", duplicates="exact")
+    chosen = settings("webdataset", Path("in"), duplicates="exact", input="s3://data/in")
+    statistics = job.convert(chosen, "s3://data/out", workers=2)
+    assert statistics["counts"]["kept"] == 15
+    remote = fetch_all(s3, "out/train", tmp_path / "remote" / "train")
+    assert without_paths(contents(remote)) == without_paths(contents(tmp_path / "local" / "train"))
+    near = sorted(row["caption"] for row in rows(tmp_path / "local"))
+    dataset = ImageCaptionDataset(str(tmp_path / "cache"), remote="s3://data/out")
+    assert sorted(dataset[SampleRequest(i, 64, 64, 0)]["caption"] for i in range(len(dataset))) == near
+    assert job.convert(chosen, "s3://data/out")["counts"]["kept"] == 15, "it is not done again"
+
+
+def test_a_conversion_in_an_object_store_goes_on_and_nobody_reads_it_before_it_is_whole(tmp_path: Path, s3: Any) -> None:
+    convert("webdataset", put_tars(s3, tmp_path / "in"), tmp_path / "local")
+    chosen = settings("webdataset", Path("in"), input="s3://data/in")
+    source, store = open_source(chosen), open_output("s3://data/half", "train")
+    planned = source.plan()
+    job._planned(store, None, chosen, source, planned)
+    units.convert_unit(Job(chosen, "s3://data/half"), planned[1], {})
+    keys = [entry["Key"] for entry in s3.list_objects_v2(Bucket="data", Prefix="half")["Contents"]]
+    assert "half/train/manifest.json" not in keys and "half/.train.work/units/000001" in keys
+    with pytest.raises(UserError, match="other settings"):
+        job.convert(settings("webdataset", Path("in"), input="s3://data/in", quality=50), "s3://data/half")
+    job.convert(chosen, "s3://data/half")
+    remote = fetch_all(s3, "half/train", tmp_path / "remote" / "train")
+    assert without_paths(contents(remote)) == without_paths(contents(tmp_path / "local" / "train"))
+
+
+def test_lines_parquet_and_shards_are_read_from_an_object_store(tmp_path: Path, s3: Any) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from streaming import MDSWriter
+
+    images = [jpeg(100, 100, i) for i in range(4)]
+    pq.write_table(pa.table({"image": images, "txt": [str(i) for i in range(4)]}), tmp_path / "a.parquet")
+    s3.upload_file(str(tmp_path / "a.parquet"), "data", "parquet/a.parquet")
+    for i, image in enumerate(images):
+        s3.put_object(Bucket="data", Key=f"jsonl/images/{i}.jpg", Body=image)
+    lines = [json.dumps({"file": f"images/{i}.jpg", "txt": str(i)}) for i in range(4)]
+    lines += [json.dumps({"file": name, "txt": "x"}) for name in ("../parquet/a.parquet", "s3://data/x.jpg", "images/none.jpg")]
+    s3.put_object(Bucket="data", Key="jsonl/a.jsonl", Body="\n".join(lines).encode())
+    with MDSWriter(out=str(tmp_path / "mds"), columns={"image": "bytes", "txt": "str"}) as writer:
+        for i, image in enumerate(images):
+            writer.write({"image": image, "txt": str(i)})
+    for path in (tmp_path / "mds").iterdir():
+        s3.upload_file(str(path), "data", f"mds/{path.name}")
+    for source in ("parquet", "jsonl", "mds"):
+        statistics = job.convert(settings(source, Path("x"), input=f"s3://data/{source}"), str(tmp_path / f"out-{source}"))
+        assert [row["caption"] for row in rows(tmp_path / f"out-{source}")] == ["0", "1", "2", "3"]
+    assert contents(tmp_path / "out-parquet")
+    dropped = json.loads((tmp_path / "out-jsonl" / "train" / "conversion.json").read_text())["dropped"]
+    assert dropped == {"outside_input": 2, "no_image": 1} and not statistics["dropped"]
