@@ -57,7 +57,7 @@ def test_throughput_times_every_stage_of_a_recipe_and_the_plan_reads_it(tmp_path
     assert gpu == "cpu" and {size: speed.images_per_second for size, speed in speeds.items()} == {
         stage["image_size"]: stage["images_per_second_per_gpu"] for stage in found["stages"]
     }
-    assert [(speed.gpus, speed.batch) for speed in speeds.values()] == [(1, 64), (1, 32)]
+    assert {size: (speed.gpus, speed.batch) for size, speed in speeds.items()} == {16: (1, 64), 32: (1, 32)}
     assert json.loads(trace.read_text())["traceEvents"]
 
 
