@@ -128,6 +128,8 @@ class Sent(TorchDispatchMode):
 
 @pytest.fixture
 def fake_ranks() -> Iterator[None]:
+    if dist.is_initialized():  # by a test that trained before, in this process; the next one does it again
+        dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     yield
     dist.destroy_process_group()

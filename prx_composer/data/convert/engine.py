@@ -62,8 +62,15 @@ def run(engine: str, workers: int, function: str, tasks: list[Task], address: st
         yield from _run_in_processes(workers, function, tasks)
 
 
-def _start_worker() -> None:
-    """One thread per process, and none outlives the process that leads, however that dies."""
+def _start_worker(environment: dict[str, str]) -> None:
+    """One thread per process, and none outlives the process that leads, however that dies.
+
+    Args:
+        environment: of the process that leads. That of the server which forks workers is from when it was started, perhaps before
+            an object store's credentials were set.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     set_threads()
 
@@ -86,7 +93,9 @@ def _run_in_processes(workers: int, function: str, tasks: list[Task]) -> Iterato
     left, crashes = dict(enumerate(tasks)), 0
     while left:
         context = multiprocessing.get_context("forkserver")
-        with ProcessPoolExecutor(min(workers, len(left)), context, initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(
+            min(workers, len(left)), context, initializer=_start_worker, initargs=(dict(os.environ),)
+        ) as pool:
             waiting, running = list(left), dict[Future[Any], int]()
             try:
                 while waiting or running:
