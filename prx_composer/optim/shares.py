@@ -163,7 +163,7 @@ class Plan:
 
         Args:
             flat: a filled `buffer`; overwritten.
-            work: must return the shape that it got.
+            work: must return the shape that it got, in memory of its own.
 
         Returns:
             (replicas, elements), for `received`.
