@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from interleaved import ratio, summary, time_in_turns
-from torch import Tensor, nn
+from plain_path import orthogonalise
+from torch import nn
 
 from prx_composer.algorithms.ema import WeightAverage
 from prx_composer.models import PRXBackbone
@@ -31,7 +32,7 @@ LR = 1e-3
 class Loop:
     """Muon as it is usually published, one matrix after the other, and AdamW and EMA one tensor after the other."""
 
-    def __init__(self, model: nn.Module, lr: float, momentum: float = 0.95, steps: int = 5):
+    def __init__(self, model: nn.Module, lr: float, momentum: float = 0.95):
         self.model = model
         self.matrices = list(muon_parameters(model).values())
         taken = {id(weight) for weight in self.matrices}
@@ -39,27 +40,18 @@ class Loop:
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=False, fused=False)
         self.buffers = [torch.zeros_like(weight) for weight in self.matrices]
         self.average = [parameter.detach().clone() for parameter in model.parameters()]
-        self.lr, self.momentum, self.steps = lr, momentum, steps
+        self.lr, self.momentum = lr, momentum
 
     @torch.no_grad()
     def step(self) -> None:
         for weight, buffer in zip(self.matrices, self.buffers, strict=True):
             assert weight.grad is not None
             buffer.lerp_(weight.grad, 1 - self.momentum)
-            update = self.orthogonalise(weight.grad.lerp(buffer, self.momentum))
+            update = orthogonalise(weight.grad.lerp(buffer, self.momentum))
             weight.add_(update, alpha=-self.lr * 0.2 * max(weight.shape) ** 0.5)
         self.adamw.step()
         for average, parameter in zip(self.average, self.model.parameters(), strict=True):
             average.mul_(SMOOTHING).add_(parameter, alpha=1 - SMOOTHING)
-
-    def orthogonalise(self, matrix: Tensor) -> Tensor:
-        tall = matrix.shape[0] > matrix.shape[1]
-        x = matrix.T if tall else matrix
-        x = x / (x.norm() + 1e-7)
-        for _ in range(self.steps):
-            gram = x @ x.T
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        return x.T if tall else x
 
 
 class Ours:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from torch import Tensor, nn
+from torch.optim.adamw import adamw  # pyright: ignore[reportPrivateImportUsage]
 
 from prx_composer import registry
 from prx_composer.models import PRXBackbone
 from prx_composer.optim.groups import parameter_groups
 from prx_composer.optim.muon import muon_parameters
 
-__all__ = ["PlainMuon", "PlainPRX"]
+__all__ = ["PlainMuon", "PlainPRX", "orthogonalise"]
 
 
 @registry.backbones.register("plain_prx")
@@ -85,7 +86,6 @@ class PlainMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     self._matrix(parameter, group) if group["muon"] else self._adam(parameter, group)
         return loss
 
@@ -93,22 +93,39 @@ class PlainMuon(torch.optim.Optimizer):
         assert weight.grad is not None
         buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
         buffer.lerp_(weight.grad, 1 - self._momentum)
-        x = weight.grad.lerp(buffer, self._momentum)
-        tall = x.shape[0] > x.shape[1]
-        x = x.T if tall else x
-        x = x / (x.norm() + 1e-7)
-        for _ in range(5):
-            gram = x @ x.T
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        weight.add_(x.T if tall else x, alpha=-group["lr"] * 0.2 * max(weight.shape) ** 0.5)
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        update = orthogonalise(weight.grad.lerp(buffer, self._momentum))
+        weight.add_(update, alpha=-group["lr"] * 0.2 * max(weight.shape) ** 0.5)
 
     def _adam(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
         state, (beta1, beta2) = self.state[parameter], self._betas
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
-        state["step"] += 1
-        state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
-        root = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(self._eps)
-        parameter.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1 ** state["step"]))
+            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        adamw(
+            [parameter],
+            [parameter.grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            foreach=False,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=self._eps,
+            maximize=False,
+        )
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Five steps of Newton–Schulz, written as they are usually published."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x

@@ -71,3 +71,16 @@ def contents(folder: Path) -> dict[str, str]:
     """Hash of every file below a folder, by name."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+SIZES = [(100, 100), (90, 160), (160, 90), (64, 64), (300, 200)]
+
+
+def write_tars(folder: Path, tars: int = 3, each: int = 8) -> Path:
+    for number in range(tars):
+        members = []
+        for i in range(each):
+            seed = each * number + i
+            members += sample(f"{number}/{i:03d}", jpeg(*SIZES[i % len(SIZES)], seed), f"caption {seed}", score=seed / 10)
+        write_tar(folder / f"{number:03d}.tar", members)
+    return folder

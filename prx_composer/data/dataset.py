@@ -10,8 +10,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import ENCODED, IMAGE, StoredColumn, encoded_folder, manifest_path, read_column, unpack
-from prx_composer.data.rows import BucketRows, download
+from prx_composer.data.rows import BucketRows
 from prx_composer.data.schema import MANIFEST, Manifest
+from prx_composer.data.storage import download
 from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.errors import UserError
 

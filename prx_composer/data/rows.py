@@ -7,19 +7,7 @@ from streaming import LocalDataset, Stream, StreamingDataset
 
 from prx_composer.data.buckets import Bucket
 
-__all__ = ["BucketRows", "download"]
-
-
-def download(source: str, target: Path) -> None:
-    """One remote file; it appears under its name only when it is whole, so that another rank never reads half of it."""
-    import os
-
-    from streaming.base.storage import CloudDownloader
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    CloudDownloader.get(source).download(source, str(partial))
-    partial.rename(target)
+__all__ = ["BucketRows"]
 
 
 class BucketRows:

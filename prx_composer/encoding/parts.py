@@ -22,6 +22,7 @@ from streaming import LocalDataset, MDSWriter
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import COLUMNS, StoredColumn, is_whole, manifest_path
 from prx_composer.data.schema import Manifest
+from prx_composer.data.storage import sync, write_whole
 from prx_composer.errors import UserError
 
 __all__ = ["Encoded", "encode_split"]
@@ -102,9 +103,9 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
             told = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in different)
             problem[0] = f"{folder} was begun with other settings: {told}. Use those, another --name, or delete the folder."
         else:
-            _write(path, json.dumps(settings, indent=1) + "\n")
-            for leftover in folder.glob(".part*"):
-                shutil.rmtree(leftover)
+            write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
+            for leftover in list(folder.rglob(".*")):  # of a run that was killed
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise UserError(problem[0])
@@ -141,11 +142,11 @@ def _write_part(folder: Path, part: _Part, encoded: list[Encoded]) -> None:
             raise UserError(f"--part: {len(encoded)} samples are too many for one shard of at most 4 GiB; give a smaller number.")
         (entry,) = shards
         file = Path(temporary, "mds", entry["raw_data"]["basename"])
-        _sync(file)
+        sync(file)
         os.replace(file, target / f"{part.stem}.mds")
     entry["raw_data"]["basename"] = f"{part.stem}.mds"
     sums = {"errors": sum(row.errors for row in encoded), "tokens": sum(row.tokens for row in encoded)}
-    _write(_entry(folder, part), json.dumps({"shard": entry, **sums}))
+    write_whole(_entry(folder, part), json.dumps({"shard": entry, **sums}).encode())
 
 
 def _finish(folder: Path, column: StoredColumn, parts: list[_Part], images: Manifest) -> None:
@@ -155,25 +156,9 @@ def _finish(folder: Path, column: StoredColumn, parts: list[_Part], images: Mani
         entries = [json.loads(_entry(folder, part).read_text()) for part in parts if part.bucket == bucket]
         errors, tokens = errors + sum(e["errors"] for e in entries), tokens + sum(e["tokens"] for e in entries)
         index = {"version": 2, "shards": [entry["shard"] for entry in entries]}
-        _write(folder / str(bucket) / "index.json", json.dumps(index, sort_keys=True))
+        write_whole(folder / str(bucket) / "index.json", json.dumps(index, sort_keys=True).encode())
     error = round(errors / tokens, 6) if column.storage == "int8" and tokens else None
     buckets = {str(bucket): count for bucket, count in sorted(images.buckets.items())}
-    _write(manifest_path(folder), replace(column, error=error, buckets=buckets).to_json())
+    write_whole(manifest_path(folder), replace(column, error=error, buckets=buckets).to_json().encode())
     for part in parts:
         _entry(folder, part).unlink()
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    _sync(partial)
-    os.replace(partial, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,7 @@ from streaming import LocalDataset
 from prx_composer import registry
 from prx_composer.config import Recipe, build, split
 from prx_composer.data.buckets import Bucket
+from prx_composer.data.columns import encoded_folder, read_column
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.sources import is_made
@@ -95,6 +96,12 @@ def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) 
         facts.append(_check_shards(key, folder, manifest, spec))
     captions = spec.get("captions") or {manifest.captions[0]: 1}
     facts.append(f"captions: {', '.join(captions)}")
+    if (stored := spec.get("text_embedding")) and not spec.get("remote"):
+        for caption in captions:
+            column = read_column(
+                encoded_folder(path, spec.get("split", "train"), stored, caption), "text", f"{key}.text_embedding"
+            )
+            facts.append(f"embeddings of {caption} by {column.encoder}, {column.storage}")
     yield passed(key, f"{spec.get('remote') or path}/{spec.get('split', 'train')}: {'; '.join(facts)}")
     yield from _check_sizes(key, list(manifest.buckets), manifest.image_size, stages, parts.multiple)
     if key == "train_loader":
@@ -143,13 +150,13 @@ def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, An
         UserError: files that are missing or cut short, an index with other samples or columns than the manifest's.
     """
     problems, broken, shards = [], [], 0
-    wanted = {"image", *(spec.get("captions") or manifest.captions), *(spec.get("features") or [])}
+    wanted = {"image", *(spec.get("captions") or manifest.captions), *manifest.features.keys() & {*(spec.get("features") or [])}}
     for bucket, count in manifest.buckets.items():
         index = folder / str(bucket) / "index.json"
         try:
             listed = json.loads(index.read_text())["shards"]
-            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(index.parent)}
             files = [(shard["raw_data"]["basename"], int(shard["raw_data"]["bytes"])) for shard in listed]
+            sizes = _sizes(index.parent, {str(Path(name).parent) for name, _ in files})
             samples = sum(int(shard["samples"]) for shard in listed)
             columns = set(listed[0]["column_names"]) if listed else set()
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -174,6 +181,15 @@ def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, An
         )
     raise_all(problems)
     return f"{_count(shards, 'shard file')}, all there and whole by size"
+
+
+def _sizes(folder: Path, below: set[str]) -> dict[str, int]:
+    """Bytes of every file in some folders below one, by the name that an index gives them."""
+    sizes: dict[str, int] = {}
+    for part in below:
+        if (folder / part).is_dir():
+            sizes |= {str(Path(part, entry.name)): entry.stat().st_size for entry in os.scandir(folder / part)}
+    return sizes
 
 
 def _check_images(key: str, folder: Path, manifest: Manifest) -> Iterator[Result]:

@@ -81,6 +81,22 @@ def test_stored_embeddings_give_the_loss_of_the_encoder_run_online(
         assert stored[name] == pytest.approx(online[name], rel=tolerance), name
 
 
+def test_tars_are_converted_encoded_checked_and_trained_on(recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
+    from conversions import convert, write_tars
+    from stacks import TEACHER
+
+    convert("webdataset", write_tars(tmp_path / "tars", 4, 16), tmp_path / "converted", image_size=16, multiple=4)
+    recipe["algorithms"] = {"repa": {"teacher": TEACHER, "block": 1, "projector_hidden": 16}}
+    recipe["train_loader"] = {"name": "image_caption", "path": str(tmp_path / "converted")}
+    file = write_recipe(recipe | {"preflight": True, "image_size": 16, "max_duration": "3ba"})
+    invoke("text", file, "--name", "t5", "--part", "7")
+    invoke("features", file, "--name", "dino", "--part", "5")
+    stored = {"features": {"column": "dino", "width": 12}, "teacher": None}
+    overrides = [f"algorithms.repa={json.dumps(recipe['algorithms']['repa'] | stored)}", "train_loader.features=[dino]"]
+    said = run(config.load([file, *overrides, "train_loader.text_embedding=t5"]))
+    assert "loss" in said
+
+
 def test_only_valid_tokens_are_stored(recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
     from streaming import LocalDataset
 

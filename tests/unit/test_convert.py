@@ -1,28 +1,21 @@
-"""`prx data convert`: what comes out of each kind of input, going on after an interruption, duplicates and filters."""
+"""`prx data convert`: what is written, going on after an interruption, and what is said."""
 
 import io
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import datasets
-import imagehash
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from conversions import contents, convert, encoded, jpeg, picture, rows, sample, settings, write_tar
+from conversions import SIZES, contents, convert, encoded, jpeg, picture, rows, sample, settings, write_tar, write_tars
 from PIL import Image
-from streaming import MDSWriter, StreamingDataset
+from streaming import StreamingDataset
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.convert import job, units
-from prx_composer.data.convert.duplicates import near_duplicates
 from prx_composer.data.convert.engine import run
-from prx_composer.data.convert.expressions import check_where, is_wanted
 from prx_composer.data.convert.output import open_output
 from prx_composer.data.convert.pixels import resize
 from prx_composer.data.convert.records import Job
@@ -30,19 +23,6 @@ from prx_composer.data.convert.settings import parse_captions, parse_metadata, p
 from prx_composer.data.convert.sources import open_source
 from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest
 from prx_composer.errors import UserError
-
-SIZES = [(100, 100), (90, 160), (160, 90), (64, 64), (300, 200)]
-
-
-def write_tars(folder: Path, tars: int = 3, each: int = 8) -> Path:
-    for number in range(tars):
-        members = []
-        for i in range(each):
-            seed = each * number + i
-            members += sample(f"{number}/{i:03d}", jpeg(*SIZES[i % len(SIZES)], seed), f"caption {seed}", score=seed / 10)
-        write_tar(folder / f"{number:03d}.tar", members)
-    return folder
-
 
 # ------------------------------------------------------------------------------------------- what is written
 
@@ -110,121 +90,6 @@ def test_a_very_large_jpeg_looks_as_if_it_was_decoded_whole(tmp_path: Path) -> N
     assert np.abs(resize(reduced, Bucket(64, 64)).astype(int) - full).mean() < 2
 
 
-# ---------------------------------------------------------------------------------------------------- sources
-
-
-def as_tar(folder: Path, data: list[dict[str, Any]]) -> dict[str, Any]:
-    members = []
-    for i, row in enumerate(data):
-        members += [
-            (f"{i:03d}.jpg", row["image"]),
-            (f"{i:03d}.json", json.dumps({"txt": row["txt"], "score": row["score"]}).encode()),
-        ]
-    write_tar(folder / "a.tar", members)
-    return {"source": "webdataset"}
-
-
-def as_parquet(folder: Path, data: list[dict[str, Any]]) -> dict[str, Any]:
-    folder.mkdir()
-    pq.write_table(pa.Table.from_pylist(data), folder / "a.parquet", row_group_size=3)
-    return {"source": "parquet"}
-
-
-def as_datasets(folder: Path, data: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    features = datasets.Features({"image": datasets.Image(), "txt": datasets.Value("string"), "score": datasets.Value("float64")})
-    rows = [row | {"image": {"bytes": row["image"], "path": None}} for row in data]
-    made = datasets.Dataset.from_list(rows, features=features)
-    if kind == "arrow":
-        made.save_to_disk(str(folder))
-    else:
-        folder.mkdir()
-        made.to_parquet(str(folder / "train-00000-of-00001.parquet"), batch_size=4)
-    return {"source": "parquet"}
-
-
-def as_lines(folder: Path, data: list[dict[str, Any]]) -> dict[str, Any]:
-    (folder / "images").mkdir(parents=True)
-    lines = []
-    for i, row in enumerate(data):
-        (folder / "images" / f"{i}.jpg").write_bytes(row["image"])
-        lines.append(json.dumps({"file": f"images/{i}.jpg", "txt": row["txt"], "score": row["score"]}))
-    (folder / "all.jsonl").write_text("\n".join(lines))  # no newline at the end
-    return {"source": "jsonl"}
-
-
-def as_mds(folder: Path, data: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
-    columns = {"image": "bytes", "txt": "str", "score": "float64"}
-    with MDSWriter(out=str(folder), columns=columns, size_limit=6000, **options) as writer:
-        for row in data:
-            writer.write(row)
-    return {"source": "mds"}
-
-
-MAKERS = {
-    "tar": as_tar,
-    "parquet": as_parquet,
-    "datasets on disk": lambda folder, data: as_datasets(folder, data, "arrow"),
-    "datasets from the hub": lambda folder, data: as_datasets(folder, data, "parquet"),
-    "lines": as_lines,
-    "mds": as_mds,
-    "mds, compressed": lambda folder, data: as_mds(folder, data, compression="zstd:3"),
-}
-
-
-@pytest.mark.parametrize("kind", MAKERS)
-def test_the_same_samples_come_out_of_every_kind_of_input_however_it_is_cut(tmp_path: Path, kind: str) -> None:
-    data = [{"image": jpeg(100, 100, i), "txt": f"Ünï {i}", "score": i / 4} for i in range(20)]
-    source = MAKERS[kind](tmp_path / "in", data)["source"]
-    expected = [row["image"] for row in rows_of_plain(tmp_path, data)]
-    for unit_bytes in (1 << 28, 5000):
-        output = tmp_path / f"{unit_bytes}"
-        chosen = {"metadata": {"score": ("score", "float")}, "unit_bytes": unit_bytes}
-        convert(source, tmp_path / "in", output, **chosen)
-        found = rows(output)
-        assert [(row["caption"], row["score"]) for row in found] == [(row["txt"], row["score"]) for row in data]
-        assert [row["image"] for row in found] == expected
-        assert len({row["key"] for row in found}) == 20
-
-
-def rows_of_plain(tmp_path: Path, data: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    as_tar(tmp_path / "plain", data)
-    convert("webdataset", tmp_path / "plain", tmp_path / "plain-out")
-    return rows(tmp_path / "plain-out")
-
-
-def test_cutting_lines_loses_and_repeats_none(tmp_path: Path) -> None:
-    names = ["a" * (i * 37 % 90) for i in range(200)]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"file": "no.jpg", "txt": name}) + "\n" for name in names))
-    for part in (1, 7, 50, 1000, 10**6):
-        source = open_source(settings("jsonl", tmp_path / "x.jsonl", unit_bytes=part * 1000))
-        planned = source.plan()
-        assert [record.columns["txt"] for unit in planned for record in source.read(unit)] == names
-    assert len(planned) == 1
-
-
-def test_nested_columns_and_renamed_captions(tmp_path: Path) -> None:
-    members = sample("0", jpeg(64, 64), "plain", meta={"texts": ["first", "second"], "n": 7})
-    captions = parse_captions(["txt", "long=meta.texts.1"])
-    convert(
-        "webdataset",
-        write_tar(tmp_path / "a.tar", members),
-        tmp_path / "out",
-        captions=captions,
-        metadata=parse_metadata(["n=meta.n:int", "who=meta.who:str"]),
-    )
-    row = rows(tmp_path / "out")[0]
-    assert (row["txt"], row["long"], row["n"], row["who"]) == ("plain", "second", 7, "")
-    manifest = json.loads((tmp_path / "out" / "train" / "manifest.json").read_text())
-    assert manifest["captions"] == ["txt", "long"] and manifest["metadata"] == {"n": "int", "who": "str"}
-
-
-def test_a_limit_takes_the_first_samples(tmp_path: Path) -> None:
-    write_tars(tmp_path / "in")
-    statistics = convert("webdataset", tmp_path / "in", tmp_path / "out", limit=11)
-    assert {row["caption"] for row in rows(tmp_path / "out")} == {f"caption {i}" for i in range(11)}
-    assert statistics["counts"]["read"] == 11
-
-
 # ------------------------------------------------------------------------------------------------- going on
 
 
@@ -281,106 +146,6 @@ def test_ray_writes_the_same_bytes(tmp_path: Path, duplicates: str) -> None:
     convert("webdataset", source, tmp_path / "local", duplicates=duplicates)
     convert("webdataset", source, tmp_path / "ray", 2, "ray", duplicates=duplicates)
     assert contents(tmp_path / "local" / "train") == contents(tmp_path / "ray" / "train")
-
-
-# --------------------------------------------------------------------------------------------------- curation
-
-
-def test_near_duplicates_are_those_of_a_plain_comparison_of_all_with_all() -> None:
-    rng = np.random.default_rng(0)
-    hashes = rng.integers(0, 2**63, 400).astype(np.uint64)
-    for _ in range(400):  # relatives of others, at distances from 0 to 9 bits
-        flipped = hashes[rng.integers(len(hashes))]
-        for bit in rng.choice(64, rng.integers(0, 10), replace=False):
-            flipped ^= np.uint64(1) << np.uint64(bit)
-        hashes = np.append(hashes, flipped)
-    for distance in (0, 1, 4, 7):
-        kept: list[int] = []
-        expected = []
-        for value in hashes.tolist():
-            near = any((value ^ other).bit_count() <= distance for other in kept)
-            expected.append(near)
-            if not near:
-                kept.append(value)
-        assert near_duplicates(hashes, distance).tolist() == expected
-
-
-def curated(tmp_path: Path, members: list[tuple[str, bytes]], **changes: Any) -> tuple[list[str], dict[str, int]]:
-    """Captions that are left and reasons that are not, with the input in one tar and in two."""
-    outcomes = []
-    starts = [index for index, (name, _) in enumerate(members) if name.endswith(".jpg")]
-    middle = starts[len(starts) // 2]
-    for name, parts in (("one", [members]), ("two", [members[:middle], members[middle:]])):
-        for number, part in enumerate(parts):
-            write_tar(tmp_path / name / f"{number}.tar", part)
-        statistics = convert("webdataset", tmp_path / name, tmp_path / f"{name}-out", **changes)
-        outcomes.append((sorted(row["caption"] for row in rows(tmp_path / f"{name}-out")), statistics["dropped"]))
-    assert outcomes[0] == outcomes[1]
-    return outcomes[0]
-
-
-def test_the_first_of_exact_duplicates_stays_wherever_they_are(tmp_path: Path) -> None:
-    images = [jpeg(100, 100, seed) for seed in (0, 1, 0, 2, 1, 0)]
-    members = [part for i, image in enumerate(images) for part in sample(f"{i}", image, f"{i}")]
-    assert curated(tmp_path, members, duplicates="exact") == (["0", "1", "3"], {"duplicate": 3})
-
-
-def test_a_resized_and_recompressed_copy_is_a_near_duplicate(tmp_path: Path) -> None:
-    first, other = picture(200, 300, 1), picture(200, 300, 2)
-    copy = first.resize((120, 80))
-    assert imagehash.phash(first) - imagehash.phash(copy) <= 4 < imagehash.phash(first) - imagehash.phash(other)
-    images = [encoded(first, quality=95), encoded(other), encoded(copy, quality=60), encoded(first, "PNG")]
-    members = [part for i, image in enumerate(images) for part in sample(f"{i}", image, f"{i}")]
-    assert curated(tmp_path, members, duplicates="perceptual") == (["0", "1"], {"near_duplicate": 2})
-
-
-def test_a_duplicate_is_never_left_out_for_one_that_is_left_out_itself(tmp_path: Path) -> None:
-    image = jpeg(100, 100)
-    members = [*sample("0", image, " "), *sample("1", image, "short"), *sample("2", image, "long enough")]
-    found = curated(tmp_path, members, duplicates="exact", caption_chars=(8, None))
-    assert found == (["long enough"], {"no_caption": 1, "caption_length": 1})
-
-
-def test_filters_leave_out_what_they_say_and_count_it(tmp_path: Path) -> None:
-    members = [
-        *sample("0", jpeg(100, 100, 0), "good", score=5),
-        *sample("1", jpeg(40, 100, 1), "thin", score=5),
-        *sample("2", jpeg(60, 300, 2), "wide", score=5),
-        *sample("3", jpeg(100, 100, 3), "a caption of many words", score=5),
-        *sample("4", jpeg(100, 100, 4), "ugly", score=1),
-        *sample("5", jpeg(100, 100, 5), "odd", score="five"),
-    ]
-    found = curated(tmp_path, members, min_side=50, max_aspect=3.0, caption_chars=(1, 10), where="score > 2")
-    reasons = ["min_side", "max_aspect", "caption_length", "where", "where_failed"]
-    assert found == (["good"], dict.fromkeys(reasons, 1))
-
-
-@pytest.mark.parametrize(
-    "where",
-    [
-        "__import__('os').system('true')",
-        "score.__class__",
-        "(lambda: 1)()",
-        "[x for x in score]",
-        "open('/etc/passwd')",
-        "score >",
-        "9**9**9 +",
-    ],
-)
-def test_an_expression_that_is_more_than_one_is_refused(where: str) -> None:
-    with pytest.raises(UserError, match="--where"):
-        check_where(where, ["score"])
-
-
-def test_an_expression_cannot_take_forever_or_all_memory() -> None:
-    for where in ("9 ** 9 ** 9 > 0", "'a' * 10 ** 12 == ''", "len(txt * 10 ** 9) > 1"):
-        assert is_wanted(where, {"txt": "text"}) is None
-
-
-def test_expressions_over_metadata_and_sizes() -> None:
-    columns = {"score": 5.5, "txt": b"A Cat", "width": 100, "nan": math.nan}
-    assert is_wanted("score > 5 and width >= 100 and 'cat' in lower(txt)", columns) is True
-    assert is_wanted("missing > 5", columns) is None and is_wanted("nan > 5", columns) is False
 
 
 # ------------------------------------------------------------------------------------------ what is said

@@ -12,9 +12,9 @@ from urllib.parse import urlparse
 
 from prx_composer.data.convert.records import Record, Unit
 from prx_composer.data.convert.settings import Settings
-from prx_composer.data.convert.storage import fetch, is_remote, join, list_files
 from prx_composer.data.convert.tables import IMAGE_NAMES, image_inside
 from prx_composer.data.convert.webdataset import peek
+from prx_composer.data.storage import fetch, is_remote, join, list_files
 from prx_composer.errors import UserError
 
 __all__ = ["Lines"]

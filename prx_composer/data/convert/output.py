@@ -19,8 +19,8 @@ from typing import Any, Protocol
 from urllib.parse import urlparse
 
 from prx_composer.data.convert.records import RESULT, Unit
-from prx_composer.data.convert.storage import fetch, is_remote, join, remote_keys, sync, upload
 from prx_composer.data.schema import MANIFEST
+from prx_composer.data.storage import fetch, is_remote, join, remote_keys, sync, upload, write_whole
 from prx_composer.errors import UserError
 
 __all__ = ["Output", "open_output"]
@@ -89,7 +89,7 @@ class LocalOutput:
     def put(self, name: str, content: bytes) -> None:
         path = self._work / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, content)
+        write_whole(path, content)
 
     def get(self, name: str) -> bytes | None:
         path = self._work / name
@@ -138,7 +138,7 @@ class LocalOutput:
                     source.rename(whole / bucket / unit.name)
             sync(whole / bucket)
         for name, content in files.items():
-            _write(whole / name, content)
+            write_whole(whole / name, content)
         sync(whole)
         whole.rename(self._final)
         sync(self._final.parent)
@@ -213,13 +213,6 @@ class RemoteOutput:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / file).write_bytes(content)
             upload(folder, self._final, list(files))
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    sync(partial)
-    partial.rename(path)
 
 
 def _umask() -> int:

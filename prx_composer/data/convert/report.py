@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.convert.reasons import REASONS
-from prx_composer.data.convert.storage import fetch, is_remote, join
 from prx_composer.data.convert.tally import HISTOGRAMS
+from prx_composer.data.storage import fetch, is_remote, join
 
 __all__ = ["write_report"]
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from prx_composer.data.convert.records import MAX_FILE_BYTES, Record, Unit, is_damage
 from prx_composer.data.convert.settings import Settings
-from prx_composer.data.convert.storage import fetch, is_remote, join, list_files
 from prx_composer.data.convert.tables import IMAGE_NAMES
+from prx_composer.data.storage import fetch, is_remote, join, list_files
 from prx_composer.errors import UserError
 from prx_composer.registry import nearest
 

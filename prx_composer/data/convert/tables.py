@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from prx_composer.data.convert.expressions import input_columns
 from prx_composer.data.convert.records import MAX_FILE_BYTES, Record, Unit, is_damage
 from prx_composer.data.convert.settings import Settings
-from prx_composer.data.convert.storage import fetch, is_remote, list_files
+from prx_composer.data.storage import fetch, is_remote, list_files
 from prx_composer.errors import UserError
 from prx_composer.registry import nearest
 

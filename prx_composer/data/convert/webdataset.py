@@ -17,7 +17,7 @@ from typing import Any
 
 from prx_composer.data.convert.records import MAX_FILE_BYTES, Record, Unit, is_damage
 from prx_composer.data.convert.settings import Settings
-from prx_composer.data.convert.storage import fetch, list_files
+from prx_composer.data.storage import fetch, list_files
 from prx_composer.errors import UserError
 
 __all__ = ["WebDataset"]

@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 from prx_composer.errors import UserError
 
-__all__ = ["fetch", "is_remote", "join", "list_files", "sync", "upload"]
+__all__ = ["download", "fetch", "is_remote", "join", "list_files", "remote_keys", "sync", "upload", "write_whole"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """A local file that is there with all of its content, on the disk, or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    sync(partial)
+    partial.rename(path)
+
+
 def patiently(action: Callable[[], T], what: str) -> T:
     """Again, after 1, 2, 4 … seconds, when a connection is lost."""
     for attempt in range(ATTEMPTS):
@@ -57,16 +65,21 @@ def fetch(path: str, into: Path) -> Path:
     """The local file itself, or a copy of the remote one in the folder `into`, downloaded once."""
     if not is_remote(path):
         return Path(path)
-    from streaming.base.storage import CloudDownloader
-
     local = into / urlparse(path).path.lstrip("/").replace("/", "\\")  # one flat name: nothing leaves the folder
     if not local.exists():
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=into, prefix=".fetch.") as folder:
-            partial = os.path.join(folder, "part")
-            patiently(lambda: CloudDownloader.get(path).download(path, partial), f"Downloading {path}")
-            os.replace(partial, local)
+        download(path, local)
     return local
+
+
+def download(source: str, target: Path) -> None:
+    """One remote file; it appears under its name only when it is whole, so that nobody reads half of it."""
+    from streaming.base.storage import CloudDownloader
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch.") as folder:
+        partial = os.path.join(folder, "part")
+        patiently(lambda: CloudDownloader.get(source).download(source, partial), f"Downloading {source}")
+        os.replace(partial, target)
 
 
 def upload(folder: Path, remote: str, names: list[str]) -> None:
