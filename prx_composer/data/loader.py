@@ -8,7 +8,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from prx_composer.data.collate import Collator, split_batch
+from prx_composer.data.collate import Collator, channels_first, split_batch
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.sampler import BucketBatchSampler
 
@@ -101,7 +101,13 @@ def build_loader(
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
     sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank)
     loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens), num_workers)
-    return DataSpec(loader, split_batch=split_batch, get_num_samples_in_batch=_num_samples, get_num_tokens_in_batch=_no_tokens)
+    return DataSpec(
+        loader,
+        microbatch_transforms=channels_first,
+        split_batch=split_batch,
+        get_num_samples_in_batch=_num_samples,
+        get_num_tokens_in_batch=_no_tokens,
+    )
 
 
 def _num_samples(batch: dict[str, torch.Tensor]) -> int:

@@ -1,14 +1,16 @@
-"""Encoded bytes → a uint8 image of exactly the bucket's size."""
+"""Encoded bytes → a uint8 image of exactly the bucket's size, as every training sample is made."""
 
 import io
-import math
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["UNDECODABLE", "decode_image"]
+from prx_composer.data.buckets import Bucket
+
+__all__ = ["UNDECODABLE", "decode_image", "resize"]
 
 UNDECODABLE = (
     OSError,
@@ -16,6 +18,39 @@ UNDECODABLE = (
     SyntaxError,
     Image.DecompressionBombError,
 )  # what `decode_image` raises for bytes that are no image
+
+_ORIENTATION = 0x0112
+
+
+def decode_image(encoded: bytes, height: int, width: int) -> Tensor:
+    """Decodes, scales to cover (height, width) without distortion (antialiased), crops the centre.
+
+    JPEGs are decoded at the smallest of libjpeg's sizes (eighths) that still covers the target.
+
+    Returns:
+        uint8 (3, height, width), whose channels are innermost in memory: the order that decoders write.
+
+    Raises:
+        UNDECODABLE: the bytes are no image, or not one to open.
+    """
+    image = Image.open(io.BytesIO(encoded))  # reads the header alone
+    pixels = _decode_jpeg(encoded, image, height, width)
+    if pixels is None:
+        pixels = np.array(_to_rgb(ImageOps.exif_transpose(image)))
+    return torch.from_numpy(np.ascontiguousarray(resize(pixels, Bucket(height, width)))).permute(2, 0, 1)
+
+
+def _decode_jpeg(encoded: bytes, image: Image.Image, height: int, width: int) -> np.ndarray | None:
+    """libjpeg-turbo's own interface, 1.1 to 1.4 times as fast as Pillow's (benchmarks/loader.py); None: not for it."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or image.getexif().get(_ORIENTATION, 1) != 1:
+        return None
+    scale = max(height / image.height, width / image.width)
+    try:
+        return simplejpeg.decode_jpeg(
+            encoded, min_height=int(np.ceil(image.height * scale)), min_width=int(np.ceil(image.width * scale)), min_factor=1
+        )
+    except ValueError:  # of every irregularity; Pillow tells those that can be lived with from the others
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -25,22 +60,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_image(encoded: bytes, height: int, width: int) -> Tensor:
-    """Decodes, scales to cover (height, width) without distortion (antialiased), crops the centre.
+def resize(pixels: np.ndarray, bucket: Bucket) -> np.ndarray:
+    """The largest centred part of the bucket's aspect ratio, resized to it, antialiased (bicubic).
 
-    JPEGs are decoded at a reduced size where that still covers the target.
+    torch's kernel is within 1/255 of Pillow's at 2.5 to 4.6 times the speed (benchmarks/convert.py).
+
+    Args:
+        pixels: uint8 (height, width, 3).
 
     Returns:
-        uint8 (3, height, width).
-
-    Raises:
-        UNDECODABLE: the bytes are no image, or not one to open.
+        uint8 (bucket.height, bucket.width, 3).
     """
-    image = Image.open(io.BytesIO(encoded))
-    if image.format == "JPEG":
-        scale = max(height / min(image.size), width / min(image.size))  # covers in either orientation
-        image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-    image = _to_rgb(ImageOps.exif_transpose(image))
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    height, width = pixels.shape[:2]
+    scale = max(bucket.height / height, bucket.width / width)
+    rows, columns = min(height, round(bucket.height / scale)), min(width, round(bucket.width / scale))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    part = pixels[top : top + rows, left : left + columns]
+    if (rows, columns) == tuple(bucket):
+        return part
+    image = torch.tensor(part).permute(2, 0, 1)[None]
+    image = torch.nn.functional.interpolate(image, tuple(bucket), mode="bicubic", antialias=True)
+    return image[0].permute(1, 2, 0).contiguous().numpy()

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest, UndecodableError
@@ -154,10 +155,30 @@ def test_resizing_keeps_the_aspect_ratio_and_crops_the_centre() -> None:
     assert decode_image(encode(image), 20, 20).min() == 255
 
 
-def test_jpeg_draft_equals_a_full_decode_within_its_own_noise() -> None:
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (256, 384), (300, 460), (512, 768), (512, 512), (600, 900)])
+def test_a_jpeg_that_is_decoded_small_equals_a_full_decode_within_its_own_noise(height: int, width: int) -> None:
     encoded = encode(gradient(512, 768), "JPEG", quality=95)
-    full = Image.open(io.BytesIO(encoded)).convert("RGB").resize((48, 32), Image.Resampling.LANCZOS)
-    assert np.abs(decode_image(encoded, 32, 48).permute(1, 2, 0).numpy().astype(int) - np.asarray(full)).mean() < 2
+    full = ImageOps.fit(Image.open(io.BytesIO(encoded)).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    assert np.abs(decode_image(encoded, height, width).permute(1, 2, 0).numpy().astype(int) - np.asarray(full)).mean() < 2
+
+
+@pytest.mark.parametrize("kind", ["grey", "cmyk", "progressive", "full chroma", "not closed", "rubbish inside"])
+def test_unusual_jpegs_are_decoded_as_pillow_does(kind: str) -> None:
+    image = Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert({"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB"))
+    options = {"progressive": {"progressive": True}, "full chroma": {"subsampling": 0}}.get(kind, {})
+    encoded = encode(image, "JPEG", quality=95, **options)
+    if kind == "not closed":
+        encoded = encoded[:-2]  # without the end marker, which libjpeg warns of
+    if kind == "rubbish inside":
+        encoded = encoded[:2] + b"\x00\x01\x02" + encoded[2:]
+    try:
+        expected = Image.open(io.BytesIO(encoded)).convert("RGB")
+    except OSError as error:
+        with pytest.raises(OSError, match=re.escape(str(error)[:20])):
+            decode_image(encoded, 48, 64)
+    else:
+        found = decode_image(encoded, 48, 64).permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(found - np.asarray(expected)).max() <= 1
 
 
 def test_exif_rotation_and_transparency_are_applied() -> None:

@@ -1,7 +1,6 @@
 """Encoded bytes → pixels of exactly a bucket's size, and back: everything that touches an image file that nobody vouches for.
 
-Pillow decodes (JPEG at a reduced size, where that is still twice the target) and encodes; torch resizes: its antialiased bicubic
-kernel is within 1/255 of Pillow's at 2.5 to 4.6 times the speed (benchmarks/convert.py).
+Pillow decodes (JPEG at a reduced size, where that is still twice the target) and encodes; `data/transforms.py` resizes.
 """
 
 import functools
@@ -10,12 +9,12 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms
 
 from prx_composer.data.buckets import Bucket
+from prx_composer.data.transforms import resize
 
-__all__ = ["BadImageError", "decode", "encode_jpeg", "is_plain", "open_image", "oriented_size", "resize"]
+__all__ = ["BadImageError", "decode", "encode_jpeg", "is_plain", "open_image", "oriented_size"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # none that runs an interpreter, such as EPS
 STORED = ("JPEG", "MPO", "PNG", "WEBP")  # kept as they are where they fit; MPO is how phones write a JPEG with a preview
@@ -151,27 +150,6 @@ def _transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform |
 @functools.cache
 def _srgb() -> Any:
     return ImageCms.createProfile("sRGB")
-
-
-def resize(pixels: np.ndarray, bucket: Bucket) -> np.ndarray:
-    """The largest centred part of the bucket's aspect ratio, resized to it, antialiased (bicubic).
-
-    Args:
-        pixels: uint8 (height, width, 3).
-
-    Returns:
-        uint8 (bucket.height, bucket.width, 3).
-    """
-    height, width = pixels.shape[:2]
-    scale = max(bucket.height / height, bucket.width / width)
-    rows, columns = min(height, round(bucket.height / scale)), min(width, round(bucket.width / scale))
-    top, left = (height - rows) // 2, (width - columns) // 2
-    part = pixels[top : top + rows, left : left + columns]
-    if (rows, columns) == tuple(bucket):
-        return part
-    image = torch.tensor(part).permute(2, 0, 1)[None]
-    image = torch.nn.functional.interpolate(image, tuple(bucket), mode="bicubic", antialias=True)
-    return image[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def encode_jpeg(pixels: np.ndarray, quality: int, subsampling: int) -> bytes:

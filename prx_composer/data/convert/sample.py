@@ -13,6 +13,7 @@ from prx_composer.data.convert.expressions import is_wanted
 from prx_composer.data.convert.pixels import BadImageError
 from prx_composer.data.convert.records import Record, lookup
 from prx_composer.data.convert.settings import CHROMA, Settings
+from prx_composer.data.transforms import resize
 
 __all__ = ["Checked", "Dropped", "Kept", "Measured", "check", "convert"]
 
@@ -101,7 +102,7 @@ def convert(record: Record, settings: Settings, duplicate: str = "") -> Kept | D
         return Dropped("single_colour", checked.key, checked.measured, decoded)
     encoded = checked.encoded
     if not fits:
-        encoded = pixels.encode_jpeg(pixels.resize(decoded, bucket), settings.quality, CHROMA[settings.chroma])
+        encoded = pixels.encode_jpeg(resize(decoded, bucket), settings.quality, CHROMA[settings.chroma])
     row = {"image": encoded, "width": bucket.width, "height": bucket.height, "key": checked.key}
     return Kept(bucket, row | checked.captions | checked.metadata, checked.measured, fits, checked.filled)
 
