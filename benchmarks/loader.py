@@ -4,7 +4,7 @@ OMP_NUM_THREADS=1 python benchmarks/loader.py --output benchmarks/results/loader
 
 The plain pipeline is what most scripts do: Image.open, torchvision's Resize (its default filter, bilinear, antialiased),
 CenterCrop, ToImage, ToDtype, Normalize, and a collate function that tokenises the captions with the same tokenizer. Images are
-compared first. Without workers both run in this process on one thread; with workers, images per second are divided by their number.
+compared first. Without workers both run in this process on one thread; else images per second are divided by the workers.
 """
 
 import argparse
