@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prx_composer import registry
+from prx_composer.data.data_sets import data_sets
 from prx_composer.errors import Problems, UserError, at_path
 from prx_composer.registry import NESTED, Registry, nearest
 from prx_composer.schedule import Moment, Point, names_budget, parse_duration
@@ -213,6 +214,9 @@ def check(recipe: Recipe) -> None:
         if spec := getattr(recipe, key):
             with problems.noted():
                 _check_spec(registry.loaders, spec, key, _LOADER_PROVIDED, also=frozenset({"source"}))
+                if spec["name"] == "image_caption":
+                    with at_path(key):
+                        data_sets(spec)
     for kind in ("algorithms", "callbacks", "loggers"):
         for name, arguments in entries(getattr(recipe, kind), kind):
             path = f"{kind}.{name}"

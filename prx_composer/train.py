@@ -25,6 +25,7 @@ from prx_composer.callbacks.time_budget import TimeBudget, time_budget_of
 from prx_composer.checkpoints import newest_checkpoint, newest_whole_checkpoint, without_new_callbacks
 from prx_composer.config import Recipe, build, build_all, split
 from prx_composer.data.columns import check_text_column
+from prx_composer.data.data_sets import data_sets
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import Manifest, iterate_captions
 from prx_composer.data.sources import prepare
@@ -256,9 +257,11 @@ def _prepare_data(recipe: Recipe) -> None:
         if source is not None:
             with at_path(key):
                 prepare(Path(spec["path"]), source, spec["source"])
-        if spec and spec["name"] == "image_caption" and not spec.get("remote"):
+        if spec and spec["name"] == "image_caption":
             with at_path(key):
-                read_manifest(spec["path"], spec.get("split", "train"), spec.get("captions"))
+                for part in data_sets(spec).values():
+                    if not part.get("remote"):
+                        read_manifest(part["path"], part.get("split", "train"), part.get("captions"))
 
 
 def _build_loader(recipe: Recipe, key: str, model: TextToImage, global_batch_size: int, **overrides: Any) -> DataSpec:
@@ -331,10 +334,7 @@ def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Pa
         if isinstance(spec, str):
             tokenizer = load_tokenizer(spec, revision)
         elif isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size"} and spec.get("train"):
-            split_folder = Path(recipe.train_loader["path"]) / recipe.train_loader.get("split", "train")
-            columns = recipe.train_loader.get("captions") or [Manifest.read(split_folder).captions[0]]
-            captions = (caption for column in columns for caption in iterate_captions(split_folder, column))
-            tokenizer = train_tokenizer(captions, spec.get("vocab_size", 4096))
+            tokenizer = train_tokenizer(_training_captions(recipe), spec.get("vocab_size", 4096))
         else:
             raise UserError(f"{path}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
     if dist.get_global_rank() == 0:
@@ -342,6 +342,13 @@ def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Pa
         tokenizer.save_pretrained(str(partial))
         partial.rename(folder)
     return tokenizer
+
+
+def _training_captions(recipe: Recipe) -> Iterator[str]:
+    for part in data_sets(recipe.train_loader).values():
+        folder = Path(part["path"]) / part.get("split", "train")
+        for column in part.get("captions") or [Manifest.read(folder).captions[0]]:
+            yield from iterate_captions(folder, column)
 
 
 def _build_optimizer(recipe: Recipe, model: TextToImage) -> Any:

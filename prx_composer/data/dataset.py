@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from prx_composer.data.buckets import Bucket
@@ -131,6 +132,23 @@ class ImageCaptionDataset(Dataset):
     def __len__(self) -> int:
         return int(self._offsets[-1])
 
+    @property
+    def image_size(self) -> int:
+        """Side of the square whose area every bucket has, as it is stored."""
+        return self.manifest.image_size
+
+    def first_of(self, bucket: int) -> int:
+        """Id of a bucket's first sample; the others follow."""
+        return int(self._offsets[bucket])
+
+    def epoch_counts(self, shuffle: bool) -> list[int]:
+        """Samples by bucket that an epoch sees: all of them."""
+        return self.counts
+
+    def epoch_ids(self, epoch: int, shuffle: bool) -> list[NDArray[np.int64]]:
+        """The samples themselves, in stored order."""
+        return [first + np.arange(count) for first, count in zip(self._offsets, self.counts, strict=False)]
+
     def bucket_of(self, sample_id: int) -> int:
         """Index of the bucket that holds a sample."""
         return int(np.searchsorted(self._offsets, sample_id, side="right")) - 1
@@ -223,7 +241,9 @@ class ImageCaptionDataset(Dataset):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError if the checkpoint was written with other data: the order of samples would not be the same."""
-        if state["counts"] != self.counts:
+        if state.get("counts") != self.counts:
+            if "mix" in state:
+                raise UserError("The checkpoint was trained on train_loader.mix, a mixture; resume with it, or name another run.")
             raise UserError(
                 f"The checkpoint was trained on a data set with {sum(state['counts'])} samples in {len(state['counts'])} "
                 f"buckets, but train_loader.path has {len(self)} in {len(self.counts)}. Resume with the same data, or "

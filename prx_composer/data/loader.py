@@ -1,6 +1,7 @@
 """Batches on their way to the device, and the one thing a schedule may change about them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from composer.core import DataSpec
@@ -9,7 +10,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer.data.collate import Collator, channels_first, split_batch
+from prx_composer.data.data_sets import data_sets, weights_of
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
+from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler
 
 __all__ = ["ImageCaptionLoader", "build_loader"]
@@ -22,10 +25,16 @@ class ImageCaptionLoader(DataLoader):
     batch size; batches that workers had prepared for the old stage are dropped.
     """
 
-    dataset: ImageCaptionDataset  # pyright: ignore[reportIncompatibleVariableOverride]
+    dataset: ImageCaptionDataset | MixedDataset  # pyright: ignore[reportIncompatibleVariableOverride]
     batch_sampler: BucketBatchSampler
 
-    def __init__(self, dataset: ImageCaptionDataset, batch_sampler: BucketBatchSampler, collator: Collator, num_workers: int = 0):
+    def __init__(
+        self,
+        dataset: ImageCaptionDataset | MixedDataset,
+        batch_sampler: BucketBatchSampler,
+        collator: Collator,
+        num_workers: int = 0,
+    ):
         super().__init__(
             dataset,
             batch_sampler=batch_sampler,  # pyright: ignore[reportArgumentType]
@@ -76,7 +85,8 @@ def build_loader(
     multiple: int,
     seed: int,
     *,
-    path: str,
+    path: str | None = None,
+    mix: dict[str, dict[str, Any]] | None = None,
     split: str = "train",
     captions: dict[str, float] | None = None,
     features: list[str] | None = None,
@@ -94,10 +104,26 @@ def build_loader(
         multiple: see `BucketBatchSampler`.
         seed: of order and choices.
         path, split, captions, features, text_embedding, remote, max_undecodable: see `ImageCaptionDataset`.
+        mix: instead of `path`: name → path, perhaps split, captions, remote, and weight of a data set; see `MixedDataset`.
         shuffle: off for evaluation.
         num_workers: processes that decode and tokenise; 0 = in the training process.
+
+    Raises:
+        ValueError, UserError: no such data; see there.
     """
-    dataset = ImageCaptionDataset(path, split, captions, remote, seed, max_undecodable, num_workers, features, text_embedding)
+    spec: dict[str, Any] = {"path": path, "mix": mix, "split": split, "captions": captions, "remote": remote}
+    stored = {"features": features, "text_embedding": text_embedding}
+    parts = {
+        where.removeprefix("mix."): ImageCaptionDataset(
+            **{key: part.get(key) for key in ("path", "split", "captions", "remote")},
+            **stored,
+            seed=seed,
+            max_undecodable=max_undecodable,
+            max_workers=num_workers,
+        )
+        for where, part in data_sets(spec).items()
+    }
+    dataset = parts[""] if mix is None else MixedDataset(parts, weights_of(mix), seed)
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
     sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank)
     loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens), num_workers)

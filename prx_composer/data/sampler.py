@@ -1,6 +1,6 @@
 """Which samples form which batch: a pure function of (seed, epoch, batch size), with every batch from one bucket."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,12 +8,15 @@ from torch.utils.data import DistributedSampler
 
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest
+from prx_composer.data.mixture import MixedDataset
 
 __all__ = ["BucketBatchSampler", "epoch_batches", "epoch_steps"]
 
 
-def epoch_batches(counts: list[int], batch_size: int, *, shuffle: bool, seed: int = 0, epoch: int = 0) -> NDArray[np.int64]:
-    """An epoch's sample ids, (steps, batch_size), whatever the number of ranks that share a batch.
+def epoch_batches(
+    ids: Sequence[NDArray[np.int64]], batch_size: int, *, shuffle: bool, seed: int = 0, epoch: int = 0
+) -> NDArray[np.int64]:
+    """An epoch's batches, (steps, batch_size), whatever the number of ranks that share a batch.
 
     Every batch is full and of one bucket: all ranks have one shape at a time, so that none waits for another that has more
     to compute or a new shape to compile, and a run that goes on with another number of ranks sees the same samples. What
@@ -21,18 +24,16 @@ def epoch_batches(counts: list[int], batch_size: int, *, shuffle: bool, seed: in
     shuffling (evaluation) tails are filled by repetition too, so that every sample is seen.
 
     Args:
-        counts: samples per bucket; ids are numbered through.
+        ids: of the samples of every bucket.
         batch_size: over all ranks.
     """
     rng = np.random.default_rng([seed, epoch])
     batches = []
-    offset = 0
-    for count, number in zip(counts, _batches_per_bucket(counts, batch_size, shuffle), strict=True):
-        ids = np.arange(offset, offset + count)
-        offset += count
+    for members, number in zip(ids, _batches_per_bucket([len(part) for part in ids], batch_size, shuffle), strict=True):
         if shuffle:
-            rng.shuffle(ids)
-        batches.append(np.resize(ids, (number, batch_size)))
+            members = members.copy()
+            rng.shuffle(members)
+        batches.append(np.resize(members, (number, batch_size)))
     stacked = np.concatenate(batches)
     if shuffle:
         rng.shuffle(stacked)
@@ -40,12 +41,12 @@ def epoch_batches(counts: list[int], batch_size: int, *, shuffle: bool, seed: in
 
 
 def epoch_steps(counts: list[int], batch_size: int, *, shuffle: bool) -> int:
-    """How many batches `epoch_batches` has."""
+    """How many batches `epoch_batches` has of so many samples in every bucket."""
     return sum(_batches_per_bucket(counts, batch_size, shuffle))
 
 
 def _batches_per_bucket(counts: list[int], batch_size: int, shuffle: bool) -> list[int]:
-    return [max(count // batch_size if shuffle else -(-count // batch_size), 1) for count in counts]
+    return [max(count // batch_size if shuffle else -(-count // batch_size), min(count, 1)) for count in counts]
 
 
 class BucketBatchSampler(DistributedSampler):
@@ -69,7 +70,7 @@ class BucketBatchSampler(DistributedSampler):
 
     def __init__(
         self,
-        dataset: ImageCaptionDataset,
+        dataset: ImageCaptionDataset | MixedDataset,
         image_size: int,
         global_batch_size: int,
         multiple: int,
@@ -93,7 +94,7 @@ class BucketBatchSampler(DistributedSampler):
                 f"image_size {image_size} is not divisible by {self._multiple} (patch_size × autoencoder downsampling)."
             )
         self.image_size, self.global_batch_size = image_size, global_batch_size
-        base = self._dataset.manifest.image_size
+        base = self._dataset.image_size
         self._sizes = [bucket.at(image_size, base, self._multiple) for bucket in self._dataset.buckets]
         for stored, size in zip(self._dataset.buckets, self._sizes, strict=True):
             if any(side % self._multiple for side in size):
@@ -108,10 +109,11 @@ class BucketBatchSampler(DistributedSampler):
         return self._sizes
 
     def _batches(self) -> NDArray[np.int64]:
-        return epoch_batches(self._dataset.counts, self.global_batch_size, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch)
+        ids = self._dataset.epoch_ids(self.epoch, self.shuffle)
+        return epoch_batches(ids, self.global_batch_size, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch)
 
     def __len__(self) -> int:
-        return epoch_steps(self._dataset.counts, self.global_batch_size, shuffle=self.shuffle)
+        return epoch_steps(self._dataset.epoch_counts(self.shuffle), self.global_batch_size, shuffle=self.shuffle)
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         first = self._dataset.take_start_sample() // self.global_batch_size

@@ -5,39 +5,45 @@ from pathlib import Path
 from typing import Any
 
 from prx_composer.config import Recipe
+from prx_composer.data.data_sets import data_sets
 from prx_composer.data.schema import MANIFEST, Manifest
-from prx_composer.errors import UserError
+from prx_composer.errors import UserError, at_path
 from prx_composer.planning.conditions import Measured
 
-__all__ = ["dataset", "read_throughput", "stored_bytes"]
+__all__ = ["read_manifests", "read_throughput", "stored_bytes"]
 
 JPEG_BYTES_PER_PIXEL = 0.25  # at about quality 90; only used where the data isn't here to look at
 
 
-def dataset(recipe: Recipe) -> Manifest | None:
-    """The manifest of the recipe's training data, if it is on this machine; raises UserError if it is not right."""
-    loader = recipe.train_loader
-    folder = Path(str(loader.get("path", ""))) / str(loader.get("split", "train"))
-    if "path" not in loader or not (folder / MANIFEST).is_file():
+def read_manifests(recipe: Recipe) -> dict[Path, Manifest] | None:
+    """Folder → manifest of the recipe's training data, if all of it is on this machine; raises UserError if it is not right."""
+    if "path" not in recipe.train_loader and "mix" not in recipe.train_loader:
         return None
-    try:
-        return Manifest.read(folder)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"train_loader.path: {folder / MANIFEST} is no manifest of a data set: {error}") from error
+    with at_path("train_loader"):
+        folders = [Path(part["path"]) / str(part.get("split", "train")) for part in data_sets(recipe.train_loader).values()]
+    if not all((folder / MANIFEST).is_file() for folder in folders):
+        return None
+    manifests = {}
+    for folder in folders:
+        try:
+            manifests[folder] = Manifest.read(folder)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"train_loader.path: {folder / MANIFEST} is no manifest of a data set: {error}") from error
+    return manifests
 
 
-def stored_bytes(recipe: Recipe, manifest: Manifest | None, largest: int) -> tuple[float, str]:
+def stored_bytes(manifests: dict[Path, Manifest] | None, largest: int) -> tuple[float, str]:
     """Bytes on disk per image, and how that is known."""
-    if manifest is not None:
-        folder = Path(recipe.train_loader["path"]) / str(recipe.train_loader.get("split", "train"))
-        total = 0
+    total = samples = 0
+    for folder, manifest in (manifests or {}).items():
+        samples += sum(manifest.buckets.values())
         for bucket in manifest.buckets:
             index = folder / str(bucket) / "index.json"
             for shard in json.loads(index.read_text())["shards"] if index.is_file() else ():
                 total += (shard.get("zip_data") or shard["raw_data"])["bytes"]
-        if total:
-            size = total / sum(manifest.buckets.values())
-            return size, f"read from disk: {size / 1e3:,.1f} kB per image, the mean of the data in train_loader.path"
+    if total:
+        size = total / samples
+        return size, f"read from disk: {size / 1e3:,.1f} kB per image, the mean of the data in train_loader.path"
     size = JPEG_BYTES_PER_PIXEL * largest**2
     return size, f"read from disk: {size / 1e3:,.1f} kB per image, {JPEG_BYTES_PER_PIXEL} bytes a pixel (JPEG) at {largest} px"
 

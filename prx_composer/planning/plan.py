@@ -11,7 +11,7 @@ from prx_composer.errors import UserError
 from prx_composer.parallelism import parallelism
 from prx_composer.planning.checkpoints import CheckpointPlan, plan_checkpoints
 from prx_composer.planning.conditions import Conditions
-from prx_composer.planning.inputs import dataset, stored_bytes
+from prx_composer.planning.inputs import read_manifests, stored_bytes
 from prx_composer.planning.memory import RESERVE, Memory, memory, sharding, training_state
 from prx_composer.planning.model import PlannedModel, plan_model
 from prx_composer.planning.parts import ImageShape, Part
@@ -143,13 +143,14 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
     """
     parallelism(recipe.parallelism_config, conditions.num_gpus)  # refuses what is not right
     planned = plan_model(recipe, conditions.stored_text)
-    manifest = dataset(recipe)
+    manifests = read_manifests(recipe)
     samples, source = conditions.samples, "--samples"
-    if manifest is not None:
-        samples, source = sum(manifest.buckets.values()), "train_loader.path"
+    if manifests is not None:
+        samples = sum(count for manifest in manifests.values() for count in manifest.buckets.values())
+        source = "train_loader.path"
     line = timeline(recipe, conditions.num_gpus, samples)
     largest = max(span.image_size for span in line.spans)
-    read_bytes, read_from = stored_bytes(recipe, manifest, largest)
+    read_bytes, read_from = stored_bytes(manifests, largest)
     times = StepTimes(planned, recipe, conditions)
     stages = [_stage(planned, recipe, conditions, line, span, samples, read_bytes, times) for span in line.spans]
 

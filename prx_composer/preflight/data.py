@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from prx_composer import registry
 from prx_composer.config import Recipe, build, split
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import encoded_folder, read_column
+from prx_composer.data.data_sets import data_sets
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.sources import is_made
@@ -89,8 +91,23 @@ def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) 
     if path in to_be_made:
         yield skipped(key, f"train_loader.source makes {path} on first use")
         return
-    manifest = _remote_manifest(key, spec) if spec.get("remote") else _local_manifest(key, spec)
-    folder = Path(path) / spec.get("split", "train")
+    with at_path(key):
+        found = data_sets(spec)
+    buckets: Counter[Bucket] = Counter()
+    for where, arguments in found.items():
+        name = f"{key}.{where}" if where else key
+        manifest = _remote_manifest(name, arguments) if arguments.get("remote") else _local_manifest(name, arguments)
+        buckets.update(manifest.buckets)
+        yield from _check_data_set(name, arguments, manifest, stages, parts.multiple)
+    if key == "train_loader":
+        yield from _check_buckets(key, buckets, stages)
+
+
+def _check_data_set(
+    key: str, spec: dict[str, Any], manifest: Manifest, stages: list[PlannedStage], multiple: int | None
+) -> Iterator[Result]:
+    path, name = spec["path"], spec.get("split", "train")
+    folder = Path(path) / name
     facts = [f"{sum(manifest.buckets.values()):,} samples in {_count(len(manifest.buckets), 'bucket')}"]
     if not spec.get("remote"):
         facts.append(_check_shards(key, folder, manifest, spec))
@@ -98,14 +115,10 @@ def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) 
     facts.append(f"captions: {', '.join(captions)}")
     if (stored := spec.get("text_embedding")) and not spec.get("remote"):
         for caption in captions:
-            column = read_column(
-                encoded_folder(path, spec.get("split", "train"), stored, caption), "text", f"{key}.text_embedding"
-            )
+            column = read_column(encoded_folder(path, name, stored, caption), "text", f"{key}.text_embedding")
             facts.append(f"embeddings of {caption} by {column.encoder}, {column.storage}")
-    yield passed(key, f"{spec.get('remote') or path}/{spec.get('split', 'train')}: {'; '.join(facts)}")
-    yield from _check_sizes(key, list(manifest.buckets), manifest.image_size, stages, parts.multiple)
-    if key == "train_loader":
-        yield from _check_buckets(key, manifest, stages)
+    yield passed(key, f"{spec.get('remote') or path}/{name}: {'; '.join(facts)}")
+    yield from _check_sizes(key, list(manifest.buckets), manifest.image_size, stages, multiple)
     if spec.get("remote"):
         yield skipped(f"{key}: shards and images", f"they lie on {spec['remote']}")
     else:
@@ -238,17 +251,17 @@ def _is_uneven(bucket: Bucket, stage: PlannedStage, base_size: int, multiple: in
     return any(side % multiple for side in bucket.at(stage.image_size, base_size, multiple))
 
 
-def _check_buckets(key: str, manifest: Manifest, stages: list[PlannedStage]) -> Iterator[Result]:
+def _check_buckets(key: str, buckets: Mapping[Bucket, int], stages: list[PlannedStage]) -> Iterator[Result]:
     """Whether every bucket fills a global batch, which is of one bucket: those that don't are shown more often than others."""
-    total = sum(manifest.buckets.values())
+    total = sum(buckets.values())
     for stage in stages:
         batch_size = stage.global_batch_size
-        small = {bucket: count for bucket, count in manifest.buckets.items() if count < batch_size}
+        small = {bucket: count for bucket, count in buckets.items() if count < batch_size}
         if small:
             rarest = min(small, key=lambda bucket: small[bucket])
             yield warned(
                 key,
-                f"{len(small)} of {_count(len(manifest.buckets), 'bucket')}, with {sum(small.values()) / total:.1%} of the "
+                f"{len(small)} of {_count(len(buckets), 'bucket')}, with {sum(small.values()) / total:.1%} of the "
                 f"samples, hold fewer than a batch of {batch_size} ({stage.image_size} px) and fill it by repetition: "
                 f"{_some(list(small))}. A sample of {rarest} is seen up to {-(-batch_size // small[rarest])} times an epoch; "
                 "convert the data into fewer buckets if that matters",

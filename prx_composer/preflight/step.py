@@ -21,6 +21,7 @@ from composer.utils import dist
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
 from prx_composer.config import Recipe
 from prx_composer.data.buckets import Bucket
+from prx_composer.data.collate import channels_first
 from prx_composer.data.dataset import SampleRequest
 from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.errors import UserError, problems_of
@@ -115,7 +116,7 @@ def _steps(state: State, recipe: Recipe, loader: ImageCaptionLoader) -> Iterator
     dataset, model = loader.dataset, unwrapped(state)
     multiple = model.backbone.patch_size * model.autoencoder.downsampling
     for stage in planned_stages(recipe, list(state.algorithms), dist.get_world_size())[_first_stage(state) :]:
-        sizes = [bucket.at(stage.image_size, dataset.manifest.image_size, multiple) for bucket in dataset.buckets]
+        sizes = [bucket.at(stage.image_size, dataset.image_size, multiple) for bucket in dataset.buckets]
         for number, index in enumerate(extremes(sizes)):
             yield _Step(stage, index, sizes[index], dense=False)
             if number == 0 and is_sometimes_dense(state, stage.window):
@@ -138,7 +139,7 @@ def _try(state: State, step: _Step, loader: ImageCaptionLoader) -> int:
     """
     try:
         with switched(state, step.stage.window, step.dense):
-            return _run(state, step, state.device.batch_to_device(_microbatch(loader, step)))
+            return _run(state, step, channels_first(state.device.batch_to_device(_microbatch(loader, step))))
     except UserError:
         raise
     except Exception as error:  # of anybody's loss
@@ -178,7 +179,7 @@ def _run(state: State, step: _Step, batch: Any) -> int:
 def _microbatch(loader: ImageCaptionLoader, step: _Step) -> Any:
     """The first sample of the bucket, as often as a microbatch needs it, with captions of full length."""
     dataset = loader.dataset
-    sample = dataset.look_at(SampleRequest(sum(dataset.counts[: step.bucket]), *step.size, epoch=0))
+    sample = dataset.look_at(SampleRequest(dataset.first_of(step.bucket), *step.size, epoch=0))
     batch: dict[str, torch.Tensor] = loader.collate_fn([sample] * step.stage.microbatch_size)
     if "attention_mask" in batch:
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])

@@ -1,0 +1,48 @@
+"""Which data sets a recipe's loader names: one by its path, or several under `mix`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prx_composer.errors import UserError
+
+__all__ = ["data_sets", "weights_of"]
+
+_OF_ONE = ("path", "split", "captions", "remote")  # what the data sets of a mixture may have of their own
+_WEIGHT = "weight"
+
+
+def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The data sets that a loader's specification names: where in it → its arguments, those that all share included.
+
+    Raises:
+        UserError: no path; a mixture that is empty, has an unknown key, or a weight for some of its data sets only.
+    """
+    mix = spec.get("mix")
+    if mix is None and not spec.get("path"):
+        raise UserError("path is missing: the folder of the data set.")
+    if mix is None:
+        return {"": dict(spec)}
+    if not isinstance(mix, Mapping) or not mix or not all(isinstance(part, Mapping) for part in mix.values()):
+        raise UserError(f"mix must be a mapping such as {{flux: {{path: data/flux, weight: 0.5}}}}, not {mix!r}.")
+    if given := [key for key in ("path", "remote", "source") if spec.get(key)]:
+        raise UserError(f"{given[0]} cannot be given beside mix: write it below one data set, such as mix.{next(iter(mix))}.")
+    for name, part in mix.items():
+        if unknown := part.keys() - {*_OF_ONE, _WEIGHT}:
+            raise UserError(f"mix.{name}.{min(unknown)}: unknown; a data set has {', '.join(_OF_ONE)} and {_WEIGHT}.")
+        if "path" not in part:
+            raise UserError(f"mix.{name}.path is missing: the folder of the data set.")
+    weights = {name: part[_WEIGHT] for name, part in mix.items() if _WEIGHT in part}
+    if weights and len(weights) < len(mix):
+        without = next(name for name in mix if name not in weights)
+        raise UserError(f"mix.{without}.weight is missing: give one to all data sets, or to none: samples are seen equally then.")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise UserError(f"mix.{name}.weight must be a positive number, not {weight!r}.")
+    shared = {key: value for key, value in spec.items() if key != "mix"}
+    return {f"mix.{name}": shared | {key: value for key, value in part.items() if key != _WEIGHT} for name, part in mix.items()}
+
+
+def weights_of(mix: Mapping[str, Any]) -> dict[str, float] | None:
+    """Data set → weight, or None if none is given."""
+    weights = {name: float(part[_WEIGHT]) for name, part in mix.items() if _WEIGHT in part}
+    return weights or None

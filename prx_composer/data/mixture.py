@@ -1,0 +1,154 @@
+"""Several data sets as one, each with the share of samples that its weight says."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from prx_composer.data.columns import StoredColumn
+from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest
+from prx_composer.errors import UserError
+
+__all__ = ["MixedDataset"]
+
+
+class MixedDataset(Dataset):
+    """Data sets drawn from with given shares, as one data set for the sampler.
+
+    An epoch has as many samples as all data sets together; a data set of weight w has w / Σw of them. It goes through its own
+    samples in passes, each in an order of its own, and an epoch goes on where the one before it ended: no sample is seen n + 1
+    times before every other of its bucket has been seen n times. Evaluation, which does not shuffle, sees every sample once.
+
+    Args:
+        parts: name → data set; all of one base size.
+        weights: name → weight; None: every sample is seen equally often.
+        seed: of the orders.
+
+    Raises:
+        UserError: data sets of different base sizes.
+    """
+
+    def __init__(self, parts: dict[str, ImageCaptionDataset], weights: dict[str, float] | None, seed: int):
+        self.parts, self._seed = parts, seed
+        sizes = {name: part.image_size for name, part in parts.items()}
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise UserError(f"mix: the data sets have different base sizes ({told} px); convert them with one --base-size.")
+        self.image_size = next(iter(sizes.values()))
+        self.buckets = sorted({bucket for part in parts.values() for bucket in part.buckets})
+        self._names = list(parts)
+        self._starts = np.cumsum([0, *(len(part) for part in parts.values())])
+        natural = {name: float(len(part)) for name, part in parts.items()}
+        self._weights = weights or natural
+        total = sum(self._weights.values())
+        self._repeats = {name: self._weights[name] / total * len(self) / len(part) for name, part in parts.items()}
+        self.start_sample = 0
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
+        index, local = self._locate(request.sample_id)
+        sample = self.parts[self._names[index]][request._replace(sample_id=local)]
+        return sample | {"sample_id": sample["sample_id"] + int(self._starts[index])}
+
+    def look_at(self, request: SampleRequest) -> dict[str, Any]:
+        """As `dataset[request]`, but what cannot be decoded is not counted."""
+        index, local = self._locate(request.sample_id)
+        return self.parts[self._names[index]].look_at(request._replace(sample_id=local))
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples by bucket."""
+        return [sum(self._count(part, bucket) for part in self.parts.values()) for bucket in self.buckets]
+
+    @property
+    def undecodable(self) -> int:
+        return sum(part.undecodable for part in self.parts.values())
+
+    @property
+    def text_columns(self) -> dict[str, StoredColumn]:
+        return {f"{name}/{key}": column for name, part in self.parts.items() for key, column in part.text_columns.items()}
+
+    def bucket_of(self, sample_id: int) -> int:
+        """Index of the bucket that holds a sample."""
+        index, local = self._locate(sample_id)
+        part = self.parts[self._names[index]]
+        return self.buckets.index(part.buckets[part.bucket_of(local)])
+
+    def first_of(self, bucket: int) -> int:
+        """Id of a sample of the bucket."""
+        for start, part in zip(self._starts, self.parts.values(), strict=False):
+            if self.buckets[bucket] in part.buckets:
+                return int(start) + part.first_of(part.buckets.index(self.buckets[bucket]))
+        raise IndexError(bucket)
+
+    def epoch_counts(self, shuffle: bool) -> list[int]:
+        """Samples by bucket that an epoch sees."""
+        return [
+            sum(self._draws(name, self._count(part, bucket), shuffle) for name, part in self.parts.items())
+            for bucket in self.buckets
+        ]
+
+    def epoch_ids(self, epoch: int, shuffle: bool) -> list[NDArray[np.int64]]:
+        """The samples themselves; in stored order if not to be shuffled."""
+        return [
+            np.concatenate([self._epoch_of(index, bucket, epoch, shuffle) for index in range(len(self._names))])
+            for bucket in range(len(self.buckets))
+        ]
+
+    def _locate(self, sample_id: int) -> tuple[int, int]:
+        index = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
+        return index, sample_id - int(self._starts[index])
+
+    def _count(self, part: ImageCaptionDataset, bucket: Any) -> int:
+        return part.counts[part.buckets.index(bucket)] if bucket in part.buckets else 0
+
+    def _draws(self, name: str, count: int, shuffle: bool) -> int:
+        return round(self._repeats[name] * count) if shuffle else count
+
+    def _epoch_of(self, index: int, bucket: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
+        """What one data set gives to one bucket of an epoch: the stretch of its endless shuffled passes that is its turn."""
+        part = self.parts[self._names[index]]
+        if (count := self._count(part, self.buckets[bucket])) == 0:
+            return np.empty(0, np.int64)
+        first = int(self._starts[index]) + part.first_of(part.buckets.index(self.buckets[bucket]))
+        draws = self._draws(self._names[index], count, shuffle)
+        if not shuffle or draws == count:
+            return first + np.arange(count)
+        begin, end = epoch * draws, (epoch + 1) * draws
+        passes = [self._pass(index, bucket, number, count) for number in range(begin // count, -(-end // count))]
+        return first + np.concatenate([np.empty(0, np.int64), *passes])[begin % count : begin % count + draws]
+
+    def _pass(self, index: int, bucket: int, number: int, count: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self._seed, index, bucket, number]).permutation(count)
+
+    # Composer saves and restores these with its checkpoints.
+
+    def state_dict(self, num_samples: int, from_beginning: bool = True) -> dict[str, Any]:
+        return {"sample_in_epoch": num_samples, "mix": self._fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError if the checkpoint was written with other data or shares, and so another order."""
+        if state.get("mix") != self._fingerprint():
+            raise UserError(
+                f"The checkpoint was trained on {_told(state.get('mix'))}, but train_loader.mix is {_told(self._fingerprint())}. "
+                "Resume with the same data and weights, or start a new run with another run_name."
+            )
+        self.start_sample = int(state["sample_in_epoch"])
+
+    def take_start_sample(self) -> int:
+        """Where the coming epoch starts: once after a resume not at 0."""
+        start, self.start_sample = self.start_sample, 0
+        return start
+
+    def _fingerprint(self) -> dict[str, Any]:
+        total = sum(self._weights.values())
+        return {name: {"counts": part.counts, "share": self._weights[name] / total} for name, part in self.parts.items()}
+
+
+def _told(mix: dict[str, Any] | None) -> str:
+    if mix is None:
+        return "one data set"
+    return ", ".join(f"{name}: {sum(part['counts']):,} samples at {part['share']:.1%}" for name, part in mix.items())
