@@ -147,7 +147,8 @@ def view(
 ) -> None:
     """Show samples as a model sees them: decoded, scaled and cropped by the loader, with the caption that it takes.
 
-    With a recipe they are what its loader gives in the first epoch, at its image size, with captions cut to its tokens.
+    With a recipe they are what its loader gives in the first epoch, at its image size, with captions cut to its tokens. Without
+    one, images are as stored, or at another --image-size in sides that are multiples of what all stored sides are.
     """
     from prx_composer.looking import sheet
     from prx_composer.looking.split import open_split
