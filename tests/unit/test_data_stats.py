@@ -51,7 +51,7 @@ def test_counts_are_those_of_an_independent_reader(converted: Path) -> None:
         by_bucket[str(row["bucket"])] = by_bucket.get(str(row["bucket"]), 0) + 1
     assert {bucket["name"]: bucket["samples"] for bucket in found["buckets"]} == by_bucket
     for bucket in found["buckets"]:
-        files = [path for path in (converted / "train" / bucket["name"]).rglob("*.mds")]
+        files = list((converted / "train" / bucket["name"]).rglob("*.mds"))
         assert (bucket["shards"], bucket["bytes"]) == (len(files), sum(path.stat().st_size for path in files))
         assert bucket["smaller_than"] == ([7] if by_bucket[bucket["name"]] < 7 else [])
         assert bucket["share"] == pytest.approx(by_bucket[bucket["name"]] / 29)
