@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from prx_composer import config
 from prx_composer.data.sources import prepare
 from prx_composer.errors import UserError, at_path, raise_all
+from prx_composer.looking.split import open_split
 from prx_composer.preflight.data import source_of
 from prx_composer.preflight.recipe import PlannedStage, examine
 from prx_composer.run_folder import TOKENIZER
@@ -58,12 +59,13 @@ def subject_of(arguments: list[str], split: str | None) -> Subject:
     Raises:
         UserError: neither one folder nor a recipe; a recipe that is wrong, or whose tokenizer cannot be had.
     """
-    if not any(argument.endswith((".yaml", ".yml")) for argument in arguments):
-        if len(arguments) > 1:
-            raise UserError(
-                f"{' '.join(arguments)}: name one folder of a data set, or a recipe (.yaml) and key=value. For "
-                "the data of a folder as a recipe would load it: RECIPE.yaml train_loader.path=FOLDER"
-            )
+    recipes = [argument for argument in arguments if argument.endswith((".yaml", ".yml"))]
+    if len(arguments) > 1 and (not recipes or any("=" not in argument for argument in arguments if argument not in recipes)):
+        raise UserError(
+            f"{' '.join(arguments)}: name one folder of a data set, or a recipe (.yaml) and key=value. For the data of a folder "
+            "as a recipe would load it: RECIPE.yaml train_loader.path=FOLDER"
+        )
+    if not recipes:
         return Subject(arguments[0], split or "train")
     recipe = config.load(arguments)
     config.import_code(recipe.code_paths)
@@ -81,9 +83,11 @@ def subject_of(arguments: list[str], split: str | None) -> Subject:
                 prepare(Path(getattr(recipe, made)["path"]), source, getattr(recipe, made)["source"])
     loader = {argument: value for argument, value in loader.items() if argument != "source"}
     loader["split"] = split or loader.get("split", "train")
+    path = loader.get("remote") or loader["path"]
+    open_split(path, loader["split"])  # before a tokenizer is downloaded
     tokenizer, max_tokens = _tokenizer(recipe)
     return Subject(
-        path=loader.get("remote") or loader["path"],
+        path=path,
         split=loader["split"],
         loader=loader,
         key=key,

@@ -191,8 +191,9 @@ def test_a_draw_is_seeded_and_can_be_of_one_bucket(data: Path) -> None:
 def test_what_cannot_be_shown_is_said_before_anything_is_read(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--bucket: there is no '9x9'; the data set has 24x40, 32x32"):
         seen(data, bucket="9x9")
-    with pytest.raises(UserError, match="name one folder"):
-        subject_of([str(data), "image_size=3"], None)
+    for arguments in ([str(data), "image_size=3"], [str(data), str(data)], [str(data), "a.yaml"]):
+        with pytest.raises(UserError, match="name one folder"):
+            subject_of(arguments, None)
     for output, said in [("a.jpg", r"\.png.*\.html"), ("none/a.png", "there is no folder")]:
         with pytest.raises(UserError, match=said):
             sheet.check_output(str(tmp_path / output))
