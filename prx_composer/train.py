@@ -54,7 +54,7 @@ from prx_composer.run_folder import (
 from prx_composer.schedule import duration_string, parse_duration
 from prx_composer.trainer import Trainer
 
-__all__ = ["build_text_encoder", "build_trainer", "main", "run"]
+__all__ = ["build_text_encoder", "build_tokenizer", "build_trainer", "main", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -319,10 +319,20 @@ def build_text_encoder(recipe: Recipe, folder: Path) -> HuggingFaceTextEncoder:
     """
     path = "model.text_encoder"
     name, arguments = split(recipe.model["text_encoder"], path)
-    spec = arguments.pop("tokenizer", arguments.get("pretrained"))
+    arguments.pop("tokenizer", None)
+    return build(registry.text_encoders, name, arguments, path, tokenizer=build_tokenizer(recipe, folder))
+
+
+def build_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+    """The recipe's, without its encoder; kept in the run folder.
+
+    Raises:
+        UserError: one that cannot be had.
+    """
+    _, arguments = split(recipe.model["text_encoder"], "model.text_encoder")
+    spec = arguments.get("tokenizer", arguments.get("pretrained"))
     with dist.run_local_rank_zero_first():
-        tokenizer = _build_tokenizer(spec, arguments.get("revision"), recipe, folder / TOKENIZER)
-    return build(registry.text_encoders, name, arguments, path, tokenizer=tokenizer)
+        return _build_tokenizer(spec, arguments.get("revision"), recipe, folder / TOKENIZER)
 
 
 def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:

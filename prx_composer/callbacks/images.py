@@ -1,7 +1,6 @@
 """Grids of generated images with their prompts, during training and at its end."""
 
 import logging
-import textwrap
 from pathlib import Path
 
 import torch
@@ -9,15 +8,15 @@ from composer.core import Callback, Event, State, Time
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from prx_composer.callbacks.rehearsal import with_rehearsal
+from prx_composer.contact_sheet import image_grid
 from prx_composer.errors import UserError
 from prx_composer.evaluation.grid_artifacts import VISIBLE_GRID, can_measure_grid, grid_energy, seam_energy
 from prx_composer.models.text_to_image import TextToImage
 
-__all__ = ["Images", "check_size", "draw_images", "image_grid", "unwrap"]
+__all__ = ["Images", "check_size", "draw_images", "unwrap"]
 
 log = logging.getLogger(__name__)
 
@@ -61,33 +60,6 @@ def draw_images(
             images = model.generate(prompts[part], height, width, seeds[part], num_inference_steps, guidance_scale)
             drawn.append(images.cpu())
     return torch.cat(drawn)
-
-
-def image_grid(images: Tensor, captions: list[str], columns: int = 6, min_side: int = 128) -> Image.Image:
-    """One picture of uint8 images (B, 3, H, W) with their captions; small images are enlarged pixel by pixel."""
-    _, _, height, width = images.shape
-    factor = max(1, -(-min_side // min(height, width)))
-    cell_width, cell_height = width * factor, height * factor
-    font_size = max(11, cell_width // 12)
-    font = ImageFont.load_default(size=font_size)
-    letters = max(8, int(cell_width / (font_size * 0.52)))
-    lines = [textwrap.wrap(caption, letters)[:4] for caption in captions]
-    line_height = int(font_size * 1.3)
-    text_height = line_height * max(len(wrapped) for wrapped in lines) + 6
-    columns = min(columns, len(captions))
-    rows, gap = -(-len(captions) // columns), 8
-    sheet = Image.new("RGB", (columns * (cell_width + gap) + gap, rows * (cell_height + text_height + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (image, wrapped) in enumerate(zip(images, lines, strict=True)):
-        x = gap + (index % columns) * (cell_width + gap)
-        y = gap + (index // columns) * (cell_height + text_height + gap)
-        tile = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        sheet.paste(tile.resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
-        draw.rectangle((x - 1, y - 1, x + cell_width, y + cell_height), outline=(200, 200, 200))
-        draw.multiline_text(
-            (x, y + cell_height + 3), "\n".join(wrapped), fill="black", font=font, spacing=line_height - font_size
-        )
-    return sheet
 
 
 class Images(Callback):

@@ -164,14 +164,14 @@ class ImageCaptionDataset(Dataset):
         first, count = int(self._offsets[bucket]), self.counts[bucket]
         for attempt in range(count):
             sample_id = first + (request.sample_id - first + attempt) % count
-            row = self._row(sample_id)
+            row = self.row(sample_id)
             self._count(seen=1)
             try:
                 image = decode_image(row["image"], request.height, request.width)
             except UNDECODABLE as error:
                 self._note_undecodable(sample_id, row.get("key", ""), error)
                 continue
-            column = self._choose_caption(sample_id, request.epoch)
+            column = self.choose_caption(sample_id, request.epoch)
             features = {name: self._feature(name, row, bucket, sample_id - first) for name in self.features}
             sample = {"image": image, "caption": row[column], "sample_id": sample_id, "features": features}
             if column in self._text_rows:
@@ -189,6 +189,20 @@ class ImageCaptionDataset(Dataset):
             self._counters.copy_(counters)
             self._named = named
 
+    def row(self, sample_id: int) -> dict[str, Any]:
+        """A sample as it is stored, by column."""
+        bucket = self.bucket_of(sample_id)
+        return self._rows.row(bucket, sample_id - int(self._offsets[bucket]))
+
+    def choose_caption(self, sample_id: int, epoch: int) -> str:
+        """The caption column that a sample is trained with in an epoch."""
+        columns = list(self.captions)
+        if len(columns) == 1:
+            return columns[0]
+        weights = np.array(list(self.captions.values()))
+        choice = np.random.default_rng([self._seed, epoch, sample_id]).choice(len(columns), p=weights / weights.sum())
+        return columns[choice]
+
     def _stored(self, folder: Path, remote: str | None, kind: str, path: str) -> tuple[StoredColumn, BucketRows]:
         """A stored column and its rows; raises UserError, at `path`, unless it has as many as the data set."""
         if remote is not None and not manifest_path(folder).exists():
@@ -203,19 +217,6 @@ class ImageCaptionDataset(Dataset):
             return torch.tensor(row[name])  # a copy: the row's memory is read-only
         column, rows = self._feature_rows[name]
         return unpack(rows.row(bucket, index), column.storage)
-
-    def _row(self, sample_id: int) -> dict[str, Any]:
-        bucket = self.bucket_of(sample_id)
-        return self._rows.row(bucket, sample_id - int(self._offsets[bucket]))
-
-    def _choose_caption(self, sample_id: int, epoch: int) -> str:
-        """Name of a caption column."""
-        columns = list(self.captions)
-        if len(columns) == 1:
-            return columns[0]
-        weights = np.array(list(self.captions.values()))
-        choice = np.random.default_rng([self._seed, epoch, sample_id]).choice(len(columns), p=weights / weights.sum())
-        return columns[choice]
 
     def _count(self, seen: int = 0, undecodable: int = 0) -> None:
         worker = get_worker_info()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conversions import contents, convert, jpeg, rows, sample, settings, write_tar
 
 from prx_composer.data.convert import job, units
@@ -17,6 +18,10 @@ from prx_composer.data.convert.records import Job
 from prx_composer.data.convert.sources import open_source
 from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest
 from prx_composer.errors import UserError
+from prx_composer.looking.split import open_split
+from prx_composer.looking.statistics import statistics
+from prx_composer.looking.subject import Subject
+from prx_composer.looking.view import look
 
 pytestmark = pytest.mark.slow
 
@@ -132,3 +137,22 @@ def test_lines_parquet_and_shards_are_read_from_an_object_store(tmp_path: Path, 
     assert contents(tmp_path / "out-parquet")
     dropped = json.loads((tmp_path / "out-jsonl" / "train" / "conversion.json").read_text())["dropped"]
     assert dropped == {"outside_input": 2, "no_image": 1} and not statistics["dropped"]
+
+
+def test_data_in_an_object_store_are_looked_at_where_they_lie(tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert("webdataset", put_tars(s3, tmp_path / "in"), tmp_path / "local")
+    job.convert(settings("webdataset", Path("in"), input="s3://data/in"), "s3://data/out")
+    near, far = (open_split(path, "train") for path in (str(tmp_path / "local"), "s3://data/out"))
+    counted = [
+        {key: value for key, value in statistics(split).items() if key not in ("path", "conversion")} for split in (near, far)
+    ]
+    assert counted[0] == counted[1]
+    some = statistics(far, samples=4)
+    assert 4 <= some["looked_at"]["samples"] < 15 and some["looked_at"]["shards"] < some["looked_at"]["of_shards"]
+    monkeypatch.chdir(tmp_path)
+    views = [look(Subject(split.path, "train"), split, 15) for split in (near, far)]
+    for one, other in zip(*(view.samples for view in views), strict=True):
+        assert one.image is not None and torch.equal(one.image, other.image) and one.caption == other.caption
+    assert not (tmp_path / "s3:").exists()
+    with pytest.raises(UserError, match=r"s3://data/none/train/manifest.json cannot be fetched"):
+        open_split("s3://data/none", "train")

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prx_composer.data.convert.records import MAX_FILE_BYTES, Record, Unit, is_damage
 from prx_composer.data.convert.settings import Settings
 from prx_composer.data.convert.tables import IMAGE_NAMES
-from prx_composer.data.storage import fetch, is_remote, join, list_files
+from prx_composer.data.mds import RawShard, encodings_of
+from prx_composer.data.storage import fetch, join, list_files
 from prx_composer.errors import UserError
 from prx_composer.registry import nearest
 
@@ -60,7 +59,7 @@ class Shards:
 
     def columns(self, units: list[Unit]) -> list[str]:
         shards = [shard for unit in units for shard in self._index(unit.path)[unit.start : unit.stop]]
-        encodings = {name: kind for shard in shards for name, kind in _encodings(shard).items()}
+        encodings = {name: kind for shard in shards for name, kind in encodings_of(shard).items()}
         image = _image_column(encodings, self._settings.image)
         if encodings[image] not in ENCODED:
             raise UserError(
@@ -79,7 +78,7 @@ class Shards:
             index = -1
             try:
                 with tempfile.TemporaryDirectory(prefix="prx-convert.") as folder:
-                    for index, sample in enumerate(_samples(unit.path, shard, Path(folder))):
+                    for index, sample in enumerate(RawShard(unit.path, shard, Path(folder))):
                         yield self._record(f"{label}:{index}", sample, shard)
             except Exception as error:
                 if not is_damage(error) and not isinstance(error, FileNotFoundError):
@@ -90,7 +89,7 @@ class Shards:
     def _record(self, key: str, sample: dict[str, bytes], shard: dict[str, Any]) -> Record:
         from streaming.base.format.mds.encodings import mds_decode
 
-        encodings = _encodings(shard)
+        encodings = encodings_of(shard)
         name = _image_column(encodings, self._settings.image)
         image = sample.pop(name)
         columns: dict[str, Any] = {}
@@ -102,10 +101,6 @@ class Shards:
         own = columns.get("key")
         key = own.decode(errors="replace") if isinstance(own, bytes) else key
         return Record(key, image, columns, "file_too_large" if len(image) > MAX_FILE_BYTES else "")
-
-
-def _encodings(shard: dict[str, Any]) -> dict[str, str]:
-    return dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
 
 
 def _is_read(encoding: str) -> bool:
@@ -123,44 +118,3 @@ def _image_column(encodings: dict[str, str], wanted: str | None) -> str:
         columns = ", ".join(f"{name} ({kind})" for name, kind in encodings.items())
         raise UserError(f"--image: say which column holds the images; there are {columns}.")
     return found[0]
-
-
-def _samples(folder: str, shard: dict[str, Any], cache: Path) -> Iterator[dict[str, bytes]]:
-    """The raw columns of every sample of a shard: the file's layout as streaming's MDSReader reads it, but nothing is decoded."""
-    zipped = shard.get("zip_data")
-    name = (zipped or shard["raw_data"])["basename"]
-    if name.startswith("/") or ".." in name.split("/"):
-        raise ValueError(f"{name} leads out of {folder}")
-    path = fetch(join(folder, name), cache)
-    if not is_remote(folder) and not path.resolve().is_relative_to(Path(folder).resolve()):
-        raise ValueError(f"{name} leads out of {folder}")
-    if zipped:
-        from streaming.base.compression import decompress
-
-        content = np.frombuffer(decompress(shard["compression"], path.read_bytes()), np.uint8)
-    else:
-        content = np.memmap(path, mode="r")
-    count = int(shard["samples"])
-    if len(content) < 4 * (count + 2):
-        raise ValueError(f"{name} ends early")
-    offsets = content[4 : 4 * (count + 2)].view(np.uint32)
-    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        if not begin <= end <= len(content):
-            raise ValueError(f"{name} ends early")
-        yield _split(bytes(content[begin:end]), shard)
-
-
-def _split(data: bytes, shard: dict[str, Any]) -> dict[str, bytes]:
-    sizes, position = [], 0
-    for size in shard["column_sizes"]:
-        if not size:
-            size = int.from_bytes(data[position : position + 4], "little")
-            position += 4
-        sizes.append(size)
-    if position + sum(sizes) > len(data):
-        raise ValueError("a sample ends early")
-    sample = {}
-    for name, size in zip(shard["column_names"], sizes, strict=True):
-        sample[name] = data[position : position + size]
-        position += size
-    return sample

@@ -1,0 +1,87 @@
+"""Pictures with text below them, side by side in one picture: what training draws, and what it is fed."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+__all__ = ["Text", "Tile", "contact_sheet", "image_grid", "picture", "shown_factor"]
+
+GAP = 8
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph, wrapped to its tile's width and ended with … after `lines` lines."""
+
+    content: str
+    colour: str = "black"
+    lines: int = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    image: Image.Image
+    texts: tuple[Text, ...]
+
+
+def picture(image: Tensor) -> Image.Image:
+    """uint8 (3, H, W) as a picture of the same pixels."""
+    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+
+
+def shown_factor(height: int, width: int, min_side: int = 128) -> int:
+    """How often every pixel of a small image is repeated in either direction, for the shorter side to have `min_side`."""
+    return max(1, -(-min_side // min(height, width)))
+
+
+def image_grid(images: Tensor, captions: Sequence[str], columns: int = 6) -> Image.Image:
+    """One picture of uint8 images (B, 3, H, W) with their captions; small images are enlarged pixel by pixel."""
+    tiles = [Tile(picture(image), (Text(caption),)) for image, caption in zip(images, captions, strict=True)]
+    return contact_sheet(tiles, columns)
+
+
+def contact_sheet(tiles: Sequence[Tile], columns: int = 6, font_size: int | None = None) -> Image.Image:
+    """Tiles in rows; images may differ in size. All are enlarged alike, pixel by pixel, if the smallest is small.
+
+    Args:
+        columns: at most.
+        font_size: pixels. By default it grows with the images.
+    """
+    factor = max(shown_factor(tile.image.height, tile.image.width) for tile in tiles)
+    cell_width = max(tile.image.width for tile in tiles) * factor
+    font_size = font_size or max(11, cell_width // 12)
+    font = ImageFont.load_default(size=font_size)
+    letters, line_height = max(8, int(cell_width / (font_size * 0.52))), int(font_size * 1.3)
+    columns = min(columns, len(tiles))
+    texts = [[(text.colour, _wrap(text, letters)) for text in tile.texts] for tile in tiles]
+    rows, y = [], GAP
+    for first in range(0, len(tiles), columns):
+        row = slice(first, first + columns)
+        image_height = max(tile.image.height for tile in tiles[row]) * factor
+        text_height = line_height * max(sum(len(lines) for _, lines in below) for below in texts[row]) + 6
+        rows.append((row, y))
+        y += image_height + text_height + GAP
+    sheet = Image.new("RGB", (columns * (cell_width + GAP) + GAP, y), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, top in rows:
+        for column, (tile, below) in enumerate(zip(tiles[row], texts[row], strict=True)):
+            x, width, height = GAP + column * (cell_width + GAP), tile.image.width * factor, tile.image.height * factor
+            sheet.paste(tile.image.resize((width, height), Image.Resampling.NEAREST), (x, top))
+            draw.rectangle((x - 1, top - 1, x + width, top + height), outline=(200, 200, 200))
+            y = top + height + 3
+            for colour, lines in below:
+                draw.multiline_text((x, y), "\n".join(lines), fill=colour, font=font, spacing=line_height - font_size)
+                y += line_height * len(lines)
+    return sheet
+
+
+def _wrap(text: Text, letters: int) -> list[str]:
+    lines = textwrap.wrap(text.content, letters)
+    if len(lines) > text.lines:
+        lines = lines[: text.lines]
+        lines[-1] = f"{lines[-1][: letters - 2]} …"
+    return lines

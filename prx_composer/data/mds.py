@@ -1,0 +1,89 @@
+"""MDS shards read column by column: nothing is decoded, so nothing executes, and a column that isn't asked for isn't read.
+
+The layout is the one that mosaicml-streaming's MDSReader reads.
+"""
+
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prx_composer.data.storage import fetch, is_remote, join
+
+__all__ = ["RawShard", "encodings_of"]
+
+
+def encodings_of(shard: dict[str, Any]) -> dict[str, str]:
+    """Column → MDS encoding, of a shard's entry in its index."""
+    return dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+
+
+class RawShard:
+    """The samples of one shard as bytes, by column.
+
+    Args:
+        folder: of the index, local or remote.
+        shard: its entry in the index.
+        cache: where a remote file is downloaded to.
+
+    Raises:
+        ValueError: the file ends early, or its name leads out of the folder. On reading a sample, likewise.
+        OSError: it is not there.
+    """
+
+    def __init__(self, folder: str, shard: dict[str, Any], cache: Path):
+        self._names, self._fixed = shard["column_names"], shard["column_sizes"]
+        zipped = shard.get("zip_data")
+        self._file = (zipped or shard["raw_data"])["basename"]
+        if self._file.startswith("/") or ".." in self._file.split("/"):
+            raise ValueError(f"{self._file} leads out of {folder}")
+        path = fetch(join(folder, self._file), cache)
+        if not is_remote(folder) and not path.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"{self._file} leads out of {folder}")
+        if zipped:
+            from streaming.base.compression import decompress
+
+            self._content = np.frombuffer(decompress(shard["compression"], path.read_bytes()), np.uint8)
+        else:
+            self._content = np.asarray(np.memmap(path, mode="r"))
+        self._count = int(shard["samples"])
+        if len(self._content) < 4 * (self._count + 2):
+            raise ValueError(f"{self._file} ends early")
+        self._offsets = self._content[4 : 4 * (self._count + 2)].view(np.uint32)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, bytes]]:
+        return (self.read(index) for index in range(self._count))
+
+    def read(self, index: int, columns: Container[str] | None = None) -> dict[str, bytes]:
+        """The columns of a sample, all unless they are named."""
+        return {
+            name: self._content[begin:end].tobytes()
+            for name, (begin, end) in self._spans(index).items()
+            if columns is None or name in columns
+        }
+
+    def sizes(self, index: int) -> dict[str, int]:
+        """Bytes of every column of a sample."""
+        return {name: end - begin for name, (begin, end) in self._spans(index).items()}
+
+    def _spans(self, index: int) -> dict[str, tuple[int, int]]:
+        begin, stop = int(self._offsets[index]), int(self._offsets[index + 1])
+        if not begin <= stop <= len(self._content):
+            raise ValueError(f"{self._file} ends early")
+        stated = [size for size in self._fixed if not size]
+        position = begin + 4 * len(stated)
+        if position > stop:
+            raise ValueError("a sample ends early")
+        sizes = iter(np.frombuffer(self._content[begin:position].tobytes(), "<u4").tolist())
+        spans = {}
+        for name, size in zip(self._names, self._fixed, strict=True):
+            end = position + int(size or next(sizes))
+            spans[name] = position, end
+            position = end
+        if position > stop:
+            raise ValueError("a sample ends early")
+        return spans
