@@ -14,10 +14,11 @@ from prx_composer.models.text_encoder import tokenize
 __all__ = ["PACKED", "Collator", "split_batch"]
 
 PACKED = ("text_embedding", "text_position")
+SEEN = ("image", "latent")
 
 
 class Collator:
-    """Samples → a batch: images stacked as uint8, captions tokenised, features as they are stored, by column.
+    """Samples → a batch: images stacked as uint8, captions tokenised, latents and features, by column, as they are stored.
 
     Stored text embeddings come as `text_embedding` (V, C), those of the V valid tokens of all captions one after the other, and
     `text_position` int64 (V,), where each stands in the flattened (B, T).
@@ -28,9 +29,9 @@ class Collator:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         tokens = tokenize(self.tokenizer, [sample["caption"] for sample in samples], self.max_tokens)
-        images = torch.stack([sample["image"] for sample in samples])
+        seen = {name: torch.stack([sample[name] for sample in samples]) for name in SEEN if name in samples[0]}
         features = {name: torch.stack([sample["features"][name] for sample in samples]) for name in samples[0]["features"]}
-        batch = {"image": images, **tokens, "sample_id": torch.tensor([sample["sample_id"] for sample in samples]), **features}
+        batch = {**seen, **tokens, "sample_id": torch.tensor([sample["sample_id"] for sample in samples]), **features}
         if "text_embedding" in samples[0]:
             batch |= self._packed(samples, tokens["attention_mask"])
         return batch

@@ -81,6 +81,8 @@ def build_loader(
     captions: dict[str, float] | None = None,
     features: list[str] | None = None,
     text_embedding: str | None = None,
+    latent: str | list[str] | None = None,
+    images: bool | None = None,
     remote: str | None = None,
     shuffle: bool = True,
     num_workers: int = 0,
@@ -93,11 +95,13 @@ def build_loader(
         image_size, global_batch_size: of the first stage.
         multiple: see `BucketBatchSampler`.
         seed: of order and choices.
-        path, split, captions, features, text_embedding, remote, max_undecodable: see `ImageCaptionDataset`.
+        path, split, captions, features, text_embedding, latent, images, remote, max_undecodable: see `ImageCaptionDataset`.
         shuffle: off for evaluation.
         num_workers: processes that decode and tokenise; 0 = in the training process.
     """
-    dataset = ImageCaptionDataset(path, split, captions, remote, seed, max_undecodable, num_workers, features, text_embedding)
+    dataset = ImageCaptionDataset(
+        path, split, captions, remote, seed, max_undecodable, num_workers, features, text_embedding, latent, images
+    )
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
     sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank)
     loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens), num_workers)
@@ -105,7 +109,7 @@ def build_loader(
 
 
 def _num_samples(batch: dict[str, torch.Tensor]) -> int:
-    return len(batch["image"])
+    return len(batch["sample_id"])
 
 
 def _no_tokens(batch: dict[str, torch.Tensor]) -> int:

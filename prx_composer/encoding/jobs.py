@@ -13,6 +13,7 @@ from prx_composer.config import Recipe, build
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import IMAGE, StoredColumn, encoded_folder, fingerprint
 from prx_composer.data.dataset import read_manifest
+from prx_composer.data.latents import latent_column
 from prx_composer.encoding.images import ImageEncoder, features_of
 from prx_composer.encoding.parts import encode_split
 from prx_composer.encoding.text import CaptionEncoder, text_column
@@ -20,7 +21,7 @@ from prx_composer.errors import UserError, at_path
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
 from prx_composer.train import build_text_encoder
 
-__all__ = ["encode_features", "encode_text"]
+__all__ = ["encode_features", "encode_latents", "encode_text"]
 
 STORAGE = ("bfloat16", "float16", "float32")
 
@@ -63,7 +64,7 @@ def encode_features(
         raise UserError(f"--teacher: the recipe has nothing at {teacher}; name one such as algorithms.repa.teacher.")
     with at_path(teacher, TypeError):
         network = VisionEncoder(TeacherSpec(**spec) if isinstance(spec, dict) else spec)
-    patch = int(recipe.model["backbone"]["patch_size"]) * _downsampling(recipe)
+    patch = int(recipe.model["backbone"]["patch_size"]) * int(_autoencoder(recipe)[0].downsampling)
     revision = spec.get("revision") if isinstance(spec, dict) else None
     image_size = image_size or recipe.image_size
     column = StoredColumn(
@@ -73,6 +74,34 @@ def encode_features(
     work = ImageEncoder(features_of(network, patch), _size_of(recipe, split, image_size, patch), storage, batch_size, device)
     made = encode_split(folder, target, column, work, part_size, batch_size=batch_size, patch=patch)
     return f"{target}: features of {sum(made.buckets.values()):,} images by {network.name}, {storage}"
+
+
+def encode_latents(
+    arguments: list[str], name: str, split: str, image_size: int, storage: str, batch_size: int, part_size: int
+) -> str:
+    """Stores what the recipe's autoencoder makes of every image; returns a line about it.
+
+    Raises:
+        UserError: no autoencoder, an image size that doesn't divide into patches, and as `encode_text`.
+    """
+    recipe, device = _start(arguments, storage, STORAGE)
+    _, folder = _data(recipe, split)
+    autoencoder, given = _autoencoder(recipe)
+    image_size = image_size or recipe.image_size
+    multiple = int(recipe.model["backbone"]["patch_size"]) * int(autoencoder.downsampling)
+    title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('_class_name', 'AutoencoderKL')}")
+    column = latent_column(autoencoder, title, given.get("revision"), storage, image_size, multiple)
+    size_of = _size_of(recipe, split, image_size, multiple)
+    sizes = [(image_size, image_size), *map(size_of, read_manifest(recipe.train_loader["path"], split, None).buckets)]
+    if uneven := [size for size in sizes if any(side % multiple for side in size)]:
+        raise UserError(
+            f"--image-size {image_size}: images of {uneven[0][0]}x{uneven[0][1]} cannot be cut into patches of {multiple} "
+            "(model.backbone.patch_size × autoencoder downsampling)."
+        )
+    target = encoded_folder(recipe.train_loader["path"], split, name, IMAGE)
+    work = ImageEncoder(autoencoder.encode, size_of, storage, batch_size, device)
+    made = encode_split(folder, target, column, work, part_size, batch_size=batch_size)
+    return f"{target}: latents of {sum(made.buckets.values()):,} images of {image_size} px by {title}, {storage}"
 
 
 def _start(arguments: list[str], storage: str, allowed: tuple[str, ...]) -> tuple[Recipe, torch.device]:
@@ -96,9 +125,10 @@ def _data(recipe: Recipe, split: str) -> tuple[list[str], Path]:
     return list(spec.get("captions") or manifest.captions[:1]), Path(spec["path"]) / split
 
 
-def _downsampling(recipe: Recipe) -> int:
+def _autoencoder(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+    """The recipe's, and its arguments."""
     name, given = config.split(recipe.model.get("autoencoder") or {"name": "pixels"}, "model.autoencoder")
-    return int(build(registry.autoencoders, name, given, "model.autoencoder").downsampling)
+    return build(registry.autoencoders, name, given, "model.autoencoder"), given
 
 
 def _size_of(recipe: Recipe, split: str, image_size: int, multiple: int) -> Callable[[Bucket], tuple[int, int]]:
