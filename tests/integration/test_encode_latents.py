@@ -57,9 +57,6 @@ def save_autoencoder(folder: Path, **changes: Any) -> AutoencoderKL:
     return module
 
 
-PIXELS = ["model.autoencoder={name: pixels}", "model.backbone.in_channels=3"]
-
-
 def options(*changes: str) -> list[str]:
     return ["train_loader.latent=latent", *changes]
 
@@ -202,10 +199,12 @@ def test_mistakes_are_said_before_training_with_path_and_remedy(recipe: Recipe, 
     )
     twice("train_loader.images: false leaves nothing", refused("train_loader.latent=null", "train_loader.images=false"))
     invoke("latents", file, "--name", "again")
+    in_pixels = {"autoencoder": {"name": "pixels"}, "backbone": recipe["model"]["backbone"] | {"in_channels": 3}}
+    pixels = write_recipe(recipe | {"model": recipe["model"] | in_pixels}, "pixels.yaml")
     with pytest.raises(UserError, match=r"latent: small and again are both of 16 px"):
         build_trainer(config.load([file, "train_loader.latent=[small,again]"]))
     with pytest.raises(UserError, match=r"model\.autoencoder: pixels has no latents to store"):
-        invoke("latents", file, "--name", "x", *PIXELS)
+        invoke("latents", pixels, "--name", "x")
     with pytest.raises(UserError, match=r"--image-size 20: images of 20x20 cannot be cut into patches of 8"):
         invoke("latents", file, "--name", "x", "--image-size", "20")
 
