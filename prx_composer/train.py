@@ -27,6 +27,7 @@ from prx_composer.config import Recipe, build, build_all, split
 from prx_composer.data.columns import check_text_column
 from prx_composer.data.data_sets import data_sets
 from prx_composer.data.dataset import read_manifest
+from prx_composer.data.latents import check_latent_column
 from prx_composer.data.schema import Manifest, iterate_captions
 from prx_composer.data.sources import prepare
 from prx_composer.distributed import GlooAverage
@@ -279,8 +280,11 @@ def _build_loader(recipe: Recipe, key: str, model: TextToImage, global_batch_siz
         multiple=model.backbone.patch_size * model.autoencoder.downsampling,
         seed=recipe.seed,
     )
-    for column in getattr(getattr(spec.dataloader, "dataset", None), "text_columns", {}).values():
+    dataset = getattr(spec.dataloader, "dataset", None)
+    for column in getattr(dataset, "text_columns", {}).values():
         check_text_column(column, model.text_encoder, f"{key}.text_embedding")
+    for column in getattr(dataset, "latent_columns", {}).values():
+        check_latent_column(column, model.autoencoder, f"{key}.latent")
     return spec
 
 

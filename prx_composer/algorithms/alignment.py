@@ -179,6 +179,11 @@ class AlignmentAlgorithm(AuxiliaryLossAlgorithm):
                 raise ValueError(f"{name} must not be negative, but is {value}.")
         self.teacher, self.features, self.block, self.weight = teacher, features, block, weight
 
+    @property
+    def needs_image(self) -> bool:
+        """A teacher looks at images; stored features have."""
+        return self.teacher is not None
+
     @abstractmethod
     def build_head(self, model: Any, width: int) -> nn.Module:
         """The trained part: `TappedTokens` → (B, K, width)."""

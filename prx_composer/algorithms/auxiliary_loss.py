@@ -32,6 +32,11 @@ class AuxiliaryLossAlgorithm(Algorithm):
         self.loss: AuxiliaryLoss | None = None
         self._tapping = False
 
+    @property
+    def needs_image(self) -> bool:
+        """Whether the loss looks at `batch["image"]`, which stored latents leave out unless train_loader.images is true."""
+        return False
+
     @abstractmethod
     def build_loss(self, model: Any) -> AuxiliaryLoss:
         """The loss for this model. Raises UserError for a model that it cannot be used with, and for missing weights."""

@@ -9,7 +9,7 @@ from composer.core import Algorithm, Event, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
-from prx_composer.errors import UserError
+from prx_composer.errors import UserError, at_path
 from prx_composer.schedule import Moment
 
 __all__ = ["ProgressiveResolution", "Stage", "StagedLoader", "check_batch_sizes"]
@@ -151,6 +151,16 @@ class ProgressiveResolution(Algorithm):
             if isinstance(loader, SizedLoader) and loader.image_size != self.stage.image_size:
                 loader.set_stage(self.stage.image_size, loader.global_batch_size)
 
+    @staticmethod
+    def _try_evaluation(state: State, stage: Stage) -> None:
+        """Raises ValueError if the loaders of evaluation cannot follow."""
+        for evaluator in state.evaluators:
+            loader = evaluator.dataloader.dataloader
+            if isinstance(loader, SizedLoader):
+                before = loader.image_size
+                loader.set_stage(stage.image_size, loader.global_batch_size)
+                loader.set_stage(before, loader.global_batch_size)
+
     def _check(self, state: State) -> None:
         if state.max_duration is not None and state.max_duration.unit == TimeUnit.EPOCH and len(self.stages) > 1:
             raise UserError(
@@ -160,10 +170,9 @@ class ProgressiveResolution(Algorithm):
         for index, stage in enumerate(self.stages):
             path = f"algorithms.progressive_resolution.stages[{index}]."
             check_batch_sizes(path, stage.global_train_batch_size, self._microbatch_size(stage), dist.get_world_size())
-            try:
+            with at_path(f"{path}image_size"):
                 loader.set_stage(stage.image_size, stage.global_train_batch_size)
-            except ValueError as error:
-                raise UserError(f"{path}image_size: {error}") from error
+                self._try_evaluation(state, stage)
 
     @staticmethod
     def _microbatch_size(stage: Stage) -> int:

@@ -15,10 +15,11 @@ from prx_composer.models.text_encoder import tokenize
 __all__ = ["PACKED", "Collator", "channels_first", "split_batch"]
 
 PACKED = ("text_embedding", "text_position")
+SEEN = ("image", "latent")
 
 
 class Collator:
-    """Samples → a batch: images stacked as uint8, captions tokenised, features as they are stored, by column.
+    """Samples → a batch: images stacked as uint8, captions tokenised, latents and features, by column, as they are stored.
 
     Stored text embeddings come as `text_embedding` (V, C), those of the V valid tokens of all captions one after the other, and
     `text_position` int64 (V,), where each stands in the flattened (B, T).
@@ -29,10 +30,9 @@ class Collator:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         tokens = tokenize(self.tokenizer, [sample["caption"] for sample in samples], self.max_tokens)
-        # With channels innermost, as they are decoded: to move them here costs a quarter of the decoding, on a GPU nothing.
-        images = default_collate([sample["image"].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
+        seen = {name: _stack(name, [sample[name] for sample in samples]) for name in SEEN if name in samples[0]}
         features = {name: torch.stack([sample["features"][name] for sample in samples]) for name in samples[0]["features"]}
-        batch = {"image": images, **tokens, "sample_id": torch.tensor([sample["sample_id"] for sample in samples]), **features}
+        batch = {**seen, **tokens, "sample_id": torch.tensor([sample["sample_id"] for sample in samples]), **features}
         if "text_embedding" in samples[0]:
             batch |= self._packed(samples, tokens["attention_mask"])
         return batch
@@ -49,9 +49,16 @@ class Collator:
         return {"text_embedding": embedding, "text_position": mask_BT.flatten().nonzero().flatten()}
 
 
+def _stack(name: str, tensors: list[Tensor]) -> Tensor:
+    if name != "image":
+        return torch.stack(tensors)
+    # With channels innermost, as they are decoded: to move them here costs a quarter of the decoding, on a GPU nothing.
+    return default_collate([image.permute(1, 2, 0) for image in tensors]).permute(0, 3, 1, 2)
+
+
 def channels_first(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch with its images contiguous as (B, 3, H, W), once it is on its device."""
-    return batch | {"image": batch["image"].contiguous()}
+    return batch | {"image": batch["image"].contiguous()} if "image" in batch else batch
 
 
 def split_batch(batch: Any, microbatch_size: int | float) -> Sequence[Any]:

@@ -48,13 +48,16 @@ class StoredColumn:
     """What a stored column is.
 
     Args:
-        kind: text or features.
+        kind: text, features or latents.
         encoder: hub id, folder or description of what made it. revision: of the hub id.
-        fingerprint: of its weights, configuration and tokenizer; see `fingerprint`.
-        width: channels of an embedding or a feature.
+        fingerprint: of its weights and tokenizer; see `fingerprint`.
+        width: channels of an embedding, a feature or a latent.
         storage: bfloat16, float16, float32, or int8 with one fp32 scale per token.
         max_tokens: text: captions were cut to so many.
-        image_size: features: side of the square whose area the images had.
+        image_size: features, latents: side of the square whose area the images had.
+        multiple: latents: sides of the images were multiples of this (patch size × downsampling).
+        downsampling: latents: image side / latent side.
+        scaling, shift: latents: (what the network gave − shift) × scaling is stored.
         error: int8: mean over the tokens of |stored − exact| / |exact|.
         buckets: rows by bucket.
     """
@@ -67,6 +70,10 @@ class StoredColumn:
     storage: str
     max_tokens: int | None = None
     image_size: int | None = None
+    multiple: int | None = None
+    downsampling: int | None = None
+    scaling: float | None = None
+    shift: float | None = None
     error: float | None = None
     buckets: dict[str, int] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import ENCODED, IMAGE, StoredColumn, encoded_folder, manifest_path, read_column, unpack
+from prx_composer.data.latents import StoredLatents, names_of
 from prx_composer.data.rows import BucketRows
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.storage import download
@@ -76,12 +77,15 @@ class ImageCaptionDataset(Dataset):
         captions: caption column → weight of choosing it; by default the first column alone.
         features: feature columns that samples are to have: of the data set, or stored by `prx encode features`.
         text_embedding: name of embeddings that `prx encode text` has stored for these captions.
+        latent: name of latents that `prx encode latents` has stored, or names, one for every image size that is trained.
+        images: whether images are decoded; by default unless there are latents.
         remote: where the same layout lies remotely (`s3://…`), if anywhere.
         max_undecodable: share of samples above which training stops.
         max_workers: DataLoader workers that will share this object, for the counts.
 
     Raises:
-        ValueError: no such folder, no samples, no such caption or feature column.
+        ValueError: no such folder, no samples, no such caption or feature column; neither images nor latents.
+        UserError: something stored that isn't there, or belongs to other data.
     """
 
     def __init__(
@@ -95,6 +99,8 @@ class ImageCaptionDataset(Dataset):
         max_workers: int = 0,
         features: list[str] | None = None,
         text_embedding: str | None = None,
+        latent: str | list[str] | None = None,
+        images: bool | None = None,
     ):
         folder = Path(path) / split
         if remote is not None and not (folder / MANIFEST).exists():
@@ -122,6 +128,18 @@ class ImageCaptionDataset(Dataset):
                     "text",
                     "text_embedding",
                 )
+        self.images = not latent if images is None else images
+        if not (self.images or latent):
+            raise ValueError("images: false leaves nothing to train on; name stored latents in `latent`.")
+        self.latents: StoredLatents | None = None
+        if latent:
+            if "latent" in self.features:
+                raise ValueError("features: a column cannot be called 'latent' beside stored latents; encode it by another name.")
+            columns = {}
+            for name in names_of(latent):
+                at = None if remote is None else f"{remote}/{split}/{ENCODED}/{name}/{IMAGE}"
+                columns[name] = self._stored(encoded_folder(path, split, name, IMAGE), at, "latents", "latent")
+            self.latents = StoredLatents(columns, self.buckets, self.manifest.image_size)
         self._offsets = np.cumsum([0, *self.counts])
         self._seed = seed
         self._max_undecodable = max_undecodable
@@ -159,7 +177,8 @@ class ImageCaptionDataset(Dataset):
         return int(self._counters[:, 1].sum())
 
     def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
-        """`image` uint8 (3, height, width), `caption`, `sample_id` (of the sample that was really used), `features` by column."""
+        """`image` uint8 (3, height, width) or `latent` (channels, h, w) or both, `caption`, `sample_id` (of the sample that was
+        really used), `features` by column."""
         bucket = self.bucket_of(request.sample_id)
         first, count = int(self._offsets[bucket]), self.counts[bucket]
         for attempt in range(count):
@@ -167,13 +186,13 @@ class ImageCaptionDataset(Dataset):
             row = self.row(sample_id)
             self._count(seen=1)
             try:
-                image = decode_image(row["image"], request.height, request.width)
+                seen = self._see(row, bucket, sample_id - first, Bucket(request.height, request.width))
             except UNDECODABLE as error:
                 self._note_undecodable(sample_id, row.get("key", ""), error)
                 continue
             column = self.choose_caption(sample_id, request.epoch)
             features = {name: self._feature(name, row, bucket, sample_id - first) for name in self.features}
-            sample = {"image": image, "caption": row[column], "sample_id": sample_id, "features": features}
+            sample = {**seen, "caption": row[column], "sample_id": sample_id, "features": features}
             if column in self._text_rows:
                 stored = self._text_rows[column].row(bucket, sample_id - first)
                 sample["text_embedding"] = unpack(stored, self.text_columns[column].storage)
@@ -211,6 +230,23 @@ class ImageCaptionDataset(Dataset):
         if column.buckets != {str(bucket): self.manifest.buckets[bucket] for bucket in self.buckets}:
             raise UserError(f"{path}: {folder} was made of other data than lies beside it; delete it and encode again.")
         return column, BucketRows(folder, self.buckets, remote)
+
+    def _see(self, row: dict[str, Any], bucket: int, index: int, size: Bucket) -> dict[str, torch.Tensor]:
+        """Image and latent of a sample; raises one of UNDECODABLE."""
+        seen = {"image": decode_image(row["image"], *size)} if self.images else {}
+        if self.latents is not None:
+            seen["latent"] = self.latents.read(bucket, size, index)
+        return seen
+
+    @property
+    def latent_columns(self) -> dict[str, StoredColumn]:
+        """Stored latents by name."""
+        return {} if self.latents is None else self.latents.columns
+
+    def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
+        """Raises ValueError if there are latents, but none of images of these sizes, bucket by bucket."""
+        if self.latents is not None:
+            self.latents.check(image_size, sizes)
 
     def _feature(self, name: str, row: dict[str, Any], bucket: int, index: int) -> torch.Tensor:
         if name not in self._feature_rows:

@@ -91,6 +91,8 @@ def build_loader(
     captions: dict[str, float] | None = None,
     features: list[str] | None = None,
     text_embedding: str | None = None,
+    latent: str | list[str] | None = None,
+    images: bool | None = None,
     remote: str | None = None,
     shuffle: bool = True,
     num_workers: int = 0,
@@ -103,7 +105,7 @@ def build_loader(
         image_size, global_batch_size: of the first stage.
         multiple: see `BucketBatchSampler`.
         seed: of order and choices.
-        path, split, captions, features, text_embedding, remote, max_undecodable: see `ImageCaptionDataset`.
+        path, split, captions, features, text_embedding, latent, images, remote, max_undecodable: see `ImageCaptionDataset`.
         mix: instead of `path`: name → path, perhaps split, captions, remote, and weight of a data set; see `MixedDataset`.
         shuffle: off for evaluation.
         num_workers: processes that decode and tokenise; 0 = in the training process.
@@ -112,11 +114,11 @@ def build_loader(
         ValueError, UserError: no such data; see there.
     """
     spec: dict[str, Any] = {"path": path, "mix": mix, "split": split, "captions": captions, "remote": remote}
-    stored = {"features": features, "text_embedding": text_embedding}
+    shared: dict[str, Any] = {"features": features, "text_embedding": text_embedding, "latent": latent, "images": images}
     parts = {
         where.removeprefix("mix."): ImageCaptionDataset(
             **{key: part.get(key) for key in ("path", "split", "captions", "remote")},
-            **stored,
+            **shared,
             seed=seed,
             max_undecodable=max_undecodable,
             max_workers=num_workers,
@@ -137,7 +139,7 @@ def build_loader(
 
 
 def _num_samples(batch: dict[str, torch.Tensor]) -> int:
-    return len(batch["image"])
+    return len(batch["sample_id"])
 
 
 def _no_tokens(batch: dict[str, torch.Tensor]) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import StoredColumn
 from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest
 from prx_composer.errors import UserError
@@ -71,6 +72,24 @@ class MixedDataset(Dataset):
     def text_columns(self) -> dict[str, StoredColumn]:
         return {f"{name}/{key}": column for name, part in self.parts.items() for key, column in part.text_columns.items()}
 
+    @property
+    def latent_columns(self) -> dict[str, StoredColumn]:
+        return {f"{name}/{key}": column for name, part in self.parts.items() for key, column in part.latent_columns.items()}
+
+    @property
+    def images(self) -> bool:
+        """Whether images are decoded."""
+        return all(part.images for part in self.parts.values())
+
+    def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
+        """Raises ValueError if there are latents, but none of images of these sizes, bucket by bucket."""
+        size_of = dict(zip(self.buckets, sizes, strict=True))
+        for name, part in self.parts.items():
+            try:
+                part.check_sizes(image_size, [size_of[bucket] for bucket in part.buckets])
+            except ValueError as error:
+                raise ValueError(f"mix.{name}: {error}") from None
+
     def bucket_of(self, sample_id: int) -> int:
         """Index of the bucket that holds a sample."""
         index, local = self._locate(sample_id)
@@ -102,7 +121,7 @@ class MixedDataset(Dataset):
         index = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         return index, sample_id - int(self._starts[index])
 
-    def _count(self, part: ImageCaptionDataset, bucket: Any) -> int:
+    def _count(self, part: ImageCaptionDataset, bucket: Bucket) -> int:
         return part.counts[part.buckets.index(bucket)] if bucket in part.buckets else 0
 
     def _draws(self, name: str, count: int, shuffle: bool) -> int:

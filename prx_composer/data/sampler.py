@@ -65,7 +65,8 @@ class BucketBatchSampler(DistributedSampler):
         num_ranks, rank: of this process.
 
     Raises:
-        ValueError: a batch that doesn't divide over the ranks, or an image size that the patches don't divide.
+        ValueError: a batch that doesn't divide over the ranks, or an image size that the patches don't divide or that has no
+            stored latents, where the dataset takes them.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class BucketBatchSampler(DistributedSampler):
                     f"The data set's bucket {stored} cannot be cut into patches of {self._multiple}; "
                     "convert the data with that multiple, or change model.backbone.patch_size."
                 )
+        self._dataset.check_sizes(image_size, self._sizes)
 
     @property
     def sizes(self) -> list[Bucket]:

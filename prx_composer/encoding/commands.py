@@ -8,7 +8,7 @@ import typer
 __all__ = ["app"]
 
 _HELP = (
-    "Compute embeddings once and store them beside the data. On several GPUs or processes: "
+    "Compute embeddings, features and latents once and store them beside the data. On several GPUs or processes: "
     "composer -n 8 -m prx_composer.cli encode text RECIPE.yaml"
 )
 app = typer.Typer(no_args_is_help=True, help=_HELP)
@@ -54,7 +54,30 @@ def features(
     from prx_composer.encoding.jobs import encode_features
 
     _prepare()
-    typer.echo(encode_features(recipe, teacher, name, split, image_size, storage, batch_size, part))
+    for line in encode_features(recipe, teacher, name, split, image_size, storage, batch_size, part):
+        typer.echo(line)
+
+
+@app.command()
+def latents(
+    recipe: Recipe,
+    name: Annotated[str, typer.Option(help="What train_loader.latent calls it.")] = "latent",
+    split: Split = "train",
+    image_size: Annotated[int, typer.Option(help="Size that images are encoded at. [default: the recipe's image_size]")] = 0,
+    storage: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    part: Part = 128,
+) -> None:
+    """Store what the recipe's autoencoder makes of every image, at one size: the mode of its distribution, not a sample.
+
+    Train on them with train_loader.latent=NAME: no image is decoded or encoded then. For stages of several sizes give the command
+    once for each, with --image-size, and name all: train_loader.latent=[A,B].
+    """
+    from prx_composer.encoding.jobs import encode_latents
+
+    _prepare()
+    for line in encode_latents(recipe, name, split, image_size, storage, batch_size, part):
+        typer.echo(line)
 
 
 def _prepare() -> Any:

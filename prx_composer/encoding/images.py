@@ -1,4 +1,4 @@
-"""Images → patch features of a teacher, at the size and crop that training sees."""
+"""Images → patch features of a teacher, or latents of an autoencoder, at the size and crop that training sees."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import pack
 from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.encoding.parts import Encoded
+from prx_composer.errors import UserError
 from prx_composer.models.vision_encoder import VisionEncoder, teacher_features
 
 __all__ = ["ImageEncoder", "features_of"]
@@ -21,6 +22,9 @@ class ImageEncoder:
     Args:
         encode: uint8 (B, 3, H, W) → (B, …).
         size_of: bucket → height and width that images are encoded at.
+
+    Raises:
+        UserError: on encoding, for values that are not finite in `storage`.
     """
 
     def __init__(
@@ -51,6 +55,11 @@ class ImageEncoder:
     def _flush(self, images: dict[int, Tensor], encoded: list[Encoded]) -> None:
         if images:
             made = self._encode(torch.stack(list(images.values())).to(self._device)).cpu()
+            if not made.to(getattr(torch, self._storage)).isfinite().all():
+                raise UserError(
+                    f"What was made of an image is not finite in {self._storage}: give another --storage, or let the encoder "
+                    "compute in float32 (`dtype` in the recipe); some autoencoders overflow in float16."
+                )
             for index, values in zip(images, made, strict=True):
                 encoded[index] = Encoded(pack(values, self._storage), tuple(values.shape))
             images.clear()

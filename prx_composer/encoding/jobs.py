@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from prx_composer import config, registry
 from prx_composer.config import Recipe, build
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import IMAGE, StoredColumn, encoded_folder, fingerprint
+from prx_composer.data.data_sets import data_sets
 from prx_composer.data.dataset import read_manifest
+from prx_composer.data.latents import latent_column
+from prx_composer.data.schema import Manifest
 from prx_composer.encoding.images import ImageEncoder, features_of
 from prx_composer.encoding.parts import encode_split
 from prx_composer.encoding.text import CaptionEncoder, text_column
@@ -20,7 +24,7 @@ from prx_composer.errors import UserError, at_path
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
 from prx_composer.train import build_text_encoder
 
-__all__ = ["encode_features", "encode_text"]
+__all__ = ["encode_features", "encode_latents", "encode_text"]
 
 STORAGE = ("bfloat16", "float16", "float32")
 
@@ -32,30 +36,31 @@ def encode_text(arguments: list[str], name: str, split: str, storage: str, batch
         UserError: an encoder that is trained along, no data, or something begun with other settings.
     """
     recipe, device = _start(arguments, storage, (*STORAGE, "int8"))
-    captions, folder = _data(recipe, split)
+    sets = _data(recipe, split)
     given = recipe.model.get("text_encoder") or {}
     with tempfile.TemporaryDirectory() as scratch:
         encoder = build_text_encoder(recipe, Path(scratch, str(dist.get_global_rank())))
     title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('model_type')}")
     column = text_column(encoder, title, given.get("revision"), storage)
-    for caption in captions:
-        target = encoded_folder(recipe.train_loader["path"], split, name, caption)
-        work = CaptionEncoder(encoder, caption, storage, batch_size, device)
-        made = encode_split(folder, target, column, work, part_size, batch_size=batch_size)
-        error = "" if made.error is None else f", relative error of a token {made.error:.2%}"
-        yield f"{target}: {sum(made.buckets.values()):,} captions by {title}, {storage}{error}"
+    for part in sets:
+        for caption in part.captions:
+            target = encoded_folder(part.path, split, name, caption)
+            work = CaptionEncoder(encoder, caption, storage, batch_size, device)
+            made = encode_split(part.split, target, column, work, part_size, batch_size=batch_size)
+            error = "" if made.error is None else f", relative error of a token {made.error:.2%}"
+            yield f"{target}: {sum(made.buckets.values()):,} captions by {title}, {storage}{error}"
 
 
 def encode_features(
     arguments: list[str], teacher: str, name: str, split: str, image_size: int, storage: str, batch_size: int, part_size: int
-) -> str:
-    """Stores a teacher's patch features on the backbone's grid; returns a line about it.
+) -> Iterator[str]:
+    """Stores a teacher's patch features on the backbone's grid; yields a line about each data set.
 
     Raises:
         UserError: no teacher at that path, and as `encode_text`.
     """
     recipe, device = _start(arguments, storage, STORAGE)
-    _, folder = _data(recipe, split)
+    sets = _data(recipe, split)
     spec: Any = {"algorithms": recipe.algorithms}
     for key in teacher.split("."):
         spec = spec.get(key) if isinstance(spec, dict) else None
@@ -63,16 +68,46 @@ def encode_features(
         raise UserError(f"--teacher: the recipe has nothing at {teacher}; name one such as algorithms.repa.teacher.")
     with at_path(teacher, TypeError):
         network = VisionEncoder(TeacherSpec(**spec) if isinstance(spec, dict) else spec)
-    patch = int(recipe.model["backbone"]["patch_size"]) * _downsampling(recipe)
+    patch = int(recipe.model["backbone"]["patch_size"]) * int(_autoencoder(recipe)[0].downsampling)
     revision = spec.get("revision") if isinstance(spec, dict) else None
     image_size = image_size or recipe.image_size
     column = StoredColumn(
         "features", network.name, revision, fingerprint(network.module), network.hidden_size, storage, image_size=image_size
     )
-    target = encoded_folder(recipe.train_loader["path"], split, name, IMAGE)
-    work = ImageEncoder(features_of(network, patch), _size_of(recipe, split, image_size, patch), storage, batch_size, device)
-    made = encode_split(folder, target, column, work, part_size, batch_size=batch_size, patch=patch)
-    return f"{target}: features of {sum(made.buckets.values()):,} images by {network.name}, {storage}"
+    for part in sets:
+        target = encoded_folder(part.path, split, name, IMAGE)
+        work = ImageEncoder(features_of(network, patch), part.size_of(image_size, patch), storage, batch_size, device)
+        made = encode_split(part.split, target, column, work, part_size, batch_size=batch_size, patch=patch)
+        yield f"{target}: features of {sum(made.buckets.values()):,} images by {network.name}, {storage}"
+
+
+def encode_latents(
+    arguments: list[str], name: str, split: str, image_size: int, storage: str, batch_size: int, part_size: int
+) -> Iterator[str]:
+    """Stores what the recipe's autoencoder makes of every image; yields a line about each data set.
+
+    Raises:
+        UserError: no autoencoder, an image size that doesn't divide into patches, and as `encode_text`.
+    """
+    recipe, device = _start(arguments, storage, STORAGE)
+    sets = _data(recipe, split)
+    autoencoder, given = _autoencoder(recipe)
+    image_size = image_size or recipe.image_size
+    multiple = int(recipe.model["backbone"]["patch_size"]) * int(autoencoder.downsampling)
+    title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('_class_name', 'AutoencoderKL')}")
+    column = latent_column(autoencoder, title, given.get("revision"), storage, image_size, multiple)
+    sizes = [(image_size, image_size)]
+    sizes += [part.size_of(image_size, multiple)(bucket) for part in sets for bucket in part.manifest.buckets]
+    if uneven := [size for size in sizes if any(side % multiple for side in size)]:
+        raise UserError(
+            f"--image-size {image_size}: images of {uneven[0][0]}x{uneven[0][1]} cannot be cut into patches of {multiple} "
+            "(model.backbone.patch_size × autoencoder downsampling)."
+        )
+    for part in sets:
+        target = encoded_folder(part.path, split, name, IMAGE)
+        work = ImageEncoder(autoencoder.encode, part.size_of(image_size, multiple), storage, batch_size, device)
+        made = encode_split(part.split, target, column, work, part_size, batch_size=batch_size)
+        yield f"{target}: latents of {sum(made.buckets.values()):,} images of {image_size} px by {title}, {storage}"
 
 
 def _start(arguments: list[str], storage: str, allowed: tuple[str, ...]) -> tuple[Recipe, torch.device]:
@@ -86,21 +121,35 @@ def _start(arguments: list[str], storage: str, allowed: tuple[str, ...]) -> tupl
     return recipe, torch.device("cuda", torch.cuda.current_device()) if device.name == "gpu" else torch.device("cpu")
 
 
-def _data(recipe: Recipe, split: str) -> tuple[list[str], Path]:
-    """Caption columns and folder of the split."""
-    spec = recipe.train_loader
-    if spec.get("remote"):
-        raise UserError("train_loader.remote: encode where the data lies on a disk; then upload the folder `encoded` beside it.")
+@dataclass(frozen=True)
+class _DataSet:
+    """A data set of the recipe: its folder, the split's folder, its manifest, and the caption columns that are trained on."""
+
+    path: Path
+    split: Path
+    manifest: Manifest
+    captions: list[str]
+
+    def size_of(self, image_size: int, multiple: int) -> Callable[[Bucket], tuple[int, int]]:
+        return lambda bucket: bucket.at(image_size, self.manifest.image_size, multiple)
+
+
+def _data(recipe: Recipe, split: str) -> list[_DataSet]:
     with at_path("train_loader"):
-        manifest = read_manifest(spec["path"], split, spec.get("captions"))
-    return list(spec.get("captions") or manifest.captions[:1]), Path(spec["path"]) / split
+        found = data_sets(recipe.train_loader)
+    sets = []
+    for where, spec in found.items():
+        path = f"train_loader.{where}" if where else "train_loader"
+        if spec.get("remote"):
+            raise UserError(f"{path}.remote: encode where the data lies on a disk; then upload the folder `encoded` beside it.")
+        with at_path(path):
+            manifest = read_manifest(spec["path"], split, spec.get("captions"))
+        folder = Path(spec["path"])
+        sets.append(_DataSet(folder, folder / split, manifest, list(spec.get("captions") or manifest.captions[:1])))
+    return sets
 
 
-def _downsampling(recipe: Recipe) -> int:
+def _autoencoder(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+    """The recipe's, and its arguments."""
     name, given = config.split(recipe.model.get("autoencoder") or {"name": "pixels"}, "model.autoencoder")
-    return int(build(registry.autoencoders, name, given, "model.autoencoder").downsampling)
-
-
-def _size_of(recipe: Recipe, split: str, image_size: int, multiple: int) -> Callable[[Bucket], tuple[int, int]]:
-    base = read_manifest(recipe.train_loader["path"], split, None).image_size
-    return lambda bucket: bucket.at(image_size, base, multiple)
+    return build(registry.autoencoders, name, given, "model.autoencoder"), given

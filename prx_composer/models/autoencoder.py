@@ -56,6 +56,8 @@ class Pixels:
 class DiffusersAutoencoder:
     """A frozen `AutoencoderKL` or `AutoencoderDC`; latents are shifted and scaled as its configuration says.
 
+    Where the encoder gives a distribution, its mode is the latent: nothing is drawn, and an image has one latent.
+
     Args:
         pretrained: hub id or folder.
         config: constructor arguments for random weights instead (tests), with `_class_name`.
@@ -99,18 +101,23 @@ class DiffusersAutoencoder:
         downsampling = downsampling_of(settings)
         assert downsampling is not None
         self.downsampling = downsampling
-        self._shift = float(settings.get("shift_factor") or 0.0)
-        self._scale = float(settings.get("scaling_factor") or 1.0)
+        self.shift = float(settings.get("shift_factor") or 0.0)
+        self.scaling = float(settings.get("scaling_factor") or 1.0)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """diffusers' own."""
+        return self._frozen.module
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):
             encoded = self._frozen.on(image.device).encode(_to_unit_range(image).to(self._dtype))
         latent = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-        return (latent.float() - self._shift) * self._scale
+        return (latent.float() - self.shift) * self.scaling
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        unscaled = (latent / self._scale + self._shift).to(self._dtype)
+        unscaled = (latent / self.scaling + self.shift).to(self._dtype)
         with torch.autocast(latent.device.type, enabled=False):
             return _to_uint8(self._frozen.on(latent.device).decode(unscaled).sample)

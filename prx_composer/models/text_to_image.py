@@ -60,6 +60,7 @@ class TextToImage(ComposerModel):
     Batches are mappings with `image` uint8 (B, 3, H, W), `input_ids` int64 and `attention_mask` bool (B, T); they are
     never written to. With `text_embedding` they bring what the (frozen) text encoder would make of their captions, and it isn't
     asked: (B, T, C), or (V, C) of the V valid tokens with `text_position` int64 (V,), their places in the flattened (B, T).
+    With `latent` (B, C, h, w) they bring what the autoencoder would make of `image`, which may then be missing.
 
     Args:
         backbone: the network that is trained.
@@ -145,7 +146,7 @@ class TextToImage(ComposerModel):
     def _denoise(
         self, batch: Mapping[str, Any], generator: Callable[[str, torch.device], torch.Generator], caption_dropout: float
     ) -> FlowOutput:
-        clean = self.autoencoder.encode(batch["image"])
+        clean = batch["latent"].float() if "latent" in batch else self.autoencoder.encode(batch["image"])
         device = clean.device
         text = self._encode_text(batch, caption_dropout, generator)
         timestep = self.flow.sample_timesteps(clean.shape[0], generator("timesteps", device))
@@ -270,8 +271,8 @@ class TextToImage(ComposerModel):
 
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
         """Training FLOPs of a device batch, which SpeedMonitor divides by the chip's peak to log MFU."""
-        batch_size, _, height, width = batch["image"].shape
-        down = self.autoencoder.downsampling
+        down = 1 if "latent" in batch else self.autoencoder.downsampling
+        batch_size, _, height, width = batch["latent" if "latent" in batch else "image"].shape
         image_tokens = self.backbone.num_tokens(height // down, width // down)
         per_image = self.backbone.flops(image_tokens, batch["input_ids"].shape[1], training=True)
         if self.text_encoder.trainable:  # then the text projection needs its input's gradient too

@@ -112,7 +112,8 @@ def plan_model(recipe: Recipe, stored_text: bool = False) -> PlannedModel:
         raise UserError(f"model.backbone: prx plan counts PRX backbones, not {backbone_name!r}.")
 
     unknown: list[str] = []
-    autoencoder = _autoencoder(arguments.get("autoencoder"), backbone, unknown)
+    stored_latents = bool(recipe.train_loader.get("latent"))
+    autoencoder = _autoencoder(arguments.get("autoencoder"), backbone, stored_latents, unknown)
     text_encoder, text, text_parts = _text_encoder(arguments.get("text_encoder"), backbone, recipe, stored_text, unknown)
     try:
         model = TextToImage(backbone, text_encoder, autoencoder=autoencoder, seed=recipe.seed)
@@ -128,11 +129,12 @@ def plan_model(recipe: Recipe, stored_text: bool = False) -> PlannedModel:
 # ----------------------------------------------------------------------------------------------------- encoders
 
 
-def _autoencoder(spec: Any, backbone: PRXBackbone, unknown: list[str]) -> Any:
+def _autoencoder(spec: Any, backbone: PRXBackbone, stored: bool, unknown: list[str]) -> Any:
     name, arguments = ("pixels", {}) if spec is None else split(spec, "model.autoencoder")
     if name == "pixels":
         return Pixels()
-    unknown.append("model.autoencoder: FLOPs and memory of encoding images into latents are not counted")
+    if not stored:
+        unknown.append("model.autoencoder: FLOPs and memory of encoding images into latents are not counted")
     if "config" in arguments:
         with torch.device("meta"):
             return build(registry.autoencoders, name, arguments, "model.autoencoder")

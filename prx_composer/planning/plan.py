@@ -267,7 +267,7 @@ def _stage(
         dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
         epochs=None if samples is None else span.samples / samples,
         read_bytes=read_bytes,
-        device_bytes=_device_bytes(planned, conditions, span.image_size),
+        device_bytes=_device_bytes(planned, recipe, conditions, span.image_size),
         memory=needed,
         fits=needed.peak <= room,
         fitting_microbatch=max((size for size in divisors if memory_of(size).peak <= room), default=0),
@@ -289,9 +289,14 @@ def _segments(planned: PlannedModel, line: Timeline, span: Span) -> list[tuple[f
     return segments
 
 
-def _device_bytes(planned: PlannedModel, conditions: Conditions, image_size: int) -> float:
+def _device_bytes(planned: PlannedModel, recipe: Recipe, conditions: Conditions, image_size: int) -> float:
     encoder = planned.model.text_encoder
     text = encoder.max_tokens * LANDED_TOKEN_BYTES
     if conditions.stored_text:
         text += VALID_TEXT * encoder.max_tokens * 2 * encoder.hidden_size
-    return 3 * image_size**2 + text
+    seen = 0.0
+    if latent := recipe.train_loader.get("latent"):  # in 16 bits
+        seen += 2 * planned.model.autoencoder.channels * (image_size / planned.downsampling) ** 2
+    if not latent or recipe.train_loader.get("images"):
+        seen += 3 * image_size**2
+    return seen + text

@@ -13,9 +13,10 @@ from streaming import LocalDataset
 from prx_composer import registry
 from prx_composer.config import Recipe, build, split
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.columns import encoded_folder, read_column
+from prx_composer.data.columns import IMAGE, StoredColumn, encoded_folder, read_column
 from prx_composer.data.data_sets import data_sets
 from prx_composer.data.dataset import read_manifest
+from prx_composer.data.latents import names_of, size_problem
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.sources import is_made
 from prx_composer.data.transforms import UNDECODABLE, decode_image
@@ -85,6 +86,9 @@ def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) 
     path = spec.get("path", "")
     if source is not None:
         to_be_made.add(path)
+        for stored in ("text_embedding", "latent"):
+            if spec.get(stored):
+                yield failed(f"{key}.{stored}: nothing is stored beside data that {key}.source still has to make; leave it out.")
         yield skipped(key, f"the source {spec['source']['name']!r} makes the data on first use, in {path}")
         yield from _check_sizes(key, source.buckets, source.image_size, stages, parts.multiple)
         return
@@ -94,17 +98,23 @@ def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) 
     with at_path(key):
         found = data_sets(spec)
     buckets: Counter[Bucket] = Counter()
+    trained = {f"{stage.path}image_size": stage.image_size for stage in parts.stages}  # evaluation follows the stages
     for where, arguments in found.items():
         name = f"{key}.{where}" if where else key
         manifest = _remote_manifest(name, arguments) if arguments.get("remote") else _local_manifest(name, arguments)
         buckets.update(manifest.buckets)
-        yield from _check_data_set(name, arguments, manifest, stages, parts.multiple)
+        yield from _check_data_set(name, arguments, manifest, stages, parts.multiple, {"image_size": recipe.image_size} | trained)
     if key == "train_loader":
         yield from _check_buckets(key, buckets, stages)
 
 
 def _check_data_set(
-    key: str, spec: dict[str, Any], manifest: Manifest, stages: list[PlannedStage], multiple: int | None
+    key: str,
+    spec: dict[str, Any],
+    manifest: Manifest,
+    stages: list[PlannedStage],
+    multiple: int | None,
+    image_sizes: dict[str, int],
 ) -> Iterator[Result]:
     path, name = spec["path"], spec.get("split", "train")
     folder = Path(path) / name
@@ -117,8 +127,16 @@ def _check_data_set(
         for caption in captions:
             column = read_column(encoded_folder(path, name, stored, caption), "text", f"{key}.text_embedding")
             facts.append(f"embeddings of {caption} by {column.encoder}, {column.storage}")
+    latents = {}
+    if not spec.get("remote"):
+        for column_name in names_of(spec.get("latent")):
+            made = encoded_folder(path, name, column_name, IMAGE)
+            latents[column_name] = column = read_column(made, "latents", f"{key}.latent")
+            facts.append(f"latents of {column.image_size} px by {column.encoder}, {column.storage}")
     yield passed(key, f"{spec.get('remote') or path}/{name}: {'; '.join(facts)}")
     yield from _check_sizes(key, list(manifest.buckets), manifest.image_size, stages, multiple)
+    if latents and multiple is not None:
+        yield from _check_latents(key, latents, manifest, image_sizes, multiple)
     if spec.get("remote"):
         yield skipped(f"{key}: shards and images", f"they lie on {spec['remote']}")
     else:
@@ -245,6 +263,18 @@ def _check_sizes(
             f"{key}: {_count(len(uneven), 'bucket')} cannot be cut into patches of {multiple}: {_some(uneven)}. Convert the data "
             "with that multiple, or change model.backbone.patch_size."
         )
+
+
+def _check_latents(
+    key: str, latents: dict[str, StoredColumn], manifest: Manifest, image_sizes: dict[str, int], multiple: int
+) -> Iterator[Result]:
+    """Whether there are some of every image size, which are given by YAML path."""
+    buckets = sorted(manifest.buckets)
+    for image_size in sorted(set(image_sizes.values())):
+        sizes = [bucket.at(image_size, manifest.image_size, multiple) for bucket in buckets]
+        if problem := size_problem(latents, buckets, manifest.image_size, image_size, sizes):
+            path = next(path for path, size in image_sizes.items() if size == image_size)
+            yield failed(f"{key}.latent: {path}: {problem}")
 
 
 def _is_uneven(bucket: Bucket, stage: PlannedStage, base_size: int, multiple: int) -> bool:

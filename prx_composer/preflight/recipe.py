@@ -8,6 +8,7 @@ import torch
 from composer.core import Algorithm, Precision
 
 from prx_composer import config, registry
+from prx_composer.algorithms.alignment import AlignmentAlgorithm
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution, check_batch_sizes
 from prx_composer.config import Recipe, build, split
 from prx_composer.errors import Problems
@@ -109,6 +110,8 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Parts]:
             with built.noted():
                 parts.algorithms[name] = build(registry.algorithms, name, arguments, path, folder=recipe.run_folder)
     results.extend(map(failed, built.found))
+    if not parts.is_wrong("train_loader"):
+        results.extend(_check_latents(recipe, parts))
     if parts.algorithms:
         results.append(passed("algorithms", ", ".join(parts.algorithms)))
     stages_known = "progressive_resolution" in parts.algorithms or not recipe.algorithms.get("progressive_resolution")
@@ -165,6 +168,26 @@ def check_callbacks(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     yield from map(failed, problems.found)
     if names:
         yield passed("callbacks", ", ".join(names))
+
+
+def _check_latents(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+    """Whether latents that come with the data have an autoencoder, and who looks at images has them."""
+    autoencoder = (recipe.model.get("autoencoder") or {}).get("name", "pixels")
+    for key in ("train_loader", "eval_loader"):
+        spec = getattr(recipe, key) or {}
+        if spec.get("latent") and autoencoder == "pixels":
+            yield failed(f"{key}.latent: model.autoencoder is pixels, so that training is on images; leave {key}.latent out.")
+        elif spec.get("images") is False and not spec.get("latent"):
+            yield failed(f"{key}.images: false leaves nothing to train on; name stored latents in {key}.latent.")
+    if not recipe.train_loader.get("latent") or recipe.train_loader.get("images"):
+        return
+    for name, algorithm in parts.algorithms.items():
+        if getattr(algorithm, "needs_image", False):
+            stored = ", or name features that `prx encode features` stored" if isinstance(algorithm, AlignmentAlgorithm) else ""
+            yield failed(
+                f"algorithms.{name} looks at images, which train_loader.latent leaves out; set train_loader.images: true to have "
+                f"them decoded beside the latents{stored}."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- sizes

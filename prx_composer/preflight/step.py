@@ -145,6 +145,11 @@ def _try(state: State, step: _Step, loader: ImageCaptionLoader) -> int:
     except Exception as error:  # of anybody's loss
         if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
             problem = _out_of_memory(step)
+        elif isinstance(error, KeyError) and error.args == ("image",) and not loader.dataset.images:
+            problem = (
+                "train_loader.images: an algorithm looks at the batch's images, which train_loader.latent leaves out; set "
+                "train_loader.images: true."
+            )
         else:
             log.warning("A step of %s failed", step, exc_info=True)
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
