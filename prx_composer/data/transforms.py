@@ -1,6 +1,7 @@
 """Encoded bytes → a uint8 image of exactly the bucket's size, as every training sample is made."""
 
 import io
+import math
 
 import numpy as np
 import simplejpeg
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from prx_composer.data.buckets import Bucket
 
-__all__ = ["UNDECODABLE", "decode_image", "resize"]
+__all__ = ["UNDECODABLE", "decode_image", "decode_jpeg", "resize"]
 
 UNDECODABLE = (
     OSError,
@@ -34,21 +35,29 @@ def decode_image(encoded: bytes, height: int, width: int) -> Tensor:
         UNDECODABLE: the bytes are no image, or not one to open.
     """
     image = Image.open(io.BytesIO(encoded))  # reads the header alone
-    pixels = _decode_jpeg(encoded, image, height, width)
+    pixels = decode_jpeg(encoded, image, height, width)
     if pixels is None:
         pixels = np.array(_to_rgb(ImageOps.exif_transpose(image)))
     return torch.from_numpy(np.ascontiguousarray(resize(pixels, Bucket(height, width)))).permute(2, 0, 1)
 
 
-def _decode_jpeg(encoded: bytes, image: Image.Image, height: int, width: int) -> np.ndarray | None:
-    """libjpeg-turbo's own interface, 1.1 to 1.4 times as fast as Pillow's (benchmarks/loader.py); None: not for it."""
+def decode_jpeg(encoded: bytes, image: Image.Image, height: int, width: int) -> np.ndarray | None:
+    """An upright grey or RGB JPEG at the smallest of libjpeg's sizes that covers (height, width).
+
+    libjpeg-turbo's own interface is 1.1 to 1.4 times as fast as Pillow's (benchmarks/loader.py).
+
+    Args:
+        image: opened by Pillow, which has read the header.
+
+    Returns:
+        uint8 (at least height, at least width, 3), or all that there is; None: something for Pillow to decode.
+    """
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or image.getexif().get(_ORIENTATION, 1) != 1:
         return None
-    scale = max(height / image.height, width / image.width)
+    scale = min(max(height / image.height, width / image.width), 1.0)
+    least = math.ceil(image.height * scale), math.ceil(image.width * scale)
     try:
-        return simplejpeg.decode_jpeg(
-            encoded, min_height=int(np.ceil(image.height * scale)), min_width=int(np.ceil(image.width * scale)), min_factor=1
-        )
+        return simplejpeg.decode_jpeg(encoded, min_height=least[0], min_width=least[1], min_factor=1)
     except ValueError:  # of every irregularity; Pillow tells those that can be lived with from the others
         return None
 

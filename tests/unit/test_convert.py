@@ -84,8 +84,8 @@ def test_a_very_large_jpeg_looks_as_if_it_was_decoded_whole(tmp_path: Path) -> N
     from prx_composer.data.convert import pixels
 
     content = jpeg(1600, 1600, 4)
-    full = resize(pixels.decode(pixels.open_image(content, 1 << 27), None), Bucket(64, 64))
-    reduced = pixels.decode(pixels.open_image(content, 1 << 27), Bucket(64, 64))
+    full = resize(pixels.decode(content, pixels.open_image(content, 1 << 27), None), Bucket(64, 64))
+    reduced = pixels.decode(content, pixels.open_image(content, 1 << 27), Bucket(64, 64))
     assert 128 <= reduced.shape[0] < 1600
     assert np.abs(resize(reduced, Bucket(64, 64)).astype(int) - full).mean() < 2
 

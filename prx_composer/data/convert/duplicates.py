@@ -34,7 +34,7 @@ def _hash(record: Record, settings: Settings) -> tuple[bool, bytes, int]:
     if isinstance(checked, Dropped):
         return False, b"", 0
     try:
-        decoded = pixels.decode(checked.image, Bucket(HASHED_SIDE, HASHED_SIDE))
+        decoded = pixels.decode(checked.encoded, checked.image, Bucket(HASHED_SIDE, HASHED_SIDE))
     except BadImageError:
         return False, b"", 0
     if not settings.single_colour and pixels.is_one_colour(decoded):

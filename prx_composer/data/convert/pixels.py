@@ -1,6 +1,6 @@
 """Encoded bytes → pixels of exactly a bucket's size, and back: everything that touches an image file that nobody vouches for.
 
-Pillow decodes (JPEG at a reduced size, where that is still twice the target) and encodes; `data/transforms.py` resizes.
+JPEG is decoded at a reduced size, where that is still twice the target. Pillow reads every header and all that is not plain JPEG.
 """
 
 import functools
@@ -9,10 +9,11 @@ import math
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageCms
 
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.transforms import resize
+from prx_composer.data.transforms import decode_jpeg, resize
 
 __all__ = ["BadImageError", "decode", "encode_jpeg", "is_plain", "open_image", "oriented_size"]
 
@@ -79,7 +80,7 @@ def is_plain(image: Image.Image) -> bool:
     return image.format in STORED and opaque and _orientation(image) == 1 and not _is_foreign(image.info.get("icc_profile"))
 
 
-def decode(image: Image.Image, target: Bucket | None) -> np.ndarray:
+def decode(encoded: bytes, image: Image.Image, target: Bucket | None) -> np.ndarray:
     """All pixels, upright, in sRGB; transparent ones over white. JPEG not larger than needed for `target`, if one is given.
 
     Returns:
@@ -89,6 +90,9 @@ def decode(image: Image.Image, target: Bucket | None) -> np.ndarray:
         BadImageError: the data ends early or is broken.
     """
     turn, profile = TURNS.get(_orientation(image)), image.info.get("icc_profile")
+    height, width = (image.height, image.width) if target is None else (2 * target.height, 2 * target.width)
+    if turn is None and (pixels := decode_jpeg(encoded, image, height, width)) is not None:
+        return np.asarray(_to_srgb(Image.fromarray(pixels), profile)) if image.mode == "RGB" and _is_foreign(profile) else pixels
     try:
         if target is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L", "YCbCr"):
             height, width = target if turn is None or _orientation(image) < 5 else (target.width, target.height)
@@ -153,9 +157,9 @@ def _srgb() -> Any:
 
 
 def encode_jpeg(pixels: np.ndarray, quality: int, subsampling: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling=subsampling)
-    return file.getvalue()
+    return simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels), quality, colorspace="RGB", colorsubsampling={0: "444", 2: "420"}[subsampling], fastdct=False
+    )
 
 
 def is_one_colour(pixels: np.ndarray, tolerance: int = 2) -> bool:

@@ -89,7 +89,7 @@ def _samples(folder: str) -> list[tuple[str, str]]:
         captions = [name for name, kind in zip(shard["column_names"], shard["column_encodings"], strict=True) if kind == "str"]
         for number in range(min(SAMPLES, shard["samples"])):
             row = reader[number]
-            decoded = pixels.decode(pixels.open_image(row["image"], 1 << 30), None)
+            decoded = pixels.decode(row["image"], pixels.open_image(row["image"], 1 << 30), None)
             caption = next((row[name] for name in captions if name != "key"), "")
             found.append((base64.b64encode(pixels.thumbnail(decoded)).decode(), caption))
     return found

@@ -95,7 +95,7 @@ def convert(record: Record, settings: Settings, duplicate: str = "") -> Kept | D
     bucket = assign_bucket(height, width, _buckets(settings.image_size, settings.multiple, settings.bucket_aspect))
     fits = (height, width) == bucket and pixels.is_plain(checked.image)
     try:
-        decoded = pixels.decode(checked.image, None if fits else bucket)
+        decoded = pixels.decode(checked.encoded, checked.image, None if fits else bucket)
     except BadImageError as error:
         return Dropped(str(error), checked.key, checked.measured)
     if not settings.single_colour and pixels.is_one_colour(decoded):

@@ -91,7 +91,7 @@ def _picture(pictures: list[str], dropped: Dropped, record: Record, settings: Se
     decoded = dropped.pixels
     if decoded is None:
         try:
-            decoded = pixels.decode(pixels.open_image(record.image, settings.max_pixels), None)
+            decoded = pixels.decode(record.image, pixels.open_image(record.image, settings.max_pixels), None)
         except pixels.BadImageError:
             return
     pictures.append(base64.b64encode(pixels.thumbnail(decoded)).decode())
