@@ -14,6 +14,8 @@ _WEIGHT = "weight"
 def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The data sets that a loader's specification names: where in it → its arguments, those that all share included.
 
+    Below `mix`, a data set lies in a folder of its name in `path` (and `remote`), unless it has one of its own.
+
     Raises:
         UserError: no path; a mixture that is empty, has an unknown key, or a weight for some of its data sets only.
     """
@@ -24,13 +26,13 @@ def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {"": dict(spec)}
     if not isinstance(mix, Mapping) or not mix or not all(isinstance(part, Mapping) for part in mix.values()):
         raise UserError(f"mix must be a mapping such as {{flux: {{path: data/flux, weight: 0.5}}}}, not {mix!r}.")
-    if given := [key for key in ("path", "remote", "source") if spec.get(key)]:
-        raise UserError(f"{given[0]} cannot be given beside mix: write it below one data set, such as mix.{next(iter(mix))}.")
     for name, part in mix.items():
         if unknown := part.keys() - {*_OF_ONE, _WEIGHT}:
             raise UserError(f"mix.{name}.{min(unknown)}: unknown; a data set has {', '.join(_OF_ONE)} and {_WEIGHT}.")
-        if "path" not in part:
-            raise UserError(f"mix.{name}.path is missing: the folder of the data set.")
+        if not (part.get("path") or spec.get("path")):
+            raise UserError(
+                f"mix.{name}.path is missing: the folder of the data set; or set path to the folder that holds them all."
+            )
     weights = {name: part[_WEIGHT] for name, part in mix.items() if _WEIGHT in part}
     if weights and len(weights) < len(mix):
         without = next(name for name in mix if name not in weights)
@@ -38,8 +40,13 @@ def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise UserError(f"mix.{name}.weight must be a positive number, not {weight!r}.")
+    return {f"mix.{name}": _of_mixture(spec, name, part) for name, part in mix.items()}
+
+
+def _of_mixture(spec: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> dict[str, Any]:
     shared = {key: value for key, value in spec.items() if key != "mix"}
-    return {f"mix.{name}": shared | {key: value for key, value in part.items() if key != _WEIGHT} for name, part in mix.items()}
+    below = {key: f"{spec[key]}/{name}" for key in ("path", "remote") if spec.get(key)}
+    return shared | below | {key: value for key, value in part.items() if key != _WEIGHT}
 
 
 def weights_of(mix: Mapping[str, Any]) -> dict[str, float] | None:

@@ -106,7 +106,8 @@ def build_loader(
         multiple: see `BucketBatchSampler`.
         seed: of order and choices.
         path, split, captions, features, text_embedding, latent, images, remote, max_undecodable: see `ImageCaptionDataset`.
-        mix: instead of `path`: name → path, perhaps split, captions, remote, and weight of a data set; see `MixedDataset`.
+        mix: several data sets, each in a folder of its name in `path`: name → perhaps weight, path, split, captions, remote; see
+            `MixedDataset`.
         shuffle: off for evaluation.
         num_workers: processes that decode and tokenise; 0 = in the training process.
 

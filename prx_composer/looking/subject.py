@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer import config
+from prx_composer.data.data_sets import data_sets
 from prx_composer.data.sources import prepare
 from prx_composer.errors import UserError, at_path, raise_all
 from prx_composer.looking.split import open_split
@@ -82,6 +83,12 @@ def subject_of(arguments: list[str], split: str | None) -> Subject:
             with at_path(made):
                 prepare(Path(getattr(recipe, made)["path"]), source, getattr(recipe, made)["source"])
     loader = {argument: value for argument, value in loader.items() if argument != "source"}
+    if loader.get("mix"):
+        names = " or ".join(part.get("remote") or part["path"] for part in data_sets(loader).values())
+        raise UserError(
+            f"{key}.mix names several data sets; look at one of them: {names}. As the recipe would load it: add {key}.mix=null "
+            f"{key}.path=FOLDER."
+        )
     loader["split"] = split or loader.get("split", "train")
     path = loader.get("remote") or loader["path"]
     open_split(path, loader["split"])  # before a tokenizer is downloaded

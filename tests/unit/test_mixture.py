@@ -117,8 +117,7 @@ def test_data_sets_of_different_base_sizes_are_refused_by_name(parts: dict[str, 
     [
         ({}, "path is missing"),
         ({"mix": {}}, "mix must be a mapping"),
-        ({"mix": {"a": {"path": "a"}}, "path": "b"}, "path cannot be given beside mix.*mix.a"),
-        ({"mix": {"a": {"weight": 1}}}, "mix.a.path is missing"),
+        ({"mix": {"a": {"path": "a"}, "b": {}}}, "mix.b.path is missing.*or set path to the folder that holds them all"),
         ({"mix": {"a": {"path": "a", "weigth": 1}}}, "mix.a.weigth: unknown.*weight"),
         ({"mix": {"a": {"path": "a", "weight": 1}, "b": {"path": "b"}}}, "mix.b.weight is missing"),
         ({"mix": {"a": {"path": "a", "weight": -1}}}, "mix.a.weight must be a positive number, not -1"),
@@ -127,6 +126,18 @@ def test_data_sets_of_different_base_sizes_are_refused_by_name(parts: dict[str, 
 def test_a_mixture_that_says_too_little_or_too_much_is_refused(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         data_sets(spec)
+
+
+def test_data_sets_lie_by_name_in_the_folder_of_the_mixture_unless_they_say_where() -> None:
+    spec = {
+        "path": "data/24h",
+        "remote": "s3://b/24h",
+        "captions": {"long": 1},
+        "mix": {"a": {"weight": 2}, "b": {"path": "/x", "weight": 1}},
+    }
+    found = data_sets(spec)
+    assert found["mix.a"] == {"path": "data/24h/a", "remote": "s3://b/24h/a", "captions": {"long": 1}}
+    assert found["mix.b"] == {"path": "/x", "remote": "s3://b/24h/b", "captions": {"long": 1}}
 
 
 def test_a_run_on_a_mixture_is_checked_trains_resumes_and_refuses_other_weights(
