@@ -27,6 +27,7 @@ MAY_DIFFER = {
     "model.text_encoder.max_tokens": "size",
     "model.text_encoder.dtype": "a CPU computes in fp32",
     "*_loader.path": "data",
+    "train_loader.mix.*": "data that are made on first use",
     "train_loader.source.*": "data that are made on first use",
     "train_loader.num_workers": "two cores",
     "image_size": "size",
