@@ -15,7 +15,7 @@ from prx_composer.trained.export import RECIPE
 from prx_composer.trained.loading import Trained
 from prx_composer.trained.pipeline_folder import REFERENCE
 
-__all__ = ["Card", "SAMPLES", "sample_settings", "write_card"]
+__all__ = ["SAMPLES", "Card", "sample_settings", "write_card"]
 
 SAMPLES = "samples.png"
 VERSIONS = ("torch", "diffusers", "transformers", "mosaicml", "mosaicml-streaming")
@@ -71,7 +71,10 @@ def write_card(trained: Trained, folder: Path, card: Card) -> None:
         _training(trained),
         "## Data\n\n" + _data(trained.recipe),
         "## Licence\n\n"
-        + (card.licence or "Not stated. Data and text encoder have licences of their own; say which this model has before sharing it."),
+        + (
+            card.licence
+            or "Not stated. Data and text encoder have licences of their own; say which this model has before sharing it."
+        ),
         _provenance(trained, card),
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -93,7 +96,9 @@ def _usage(trained: Trained, folder: Path, card: Card, pixels: bool) -> str:
     pipeline = "PRXPixelPipeline" if pixels else "PRXPipeline"
     prompt = card.prompts[0] if card.prompts else "a red circle"
     s = card.sampling
-    arguments = f"height={s.height}, width={s.width}, num_inference_steps={s.num_inference_steps}, guidance_scale={s.guidance_scale}"
+    arguments = (
+        f"height={s.height}, width={s.width}, num_inference_steps={s.num_inference_steps}, guidance_scale={s.guidance_scale}"
+    )
     lines = ["import torch", f"from diffusers import {pipeline}", ""]
     load = '"PATH_OR_HUB_ID"'
     if (folder / REFERENCE).exists():

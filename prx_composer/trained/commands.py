@@ -48,7 +48,9 @@ def generate(
     ] = None,
     guidance: Annotated[
         str,
-        typer.Option(help="cfg (classifier-free), self (routed self-guidance, of models trained with tread), or run: as the run drew."),
+        typer.Option(
+            help="cfg (classifier-free), self (routed self-guidance, of models trained with tread), or run: as the run drew."
+        ),
     ] = "run",
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
     weights: WeightsOption = None,
@@ -69,7 +71,9 @@ def generate(
     _quiet()
     asked = [*(prompt or []), *(drawing.read_prompts(prompts) if prompts is not None else [])]
     if not asked:
-        raise UserError('What is to be drawn? Give --prompt "…" (several times if you like), or --prompts FILE with one per line.')
+        raise UserError(
+            'What is to be drawn? Give --prompt "…" (several times if you like), or --prompts FILE with one per line.'
+        )
     place = _device(device)
     trained = load_trained(model, _weights(weights))
     _, defaults = sample_settings(trained)

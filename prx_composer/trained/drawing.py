@@ -54,7 +54,9 @@ def check_settings(model: TextToImage, settings: DrawingSettings, device: torch.
     height, width = settings.height, settings.width
     if height < 1 or width < 1 or height % multiple or width % multiple:
         near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-        raise UserError(f"--size: the sides of {height}x{width} must be multiples of {multiple}; the nearest is {near[0]}x{near[1]}.")
+        raise UserError(
+            f"--size: the sides of {height}x{width} must be multiples of {multiple}; the nearest is {near[0]}x{near[1]}."
+        )
     if settings.guidance_scale < 1:
         raise UserError(f"--guidance-scale must be at least 1 (1 = unguided), not {settings.guidance_scale}.")
     if settings.precision not in ("fp32", "bf16"):
@@ -144,7 +146,9 @@ def read_prompts(path: str) -> list[str]:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts: {path} cannot be read: {error}") from error
-    prompts = [_prompt_of(line.strip(), f"--prompts: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    prompts = [
+        _prompt_of(line.strip(), f"--prompts: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
     if not prompts:
         raise UserError(f"--prompts: {path} has no prompts; write one per line.")
     return prompts

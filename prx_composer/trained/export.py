@@ -57,7 +57,9 @@ def check_exportable(model: TextToImage) -> None:
         problems.append("model.autoencoder: only pixels and diffusers autoencoders are known to diffusers.")
     network = type(model.text_encoder.network).__name__
     if getattr(transformers, network, None) is not type(model.text_encoder.network):
-        problems.append(f"model.text_encoder: transformers has no class {network} by that name, with which diffusers would load it.")
+        problems.append(
+            f"model.text_encoder: transformers has no class {network} by that name, with which diffusers would load it."
+        )
     raise_all(problems)
 
 
@@ -113,7 +115,10 @@ def _write_parts(trained: Trained, folder: Path, referred: dict[str, Any] | None
     model = trained.model
     pixels = isinstance(model.autoencoder, Pixels)
     scale = 1.0 if pixels else model.flow.noise_scale  # PRXPipeline begins with unit noise: the scale goes into the weights
-    index: dict[str, Any] = {"_class_name": "PRXPixelPipeline" if pixels else "PRXPipeline", "_diffusers_version": diffusers.__version__}
+    index: dict[str, Any] = {
+        "_class_name": "PRXPixelPipeline" if pixels else "PRXPipeline",
+        "_diffusers_version": diffusers.__version__,
+    }
     index["default_sample_size"] = trained.image_size
     if pixels:
         index |= {"prompt_max_tokens": model.text_encoder.max_tokens, "noise_scale": model.flow.noise_scale}
@@ -181,7 +186,9 @@ def _reference(trained: Trained) -> dict[str, Any]:
     encoder = (trained.recipe or {}).get("model", {}).get("text_encoder", {})
     pretrained = encoder.get("pretrained")
     if trained.model.text_encoder.trainable:
-        raise UserError("--text-encoder reference: the text encoder was trained with the model; there is nothing else to refer to.")
+        raise UserError(
+            "--text-encoder reference: the text encoder was trained with the model; there is nothing else to refer to."
+        )
     if not pretrained:
         raise UserError("--text-encoder reference: the recipe's text encoder is none from the hub; leave the option out.")
     if Path(pretrained).expanduser().exists():

@@ -73,7 +73,9 @@ def _read(located: Located, with_encoder: bool) -> tuple[dict[str, Tensor], dict
 def _split(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if not any(name.startswith(BACKBONE) for name in tensors):  # a file of the backbone alone, such as diffusers writes
         return tensors, {}
-    parts = [{name.removeprefix(p): tensor for name, tensor in tensors.items() if name.startswith(p)} for p in (BACKBONE, ENCODER)]
+    parts = [
+        {name.removeprefix(p): tensor for name, tensor in tensors.items() if name.startswith(p)} for p in (BACKBONE, ENCODER)
+    ]
     return parts[0], parts[1]
 
 
@@ -85,7 +87,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def _compare(theirs: Shapes, ours: Shapes, source: str, what: str) -> None:
-    said = [f"{name} is {theirs[name]} there and {ours[name]} here" for name in ours if name in theirs and theirs[name] != ours[name]]
+    said = [
+        f"{name} is {theirs[name]} there and {ours[name]} here" for name in ours if name in theirs and theirs[name] != ours[name]
+    ]
     said += [f"{name} is only there" for name in theirs if name not in ours]
     said += [f"{name} is only here" for name in ours if name not in theirs]
     if said:
@@ -135,7 +139,9 @@ def write_fragment(folder: str, target: Path) -> None:
     """
     located = locate(folder)
     if located.kind != "diffusers":
-        raise UserError(f"{folder} is not a folder that diffusers opens; a run or *.safetensors is named in model.init_from itself.")
+        raise UserError(
+            f"{folder} is not a folder that diffusers opens; a run or *.safetensors is named in model.init_from itself."
+        )
     path = located.path.resolve()
     backbone = pipeline_folder.backbone_arguments(path)
     with torch.device("meta"):

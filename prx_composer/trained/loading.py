@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from composer.core import Algorithm, Event, State, Time, TimeUnit, Timestamp
+from composer.core import Algorithm, Event, State, Time, Timestamp
 from composer.devices import DeviceCPU
 from composer.loggers import Logger
 from torch import Tensor, nn
@@ -89,7 +89,9 @@ def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
     config.import_code(recipe.code_paths)
     state = read_checkpoint(located.checkpoint)
     if weights == "ema" and not state.average:
-        raise UserError(f"{located.path} has no averaged weights: the recipe has no `ema`, or it had not begun. Use --weights raw.")
+        raise UserError(
+            f"{located.path} has no averaged weights: the recipe has no `ema`, or it had not begun. Use --weights raw."
+        )
     model = build_model(recipe, located.run_folder)
     attach_algorithms(model, recipe, state, located.run_folder)
     fill(model, state.model, str(located.path))
@@ -179,12 +181,12 @@ def attach_algorithms(model: TextToImage, recipe: Recipe, saved: SavedState, run
         if algorithm.match(Event.INIT, state):
             algorithm.apply(Event.INIT, state, logger)
     batch = int(saved.timestamp.get("batch", 0))
-    counts = {unit: int(saved.timestamp.get(unit, 0)) for unit in ("epoch", "sample")}
-    state.timestamp = Timestamp(batch=max(batch - 1, 0), **counts)  # of the last step's beginning, which windows go by
+    epoch, sample = (int(saved.timestamp.get(unit, 0)) for unit in ("epoch", "sample"))
+    # Of the last step's beginning, which windows go by.
+    state.timestamp = Timestamp(batch=max(batch - 1, 0), epoch=epoch, sample=sample)
     for algorithm in shaping:
         if algorithm.match(Event.BATCH_START, state):
             algorithm.apply(Event.BATCH_START, state, logger)
-    assert state.max_duration is not None and state.max_duration.unit in TimeUnit
 
 
 def choose_guidance(model: TextToImage, name: str) -> str:

@@ -19,10 +19,10 @@ from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.cli import app
 from prx_composer.errors import UserError
 from prx_composer.models import TextToImage
+from prx_composer.train import build_trainer, main, run
 from prx_composer.trained.export import publish, write_pipeline
 from prx_composer.trained.initial import initialise
 from prx_composer.trained.loading import Trained, load_trained
-from prx_composer.train import build_trainer, main, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
