@@ -2,8 +2,8 @@
 
     uv run python benchmarks/generate.py --output benchmarks/results/generate.json
 
-Both start from the prompt and a seed and end with uint8 pixels in memory. The model is of the quickstart's sizes with random weights,
-exported by `prx export`. One prompt at a time, since diffusers' PRX pipelines take no more; and, for this package alone, a batch.
+Both start from the prompt and a seed and end with pixels in memory. The model is of the quickstart's sizes with random weights, exported
+as `prx export` does. One prompt at a time, since diffusers' PRX pipelines take no more; and, for this package alone, a batch.
 """
 
 import argparse

@@ -86,8 +86,8 @@ def _about(trained: Trained, pixels: bool) -> str:
     sizes = model.backbone.config
     space = "pixels" if pixels else f"latents of a {type(model.autoencoder.network).__name__}"  # pyright: ignore[reportAttributeAccessIssue]
     return (
-        f"A PRX text-to-image diffusion transformer with {parameters / 1e6:,.1f}M parameters (hidden size {sizes['hidden_size']}, depth "
-        f"{sizes['depth']}, patch {sizes['patch_size']}) that works on {space}, trained at {trained.image_size} px with "
+        f"A PRX text-to-image diffusion transformer with {parameters / 1e6:,.1f}M parameters (hidden size "
+        f"{sizes['hidden_size']}, depth {sizes['depth']}, patch {sizes['patch_size']}) that works on {space}, trained at {trained.image_size} px with "
         "[MosaicML Composer](https://github.com/mosaicml/composer)."
     )
 
@@ -116,8 +116,8 @@ def _usage(trained: Trained, folder: Path, card: Card, pixels: bool) -> str:
     ]
     code = "\n".join(lines)
     return (
-        f"```python\n{code}\n```\n\nIt needs `pip install diffusers transformers ftfy`. `use_resolution_binning=False` keeps the size "
-        "that is asked for; one prompt at a time."
+        f"```python\n{code}\n```\n\nIt needs `pip install diffusers transformers ftfy`. `use_resolution_binning=False` keeps "
+        "the size that is asked for; one prompt at a time."
     )
 
 

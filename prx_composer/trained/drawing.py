@@ -85,7 +85,7 @@ def draw(
 
 
 def weights_hash(model: TextToImage) -> str:
-    """SHA-256 over names and values of the backbone's and a trained text encoder's weights, the same wherever they were opened."""
+    """SHA-256 over names and values of the backbone's weights, the same wherever they were opened."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.backbone.state_dict().items()):
         digest.update(name.encode())

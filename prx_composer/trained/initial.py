@@ -95,7 +95,8 @@ def _compare(theirs: Shapes, ours: Shapes, source: str, what: str) -> None:
     if said:
         more = f"; and {len(said) - 5} more" if len(said) > 5 else ""
         raise UserError(
-            f"{PATH}: {source} does not fit {what}: {'; '.join(said[:5])}{more}. Of a diffusers folder, `prx import` writes the sizes."
+            f"{PATH}: {source} does not fit {what}: {'; '.join(said[:5])}{more}. "
+            "`prx import` writes the sizes of a diffusers folder."
         )
 
 
@@ -146,12 +147,13 @@ def write_fragment(folder: str, target: Path) -> None:
     backbone = pipeline_folder.backbone_arguments(path)
     with torch.device("meta"):
         check_init_from(str(path), pipeline_folder.PRXBackbone(**backbone))
+    nothing_else = {"config": None, "revision": None}  # what a recipe below may have said instead
     autoencoder: dict[str, Any] = {"name": "pixels"}
     if not pipeline_folder.is_pixel(path):
-        autoencoder = {"name": "diffusers", "pretrained": str(path), "subfolder": "vae"}
+        autoencoder = {"name": "diffusers", **nothing_else, "pretrained": str(path), "subfolder": "vae"}
     model = {
         "backbone": {"name": "prx", **backbone},
-        "text_encoder": {"name": "huggingface", **pipeline_folder.text_encoder_arguments(path)},
+        "text_encoder": {"name": "huggingface", **nothing_else, **pipeline_folder.text_encoder_arguments(path)},
         "flow": pipeline_folder.flow_arguments(path),
         "autoencoder": autoencoder,
         "init_from": str(path),

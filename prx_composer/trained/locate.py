@@ -88,8 +88,8 @@ def _newest_whole(run_folder: Path) -> Checkpoint:
         raise UserError(f"No checkpoint in {folder} is whole: {', '.join(c.path.name for c in found)} are damaged.")
     if old := sorted(path.name for path in folder.glob("**/*") if path.suffix in (".pt", ".symlink", ".distcp")):
         raise UserError(
-            f"{folder} holds checkpoints of another form ({old[0]} …), of a version before 0.1 or of Composer alone. Go on with that "
-            "run for one more checkpoint, with the version that wrote it, or train again."
+            f"{folder} holds checkpoints of another form ({old[0]} …), of an older version or of Composer alone: they have no "
+            "checkpoint.json. Its weights as *.safetensors can go on with model.init_from; or train again."
         )
     raise UserError(f"{run_folder} has no checkpoint yet; the first is written at the recipe's save_interval.")
 
