@@ -2,8 +2,8 @@
 
     uv run python benchmarks/generate.py --output benchmarks/results/generate.json
 
-Both start from the prompt and a seed and end with pixels in memory. The model is of the quickstart's sizes with random weights, exported
-as `prx export` does. One prompt at a time, since diffusers' PRX pipelines take no more; and, for this package alone, a batch.
+Both start from the prompt and a seed and end with pixels in memory. The model has the quickstart's sizes and random weights. One
+prompt at a time, since diffusers' PRX pipelines take no more; and, for this package alone, a batch.
 """
 
 import argparse
@@ -47,7 +47,8 @@ def compare(folder: Path, size: int, steps: int, guidance_scale: float, batch: i
 
     def theirs(output_type: str = "np") -> Any:
         generator = torch.Generator().manual_seed(7)
-        return pipeline(PROMPT, generator=generator, output_type=output_type, use_resolution_binning=False, **options).images
+        fixed: Any = dict(use_resolution_binning=False, return_dict=False)
+        return pipeline(PROMPT, generator=generator, output_type=output_type, **fixed, **options)[0]
 
     difference = float((ours.sample([PROMPT], seeds=[7], **options) - theirs("pt")).abs().max())
     if difference > TOLERANCE:

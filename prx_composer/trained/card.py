@@ -87,8 +87,8 @@ def _about(trained: Trained, pixels: bool) -> str:
     space = "pixels" if pixels else f"latents of a {type(model.autoencoder.network).__name__}"  # pyright: ignore[reportAttributeAccessIssue]
     return (
         f"A PRX text-to-image diffusion transformer with {parameters / 1e6:,.1f}M parameters (hidden size "
-        f"{sizes['hidden_size']}, depth {sizes['depth']}, patch {sizes['patch_size']}) that works on {space}, trained at {trained.image_size} px with "
-        "[MosaicML Composer](https://github.com/mosaicml/composer)."
+        f"{sizes['hidden_size']}, depth {sizes['depth']}, patch {sizes['patch_size']}) that works on {space}, trained at "
+        f"{trained.image_size} px with [MosaicML Composer](https://github.com/mosaicml/composer)."
     )
 
 

@@ -108,10 +108,11 @@ def test_a_png_says_how_to_draw_it_again(trained: Path, tmp_path: Path) -> None:
     text: dict[str, str] = Image.open(path).text  # pyright: ignore[reportAttributeAccessIssue]
     facts = json.loads(text["prx"])
     assert text["prompt"] == facts["prompt"] == "ein grüner Kreis" and facts["seed"] == 4
-    assert facts["weights"] == "ema" and facts["batch"] == 8 and facts["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert facts["weights"] == "ema" and facts["batch"] == 8 and torch.__version__.startswith(facts["versions"]["torch"])
     prx(
         "generate", facts["model"], "-p", facts["prompt"], "--seed", facts["seed"],
-        "--size", f"{facts['height']}x{facts['width']}", "--steps", facts["num_inference_steps"], "--guidance-scale", facts["guidance_scale"], "--guidance", facts["guidance"],
+        "--size", f"{facts['height']}x{facts['width']}", "--steps", facts["num_inference_steps"],
+        "--guidance-scale", facts["guidance_scale"], "--guidance", facts["guidance"],
         "--weights", facts["weights"], "--output", tmp_path / "b",
     )  # fmt: skip
     assert np.abs(pixels(images_in(tmp_path / "b")[0]) - pixels(path)).max() <= 1
