@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from stacks import stack_of_24h
 from typer.testing import CliRunner
 
 from prx_composer import config
@@ -253,3 +254,15 @@ def test_a_sharded_run_begun_from_an_export_is_drawn_with_in_one_process(
         ended = load_trained(str(folder_of(tiny_recipe)), weights).model  # pyright: ignore[reportArgumentType]
         for name, tensor in begun.backbone.state_dict().items():
             torch.testing.assert_close(ended.backbone.state_dict()[name], tensor, atol=1e-7, rtol=0)
+
+
+def test_a_run_with_the_whole_stack_of_the_24_hour_recipe_is_drawn_with_and_exported(
+    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path
+) -> None:
+    """Its checkpoint carries routing, teachers' projectors, Muon's state and an average of all that is trained."""
+    recipe = stack_of_24h(tiny_recipe)
+    run(config.load([write_recipe(recipe)]))
+    assert "24×24 with ema weights of batch 6" in prx("generate", folder_of(recipe), "-p", PROMPT, "--output", tmp_path / "drawn")
+    prx("export", folder_of(recipe), "--output", tmp_path / "out", "-p", PROMPT)
+    ours, theirs = load_trained(str(folder_of(recipe))).model, load_trained(str(tmp_path / "out")).model
+    torch.testing.assert_close(theirs.sample([PROMPT], 24, 24, [1], 3), ours.sample([PROMPT], 24, 24, [1], 3))
