@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from prx_composer import config
 from prx_composer.cli import app
 from prx_composer.errors import UserError
-from prx_composer.models import FlowMatching, PRXBackbone, TextToImage
+from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.train import run
 from prx_composer.trained.export import publish, push, write_pipeline
@@ -124,6 +124,35 @@ def test_a_text_encoder_of_the_hub_can_be_referred_to_instead_of_copied(tiny_mod
     torch.testing.assert_close(opened.sample([PROMPT], 16, 16, [7], 3, 2.0), theirs, atol=1e-4, rtol=0)
     with pytest.raises(UserError, match="was trained with the model"):
         write_pipeline(replace(trained, model=trainable), tmp_path / "other", reference=True)
+
+
+T5GEMMA_HALF = dict(
+    hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    vocab_size=64, sliding_window=16, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8,
+)  # fmt: skip
+QWEN3_VL_TEXT = dict(
+    model_type="qwen3_vl_text", hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=12, rope_scaling={"rope_type": "default", "mrope_section": [2, 2, 2]},
+)  # fmt: skip
+CLIP = dict(model_type="clip_text_model", hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [{"model_type": "t5gemma", "encoder": T5GEMMA_HALF, "decoder": T5GEMMA_HALF}, QWEN3_VL_TEXT, CLIP],
+    ids=lambda text: text["model_type"],
+)
+def test_every_kind_of_frozen_text_encoder_is_opened_by_diffusers_and_by_us_again(
+    tiny_model: Build, tokenizer: Any, tmp_path: Path, text: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    encoder = HuggingFaceTextEncoder(tokenizer, config=text, max_tokens=14)
+    model = TextToImage(tiny_model().backbone, encoder).eval()
+    pipeline = PRXPixelPipeline.from_pretrained(exported(model, tmp_path / "out"))
+    ours = model.sample([PROMPT], 16, 16, [7], 3, 2.0)
+    theirs = draw(pipeline, PROMPT, 16, 16, 7, "pt", num_inference_steps=3, guidance_scale=2.0)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(load_trained(str(tmp_path / "out")).model.sample([PROMPT], 16, 16, [7], 3, 2.0), ours)
 
 
 # -------------------------------------------------------------------------------------------------------- the command
