@@ -4,6 +4,8 @@ import logging
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -96,11 +98,13 @@ def generate(
     with typer.progressbar(length=len(texts), label="drawing", file=sys.stderr) as progress:
         for index, image in drawing.draw(trained.model, texts, seeds, settings, batch_size):
             name = drawing.file_name(index, seeds[index], texts[index])
-            drawing.save_png(image, folder / name, {"prompt": texts[index], "seed": seeds[index]} | common)
+            with _writing("--output"):
+                drawing.save_png(image, folder / name, {"prompt": texts[index], "seed": seeds[index]} | common)
             drawn.append(image)
             progress.update(1)
     if grid:
-        drawing.save_grid(drawn, texts, folder / "grid.png")
+        with _writing("--output"):
+            drawing.save_grid(drawn, texts, folder / "grid.png")
     of = f"{trained.weights} weights" + (f" of batch {trained.batch}" if trained.batch is not None else "")
     typer.echo(f"{len(drawn)} image{'s' if len(drawn) > 1 else ''} of {height}×{width} with {of} · {folder}")
 
@@ -147,17 +151,19 @@ def export(
     trained = load_trained(model, _weights(weights))
     prompts, settings = sample_settings(trained)
     prompts = list(prompt or prompts)[:12]
-    partial = exporting.write_pipeline(trained, target, text_encoder == "reference", overwrite)
+    with _writing("--output"):
+        partial = exporting.write_pipeline(trained, target, text_encoder == "reference", overwrite)
     try:
-        choose_guidance(trained.model, "cfg")
-        if prompts and not no_samples:
-            images = [image for _, image in drawing.draw(trained.model, prompts, list(range(len(prompts))), settings, 4)]
-            drawing.save_grid(images, prompts, partial / SAMPLES)
-        title = name or str((trained.recipe or {}).get("run_name") or target.name)
-        command = shlex.join(["prx", *sys.argv[1:]])
-        digest = drawing.weights_hash(trained.model)
-        write_card(trained, partial, Card(title, license, command, digest, settings, prompts))
-        exporting.publish(partial, target)
+        with _writing("--output"):
+            choose_guidance(trained.model, "cfg")
+            if prompts and not no_samples:
+                images = [image for _, image in drawing.draw(trained.model, prompts, list(range(len(prompts))), settings, 4)]
+                drawing.save_grid(images, prompts, partial / SAMPLES)
+            title = name or str((trained.recipe or {}).get("run_name") or target.name)
+            command = shlex.join(["prx", *sys.argv[1:]])
+            digest = drawing.weights_hash(trained.model)
+            write_card(trained, partial, Card(title, license, command, digest, settings, prompts))
+            exporting.publish(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -189,6 +195,17 @@ def _quiet() -> None:
     logging.getLogger("prx_composer").setLevel(logging.INFO)
     for name in ("httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _writing(option: str) -> Iterator[None]:
+    """A disk that is full or may not be written is the user's to mend."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{option}: it cannot be written: {error}") from error
 
 
 def _weights(name: str | None) -> Literal["ema", "raw"] | None:

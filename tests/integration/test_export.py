@@ -194,6 +194,8 @@ def test_export_writes_the_average_of_a_run_with_a_card(trained_run: Path, tmp_p
     prx("export", trained_run, "--output", output, "--overwrite", "--weights", "raw", "--no-samples")
     assert not (output / "samples.png").exists()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".out")) == []
+    (tmp_path / "file").touch()
+    assert "--output: it cannot be written" in prx("export", trained_run, "--output", tmp_path / "file" / "out", code=1)
 
 
 def test_the_code_on_the_card_runs_without_this_package(trained_run: Path, tmp_path: Path) -> None:
