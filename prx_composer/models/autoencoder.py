@@ -105,7 +105,7 @@ class DiffusersAutoencoder:
         self.scaling = float(settings.get("scaling_factor") or 1.0)
 
     @property
-    def module(self) -> torch.nn.Module:
+    def module(self) -> Any:
         """diffusers' own."""
         return self._frozen.module
 

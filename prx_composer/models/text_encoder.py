@@ -64,7 +64,9 @@ def _build_encoder(pretrained: str | None, config: dict[str, Any] | None, revisi
         with says_how_to_get(pretrained):
             hf_config = AutoConfig.from_pretrained(pretrained, revision=revision)
             cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), AutoModel)
-            extra = {"is_encoder_decoder": False} if hf_config.model_type == "t5gemma" else {}
+            extra: dict[str, Any] = {}
+            if hf_config.model_type == "t5gemma":  # diffusers' own PRX folders have the inner encoder's names
+                extra = {"is_encoder_decoder": False, "key_mapping": {r"^(embed_tokens|layers|norm)\.": r"encoder.\1."}}
             return _text_tower(cls.from_pretrained(pretrained, revision=revision, dtype=torch.float32, **extra))
     hf_config = random_config(config or {}, vocab_size=vocab_size)
     model_type = hf_config.model_type

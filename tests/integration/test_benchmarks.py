@@ -37,6 +37,13 @@ def test_every_other_entry_of_compare_finds_agreement_and_ends(entry: str) -> No
 
 
 @pytest.mark.slow
+def test_drawing_is_timed_against_diffusers_after_the_images_agree(tmp_path: Path) -> None:
+    benchmark("generate.py", "--size", 16, "--steps", 2, "--batch", 2, "--rounds", 2, "--output", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["largest_difference"] < 1e-4 and found["backbone_calls_per_step"] == 1
+
+
+@pytest.mark.slow
 def test_the_cost_over_images_and_tokens_is_measured_and_drawn(tmp_path: Path) -> None:
     benchmark("linear_cost.py", "--hidden-size", 64, "--depth", 1, "--rounds", 2, "--output", tmp_path / "cost.json")
     assert json.loads((tmp_path / "cost.json").read_text())["exponents"].keys() == {"images", "tokens"}

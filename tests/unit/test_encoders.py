@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from prx_composer.models import HuggingFaceTextEncoder
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
@@ -38,6 +39,20 @@ def test_t5gemma_by_folder_gives_its_own_hidden_states(tokenizer: Any, tmp_path:
     expected = reference(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"].long()).last_hidden_state
     torch.testing.assert_close(encoder(**tokens), expected.detach())
     assert not list(encoder.parameters()) and not encoder.state_dict()
+
+
+def test_t5gemma_as_diffusers_own_prx_folders_hold_it_is_the_same(tokenizer: Any, tmp_path: Path) -> None:
+    """They hold the inner T5GemmaEncoder's weights beside the whole model's configuration."""
+    reference = saved_t5gemma(tmp_path)
+    save_file(
+        {name: tensor.clone() for name, tensor in reference.encoder.state_dict().items()},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    encoder = HuggingFaceTextEncoder(tokenizer, pretrained=str(tmp_path), max_tokens=12)
+    tokens = encoder.tokenize(CAPTIONS)
+    expected = reference(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"].long()).last_hidden_state
+    torch.testing.assert_close(encoder(**tokens), expected.detach())
 
 
 @pytest.mark.parametrize(
