@@ -33,6 +33,7 @@ class TeacherSpec:
         config: transformers configuration of one with random weights instead: `model_type` and its settings.
         revision: of `pretrained`.
         dtype: storage dtype of the weights; bfloat16 halves the memory and, without autocast, the time.
+        compile: `torch.compile` it, one graph for every image size that it sees.
 
     Raises:
         ValueError: neither or both of `pretrained` and `config`.
@@ -42,6 +43,7 @@ class TeacherSpec:
     config: dict[str, Any] | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if (self.pretrained is None) == (self.config is None):
@@ -100,6 +102,7 @@ class VisionEncoder:
         self.hidden_size = int(module.config.hidden_size)
         self._dtype = getattr(torch, spec.dtype)
         self._frozen = Frozen(module, self._dtype)
+        self._run: Any = torch.compile(module, dynamic=False) if spec.compile else module
         self._mean = torch.tensor(processor.get("image_mean") or IMAGENET_MEAN)[:, None, None]
         self._std = torch.tensor(processor.get("image_std") or IMAGENET_STD)[:, None, None]
         takes = inspect.signature(module.forward).parameters
@@ -129,8 +132,8 @@ class VisionEncoder:
         mean, std = self._mean.to(image.device), self._std.to(image.device)
         rows, columns = image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
         normalised = ((image.float() + 1) / 2 - mean) / std
-        module = self._frozen.on(image.device)
-        tokens = module(pixel_values=normalised.to(self._dtype), **self._options).last_hidden_state
+        self._frozen.on(image.device)
+        tokens = self._run(pixel_values=normalised.to(self._dtype), **self._options).last_hidden_state
         return tokens[:, -rows * columns :].float().unflatten(1, (rows, columns))  # what comes before are prefix tokens
 
 

@@ -89,6 +89,20 @@ def test_fitted_sizes_keep_area_and_aspect_ratio_to_half_a_patch(sides: tuple[in
     assert abs(height - 224 * ratio) <= multiple / 2 and abs(width - 224 / ratio) <= multiple / 2
 
 
+@pytest.mark.slow
+def test_a_compiled_teacher_gives_the_same_features_and_gradients(teacher: VisionEncoder, folder: Path) -> None:
+    compiled = VisionEncoder(TeacherSpec(pretrained=str(folder), compile=True))
+    image = torch.linspace(-1, 1, 3 * 28 * 35).reshape(1, 3, 28, 35)
+    found = []
+    for encoder in (teacher, compiled):
+        leaf = image.clone().requires_grad_()
+        features = encoder(leaf)
+        features.square().sum().backward()
+        found.append((features.detach(), leaf.grad))
+    for eager, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-5)
+
+
 def test_fitted_sizes_at_the_edges() -> None:
     assert fit_size(512, 512, 224, 14) == (224, 224), "the teacher's own size is met exactly"
     assert fit_size(16, 16, 224, 14) == (224, 224), "small images grow"
