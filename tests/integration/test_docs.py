@@ -75,7 +75,7 @@ def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
         kept = next(names for recipe, names in KEPT.items() if recipe in line)
         line = " ".join([line, SHORT_COST, *(f"--keep {name}" for name in kept)])
     elif "ablate.py" in line:
-        line = f"{line} {SHORT} {SHORT_SCORE} {SHORT_IMAGES}"
+        line = f"{line} {SHORT} {SHORT_SCORE}"
     line = re.sub(r"max_duration=\d+ba", "max_duration=6ba", line).replace("uv run ", "uv run --no-sync ")
     environment = os.environ | {"UV_PROJECT": str(REPOSITORY), "WANDB_MODE": "offline"}
     finished = subprocess.run(line, shell=True, cwd=workshop, env=environment, capture_output=True, text=True, check=False)
