@@ -200,7 +200,9 @@ def check(recipe: Recipe) -> None:
         (registry.schedulers, recipe.scheduler, "scheduler", _NONE),
     ):
         with problems.noted():
-            _check_spec(components, spec, path, provided)
+            _check_spec(components, spec, path, provided, also=frozenset({"init_from"}) if path == "model" else _NONE)
+    if not isinstance(recipe.model.get("init_from"), str | None):
+        problems.found.append(f"model.init_from: expected a string or null, not {recipe.model['init_from']!r}.")
     with problems.noted(), at_path("save_interval"):
         Point.parse_interval(recipe.save_interval)
     times = {key: getattr(recipe, key) for key in ("max_duration", "eval_interval")}

@@ -52,6 +52,7 @@ from prx_composer.run_folder import (
     summarise,
 )
 from prx_composer.schedule import duration_string, parse_duration
+from prx_composer.trained.initial import initialise
 from prx_composer.trainer import Trainer
 
 __all__ = ["build_text_encoder", "build_tokenizer", "build_trainer", "main", "run"]
@@ -152,7 +153,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     dist.broadcast_object_list(paths, src=0)
     load_path = paths[0]
     reproducibility.seed_all(recipe.seed)
-    model = _build_model(recipe, folder)
+    model = _build_model(recipe, folder, initialised=load_path is None)
     train_loader = _build_loader(recipe, "train_loader", model, recipe.global_train_batch_size)
     optimizer = _build_optimizer(recipe, model)
     name, arguments = split(recipe.scheduler, "scheduler")
@@ -304,11 +305,16 @@ def _build_evaluator(recipe: Recipe, model: TextToImage) -> Evaluator | None:
 # ----------------------------------------------------------------------------------------------------------- model
 
 
-def _build_model(recipe: Recipe, folder: Path) -> TextToImage:
+def _build_model(recipe: Recipe, folder: Path, initialised: bool) -> TextToImage:
+    """The recipe's model, with the weights of `model.init_from` unless a checkpoint is about to give it others."""
     name, arguments = split(recipe.model, "model")
+    source = arguments.pop("init_from", None)
     if "text_encoder" in arguments:
         arguments["text_encoder"] = build_text_encoder(recipe, folder)
-    return build(registry.models, name, arguments, "model", seed=recipe.seed)
+    model = build(registry.models, name, arguments, "model", seed=recipe.seed)
+    if source is not None and initialised:
+        initialise(model, source)
+    return model
 
 
 def build_text_encoder(recipe: Recipe, folder: Path) -> HuggingFaceTextEncoder:

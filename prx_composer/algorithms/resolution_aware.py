@@ -36,6 +36,8 @@ class ResolutionAware(Algorithm):
         start, end: window; outside of it nothing is added, in training or sampling.
     """
 
+    shapes_sampling = True
+
     def __init__(self, start: str = "0ba", end: str | None = None):
         self.window = ScheduleWindow(start, end)
 

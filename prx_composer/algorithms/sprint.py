@@ -62,6 +62,7 @@ class SPRINT(TokenRoutingAlgorithm):
     """
 
     name = "sprint"
+    shapes_sampling = True
 
     def __init__(
         self,

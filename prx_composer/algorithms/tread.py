@@ -27,6 +27,7 @@ class TREAD(TokenRoutingAlgorithm):
     """
 
     name = "tread"
+    shapes_sampling = True
 
     def __init__(
         self,

@@ -99,18 +99,23 @@ class DiffusersAutoencoder:
         downsampling = downsampling_of(settings)
         assert downsampling is not None
         self.downsampling = downsampling
-        self._shift = float(settings.get("shift_factor") or 0.0)
-        self._scale = float(settings.get("scaling_factor") or 1.0)
+        self.shift = float(settings.get("shift_factor") or 0.0)
+        self.scale = float(settings.get("scaling_factor") or 1.0)
+
+    @property
+    def network(self) -> Any:
+        """diffusers' module."""
+        return self._frozen.module
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):
             encoded = self._frozen.on(image.device).encode(_to_unit_range(image).to(self._dtype))
         latent = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-        return (latent.float() - self._shift) * self._scale
+        return (latent.float() - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        unscaled = (latent / self._scale + self._shift).to(self._dtype)
+        unscaled = (latent / self.scale + self.shift).to(self._dtype)
         with torch.autocast(latent.device.type, enabled=False):
             return _to_uint8(self._frozen.on(latent.device).decode(unscaled).sample)

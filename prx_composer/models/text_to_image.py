@@ -210,7 +210,6 @@ class TextToImage(ComposerModel):
 
     # ---------------------------------------------------------------------------------------------- sampling
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: list[str],
@@ -235,6 +234,19 @@ class TextToImage(ComposerModel):
         Raises:
             ValueError: a size that cannot be cut into patches; a number of seeds that isn't the number of prompts.
         """
+        return self.autoencoder.decode(self.sample(prompts, height, width, seeds, num_inference_steps, guidance_scale))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: list[str],
+        height: int,
+        width: int,
+        seeds: list[int] | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 3.5,
+    ) -> Tensor:
+        """As `generate`, but before decoding: what the autoencoder would make of the images, fp32 (B, C, H, W)."""
         seeds = list(range(len(prompts))) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
@@ -245,7 +257,9 @@ class TextToImage(ComposerModel):
         self.eval()
         try:
             device = next(self.parameters()).device
-            text, null = self.encode_prompts(prompts, device), self.encode_prompts([""] * len(prompts), device)
+            encoded = self.encode_prompts([*prompts, ""], device)
+            text = TextConditioning(*(part[:-1] for part in encoded))
+            null = TextConditioning(*(part[-1:].expand_as(own) for part, own in zip(encoded, text, strict=True)))
             noise = initial_noise(seeds, (self.autoencoder.channels, height // down, width // down), device)
 
             num_tokens = self.backbone.num_tokens(*noise.shape[-2:])
@@ -254,7 +268,7 @@ class TextToImage(ComposerModel):
                 step = SamplingStep(index, seeds, num_tokens)
                 return self.guidance(self._predict, x_t, t, text, null, guidance_scale, step)
 
-            return self.autoencoder.decode(sample_flow(predict, self.flow, noise, num_inference_steps))
+            return sample_flow(predict, self.flow, noise, num_inference_steps)
         finally:
             self.train(was_training)
 

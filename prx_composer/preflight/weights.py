@@ -21,12 +21,14 @@ from huggingface_hub.errors import (
 )
 
 from prx_composer.algorithms.lpips import LPIPS, torchvision_weights, weights_are_missing
+from prx_composer.checkpoints import newest_checkpoint
 from prx_composer.config import Recipe, split
 from prx_composer.errors import UserError
 from prx_composer.models.vision_encoder import TeacherSpec
 from prx_composer.preflight.recipe import Parts
 from prx_composer.preflight.result import Result, failed, passed, warned
 from prx_composer.run_folder import TOKENIZER
+from prx_composer.trained.initial import check_init_from
 
 __all__ = ["Reference", "check_weights", "is_here", "references"]
 
@@ -89,6 +91,8 @@ def _of_model(recipe: Recipe) -> list[Reference]:
 def check_weights(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     """One result per reference; those that must be asked for are asked for at once."""
     algorithms = list(parts.algorithms.values())
+    if source := recipe.model.get("init_from"):
+        yield from _check_init_from(recipe, source, parts)
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(_answer, references(recipe, algorithms, model=not parts.is_wrong("model"))))
     yield from (result for result, _ in answers)
@@ -97,6 +101,19 @@ def check_weights(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     for algorithm in algorithms:
         if isinstance(algorithm, LPIPS) and not algorithm.random_weights:
             yield _answer_torchvision(algorithm)
+
+
+def _check_init_from(recipe: Recipe, source: Any, parts: Parts) -> Iterator[Result]:
+    newest = newest_checkpoint(Path(recipe.run_folder)) if recipe.autoresume else None
+    if parts.is_wrong("model"):
+        return
+    if newest is not None:
+        yield passed("model.init_from", f"is not read again: the run goes on from {newest.path}")
+        return
+    try:
+        yield passed("model.init_from", check_init_from(source, parts.backbone))
+    except UserError as error:
+        yield failed(str(error))
 
 
 def _answer(reference: Reference) -> tuple[Result, int]:

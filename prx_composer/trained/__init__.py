@@ -1,0 +1,1 @@
+"""What follows training: a trained model is opened, drawn with, exported to diffusers, and trained on from there."""

@@ -1,0 +1,196 @@
+"""Weights as they lie on the disk: checkpoints of one file or in shards, and safetensors. Nothing that is read is executed."""
+
+import datetime
+import json
+import pickle
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.torch_version import TorchVersion
+
+from prx_composer.checkpoints import MONOLITH, Checkpoint, damage
+from prx_composer.errors import UserError
+
+__all__ = ["SavedState", "read_checkpoint", "read_safetensors", "safetensors_shapes"]
+
+_reconstruct = np.zeros(0).__reduce__()[0]
+# Beside tensors, what a run's own state is made of: times, the versions it ran with, numpy's random state.
+_HARMLESS: list[Any] = [
+    datetime.timedelta,
+    TorchVersion,
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ("u4", "u8", "i4", "i8", "f4", "f8")},
+    *((_reconstruct, f"{module}._reconstruct") for module in ("numpy._core.multiarray", "numpy.core.multiarray")),
+]
+_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_METADATA_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+}
+_METADATA_NAMES |= {("pathlib._local", name) for _, name in _METADATA_NAMES if name.endswith("Path")}
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """Of a checkpoint, what sampling needs.
+
+    Args:
+        model: parameter and buffer names → plain weights.
+        average: names → averaged weights; empty before EMA began, or without it.
+        timestamp: Composer's, as it saves it: `batch`, `sample`, `epoch` …
+        clock: `elapsed` seconds and `fraction` of the time budget.
+    """
+
+    model: dict[str, Tensor]
+    average: dict[str, Tensor] = field(default_factory=dict)
+    timestamp: dict[str, Any] = field(default_factory=dict)
+    clock: dict[str, float] = field(default_factory=dict)
+
+
+def read_checkpoint(checkpoint: Checkpoint) -> SavedState:
+    """Reads a checkpoint of any number of ranks in this process alone, after comparing it with its checksums.
+
+    Raises:
+        UserError: it is damaged, or holds objects that could execute code.
+    """
+    if wrong := damage(checkpoint):
+        raise UserError(f"{checkpoint.path} is damaged: {wrong}. Give another checkpoint of that run.")
+    monolith = checkpoint.path / MONOLITH
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return _read_file(monolith) if monolith.exists() else _read_shards(checkpoint.path)
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        message = str(error).replace("\n", " ")
+        culprit = message.partition("GLOBAL ")[2].partition(" ")[0] or message[:200]
+        raise UserError(
+            f"{checkpoint.path} is not read: it holds {culprit}, and only tensors, numbers and text are loaded from checkpoints, "
+            "since anything else could execute code. An algorithm or callback of that run saves it."
+        ) from error
+
+
+def _read_file(path: Path) -> SavedState:
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
+    callbacks = state.get("callbacks", {})
+    average = callbacks.get("AverageState", {}).get("average", {}) if _average_began(state.get("algorithms", [])) else {}
+    timestamp = state.get("timestamp", {}).get("Timestamp", {})
+    return SavedState(state["model"], average, timestamp, callbacks.get("TrainingClock", {}))
+
+
+def _average_began(algorithms: Any) -> bool:
+    return any(name == "EMA" and state.get("started") for name, state in algorithms)
+
+
+class _Reader(FileSystemReader):
+    """Reads the index of the shards, a pickle, without calling anything but what such an index is made of."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
+        if dtype or module_name in _METADATA_MODULES or (module_name, global_name) in _METADATA_NAMES:
+            return super().find_class(module_name, global_name)
+        raise pickle.UnpicklingError(f"GLOBAL {module_name}.{global_name} in .metadata")
+
+
+class _Planner(DefaultLoadPlanner):
+    """Reads plain values, as well as tensors, without executing anything."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+_PARTS = {
+    "model": "state.model.",
+    "average": "state.callbacks.AverageState.average.",
+    "timestamp": "state.timestamp.Timestamp.",
+    "clock": "state.callbacks.TrainingClock.",
+}
+
+
+def _read_shards(folder: Path) -> SavedState:
+    stored = _Reader(folder).read_metadata().state_dict_metadata
+    wanted: dict[str, Any] = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
+        for key, entry in stored.items()
+        if key.startswith(tuple(_PARTS.values())) or key == "state.algorithms"
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no process group is used, which is what is asked for
+        load_sharded(wanted, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
+    parts: dict[str, dict[str, Any]] = {
+        part: {key.removeprefix(prefix): value for key, value in wanted.items() if key.startswith(prefix)}
+        for part, prefix in _PARTS.items()
+    }
+    if not _average_began(wanted.get("state.algorithms") or []):
+        parts["average"] = {}
+    return SavedState(**parts)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Of one file, or of a folder's file or files.
+
+    Raises:
+        UserError: there are none, or one is damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _files(path):
+        try:
+            tensors |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+    return tensors
+
+
+def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, from the files' headers alone. Raises UserError as `read_safetensors`."""
+    shapes = {}
+    for file in _files(path):
+        try:
+            with safe_open(file, "pt") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+    return shapes
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if indices:
+        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        if missing := [name for name in names if not (path / name).exists()]:
+            raise UserError(f"{path} lacks {', '.join(missing)}, of which {indices[0].name} speaks.")
+        return [path / name for name in names]
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+        instead = f" It has {', '.join(others[:3])}, which could execute code and are not read." if others else ""
+        raise UserError(f"{path} has no weights (*.safetensors).{instead}")
+    whole = [file for file in found if "-of-" not in file.name]
+    return whole[:1] or found

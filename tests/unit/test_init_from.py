@@ -1,0 +1,147 @@
+"""Training begins with the weights that `model.init_from` names."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import PRXTransformer2DModel
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from prx_composer import config
+from prx_composer.callbacks.metrics_file import read_metrics
+from prx_composer.cli import app
+from prx_composer.errors import UserError
+from prx_composer.models import TextToImage
+from prx_composer.train import build_trainer, main, run
+from prx_composer.trained.export import publish, write_pipeline
+from prx_composer.trained.initial import initialise
+from prx_composer.trained.loading import Trained, load_trained
+
+Recipe = dict[str, Any]
+Write = Callable[..., str]
+Build = Callable[..., TextToImage]
+
+
+@pytest.fixture
+def folder(tiny_model: Build, tmp_path: Path) -> Path:
+    """A diffusers folder whose weights no run begins with by itself."""
+    publish(write_pipeline(Trained(tiny_model(seed=5).eval(), Path("nowhere"), "raw", 16), tmp_path / "them"), tmp_path / "them")
+    return tmp_path / "them"
+
+
+def folder_of(recipe: Recipe) -> Path:
+    return Path(recipe["run_folder"].replace("${run_name}", recipe["run_name"]))
+
+
+def losses(recipe: Recipe) -> list[float]:
+    return [row["loss/train/total"] for row in read_metrics(folder_of(recipe) / "metrics.jsonl")]
+
+
+def test_a_run_begins_with_the_weights_of_a_diffusers_folder(folder: Path, tiny_recipe: Recipe, write_recipe: Write) -> None:
+    tiny_recipe["model"]["init_from"] = str(folder)
+    model: Any = build_trainer(config.load([write_recipe(tiny_recipe)])).state.model
+    for name, tensor in PRXTransformer2DModel.from_pretrained(folder / "transformer").state_dict().items():
+        assert torch.equal(tensor, model.backbone.state_dict()[name]), name
+    source = load_trained(str(folder)).model
+    assert torch.equal(source.text_encoder.network.state_dict()["shared.weight"], model.text_encoder.encoder.shared.weight)
+
+
+def test_what_import_writes_trains_on_and_is_exported_again(
+    folder: Path, tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path
+) -> None:
+    fragment = tmp_path / "from_them.yaml"
+    result = CliRunner().invoke(app, ["import", str(folder), "--output", str(fragment)])
+    assert result.exit_code == 0, result.exception
+    written = yaml.safe_load(fragment.read_text())["model"]
+    assert written["init_from"] == str(folder) and written["flow"]["prediction"] == "x"
+    tiny_recipe["model"]["backbone"] |= {"depth": 7}  # the fragment has the last word
+    tiny_recipe["max_duration"] = "2ba"
+    recipe = write_recipe(tiny_recipe)
+    assert main([recipe, str(fragment)]) == 0
+    opened = load_trained(str(folder_of(tiny_recipe)), "raw").model
+    before = PRXTransformer2DModel.from_pretrained(folder / "transformer").state_dict()
+    moved = [(opened.backbone.state_dict()[name] - tensor).abs().max() for name, tensor in before.items()]
+    assert 0 < max(moved) < 0.05, "two steps away"
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_a_file_of_safetensors_is_enough(tiny_model: Build, tmp_path: Path, prefix: str) -> None:
+    source, target = tiny_model(seed=1), tiny_model(seed=2)
+    save_file({prefix + name: tensor for name, tensor in source.backbone.state_dict().items()}, tmp_path / "raw.safetensors")
+    initialise(target, str(tmp_path / "raw.safetensors"))
+    assert all(torch.equal(tensor, target.backbone.state_dict()[name]) for name, tensor in source.backbone.state_dict().items())
+
+
+def test_a_run_is_begun_with_another_run_s_average_its_tied_weights_too(
+    tiny_recipe: Recipe, write_recipe: Write, tiny_model: Build
+) -> None:
+    run(config.load([write_recipe(tiny_recipe)]))
+    target = tiny_model(seed=9)
+    initialise(target, str(folder_of(tiny_recipe)))
+    average = load_trained(str(folder_of(tiny_recipe)), "ema").model
+    plain = load_trained(str(folder_of(tiny_recipe)), "raw").model
+    for name, tensor in average.state_dict().items():
+        assert torch.equal(tensor, target.state_dict()[name]), name
+    assert not torch.equal(plain.text_encoder.encoder.shared.weight, average.text_encoder.encoder.shared.weight)
+
+
+def test_sizes_that_differ_are_named_by_parameter_before_anything_is_trained(
+    folder: Path, tiny_recipe: Recipe, write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_recipe["model"]["init_from"] = str(folder)
+    tiny_recipe["model"]["backbone"] |= {"mlp_ratio": 3.0, "depth": 1}
+    path = write_recipe(tiny_recipe)
+    result = CliRunner().invoke(app, ["check", path, "--no-step"])
+    assert result.exit_code == 1
+    (wrong,) = [line for line in result.output.splitlines() if line.startswith("✗")]
+    assert "model.init_from" in wrong and "blocks.0.gate_proj.weight is (64, 32) there and (96, 32) here" in wrong
+    assert "blocks.1." in wrong and "is only there" in wrong
+    assert main([path, "preflight=false"]) == 1
+    said = capsys.readouterr().err
+    assert "blocks.0.gate_proj.weight is (64, 32) there" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("nowhere", "model.init_from: There is no nowhere"),
+        ({"name": "x"}, "model.init_from: expected a string or null"),
+        (".", "model.init_from: . is no run folder"),
+    ],
+)
+def test_a_source_that_is_none_is_said_by_its_path(tiny_recipe: Recipe, write_recipe: Write, source: Any, said: str) -> None:
+    tiny_recipe["model"]["init_from"] = source
+    result = CliRunner().invoke(app, ["check", write_recipe(tiny_recipe), "--no-step"])
+    assert result.exit_code == 1 and said in result.output
+
+
+def test_a_resumed_run_goes_on_from_its_checkpoint_and_not_from_init_from_again(
+    folder: Path, tiny_recipe: Recipe, write_recipe: Write
+) -> None:
+    """Bit for bit, and even when the folder is gone."""
+    tiny_recipe |= {"autoresume": True}
+    tiny_recipe["model"]["init_from"] = str(folder)
+    whole, parts = copy.deepcopy(tiny_recipe) | {"run_name": "whole"}, copy.deepcopy(tiny_recipe) | {"run_name": "parts"}
+    run(config.load([write_recipe(whole)]))
+    path = write_recipe(parts, "parts.yaml")
+    run(config.load([path, "callbacks.stop_after.time=4ba"]))
+    shutil.rmtree(folder)
+    run(config.load([path]))
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 8
+    with pytest.raises(UserError, match=r"model.init_from \("):
+        run(config.load([path, "model.init_from=elsewhere"]))
+
+
+def test_the_trained_model_is_opened_when_its_beginning_is_gone(folder: Path, tiny_recipe: Recipe, write_recipe: Write) -> None:
+    tiny_recipe["model"]["init_from"] = str(folder)
+    run(config.load([write_recipe(tiny_recipe)]))
+    shutil.rmtree(folder)
+    trained = load_trained(str(folder_of(tiny_recipe)))
+    assert replace(trained, recipe=None).batch == 8
