@@ -65,7 +65,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features fp32 (B, D) of uint8 images (B, 3, H, W), on their device; what is outside of the centred square isn't seen."""
+        """Features fp32 (B, D) of uint8 images (B, 3, H, W), on their device; the centred square alone is seen."""
         images = square(images, self.image_size)
         return self._extract(self._frozen.on(images.device), images).float()
 
@@ -107,12 +107,11 @@ def clip_images(name: str = CLIP) -> Extractor:
     return Extractor(name, module, int(module.config.image_size), extract, "clip image_embeds, length 1")
 
 
-def dino_images(name: str = DINO, unit: bool = False) -> Extractor:
+def dino_images(name: str = DINO) -> Extractor:
     """The class token of a DINOv2 or DINOv3 (or any ViT of transformers that has one) after its last norm.
 
     Args:
         name: hub id or folder.
-        unit: scaled to length 1, as the kernel of CMMD wants it.
 
     Raises:
         OSError: it cannot be had. ValueError: it is no vision transformer with a class token.
@@ -126,10 +125,9 @@ def dino_images(name: str = DINO, unit: bool = False) -> Extractor:
     size = _DINO_SIZE // patch * patch if module.config.model_type != "vit" else int(module.config.image_size)
 
     def extract(module: Any, images: Tensor) -> Tensor:
-        token = module(pixel_values=_normalised(images, IMAGENET_MEAN, IMAGENET_STD)).last_hidden_state[:, 0]
-        return F.normalize(token, dim=-1) if unit else token
+        return module(pixel_values=_normalised(images, IMAGENET_MEAN, IMAGENET_STD)).last_hidden_state[:, 0]
 
-    return Extractor(name, module, size, extract, "class token" + (", length 1" if unit else ""))
+    return Extractor(name, module, size, extract, "class token")
 
 
 def inception_images(weights: str = INCEPTION) -> Extractor:
@@ -148,8 +146,8 @@ def inception_images(weights: str = INCEPTION) -> Extractor:
         module = NoTrainInceptionV3("inception-v3-compat", ["2048"], path)
     except ModuleNotFoundError as error:
         raise UserError(
-            "fid needs torch-fidelity: pip install torch-fidelity (or prx-composer[fid]). cmmd and fd_dino need nothing more, and "
-            "agree better with what people see."
+            "fid needs torch-fidelity: pip install torch-fidelity. cmmd and fd_dino need nothing more, and agree better with "
+            "what people see."
         ) from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise OSError(

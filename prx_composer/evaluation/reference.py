@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from composer.utils import dist
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -38,9 +39,15 @@ class Reference:
     key: str
 
     @cached_property
+    def unit(self) -> Tensor:
+        """Scaled to length 1."""
+        return F.normalize(self.features, dim=-1)
+
+    @cached_property
     def within(self) -> float:
-        """The kernel's mean among themselves."""
-        return mean_kernel(self.features)
+        """The kernel's mean among those of length 1."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return mean_kernel(self.unit.to(device))
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
