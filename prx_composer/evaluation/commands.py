@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from prx_composer.errors import UserError
+from prx_composer.errors import UserError, at_path
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,10 @@ def evaluate(
     logging.getLogger("prx_composer").setLevel(logging.INFO)
     if layout is not None and layout not in _LAYOUTS:
         raise UserError(f"--layout: {layout!r} is none of {', '.join(_LAYOUTS)}.")
-    names = check_metrics([name.strip() for name in metrics.split(",") if name.strip()], "--metrics")
+    try:
+        names = check_metrics([name.strip() for name in metrics.split(",") if name.strip()])
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
     kinds = [None] if weights is None else [kind.strip() for kind in weights.split(",") if kind.strip()]
     if any(kind not in (None, "ema", "raw") for kind in kinds) or not kinds:
         raise UserError(f"--weights must be ema, raw, or ema,raw, not {weights!r}.")
@@ -139,7 +142,7 @@ def evaluate(
             raise UserError(f"--layout {layout} needs --prompts (of the benchmark) and --output (the folder to write).")
         from prx_composer.evaluation.layouts import write_layout
 
-        one = plan.settings(base)[0]
+        one = replace(base, guidance_scale=plan.guidance_scales[0], num_inference_steps=plan.steps[0])
         typer.echo(
             write_layout(
                 layout,
@@ -162,7 +165,8 @@ def evaluate(
     compared: DataSet | ImageFolder | None = None
     if scorer.needs_reference:
         if reference is not None:
-            compared = open_images(reference, split or "train", caption)
+            with at_path("--reference"):
+                compared = open_images(reference, split or "train", caption)
         elif found is not None:
             compared = found
         else:
@@ -228,7 +232,8 @@ def _data(trained: "Trained", data: str | None, split: str | None, caption: str 
     from prx_composer.evaluation.image_sets import DataSet
 
     if data is not None:
-        return DataSet(data, split or "train", caption)
+        with at_path("--data"):
+            return DataSet(data, split or "train", caption)
     recipe = trained.recipe or {}
     spec = recipe.get("eval_loader") or recipe.get("train_loader") or {}
     if not spec.get("path"):
@@ -237,7 +242,8 @@ def _data(trained: "Trained", data: str | None, split: str | None, caption: str 
         return None
     try:
         column = caption or next(iter(spec.get("captions") or {}), None)
-        return DataSet(spec["path"], split or spec.get("split", "train"), column, spec.get("remote"))
+        with at_path("the recipe's data; name others with --data DIR or --prompts FILE"):
+            return DataSet(spec["path"], split or spec.get("split", "train"), column, spec.get("remote"))
     except UserError:
         if needed:
             raise

@@ -1,6 +1,7 @@
 """What images are compared by: features of frozen networks, by hub id or folder."""
 
 import hashlib
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -143,16 +144,18 @@ def inception_images(weights: str = INCEPTION) -> Extractor:
 
     path = None if weights == INCEPTION else weights
     try:
+        if path is not None:
+            torch.load(path, weights_only=True, mmap=True)  # torch-fidelity would execute what else is in it
         module = NoTrainInceptionV3("inception-v3-compat", ["2048"], path)
     except ModuleNotFoundError as error:
         raise UserError(
             "fid needs torch-fidelity: pip install torch-fidelity. cmmd and fd_dino need nothing more, and agree better with "
             "what people see."
         ) from error
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise OSError(
             f"FID's InceptionV3 cannot be loaded ({str(error).strip().splitlines()[0]}). Without a network, give the file "
-            "pt_inception-2015-12-05-6726825d.pth of torch-fidelity's releases by its path."
+            "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases by its path."
         ) from error
     return Extractor("InceptionV3, torch-fidelity", module, _INCEPTION_SIZE, lambda module, images: module(images), "pool3")
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.schema import MANIFEST
 from prx_composer.data.transforms import UNDECODABLE, decode_image
-from prx_composer.errors import UserError, at_path
 
 __all__ = ["DataSet", "ImageFolder", "ImageSet", "open_images"]
 
@@ -43,12 +42,11 @@ class DataSet:
         remote: where it lies remotely; `path` is its cache then.
 
     Raises:
-        UserError: no such data set or caption column.
+        ValueError: no such data set or caption column.
     """
 
     def __init__(self, path: str, split: str = "train", caption: str | None = None, remote: str | None = None):
-        with at_path(path):
-            self._data = ImageCaptionDataset(path, split, {caption: 1.0} if caption else None, remote)
+        self._data = ImageCaptionDataset(path, split, {caption: 1.0} if caption else None, remote)
         self.name = f"{remote or path}, {split}"
         self._caption = next(iter(self._data.captions))
 
@@ -69,14 +67,14 @@ class ImageFolder:
     """All images of a folder and of the folders in it.
 
     Raises:
-        UserError: there are none.
+        ValueError: there are none.
     """
 
     def __init__(self, path: str):
         root = Path(path).expanduser()
         self._files = sorted(file for file in root.rglob("*") if file.suffix.lower() in _SUFFIXES)
         if not self._files:
-            raise UserError(f"{path} has no images ({', '.join(_SUFFIXES)}) and is no data set (it has no <split>/{MANIFEST}).")
+            raise ValueError(f"{path} has no images ({', '.join(_SUFFIXES)}) and is no data set (it has no <split>/{MANIFEST}).")
         self.name = path
 
     def __len__(self) -> int:
@@ -107,11 +105,11 @@ def open_images(path: str, split: str, caption: str | None = None) -> DataSet | 
     """A data set, if the folder has that split, or else a folder of images.
 
     Raises:
-        UserError: neither.
+        ValueError: neither.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise UserError(f"There is no folder {path}.")
+        raise ValueError(f"There is no folder {path}.")
     if (root / split / MANIFEST).exists() or any(root.glob(f"*/{MANIFEST}")):
         return DataSet(str(root), split, caption)
     return ImageFolder(path)

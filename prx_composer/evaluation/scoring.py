@@ -64,13 +64,13 @@ class Networks:
     inception: str = INCEPTION
 
 
-def check_metrics(names: Sequence[str], path: str) -> list[str]:
-    """Each once. Raises UserError for one that isn't known, or for none."""
+def check_metrics(names: Sequence[str]) -> list[str]:
+    """Each once. Raises ValueError for one that isn't known, or for none."""
     for name in names:
         if name not in METRICS:
-            raise UserError(f"{path}: {name!r} is no metric; there are {', '.join(METRICS)}.{nearest(name, list(METRICS))}")
+            raise ValueError(f"metrics: {name!r} is no metric.{nearest(name, list(METRICS))}")
     if not names:
-        raise UserError(f"{path}: name at least one of {', '.join(METRICS)}.")
+        raise ValueError(f"metrics: name at least one of {', '.join(METRICS)}.")
     return list(dict.fromkeys(names))
 
 
@@ -86,7 +86,7 @@ class Scorer:
     """
 
     def __init__(self, metrics: Sequence[str], networks: Networks):
-        self.metrics = check_metrics(metrics, "metrics")
+        self.metrics = check_metrics(metrics)
         make: dict[str, Callable[[str], Extractor]] = {"clip": clip_images, "dino": dino_images, "inception": inception_images}
         needed = {METRICS[name].extractor for name in self.metrics}
         self.extractors = {kind: make[kind](getattr(networks, kind)) for kind in make if kind in needed}
