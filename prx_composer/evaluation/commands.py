@@ -151,7 +151,7 @@ def evaluate(
                 Path(output).expanduser(),
                 one,
                 images_per_prompt,
-                seed_list[0],
+                next(iter(seed_list)),
                 batch_size,
                 command,
                 place,

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_evaluate import CPU, networks, numbers, prx  # noqa: F401  (a fixture)
+from test_evaluate import CPU, REPOSITORY, networks, numbers, prx  # noqa: F401  (a fixture)
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
 from prx_composer import config
@@ -222,3 +225,26 @@ def test_a_layout_says_what_is_wrong_with_its_prompts(trained: Path, tmp_path: P
     assert "needs --prompts" in prx(*common, "geneval", code=1)
     assert "cuts squares" in prx(*common, "dpg", "--prompts", tmp_path, "--size", "16x24", code=1)
     assert "one guidance scale" in prx(*common, "dpg", "--prompts", tmp_path, "--guidance-scale", "1,2", code=1)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_a_sharded_model_log_what_one_process_does(
+    tiny_recipe: Recipe,
+    write_recipe: Write,
+    networks: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """21 prompts: ranks that had different numbers of batches would wait for each other forever."""
+    recipe = with_metrics(tiny_recipe, networks, tmp_path) | {"max_duration": "4ba", "save_interval": "4ba"}
+    recipe["callbacks"]["generation_metrics"] |= {"num": 21, "batch_size": 4}
+    run(config.load([write_recipe(recipe, "one.yaml")]))
+    sharded = recipe | {"run_name": "sharded", "parallelism_config": {"fsdp": {}}}
+    composer = [str(Path(sys.executable).parent / "composer"), "-n", "2", "train.py", write_recipe(sharded, "two.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(composer, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=environment)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-3000:]
+    one, two = ([line for line in logged(folder_of(r)) if "metrics/generation/cmmd" in line] for r in (recipe, sharded))
+    assert len(one) == len(two) == 1
+    for name in ("cmmd", "fd_dino", "clip_score"):
+        key = f"metrics/generation/{name}"
+        assert two[0][key] == pytest.approx(one[0][key], rel=2e-2, abs=1e-3), name
