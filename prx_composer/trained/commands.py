@@ -13,7 +13,7 @@ import typer
 
 from prx_composer.errors import UserError
 
-__all__ = ["register"]
+__all__ = ["parse_size", "register"]
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Run folder (runs/<run_name>), one of its checkpoints, or an exported folder.")
@@ -79,7 +79,7 @@ def generate(
     place = _device(device)
     trained = load_trained(model, _weights(weights))
     _, defaults = sample_settings(trained)
-    height, width = (defaults.height, defaults.width) if size is None else _size(size)
+    height, width = (defaults.height, defaults.width) if size is None else parse_size(size)
     settings = drawing.DrawingSettings(
         height,
         width,
@@ -214,7 +214,8 @@ def _weights(name: str | None) -> Literal["ema", "raw"] | None:
     return cast(Literal["ema", "raw"] | None, name)
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width of `--size`. Raises UserError if it is none."""
     sides = text.lower().replace("×", "x").split("x")
     try:
         numbers = [int(side) for side in sides]
