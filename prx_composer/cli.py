@@ -9,6 +9,7 @@ import typer.core
 
 from prx_composer.data import commands as data_commands
 from prx_composer.encoding import commands as encode_commands
+from prx_composer.report import commands as report_commands
 
 __all__ = ["app", "main"]
 
@@ -16,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 app.add_typer(data_commands.app, name="data")
 app.add_typer(encode_commands.app, name="encode")
+app.command()(report_commands.report)
 
 ASSUMED_UTILISATION = 0.33  # of `prx plan`, where nothing was measured
 
