@@ -52,7 +52,13 @@ def write_report(statistics: dict[str, Any], output: str, path: str) -> None:
     plots = [(TITLES[name], _histogram(statistics["histograms"][name], width)) for name, width in HISTOGRAMS.items()]
     settings = statistics["settings"]
     page = render(
-        "prx_composer.data.convert", "report.html", settings=settings, counts=counts, buckets=buckets, reasons=reasons, plots=plots
+        "prx_composer.data.convert",
+        "report.html",
+        settings=settings,
+        counts=counts,
+        buckets=buckets,
+        reasons=reasons,
+        plots=plots,
     )
     Path(path).write_text(page, encoding="utf-8")
 
