@@ -10,6 +10,7 @@ import typer.core
 from prx_composer.data import commands as data_commands
 from prx_composer.encoding import commands as encode_commands
 from prx_composer.evaluation import commands as evaluation_commands
+from prx_composer.report import commands as report_commands
 from prx_composer.trained import commands as trained_commands
 
 __all__ = ["app", "main"]
@@ -20,6 +21,7 @@ app.add_typer(data_commands.app, name="data")
 app.add_typer(encode_commands.app, name="encode")
 trained_commands.register(app)
 evaluation_commands.register(app)
+app.command()(report_commands.report)
 
 ASSUMED_UTILISATION = 0.33  # of `prx plan`, where nothing was measured
 

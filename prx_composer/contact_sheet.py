@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-__all__ = ["Text", "Tile", "contact_sheet", "image_grid", "picture", "shown_factor"]
+__all__ = ["Text", "Tile", "contact_sheet", "cut", "image_grid", "picture", "shown_factor"]
 
 GAP = 8
 
@@ -53,19 +53,13 @@ def contact_sheet(tiles: Sequence[Tile], columns: int = 6, font_size: int | None
     """
     factor = max(shown_factor(tile.image.height, tile.image.width) for tile in tiles)
     cell_width = max(tile.image.width for tile in tiles) * factor
-    font_size = font_size or max(11, cell_width // 12)
+    font_size, letters, line_height = _type(cell_width, font_size)
     font = ImageFont.load_default(size=font_size)
-    letters, line_height = max(8, int(cell_width / (font_size * 0.52))), int(font_size * 1.3)
     columns = min(columns, len(tiles))
     texts = [[(text.colour, _wrap(text, letters)) for text in tile.texts] for tile in tiles]
-    rows, y = [], GAP
-    for first in range(0, len(tiles), columns):
-        row = slice(first, first + columns)
-        image_height = max(tile.image.height for tile in tiles[row]) * factor
-        text_height = line_height * max(sum(len(lines) for _, lines in below) for below in texts[row]) + 6
-        rows.append((row, y))
-        y += image_height + text_height + GAP
-    sheet = Image.new("RGB", (columns * (cell_width + GAP) + GAP, y), "white")
+    line_counts = [sum(len(lines) for _, lines in below) for below in texts]
+    rows, bottom = _rows([tile.image.height * factor for tile in tiles], line_counts, line_height, columns)
+    sheet = Image.new("RGB", (columns * (cell_width + GAP) + GAP, bottom), "white")
     draw = ImageDraw.Draw(sheet)
     for row, top in rows:
         for column, (tile, below) in enumerate(zip(tiles[row], texts[row], strict=True)):
@@ -77,6 +71,46 @@ def contact_sheet(tiles: Sequence[Tile], columns: int = 6, font_size: int | None
                 draw.multiline_text((x, y), "\n".join(lines), fill=colour, font=font, spacing=line_height - font_size)
                 y += line_height * len(lines)
     return sheet
+
+
+def cut(sheet: Image.Image, captions: Sequence[str], aspect: float = 1.0, columns: int = 6) -> list[Image.Image] | None:
+    """The images that `image_grid` put together, as enlarged there; None if the sheet isn't one of these captions.
+
+    Args:
+        aspect: width / height of the images.
+    """
+    columns = min(columns, len(captions))
+    cell_width, rest = divmod(sheet.width - GAP, columns)
+    cell_width -= GAP
+    if rest or cell_width < 1:
+        return None
+    height = round(cell_width / aspect)
+    _, letters, line_height = _type(cell_width)
+    line_counts = [len(_wrap(Text(caption), letters)) for caption in captions]
+    rows, bottom = _rows([height] * len(captions), line_counts, line_height, columns)
+    if bottom != sheet.height:
+        return None
+    lefts = [GAP + column * (cell_width + GAP) for column in range(columns)]
+    boxes = [(left, top, left + cell_width, top + height) for _, top in rows for left in lefts]
+    return [sheet.crop(box) for box in boxes[: len(captions)]]
+
+
+def _type(cell_width: int, font_size: int | None = None) -> tuple[int, int, int]:
+    """Font size, letters of a line, and height of a line."""
+    font_size = font_size or max(11, cell_width // 12)
+    return font_size, max(8, int(cell_width / (font_size * 0.52))), int(font_size * 1.3)
+
+
+def _rows(
+    heights: Sequence[int], line_counts: Sequence[int], line_height: int, columns: int
+) -> tuple[list[tuple[slice, int]], int]:
+    """Which tiles are in each row and where it begins, and the height of the whole."""
+    rows, y = [], GAP
+    for first in range(0, len(heights), columns):
+        row = slice(first, first + columns)
+        rows.append((row, y))
+        y += max(heights[row]) + line_height * max(line_counts[row]) + 6 + GAP
+    return rows, y
 
 
 def _wrap(text: Text, letters: int) -> list[str]:

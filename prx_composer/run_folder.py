@@ -1,6 +1,6 @@
 """A run's folder: who may use it, how a run is recognised again, and what it says in the end.
 
-runs/<run_name>/config.yaml  tokenizer/  checkpoints/  metrics.jsonl  images/
+runs/<run_name>/config.yaml  environment.jsonl  tokenizer/  checkpoints/  metrics.jsonl  images/
 """
 
 import dataclasses

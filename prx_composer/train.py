@@ -14,7 +14,7 @@ from composer.core import DataSpec, Evaluator, Event
 from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 from transformers import PreTrainedTokenizerBase
 
-from prx_composer import config, registry
+from prx_composer import config, environment, registry
 from prx_composer.algorithms.progressive_resolution import check_batch_sizes
 from prx_composer.callbacks.checkpointing import Checkpointing, due_every
 from prx_composer.callbacks.clock import ClockStop, TrainingClock, clock_of
@@ -112,6 +112,7 @@ def run(recipe: Recipe) -> str:
                 save_recipe(recipe, folder)
                 if recipe.preflight:
                     remember_steps(folder)
+        environment.record(folder, int(state.timestamp.batch), clock_of(state).spent)
         with stop_on_signals(clock_of(state)):
             trainer.fit()
     except BaseException:

@@ -4,11 +4,11 @@ import base64
 import io
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image, ImageDraw
 
 from prx_composer.contact_sheet import Text, Tile, contact_sheet, picture, shown_factor
 from prx_composer.errors import UserError
+from prx_composer.html_page import render
 from prx_composer.looking.view import Seen, View
 
 __all__ = ["check_output", "title", "write"]
@@ -81,13 +81,12 @@ def _tile(seen: Seen, max_tokens: int) -> Tile:
 
 
 def _page(view: View) -> str:
-    environment = Environment(loader=PackageLoader("prx_composer.looking", "."), autoescape=select_autoescape())
     factor = max(shown_factor(*seen.size) for seen in view.samples)
     tiles = [
         {"seen": seen, "image": _png(_shown(seen)), "width": seen.size.width * factor, "problem": _problem(seen)}
         for seen in view.samples
     ]
-    return environment.get_template("sheet.html").render(title=title(view), tiles=tiles, view=view)
+    return render("prx_composer.looking", "sheet.html", title=title(view), tiles=tiles, view=view)
 
 
 def _png(image: Image.Image) -> str:

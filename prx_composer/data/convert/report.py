@@ -7,12 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
-
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.convert.reasons import REASONS
 from prx_composer.data.convert.tally import HISTOGRAMS
 from prx_composer.data.storage import fetch, is_remote, join
+from prx_composer.html_page import render
 
 __all__ = ["write_report"]
 
@@ -51,9 +50,15 @@ def write_report(statistics: dict[str, Any], output: str, path: str) -> None:
         for reason, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
     ]
     plots = [(TITLES[name], _histogram(statistics["histograms"][name], width)) for name, width in HISTOGRAMS.items()]
-    environment = Environment(loader=PackageLoader("prx_composer.data.convert", "."), autoescape=select_autoescape())
-    page = environment.get_template("report.html").render(
-        settings=statistics["settings"], counts=counts, buckets=buckets, reasons=reasons, plots=plots
+    settings = statistics["settings"]
+    page = render(
+        "prx_composer.data.convert",
+        "report.html",
+        settings=settings,
+        counts=counts,
+        buckets=buckets,
+        reasons=reasons,
+        plots=plots,
     )
     Path(path).write_text(page, encoding="utf-8")
 

@@ -1,0 +1,1 @@
+"""`prx report`: what became of a run, as one page."""
