@@ -41,7 +41,7 @@ def describe(arguments: list[str], batch: int, spent: float) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,  # pyright: ignore[reportAttributeAccessIssue]
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
 

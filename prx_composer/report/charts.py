@@ -55,7 +55,8 @@ def thinned(batches: Numbers, values: Numbers) -> tuple[Numbers, Numbers, Number
     edges = np.linspace(0, len(values), POINTS + 1).astype(int)
     parts = [values[start:end] for start, end in pairwise(edges)]
     middles = np.array([batches[(start + end - 1) // 2] for start, end in pairwise(edges)])
-    return middles, *(np.array([reduce(part) for part in parts]) for reduce in (np.median, np.min, np.max))
+    typical, least, greatest = (np.array([reduce(part) for part in parts]) for reduce in (np.median, np.min, np.max))
+    return middles, typical, least, greatest
 
 
 def draw(
