@@ -85,7 +85,7 @@ class Needy(Algorithm):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_cost_of_a_custom_stack_is_measured_and_what_the_recipe_refuses_is_reported(
     tiny_recipe: dict[str, Any], write_recipe: Callable[..., str], tmp_path: Path

@@ -273,7 +273,7 @@ torch.save(torch.stack(images), output)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_an_exported_quickstart_scores_in_diffusers_what_it_scores_here(tmp_path: Path) -> None:
     """The quickstart cut to 300 batches: every held-out combination, drawn by diffusers in a process without this package."""
