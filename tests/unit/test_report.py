@@ -81,9 +81,9 @@ def test_the_pages_numbers_are_those_of_the_metrics(run: Path) -> None:
     page = page_of(run, price=2.5)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
-    assert f"{last['loss/train/total']:.4g} last loss" in text and "40 steps" in text and "62.5% held-out accuracy" in text
-    assert f"Total loss {last['loss/train/total']:.4g} at step 40" in text
-    assert f"Loss: flow {last['loss/train/flow']:.4g} at step 40" in text
+    assert f"{last['loss/train/total']:#.4g} last loss" in text and "40 steps" in text and "62.5% held-out accuracy" in text
+    assert f"Total loss {last['loss/train/total']:#.4g} at step 40" in text
+    assert f"Loss: flow {last['loss/train/flow']:#.4g} at step 40" in text
     assert "eval/mse 0.1235 0.07654" in text and "fid 31.25 –" in text and "heldout_accuracy – 0.6250" in text
     assert "16 px – 1 – 30 the end 15s 128" in text and "32 px – 31 – 40 the end 5s 32" in text
     assert "1h00m of training" in text and "4 GPU-hours at $2.50, $10.00" in re.sub(r" ([,.])", r"\1", text.replace("4.000", "4"))
@@ -192,7 +192,7 @@ def test_a_grid_is_taken_apart_into_its_images(height: int, width: int) -> None:
 
 
 def test_a_grid_of_other_prompts_is_shown_whole(run: Path) -> None:
-    grid(0, [*PROMPTS, "another " * 9])[1].save(run / "images/ba000020.png")
+    grid(0, PROMPTS[:5])[1].save(run / "images/ba000020.png")
     page = page_of(run)
     assert page.count("<img") == 2 and 'alt="Samples at step 20"' in page
 
