@@ -112,12 +112,15 @@ def draw(
 
 def _scale(axes: Any, drawn: Sequence[tuple[Numbers, ...]]) -> None:
     """Logarithmic where that shows more; outliers don't decide the range."""
+    from matplotlib.ticker import NullFormatter
+
     medians = np.concatenate([line[1] for line in drawn])
     extremes = np.concatenate([line[index] for line in drawn for index in (2, 3)])
     if not len(medians):
         return
     if extremes.min() > 0 and medians.max() > 12 * medians.min():
         axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         return
     low, high = np.percentile(extremes, [1, 99])
     low, high = min(low, medians[len(medians) // 20 :].min()), max(high, medians[len(medians) // 20 :].max())
@@ -155,7 +158,7 @@ def _inline(svg: str) -> str:
     svg = re.sub(r"font: (?:[a-z]+ )*([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r" *font-family: [^;\"]*;?", "", svg)
     svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r"(\d+\.\d{2})\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), svg)  # not the labels between tags
     for number, colour in enumerate(_SERIES, start=1):
         svg = svg.replace(colour, f"var(--s{number})")
     return re.sub(r"\n\s*", "\n", svg.replace(_INK, "currentColor"))

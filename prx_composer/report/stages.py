@@ -53,7 +53,7 @@ def stage_rows(run: Run) -> list[StageRow]:
     starts, history = _starts(run), run.history
     listed: Any = run.part("algorithms", "progressive_resolution").get("stages") or []
     planned = _planned_ends(run)
-    ends = [*(start for start, _ in starts[1:]), history.steps]
+    ends = [*(start for start, _ in starts[1:]), history.steps][: len(starts)]
     rows = []
     for index, ((start, size), end) in enumerate(zip(starts, ends, strict=True)):
         given = listed[index] if index < len(listed) and isinstance(listed[index], dict) else {}

@@ -1,0 +1,83 @@
+"""The page of a run in a browser, at a desk's and a phone's width, without a network."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from prx_composer.contact_sheet import image_grid
+from prx_composer.report.page import write_page
+
+webdriver = pytest.importorskip("selenium.webdriver")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="chromium and chromium-driver are not installed"),
+]
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars"]
+PROMPTS = ["a red circle <b>on</b> the left", "pneumonoultramicroscopicsilicovolcanoconiosis" * 4, "a ring", "a cross"]
+STEPS = 600
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    recipe = {
+        "run_name": "a-name-without-any-space-in-it-" * 8,
+        "model": {"name": "text_to_image", "backbone": {"name": "prx", "path": "/a/path/that/is/long" * 20}},
+        "callbacks": {"images": {"prompts": PROMPTS}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    rows: list[dict[str, Any]] = []
+    for batch in range(1, STEPS + 1):
+        rows.append({"batch": batch, "seconds": batch / 2, "stage/image_size": 16 if batch < 300 else 32})
+        rows[-1] |= {"loss/train/total": 2 / batch, "lr-AdamW/group0": 1e-3, "throughput/device/samples_per_sec": 99.5}
+        rows[-1] |= {f"metrics/eval/mse_of_{letter * 30}": batch / 7 for letter in "abcd"} if batch % 60 == 0 else {}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "images").mkdir()
+    for batch in range(50, STEPS + 1, 50):
+        images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(batch))
+        image_grid(images, PROMPTS).save(folder / f"images/ba{batch:06d}.png")
+    write_page(str(folder))
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_is_whole_and_fits_the_screen(browser: Any, page: Path, width: int) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Network.enable", {})
+    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
+    browser.get(page.as_uri())
+    assert browser.execute_script("return innerWidth") == width
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    naturals = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
+    assert len(naturals) == 8 * len(PROMPTS) and min(naturals) > 0  # 8 of the 12 times
+    charts = browser.execute_script("return [...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect().width)")
+    assert len(charts) >= 4 and all(300 < chart < width for chart in charts)
+    letters = browser.execute_script(
+        "return [...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height)"
+    )
+    assert min(letters) >= 9  # pixels
+    assert browser.execute_script(
+        "return performance.getEntriesByType('resource').every(entry => entry.name.startsWith('data:'))"
+    )
+    assert browser.get_log("browser") == []
