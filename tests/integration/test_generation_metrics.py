@@ -105,6 +105,7 @@ def test_it_says_before_training_what_is_wrong(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_fid_is_torchmetrics_fid(shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With random weights in a file, on images of the size that the network reads."""
     made: dict[str, torch.Tensor] = {}
@@ -228,6 +229,7 @@ def test_a_layout_says_what_is_wrong_with_its_prompts(trained: Path, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_ranks_of_a_sharded_model_log_what_one_process_does(
     tiny_recipe: Recipe,
     write_recipe: Write,
