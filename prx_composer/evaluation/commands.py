@@ -94,6 +94,8 @@ def evaluate(
     --layout geneval: --prompts is GenEval's evaluation_metadata.jsonl. --layout dpg: --prompts is the folder of DPG-Bench's
     prompts (*.txt). Their scorers run in environments of their own.
     """
+    from composer.utils import dist
+
     from prx_composer.evaluation.evaluate import Results, Sweep, sweep
     from prx_composer.evaluation.image_sets import DataSet, open_images
     from prx_composer.evaluation.reference import default_cache
@@ -112,6 +114,8 @@ def evaluate(
     except ValueError as error:
         raise UserError(f"--{error}") from error
     kinds = [None] if weights is None else [kind.strip() for kind in weights.split(",") if kind.strip()]
+    if layout is None and output is not None and Path(output).suffix != ".json":
+        raise UserError(f"--output: {output} must be a file that ends in .json; the table becomes the .md beside it.")
     if any(kind not in (None, "ema", "raw") for kind in kinds) or not kinds:
         raise UserError(f"--weights must be ema, raw, or ema,raw, not {weights!r}.")
     scales = None if guidance_scale is None else _numbers(guidance_scale, float, "--guidance-scale", 1.0)
@@ -132,7 +136,9 @@ def evaluate(
     )
     for settings in plan.settings(base):
         check_settings(trained.model, settings, place)
-    command = shlex.join(["prx", *sys.argv[1:]])
+    ranks = dist.get_world_size()
+    program = ["prx"] if ranks == 1 else ["composer", "-n", str(ranks), "-m", "prx_composer.cli"]
+    command = shlex.join([*program, *sys.argv[1:]])
     if layout is not None:
         if len(plan.guidance_scales) * len(plan.steps) * len(kinds) > 1 or (len(seed_list) > 1 and seeds != "0,1,2"):
             raise UserError(
@@ -195,8 +201,6 @@ def evaluate(
             trained = load_trained(model, kind)  # pyright: ignore[reportArgumentType]
         choose_guidance(trained.model, guidance)
         sweep(trained, plan, base, texts, scorer, results, command, place)
-    from composer.utils import dist
-
     if dist.get_global_rank() == 0:
         typer.echo(results.table() + f"\n{results.path}")
 

@@ -254,6 +254,7 @@ def test_a_number_is_that_of_the_images_that_prx_generate_draws(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_ranks_measure_what_one_does(trained: Path, options: tuple[Any, ...], tmp_path: Path) -> None:
     odd = (*options, "--num", 7, "--seeds", 0, "--reference-num", 11, "--batch-size", 3)
     prx("evaluate", trained, *odd)
