@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--engine", default="local", choices=["local", "ray"])
     parser.add_argument("--tars", type=int, default=60)
     parser.add_argument("--samples", type=int, default=40, help="of each tar")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no kill comes later than that")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -139,7 +140,8 @@ def measure(folder: Path, arguments: argparse.Namespace, rng: random.Random) -> 
     unequal: set[str] = set()
     rounds = 1
     killed.start()
-    while len(kills) < arguments.kills:
+    kills_end = time.monotonic() + 60 * arguments.minutes
+    while len(kills) < arguments.kills and time.monotonic() < kills_end:
         moment = MOMENTS[len(kills) % len(MOMENTS)]
         if not wait_for(killed, moment, arguments.tars, rng):
             if killed.finish() == 0:  # it came to its end before the next kill: compared, and begun anew

@@ -1,10 +1,10 @@
-"""Kills `prx encode text` with SIGKILL again and again, and compares what comes out in the end with an undisturbed run, byte for byte.
+"""Kills `prx encode text` with SIGKILL again and again, and compares what is stored in the end with an undisturbed run's bytes.
 
 python benchmarks/encode_kills.py --kills 16 --output benchmarks/results/encode-kills.json
 
-By turns on one process and on two ranks; after every kill the same command is given again, on the other number of them. Kills come
-at random moments of start-up, encoding and the last step, and end everything at once, as when a machine loses power, the leading
-process alone (of two ranks that is Composer's launcher, whom the ranks outlive), or one rank alone.
+On one process and on two ranks in turn; after every kill the same command is given again. Kills come at random moments of
+start-up, encoding and the last step, and end everything at once, as when a machine loses power, the leading process alone (of two
+ranks that is Composer's launcher, whom the ranks outlive), or one rank alone.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import shutil
 import sys
 import tempfile
 import time
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from killing import Killable, children, contents, counted, differences
 from record import circumstances
 from transformers import T5Config, T5EncoderModel
@@ -29,12 +29,12 @@ from prx_composer.data.shapes import ShapesSource, all_scenes
 from prx_composer.data.sources import prepare
 from prx_composer.models.text_encoder import train_tokenizer
 
-VICTIMS = ("everything", "rank", "leader")  # in turn
+TURNS = ((1, "everything"), (2, "rank"), (2, "everything"), (2, "leader"))  # ranks, victim
 MOMENTS = ("encoding", "finishing", "encoding", "start-up", "encoding")
 LONGEST = 300.0  # seconds that a run may take to its moment
-RECIPE = Path(__file__).parents[1] / "yamls" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[1] / "yamls" / "quickstart.yaml"
 T5 = dict(d_model=256, d_kv=32, d_ff=1024, num_layers=4, num_heads=8, dropout_rate=0.0)
-SHAPES: dict[str, Any] = {"image_size": 16, "images_per_scene": 32, "heldout": 30}
+SHAPES: dict[str, Any] = {"image_size": 16, "images_per_scene": 8, "heldout": 30}
 
 
 def make_input(folder: Path) -> None:
@@ -44,6 +44,10 @@ def make_input(folder: Path) -> None:
     torch.manual_seed(0)
     T5EncoderModel(T5Config(vocab_size=len(tokenizer), **T5)).save_pretrained(folder / "encoder")
     tokenizer.save_pretrained(folder / "encoder")
+    recipe = yaml.safe_load(QUICKSTART.read_text())
+    recipe["model"]["text_encoder"] = {"name": "huggingface", "pretrained": str(folder / "encoder"), "max_tokens": 14}
+    recipe["train_loader"]["path"] = str(folder / "data")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
 class Encoding(Killable):
@@ -53,9 +57,8 @@ class Encoding(Killable):
         split = folder / "data" / "train"
         self.output = split / "encoded" / name
         self.parts = sum(-(-samples // part) for samples in Manifest.read(split).buckets.values())
-        encoder = {"name": "huggingface", "pretrained": str(folder / "encoder"), "max_tokens": 14}
-        self.arguments = ["-m", "prx_composer.cli", "encode", "text", str(RECIPE), "--name", name, "--part", str(part)]
-        self.arguments += [f"train_loader.path={folder / 'data'}", f"model.text_encoder={json.dumps(encoder)}"]
+        self.arguments = ["-m", "prx_composer.cli", "encode", "text", str(folder / "recipe.yaml"), "--name", name]
+        self.arguments += ["--part", str(part)]
         self.ranks = 1
         super().__init__([], folder / f"{name}.log")
 
@@ -125,12 +128,14 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     kills: list[dict[str, Any]] = []
     unequal: set[str] = set()
     compared, failures, exit_code = 0, 0, 1
-    for start in count():
-        killed.begin(ranks=1 + start % 2)
-        if len(kills) < arguments.kills and wait_for(killed, MOMENTS[len(kills) % len(MOMENTS)], rng):
+    kills_end = time.monotonic() + 60 * arguments.minutes
+    while True:
+        more = len(kills) < arguments.kills and time.monotonic() < kills_end
+        ranks, victim = TURNS[len(kills) % len(TURNS)]
+        killed.begin(ranks)
+        if more and wait_for(killed, MOMENTS[len(kills) % len(MOMENTS)], rng):
             was, done = killed.moment(), killed.done()
-            victim = killed.kill(VICTIMS[len(kills) % len(VICTIMS)], rng)
-            kills.append({"moment": was, "victim": victim, "ranks": killed.ranks, "parts": done})
+            kills.append({"moment": was, "victim": killed.kill(victim, rng), "ranks": ranks, "parts": done})
             sys.stdout.write(json.dumps(kills[-1]) + "\n")
             sys.stdout.flush()
             continue
@@ -138,7 +143,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         if exit_code == 0:  # it came to its end: compared, and begun anew
             unequal |= differences(expected, contents(killed.output))
             compared += 1
-            if len(kills) >= arguments.kills:
+            if not more:
                 break
             shutil.rmtree(killed.output)
         else:
@@ -169,6 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=16)
     parser.add_argument("--part", type=int, default=8, help="samples of a part")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no kill comes later than that")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
