@@ -7,15 +7,11 @@ and end everything at once, as when a machine loses power, the leading process a
 """
 
 import argparse
-import contextlib
-import hashlib
 import io
 import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -24,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from killing import Killable, contents, counted, differences, processor_time, session_of
 from PIL import Image
 from record import circumstances
 
@@ -53,76 +50,28 @@ def make_input(folder: Path, tars: int, samples: int, seed: int = 0) -> None:
                     tar.addfile(member, io.BytesIO(data))
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """Hash of every file of a data set, by name."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def differences(first: dict[str, str], second: dict[str, str]) -> set[str]:
-    return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
-
-
-def session_of(leader: int) -> dict[int, str]:
-    """Every process of the leader's session, by id, with its command line."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == leader:
-                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return found
-
-
-def busiest_child(leader: int) -> int | None:
-    """The worker, among the processes of the leader's session, that has used most of the processor."""
-    used = {}
-    for pid in session_of(leader).keys() - {leader}:
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if int(fields[1]) != leader:  # the children of the fork server, not itself
-                used[pid] = int(fields[11]) + int(fields[12])
-    return max(used, key=lambda pid: used[pid], default=None)
-
-
-class Conversion:
-    """One that can be started, killed and started again with the same command."""
+class Conversion(Killable):
+    """One of `source` to `output`."""
 
     def __init__(self, source: Path, output: Path, options: list[str]):
         self.output, self.work = output, output / ".train.work"
         prx = str(Path(sys.executable).with_name("prx"))
-        self.command = [prx, "data", "convert", "--source", "webdataset", "--input", str(source), "--output", str(output)]
-        self.command += ["--caption", "txt", "--base-size", "512", "--duplicates", "perceptual", *options]
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with self.output.with_suffix(".log").open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
-            )
-
-    def is_alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        command = [prx, "data", "convert", "--source", "webdataset", "--input", str(source), "--output", str(output)]
+        command += ["--caption", "txt", "--base-size", "512", "--duplicates", "perceptual", *options]
+        super().__init__(command, output.with_suffix(".log"))
 
     def kill(self, victim: str) -> str:
         """Returns who was killed."""
-        assert self.process is not None
-        leader = self.process.pid
-        worker = busiest_child(leader) if victim == "worker" else None
-        if worker is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker, signal.SIGKILL)
+        # Workers are children of the fork server (of Ray's daemon), not of the leader.
+        workers = [pid for pid, parent in session_of(self.leader).items() if self.leader not in (pid, parent)]
+        if victim == "worker" and workers:
+            self.kill_one(max(workers, key=processor_time))
             return "worker"
-        for pid in sorted(session_of(leader), key=lambda pid: pid != leader) if victim == "everything" else [leader]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-        return "everything" if victim == "everything" else "leader"
-
-    def finish(self) -> int:
-        assert self.process is not None
-        return self.process.wait()
+        if victim == "everything":
+            self.kill_everything()
+            return victim
+        self.kill_leader()
+        return "leader"
 
     def done(self, folder: str) -> int:
         names = os.listdir(self.work / folder) if (self.work / folder).is_dir() else []
@@ -160,6 +109,7 @@ def main() -> None:
     parser.add_argument("--engine", default="local", choices=["local", "ray"])
     parser.add_argument("--tars", type=int, default=60)
     parser.add_argument("--samples", type=int, default=40, help="of each tar")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no kill comes later than that")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -190,7 +140,8 @@ def measure(folder: Path, arguments: argparse.Namespace, rng: random.Random) -> 
     unequal: set[str] = set()
     rounds = 1
     killed.start()
-    while len(kills) < arguments.kills:
+    kills_end = time.monotonic() + 60 * arguments.minutes
+    while len(kills) < arguments.kills and time.monotonic() < kills_end:
         moment = MOMENTS[len(kills) % len(MOMENTS)]
         if not wait_for(killed, moment, arguments.tars, rng):
             if killed.finish() == 0:  # it came to its end before the next kill: compared, and begun anew
@@ -216,8 +167,8 @@ def measure(folder: Path, arguments: argparse.Namespace, rng: random.Random) -> 
         "engine": arguments.engine,
         "exit_code": exit_code,
         "kills": len(kills),
-        "kills_by_moment": {moment: sum(kill["moment"] == moment for kill in kills) for moment in sorted(set(MOMENTS))},
-        "kills_by_victim": {victim: sum(kill["victim"] == victim for kill in kills) for victim in sorted(set(VICTIMS))},
+        "kills_by_moment": counted(kills, "moment"),
+        "kills_by_victim": counted(kills, "victim"),
         "conversions_compared": rounds,
         "equal": bool(expected) and not unequal,
         "unequal": sorted(unequal)[:20],

@@ -84,3 +84,12 @@ def write_tars(folder: Path, tars: int = 3, each: int = 8) -> Path:
             members += sample(f"{number}/{i:03d}", jpeg(*SIZES[i % len(SIZES)], seed), f"caption {seed}", score=seed / 10)
         write_tar(folder / f"{number:03d}.tar", members)
     return folder
+
+
+def fetch_all(s3: Any, prefix: str, folder: Path) -> Path:
+    """Downloads what lies below a prefix of the bucket `data`."""
+    for entry in s3.list_objects_v2(Bucket="data", Prefix=prefix)["Contents"]:
+        path = folder / entry["Key"].removeprefix(prefix).lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        s3.download_file("data", entry["Key"], str(path))
+    return folder

@@ -1,16 +1,14 @@
 """Conversions that are killed, and conversions from and to an object store: S3 as moto serves it on loopback."""
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conversions import contents, convert, jpeg, rows, sample, settings, write_tar
+from conversions import contents, convert, fetch_all, jpeg, rows, sample, settings, write_tar
 
 from prx_composer.data.convert import job, units
 from prx_composer.data.convert.output import open_output
@@ -41,42 +39,11 @@ def test_a_killed_conversion_writes_the_bytes_of_an_undisturbed_one(tmp_path: Pa
     assert found["kills"] == 2 and found["equal"] and found["left_behind"] == [".train.work.lock"]
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client of an S3 server with an empty bucket `data`."""
-    boto3 = pytest.importorskip("boto3")
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "S3_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
-    client.create_bucket(Bucket="data")
-    yield client
-    server.stop()
-
-
 def put_tars(s3: Any, folder: Path) -> Path:
     for number in range(3):
         members = [p for i in range(5) for p in sample(f"{number}{i}", jpeg(100, 80 + 20 * i, 5 * number + i), f"{number} {i}")]
         write_tar(folder / f"{number}.tar", members)
         s3.upload_file(str(folder / f"{number}.tar"), "data", f"in/{number}.tar")
-    return folder
-
-
-def fetch_all(s3: Any, prefix: str, folder: Path) -> Path:
-    for entry in s3.list_objects_v2(Bucket="data", Prefix=prefix)["Contents"]:
-        path = folder / entry["Key"].removeprefix(prefix).lstrip("/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        s3.download_file("data", entry["Key"], str(path))
     return folder
 
 

@@ -122,6 +122,8 @@ def _run_in_processes(workers: int, function: str, tasks: list[Task]) -> Iterato
 
 
 def _run_on_ray(workers: int, function: str, tasks: list[Task], address: str | None) -> Iterator[Any]:
+    # Under `uv run` Ray would have every worker make an environment anew, without Ray in it; every node has ours.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray  # pyright: ignore[reportMissingImports] -- the dependency group `cluster`
     except ImportError as error:
