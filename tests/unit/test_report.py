@@ -40,7 +40,10 @@ def rows(steps: int, switch: int = 10_000) -> list[dict[str, Any]]:
     return [
         {"batch": batch, "seconds": 0.5 * batch, "stage/image_size": 16 if batch <= switch else 32, "time/sample": batch * 64}
         | {"loss/train/total": float(1 / batch + random.random()), "loss/train/flow": float(random.random())}
-        | {"throughput/device/samples_per_sec": 128.0 if batch <= switch else 32.0, "throughput/samples_per_sec": 512.0}
+        | {
+            "throughput/device/samples_per_sec": 128.0 if batch <= switch else 32.0,
+            "throughput/samples_per_sec": 512.0 if batch <= switch else 128.0,
+        }
         for batch in range(1, steps + 1)
     ]
 
@@ -117,7 +120,7 @@ def test_text_of_the_recipe_and_the_metrics_is_never_markup(run: Path) -> None:
     )
     page = page_of(run, title=evil)
     assert "<script" not in page and "<img src=x" not in page and "onerror=alert(3)&gt;" in page
-    assert page.count("</pre>") == page.count("</style>") == 1
+    assert page.count("</pre>") == 1
 
 
 def test_a_cut_last_line_is_left_out_and_said(run: Path) -> None:
