@@ -121,7 +121,8 @@ def test_an_interrupted_last_step_goes_on(tmp_path: Path) -> None:
         units.convert_unit(Job(chosen, str(tmp_path / "b")), unit, {})
     work = tmp_path / "b" / ".train.work"
     (work / "whole" / "64x64").mkdir(parents=True)
-    (work / "units" / "000001" / "64x64").rename(work / "whole" / "64x64" / "000001")  # and then it was killed
+    (work / "units" / "000001" / "64x64").rename(work / "whole" / "64x64" / "000001")
+    (work / "whole" / ".manifest.json.123").write_text("{")  # and then it was killed
     convert("webdataset", source, tmp_path / "b")
     assert contents(tmp_path / "b" / "train") == contents(tmp_path / "whole" / "train")
 

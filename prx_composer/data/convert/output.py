@@ -137,6 +137,8 @@ class LocalOutput:
                 if source.is_dir():  # not, if it was moved before a kill
                     source.rename(whole / bucket / unit.name)
             sync(whole / bucket)
+        for leftover in whole.rglob(".*"):  # of a file that was being written when a kill came
+            leftover.unlink()
         for name, content in files.items():
             write_whole(whole / name, content)
         sync(whole)
