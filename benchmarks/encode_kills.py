@@ -33,7 +33,7 @@ TURNS = ((1, "everything"), (2, "rank"), (2, "everything"), (2, "leader"))  # ra
 MOMENTS = ("encoding", "finishing", "encoding", "start-up", "encoding")
 LONGEST = 300.0  # seconds that a run may take to its moment
 QUICKSTART = Path(__file__).parents[1] / "yamls" / "quickstart.yaml"
-T5 = dict(d_model=256, d_kv=32, d_ff=1024, num_layers=4, num_heads=8, dropout_rate=0.0)
+T5: dict[str, Any] = dict(d_model=256, d_kv=32, d_ff=1024, num_layers=4, num_heads=8, dropout_rate=0.0)
 SHAPES: dict[str, Any] = {"image_size": 16, "images_per_scene": 8, "heldout": 30}
 
 

@@ -74,9 +74,10 @@ class Killable:
         return self.process.pid
 
     def start(self) -> None:
-        options: dict[str, Any] = {"start_new_session": True, "env": os.environ | ENVIRONMENT}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, **options)
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | ENVIRONMENT
+            )
 
     def is_alive(self) -> bool:
         return self.process is not None and self.process.poll() is None

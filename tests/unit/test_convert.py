@@ -243,4 +243,4 @@ def test_the_command_reports_every_reason_and_its_page_shows_them(tmp_path: Path
     assert "&lt;b&gt;bold&lt;/b&gt; &amp; co" in page and "<b>bold" not in page
     assert page.count("data:image/jpeg") == 2, "one kept, one duplicate"
     assert all(reason in page for reason in ("empty_file", "duplicate", "64x64")) and page.count("data:image/png") == 3
-    assert "http" not in page, "the page needs nothing from elsewhere"
+    assert "http:" not in page and "https:" not in page, "the page needs nothing from elsewhere"
