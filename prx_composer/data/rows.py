@@ -9,6 +9,9 @@ from prx_composer.data.buckets import Bucket
 
 __all__ = ["BucketRows"]
 
+# Of a shard's download. A connection that is lost now and then must not end a run of a day, as streaming's two retries would.
+_RETRIES, _TIMEOUT = 7, 120.0  # seconds
+
 
 class BucketRows:
     """The shards of every bucket below a folder.
@@ -26,7 +29,9 @@ class BucketRows:
             self.counts = [len(part) for part in self._local]
         else:
             streams = [Stream(local=str(folder / str(bucket)), remote=f"{remote}/{bucket}") for bucket in buckets]
-            self._streaming = StreamingDataset(streams=streams, batch_size=1, shuffle=False)
+            self._streaming = StreamingDataset(
+                streams=streams, batch_size=1, shuffle=False, download_retry=_RETRIES, download_timeout=_TIMEOUT
+            )
             self.counts = [int(count) for count in self._streaming.samples_per_stream]
             self._starts = [sum(self.counts[:index]) for index in range(len(buckets))]
 
