@@ -1,16 +1,59 @@
 """Rows of bucketed MDS folders by number, from a disk or from an object store."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from streaming import LocalDataset, Stream, StreamingDataset
+from streaming.base.format import Reader
+from streaming.base.world import World
 
 from prx_composer.data.buckets import Bucket
 
-__all__ = ["BucketRows"]
+__all__ = ["BucketRows", "WholeStream"]
 
 # Of a shard's download. A connection that is lost now and then must not end a run of a day, as streaming's two retries would.
 _RETRIES, _TIMEOUT = 7, 120.0  # seconds
+
+log = logging.getLogger(__name__)
+
+
+class WholeStream(Stream):
+    """A stream that takes no shard for downloaded which is shorter or longer than its index says, as streaming does.
+
+    A connection that is lost in the head of an answer looks like the end of an empty one.
+    """
+
+    _sizes: Mapping[str, int] = MappingProxyType({})  # bytes by file name, once the index is there
+
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
+        """As Stream's; what an earlier run left in the cache cut short is removed first."""
+        shards = super().get_shards(world, allow_unsafe_types)
+        files = [file for shard in shards for pair in shard.file_pairs for file in pair if file is not None]
+        self._sizes = {file.basename: file.bytes for file in files}
+        if world.is_local_leader:
+            for name in self._sizes:
+                path = Path(self.local, self.split, name)
+                if path.exists() and not self._is_whole(name, path):
+                    path.unlink()
+        return shards
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        for _ in range(_RETRIES):
+            path = Path(super()._download_file(from_basename, to_basename))
+            if self._is_whole(from_basename, path):
+                return str(path)
+            path.unlink()
+        raise OSError(f"{self.remote}/{from_basename}: {_RETRIES} downloads in a row had another size than the index says.")
+
+    def _is_whole(self, name: str, path: Path) -> bool:
+        size, expected = path.stat().st_size, self._sizes.get(name)
+        if expected in (None, size):
+            return True
+        log.warning("%s has %d of %d bytes; it is downloaded again.", path, size, expected)
+        return False
 
 
 class BucketRows:
@@ -28,7 +71,7 @@ class BucketRows:
             self._local = [LocalDataset(str(folder / str(bucket))) for bucket in buckets]
             self.counts = [len(part) for part in self._local]
         else:
-            streams = [Stream(local=str(folder / str(bucket)), remote=f"{remote}/{bucket}") for bucket in buckets]
+            streams = [WholeStream(local=str(folder / str(bucket)), remote=f"{remote}/{bucket}") for bucket in buckets]
             self._streaming = StreamingDataset(
                 streams=streams, batch_size=1, shuffle=False, download_retry=_RETRIES, download_timeout=_TIMEOUT
             )

@@ -13,10 +13,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from streaming import StreamingDataset
 
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest, UndecodableError
 from prx_composer.data.loader import build_loader
+from prx_composer.data.rows import BucketRows, WholeStream
 from prx_composer.data.sampler import BucketBatchSampler, epoch_batches, epoch_steps
 from prx_composer.data.schema import BucketWriter, Manifest, RawSample
 from prx_composer.data.shapes import ShapesSource, all_scenes, heldout_scenes, render
@@ -406,3 +408,28 @@ def test_an_interrupted_writer_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_that_was_downloaded_in_part_is_downloaded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    remote = write(tmp_path / "remote", [(SQUARE, encode(gradient(16, 16))) for _ in range(8)]) / "train"
+    (shard,) = (remote / str(SQUARE)).glob("*.mds")
+    cached = tmp_path / "cache" / str(SQUARE) / shard.name
+    whole = [BucketRows(remote, [SQUARE]).row(0, index)["image"] for index in range(8)]
+
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(shard.read_bytes()[:100])  # an earlier run was killed, or its disk was full
+    rows = BucketRows(tmp_path / "cache", [SQUARE], str(remote))
+    assert [rows.row(0, index)["image"] for index in range(8)] == whole and "100 of" in caplog.text
+
+    class Unlucky(WholeStream):
+        cut = 3
+
+        def _is_whole(self, name: str, path: Path) -> bool:
+            if name == shard.name and self.cut:
+                self.cut -= 1
+                path.write_bytes(b"")  # a connection that was lost in the head of the answer
+            return super()._is_whole(name, path)
+
+    stream = Unlucky(local=str(tmp_path / "other"), remote=str(remote / str(SQUARE)))
+    dataset = StreamingDataset(streams=[stream], batch_size=1, shuffle=False)
+    assert [dataset[index]["image"] for index in range(8)] == whole and stream.cut == 0
