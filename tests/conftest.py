@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -133,6 +134,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "no_proxy": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()  # servers of a process share their state
     client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
     client.create_bucket(Bucket="data")
     yield client
