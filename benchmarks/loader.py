@@ -8,10 +8,13 @@ compared first. Without workers both run in this process on one thread; else ima
 """
 
 import argparse
+import contextlib
+import gc
 import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -125,9 +128,31 @@ class Loaders:
         return {name: round(float(((image + 1) * 127.5 - ours).abs().mean()), 3) for name, image in first.items()}
 
 
-def worker_memory() -> list[float]:
-    """Megabytes that each child process of this one has for itself, at this moment."""
-    return [round(child.memory_full_info().uss / 2**20, 1) for child in psutil.Process().children()]
+class PeakMemory:
+    """Megabytes that each child process has for itself (pages that it shares with this one are not counted), at its peak."""
+
+    def __init__(self) -> None:
+        self._peaks: dict[int, float] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.02):
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._peaks[child.pid] = max(self._peaks.get(child.pid, 0.0), child.memory_full_info().uss / 2**20)
+
+    @property
+    def megabytes(self) -> list[float]:
+        return [round(peak, 1) for peak in self._peaks.values()]
 
 
 def measure(folder: Path, files: list[Path], size: int, workers: int, rounds: int, batch_size: int) -> dict[str, Any]:
@@ -149,9 +174,10 @@ def measure(folder: Path, files: list[Path], size: int, workers: int, rounds: in
     }
     if workers:
         del loaders
-        alone = Loaders(folder, files, size, workers, batch_size).passes()["ours"]
-        alone()
-        result["memory_of_a_worker_mb"] = worker_memory()
+        gc.collect()  # ends the other workers
+        with PeakMemory() as memory:
+            Loaders(folder, files, size, workers, batch_size).passes()["ours"]()
+        result["peak_memory_of_a_worker_mb"] = memory.megabytes
     return result
 
 

@@ -8,7 +8,6 @@
 
 import json
 import logging
-import os
 import re
 import shutil
 import zlib
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from prx_composer.errors import UserError
+from prx_composer.files import sync
 
 __all__ = [
     "Checkpoint",
@@ -219,26 +219,18 @@ def _files_of(rank: int, folder: Path) -> list[Path]:
 
 def _sealed(path: Path) -> dict[str, int]:
     """Flushes a file to the disk; returns what it is recognised by."""
-    _flush(path)
+    sync(path)
     return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
 
 
 def _publish(partial: Path, path: Path, index: dict[str, Any]) -> None:
     (partial / INDEX).write_text(json.dumps(index, indent=1, default=str) + "\n")
-    _flush(partial / INDEX)
-    _flush(partial)
+    sync(partial / INDEX)
+    sync(partial)
     if path.exists():  # of a run that went on from an older one
         _delete(path)
     partial.rename(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def _make_anew(folder: Path) -> None:

@@ -22,6 +22,14 @@ from prx_composer.models.text_encoder import train_tokenizer
 
 TINY_BACKBONE = dict(in_channels=3, patch_size=4, context_in_dim=24, hidden_size=32, num_heads=2, depth=2, mlp_ratio=2.0)
 TINY_T5 = dict(model_type="t5", d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+T5GEMMA_HALF = dict(
+    hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    vocab_size=64, sliding_window=16, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8,
+)  # fmt: skip
+QWEN3_VL_TEXT = dict(
+    model_type="qwen3_vl_text", hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=12, rope_scaling={"rope_type": "default", "mrope_section": [2, 2, 2]},
+)  # fmt: skip
 SOURCE = {"name": "shapes", "image_size": 16, "images_per_scene": 1, "heldout": 30}
 
 
@@ -105,6 +113,18 @@ def tiny_recipe(tmp_path: Path, shapes_data: Path) -> dict[str, Any]:
         "save_interval": "2ba",
         "save_num_checkpoints_to_keep": -1,
     }
+
+
+@pytest.fixture
+def encoder_folder(tmp_path: Path, tokenizer: Any) -> Path:
+    """A text encoder with random but seeded weights, and its tokenizer, as a folder that a recipe can name."""
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {key: value for key, value in TINY_T5.items() if key != "model_type"}
+    T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
 
 
 @pytest.fixture

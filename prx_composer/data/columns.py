@@ -124,16 +124,18 @@ def manifest_path(folder: Path) -> Path:
 
 
 def fingerprint(module: nn.Module, tokenizer: Any = None) -> str:
-    """Tells encoders apart: SHA-256 of some values of every weight, rounded to bf16, and of what a tokenizer knows.
+    """Tells encoders apart: SHA-256 of some values of every weight and statistic, rounded to bf16, and of what a tokenizer knows.
 
     The dtype that weights are stored in makes no difference. Weights that were trained further differ nearly everywhere.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        flat = parameter.detach().flatten()
+    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):  # buffers: statistics of batch norms
+        if not tensor.is_floating_point():
+            continue
+        flat = tensor.detach().flatten()
         step = max(len(flat) // _SAMPLED, 1)
         values = flat[::step][:_SAMPLED].to("cpu", torch.float32).to(torch.bfloat16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(values.view(torch.int16).numpy().tobytes())
     if tokenizer is not None:
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])

@@ -2,13 +2,14 @@
 
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 
+from prx_composer.data.bucketed import BucketedDataset, SampleRequest
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import ENCODED, IMAGE, StoredColumn, encoded_folder, manifest_path, read_column, unpack
 from prx_composer.data.latents import StoredLatents, names_of
@@ -18,20 +19,11 @@ from prx_composer.data.storage import download
 from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.errors import UserError
 
-__all__ = ["ImageCaptionDataset", "SampleRequest", "UndecodableError", "read_manifest"]
+__all__ = ["ImageCaptionDataset", "UndecodableError", "read_manifest"]
 
 log = logging.getLogger(__name__)
 
 MIN_SEEN_FOR_RATE = 500
-
-
-class SampleRequest(NamedTuple):
-    """All that a worker needs to know to make one sample."""
-
-    sample_id: int
-    height: int
-    width: int
-    epoch: int
 
 
 class UndecodableError(UserError):
@@ -65,7 +57,7 @@ def read_manifest(path: str | Path, split: str, captions: dict[str, float] | Non
     return manifest
 
 
-class ImageCaptionDataset(Dataset):
+class ImageCaptionDataset(BucketedDataset):
     """Random access to a split of bucketed MDS folders.
 
     With `remote`, download and caching are a StreamingDataset's. The order is always the batch sampler's, which makes an
@@ -106,14 +98,14 @@ class ImageCaptionDataset(Dataset):
         if remote is not None and not (folder / MANIFEST).exists():
             download(f"{remote}/{split}/{MANIFEST}", folder / MANIFEST)
         self.manifest = read_manifest(path, split, captions, features)
+        self.image_size = self.manifest.image_size
         self.features = features or []
         self._feature_rows: dict[str, tuple[StoredColumn, BucketRows]] = {}
         self.captions = captions or {self.manifest.captions[0]: 1.0}
-        self.buckets: list[Bucket] = sorted(self.manifest.buckets)
+        self.buckets = sorted(self.manifest.buckets)
         self._rows = BucketRows(folder, self.buckets, None if remote is None else f"{remote}/{split}")
         self.counts = self._rows.counts
-        self.text_columns: dict[str, StoredColumn] = {}
-        """Stored embeddings by caption column."""
+        self.text_columns = {}  # by caption
         self._text_rows: dict[str, BucketRows] = {}
         for name in self.features:
             if name not in self.manifest.features:
@@ -139,24 +131,19 @@ class ImageCaptionDataset(Dataset):
             for name in names_of(latent):
                 at = None if remote is None else f"{remote}/{split}/{ENCODED}/{name}/{IMAGE}"
                 columns[name] = self._stored(encoded_folder(path, split, name, IMAGE), at, "latents", "latent")
-            self.latents = StoredLatents(columns, self.buckets, self.manifest.image_size)
+            self.latents = StoredLatents(columns, self.buckets, self.image_size)
+        self.latent_columns = {} if self.latents is None else self.latents.columns
         self._offsets = np.cumsum([0, *self.counts])
         self._seed = seed
         self._max_undecodable = max_undecodable
         self._counters = torch.zeros(max_workers + 1, 2, dtype=torch.int64).share_memory_()  # seen, undecodable
         self._named: set[int] = set()
-        self.start_sample = 0
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
 
-    @property
-    def image_size(self) -> int:
-        """Side of the square whose area every bucket has, as it is stored."""
-        return self.manifest.image_size
-
     def first_of(self, bucket: int) -> int:
-        """Id of a bucket's first sample; the others follow."""
+        """The bucket's first; the others follow."""
         return int(self._offsets[bucket])
 
     def epoch_counts(self, shuffle: bool) -> list[int]:
@@ -238,11 +225,6 @@ class ImageCaptionDataset(Dataset):
             seen["latent"] = self.latents.read(bucket, size, index)
         return seen
 
-    @property
-    def latent_columns(self) -> dict[str, StoredColumn]:
-        """Stored latents by name."""
-        return {} if self.latents is None else self.latents.columns
-
     def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
         """Raises ValueError if there are latents, but none of images of these sizes, bucket by bucket."""
         if self.latents is not None:
@@ -271,24 +253,5 @@ class ImageCaptionDataset(Dataset):
                 f"{self._max_undecodable:.2%}. Mend the data, or raise that limit if it is what you expect."
             )
 
-    # Composer saves and restores these with its checkpoints.
-
-    def state_dict(self, num_samples: int, from_beginning: bool = True) -> dict[str, Any]:
-        return {"sample_in_epoch": num_samples, "counts": self.counts}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError if the checkpoint was written with other data: the order of samples would not be the same."""
-        if state.get("counts") != self.counts:
-            if "mix" in state:
-                raise UserError("The checkpoint was trained on train_loader.mix, a mixture; resume with it, or name another run.")
-            raise UserError(
-                f"The checkpoint was trained on a data set with {sum(state['counts'])} samples in {len(state['counts'])} "
-                f"buckets, but train_loader.path has {len(self)} in {len(self.counts)}. Resume with the same data, or "
-                "start a new run with another run_name."
-            )
-        self.start_sample = int(state["sample_in_epoch"])
-
-    def take_start_sample(self) -> int:
-        """Where the coming epoch starts: once after a resume not at 0."""
-        start, self.start_sample = self.start_sample, 0
-        return start
+    def identity(self) -> dict[str, Any]:
+        return {"counts": self.counts}

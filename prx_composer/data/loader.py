@@ -9,6 +9,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from prx_composer.data.bucketed import BucketedDataset
 from prx_composer.data.collate import Collator, channels_first, split_batch
 from prx_composer.data.data_sets import data_sets, weights_of
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
@@ -25,12 +26,12 @@ class ImageCaptionLoader(DataLoader):
     batch size; batches that workers had prepared for the old stage are dropped.
     """
 
-    dataset: ImageCaptionDataset | MixedDataset  # pyright: ignore[reportIncompatibleVariableOverride]
+    dataset: BucketedDataset  # pyright: ignore[reportIncompatibleVariableOverride]
     batch_sampler: BucketBatchSampler
 
     def __init__(
         self,
-        dataset: ImageCaptionDataset | MixedDataset,
+        dataset: BucketedDataset,
         batch_sampler: BucketBatchSampler,
         collator: Collator,
         num_workers: int = 0,

@@ -4,17 +4,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
+from prx_composer.data.bucketed import BucketedDataset, SampleRequest
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.columns import StoredColumn
-from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest
+from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.errors import UserError
 
 __all__ = ["MixedDataset"]
 
 
-class MixedDataset(Dataset):
+class MixedDataset(BucketedDataset):
     """Data sets drawn from with given shares, as one data set for the sampler.
 
     An epoch has as many samples as all data sets together; a data set of weight w has w / Σw of them. It goes through its own
@@ -44,7 +43,10 @@ class MixedDataset(Dataset):
         self._weights = weights or natural
         total = sum(self._weights.values())
         self._repeats = {name: self._weights[name] / total * len(self) / len(part) for name, part in parts.items()}
-        self.start_sample = 0
+        self.counts = [sum(self._count(part, bucket) for part in parts.values()) for bucket in self.buckets]
+        self.images = all(part.images for part in parts.values())
+        self.text_columns = {f"{name}/{key}": c for name, part in parts.items() for key, c in part.text_columns.items()}
+        self.latent_columns = {f"{name}/{key}": c for name, part in parts.items() for key, c in part.latent_columns.items()}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -60,26 +62,8 @@ class MixedDataset(Dataset):
         return self.parts[self._names[index]].look_at(request._replace(sample_id=local))
 
     @property
-    def counts(self) -> list[int]:
-        """Samples by bucket."""
-        return [sum(self._count(part, bucket) for part in self.parts.values()) for bucket in self.buckets]
-
-    @property
     def undecodable(self) -> int:
         return sum(part.undecodable for part in self.parts.values())
-
-    @property
-    def text_columns(self) -> dict[str, StoredColumn]:
-        return {f"{name}/{key}": column for name, part in self.parts.items() for key, column in part.text_columns.items()}
-
-    @property
-    def latent_columns(self) -> dict[str, StoredColumn]:
-        return {f"{name}/{key}": column for name, part in self.parts.items() for key, column in part.latent_columns.items()}
-
-    @property
-    def images(self) -> bool:
-        """Whether images are decoded."""
-        return all(part.images for part in self.parts.values())
 
     def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
         """Raises ValueError if there are latents, but none of images of these sizes, bucket by bucket."""
@@ -143,31 +127,6 @@ class MixedDataset(Dataset):
     def _pass(self, index: int, bucket: int, number: int, count: int) -> NDArray[np.int64]:
         return np.random.default_rng([self._seed, index, bucket, number]).permutation(count)
 
-    # Composer saves and restores these with its checkpoints.
-
-    def state_dict(self, num_samples: int, from_beginning: bool = True) -> dict[str, Any]:
-        return {"sample_in_epoch": num_samples, "mix": self._fingerprint()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError if the checkpoint was written with other data or shares, and so another order."""
-        if state.get("mix") != self._fingerprint():
-            raise UserError(
-                f"The checkpoint was trained on {_told(state.get('mix'))}, but train_loader.mix is {_told(self._fingerprint())}. "
-                "Resume with the same data and weights, or start a new run with another run_name."
-            )
-        self.start_sample = int(state["sample_in_epoch"])
-
-    def take_start_sample(self) -> int:
-        """Where the coming epoch starts: once after a resume not at 0."""
-        start, self.start_sample = self.start_sample, 0
-        return start
-
-    def _fingerprint(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         total = sum(self._weights.values())
-        return {name: {"counts": part.counts, "share": self._weights[name] / total} for name, part in self.parts.items()}
-
-
-def _told(mix: dict[str, Any] | None) -> str:
-    if mix is None:
-        return "one data set"
-    return ", ".join(f"{name}: {sum(part['counts']):,} samples at {part['share']:.1%}" for name, part in mix.items())
+        return {"mix": {name: {"counts": part.counts, "share": self._weights[name] / total} for name, part in self.parts.items()}}

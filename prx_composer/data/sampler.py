@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
+from prx_composer.data.bucketed import BucketedDataset, SampleRequest
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest
-from prx_composer.data.mixture import MixedDataset
 
 __all__ = ["BucketBatchSampler", "epoch_batches", "epoch_steps"]
 
@@ -71,7 +70,7 @@ class BucketBatchSampler(DistributedSampler):
 
     def __init__(
         self,
-        dataset: ImageCaptionDataset | MixedDataset,
+        dataset: BucketedDataset,
         image_size: int,
         global_batch_size: int,
         multiple: int,

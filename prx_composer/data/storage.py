@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 from prx_composer.errors import UserError
 
-__all__ = ["download", "fetch", "is_remote", "join", "list_files", "remote_keys", "sync", "upload", "write_whole"]
+__all__ = ["download", "fetch", "is_remote", "join", "list_files", "remote_keys", "upload"]
 
 log = logging.getLogger(__name__)
 
@@ -27,23 +27,6 @@ def is_remote(path: str) -> bool:
 
 def join(folder: str, *names: str) -> str:
     return "/".join([folder.rstrip("/"), *names])
-
-
-def sync(path: Path) -> None:
-    """Writes a file or a folder's entries through to the disk, so that a later rename never names something half-written."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A local file that is there with all of its content, on the disk, or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    sync(partial)
-    partial.rename(path)
 
 
 def patiently(action: Callable[[], T], what: str) -> T:

@@ -1,7 +1,7 @@
 """`prx encode …`: what is computed from a data set once, on any number of processes, and stored beside it."""
 
 import logging
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,6 +16,10 @@ app = typer.Typer(no_args_is_help=True, help=_HELP)
 Recipe = Annotated[list[str], typer.Argument(help="YAML files and key=value, as for train.py: its encoder, its train_loader.")]
 Split = Annotated[str, typer.Option(help="Split to encode.")]
 Part = Annotated[int, typer.Option("--part", min=1, help="Samples of a shard; what a kill can cost.")]
+
+ImageSize = Annotated[int, typer.Option(help="Size that images are encoded at. [default: the recipe's image_size]")]
+Storage = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")]
 
 
 @app.command()
@@ -45,9 +49,9 @@ def features(
     teacher: Annotated[str, typer.Option(help="YAML path of a teacher in the recipe.")] = "algorithms.repa.teacher",
     name: Annotated[str, typer.Option(help="What train_loader.features calls it.")] = "features",
     split: Split = "train",
-    image_size: Annotated[int, typer.Option(help="Size that images are encoded at. [default: the recipe's image_size]")] = 0,
-    storage: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    image_size: ImageSize = 0,
+    storage: Storage = "bfloat16",
+    batch_size: Batch = 32,
     part: Part = 128,
 ) -> None:
     """Store a teacher's patch features of every image, one vector for each patch of the backbone."""
@@ -63,9 +67,9 @@ def latents(
     recipe: Recipe,
     name: Annotated[str, typer.Option(help="What train_loader.latent calls it.")] = "latent",
     split: Split = "train",
-    image_size: Annotated[int, typer.Option(help="Size that images are encoded at. [default: the recipe's image_size]")] = 0,
-    storage: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    image_size: ImageSize = 0,
+    storage: Storage = "bfloat16",
+    batch_size: Batch = 32,
     part: Part = 128,
 ) -> None:
     """Store what the recipe's autoencoder makes of every image, at one size: the mode of its distribution, not a sample.
@@ -80,6 +84,6 @@ def latents(
         typer.echo(line)
 
 
-def _prepare() -> Any:
+def _prepare() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("prx_composer").setLevel(logging.INFO)

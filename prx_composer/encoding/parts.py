@@ -22,8 +22,8 @@ from streaming import LocalDataset, MDSWriter
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import COLUMNS, StoredColumn, is_whole, manifest_path
 from prx_composer.data.schema import Manifest
-from prx_composer.data.storage import sync, write_whole
 from prx_composer.errors import UserError
+from prx_composer.files import sync, write_whole
 
 __all__ = ["Encoded", "encode_split"]
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from prx_composer.evaluation.image_sets import DataSet, ImageFolder
+    from prx_composer.evaluation.scoring import Scorer
     from prx_composer.trained.loading import Trained
 
 __all__ = ["register"]
@@ -99,9 +100,9 @@ def evaluate(
     from prx_composer.evaluation.evaluate import Results, Sweep, sweep
     from prx_composer.evaluation.image_sets import DataSet, open_images
     from prx_composer.evaluation.reference import default_cache
-    from prx_composer.evaluation.scoring import Networks, Scorer, check_metrics
+    from prx_composer.evaluation.scoring import check_metrics
     from prx_composer.trained.card import sample_settings
-    from prx_composer.trained.commands import parse_size
+    from prx_composer.trained.commands import made_folder, parse_size
     from prx_composer.trained.drawing import check_settings
     from prx_composer.trained.loading import choose_guidance, load_trained
 
@@ -167,7 +168,7 @@ def evaluate(
 
     found = _data(trained, data, split, caption, needed=prompts is None)
     texts, source = _prompts(prompts, found, num)
-    scorer = _scorer(names, Networks, Scorer, clip=clip, dino=dino, clip_score=clip_score, inception=inception)
+    scorer = _scorer(names, clip=clip, dino=dino, clip_score=clip_score, inception=inception)
     compared: DataSet | ImageFolder | None = None
     if scorer.needs_reference:
         if reference is not None:
@@ -192,7 +193,7 @@ def evaluate(
         count = len(compared) if reference_num is None else min(reference_num, len(compared))
         conditions["reference"] = {"source": compared.name, "count": count, "identity": compared.identity()}
     results = Results(Path(output or "evaluation.json").expanduser(), conditions)
-    _make_folder(results.path.parent)
+    made_folder(str(results.path.parent))
     if compared is not None:
         folder = default_cache() if cache is None else Path(cache).expanduser()
         scorer.compare_with(compared, reference_num, folder, batch_size, place)
@@ -270,9 +271,11 @@ def _prompts(file: str | None, data: "DataSet | None", num: int | None) -> tuple
     return chosen, source
 
 
-def _scorer(names: list[str], networks: Any, scorer: Any, **given: str | None) -> Any:
+def _scorer(names: list[str], **given: str | None) -> "Scorer":
+    from prx_composer.evaluation.scoring import Networks, Scorer
+
     try:
-        return scorer(names, networks(**{kind: name for kind, name in given.items() if name is not None}))
+        return Scorer(names, Networks(**{kind: name for kind, name in given.items() if name is not None}))
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -283,10 +286,3 @@ def _hash(texts: list[str]) -> str:
     import hashlib
 
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: {folder} cannot be made: {error.strerror}.") from error

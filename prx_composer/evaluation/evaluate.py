@@ -15,10 +15,10 @@ import torch
 from composer.utils import dist
 from torch import Tensor
 
-from prx_composer.data.storage import write_whole
 from prx_composer.errors import UserError
 from prx_composer.evaluation.ranks import from_rank_zero
 from prx_composer.evaluation.scoring import METRICS, Scorer, interval_95
+from prx_composer.files import write_whole
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.trained.drawing import DrawingSettings, check_settings, draw, metadata, weights_hash
 from prx_composer.trained.loading import Trained, choose_guidance

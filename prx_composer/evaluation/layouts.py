@@ -19,10 +19,10 @@ from composer.utils import dist
 from PIL import Image
 from torch import Tensor
 
-from prx_composer.data.storage import write_whole
 from prx_composer.errors import UserError
 from prx_composer.evaluation.evaluate import image_seeds
 from prx_composer.evaluation.ranks import from_rank_zero
+from prx_composer.files import write_whole
 from prx_composer.trained.drawing import DrawingSettings, draw, metadata, save_png, weights_hash
 from prx_composer.trained.loading import Trained
 

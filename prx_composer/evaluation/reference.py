@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from prx_composer.data.storage import write_whole
 from prx_composer.errors import UserError
 from prx_composer.evaluation.distances import mean_kernel, moments
 from prx_composer.evaluation.features import Extractor
 from prx_composer.evaluation.image_sets import ImageSet, evenly, read_square
 from prx_composer.evaluation.ranks import from_rank_zero, gathered, share
+from prx_composer.files import write_whole
 
 __all__ = ["Reference", "default_cache", "reference_features"]
 

@@ -11,8 +11,9 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest, UndecodableError
+from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.sampler import BucketBatchSampler
 from prx_composer.data.storage import is_remote
 from prx_composer.data.transforms import UNDECODABLE, decode_image

@@ -20,9 +20,9 @@ from composer.utils import dist
 
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
 from prx_composer.config import Recipe
+from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.collate import channels_first
-from prx_composer.data.dataset import SampleRequest
 from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.errors import UserError, problems_of
 from prx_composer.models.frozen import returned_afterwards

@@ -149,7 +149,7 @@ def _training(trained: Trained) -> str:
 
 def _data(recipe: dict[str, Any] | None) -> str:
     loader = (recipe or {}).get("train_loader") or {}
-    facts = {key: loader[key] for key in ("source", "path", "remote", "split", "captions") if loader.get(key)}
+    facts = {key: loader[key] for key in ("source", "path", "remote", "mix", "split", "captions") if loader.get(key)}
     if not facts:
         return "Not known: the model was not exported from its run."
     return f"```yaml\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}```"

@@ -13,7 +13,7 @@ import typer
 
 from prx_composer.errors import UserError
 
-__all__ = ["parse_size", "register"]
+__all__ = ["made_folder", "parse_size", "register"]
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Run folder (runs/<run_name>), one of its checkpoints, or an exported folder.")
@@ -91,7 +91,7 @@ def generate(
     drawing.check_settings(trained.model, settings, place)
     texts = [text for text in asked for _ in range(images_per_prompt)]
     seeds = [seed + index for index in range(len(texts))]
-    folder = _made(output)
+    folder = made_folder(output)
     common = drawing.metadata(trained, settings, drawing.weights_hash(trained.model), place)
     trained.model.to(place)
     drawn = []
@@ -240,7 +240,8 @@ def _device(name: str | None) -> Any:
     return device
 
 
-def _made(name: str) -> Path:
+def made_folder(name: str) -> Path:
+    """The folder of `--output`, made. Raises UserError if it cannot be."""
     folder = Path(name).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from prx_composer import __version__
 from prx_composer.contact_sheet import image_grid
-from prx_composer.data.storage import write_whole
 from prx_composer.errors import UserError
+from prx_composer.files import write_whole
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.trained.loading import Trained
 

@@ -15,8 +15,8 @@ from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from prx_composer.data.storage import sync
 from prx_composer.errors import UserError, raise_all
+from prx_composer.files import sync
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.sampling import NUM_TRAIN_TIMESTEPS
 from prx_composer.models.text_to_image import TextToImage

@@ -10,8 +10,8 @@ import yaml
 from torch import Tensor, nn
 
 from prx_composer.algorithms.ema import clean_name
-from prx_composer.data.storage import write_whole
 from prx_composer.errors import UserError
+from prx_composer.files import write_whole
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.trained import pipeline_folder
 from prx_composer.trained.locate import Located, locate

@@ -25,19 +25,12 @@ Write = Callable[..., str]
 
 
 @pytest.fixture
-def recipe(tiny_recipe: Recipe, tmp_path: Path, shapes_data: Path, tokenizer: Any) -> Recipe:
+def recipe(tiny_recipe: Recipe, tmp_path: Path, shapes_data: Path, encoder_folder: Path) -> Recipe:
     """Frozen encoder with random but seeded weights from a folder, and data of its own."""
     import shutil
 
-    from conftest import TINY_T5
-    from transformers import T5Config, T5EncoderModel
-
-    torch.manual_seed(0)
-    sizes = {key: value for key, value in TINY_T5.items() if key != "model_type"}
-    T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "encoder")
-    tokenizer.save_pretrained(tmp_path / "encoder")
     shutil.copytree(shapes_data, tmp_path / "data")
-    tiny_recipe["model"]["text_encoder"] = {"name": "huggingface", "pretrained": str(tmp_path / "encoder"), "max_tokens": 14}
+    tiny_recipe["model"]["text_encoder"] = {"name": "huggingface", "pretrained": str(encoder_folder), "max_tokens": 14}
     tiny_recipe["train_loader"]["path"] = str(tmp_path / "data")
     return tiny_recipe | {"preflight": False}
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_T5
 from diffusers import AutoencoderKL
 from streaming import LocalDataset
 from test_encode import first_loss, invoke
 
 from prx_composer import config
+from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.columns import encoded_folder, unpack
-from prx_composer.data.dataset import SampleRequest
 from prx_composer.data.shapes import ShapesSource
 from prx_composer.data.sources import prepare
 from prx_composer.data.transforms import decode_image
@@ -28,18 +27,12 @@ SOURCE = {"name": "shapes", "image_size": 16, "images_per_scene": 2, "heldout": 
 
 
 @pytest.fixture
-def recipe(tiny_recipe: Recipe, tmp_path: Path, tokenizer: Any) -> Recipe:
+def recipe(tiny_recipe: Recipe, tmp_path: Path, encoder_folder: Path) -> Recipe:
     """Frozen encoders with random weights from folders; 16 px, two buckets, latents of 4 channels and half the sides."""
-    from transformers import T5Config, T5EncoderModel
-
-    torch.manual_seed(0)
-    sizes = {key: value for key, value in TINY_T5.items() if key != "model_type"}
-    T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "encoder")
-    tokenizer.save_pretrained(tmp_path / "encoder")
     save_autoencoder(tmp_path / "vae")
     prepare(tmp_path / "data", ShapesSource(**{k: v for k, v in SOURCE.items() if k != "name"}), SOURCE)
     tiny_recipe["model"] |= {
-        "text_encoder": {"name": "huggingface", "pretrained": str(tmp_path / "encoder"), "max_tokens": 14},
+        "text_encoder": {"name": "huggingface", "pretrained": str(encoder_folder), "max_tokens": 14},
         "autoencoder": {"name": "diffusers", "pretrained": str(tmp_path / "vae")},
         "backbone": tiny_recipe["model"]["backbone"] | {"in_channels": 4},
     }

@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import prx
 from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
-from typer.testing import CliRunner
 
 from prx_composer import config
-from prx_composer.cli import app
-from prx_composer.errors import UserError
 from prx_composer.evaluation.distances import frechet_distance, mmd, moments
 from prx_composer.evaluation.features import ClipScore, clip_images, dino_images, square
 from prx_composer.evaluation.image_sets import DataSet, ImageFolder, read_square
@@ -32,16 +30,6 @@ Recipe = dict[str, Any]
 Write = Callable[..., str]
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-
-
-def prx(*arguments: Any, code: int = 0) -> str:
-    """Runs a command; a UserError is what `main` would print."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if isinstance(result.exception, UserError):
-        assert code == 1, result.exception
-        return str(result.exception)
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
 
 
 @pytest.fixture(scope="session")

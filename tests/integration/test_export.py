@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_BACKBONE
+from commands import prx
+from conftest import QWEN3_VL_TEXT, T5GEMMA_HALF, TINY_BACKBONE
 from diffusers import PRXPipeline, PRXPixelPipeline
 from PIL import Image
-from typer.testing import CliRunner
 
 from prx_composer import config
-from prx_composer.cli import app
 from prx_composer.errors import UserError
 from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
@@ -126,14 +125,6 @@ def test_a_text_encoder_of_the_hub_can_be_referred_to_instead_of_copied(tiny_mod
         write_pipeline(replace(trained, model=trainable), tmp_path / "other", reference=True)
 
 
-T5GEMMA_HALF = dict(
-    hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-    vocab_size=64, sliding_window=16, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8,
-)  # fmt: skip
-QWEN3_VL_TEXT = dict(
-    model_type="qwen3_vl_text", hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=12, rope_scaling={"rope_type": "default", "mrope_section": [2, 2, 2]},
-)  # fmt: skip
 CLIP = dict(model_type="clip_text_model", hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 
 
@@ -156,16 +147,6 @@ def test_every_kind_of_frozen_text_encoder_is_opened_by_diffusers_and_by_us_agai
 
 
 # -------------------------------------------------------------------------------------------------------- the command
-
-
-def prx(*arguments: Any, code: int = 0) -> str:
-    """Runs a command; a UserError is what `main` would print."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if isinstance(result.exception, UserError):
-        assert code == 1, result.exception
-        return str(result.exception)
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
 
 
 @pytest.fixture

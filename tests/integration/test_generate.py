@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 import typer
+from commands import prx
 from PIL import Image
 from stacks import stack_of_24h
-from typer.testing import CliRunner
 
 from prx_composer import config
 from prx_composer.checkpoints import INDEX, MONOLITH
 from prx_composer.cli import app
-from prx_composer.errors import UserError
 from prx_composer.models.sampling import RoutedSelfGuidance
 from prx_composer.train import build_trainer, run
 from prx_composer.trained.loading import choose_guidance, load_trained
@@ -32,16 +31,6 @@ Write = Callable[..., str]
 REPOSITORY = Path(__file__).parents[2]
 PROMPT = "a red circle on the left of a white background"
 PROMPTS = [PROMPT, "a blue ring in the centre of a black background", "a green cross on the right of a grey background"]
-
-
-def prx(*arguments: Any, code: int = 0) -> str:
-    """Runs a command; a UserError is what `main` would print."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if isinstance(result.exception, UserError):
-        assert code == 1, result.exception
-        return str(result.exception)
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
 
 
 def folder_of(recipe: Recipe) -> Path:

@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 import pytest
-import torch
 from conversions import fetch_all, jpeg, sample, settings, write_tar
 from typer.testing import CliRunner
 from unreliable import UnreliableProxy
@@ -42,16 +41,9 @@ def proxy(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[UnreliableProxy]
 
 
 @pytest.fixture
-def recipe(tiny_recipe: Recipe, tokenizer: Any, tmp_path: Path) -> Recipe:
+def recipe(tiny_recipe: Recipe, encoder_folder: Path, tmp_path: Path) -> Recipe:
     """With a frozen encoder of random but seeded weights from a folder."""
-    from conftest import TINY_T5
-    from transformers import T5Config, T5EncoderModel
-
-    torch.manual_seed(0)
-    sizes = {key: value for key, value in TINY_T5.items() if key != "model_type"}
-    T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "encoder")
-    tokenizer.save_pretrained(tmp_path / "encoder")
-    tiny_recipe["model"]["text_encoder"] = {"name": "huggingface", "pretrained": str(tmp_path / "encoder"), "max_tokens": 14}
+    tiny_recipe["model"]["text_encoder"] = {"name": "huggingface", "pretrained": str(encoder_folder), "max_tokens": 14}
     tiny_recipe["train_loader"] = {"name": "image_caption", "path": str(tmp_path / "local")}
     return tiny_recipe | {"preflight": False, "autoresume": True}
 

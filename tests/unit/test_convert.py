@@ -13,6 +13,7 @@ from streaming import StreamingDataset
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
+from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.convert import job, units
 from prx_composer.data.convert.engine import run
@@ -21,7 +22,7 @@ from prx_composer.data.convert.pixels import resize
 from prx_composer.data.convert.records import Job
 from prx_composer.data.convert.settings import parse_captions, parse_metadata, parse_range
 from prx_composer.data.convert.sources import open_source
-from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest
+from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.errors import UserError
 
 # ------------------------------------------------------------------------------------------- what is written

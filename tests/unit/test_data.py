@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from streaming import StreamingDataset
 
+from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
-from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest, UndecodableError
+from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.loader import build_loader
 from prx_composer.data.rows import BucketRows, WholeStream
 from prx_composer.data.sampler import BucketBatchSampler, epoch_batches, epoch_steps

@@ -6,20 +6,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import QWEN3_VL_TEXT, T5GEMMA_HALF
 from safetensors.torch import save_file
 
 from prx_composer.models import HuggingFaceTextEncoder
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.text_encoder import load_tokenizer, train_tokenizer
 
-T5GEMMA_HALF = dict(
-    hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-    vocab_size=64, sliding_window=16, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8,
-)  # fmt: skip
-QWEN3_VL_TEXT = dict(
-    model_type="qwen3_vl_text", hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=12, rope_scaling={"rope_type": "default", "mrope_section": [2, 2, 2]},
-)  # fmt: skip
 CAPTIONS = ["a red circle on the left of a white background", "a blue ring", ""]
 
 

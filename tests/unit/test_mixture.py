@@ -11,9 +11,10 @@ from PIL import Image
 from test_data import encode
 
 from prx_composer import config
+from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.data_sets import data_sets
-from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest
+from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler
 from prx_composer.data.schema import BucketWriter, RawSample

@@ -13,8 +13,9 @@ from PIL import Image
 from prx_composer import config
 from prx_composer.algorithms.alignment import StoredFeatures, stored_features
 from prx_composer.callbacks.metrics_file import read_metrics
+from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.dataset import ImageCaptionDataset, SampleRequest, read_manifest
+from prx_composer.data.dataset import ImageCaptionDataset, read_manifest
 from prx_composer.data.loader import build_loader
 from prx_composer.data.schema import MANIFEST, BucketWriter, Manifest, RawSample
 from prx_composer.errors import UserError

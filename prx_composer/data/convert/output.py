@@ -20,8 +20,9 @@ from urllib.parse import urlparse
 
 from prx_composer.data.convert.records import RESULT, Unit
 from prx_composer.data.schema import MANIFEST
-from prx_composer.data.storage import fetch, is_remote, join, remote_keys, sync, upload, write_whole
+from prx_composer.data.storage import fetch, is_remote, join, remote_keys, upload
 from prx_composer.errors import UserError
+from prx_composer.files import sync, write_whole
 
 __all__ = ["Output", "open_output"]
 

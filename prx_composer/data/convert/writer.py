@@ -15,7 +15,7 @@ from prx_composer.data.convert.sample import Dropped, Kept, convert
 from prx_composer.data.convert.settings import METADATA_TYPES, Settings
 from prx_composer.data.convert.tally import Tally
 from prx_composer.data.schema import COLUMNS
-from prx_composer.data.storage import sync
+from prx_composer.files import sync
 
 __all__ = ["PICTURED_UNITS", "columns_of", "write_unit"]
 

@@ -1,0 +1,114 @@
+"""What sampler and loader need of a data set: its buckets, what an epoch sees of them, and where a resumed one goes on."""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from prx_composer.data.buckets import Bucket
+from prx_composer.data.columns import StoredColumn
+from prx_composer.errors import UserError
+
+__all__ = ["BucketedDataset", "SampleRequest"]
+
+
+class SampleRequest(NamedTuple):
+    """All that a worker needs to know to make one sample."""
+
+    sample_id: int
+    height: int
+    width: int
+    epoch: int
+
+
+class BucketedDataset(Dataset, ABC):
+    """Samples by number, each in a bucket.
+
+    Attributes:
+        image_size: side of the square whose area every bucket has, as it is stored.
+        buckets, counts: sorted, and how many samples each holds.
+        images: whether images are decoded.
+        text_columns, latent_columns: what is stored beside the images and taken from there.
+    """
+
+    image_size: int
+    buckets: list[Bucket]
+    counts: list[int]
+    images: bool
+    text_columns: dict[str, StoredColumn]
+    latent_columns: dict[str, StoredColumn]
+    start_sample = 0
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, request: SampleRequest) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def look_at(self, request: SampleRequest) -> dict[str, Any]:
+        """As `dataset[request]`, but what cannot be decoded is not counted; while no worker runs."""
+
+    @property
+    @abstractmethod
+    def undecodable(self) -> int:
+        """How many decodings failed so far, over all workers of this rank."""
+
+    @abstractmethod
+    def bucket_of(self, sample_id: int) -> int:
+        """Index of the bucket that holds a sample."""
+
+    @abstractmethod
+    def first_of(self, bucket: int) -> int:
+        """Id of a sample of the bucket with this index."""
+
+    @abstractmethod
+    def epoch_counts(self, shuffle: bool) -> list[int]:
+        """Samples by bucket that an epoch sees."""
+
+    @abstractmethod
+    def epoch_ids(self, epoch: int, shuffle: bool) -> list[NDArray[np.int64]]:
+        """The samples themselves; the sampler shuffles them."""
+
+    @abstractmethod
+    def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
+        """Raises ValueError if there are latents, but none of images of these sizes, bucket by bucket."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What decides the order of samples: `counts` by bucket, or of a mixture `mix`: counts and share by name."""
+
+    # Composer saves and restores these with its checkpoints.
+
+    def state_dict(self, num_samples: int, from_beginning: bool = True) -> dict[str, Any]:
+        return {"sample_in_epoch": num_samples, **self.identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError if the checkpoint was written with other data or shares, and so another order of samples."""
+        there = {key: value for key, value in state.items() if key != "sample_in_epoch"}
+        if there != self.identity():
+            raise UserError(
+                f"The checkpoint was trained on {_told(there)[0]}, but {_told(self.identity())[1]}. Resume with the same data "
+                "and weights, or start a new run with another run_name."
+            )
+        self.start_sample = int(state["sample_in_epoch"])
+
+    def take_start_sample(self) -> int:
+        """Where the coming epoch starts: once after a resume not at 0."""
+        start, self.start_sample = self.start_sample, 0
+        return start
+
+
+def _told(identity: dict[str, Any]) -> tuple[str, str]:
+    """What a checkpoint was trained on, and what a recipe has."""
+    if "mix" in identity:
+        shares = (f"{name}: {sum(part['counts']):,} samples at {part['share']:.1%}" for name, part in identity["mix"].items())
+        parts = ", ".join(shares)
+        return f"train_loader.mix ({parts})", f"train_loader.mix is {parts}"
+    counts = identity["counts"]
+    return (
+        f"one data set with {sum(counts):,} samples in {len(counts)} buckets",
+        f"train_loader.path has {sum(counts):,} in {len(counts)}",
+    )

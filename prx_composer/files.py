@@ -1,0 +1,23 @@
+"""Local files that are whole on the disk, or not there."""
+
+import os
+from pathlib import Path
+
+__all__ = ["sync", "write_whole"]
+
+
+def sync(path: Path) -> None:
+    """Writes a file or a folder's entries through to the disk, so that a later rename never names something half-written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A local file that is there with all of its content, on the disk, or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    sync(partial)
+    partial.rename(path)
