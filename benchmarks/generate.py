@@ -20,7 +20,7 @@ from record import circumstances
 from prx_composer.data.shapes import all_scenes
 from prx_composer.models import HuggingFaceTextEncoder, PRXBackbone, TextToImage
 from prx_composer.models.text_encoder import train_tokenizer
-from prx_composer.trained.export import publish, write_pipeline
+from prx_composer.trained.export import write_pipeline, written_aside
 from prx_composer.trained.loading import Trained, load_trained
 
 PROMPT = "a red circle on the left of a white background"
@@ -39,7 +39,8 @@ def _model() -> TextToImage:
 
 
 def compare(folder: Path, size: int, steps: int, guidance_scale: float, batch: int, rounds: int) -> dict[str, Any]:
-    publish(write_pipeline(Trained(_model(), Path("benchmark"), "raw", size), folder), folder)
+    with written_aside(folder) as partial:
+        write_pipeline(Trained(_model(), Path("benchmark"), "raw", size), partial)
     ours = load_trained(str(folder)).model
     pipeline = PRXPixelPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)

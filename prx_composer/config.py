@@ -218,7 +218,10 @@ def check(recipe: Recipe) -> None:
                 _check_spec(registry.loaders, spec, key, _LOADER_PROVIDED, also=frozenset({"source"}))
                 if spec["name"] == "image_caption":
                     with at_path(key):
-                        data_sets(spec)
+                        found = data_sets(spec)
+                    for where, part in found.items():
+                        if where and part.get("source"):
+                            _check_spec(registry.sources, part["source"], f"{key}.{where}.source")
     for kind in ("algorithms", "callbacks", "loggers"):
         for name, arguments in entries(getattr(recipe, kind), kind):
             path = f"{kind}.{name}"

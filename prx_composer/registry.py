@@ -84,6 +84,7 @@ algorithms = Registry(
         "ema": "prx_composer.algorithms.ema:EMA",
         "gradient_clipping": "prx_composer.algorithms.gradient_clipping:GradientClipping",
         "irepa": "prx_composer.algorithms.irepa:IREPA",
+        "lora": "prx_composer.algorithms.lora:LoRA",
         "low_precision_norm": "prx_composer.algorithms.low_precision_norm:LowPrecisionNorm",
         "lpips": "prx_composer.algorithms.lpips:LPIPS",
         "perceptual_dino": "prx_composer.algorithms.perceptual_dino:PerceptualDINO",

@@ -90,7 +90,7 @@ def _differences(before: Any, now: Any, path: str) -> list[str]:
 
 def as_saved(recipe: Recipe) -> dict[str, Any]:
     """The recipe as its YAML file gives it back."""
-    return yaml.safe_load(yaml.safe_dump(dataclasses.asdict(recipe)))
+    return yaml.safe_load(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
 
 
 def save_recipe(recipe: Recipe, folder: Path) -> None:

@@ -29,7 +29,6 @@ from prx_composer.data.data_sets import data_sets
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.latents import check_latent_column
 from prx_composer.data.schema import Manifest, iterate_captions
-from prx_composer.data.sources import prepare
 from prx_composer.distributed import GlooAverage
 from prx_composer.errors import TrainingInterrupted, UserError, at_path
 from prx_composer.interruption import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
@@ -38,8 +37,9 @@ from prx_composer.models.text_to_image import TextToImage
 from prx_composer.optim.groups import parameter_groups
 from prx_composer.parallelism import parallelism
 from prx_composer.preflight import check_surroundings
-from prx_composer.preflight.data import check_data, source_of
+from prx_composer.preflight.data import check_data
 from prx_composer.preflight.gpus import check_gpus
+from prx_composer.preflight.making import sources_of
 from prx_composer.preflight.recipe import examine
 from prx_composer.preflight.result import Result, require
 from prx_composer.preflight.step import remember_steps, try_steps_before_training
@@ -256,10 +256,8 @@ def _first_on_rank_zero() -> Iterator[None]:
 def _prepare_data(recipe: Recipe) -> None:
     for key in ("train_loader", "eval_loader"):
         spec = getattr(recipe, key)
-        source = source_of(recipe, key)
-        if source is not None:
-            with at_path(key):
-                prepare(Path(spec["path"]), source, spec["source"])
+        for making in sources_of(recipe, key):
+            making.make()
         if spec and spec["name"] == "image_caption":
             with at_path(key):
                 for part in data_sets(spec).values():

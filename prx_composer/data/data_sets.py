@@ -7,7 +7,7 @@ from prx_composer.errors import UserError
 
 __all__ = ["data_sets", "weights_of"]
 
-_OF_ONE = ("path", "split", "captions", "remote")  # what the data sets of a mixture may have of their own
+_OF_ONE = ("path", "split", "captions", "remote", "source")  # what the data sets of a mixture may have of their own
 _WEIGHT = "weight"
 
 

@@ -6,7 +6,7 @@ rendering among all combinations is the one that was asked for.
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ COLOURS = {
     "purple": (140, 40, 170), "orange": (250, 130, 20),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
+NEW_COLOURS = {"pink": (250, 130, 190), "teal": (0, 150, 150)}  # of no image of the source: for fine-tuning
 BACKGROUNDS = {"white": (250, 250, 250), "grey": (128, 128, 128), "black": (10, 10, 10)}
 POSITIONS = {"left": 0.27, "centre": 0.5, "right": 0.73}
 SUPERSAMPLING = 4
@@ -46,9 +47,9 @@ class Scene(NamedTuple):
         return f"{self.colour} {self.shape}, {self.position}, {self.background}"
 
 
-def all_scenes() -> list[Scene]:
-    """Every combination: 6 colours × 5 shapes × 3 backgrounds × 3 positions = 270."""
-    return [Scene(*scene) for scene in itertools.product(COLOURS, SHAPES, BACKGROUNDS, POSITIONS)]
+def all_scenes(colours: Iterable[str] = COLOURS) -> list[Scene]:
+    """Every combination: 6 colours × 5 shapes × 3 backgrounds × 3 positions = 270, or those of other colours."""
+    return [Scene(*scene) for scene in itertools.product(colours, SHAPES, BACKGROUNDS, POSITIONS)]
 
 
 def heldout_scenes(count: int, seed: int = 0) -> list[Scene]:
@@ -72,7 +73,7 @@ def render(scene: Scene, height: int, width: int, *, shift: tuple[float, float] 
     x = (POSITIONS[scene.position] * width + shift[0] * side) * s
     y = (0.5 * height + shift[1] * side) * s
     r = 0.22 * side * scale * s
-    fill = COLOURS[scene.colour]
+    fill = (COLOURS | NEW_COLOURS)[scene.colour]
     if scene.shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif scene.shape == "ring":

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prx_composer.models.adapters import AdapterCost
 from prx_composer.models.flops import backbone_flops, text_adapter_flops
 from prx_composer.models.layers import (
     FinalLayer,
@@ -87,6 +88,7 @@ class PRXBackbone(nn.Module):
         fusion: a `TokenFusion` that joins the routed blocks' output with their input, instead of putting tokens back.
         taps: indices of blocks whose output `forward(..., return_taps=True)` returns, once for every reader.
         conditioners: modules `Conditioning → Conditioning`, applied in order.
+        adapters: what low-rank adapters cost, while they are trained instead of the weights.
 
     Raises:
         ValueError: sizes that don't fit together.
@@ -156,6 +158,7 @@ class PRXBackbone(nn.Module):
 
         self.router: Router | None = None
         self.fusion: TokenFusion | None = None
+        self.adapters: AdapterCost | None = None
         self.taps: tuple[int, ...] = ()
         self.conditioners = nn.ModuleDict()
         self.reset_parameters()
@@ -218,9 +221,17 @@ class PRXBackbone(nn.Module):
         routed = self.router.tokens_per_block(image_tokens, self.depth) if self.router is not None and training else None
         predicted = routed[-1] if routed and self.router is not None and self.router.discard else None
         count = backbone_flops(
-            self.config, image_tokens, text_tokens, training=training, tokens_per_block=routed, predicted_tokens=predicted
+            self.config,
+            image_tokens,
+            text_tokens,
+            training=training,
+            tokens_per_block=routed,
+            predicted_tokens=predicted,
+            frozen=self.adapters is not None,
         )
         passes = 3 if training else 1
+        if self.adapters is not None:
+            count += passes * self.adapters.flops(routed or [image_tokens] * self.depth, image_tokens, text_tokens)
         if self.fusion is not None:
             count += passes * self.fusion.flops(image_tokens)
         return count + passes * len(self.text_adapter) * text_adapter_flops(self.config, text_tokens)

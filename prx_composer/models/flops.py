@@ -21,6 +21,7 @@ def backbone_flops(
     training: bool,
     tokens_per_block: list[int] | None = None,
     predicted_tokens: int | None = None,
+    frozen: bool = False,
 ) -> int:
     """Of one image.
 
@@ -31,13 +32,17 @@ def backbone_flops(
             input (patches, text, sinusoids), whose input gradient nobody asks for.
         tokens_per_block: image tokens each block sees, if they are routed.
         predicted_tokens: image tokens that come to the final layer, if some were discarded.
+        frozen: of the weights none are trained, but gradients go through all blocks on their way to adapters, whose own FLOPs
+            are not counted here.
     """
     d, depth = config["hidden_size"], config["depth"]
     mlp = int(d * config["mlp_ratio"])
     patch_dim = config["in_channels"] * config["patch_size"] ** 2
     n, s = image_tokens, text_tokens
 
-    inner = sum(_block_flops(d, mlp, kept, s) for kept in tokens_per_block or [n] * depth)
+    seen = tokens_per_block or [n] * depth
+
+    inner = sum(_block_flops(d, mlp, kept, s) for kept in seen)
     inner += 2 * (
         d * d + (predicted_tokens or n) * d * patch_dim + 2 * d * d
     )  # time MLP's second layer, final layer and its modulation
@@ -50,6 +55,11 @@ def backbone_flops(
     if config["resolution_embeds"]:
         first += 2 * 256 * d
         inner += 2 * d * d
+    if training and frozen:
+        backward = 2 * (predicted_tokens or n) * d * patch_dim
+        for kept in seen:  # the attention's products have two inputs with gradients, the layers of image tokens one
+            backward += 2 * kept * (4 * d * d + 3 * d * mlp) + 8 * kept * (kept + s) * d
+        return inner + first + backward
     return 3 * inner + 2 * first if training else inner + first
 
 

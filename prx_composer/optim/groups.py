@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["AdamW", "add_parameters", "parameter_groups"]
+__all__ = ["AdamW", "add_parameters", "drop_frozen", "parameter_groups"]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -23,6 +23,13 @@ def add_parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
     """Lets an optimizer train a module that came after it: an algorithm's projector, for one."""
     for group in parameter_groups(module, float(optimizer.defaults.get("weight_decay", 0.0))):
         optimizer.add_param_group(group)
+
+
+def drop_frozen(optimizer: torch.optim.Optimizer) -> None:
+    """Takes parameters that are trained no more out of an optimizer that hasn't stepped yet."""
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 class AdamW(torch.optim.AdamW):

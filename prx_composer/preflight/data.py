@@ -10,22 +10,21 @@ from typing import Any
 
 from streaming import LocalDataset
 
-from prx_composer import registry
-from prx_composer.config import Recipe, build, split
+from prx_composer.config import Recipe
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import IMAGE, StoredColumn, encoded_folder, read_column
 from prx_composer.data.data_sets import data_sets
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.latents import names_of, size_problem
 from prx_composer.data.schema import MANIFEST, Manifest
-from prx_composer.data.sources import is_made
 from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.errors import UserError, at_path, raise_all
+from prx_composer.preflight.making import Making, unmade_sources
 from prx_composer.preflight.recipe import Parts, PlannedStage
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped, warned
 from prx_composer.schedule import ScheduleWindow
 
-__all__ = ["check_data", "source_of", "unmade_source"]
+__all__ = ["check_data"]
 
 REMOTE_TIMEOUT = 20.0  # seconds for a manifest of a few kilobytes
 LOOKED_AT = 10  # samples of a bucket, if the first cannot be decoded
@@ -43,35 +42,6 @@ def check_data(recipe: Recipe, parts: Parts) -> Iterator[Result]:
             yield from guarded(_check_loader(recipe, key, parts, to_be_made))
 
 
-def source_of(recipe: Recipe, key: str) -> Any:
-    """The source that a loader's data set is made from, or None if the recipe names none.
-
-    Raises:
-        UserError: one that cannot be built, or no folder to make it in.
-    """
-    spec = getattr(recipe, key) or {}
-    if not spec.get("source"):
-        return None
-    name, arguments = split(spec["source"], f"{key}.source")
-    if "path" not in spec:
-        raise UserError(f"{key}.path is missing: the folder that the source is to make the data set in.")
-    return build(registry.sources, name, arguments, f"{key}.source")
-
-
-def unmade_source(recipe: Recipe, key: str) -> Any:
-    """`source_of`, if it is going to make the data set on first use; None if it has.
-
-    Raises:
-        UserError: as `source_of`, and for a folder that holds other data.
-    """
-    source = source_of(recipe, key)
-    if source is None:
-        return None
-    spec = getattr(recipe, key)
-    with at_path(key):
-        return None if is_made(Path(spec["path"]), source, spec["source"]) else source
-
-
 def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) -> Iterator[Result]:
     spec = getattr(recipe, key)
     if spec.get("name") != "image_caption":
@@ -82,30 +52,35 @@ def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) 
     else:  # it stays at one size
         size = recipe.global_eval_batch_size or recipe.global_train_batch_size
         stages = [PlannedStage("", recipe.image_size, size, size, 1, ScheduleWindow())]
-    source = unmade_source(recipe, key)
-    path = spec.get("path", "")
-    if source is not None:
-        to_be_made.add(path)
-        for stored in ("text_embedding", "latent"):
-            if spec.get(stored):
-                yield failed(f"{key}.{stored}: nothing is stored beside data that {key}.source still has to make; leave it out.")
-        yield skipped(key, f"the source {spec['source']['name']!r} makes the data on first use, in {path}")
-        yield from _check_sizes(key, source.buckets, source.image_size, stages, parts.multiple)
-        return
-    if path in to_be_made:
-        yield skipped(key, f"train_loader.source makes {path} on first use")
-        return
+    unmade = {making.key: making for making in unmade_sources(recipe, key)}
+    to_be_made.update(str(making.path) for making in unmade.values())
     with at_path(key):
         found = data_sets(spec)
     buckets: Counter[Bucket] = Counter()
     trained = {f"{stage.path}image_size": stage.image_size for stage in parts.stages}  # evaluation follows the stages
     for where, arguments in found.items():
         name = f"{key}.{where}" if where else key
+        if name in unmade:
+            yield from _check_unmade(unmade[name], arguments, stages, parts.multiple)
+            continue
+        if arguments["path"] in to_be_made:
+            yield skipped(name, f"train_loader.source makes {arguments['path']} on first use")
+            continue
         manifest = _remote_manifest(name, arguments) if arguments.get("remote") else _local_manifest(name, arguments)
         buckets.update(manifest.buckets)
         yield from _check_data_set(name, arguments, manifest, stages, parts.multiple, {"image_size": recipe.image_size} | trained)
-    if key == "train_loader":
+    if key == "train_loader" and buckets and not unmade:
         yield from _check_buckets(key, buckets, stages)
+
+
+def _check_unmade(making: Making, spec: dict[str, Any], stages: list[PlannedStage], multiple: int | None) -> Iterator[Result]:
+    for stored in ("text_embedding", "latent"):
+        if spec.get(stored):
+            yield failed(
+                f"{making.key}.{stored}: nothing is stored beside data that {making.key}.source still has to make; leave it out."
+            )
+    yield skipped(making.key, f"the source {making.spec['name']!r} makes the data on first use, in {making.path}")
+    yield from _check_sizes(making.key, making.source.buckets, making.source.image_size, stages, multiple)
 
 
 def _check_data_set(

@@ -12,7 +12,7 @@ import torch
 from prx_composer.config import Recipe, split
 from prx_composer.data.sources import prepare
 from prx_composer.errors import UserError
-from prx_composer.preflight.data import unmade_source
+from prx_composer.preflight.making import Making, unmade_sources
 from prx_composer.preflight.recipe import Parts, PlannedStage
 from prx_composer.preflight.result import Result, skipped
 from prx_composer.preflight.weights import is_here, references
@@ -89,14 +89,23 @@ def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:
         "preflight": False,
         "code_paths": [],  # imported already
     }
-    source = unmade_source(recipe, "train_loader")
-    if source is not None:
-        path = folder / "data"
-        try:
-            prepare(path, source, recipe.train_loader["source"], limit=SAMPLES)
-        except (OSError, ValueError) as error:
-            raise UserError(f"train_loader.source: {error}") from error
-        changes |= {"train_loader": recipe.train_loader | {"path": str(path)}, "eval_loader": None}
-    elif unmade_source(recipe, "eval_loader") is not None:
+    unmade = unmade_sources(recipe, "train_loader")
+    if unmade:
+        changes |= {"train_loader": _with_trial_data(recipe.train_loader, unmade, folder), "eval_loader": None}
+    elif unmade_sources(recipe, "eval_loader"):
         changes["eval_loader"] = None
     return dataclasses.replace(recipe, **changes)
+
+
+def _with_trial_data(loader: dict[str, Any], unmade: list[Making], folder: Path) -> dict[str, Any]:
+    """The loader over a few samples of what is still to be made, made in `folder`."""
+    loader = copy.deepcopy(loader)
+    for index, making in enumerate(unmade):
+        path = folder / f"data{index}"
+        try:
+            prepare(path, making.source, making.spec, limit=SAMPLES)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{making.key}.source: {error}") from error
+        _, _, name = making.key.partition(".mix.")
+        (loader["mix"][name] if name else loader)["path"] = str(path)
+    return loader

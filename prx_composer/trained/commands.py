@@ -2,7 +2,6 @@
 
 import logging
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +58,9 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: a GPU if there is one]")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, or bf16 (GPU). [default: bf16 on a GPU, fp32 on the CPU]")] = None,
     grid: Annotated[bool, typer.Option("--grid/--no-grid", help="Also one picture of all images with their prompts.")] = True,
+    captions: Annotated[
+        bool, typer.Option("--captions", help="Also captions.jsonl: a folder to train on (train_loader.source: folder).")
+    ] = False,
 ) -> None:
     """Draw images with a trained model: a PNG for each, which says in its metadata how it was made, and a grid of all.
 
@@ -94,17 +96,21 @@ def generate(
     folder = made_folder(output)
     common = drawing.metadata(trained, settings, drawing.weights_hash(trained.model), place)
     trained.model.to(place)
-    drawn = []
+    drawn, names = [], []
     with typer.progressbar(length=len(texts), label="drawing", file=sys.stderr) as progress:
         for index, image in drawing.draw(trained.model, texts, seeds, settings, batch_size):
             name = drawing.file_name(index, seeds[index], texts[index])
             with _writing("--output"):
                 drawing.save_png(image, folder / name, {"prompt": texts[index], "seed": seeds[index]} | common)
             drawn.append(image)
+            names.append(name)
             progress.update(1)
     if grid:
         with _writing("--output"):
             drawing.save_grid(drawn, texts, folder / "grid.png")
+    if captions:
+        with _writing("--output"):
+            drawing.save_captions(names, texts, folder / "captions.jsonl")
     of = f"{trained.weights} weights" + (f" of batch {trained.batch}" if trained.batch is not None else "")
     typer.echo(f"{len(drawn)} image{'s' if len(drawn) > 1 else ''} of {height}×{width} with {of} · {folder}")
 
@@ -112,7 +118,9 @@ def generate(
 def export(
     model: Model,
     output: Annotated[str, typer.Option(metavar="DIR", help="Folder to write.")],
-    format: Annotated[str, typer.Option(help="diffusers is the only one.")] = "diffusers",
+    format: Annotated[
+        str, typer.Option(help="diffusers: a whole pipeline. lora: of a run with algorithms.lora, its adapters alone.")
+    ] = "diffusers",
     weights: WeightsOption = None,
     text_encoder: Annotated[
         str, typer.Option(help="copy: its weights too, so that the folder stands alone. reference: only its hub id.")
@@ -131,42 +139,39 @@ def export(
 ) -> None:
     """Write a folder that diffusers opens without this package, with a model card; its pipeline draws what `prx generate` draws.
 
-    PRXPixelPipeline.from_pretrained(DIR) opens a model on pixels, PRXPipeline.from_pretrained(DIR) one on latents. A setting that
+    PRXPixelPipeline.from_pretrained(DIR) opens a model on pixels, PRXPipeline.from_pretrained(DIR) one on latents. Adapters of a
+    run with algorithms.lora are merged into its weights. A setting that
     diffusers has no place for is named and refused. The folder appears under its name only when it is complete.
 
     prx export runs/quickstart --output exported --license apache-2.0
     """
-    from prx_composer.trained import drawing
+    from prx_composer.trained import drawing, lora_file
     from prx_composer.trained import export as exporting
     from prx_composer.trained.card import SAMPLES, Card, sample_settings, write_card
     from prx_composer.trained.loading import choose_guidance, load_trained
 
     _quiet()
-    if format != "diffusers":
-        raise UserError(f"--format: {format!r} is not known; diffusers is.")
+    if format not in ("diffusers", "lora"):
+        raise UserError(f"--format must be diffusers or lora, not {format!r}.")
     if text_encoder not in ("copy", "reference"):
         raise UserError(f"--text-encoder must be copy or reference, not {text_encoder!r}.")
     target = Path(output).expanduser()
     exporting.check_output(target, overwrite)
-    trained = load_trained(model, _weights(weights))
-    prompts, settings = sample_settings(trained)
-    prompts = list(prompt or prompts)[:12]
-    with _writing("--output"):
-        partial = exporting.write_pipeline(trained, target, text_encoder == "reference", overwrite)
-    try:
-        with _writing("--output"):
+    trained = load_trained(model, _weights(weights), merge=format != "lora")
+    title = name or str((trained.recipe or {}).get("run_name") or target.name)
+    with _writing("--output"), exporting.written_aside(target) as partial:
+        if format == "lora":
+            lora_file.write_adapters(trained, partial, title, license)
+        else:
+            exporting.write_pipeline(trained, partial, text_encoder == "reference")
+            prompts, settings = sample_settings(trained)
+            prompts = list(prompt or prompts)[:12]
             choose_guidance(trained.model, "cfg")
             if prompts and not no_samples:
                 images = [image for _, image in drawing.draw(trained.model, prompts, list(range(len(prompts))), settings, 4)]
                 drawing.save_grid(images, prompts, partial / SAMPLES)
-            title = name or str((trained.recipe or {}).get("run_name") or target.name)
             command = shlex.join(["prx", *sys.argv[1:]])
-            digest = drawing.weights_hash(trained.model)
-            write_card(trained, partial, Card(title, license, command, digest, settings, prompts))
-            exporting.publish(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            write_card(trained, partial, Card(title, license, command, drawing.weights_hash(trained.model), settings, prompts))
     typer.echo(f"{trained.weights} weights of {trained.source} · {target}")
     if license is None:
         typer.echo("The card states no licence; --license apache-2.0, say, would.")

@@ -23,7 +23,17 @@ from prx_composer.files import write_whole
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.trained.loading import Trained
 
-__all__ = ["DrawingSettings", "check_settings", "draw", "metadata", "read_prompts", "save_grid", "save_png", "weights_hash"]
+__all__ = [
+    "DrawingSettings",
+    "check_settings",
+    "draw",
+    "metadata",
+    "read_prompts",
+    "save_captions",
+    "save_grid",
+    "save_png",
+    "weights_hash",
+]
 
 VERSIONS = ("torch", "diffusers", "transformers")
 
@@ -129,6 +139,15 @@ def save_grid(images: list[Tensor], prompts: list[str], path: Path) -> None:
     columns = min(6, max(1, round(len(images) ** 0.5)))
     image_grid(torch.stack(images), prompts, columns).save(content, "PNG")
     write_whole(path, content.getvalue())
+
+
+def save_captions(names: list[str], prompts: list[str], path: Path) -> None:
+    """A line of JSON for every image: what `FolderSource` reads, and Hugging Face's image folders too."""
+    lines = [
+        json.dumps({"file_name": name, "caption": prompt}, ensure_ascii=False)
+        for name, prompt in zip(names, prompts, strict=True)
+    ]
+    write_whole(path, ("\n".join(lines) + "\n").encode())
 
 
 def file_name(index: int, seed: int, prompt: str) -> str:

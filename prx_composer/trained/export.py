@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from prx_composer.models.text_to_image import TextToImage
 from prx_composer.trained.loading import Trained
 from prx_composer.trained.pipeline_folder import PIXEL_MIN_TIMESTEP, REFERENCE
 
-__all__ = ["RECIPE", "check_exportable", "push", "write_pipeline"]
+__all__ = ["RECIPE", "check_exportable", "check_output", "push", "write_pipeline", "written_aside"]
 
 log = logging.getLogger(__name__)
 
@@ -63,30 +65,42 @@ def check_exportable(model: TextToImage) -> None:
     raise_all(problems)
 
 
-def write_pipeline(trained: Trained, output: Path, reference: bool = False, overwrite: bool = False) -> Path:
-    """Writes the pipeline aside and returns where: what must be added to it is added there, then `publish` gives it its name.
+def write_pipeline(trained: Trained, folder: Path, reference: bool = False) -> None:
+    """Writes the pipeline into an empty folder.
 
     Args:
         trained: the model.
-        output: the folder to be.
+        folder: such as `written_aside` gives.
         reference: name the text encoder instead of copying it.
-        overwrite: replace what is there.
 
     Raises:
-        UserError: `output` is in use, diffusers has no place for a part of the model, or the encoder cannot be referred to.
+        UserError: diffusers has no place for a part of the model, or the encoder cannot be referred to.
     """
     check_exportable(trained.model)
-    check_output(output, overwrite)
-    referred = _reference(trained) if reference else None
+    _write_parts(trained, folder, _reference(trained) if reference else None)
+
+
+@contextmanager
+def written_aside(output: Path) -> Iterator[Path]:
+    """A folder to write in, which gets its name `output` when all that is done inside of this context has succeeded.
+
+    What was there goes only then.
+    """
     partial = output.with_name(f".{output.name}.partial.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_parts(trained, partial, referred)
-    except BaseException:
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        old = output.with_name(f".{output.name}.old.{os.getpid()}")
+        if output.exists():
+            output.rename(old)
+        partial.rename(output)
+        sync(output.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return partial
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -95,20 +109,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise UserError(f"--output: {output} is not empty; give another folder, or --overwrite to replace an export.")
-        if not (output / "model_index.json").exists():
+        if not any((output / name).exists() for name in ("model_index.json", "adapter_config.json")):
             raise UserError(f"--output: {output} holds something else than an export (no model_index.json); give another folder.")
-
-
-def publish(partial: Path, output: Path) -> None:
-    """Gives the finished folder its name; what was there goes only then."""
-    for path in partial.rglob("*"):
-        sync(path)
-    old = output.with_name(f".{output.name}.old.{os.getpid()}")
-    if output.exists():
-        output.rename(old)
-    partial.rename(output)
-    sync(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_parts(trained: Trained, folder: Path, referred: dict[str, Any] | None) -> None:

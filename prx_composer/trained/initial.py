@@ -71,6 +71,11 @@ def _read(located: Located, with_encoder: bool) -> tuple[dict[str, Tensor], dict
 
 
 def _split(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    if any(".lora_A." in name for name in tensors):
+        raise UserError(
+            f"{PATH}: these weights have LoRA adapters beside them. Merge them with `prx export RUN --output DIR`, and name "
+            "that folder."
+        )
     if not any(name.startswith(BACKBONE) for name in tensors):  # a file of the backbone alone, such as diffusers writes
         return tensors, {}
     parts = [

@@ -17,6 +17,7 @@ from prx_composer.algorithms.ema import clean_name
 from prx_composer.callbacks.clock import TrainingClock
 from prx_composer.config import Recipe, build, entries, split
 from prx_composer.errors import UserError, at_path
+from prx_composer.models.adapters import merge_adapters
 from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
@@ -55,12 +56,13 @@ class Trained:
     recipe: dict[str, Any] | None = None
 
 
-def load_trained(name: str, weights: Weights | None = None) -> Trained:
+def load_trained(name: str, weights: Weights | None = None, merge: bool = True) -> Trained:
     """Opens a trained model. Nothing in its files is executed, and nothing is written.
 
     Args:
         name: run folder, checkpoint or diffusers folder.
         weights: averaged or plain; the average by default, if the run has one.
+        merge: of a run with `lora`, the adapters into the weights that they adapt.
 
     Raises:
         UserError: no such model, weights that are missing or damaged, or that don't belong to the recipe.
@@ -76,7 +78,10 @@ def load_trained(name: str, weights: Weights | None = None) -> Trained:
             f"{name} holds weights without the sizes of their model. Give the run folder or the exported folder that it is from; "
             "to train on from it, set model.init_from."
         )
-    return _load_checkpoint(located, weights)
+    trained = _load_checkpoint(located, weights)
+    if merge:
+        merge_adapters(trained.model.backbone)
+    return trained
 
 
 def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:

@@ -24,7 +24,7 @@ from prx_composer.errors import UserError
 from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.train import run
-from prx_composer.trained.export import publish, push, write_pipeline
+from prx_composer.trained.export import push, write_pipeline, written_aside
 from prx_composer.trained.loading import Trained, load_trained
 
 Recipe = dict[str, Any]
@@ -39,7 +39,8 @@ VAE = dict(
 
 def exported(model: TextToImage, folder: Path, **facts: Any) -> Path:
     trained = Trained(model.eval(), Path("nowhere"), "raw", 16)
-    publish(write_pipeline(replace(trained, **facts), folder), folder)
+    with written_aside(folder) as partial:
+        write_pipeline(replace(trained, **facts), partial)
     return folder
 
 
@@ -115,14 +116,15 @@ def test_a_text_encoder_of_the_hub_can_be_referred_to_instead_of_copied(tiny_mod
     model.text_encoder._frozen.module.load_state_dict(trainable.text_encoder.network.state_dict())
     recipe = {"model": {"text_encoder": {"name": "huggingface", "pretrained": str(hub)}}}
     trained = Trained(model.eval(), Path("nowhere"), "raw", 16, recipe=recipe)
-    publish(write_pipeline(trained, tmp_path / "out", reference=True), tmp_path / "out")
+    with written_aside(tmp_path / "out") as partial:
+        write_pipeline(trained, partial, reference=True)
     assert not (tmp_path / "out" / "text_encoder").exists()
     pipeline = PRXPixelPipeline.from_pretrained(tmp_path / "out", text_encoder=trainable.text_encoder.network)
     theirs = draw(pipeline, PROMPT, 16, 16, 7, "pt", num_inference_steps=3, guidance_scale=2.0)
     opened = load_trained(str(tmp_path / "out")).model
     torch.testing.assert_close(opened.sample([PROMPT], 16, 16, [7], 3, 2.0), theirs, atol=1e-4, rtol=0)
     with pytest.raises(UserError, match="was trained with the model"):
-        write_pipeline(replace(trained, model=trainable), tmp_path / "other", reference=True)
+        write_pipeline(replace(trained, model=trainable), tmp_path, reference=True)
 
 
 CLIP = dict(model_type="clip_text_model", hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)

@@ -20,7 +20,7 @@ from prx_composer.cli import app
 from prx_composer.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.train import build_trainer, main, run
-from prx_composer.trained.export import publish, write_pipeline
+from prx_composer.trained.export import write_pipeline, written_aside
 from prx_composer.trained.initial import initialise
 from prx_composer.trained.loading import Trained, load_trained
 
@@ -32,7 +32,8 @@ Build = Callable[..., TextToImage]
 @pytest.fixture
 def folder(tiny_model: Build, tmp_path: Path) -> Path:
     """A diffusers folder whose weights no run begins with by itself."""
-    publish(write_pipeline(Trained(tiny_model(seed=5).eval(), Path("nowhere"), "raw", 16), tmp_path / "them"), tmp_path / "them")
+    with written_aside(tmp_path / "them") as partial:
+        write_pipeline(Trained(tiny_model(seed=5).eval(), Path("nowhere"), "raw", 16), partial)
     return tmp_path / "them"
 
 

@@ -163,3 +163,52 @@ def test_a_run_on_a_mixture_is_checked_trains_resumes_and_refuses_other_weights(
     again = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(again) == len(whole) == 8
     assert [json.loads(line)["loss/train/total"] for line in again] == [json.loads(line)["loss/train/total"] for line in whole]
+
+
+def image_folder(folder: Path, colour: str, count: int) -> dict[str, Any]:
+    """A folder of images and captions, as a source names it."""
+    folder.mkdir()
+    for index in range(count):
+        Image.new("RGB", (16, 16), colour).save(folder / f"{index}.png")
+    lines = [json.dumps({"file": f"{index}.png", "caption": f"a {colour} square"}) for index in range(count)]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    return {"name": "folder", "folder": str(folder), "image_size": 16, "multiple": 4}
+
+
+def test_data_sets_of_a_mixture_are_made_on_first_use(tiny_recipe: dict[str, Any], write_recipe: Any, tmp_path: Path) -> None:
+    few, many = image_folder(tmp_path / "few", "red", 5), image_folder(tmp_path / "many", "blue", 40)
+    mix = {"few": {"weight": 1, "source": few}, "many": {"weight": 1, "source": many}}
+    tiny_recipe |= {"train_loader": {"name": "image_caption", "path": str(tmp_path / "made"), "mix": mix}}
+    tiny_recipe["algorithms"] = {}
+    tiny_recipe |= {"max_duration": "2ba", "global_train_batch_size": 8, "device_train_microbatch_size": 8}
+    recipe = config.load([write_recipe(tiny_recipe)])
+    found = [result.text for result in check_recipe(recipe, 1)]
+    assert any("train_loader.mix.few" in text and "makes the data on first use" in text for text in found), found
+    assert not (tmp_path / "made").exists()
+    run(recipe)
+    dataset = MixedDataset({n: ImageCaptionDataset(str(tmp_path / "made" / n)) for n in mix}, {"few": 1, "many": 1}, seed=0)
+    seen = Counter(dataset[SampleRequest(index, 16, 16, 0)]["caption"].split()[1] for index in epoch_of(dataset, 0))
+    assert seen["red"] == seen["blue"] == 22, "five images as often as forty"
+    mix["few"]["source"]["max_aspect"] = 3.0
+    with pytest.raises(UserError, match=r"train_loader.mix.few.*made with other settings.*max_aspect"):
+        run(config.load([write_recipe(tiny_recipe), "run_name=other"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mix": {"few": {"source": {"name": "fold"}}}}, r"train_loader.mix.few.source: there is no 'fold' among the sources"),
+        ({"mix": {"few": {"source": {"name": "folder", "foldr": "x", "image_size": 16}}}}, r"train_loader.mix.few.source.foldr"),
+        (
+            {"mix": {"few": {"source": {"name": "folder", "folder": "nowhere", "image_size": 16}}}},
+            r"train_loader.mix.few.source.*there is no folder nowhere",
+        ),
+        ({"mix": {"few": {}}, "source": {"name": "shapes"}}, r"train_loader.source is of one data set"),
+    ],
+)
+def test_a_source_of_a_mixture_that_is_wrong_is_named(
+    change: dict[str, Any], said: str, tiny_recipe: dict[str, Any], write_recipe: Any, tmp_path: Path
+) -> None:
+    tiny_recipe["train_loader"] = {"name": "image_caption", "path": str(tmp_path / "made")} | change
+    with pytest.raises(UserError, match=said):
+        run(config.load([write_recipe(tiny_recipe)]))
