@@ -18,6 +18,7 @@ from prx_composer.algorithms.alignment import AlignmentAlgorithm
 from prx_composer.algorithms.contrastive_flow_matching import ContrastiveFlowMatching
 from prx_composer.algorithms.ema import EMA
 from prx_composer.algorithms.gradient_clipping import GradientClipping
+from prx_composer.algorithms.lora import LoRA
 from prx_composer.algorithms.low_precision_norm import LowPrecisionNorm
 from prx_composer.algorithms.lpips import LPIPS
 from prx_composer.algorithms.perceptual_dino import PerceptualDINO
@@ -28,6 +29,7 @@ from prx_composer.algorithms.token_routing import TokenRoutingAlgorithm
 from prx_composer.config import Recipe, build, entries, split
 from prx_composer.errors import UserError
 from prx_composer.models.activations import linear_activations
+from prx_composer.models.adapters import add_adapters
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.encoder_sizes import known_config
@@ -221,7 +223,7 @@ def _attach(planned: PlannedModel, name: str, arguments: dict[str, Any]) -> None
     path = f"algorithms.{name}"
     cls = registry.algorithms.get(name, path)
     if not inspect.isclass(cls) or not issubclass(
-        cls, (*_FREE, ResolutionAware, TokenRoutingAlgorithm, AlignmentAlgorithm, LPIPS, PerceptualDINO)
+        cls, (*_FREE, LoRA, ResolutionAware, TokenRoutingAlgorithm, AlignmentAlgorithm, LPIPS, PerceptualDINO)
     ):
         planned.unknown.append(f"{path}: what it costs is not known to the plan, and not counted")
         return
@@ -236,6 +238,9 @@ def _attach(planned: PlannedModel, name: str, arguments: dict[str, Any]) -> None
         if model.backbone.resolution_embedder is None:
             with torch.device("meta"):
                 add_resolution_embedder(model.backbone)
+    elif isinstance(algorithm, LoRA):
+        with torch.device("meta"):
+            add_adapters(model.backbone, algorithm.rank, algorithm.alpha, algorithm.targets)
     elif isinstance(algorithm, TokenRoutingAlgorithm):
         nothing = torch.optim.SGD([nn.Parameter(torch.empty(0, device="meta"))], lr=0.0)  # takes what SPRINT trains
         state: Any = SimpleNamespace(model=model, optimizers=[nothing])

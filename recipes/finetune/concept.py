@@ -16,7 +16,7 @@ from composer.loggers import Logger
 
 from prx_composer import registry
 from prx_composer.callbacks.images import draw_images
-from prx_composer.data.shapes import COLOURS, Scene, all_scenes, heldout_scenes, render
+from prx_composer.data.shapes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, Scene, all_scenes, heldout_scenes, render
 from prx_composer.evaluation.shapes import nearest_scenes
 
 COLOUR = "pink"
@@ -71,9 +71,9 @@ class ConceptScore(Callback):
 
 
 def shown_scenes() -> list[Scene]:
-    """The dozen combinations of the new colour that are trained on."""
-    scenes = all_scenes([COLOUR])
-    return [scenes[index] for index in np.random.default_rng(0).permutation(len(scenes))[:12]]
+    """The dozen combinations of the new colour trained on: each shape two or three times, each background and place four."""
+    shapes, backgrounds, places = list(SHAPES), list(BACKGROUNDS), list(POSITIONS)
+    return [Scene(COLOUR, shapes[i % 5], backgrounds[i % 3], places[(i // 3 + i // 9) % 3]) for i in range(12)]
 
 
 def write(folder: Path) -> None:

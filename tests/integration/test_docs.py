@@ -14,6 +14,7 @@ SHORT = "max_duration=6ba eval_interval=6ba save_interval=3ba"
 SHORT_STAGES = "'algorithms.progressive_resolution.stages[0].until=3ba' algorithms.repa.end=3ba"
 SHORT_SCORE = "callbacks.shapes_score.num_inference_steps=1 callbacks.shapes_score.images_per_prompt=1"
 SHORT_IMAGES = "callbacks.images.num_inference_steps=2"
+SHORT_CONCEPT = "callbacks.concept_score.num_inference_steps=1 callbacks.concept_score.images_per_prompt=1"
 SHORT_COST = "--steps 1 --together 20 --stage 0"
 KEPT = {  # by `ablate.py --cost`: one or two of a stack are measured
     "24h_mini": ("skip_nonfinite", "gradient_clipping", "low_precision_norm", "ema", "lpips", "perceptual_dino"),
@@ -66,11 +67,15 @@ def test_there_is_documentation_to_run() -> None:
 def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
     if "train.py" in line and "max_duration=" not in line:
         line = f"{line} {SHORT}"
-    if "train.py" in line and "callbacks=" not in line:
+    if "train.py" in line and "finetune" in line:
+        line = f"{line} {SHORT_CONCEPT}"
+    elif "train.py" in line and "callbacks=" not in line:
         scored = not any(name in line for name in ("digits", "my_images", "shapes_score=false"))
         line = f"{line} {SHORT_IMAGES} {SHORT_SCORE if scored else ''}"
     if ("train.py" in line or "prx check" in line) and "24h_mini" in line:  # a check finds the run of the command before it
         line = f"{line} {SHORT_STAGES}"
+    if "prior_prompts" in line:  # hundreds of images
+        line = f"{line} --steps 1"
     if "--cost" in line:
         kept = next(names for recipe, names in KEPT.items() if recipe in line)
         line = " ".join([line, SHORT_COST, *(f"--keep {name}" for name in kept)])

@@ -27,6 +27,7 @@ from prx_composer.models import TextToImage
 from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters, merge_adapters
 from prx_composer.optim.groups import AdamW
 from prx_composer.optim.muon import Muon
+from prx_composer.planning.model import plan_model
 from prx_composer.train import build_trainer, run
 from prx_composer.trained.export import write_pipeline, written_aside
 from prx_composer.trained.loading import Trained, load_trained
@@ -189,6 +190,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_without_the_model_it_began_
     assert losses[0] == losses[1] and len(losses[0]) == 8
     ours, theirs = (load_trained(str(folder_of(r))).model.state_dict() for r in (recipe, parts))
     assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+def test_a_plan_counts_what_a_run_trains(recipe: Recipe, write_recipe: Write) -> None:
+    loaded = config.load([write_recipe(recipe)])
+    planned, model = plan_model(loaded), build_trainer(loaded).state.model
+    real = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    assert {name: tuple(p.shape) for name, p in planned.trained.items()} == real and not planned.unknown
+    backbone: Any = model.backbone
+    assert planned.model.backbone.flops(16, 14, training=True) == backbone.flops(16, 14, training=True)
 
 
 def test_what_cannot_be_adapted_is_said_by_its_path(
