@@ -75,10 +75,11 @@ class WandB(Tracker, WandBLogger):
 
     def init(self, state: State, logger: Logger) -> None:
         import wandb
+        from wandb.util import generate_id
 
         given = self._init_kwargs
         if not given.get("id") and not os.environ.get("WANDB_RUN_ID"):
-            ids = [remembered_run(run_folder_of(state), self.name) or wandb.util.generate_id()]
+            ids = [remembered_run(run_folder_of(state), self.name) or generate_id()]
             dist.broadcast_object_list(ids, src=0)
             rank = dist.get_global_rank()
             given["id"] = ids[0] if rank == 0 else f"{ids[0]}-rank{rank}"

@@ -133,11 +133,13 @@ def test_every_tracker_reads_back_the_recipe_every_metric_and_the_drawings(
     assert len(images) == 4 and sum("a red circle" in path for path in images) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_in_the_same_run_of_every_tracker(tracked: Recipe, write_recipe: Write, tmp_path: Path) -> None:
     (tmp_path / "killer.py").write_text(KILLER)
     path = write_recipe(tracked | {"autoresume": True, "code_paths": [str(tmp_path / "killer.py")]})
     process = subprocess.run(
-        [sys.executable, str(REPOSITORY / "train.py"), path, "callbacks.killer={}"], check=False, capture_output=True, text=True, timeout=90,
+        [sys.executable, str(REPOSITORY / "train.py"), path, "callbacks.killer={}"],
+        check=False, capture_output=True, text=True, timeout=200,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
