@@ -1,4 +1,4 @@
-"""environment.jsonl: what every start of a run ran on and with, for those who read of it later. Host and user are not in it."""
+"""environment.jsonl: what every start of a run ran on and with. Host, user and secrets are not in it."""
 
 import importlib.metadata
 import json
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from composer.utils import dist
+
+from prx_composer.redaction import redacted_text
 
 __all__ = ["ENVIRONMENT", "describe", "record"]
 
@@ -35,7 +37,7 @@ def describe(arguments: list[str], batch: int, spent: float) -> dict[str, Any]:
         "batch": batch,
         "spent": round(spent, 3),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(arguments[0]).name, *arguments[1:]]) if arguments else "",
+        "command": redacted_text(shlex.join([Path(arguments[0]).name, *arguments[1:]])) if arguments else "",
         "ranks": dist.get_world_size(),
         "devices": dict(Counter(dist.all_gather_object(device))),
         "cpus": os.cpu_count(),

@@ -119,9 +119,9 @@ loggers = Registry(
     {
         "file": "composer.loggers:FileLogger",
         "metrics_file": "prx_composer.callbacks.metrics_file:MetricsFile",
-        "mlflow": "composer.loggers:MLFlowLogger",
-        "tensorboard": "composer.loggers:TensorboardLogger",
-        "wandb": "composer.loggers:WandBLogger",
+        "mlflow": "prx_composer.tracking.mlflow:MLflow",
+        "tensorboard": "prx_composer.tracking.tensorboard:TensorBoard",
+        "wandb": "prx_composer.tracking.wandb:WandB",
     },
 )
 optimizers = Registry(

@@ -43,6 +43,7 @@ from prx_composer.preflight.making import sources_of
 from prx_composer.preflight.recipe import examine
 from prx_composer.preflight.result import Result, require
 from prx_composer.preflight.step import remember_steps, try_steps_before_training
+from prx_composer.redaction import redacted
 from prx_composer.run_folder import (
     CHECKPOINTS,
     TOKENIZER,
@@ -208,7 +209,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         log.debug("Composer refused the recipe", exc_info=True)
         raise UserError(str(error)) from error
     for destination in loggers:
-        destination.log_hyperparameters(as_saved(recipe))
+        destination.log_hyperparameters(redacted(as_saved(recipe)))
     return trainer
 
 

@@ -14,6 +14,7 @@ from prx_composer.callbacks.clock import clock_of
 from prx_composer.checkpoints import clean_up, keep_newest, newest_checkpoint, write_checkpoint
 from prx_composer.errors import TrainingInterrupted, UserError
 from prx_composer.schedule import SECONDS, Point
+from prx_composer.tracking import log_checkpoint
 
 __all__ = ["Checkpointing", "due_every"]
 
@@ -94,6 +95,7 @@ class Checkpointing(CheckpointSaver):
         else:
             self.failures = 0
             if dist.get_global_rank() == 0:
+                log_checkpoint(logger, checkpoint)
                 keep_newest(Path(self.folder), self.num_checkpoints_to_keep)
             self.saved_checkpoints = [str(checkpoint.path)]
             logger.log_metrics({"checkpoint/seconds": time.monotonic() - start})

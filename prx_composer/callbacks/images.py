@@ -15,6 +15,7 @@ from prx_composer.contact_sheet import image_grid
 from prx_composer.errors import UserError
 from prx_composer.evaluation.grid_artifacts import VISIBLE_GRID, can_measure_grid, grid_energy, seam_energy
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.tracking import log_drawings
 
 __all__ = ["Images", "check_size", "draw_images", "unwrap"]
 
@@ -65,7 +66,7 @@ def draw_images(
 class Images(Callback):
     """Draws the same prompts from the same seeds at an interval and at the end.
 
-    Grids go to `<run folder>/images/ba<batch>.png` and to every logger that takes images (wandb, TensorBoard). Also logs
+    Grids go to `<run folder>/images/ba<batch>.png` and to every logger that takes images (wandb, TensorBoard, MLflow). Also logs
     `images/grid_energy` and `images/seam_energy`, medians over the images of how much of the grid of patches shows in them (1 =
     nothing), if there are enough patches to tell, and warns when one can see it.
 
@@ -130,7 +131,7 @@ class Images(Callback):
                 log.info("Drew %s", path)
             except OSError as error:  # a full disk: no reason to lose the run
                 log.error("%s cannot be written: %s", path, error)
-        logger.log_images(images.float().div(255), name="images", use_table=False)
+        log_drawings(logger, images, self.prompts, int(state.timestamp.batch))
         self._look_for_grid(images, state, logger)
 
     def _look_for_grid(self, images: Tensor, state: State, logger: Logger) -> None:

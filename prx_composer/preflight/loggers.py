@@ -3,6 +3,7 @@
 import importlib.util
 import netrc
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from urllib.parse import urlparse
 from prx_composer import config
 from prx_composer.config import Recipe
 from prx_composer.preflight.recipe import Parts
-from prx_composer.preflight.result import Result, failed, guarded, passed
+from prx_composer.preflight.result import Result, failed, guarded, passed, skipped
 from prx_composer.preflight.storage import why_not_writable
+from prx_composer.redaction import redacted
+from prx_composer.tracking.wandb import wandb_mode
 
 __all__ = ["check_loggers"]
 
@@ -36,7 +39,7 @@ def _check_wandb(arguments: dict[str, Any]) -> Iterator[Result]:
     folder = Path((arguments.get("init_kwargs") or {}).get("dir") or os.environ.get("WANDB_DIR") or ".")
     if (problem := why_not_writable(folder)) is not None:
         yield failed(f"loggers.wandb: {folder}, where wandb keeps its files, cannot be written: {problem}. Set WANDB_DIR.")
-    mode = os.environ.get("WANDB_MODE") or (arguments.get("init_kwargs") or {}).get("mode") or "online"
+    mode = wandb_mode(arguments.get("init_kwargs"))
     if mode in ("offline", "dryrun", "disabled"):
         yield passed(
             "loggers.wandb", f"{mode}: nothing is sent" + ("" if mode == "disabled" else "; `wandb sync` does that later")
@@ -53,13 +56,26 @@ def _check_wandb(arguments: dict[str, Any]) -> Iterator[Result]:
 
 def _check_mlflow(arguments: dict[str, Any]) -> Iterator[Result]:
     if not _installed("mlflow"):
-        yield failed("loggers.mlflow: mlflow is not installed; `uv pip install mlflow`, or set loggers.mlflow=false.")
+        yield failed("loggers.mlflow: mlflow is not installed; `uv pip install 'mlflow<3'`, or set loggers.mlflow=false.")
         return
     uri = arguments.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or ""
-    if uri.startswith("http") and (reason := _silence(uri)) is not None:
-        yield failed(f"loggers.mlflow.tracking_uri: {uri} does not answer ({reason}); mend it, or set loggers.mlflow=false.")
+    shown = redacted(uri)
+    if uri.startswith("http"):
+        if (reason := _silence(uri)) is not None:
+            yield failed(
+                f"loggers.mlflow.tracking_uri: {shown} does not answer ({reason}); mend it, or set loggers.mlflow=false."
+            )
+        else:
+            yield passed("loggers.mlflow", f"{shown} answers")
+    elif uri.startswith("databricks"):
+        yield skipped("loggers.mlflow", f"{shown} is asked when the run starts")
+    elif (reason := _unusable_store(uri)) is not None:
+        yield failed(
+            f"loggers.mlflow.tracking_uri: the store {shown or './mlruns'} cannot be used ({reason}); mend or delete it, set "
+            "tracking_uri to another place, or set loggers.mlflow=false."
+        )
     else:
-        yield passed("loggers.mlflow", f"{uri} answers" if uri.startswith("http") else "mlflow is installed")
+        yield passed("loggers.mlflow", f"the store {shown or './mlruns'} can be used")
 
 
 def _check_tensorboard(arguments: dict[str, Any]) -> Iterator[Result]:
@@ -70,6 +86,23 @@ def _check_tensorboard(arguments: dict[str, Any]) -> Iterator[Result]:
         yield failed(f"loggers.tensorboard.log_dir: {folder} cannot be written: {problem}. Set it to another folder.")
     else:
         yield passed("loggers.tensorboard", f"{folder} can be written")
+
+
+def _unusable_store(uri: str) -> str | None:
+    """Why a store on this machine, or a database, cannot be read and written; None if it can, or is still to be made."""
+    file = re.fullmatch(r"sqlite:///(.*?)(\?.*)?", uri)
+    place = Path(file[1] if file else uri.removeprefix("file://") or "mlruns")
+    if (file or "://" not in uri.removeprefix("file://")) and (problem := why_not_writable(place.parent if file else place)):
+        return problem
+    if not place.exists() and (file or "://" not in uri):
+        return None  # it is made when the run starts
+    try:
+        from mlflow import MlflowClient
+
+        MlflowClient(uri or None).search_experiments(max_results=1000)
+    except Exception as error:  # of mlflow, its YAML files or its database
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return None
 
 
 def _installed(package: str) -> bool:

@@ -12,6 +12,7 @@ import yaml
 
 from prx_composer.environment import ENVIRONMENT
 from prx_composer.errors import UserError
+from prx_composer.redaction import redacted, redacted_text
 from prx_composer.report.history import History
 from prx_composer.run_folder import CONFIG
 
@@ -24,7 +25,7 @@ SHOWN_NEIGHBOURS = 5
 @dataclass
 class Run:
     """Args:
-    recipe: as saved; empty if it wasn't.
+    recipe: as saved, without secrets; empty if it wasn't.
     starts: the lines of environment.jsonl, one for every start.
     elapsed: seconds that were paid for, with what a crash lost; None if unknown.
     grids: step → picture of the samples.
@@ -82,7 +83,7 @@ def read_run(path: str) -> Run:
         written = datetime.fromtimestamp((folder / METRICS).stat().st_mtime, UTC) if (folder / METRICS).exists() else None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    starts = _lines(folder / ENVIRONMENT)
+    starts = [start | {"command": redacted_text(str(start.get("command") or ""))} for start in _lines(folder / ENVIRONMENT)]
     clock = _lines(folder / "clock.json")
     elapsed = clock[0].get("elapsed") if clock else None
     if not isinstance(elapsed, int | float):
@@ -115,7 +116,10 @@ def _recipe(folder: Path) -> tuple[str, dict[str, Any]]:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError:
         recipe = None
-    return text, recipe if isinstance(recipe, dict) else {}
+    if not isinstance(recipe, dict):
+        return redacted_text(text), {}
+    shown = redacted(recipe)
+    return text if shown == recipe else yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), shown
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

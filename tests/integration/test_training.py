@@ -170,32 +170,6 @@ def test_a_finished_run_says_so_and_ends_well(
     assert {p: p.read_bytes() for p in folder_of(tiny_recipe).rglob("*") if p.is_file()} == before
 
 
-# ------------------------------------------------------------------------------------------------- loggers
-
-
-def test_wandb_offline_and_tensorboard_get_losses_and_images(
-    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    tiny_recipe["loggers"] = {
-        "wandb": {"project": "test", "name": "named", "entity": "nobody"},
-        "tensorboard": {"log_dir": str(tmp_path / "tb"), "flush_interval": 1},
-    }
-    tiny_recipe["callbacks"] = {"images": {"prompts": ["a red circle"], "interval": "2ba", "num_inference_steps": 1}}
-    run(config.load([write_recipe(tiny_recipe), "max_duration=2ba"]))
-    events = EventAccumulator(str(next((tmp_path / "tb").rglob("events.*")).parent))
-    events.Reload()
-    assert [e.value for e in events.Scalars("loss/train/total")] == pytest.approx(list(losses(folder_of(tiny_recipe)).values()))
-    assert any(tag.startswith("images") for tag in events.Tags()["images"])
-    offline = list(tmp_path.rglob("offline-run-*"))
-    assert len(offline) == 1 and any(offline[0].rglob("*.png")) and (next(offline[0].glob("*.wandb")).stat().st_size > 1000)
-
-
 # ----------------------------------------------------------------------------------------------- bad input
 
 

@@ -387,6 +387,16 @@ def test_loggers_must_be_logged_in_and_writable(load: Load, tmp_path: Path, monk
     assert not marked(check_loggers(*load(loggers={"wandb": {}})))
 
 
+def test_an_mlflow_store_that_cannot_be_used_is_found(load: Load, tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    store = tmp_path / "mlruns"
+    recipe = load(loggers={"mlflow": {"tracking_uri": str(store)}})
+    assert not marked(check_loggers(*recipe)) and not store.exists(), "it is made when the run starts"
+    store.write_text("not a folder")
+    (problem,) = marked(check_loggers(*recipe))
+    assert f"loggers.mlflow.tracking_uri: the store {store} cannot be used" in problem
+
+
 def test_a_machine_without_a_gpu_is_said_to_be_one(load: Load) -> None:
     import torch
 
