@@ -53,6 +53,7 @@ from prx_composer.run_folder import (
     summarise,
 )
 from prx_composer.schedule import duration_string, parse_duration
+from prx_composer.signatures import constructor
 from prx_composer.trained.initial import initialise
 from prx_composer.trainer import Trainer
 
@@ -374,8 +375,7 @@ def _training_captions(recipe: Recipe) -> Iterator[str]:
 
 def _build_optimizer(recipe: Recipe, model: TextToImage) -> Any:
     name, arguments = split(recipe.optimizer, "optimizer")
-    constructor = inspect.signature(registry.optimizers.get(name, "optimizer").__init__).parameters
-    if "model" in constructor:
+    if "model" in inspect.signature(constructor(registry.optimizers.get(name, "optimizer"))).parameters:
         return build(registry.optimizers, name, arguments, "optimizer", model=model)
     groups = parameter_groups(model, float(arguments.get("weight_decay", 0.0)))
     return build(registry.optimizers, name, arguments, "optimizer", params=groups)
