@@ -25,24 +25,21 @@ from prx_composer.callbacks.time_budget import TimeBudget, time_budget_of
 from prx_composer.checkpoints import newest_checkpoint, newest_whole_checkpoint, without_new_callbacks
 from prx_composer.config import Recipe, build, build_all, split
 from prx_composer.data.columns import check_text_column
-from prx_composer.data.data_sets import data_sets
-from prx_composer.data.dataset import read_manifest
 from prx_composer.data.latents import check_latent_column
-from prx_composer.data.schema import Manifest, iterate_captions
-from prx_composer.data.sources import prepare
 from prx_composer.distributed import GlooAverage
 from prx_composer.errors import TrainingInterrupted, UserError, at_path
 from prx_composer.interruption import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
-from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer, train_tokenizer
+from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.optim.groups import parameter_groups
 from prx_composer.parallelism import parallelism
 from prx_composer.preflight import check_surroundings
-from prx_composer.preflight.data import check_data, source_of
+from prx_composer.preflight.data import check_data
 from prx_composer.preflight.gpus import check_gpus
 from prx_composer.preflight.recipe import examine
 from prx_composer.preflight.result import Result, require
 from prx_composer.preflight.step import remember_steps, try_steps_before_training
+from prx_composer.preparation import keep_tokenizer, make_data, read_manifests, trained_tokenizer
 from prx_composer.run_folder import (
     CHECKPOINTS,
     TOKENIZER,
@@ -257,15 +254,9 @@ def _first_on_rank_zero() -> Iterator[None]:
 def _prepare_data(recipe: Recipe) -> None:
     for key in ("train_loader", "eval_loader"):
         spec = getattr(recipe, key)
-        source = source_of(recipe, key)
-        if source is not None:
-            with at_path(key):
-                prepare(Path(spec["path"]), source, spec["source"])
+        make_data(spec, key)
         if spec and spec["name"] == "image_caption":
-            with at_path(key):
-                for part in data_sets(spec).values():
-                    if not part.get("remote"):
-                        read_manifest(part["path"], part.get("split", "train"), part.get("captions"))
+            read_manifests(spec, key)
 
 
 def _build_loader(recipe: Recipe, key: str, model: TextToImage, global_batch_size: int, **overrides: Any) -> DataSpec:
@@ -356,21 +347,11 @@ def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Pa
         if isinstance(spec, str):
             tokenizer = load_tokenizer(spec, revision)
         elif isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size"} and spec.get("train"):
-            tokenizer = train_tokenizer(_training_captions(recipe), spec.get("vocab_size", 4096))
+            tokenizer = trained_tokenizer(recipe.train_loader, spec.get("vocab_size", 4096))
         else:
             raise UserError(f"{path}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
-    if dist.get_global_rank() == 0:
-        partial = folder.with_name(f".{folder.name}.partial")
-        tokenizer.save_pretrained(str(partial))
-        partial.rename(folder)
+    keep_tokenizer(tokenizer, folder)
     return tokenizer
-
-
-def _training_captions(recipe: Recipe) -> Iterator[str]:
-    for part in data_sets(recipe.train_loader).values():
-        folder = Path(part["path"]) / part.get("split", "train")
-        for column in part.get("captions") or [Manifest.read(folder).captions[0]]:
-            yield from iterate_captions(folder, column)
 
 
 def _build_optimizer(recipe: Recipe, model: TextToImage) -> Any:

@@ -9,11 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from prx_composer import config
 from prx_composer.data.data_sets import data_sets
-from prx_composer.data.sources import prepare
-from prx_composer.errors import UserError, at_path, raise_all
+from prx_composer.errors import UserError, raise_all
 from prx_composer.looking.split import open_split
-from prx_composer.preflight.data import source_of
 from prx_composer.preflight.recipe import PlannedStage, examine
+from prx_composer.preparation import make_data
 from prx_composer.run_folder import TOKENIZER
 from prx_composer.train import build_tokenizer
 
@@ -78,10 +77,7 @@ def subject_of(arguments: list[str], split: str | None) -> Subject:
     if name != "image_caption":
         raise UserError(f"{key}: the loader {name!r} is not of this package; name the folder of its data instead.")
     for made in own:
-        source = source_of(recipe, made)
-        if source is not None:
-            with at_path(made):
-                prepare(Path(getattr(recipe, made)["path"]), source, getattr(recipe, made)["source"])
+        make_data(getattr(recipe, made), made)
     loader = {argument: value for argument, value in loader.items() if argument != "source"}
     if loader.get("mix"):
         names = " or ".join(part.get("remote") or part["path"] for part in data_sets(loader).values())

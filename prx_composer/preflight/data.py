@@ -10,8 +10,7 @@ from typing import Any
 
 from streaming import LocalDataset
 
-from prx_composer import registry
-from prx_composer.config import Recipe, build, split
+from prx_composer.config import Recipe
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import IMAGE, StoredColumn, encoded_folder, read_column
 from prx_composer.data.data_sets import data_sets
@@ -23,9 +22,10 @@ from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.errors import UserError, at_path, raise_all
 from prx_composer.preflight.recipe import Parts, PlannedStage
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped, warned
+from prx_composer.preparation import source_of
 from prx_composer.schedule import ScheduleWindow
 
-__all__ = ["check_data", "source_of", "unmade_source"]
+__all__ = ["check_data", "unmade_source"]
 
 REMOTE_TIMEOUT = 20.0  # seconds for a manifest of a few kilobytes
 LOOKED_AT = 10  # samples of a bucket, if the first cannot be decoded
@@ -43,31 +43,16 @@ def check_data(recipe: Recipe, parts: Parts) -> Iterator[Result]:
             yield from guarded(_check_loader(recipe, key, parts, to_be_made))
 
 
-def source_of(recipe: Recipe, key: str) -> Any:
-    """The source that a loader's data set is made from, or None if the recipe names none.
-
-    Raises:
-        UserError: one that cannot be built, or no folder to make it in.
-    """
-    spec = getattr(recipe, key) or {}
-    if not spec.get("source"):
-        return None
-    name, arguments = split(spec["source"], f"{key}.source")
-    if "path" not in spec:
-        raise UserError(f"{key}.path is missing: the folder that the source is to make the data set in.")
-    return build(registry.sources, name, arguments, f"{key}.source")
-
-
 def unmade_source(recipe: Recipe, key: str) -> Any:
-    """`source_of`, if it is going to make the data set on first use; None if it has.
+    """The loader's source, if it is going to make the data set on first use; None if it has.
 
     Raises:
-        UserError: as `source_of`, and for a folder that holds other data.
+        UserError: one that cannot be built; a folder that holds other data.
     """
-    source = source_of(recipe, key)
+    spec = getattr(recipe, key)
+    source = source_of(spec, key)
     if source is None:
         return None
-    spec = getattr(recipe, key)
     with at_path(key):
         return None if is_made(Path(spec["path"]), source, spec["source"]) else source
 
