@@ -20,7 +20,7 @@ from prx_composer.callbacks.random_step import RandomStep
 from prx_composer.config import build, check_arguments, split
 from prx_composer.data.columns import check_text_column
 from prx_composer.data.latents import check_latent_column
-from prx_composer.data.loader import build_loader
+from prx_composer.data.loader import ImageCaptionLoader, build_loader
 from prx_composer.data.sources import is_made
 from prx_composer.distributed import GlooAverage
 from prx_composer.errors import UserError, at_path
@@ -121,20 +121,33 @@ class CaptionTokenizer(PreTrainedTokenizerBase):
 
 class TrainingRun(GlooAverage, RandomStep, DataMonitor):
     """What train.py gives to every run, for a trainer that doesn't: draws that belong to a step, so that a resumed run repeats
-    the uninterrupted one; gradients averaged over CPU ranks; samples that could not be decoded in the log; and a check that
-    what is stored beside the images was made by this model's text encoder and autoencoder.
+    the uninterrupted one; gradients averaged over CPU ranks; samples that could not be decoded in the log; and loaders that fit
+    the model, since llm-foundry builds them without it.
     """
 
     def fit_start(self, state: State, logger: Logger) -> None:
         model = getattr(state.model, "module", state.model)
-        loaders = {"train_loader": state.train_dataloader}
-        loaders |= {"eval_loader": evaluator.dataloader.dataloader for evaluator in state.evaluators}
-        for key, loader in loaders.items():
-            dataset = getattr(loader, "dataset", None)
-            for column in getattr(dataset, "text_columns", {}).values():
-                check_text_column(column, model.text_encoder, f"{key}.text_embedding")
-            for column in getattr(dataset, "latent_columns", {}).values():
-                check_latent_column(column, model.autoencoder, f"{key}.latent")
+        if isinstance(model, TextToImage):
+            _check_loader("train_loader", state.train_dataloader, model)
+            for evaluator in state.evaluators:
+                _check_loader("eval_loader", evaluator.dataloader.dataloader, model)
+
+
+def _check_loader(key: str, loader: Any, model: TextToImage) -> None:
+    """Raises UserError for sizes that aren't the model's, and for what was stored by another text encoder or autoencoder."""
+    if not isinstance(loader, ImageCaptionLoader):
+        return
+    multiple = model.backbone.patch_size * model.autoencoder.downsampling
+    for name, given, needed in (
+        ("multiple", loader.batch_sampler.multiple, multiple),
+        ("max_tokens", loader.collate_fn.max_tokens, model.text_encoder.max_tokens),
+    ):
+        if given != needed:
+            raise UserError(f"{key}.{name} is {given}, but the model's is {needed}.")
+    for column in loader.dataset.text_columns.values():
+        check_text_column(column, model.text_encoder, f"{key}.text_embedding")
+    for column in loader.dataset.latent_columns.values():
+        check_latent_column(column, model.autoencoder, f"{key}.latent")
 
 
 class _StepStreams(RandomStreams):
