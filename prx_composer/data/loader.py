@@ -145,6 +145,6 @@ def _num_samples(batch: dict[str, torch.Tensor]) -> int:
 
 
 def _num_tokens(batch: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Composer would count caption tokens as training progress, and a trainer that weighs microbatches by tokens, as llm-foundry's
-    does unless it is told otherwise, must weigh them by images."""
+    """No tokens, which Composer would take for caption tokens and count as training progress; and the images as what a trainer
+    weighs microbatches by that goes by tokens, as llm-foundry's does unless it is told otherwise."""
     return {"total": 0, "loss_generating": _num_samples(batch)}

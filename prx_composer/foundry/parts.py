@@ -30,7 +30,7 @@ from prx_composer.models.text_to_image import TextToImage
 from prx_composer.preparation import keep_tokenizer, make_data, read_manifests, source_of, trained_tokenizer
 from prx_composer.trained.initial import initialise
 
-__all__ = ["CaptionTokenizer", "Model", "TrainingRun", "image_caption_loader", "model_with"]
+__all__ = ["CaptionTokenizer", "Model", "TrainingRun", "caption_tokenizer", "image_caption_loader", "model_with"]
 
 LOADER = "prx_image_caption"  # whether it is train_loader or eval_loader, llm-foundry doesn't say
 
@@ -60,7 +60,7 @@ class Model(TextToImage):
         check_arguments(TextToImage, arguments, "model", also=frozenset({"init_from"}))
         if "tokenizer" in arguments["text_encoder"]:
             raise UserError(
-                "model.text_encoder.tokenizer: llm-foundry makes it, for model and loader; name it at the top: tokenizer: {name: …}."
+                "model.text_encoder.tokenizer: llm-foundry makes it, for loader and model; at the top: tokenizer: {name: …}."
             )
         name, encoder = split(arguments.pop("text_encoder"), "model.text_encoder")
         source = arguments.pop("init_from", None)
@@ -73,9 +73,7 @@ class Model(TextToImage):
         return model
 
 
-def image_caption_loader(
-    tokenizer: PreTrainedTokenizerBase | None, device_batch_size: int | float, **arguments: Any
-) -> DataSpec:
+def image_caption_loader(tokenizer: PreTrainedTokenizerBase | None, device_batch_size: int | float, **arguments: Any) -> DataSpec:
     """A recipe's `image_caption` loader; a `source` makes the data on first use.
 
     Args:
@@ -101,22 +99,33 @@ def image_caption_loader(
 
 
 class CaptionTokenizer(PreTrainedTokenizerBase):
+    """Calls `caption_tokenizer`; llm-foundry asks for a class."""
+
+    def __new__(cls, **arguments: Any) -> Any:
+        check_arguments(caption_tokenizer, arguments, "tokenizer.kwargs")
+        return caption_tokenizer(**arguments)
+
+
+def caption_tokenizer(loader: dict[str, Any], folder: str, vocab_size: int = 4096) -> PreTrainedTokenizerBase:
     """A word-level tokenizer of the captions that are trained on, for a text encoder that is trained along.
 
     Args:
         loader: the YAML's `train_loader`: `${train_loader}`.
         folder: where it is kept, and read from when the run is resumed.
         vocab_size: how many words at most.
-    """
 
-    def __new__(cls, loader: dict[str, Any], folder: str, vocab_size: int = 4096) -> Any:
-        if not Path(folder).exists():  # llm-foundry lets rank 0 of a node come first, and no collective may be called here
-            _one_node_makes(loader)
-            make_data(loader, "train_loader")
-            read_manifests(loader, "train_loader")
-            keep_tokenizer(trained_tokenizer(loader, vocab_size), Path(folder))
+    Raises:
+        UserError: data that cannot be made or read; something else in `folder`.
+    """
+    if Path(folder).exists():
         with at_path("tokenizer.kwargs.folder"):
             return load_tokenizer(folder)
+    _one_node_makes(loader)  # on which llm-foundry lets rank 0 come first; so no collective may be called here
+    make_data(loader, "train_loader")
+    read_manifests(loader, "train_loader")
+    tokenizer = trained_tokenizer(loader, vocab_size)
+    keep_tokenizer(tokenizer, Path(folder))
+    return tokenizer
 
 
 class TrainingRun(GlooAverage, RandomStep, DataMonitor):
@@ -137,10 +146,11 @@ def _check_loader(key: str, loader: Any, model: TextToImage) -> None:
     """Raises UserError for sizes that aren't the model's, and for what was stored by another text encoder or autoencoder."""
     if not isinstance(loader, ImageCaptionLoader):
         return
+    collator: Any = loader.collate_fn
     multiple = model.backbone.patch_size * model.autoencoder.downsampling
     for name, given, needed in (
         ("multiple", loader.batch_sampler.multiple, multiple),
-        ("max_tokens", loader.collate_fn.max_tokens, model.text_encoder.max_tokens),
+        ("max_tokens", collator.max_tokens, model.text_encoder.max_tokens),
     ):
         if given != needed:
             raise UserError(f"{key}.{name} is {given}, but the model's is {needed}.")
@@ -161,15 +171,17 @@ class _StepStreams(RandomStreams):
 
     def next_microbatch(self) -> None:
         if not self._begun:
-            raise UserError("callbacks lacks prx_run, which ties noise and timesteps to the step; write callbacks: {prx_run: {}}.")
+            raise UserError(
+                "callbacks lacks prx_run, which ties noise and timesteps to the step; write callbacks: {prx_run: {}}."
+            )
         super().next_microbatch()
 
 
 def _with_padding(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise UserError(
-            "tokenizer: name the text encoder's, a hub id or folder: tokenizer: {name: google/t5gemma-2b-2b-ul2}. To train one on "
-            "the captions: tokenizer: {name: prx_captions, kwargs: {loader: ${train_loader}, folder: runs/mine/tokenizer}}."
+            "tokenizer: name the text encoder's, a hub id or folder: tokenizer: {name: google/t5gemma-2b-2b-ul2}. To train one "
+            "on the captions: tokenizer: {name: prx_captions, kwargs: {loader: ${train_loader}, folder: runs/mine/tokenizer}}."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

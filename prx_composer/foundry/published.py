@@ -51,7 +51,9 @@ class _PublishedOptimizers(_Published):
         params: Iterable[Any] = arguments.pop("params")
         first = next(iter(params), None)
         if isinstance(first, dict):
-            raise UserError(f"{path}.param_groups: {OURS}{name} makes its own; leave them out, or name an optimizer of llm-foundry's.")
+            raise UserError(
+                f"{path}.param_groups: {OURS}{name} makes its own; leave them out, or name an optimizer of llm-foundry's."
+            )
         model = model_with(first) if isinstance(first, torch.Tensor) else None
         if model is None:
             raise UserError(f"{path}.name: {OURS}{name} trains {OURS}text_to_image; name an optimizer of llm-foundry's.")

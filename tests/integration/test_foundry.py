@@ -167,7 +167,7 @@ def test_every_component_that_llm_foundry_lacks_is_published(foundry: Any) -> No
 @pytest.mark.parametrize(
     ("changes", "without", "message"),
     [
-        (["algorithms.prx_ema.half_lief=2ba"], None, r"^algorithms.prx_ema.half_lief: no such argument. Did you mean 'half_life'"),
+        (["algorithms.prx_ema.half_lief=2ba"], None, r"^algorithms.prx_ema.half_lief: no such argument. Did you mean 'half_lif"),
         (["algorithms.prx_ema.half_life=soon"], None, r"^algorithms.prx_ema: .*soon"),
         (["algorithms.prx_ema.start=2h"], None, r"^2h: time is measured by train.py only"),
         ([], "callbacks.prx_images.folder", r"^callbacks.prx_images lacks the argument 'folder'"),
@@ -176,6 +176,7 @@ def test_every_component_that_llm_foundry_lacks_is_published(foundry: Any) -> No
         (["model.backbone.depht=2"], None, r"^model.backbone.depht: no such argument. Did you mean 'depth'"),
         (["model.text_encoder.tokenizer=t5"], None, r"^model.text_encoder.tokenizer: llm-foundry makes it"),
         (["train_loader.num_worker=2"], None, r"^prx_image_caption.num_worker: no such argument. Did you mean 'num_workers'"),
+        (["tokenizer.kwargs.vocab=9"], None, r"^tokenizer.kwargs.vocab: no such argument. Did you mean 'vocab_size'"),
         (["train_loader.multiple=2"], None, r"^train_loader.multiple is 2, but the model's is 4"),
         (["eval_loader.max_tokens=9"], None, r"^eval_loader.max_tokens is 9, but the model's is 14"),
         (["train_loader.source.heldout=7"], None, r"made with other settings of train_loader.source \(heldout\)"),
@@ -313,7 +314,6 @@ import sys
 from prx_composer import config
 from prx_composer.errors import UserError
 from prx_composer.preflight.recipe import examine
-from prx_composer.planning import plan
 _, parts = examine(config.load(["yamls/quickstart.yaml"]), 1)
 assert not parts.problems
 assert "llmfoundry" not in sys.modules

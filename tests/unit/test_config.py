@@ -27,7 +27,7 @@ def test_recipes_merge_left_to_right_and_arguments_win(tiny_recipe: Recipe, writ
 
 
 def test_every_shipped_recipe_is_valid() -> None:
-    recipes = sorted(Path("yamls").glob("*.yaml"))
+    recipes = sorted(path for path in Path("yamls").glob("*.yaml") if path.stem != "foundry")  # a YAML of llm-foundry's
     assert len(recipes) >= 3
     for path in recipes:
         config.check(config.load([str(path)]))
