@@ -47,5 +47,8 @@ def foundry_names(kind: str) -> list[str]:
 @functools.cache
 def _registries() -> ModuleType:
     log.info("Looking into llm-foundry, which takes some seconds to import")
-    importlib.import_module("llmfoundry")  # its modules fill the registries
+    try:
+        importlib.import_module("llmfoundry")  # its modules fill the registries
+    except Exception as error:  # with other versions of what it needs than its own, anything
+        raise ImportError(f"{type(error).__name__}: {error}") from error
     return importlib.import_module("llmfoundry.registry")

@@ -43,6 +43,11 @@ def test_a_component_of_another_name_does_not_inherit_arguments(tiny_recipe: Rec
     recipe = config.load([write_recipe(tiny_recipe), other])
     assert recipe.optimizer == {"name": "decoupled_adamw"} and recipe.train_loader["source"] == {"name": "digits"}
     assert recipe.train_loader["path"] == tiny_recipe["train_loader"]["path"], "the mapping around it is merged"
+    changes = ["optimizer={name: decoupled_adamw, weight_decay: 0.1}", "train_loader.source={name: digits}", "model={flow: {}}"]
+    recipe = config.load([write_recipe(tiny_recipe), *changes])
+    assert recipe.optimizer == {"name": "decoupled_adamw", "weight_decay": 0.1}
+    assert recipe.train_loader["source"] == {"name": "digits"} and recipe.model["backbone"]["hidden_size"] == 32
+    assert config.load([write_recipe(tiny_recipe), "optimizer={name: adamw, eps: 1}"]).optimizer["lr"] == 1e-3, "the same name"
 
 
 def test_elements_of_lists_are_set_by_index(tiny_recipe: Recipe, write_recipe: Write) -> None:
