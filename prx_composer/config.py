@@ -25,8 +25,9 @@ from prx_composer.data.data_sets import data_sets
 from prx_composer.errors import Problems, UserError, at_path
 from prx_composer.registry import NESTED, Registry, nearest
 from prx_composer.schedule import Moment, Point, names_budget, parse_duration
+from prx_composer.signatures import constructor
 
-__all__ = ["RESUMABLE_CHANGES", "Recipe", "build", "build_all", "check", "import_code", "load", "split"]
+__all__ = ["RESUMABLE_CHANGES", "Recipe", "build", "build_all", "check", "check_arguments", "import_code", "load", "split"]
 
 Spec = dict[str, Any]
 
@@ -134,10 +135,14 @@ def _drop_replaced(below: Any, above: DictConfig) -> None:
 
 
 def _set(merged: Any, argument: str) -> Any:
-    """Applies `a.b=value` or `a.list[0].b=value`; the value is YAML."""
+    """Applies `a.b=value` or `a.list[0].b=value`; the value is YAML. Components are replaced as by `_merge`."""
     key, _, text = argument.partition("=")
+    parent, _, last = key.rpartition(".")
     try:
         value = OmegaConf.from_dotlist([f"value={text}"]).value
+        below = OmegaConf.select(merged, parent) if parent else merged
+        if isinstance(below, DictConfig) and last in below:
+            _drop_replaced(below, OmegaConf.create({last: value}))
         OmegaConf.update(merged, key, value, merge=True, force_add=True)
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError, ValueError) as error:
         raise UserError(f"{argument}: this cannot be set; give key=value with a key of the recipe. ({error})") from error
@@ -227,7 +232,7 @@ def check(recipe: Recipe) -> None:
             path = f"{kind}.{name}"
             with problems.noted():
                 target = getattr(registry, kind).get(name, path)
-                _check_call(target, arguments, path, _PROVIDED.get(name, _NONE), defaulted=_DEFAULTED)
+                check_arguments(target, arguments, path, _PROVIDED.get(name, _NONE), defaulted=_DEFAULTED)
     problems.raise_any()
 
 
@@ -299,10 +304,10 @@ def _check_spec(
     components: Registry, spec: Any, path: str, provided: frozenset[str] = _NONE, also: frozenset[str] = _NONE
 ) -> None:
     name, arguments = split(spec, path)
-    _check_call(components.get(name, path), arguments, path, provided, also)
+    check_arguments(components.get(name, path), arguments, path, provided, also)
 
 
-def _check_call(
+def check_arguments(
     target: Any,
     arguments: Spec,
     path: str,
@@ -317,7 +322,7 @@ def _check_call(
         also: what a recipe may give though the signature doesn't have it.
         defaulted: what the program passes unless the recipe does.
     """
-    function = target.__init__ if inspect.isclass(target) else target
+    function = constructor(target)
     parameters = {
         name: parameter for name, parameter in inspect.signature(function).parameters.items() if name not in ("self", *provided)
     }
@@ -328,7 +333,8 @@ def _check_call(
     for key, value in arguments.items():
         with problems.noted():
             if key not in allowed and not open_ended:
-                raise UserError(f"{path}.{key}: no such argument.{nearest(str(key), allowed)}")
+                instead = nearest(str(key), allowed) if allowed else " It takes none."
+                raise UserError(f"{path}.{key}: no such argument.{instead}")
             if key in NESTED and isinstance(value, dict):
                 tokenizer = frozenset({"tokenizer"}) if key == "text_encoder" else _NONE
                 _check_spec(NESTED[key], value, f"{path}.{key}", provided=tokenizer, also=tokenizer)
@@ -356,7 +362,7 @@ def _check_type(value: Any, hint: Any, path: str) -> None:
     for option in options:
         item = next(iter(typing.get_args(option)), None)
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            _check_call(option, value, path)
+            check_arguments(option, value, path)
             return
         if dataclasses.is_dataclass(item) and isinstance(value, list):
             for index, element in enumerate(value):
@@ -402,7 +408,7 @@ def build(components: Registry, name: str, arguments: Spec, path: str, **provide
         UserError: what the constructor rejects with a ValueError, and files or weights that cannot be had, at `path`.
     """
     target = components.get(name, path)
-    function = target.__init__ if inspect.isclass(target) else target
+    function = constructor(target)
     hints = _hints(function)
     given = {key: _construct(value, key, hints.get(key), f"{path}.{key}") for key, value in arguments.items()}
     accepted = inspect.signature(function).parameters
@@ -411,8 +417,11 @@ def build(components: Registry, name: str, arguments: Spec, path: str, **provide
         return target(**given)
     except UserError:
         raise
-    except (ValueError, OSError, ImportError) as error:
-        raise UserError(f"{path}: {error}") from error
+    except Exception as error:
+        # A bare Exception is what llm-foundry raises for a value that it doesn't take.
+        if isinstance(error, ValueError | OSError | ImportError) or type(error) is Exception:
+            raise UserError(f"{path}: {error}") from error
+        raise
 
 
 def build_all(components: Registry, kind: str, recipe_entries: Spec, **provided: Any) -> list[Any]:

@@ -33,11 +33,13 @@ class Registry:
     Args:
         kind: plural, as in the entry-point group.
         builtin: name → "module:attribute", imported only when used.
+        foundry: whether a name that isn't here is looked up in llm-foundry's registry of that kind, if it is installed.
     """
 
-    def __init__(self, kind: str, builtin: dict[str, str]):
+    def __init__(self, kind: str, builtin: dict[str, str], foundry: bool = False):
         self.kind = kind
-        self._builtin = builtin
+        self.builtin = builtin
+        self._foundry = foundry
         self._added = catalogue.create("prx_composer", kind, entry_points=True)
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -45,16 +47,34 @@ class Registry:
         return self._added.register(name)
 
     def names(self) -> list[str]:
-        return sorted({*self._builtin, *self._added.get_all()})
+        return sorted({*self.builtin, *self._added.get_all()})
 
     def get(self, name: str, path: str) -> Any:
         """The class of that name. Raises UserError, naming the YAML path and the nearest name, if there is none."""
         if name in self._added:
             return self._added.get(name)
-        if name not in self._builtin:
-            raise UserError(f"{path}: there is no {name!r} among the {self.kind}.{nearest(name, self.names())}")
-        module, attribute = self._builtin[name].split(":")
-        return getattr(importlib.import_module(module), attribute)
+        if name in self.builtin:
+            module, attribute = self.builtin[name].split(":")
+            return getattr(importlib.import_module(module), attribute)
+        missing = f"{path}: there is no {name!r} among the {self.kind}"
+        if not self._foundry:
+            raise UserError(f"{missing}.{nearest(name, self.names())}")
+        return self._of_foundry(name, f"{missing}.{nearest(name, self.names())}")
+
+    def _of_foundry(self, name: str, missing: str) -> Any:
+        from prx_composer.foundry.lookup import INSTALL, foundry_component, foundry_names, is_installed
+
+        if not is_installed():
+            raise UserError(f"{missing} llm-foundry's {self.kind} can be named too, but it isn't installed: {INSTALL}")
+        try:
+            found = foundry_component(self.kind, name)
+        except LookupError as error:
+            raise UserError(f"{missing} {error.args[0]}") from error
+        except ImportError as error:
+            raise UserError(f"{missing} llm-foundry's could not be looked at, since it cannot be imported: {error}") from error
+        if found is None:
+            raise UserError(f"{missing} llm-foundry has none either.{nearest(name, foundry_names(self.kind))}")
+        return found
 
 
 models = Registry("models", {"text_to_image": "prx_composer.models.text_to_image:TextToImage"})
@@ -95,6 +115,7 @@ algorithms = Registry(
         "sprint": "prx_composer.algorithms.sprint:SPRINT",
         "tread": "prx_composer.algorithms.tread:TREAD",
     },
+    foundry=True,
 )
 callbacks = Registry(
     "callbacks",
@@ -113,6 +134,7 @@ callbacks = Registry(
         "speed_monitor": "prx_composer.callbacks.speed_monitor:SpeedMonitor",
         "watchdog": "prx_composer.callbacks.watchdog:Watchdog",
     },
+    foundry=True,
 )
 loggers = Registry(
     "loggers",
@@ -123,6 +145,7 @@ loggers = Registry(
         "tensorboard": "prx_composer.tracking.tensorboard:TensorBoard",
         "wandb": "prx_composer.tracking.wandb:WandB",
     },
+    foundry=True,
 )
 optimizers = Registry(
     "optimizers",
@@ -131,6 +154,7 @@ optimizers = Registry(
         "decoupled_adamw": "composer.optim:DecoupledAdamW",
         "muon": "prx_composer.optim.muon:Muon",
     },
+    foundry=True,
 )
 schedulers = Registry(
     "schedulers",
@@ -141,6 +165,7 @@ schedulers = Registry(
         "linear_decay_with_warmup": "composer.optim:LinearWithWarmupScheduler",
         "warmup_stable_decay": "prx_composer.optim.schedules:WarmupStableDecay",
     },
+    foundry=True,
 )
 
 # A component nested in another's arguments is looked up by the argument's name.

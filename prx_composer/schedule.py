@@ -83,9 +83,9 @@ class Point:
     def reached(self, state: State) -> float:
         """How much of `value` has passed, in its unit."""
         if self.unit == BUDGET:
-            return _clock(state, self.text).fraction
+            return _budgeted_clock(state, self.text).fraction
         if self.unit == SECONDS:
-            return clock_of(state).elapsed if self.value else 0.0
+            return _clock(state, self.text).elapsed if self.value else 0.0
         if self.unit == TimeUnit.DURATION.value:
             elapsed = state.get_elapsed_duration()
             return -math.inf if elapsed is None else elapsed.value
@@ -107,9 +107,9 @@ class Point:
     def seconds_left(self, state: State, seconds_per_batch: float) -> float:
         """Estimate of the training time until then, at the present pace; inf if it can't be known."""
         if self.unit == SECONDS:
-            return self.value - clock_of(state).elapsed
+            return self.value - _clock(state, self.text).elapsed
         if self.unit == BUDGET:
-            clock = _clock(state, self.text)
+            clock = _budgeted_clock(state, self.text)
             assert clock.budget is not None
             return self.value * clock.budget - clock.elapsed
         reached = self.reached(state)
@@ -129,7 +129,14 @@ def count_after_step(state: State, unit: str | TimeUnit) -> float:
 
 
 def _clock(state: State, text: str) -> TrainingClock:
-    clock = clock_of(state)
+    try:
+        return clock_of(state)
+    except RuntimeError as error:
+        raise UserError(f"{text}: time is measured by train.py only; here, give batches, samples, epochs or dur.") from error
+
+
+def _budgeted_clock(state: State, text: str) -> TrainingClock:
+    clock = _clock(state, text)
     if clock.budget is None:
         raise UserError(f"{text} is a part of the time budget, and the run has none; set time_budget=24h, say.")
     return clock

@@ -25,24 +25,21 @@ from prx_composer.callbacks.time_budget import TimeBudget, time_budget_of
 from prx_composer.checkpoints import newest_checkpoint, newest_whole_checkpoint, without_new_callbacks
 from prx_composer.config import Recipe, build, build_all, split
 from prx_composer.data.columns import check_text_column
-from prx_composer.data.data_sets import data_sets
-from prx_composer.data.dataset import read_manifest
 from prx_composer.data.latents import check_latent_column
-from prx_composer.data.schema import Manifest, iterate_captions
 from prx_composer.distributed import GlooAverage
 from prx_composer.errors import TrainingInterrupted, UserError, at_path
 from prx_composer.interruption import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
-from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer, train_tokenizer
+from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.optim.groups import parameter_groups
 from prx_composer.parallelism import parallelism
 from prx_composer.preflight import check_surroundings
 from prx_composer.preflight.data import check_data
 from prx_composer.preflight.gpus import check_gpus
-from prx_composer.preflight.making import sources_of
 from prx_composer.preflight.recipe import examine
 from prx_composer.preflight.result import Result, require
 from prx_composer.preflight.step import remember_steps, try_steps_before_training
+from prx_composer.preparation import keep_tokenizer, make_data, read_manifests, trained_tokenizer
 from prx_composer.redaction import redacted
 from prx_composer.run_folder import (
     CHECKPOINTS,
@@ -54,6 +51,7 @@ from prx_composer.run_folder import (
     summarise,
 )
 from prx_composer.schedule import duration_string, parse_duration
+from prx_composer.signatures import constructor
 from prx_composer.trained.initial import initialise
 from prx_composer.trainer import Trainer
 
@@ -257,13 +255,9 @@ def _first_on_rank_zero() -> Iterator[None]:
 def _prepare_data(recipe: Recipe) -> None:
     for key in ("train_loader", "eval_loader"):
         spec = getattr(recipe, key)
-        for making in sources_of(recipe, key):
-            making.make()
+        make_data(spec, key)
         if spec and spec["name"] == "image_caption":
-            with at_path(key):
-                for part in data_sets(spec).values():
-                    if not part.get("remote"):
-                        read_manifest(part["path"], part.get("split", "train"), part.get("captions"))
+            read_manifests(spec, key)
 
 
 def _build_loader(recipe: Recipe, key: str, model: TextToImage, global_batch_size: int, **overrides: Any) -> DataSpec:
@@ -354,27 +348,16 @@ def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Pa
         if isinstance(spec, str):
             tokenizer = load_tokenizer(spec, revision)
         elif isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size"} and spec.get("train"):
-            tokenizer = train_tokenizer(_training_captions(recipe), spec.get("vocab_size", 4096))
+            tokenizer = trained_tokenizer(recipe.train_loader, spec.get("vocab_size", 4096))
         else:
             raise UserError(f"{path}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
-    if dist.get_global_rank() == 0:
-        partial = folder.with_name(f".{folder.name}.partial")
-        tokenizer.save_pretrained(str(partial))
-        partial.rename(folder)
+    keep_tokenizer(tokenizer, folder)
     return tokenizer
-
-
-def _training_captions(recipe: Recipe) -> Iterator[str]:
-    for part in data_sets(recipe.train_loader).values():
-        folder = Path(part["path"]) / part.get("split", "train")
-        for column in part.get("captions") or [Manifest.read(folder).captions[0]]:
-            yield from iterate_captions(folder, column)
 
 
 def _build_optimizer(recipe: Recipe, model: TextToImage) -> Any:
     name, arguments = split(recipe.optimizer, "optimizer")
-    constructor = inspect.signature(registry.optimizers.get(name, "optimizer").__init__).parameters
-    if "model" in constructor:
+    if "model" in inspect.signature(constructor(registry.optimizers.get(name, "optimizer"))).parameters:
         return build(registry.optimizers, name, arguments, "optimizer", model=model)
     groups = parameter_groups(model, float(arguments.get("weight_decay", 0.0)))
     return build(registry.optimizers, name, arguments, "optimizer", params=groups)

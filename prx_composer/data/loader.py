@@ -136,7 +136,7 @@ def build_loader(
         microbatch_transforms=channels_first,
         split_batch=split_batch,
         get_num_samples_in_batch=_num_samples,
-        get_num_tokens_in_batch=_no_tokens,
+        get_num_tokens_in_batch=_num_tokens,  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -144,5 +144,7 @@ def _num_samples(batch: dict[str, torch.Tensor]) -> int:
     return len(batch["sample_id"])
 
 
-def _no_tokens(batch: dict[str, torch.Tensor]) -> int:
-    return 0  # Composer would count caption tokens as training progress
+def _num_tokens(batch: dict[str, torch.Tensor]) -> dict[str, int]:
+    """No tokens, which Composer would take for caption tokens and count as training progress; and the images as what a trainer
+    weighs microbatches by that goes by tokens, as llm-foundry's does unless it is told otherwise."""
+    return {"total": 0, "loss_generating": _num_samples(batch)}

@@ -82,24 +82,24 @@ class BucketBatchSampler(DistributedSampler):
         super().__init__(dataset, num_replicas=num_ranks, rank=rank, shuffle=shuffle, seed=seed)
         self.total_size = len(dataset)  # Composer trims the difference to this in evaluation; we leave nothing to trim
         self._dataset = dataset
-        self._multiple = multiple
+        self.multiple = multiple
         self.set_stage(image_size, global_batch_size)
 
     def set_stage(self, image_size: int, global_batch_size: int) -> None:
         """Changes what the next epoch's batches look like."""
         if global_batch_size % self.num_replicas:
             raise ValueError(f"global_train_batch_size {global_batch_size} does not divide over {self.num_replicas} ranks.")
-        if image_size % self._multiple:
+        if image_size % self.multiple:
             raise ValueError(
-                f"image_size {image_size} is not divisible by {self._multiple} (patch_size × autoencoder downsampling)."
+                f"image_size {image_size} is not divisible by {self.multiple} (patch_size × autoencoder downsampling)."
             )
         self.image_size, self.global_batch_size = image_size, global_batch_size
         base = self._dataset.image_size
-        self._sizes = [bucket.at(image_size, base, self._multiple) for bucket in self._dataset.buckets]
+        self._sizes = [bucket.at(image_size, base, self.multiple) for bucket in self._dataset.buckets]
         for stored, size in zip(self._dataset.buckets, self._sizes, strict=True):
-            if any(side % self._multiple for side in size):
+            if any(side % self.multiple for side in size):
                 raise ValueError(
-                    f"The data set's bucket {stored} cannot be cut into patches of {self._multiple}; "
+                    f"The data set's bucket {stored} cannot be cut into patches of {self.multiple}; "
                     "convert the data with that multiple, or change model.backbone.patch_size."
                 )
         self._dataset.check_sizes(image_size, self._sizes)

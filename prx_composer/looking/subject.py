@@ -11,8 +11,8 @@ from prx_composer import config
 from prx_composer.data.data_sets import data_sets
 from prx_composer.errors import UserError, raise_all
 from prx_composer.looking.split import open_split
-from prx_composer.preflight.making import sources_of
 from prx_composer.preflight.recipe import PlannedStage, examine
+from prx_composer.preparation import make_data
 from prx_composer.run_folder import TOKENIZER
 from prx_composer.train import build_tokenizer
 
@@ -77,8 +77,7 @@ def subject_of(arguments: list[str], split: str | None) -> Subject:
     if name != "image_caption":
         raise UserError(f"{key}: the loader {name!r} is not of this package; name the folder of its data instead.")
     for made in own:
-        for making in sources_of(recipe, made):
-            making.make()
+        make_data(getattr(recipe, made), made)
     loader = {argument: value for argument, value in loader.items() if argument != "source"}
     if loader.get("mix"):
         names = " or ".join(part.get("remote") or part["path"] for part in data_sets(loader).values())

@@ -19,9 +19,9 @@ from prx_composer.data.latents import names_of, size_problem
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.errors import UserError, at_path, raise_all
-from prx_composer.preflight.making import Making, unmade_sources
 from prx_composer.preflight.recipe import Parts, PlannedStage
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped, warned
+from prx_composer.preparation import Making, unmade_sources
 from prx_composer.schedule import ScheduleWindow
 
 __all__ = ["check_data"]
@@ -52,7 +52,7 @@ def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) 
     else:  # it stays at one size
         size = recipe.global_eval_batch_size or recipe.global_train_batch_size
         stages = [PlannedStage("", recipe.image_size, size, size, 1, ScheduleWindow())]
-    unmade = {making.key: making for making in unmade_sources(recipe, key)}
+    unmade = {making.key: making for making in unmade_sources(spec, key)}
     to_be_made.update(str(making.path) for making in unmade.values())
     with at_path(key):
         found = data_sets(spec)

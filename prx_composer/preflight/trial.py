@@ -12,10 +12,10 @@ import torch
 from prx_composer.config import Recipe, split
 from prx_composer.data.sources import prepare
 from prx_composer.errors import UserError
-from prx_composer.preflight.making import Making, unmade_sources
 from prx_composer.preflight.recipe import Parts, PlannedStage
 from prx_composer.preflight.result import Result, skipped
 from prx_composer.preflight.weights import is_here, references
+from prx_composer.preparation import Making, unmade_sources
 
 __all__ = ["try_out"]
 
@@ -89,10 +89,10 @@ def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:
         "preflight": False,
         "code_paths": [],  # imported already
     }
-    unmade = unmade_sources(recipe, "train_loader")
+    unmade = unmade_sources(recipe.train_loader, "train_loader")
     if unmade:
         changes |= {"train_loader": _with_trial_data(recipe.train_loader, unmade, folder), "eval_loader": None}
-    elif unmade_sources(recipe, "eval_loader"):
+    elif unmade_sources(recipe.eval_loader, "eval_loader"):
         changes["eval_loader"] = None
     return dataclasses.replace(recipe, **changes)
 
