@@ -62,7 +62,7 @@ def sources_of(spec: dict[str, Any] | None, key: str) -> list[Making]:
         raise UserError(f"{key}.source is of one data set; with {key}.mix, give it to a data set of the mixture.")
     if spec.get("source") and not spec.get("path"):
         raise UserError(f"{key}.path is missing: the folder that the source is to make the data set in.")
-    if not spec.get("source") and (not spec.get("mix") or spec.get("name", "image_caption") != "image_caption"):
+    if not spec.get("source") and (not spec.get("mix") or not str(spec.get("name", "image_caption")).endswith("image_caption")):
         return []
     with at_path(key):
         found = data_sets(spec)
