@@ -191,22 +191,30 @@ def check_24h(recipe: Recipe) -> None:
     assert terms[3]["loss/train/repa"] != 0 == terms[4]["loss/train/repa"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_24h_stack_trains_compiled_as_it_does_eagerly(tiny_recipe: Recipe, write_recipe: Write) -> None:
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        pytest.param("blocks", {"parallelism_config": {"fsdp": {}}}, marks=pytest.mark.slow),  # as the recipe is run
+        pytest.param(True, {}, marks=pytest.mark.long),
+    ],
+)
+def test_the_24h_stack_trains_compiled_as_it_does_eagerly(
+    kind: Any, changes: Recipe, tiny_recipe: Recipe, write_recipe: Write
+) -> None:
     eager = stack_of_24h(tiny_recipe) | {"run_name": "eager"}
-    compiled = copy.deepcopy(eager) | {"run_name": "compiled"}
-    compiled["model"]["compile"] = True
-    blocks = copy.deepcopy(eager) | {"run_name": "blocks", "parallelism_config": {"fsdp": {}}}
-    blocks["model"]["compile"] = "blocks"
-    for recipe in (eager, compiled, blocks):
+    compiled = copy.deepcopy(eager) | {"run_name": "compiled"} | changes
+    compiled["model"]["compile"] = kind
+    for recipe in (eager, compiled):
         assert main([write_recipe(recipe, f"{recipe['run_name']}.yaml")]) == 0
         check_24h(recipe)
-    totals = [[row["loss/train/total"] for row in terms_of(recipe)] for recipe in (eager, compiled, blocks)]
-    assert totals[1] == pytest.approx(totals[0], rel=1e-3) and totals[2] == pytest.approx(totals[0], rel=1e-3)
-    refused = copy.deepcopy(blocks) | {"run_name": "refused"}
-    refused["model"]["compile"] = True
-    assert main([write_recipe(refused, "refused.yaml")]) == 1, "FSDP2's hooks fit into no graph"
+    totals = [[row["loss/train/total"] for row in terms_of(recipe)] for recipe in (eager, compiled)]
+    assert totals[1] == pytest.approx(totals[0], rel=1e-3)
+
+
+def test_fsdp2s_hooks_fit_into_no_graph(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    tiny_recipe["model"]["compile"] = True
+    assert main([write_recipe(tiny_recipe | {"parallelism_config": {"fsdp": {}}})]) == 1
 
 
 def test_the_24h_recipe_passes_the_check_and_a_mistake_in_it_does_not() -> None:

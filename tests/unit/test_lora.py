@@ -239,7 +239,7 @@ def test_adapters_are_exported_from_runs_that_have_them_and_no_run_begins_with_t
     build_trainer(config.load([write_recipe(second)]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapted_blocks_are_compiled_as_one_graph(recipe: Recipe, write_recipe: Write) -> None:
     recipe["algorithms"] = {"lora": {"rank": 4}}
     run(config.load([write_recipe(recipe), "max_duration=3ba"]))
