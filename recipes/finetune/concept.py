@@ -1,6 +1,6 @@
 """A new colour for the quickstart's model: a dozen images of it, prompts for what it must not forget, and a score of both.
 
-python recipes/finetune/concept.py my_concept    # images, captions.jsonl, prior_prompts.txt
+python recipes/finetune/concept.py pink_images   # images, captions.jsonl, prior_prompts.txt
 
 Named in code_paths, it registers the callback `concept_score`.
 """

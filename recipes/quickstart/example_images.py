@@ -16,6 +16,8 @@ SIDES = ((96, 96), (80, 112), (112, 80))  # three aspect ratios: they become thr
 
 
 def main(folder: Path) -> None:
+    if folder.exists():
+        sys.exit(f"{folder} exists already: name a folder that does not, so that nothing of yours is mixed with the example.")
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     lines = []
