@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from prx_composer.optim.groups import parameter_groups
-from prx_composer.optim.shares import Plan, Stack, local, make_plans
+from prx_composer.optim.shares import Exchange, Plan, Stack, local, make_plans
 
 __all__ = ["Muon", "muon_parameters", "newton_schulz"]
 
@@ -266,34 +266,48 @@ class Muon(torch.optim.Optimizer):
         return self._plans
 
     def _muon(self, plan: Plan) -> None:
-        flat = plan.buffer()
-        for stack in plan.stacks:
-            group = self.param_groups[stack.group]
+        gradients: dict[int, list[Tensor]] = {}
+        momenta: dict[int, list[Tensor]] = {}
+        for index, stack in enumerate(plan.stacks):
             for weight in stack.weights:
                 if not self.state[weight]:
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-            gradients = [local(weight.grad) for weight in stack.weights]
-            momenta = [local(self.state[weight]["momentum_buffer"]) for weight in stack.weights]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            members, places = plan.to_send(stack, flat)
-            if members:
-                updates = [momenta[i] for i in members]
-                if group["nesterov"]:
-                    updates = torch._foreach_lerp([gradients[i] for i in members], updates, group["momentum"])
-                torch._foreach_copy_(places, updates)
+            gradients[index] = [local(weight.grad) for weight in stack.weights]
+            momenta[index] = [local(self.state[weight]["momentum_buffer"]) for weight in stack.weights]
+            torch._foreach_lerp_(momenta[index], gradients[index], 1 - self.param_groups[stack.group]["momentum"])
         if not any(self.param_groups[stack.group]["lr"] for stack in plan.stacks):
             return
 
-        results = plan.exchange(flat, self._orthogonalise)
-        for stack in plan.stacks:
-            group = self.param_groups[stack.group]
-            rows, columns = stack.rows // stack.pieces, stack.columns
-            scale = 0.2 * max(rows, columns) ** 0.5 if group["scale"] == "rms" else max(1, rows / columns) ** 0.5
-            members, updates = plan.received(stack, results)
-            weights = [local(stack.weights[i]) for i in members]
-            if group["weight_decay"]:
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
+        exchanges = [Exchange(part) for part in plan.parts]
+        for exchange in exchanges:
+            for index, stack in enumerate(plan.stacks):
+                group = self.param_groups[stack.group]
+                members, places = exchange.to_send(stack)
+                if members:
+                    updates = [momenta[index][i] for i in members]
+                    if group["nesterov"]:
+                        updates = torch._foreach_lerp([gradients[index][i] for i in members], updates, group["momentum"])
+                    torch._foreach_copy_(places, updates)
+            exchange.send()
+        for before, exchange in zip([None, *exchanges], exchanges, strict=False):
+            exchange.work(self._orthogonalise)
+            if before is not None:  # it has come back while this rank worked
+                before.pass_on()
+        exchanges[-1].pass_on()
+        for exchange in exchanges:
+            for stack in plan.stacks:
+                self._apply(stack, *exchange.received(stack))
+
+    def _apply(self, stack: Stack, members: list[int], updates: list[Tensor]) -> None:
+        if not members:
+            return
+        group = self.param_groups[stack.group]
+        rows, columns = stack.rows // stack.pieces, stack.columns
+        scale = 0.2 * max(rows, columns) ** 0.5 if group["scale"] == "rms" else max(1, rows / columns) ** 0.5
+        weights = [local(stack.weights[i]) for i in members]
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
 
     def _orthogonalise(self, stack: Stack, weights: Tensor) -> Tensor:
         """(k, rows, columns) → the same."""

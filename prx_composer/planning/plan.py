@@ -201,7 +201,7 @@ def _step_assumptions(c: Conditions) -> list[str]:
             f"links: {c.gpu.link:g} GB/s per GPU and direction in a node{between}, used to {LINK_SHARE:.0%}, no latency"
         )
         assumed.append(
-            "sending runs beside the passes it belongs to, kinds one after the other; nothing runs beside Muon's exchange"
+            "sending runs beside the passes it belongs to, kinds one after the other; Muon's exchange as if nothing ran beside it"
         )
     deliver = "fast enough" if c.loader is None else f"{c.loader:,.0f} images per second and node"
     return [*assumed, f"loaders deliver: {deliver}"]

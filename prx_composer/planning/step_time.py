@@ -2,7 +2,8 @@
 
     step = max(computing + sending that it doesn't cover + a GPU's share of Muon + Muon's exchange, loading)
 
-FSDP2 and DDP send while the GPU computes. Muon begins when the gradients are complete and ends before the next step.
+FSDP2 and DDP send while the GPU computes. Muon begins when the gradients are complete and ends before the next step; that its
+iterations run beside most of its exchange is left out.
 """
 
 import math
@@ -62,7 +63,8 @@ class StepTime:
     Args:
         compute: forward and backward passes.
         beside: sending that runs while it computes. uncovered: what of it goes on when computing could.
-        optimizer: its share of Muon's iterations. exchange: of Muon's matrices, which nothing runs beside.
+        optimizer: its share of Muon's iterations. exchange: of Muon's matrices, counted
+            whole, though of four parts one is worked on while others travel.
         loader: in which the loaders of its node deliver the step's images; 0: training never waits for them.
         sent: bytes by purpose.
     """

@@ -73,7 +73,7 @@ for parameter in copies.parameters():
     first = parameter.detach().clone()
     dist.broadcast(first, 0)
     assert torch.equal(first, parameter), "copies must stay equal to the bit"
-owners = {(block.replica, block.shard) for plan in optimizer._plans for stack in plan.stacks for block in stack.blocks}
+owners = {(block.replica, block.shard) for plan in optimizer._plans for part in plan.parts for block in part.blocks}
 assert len(owners) == size, "every rank has its share"
 
 

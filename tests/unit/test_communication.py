@@ -1,4 +1,4 @@
-"""What GPUs send in a step and how long that takes, against closed forms and what `Plan.exchange` really asks to be sent."""
+"""What GPUs send in a step and how long that takes, against closed forms and what an `Exchange` really asks to be sent."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prx_composer import config
 from prx_composer.config import Recipe
-from prx_composer.optim.shares import Plan, _Layout, _Ranks, plan_for
+from prx_composer.optim.shares import Exchange, Plan, _Layout, _Ranks, plan_for
 from prx_composer.planning.communication import (
     DDP,
     GATHER,
@@ -146,7 +146,11 @@ def test_muons_elements_are_those_that_its_exchange_sends(replicas: int, shards:
             grid = (_Ranks(mesh.get_group(0), replicas, replica), _Ranks(mesh.get_group(1), shards, shard))
             plan = Plan(_Layout(*grid, torch.float32, torch.device("cpu")), weights)
             with Sent(shard, replicas) as counter:
-                plan.exchange(plan.buffer().zero_(), lambda _, matrices: matrices.clone())
+                for part in plan.parts:
+                    exchange = Exchange(part)
+                    exchange.send()
+                    exchange.work(lambda _, matrices: matrices.clone())
+                    exchange.pass_on()
             found.append((counter.to_shards, counter.to_replicas))
     assert plan_for(weights, replicas, shards).elements_sent() == (max(s for s, _ in found), max(r for _, r in found))
 
