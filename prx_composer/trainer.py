@@ -59,12 +59,13 @@ def on_device(microbatches: Sequence[Any], device: Device) -> Iterator[Any]:
     if not isinstance(device, DeviceGPU):
         yield from map(device.batch_to_device, microbatches)
         return
-    copying, working = torch.cuda.Stream(), torch.cuda.current_stream()
+    copying: Any = torch.cuda.Stream()
+    working: Any = torch.cuda.current_stream()
 
-    def send(microbatch: Any) -> tuple[Any, torch.cuda.Event]:
+    def send(microbatch: Any) -> tuple[Any, Any]:
         with torch.cuda.stream(copying):
             copy = device.batch_to_device(microbatch)
-        event = torch.cuda.Event()
+        event: Any = torch.cuda.Event()
         event.record(copying)
         return copy, event
 
