@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prx_composer.models.adapters import AdapterCost
+from prx_composer.models.attention import KeyMask, key_blocks, key_mask
 from prx_composer.models.flops import backbone_flops, text_adapter_flops
 from prx_composer.models.layers import (
     FinalLayer,
@@ -156,6 +157,7 @@ class PRXBackbone(nn.Module):
         self.blocks = nn.ModuleList(PRXBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_dim)
 
+        self._flex_attention = False
         self.router: Router | None = None
         self.fusion: TokenFusion | None = None
         self.adapters: AdapterCost | None = None
@@ -193,14 +195,16 @@ class PRXBackbone(nn.Module):
             raise ValueError(f"An image of {height}×{width} is not divisible by patch_size {self.patch_size}.")
         return (height // self.patch_size) * (width // self.patch_size)
 
-    def compile_graphs(self, per_block: bool, activation_memory_budget: float = 1.0) -> None:
+    def compile_graphs(self, per_block: bool, activation_memory_budget: float = 1.0, flex_attention: bool = False) -> None:
         """Lets `torch.compile` make a graph of a forward pass, or of every block's: one for each image size, when first met.
 
         Args:
             per_block: a graph of each block.
             activation_memory_budget: what a graph may keep for its backward pass, 1 = what it would without a budget, 0 = its
                 inputs; the rest is computed again, what costs least first. It is a setting of the process.
+            flex_attention: attend by FlexAttention on a GPU.
         """
+        self._flex_attention = flex_attention
         settings: Any = torch._dynamo.config  # pyright: ignore[reportPrivateImportUsage]
         partitioner: Any = torch._functorch.config  # pyright: ignore[reportAttributeAccessIssue]
         partitioner.activation_memory_budget = activation_memory_budget
@@ -261,26 +265,26 @@ class PRXBackbone(nn.Module):
         height, width = hidden_states.shape[-2:]
         conditioning = self._condition(timestep, encoder_hidden_states, attention_mask, height, width)
         rotation = self._rotation(height, width, hidden_states.device)
-        key_mask = self._key_mask(conditioning.mask, rotation.shape[0])
+        keys = self._keys(conditioning.mask, rotation.shape[0])
         activated_BD = F.silu(conditioning.vec)
         x_BND = self.img_in(patchify(hidden_states, self.patch_size))
 
         taps: dict[int, Tensor] = {}
         routed, fusion = route or self.fusion, self.fusion
         start, end = (routed.start, routed.end) if routed is not None else (-1, -1)
-        early_BND, dense_rotation, dense_key_mask = x_BND, rotation, key_mask
+        early_BND, dense_rotation, dense_keys = x_BND, rotation, keys
         for index, block in enumerate(self.blocks):
             if index == start:
                 early_BND = x_BND
                 if route is not None:
                     x_BND = select_tokens(x_BND, route.kept_indices)
                     rotation = dense_rotation[route.kept_indices][:, None]
-                    key_mask = self._key_mask(conditioning.mask, route.kept_indices.shape[1])
-            x_BND = block(x_BND, conditioning.context, activated_BD, rotation, key_mask)
+                    keys = self._keys(conditioning.mask, route.kept_indices.shape[1])
+            x_BND = block(x_BND, conditioning.context, activated_BD, rotation, keys)
             if index in self.taps:
                 taps[index] = x_BND
             if index == end - 1:
-                rotation, key_mask = dense_rotation, dense_key_mask
+                rotation, keys = dense_rotation, dense_keys
                 if fusion is not None:
                     x_BND = fusion(early_BND, x_BND, None if route is None else route.kept_indices)
                 elif route is not None and not route.discard:
@@ -313,9 +317,9 @@ class PRXBackbone(nn.Module):
         grid = (height // self.patch_size, width // self.patch_size)
         return cached_rotation(*grid, self._axes_dim, self._theta, device)
 
-    @staticmethod
-    def _key_mask(text_mask_BT: Tensor | None, num_image_tokens: int) -> Tensor | None:
-        """(B, 1, 1, T + N), broadcast over heads and queries: no (B, H, N, S) mask is ever made."""
+    def _keys(self, text_mask_BT: Tensor | None, num_image_tokens: int) -> KeyMask:
+        """What image tokens attend to."""
         if text_mask_BT is None:
             return None
-        return F.pad(text_mask_BT.bool(), (0, num_image_tokens), value=True)[:, None, None, :]
+        blocks = self._flex_attention and text_mask_BT.is_cuda  # on the CPU it has no compiled backward pass
+        return (key_blocks if blocks else key_mask)(text_mask_BT, num_image_tokens)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prx_composer.models.attention import KeyMask, attend
 from prx_composer.models.pointwise import RMSNorm, add_scaled, gated_gelu
 
 __all__ = [
@@ -103,14 +104,14 @@ class Attention(nn.Module):
         self.norm_added_k = RMSNorm(head_dim, eps=1e-6)
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False)])
 
-    def forward(self, image_BND: Tensor, text_BTD: Tensor, rotation: Tensor, key_mask_B11S: Tensor | None) -> Tensor:
+    def forward(self, image_BND: Tensor, text_BTD: Tensor, rotation: Tensor, key_mask: KeyMask) -> Tensor:
         q, k, v = self.img_qkv_proj(image_BND).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         text_k, text_v = self.txt_kv_proj(text_BTD).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q = apply_rope(self.norm_q(q), rotation)
         k = apply_rope(self.norm_k(k), rotation)
         k_BHSC = torch.cat((self.norm_added_k(text_k), k), dim=2)
         v_BHSC = torch.cat((text_v, v), dim=2)
-        out_BHNC = F.scaled_dot_product_attention(q, k_BHSC.type_as(q), v_BHSC.type_as(q), attn_mask=key_mask_B11S)
+        out_BHNC = attend(q, k_BHSC.type_as(q), v_BHSC.type_as(q), key_mask)
         return self.to_out[0](out_BHNC.transpose(1, 2).flatten(2))
 
 
@@ -139,7 +140,7 @@ class PRXBlock(nn.Module):
         self.down_proj = nn.Linear(mlp_size, hidden_size, bias=False)
         self.modulation = Modulation(hidden_size)
 
-    def forward(self, x_BND: Tensor, text_BTD: Tensor, activated_BD: Tensor, rotation: Tensor, key_mask: Tensor | None) -> Tensor:
+    def forward(self, x_BND: Tensor, text_BTD: Tensor, activated_BD: Tensor, rotation: Tensor, key_mask: KeyMask) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(activated_BD)
         modulated = add_scaled(shift1, 1 + scale1, self.img_pre_norm(x_BND))
         x_BND = add_scaled(x_BND, gate1, self.attention(modulated, text_BTD, rotation, key_mask))

@@ -73,6 +73,8 @@ class TextToImage(ComposerModel):
             between them.
         activation_memory_budget: of a compiled graph: the part of its activations that it keeps for the backward pass, 1 = all;
             the others are computed again. For what doesn't fit otherwise: it costs time.
+        attention: "sdpa", PyTorch's kernels with a mask of the valid text; or "flex", FlexAttention, in compiled graphs on a GPU
+            (on the CPU it is "sdpa").
 
     Seams, filled by algorithms at Event.INIT: `auxiliary_losses`, `guidance`, `sampling_weights`, and the backbone's
     `router`, `taps` and `conditioners`.
@@ -91,6 +93,7 @@ class TextToImage(ComposerModel):
         seed: int = 0,
         compile: bool | Literal["blocks"] = False,
         activation_memory_budget: float = 1.0,
+        attention: Literal["sdpa", "flex"] = "sdpa",
     ):
         super().__init__()
         self.autoencoder = autoencoder or Pixels()
@@ -121,10 +124,16 @@ class TextToImage(ComposerModel):
             self._eval_metrics[f"mse_t{low:.2f}-{high:.2f}"] = TimestepMSE(low, high if high < 1 else 1.01)
         if not 0 <= activation_memory_budget <= 1:
             raise ValueError(f"model.activation_memory_budget must lie in [0, 1], not {activation_memory_budget}.")
+        if attention not in ("sdpa", "flex"):
+            raise ValueError(f"model.attention must be sdpa or flex, not {attention!r}.")
         if compile:
-            self.backbone.compile_graphs(compile == "blocks", activation_memory_budget)
+            self.backbone.compile_graphs(compile == "blocks", activation_memory_budget, attention == "flex")
         elif activation_memory_budget < 1:
             raise ValueError("model.activation_memory_budget is for compiled graphs: set model.compile to blocks or true.")
+        elif attention == "flex":
+            raise ValueError(
+                "model.attention: flex is for compiled graphs (eager, it is slower): set model.compile to blocks or true."
+            )
 
     # ---------------------------------------------------------------------------------------------- training
 

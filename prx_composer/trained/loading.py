@@ -32,7 +32,12 @@ __all__ = ["Trained", "Weights", "choose_guidance", "load_trained"]
 log = logging.getLogger(__name__)
 
 Weights = Literal["ema", "raw"]
-_OF_TRAINING = ("compile", "activation_memory_budget", "init_from")  # arguments of `model` that don't change what it draws
+_OF_TRAINING = (
+    "compile",
+    "activation_memory_budget",
+    "attention",
+    "init_from",
+)  # arguments of `model` that don't change what it draws
 
 
 @dataclass(frozen=True)

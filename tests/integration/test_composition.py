@@ -195,7 +195,7 @@ def check_24h(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        pytest.param("blocks", {"parallelism_config": {"fsdp": {}}}, marks=pytest.mark.slow),  # as the recipe is run
+        pytest.param("blocks", {"parallelism_config": {"fsdp": {}}}, marks=pytest.mark.long),  # as the recipe is run
         pytest.param(True, {}, marks=pytest.mark.long),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 
 from prx_composer.models import PRXBackbone
+from prx_composer.models.attention import key_mask
 from prx_composer.models.backbone import Conditioning, cached_rotation
 from prx_composer.models.routing import Route, merge_tokens, select_tokens
 
@@ -163,8 +164,8 @@ def test_conditioners_add_to_the_time_vector_and_the_text() -> None:
 
 
 def test_no_mask_is_made_per_head_or_query() -> None:
-    mask = PRXBackbone._key_mask(torch.ones(2, 5, dtype=torch.bool), 9)
-    assert mask is not None and mask.shape == (2, 1, 1, 14) and bool(mask.all())
+    mask = key_mask(torch.ones(2, 5, dtype=torch.bool), 9)
+    assert mask.shape == (2, 1, 1, 14) and bool(mask.all())
 
 
 def test_the_rope_table_is_made_once_per_grid() -> None:
