@@ -25,7 +25,7 @@ Recipe = Literal["tensorwise", "rowwise"]
 
 MULTIPLE = 16  # of which both sizes of a weight must be: torch._scaled_mm
 CAPABILITY = (8, 9)  # the first with float8 matrix products: Ada; Hopper is 9.0
-INSTALL = 'pip install "prx-composer[float8]" (or: pip install "torchao>=0.13,<0.18")'
+INSTALL = 'pip install "prx-composer[float8]" (or: pip install "torchao>=0.16,<0.18")'
 
 
 def hardware_problem() -> str | None:
@@ -125,20 +125,11 @@ def _is_installed() -> bool:
 
 def _torchao() -> tuple[Any, Any]:
     """torchao's converter and its settings; imported here, since it takes seconds and few runs need it."""
-    logger = logging.getLogger("torchao")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # below torch 2.11 it warns of kernels that it doesn't load; Float8Linear needs none of them
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
-        reason = (
-            f"torchao cannot be imported with torch {torch.__version__} ({error})"
-            if _is_installed()
-            else "torchao isn't installed"
-        )
-        raise UserError(f"algorithms.float8: {reason}: {INSTALL}.") from error
-    finally:
-        logger.setLevel(level)
+        what = f"cannot be imported with torch {torch.__version__} ({error})" if _is_installed() else "isn't installed"
+        raise UserError(f"algorithms.float8: torchao {what}: {INSTALL}.") from error
     return convert_to_float8_training, Float8LinearConfig
 
 
