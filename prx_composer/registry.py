@@ -102,6 +102,7 @@ algorithms = Registry(
         "contrastive_flow_matching": "prx_composer.algorithms.contrastive_flow_matching:ContrastiveFlowMatching",
         "deferred_masking": "prx_composer.algorithms.deferred_masking:DeferredMasking",
         "ema": "prx_composer.algorithms.ema:EMA",
+        "float8": "prx_composer.algorithms.float8:Float8",
         "gradient_clipping": "prx_composer.algorithms.gradient_clipping:GradientClipping",
         "irepa": "prx_composer.algorithms.irepa:IREPA",
         "lora": "prx_composer.algorithms.lora:LoRA",

@@ -17,6 +17,7 @@ from prx_composer import registry
 from prx_composer.algorithms.alignment import AlignmentAlgorithm
 from prx_composer.algorithms.contrastive_flow_matching import ContrastiveFlowMatching
 from prx_composer.algorithms.ema import EMA
+from prx_composer.algorithms.float8 import Float8
 from prx_composer.algorithms.gradient_clipping import GradientClipping
 from prx_composer.algorithms.lora import LoRA
 from prx_composer.algorithms.low_precision_norm import LowPrecisionNorm
@@ -41,7 +42,7 @@ from prx_composer.run_folder import TOKENIZER
 
 __all__ = ["PlannedModel", "plan_model"]
 
-_FREE = (EMA, GradientClipping, LowPrecisionNorm, ProgressiveResolution, ContrastiveFlowMatching, SkipNonfinite)
+_FREE = (EMA, Float8, GradientClipping, LowPrecisionNorm, ProgressiveResolution, ContrastiveFlowMatching, SkipNonfinite)
 
 
 @dataclass
@@ -227,6 +228,8 @@ def _attach(planned: PlannedModel, name: str, arguments: dict[str, Any]) -> None
     ):
         planned.unknown.append(f"{path}: what it costs is not known to the plan, and not counted")
         return
+    if issubclass(cls, Float8):
+        planned.unknown.append(f"{path}: what it saves is not known to the plan: time and memory are those of a run without it")
     if issubclass(cls, _FREE):
         return
     # Times are read from the recipe: the plan knows more ways to write them than it needs objects for.

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from prx_composer.config import Recipe
+from prx_composer.algorithms.float8 import hardware_problem
+from prx_composer.config import Recipe, entries
 from prx_composer.preflight.result import Result, failed, passed, skipped, warned
 
 __all__ = ["check_gpus"]
@@ -20,8 +21,11 @@ def check_gpus(recipe: Recipe, local_ranks: int, num_ranks: int) -> Iterator[Res
         local_ranks: processes of this run on this node; 0 = not known, as in a check before the run.
         num_ranks: processes on all nodes.
     """
+    float8 = any(name == "float8" and not given.get("emulate") for name, given in entries(recipe.algorithms, "algorithms"))
     if not torch.cuda.is_available():
-        if recipe.precision == "fp32":
+        if recipe.precision == "fp32" and float8:
+            yield failed(str(hardware_problem()))
+        elif recipe.precision == "fp32":
             yield passed("GPUs", "none here; fp32 trains on the CPU too")
         else:
             yield skipped(f"GPUs and precision {recipe.precision}", "there is no GPU here")
@@ -40,6 +44,8 @@ def check_gpus(recipe: Recipe, local_ranks: int, num_ranks: int) -> Iterator[Res
     yield passed("GPUs", fact)
     if recipe.precision == "amp_bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield failed(f"precision: {names} has no bf16; use precision=amp_fp16 or fp32.")
+    if float8 and (problem := hardware_problem()) is not None:
+        yield failed(problem)
     for index in [int(os.environ.get("LOCAL_RANK", "0"))] if local_ranks else range(count):
         free, total = torch.cuda.mem_get_info(index)
         used = total - free - torch.cuda.memory_reserved(index)

@@ -11,7 +11,7 @@ from prx_composer import config, registry
 from prx_composer.algorithms.alignment import AlignmentAlgorithm
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution, check_batch_sizes
 from prx_composer.config import Recipe, build, split
-from prx_composer.errors import Problems
+from prx_composer.errors import Problems, UserError
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.parallelism import parallelism
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped
@@ -112,6 +112,7 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Parts]:
     results.extend(map(failed, built.found))
     if not parts.is_wrong("train_loader"):
         results.extend(_check_latents(recipe, parts))
+    results.extend(_check_fit(recipe, parts, num_ranks))
     if parts.algorithms:
         results.append(passed("algorithms", ", ".join(parts.algorithms)))
     stages_known = "progressive_resolution" in parts.algorithms or not recipe.algorithms.get("progressive_resolution")
@@ -188,6 +189,21 @@ def _check_latents(recipe: Recipe, parts: Parts) -> Iterator[Result]:
                 f"algorithms.{name} looks at images, which train_loader.latent leaves out; set train_loader.images: true to have "
                 f"them decoded beside the latents{stored}."
             )
+
+
+def _check_fit(recipe: Recipe, parts: Parts, num_ranks: int) -> Iterator[Result]:
+    """Asks algorithms that can tell, by `check_fit`, whether they go with the backbone, the others, and the sharding."""
+    try:
+        wrapped = parallelism(recipe.parallelism_config, num_ranks)
+    except UserError:  # said by `_check_settings`
+        wrapped = None
+    problems = Problems()
+    for algorithm in parts.algorithms.values():
+        check = getattr(algorithm, "check_fit", None)
+        if check is not None and parts.backbone is not None:
+            with problems.noted():
+                check(parts.backbone, parts.algorithms.values(), None if wrapped is None else wrapped.fsdp2)
+    yield from map(failed, problems.found)
 
 
 # ---------------------------------------------------------------------------------------------------------- sizes

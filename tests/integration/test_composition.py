@@ -32,6 +32,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "contrastive_flow_matching": {},
     "deferred_masking": {"mixer_blocks": 1, "rate": 0.5},
     "ema": {"half_life": "2ba"},
+    "float8": {"emulate": True},
     "gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 0.1},
     "irepa": {"teacher": TEACHER, "block": 1},
     "low_precision_norm": {},

@@ -1,0 +1,195 @@
+"""Float8 training (torchao): the blocks' matrix products take operands of 8 bits; weights and their gradients stay as they are.
+
+Formats: e4m3 and e5m2 of Micikevicius et al. 2022 (arXiv:2209.05433).
+"""
+
+import dataclasses
+import importlib.util
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+from torch import nn
+
+from prx_composer.errors import UserError
+from prx_composer.models.adapters import BLOCK_LAYERS, is_adapted
+
+__all__ = ["Float8", "apply_float8", "float8_layers", "hardware_problem"]
+
+log = logging.getLogger(__name__)
+
+Recipe = Literal["tensorwise", "rowwise"]
+
+MULTIPLE = 16  # of which both sizes of a weight must be: torch._scaled_mm
+CAPABILITY = (8, 9)  # the first with float8 matrix products: Ada; Hopper is 9.0
+INSTALL = 'pip install "prx-composer[float8]" (or: pip install "torchao>=0.16,<0.18")'
+
+
+def hardware_problem() -> str | None:
+    """Why the GPU that this process uses computes no float8 products, in words; None if it does."""
+    if not torch.cuda.is_available():
+        found = "there is no CUDA device here"
+    elif (capability := torch.cuda.get_device_capability()) < CAPABILITY:
+        found = f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
+    else:
+        return None
+    return (
+        f"algorithms.float8 needs a CUDA device of capability {CAPABILITY[0]}.{CAPABILITY[1]} or more (Ada, Hopper, newer), and "
+        f"{found}; leave it out, or set algorithms.float8.emulate=true, which rounds alike and is slower than without float8."
+    )
+
+
+def float8_layers(backbone: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
+    """Names of the linear layers that float8 takes: every matrix of a block but its modulation.
+
+    They are nearly all of the FLOPs, over thousands of tokens. What is left out costs little and says much: modulation, time and
+    resolution embedders see one vector per image; img_in, txt_in and final_layer touch pixels, text and prediction themselves.
+
+    Args:
+        exclude: ends of names of layers that stay as they are, such as "attention.txt_kv_proj" or "blocks.0.up_proj".
+
+    Raises:
+        ValueError: a layer's size is no multiple of 16; no layers; a name in `exclude` that is none of theirs.
+    """
+    layers = {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("blocks.") and _ends(name, BLOCK_LAYERS)
+    }
+    for end in exclude:
+        if not any(_ends(name, (end,)) for name in layers):
+            raise ValueError(
+                f"exclude: {end!r} ends the name of no layer of float8's; the blocks have {', '.join(BLOCK_LAYERS)}."
+            )
+    layers = {name: module for name, module in layers.items() if not _ends(name, exclude)}
+    if not layers:
+        reason = (
+            "exclude names all of them" if exclude else f"the blocks of model.backbone have none of {', '.join(BLOCK_LAYERS)}"
+        )
+        raise ValueError(f"there is no layer to compute in float8: {reason}.")
+    for name, module in layers.items():
+        if module.in_features % MULTIPLE or module.out_features % MULTIPLE:
+            raise ValueError(
+                f"model.backbone.{name} has {module.in_features} inputs and {module.out_features} outputs, which must be "
+                f"multiples of {MULTIPLE} for float8; change hidden_size or mlp_ratio, or exclude {name.split('.', 2)[2]}."
+            )
+    return list(layers)
+
+
+def _ends(name: str, ends: Collection[str]) -> bool:
+    return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
+def apply_float8(
+    backbone: nn.Module, recipe: Recipe = "tensorwise", emulate: bool = False, exclude: Sequence[str] = ()
+) -> list[str]:
+    """Puts torchao's Float8Linear in the place of the blocks' linear layers; returns their names.
+
+    The weights stay the same parameters under the same names, so that optimizers, averages and state dicts don't notice. Every
+    product scales its operands anew by their greatest magnitude (dynamic scaling): no state is kept between steps.
+
+    Args:
+        backbone: see `float8_layers`.
+        recipe: tensorwise: one scale per tensor, gradients of outputs in e5m2. rowwise: one per row and column, a power of two,
+            everything in e4m3.
+        emulate: compute the rounded operands' product in fp32, on any device.
+        exclude: see `float8_layers`.
+
+    Raises:
+        UserError: torchao isn't installed or doesn't go with this torch; the backbone has LoRA adapters.
+        ValueError: as `float8_layers`.
+    """
+    if is_adapted(backbone):
+        raise UserError(
+            "algorithms.float8 cannot be combined with algorithms.lora, whose frozen weights it would round; leave one out."
+        )
+    names = float8_layers(backbone, exclude)
+    convert_to_float8_training, Float8LinearConfig = _torchao()
+    settings: Any = dataclasses.replace(
+        Float8LinearConfig.from_recipe_name(recipe),
+        emulate=emulate,
+        # A weight's gradient sums over the tokens of a microbatch, whose number buckets and routing choose: no multiple of 16.
+        pad_inner_dim=not emulate,
+    )
+    chosen = frozenset(names)
+    convert_to_float8_training(backbone, module_filter_fn=lambda _, name: name in chosen, config=settings)
+    return names
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("torchao") is not None
+
+
+def _torchao() -> tuple[Any, Any]:
+    """torchao's converter and its settings; imported here, since it takes seconds and few runs need it."""
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        what = f"cannot be imported with torch {torch.__version__} ({error})" if _is_installed() else "isn't installed"
+        raise UserError(f"algorithms.float8: torchao {what}: {INSTALL}.") from error
+    return convert_to_float8_training, Float8LinearConfig
+
+
+class Float8(Algorithm):
+    """Applies `apply_float8` to the backbone at Event.INIT, before weights are sharded and graphs compiled.
+
+    Weights stay fp32 and are rounded for every product. What the trained model draws outside of the run has no float8 in it.
+
+    Args:
+        recipe, emulate, exclude: see `apply_float8`.
+
+    Raises:
+        ValueError: another recipe; torchao isn't installed.
+        UserError: at INIT: see `check_fit`, `hardware_problem` and `apply_float8`.
+    """
+
+    name = "float8"
+
+    def __init__(self, recipe: Recipe = "tensorwise", emulate: bool = False, exclude: list[str] | None = None):
+        if recipe not in ("tensorwise", "rowwise"):
+            raise ValueError(f"recipe: {recipe!r} is neither tensorwise nor rowwise.")
+        if not _is_installed():
+            raise ValueError(f"torchao isn't installed: {INSTALL}.")
+        self.recipe: Recipe = recipe
+        self.emulate, self.exclude = emulate, tuple(exclude or ())
+
+    def check_fit(self, backbone: Any, algorithms: Iterable[Algorithm], fsdp: Any) -> None:
+        """Refuses what is known not to work, or not known to work, before anything is computed.
+
+        Args:
+            backbone: on any device, meta too.
+            algorithms: all of the run.
+            fsdp: how weights are sharded, Composer's configuration; None: not at all.
+
+        Raises:
+            UserError: `lora` beside it, shards that are replicated (HSDP), sizes that don't fit.
+        """
+        if any(getattr(algorithm, "name", None) == "lora" for algorithm in algorithms):
+            raise UserError(
+                "algorithms.float8 cannot be combined with algorithms.lora, whose frozen weights it would round; leave one out."
+            )
+        if fsdp is not None and getattr(fsdp, "shard_degree", -1) != -1:
+            raise UserError(
+                f"algorithms.float8 has not been tried with replicas of shards (parallelism_config.fsdp.shard_degree: "
+                f"{fsdp.shard_degree}); set it to -1, which shards over all ranks, or parallelism_config=null."
+            )
+        try:
+            float8_layers(backbone, self.exclude)
+        except ValueError as error:
+            raise UserError(f"algorithms.float8: {error}") from error
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.INIT
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        model: Any = state.model
+        if not hasattr(model, "backbone"):
+            raise UserError("algorithms.float8 needs a model with a `backbone`, such as text_to_image.")
+        self.check_fit(model.backbone, state.algorithms, state.fsdp_config)
+        if not self.emulate and (problem := hardware_problem()) is not None:
+            raise UserError(problem)
+        names = apply_float8(model.backbone, self.recipe, self.emulate, self.exclude)
+        log.info("float8: %d linear layers, %s%s", len(names), self.recipe, ", emulated" if self.emulate else "")
