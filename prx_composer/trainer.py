@@ -2,20 +2,18 @@
 
 import datetime
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import composer
 import torch
 from composer.core import Event, Precision
-from composer.devices import Device, DeviceGPU
 from composer.utils import dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from prx_composer.distributed import HostGroup
 
-__all__ = ["LateRead", "Trainer", "on_device"]
+__all__ = ["LateRead", "Trainer"]
 
 log = logging.getLogger(__name__)
 
@@ -47,37 +45,6 @@ class LateRead:
         if self._ready is not None:
             self._ready.synchronize()
         return dict(zip(self._names, self._values.tolist(), strict=True))
-
-
-def on_device(microbatches: Sequence[Any], device: Device) -> Iterator[Any]:
-    """Microbatches on the device, in order. A GPU copies the next one, on a stream of its own, while one is worked on.
-
-    Args:
-        microbatches: mappings or sequences of tensors; only from pinned memory is a copy made beside other work.
-        device: Composer's.
-    """
-    if not isinstance(device, DeviceGPU):
-        yield from map(device.batch_to_device, microbatches)
-        return
-    copying: Any = torch.cuda.Stream()
-    working: Any = torch.cuda.current_stream()
-
-    def send(microbatch: Any) -> tuple[Any, Any]:
-        with torch.cuda.stream(copying):
-            copy = device.batch_to_device(microbatch)
-        event: Any = torch.cuda.Event()
-        event.record(copying)
-        return copy, event
-
-    sent = [send(microbatches[0])]
-    for index in range(len(microbatches)):
-        sent += map(send, microbatches[index + 1 : index + 2])
-        current, copied = sent.pop(0)
-        copied.wait(working)
-        for tensor in tree_leaves(current):
-            if isinstance(tensor, Tensor):
-                tensor.record_stream(working)  # or its memory were given to the next copy while it is still read
-        yield current
 
 
 class Trainer(composer.Trainer):
@@ -132,8 +99,8 @@ class Trainer(composer.Trainer):
         average_size = self._hosts.sums([own])[0] / dist.get_world_size()
 
         whole_batch = self.state.batch
-        for index, microbatch in enumerate(on_device(microbatches, self.state.device)):
-            self.state.batch = self._train_data_spec.microbatch_transforms(microbatch)
+        for index, microbatch in enumerate(microbatches):
+            self.state.batch = self._train_data_spec.microbatch_transforms(self.state.device.batch_to_device(microbatch))
             losses = self._train_microbatch(False, average_size, index + 1 == len(microbatches))
             for name, loss in losses.items():
                 name = f"loss/train/{name}"

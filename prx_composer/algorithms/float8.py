@@ -25,6 +25,7 @@ Recipe = Literal["tensorwise", "rowwise"]
 
 MULTIPLE = 16  # of which both sizes of a weight must be: torch._scaled_mm
 CAPABILITY = (8, 9)  # the first with float8 matrix products: Ada; Hopper is 9.0
+_WITH_LORA = "algorithms.float8 cannot be combined with algorithms.lora, whose frozen weights it would round; leave one out."
 INSTALL = 'pip install "prx-composer[float8]" (or: pip install "torchao>=0.16,<0.18")'
 
 
@@ -103,9 +104,7 @@ def apply_float8(
         ValueError: as `float8_layers`.
     """
     if is_adapted(backbone):
-        raise UserError(
-            "algorithms.float8 cannot be combined with algorithms.lora, whose frozen weights it would round; leave one out."
-        )
+        raise UserError(_WITH_LORA)
     names = float8_layers(backbone, exclude)
     convert_to_float8_training, Float8LinearConfig = _torchao()
     settings: Any = dataclasses.replace(
@@ -168,9 +167,7 @@ class Float8(Algorithm):
             UserError: `lora` beside it, shards that are replicated (HSDP), sizes that don't fit.
         """
         if any(getattr(algorithm, "name", None) == "lora" for algorithm in algorithms):
-            raise UserError(
-                "algorithms.float8 cannot be combined with algorithms.lora, whose frozen weights it would round; leave one out."
-            )
+            raise UserError(_WITH_LORA)
         if fsdp is not None and getattr(fsdp, "shard_degree", -1) != -1:
             raise UserError(
                 f"algorithms.float8 has not been tried with replicas of shards (parallelism_config.fsdp.shard_degree: "

@@ -63,8 +63,7 @@ class StepTime:
     Args:
         compute: forward and backward passes.
         beside: sending that runs while it computes. uncovered: what of it goes on when computing could.
-        optimizer: its share of Muon's iterations. exchange: of Muon's matrices, counted
-            whole, though of four parts one is worked on while others travel.
+        optimizer: its share of Muon's iterations. exchange: of Muon's matrices, as if nothing ran beside it.
         loader: in which the loaders of its node deliver the step's images; 0: training never waits for them.
         sent: bytes by purpose.
     """

@@ -32,12 +32,8 @@ __all__ = ["Trained", "Weights", "choose_guidance", "load_trained"]
 log = logging.getLogger(__name__)
 
 Weights = Literal["ema", "raw"]
-_OF_TRAINING = (
-    "compile",
-    "activation_memory_budget",
-    "attention",
-    "init_from",
-)  # arguments of `model` that don't change what it draws
+# Arguments of `model` that don't change what it draws.
+_OF_TRAINING = ("compile", "activation_memory_budget", "attention", "init_from")
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def test_ddp_and_fsdp2_train_the_same_curve_with_the_24h_stack_and_fsdp2_resumes
 
 @pytest.mark.slow
 def test_float8_layers_train_the_same_curve_under_ddp_and_fsdp2(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    pytest.importorskip("torchao", reason="the extra float8, which CI has")
     tiny_recipe["algorithms"]["float8"] = {"emulate": True}
     ddp = copy.deepcopy(tiny_recipe) | {"run_name": "ddp"}
     fsdp = copy.deepcopy(tiny_recipe) | {"run_name": "fsdp", "parallelism_config": {"fsdp": {}}}

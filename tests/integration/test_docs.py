@@ -21,7 +21,7 @@ KEPT = {  # by `ablate.py --cost`: one or two of a stack are measured
     "custom_stack": ("gradient_clipping", "ema"),
 }
 # Not run here: what sets up the environment (CI has done it) and what runs the tests, this one among them.
-ELSEWHERE = ("pip install uv", "uv run pytest", "uv run ruff", "uv run basedpyright", "git clone", "cd ")
+ELSEWHERE = ("pip install uv", "uv sync", "uv run pytest", "uv run ruff", "uv run basedpyright", "git clone", "cd ")
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
