@@ -266,27 +266,27 @@ class Muon(torch.optim.Optimizer):
         return self._plans
 
     def _muon(self, plan: Plan) -> None:
-        gradients: dict[int, list[Tensor]] = {}
-        momenta: dict[int, list[Tensor]] = {}
-        for index, stack in enumerate(plan.stacks):
+        moving: list[tuple[Stack, list[Tensor], list[Tensor]]] = []
+        for stack in plan.stacks:
             for weight in stack.weights:
                 if not self.state[weight]:
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-            gradients[index] = [local(weight.grad) for weight in stack.weights]
-            momenta[index] = [local(self.state[weight]["momentum_buffer"]) for weight in stack.weights]
-            torch._foreach_lerp_(momenta[index], gradients[index], 1 - self.param_groups[stack.group]["momentum"])
+            gradients = [local(weight.grad) for weight in stack.weights]
+            momenta = [local(self.state[weight]["momentum_buffer"]) for weight in stack.weights]
+            torch._foreach_lerp_(momenta, gradients, 1 - self.param_groups[stack.group]["momentum"])
+            moving.append((stack, gradients, momenta))
         if not any(self.param_groups[stack.group]["lr"] for stack in plan.stacks):
             return
 
         exchanges = [Exchange(part) for part in plan.parts]
         for exchange in exchanges:
-            for index, stack in enumerate(plan.stacks):
+            for stack, gradients, momenta in moving:
                 group = self.param_groups[stack.group]
                 members, places = exchange.to_send(stack)
                 if members:
-                    updates = [momenta[index][i] for i in members]
+                    updates = [momenta[i] for i in members]
                     if group["nesterov"]:
-                        updates = torch._foreach_lerp([gradients[index][i] for i in members], updates, group["momentum"])
+                        updates = torch._foreach_lerp([gradients[i] for i in members], updates, group["momentum"])
                     torch._foreach_copy_(places, updates)
             exchange.send()
         for before, exchange in zip([None, *exchanges], exchanges, strict=False):

@@ -77,6 +77,10 @@ class Tracker(LoggerDestination):
     def log_checkpoint(self, checkpoint: Checkpoint) -> None:
         """See the function of this name."""
 
+    def post_close(self) -> None:
+        with self._without_stopping("the run's end"):
+            super().post_close()
+
     def _step(self, step: int | None) -> int:
         return max(step or 0, self._batch)
 

@@ -247,5 +247,7 @@ def test_ablations_merge_over_the_quickstart() -> None:
     files = sorted((REPOSITORY / "yamls" / "ablations").glob("*.yaml"))
     assert len(files) >= 14
     for file in files:
+        if file.stem == "float8" and "float8" not in ALGORITHMS:
+            continue
         results = check_config(config.load([str(REPOSITORY / "yamls" / "quickstart.yaml"), str(file)]))
         assert not [str(result) for result in results if result.mark == "✗"], file.name
