@@ -49,11 +49,12 @@ def questions(arguments: argparse.Namespace) -> list[Question]:
         return Question(name, seconds, [*command, *sizes, "--output", str(arguments.output / f"{name}.json")])
 
     tests = [str(HERE.parent / "tests" / name) for name in ("integration/test_trainer.py", "unit/test_float8.py")]
-    device = ["--device", "cuda"] if torch.cuda.is_available() else []
+    small = ["--hidden-size", "64", "--depth", "3", "--tokens", "64", "--text-tokens", "16", "--text-size", "32"]
+    where = ["--device", "cuda"] if torch.cuda.is_available() else small
     trace = str(arguments.output / "trace.json.gz")
     return [
         Question("tests", 60, ["-m", "pytest", "-n", "4", *tests]),
-        Question("numerics", 60, [str(HERE / "numerics.py"), *device, "--output", str(arguments.output / "numerics.json")]),
+        Question("numerics", 60, [str(HERE / "numerics.py"), *where, "--output", str(arguments.output / "numerics.json")]),
         throughput("small", 120, "--stage", "0"),
         throughput("large", 120, "--stage", "1", "--profile", trace),
         throughput("large-flex", 120, "--stage", "1", "model.attention=flex"),

@@ -84,7 +84,7 @@ def measure(point: Point, recipe: Recipe, arguments: argparse.Namespace) -> dict
     with tempfile.TemporaryDirectory(prefix="throughput-") as temporary:
         folder = Path(temporary)
         path = build_recipe(recipe, point, folder, arguments)
-        command = ["composer", "-n", str(point.gpus), str(HERE.parent / "train.py"), str(path)]
+        command = [sys.executable, "-m", "composer.cli", "-n", str(point.gpus), str(HERE.parent / "train.py"), str(path)]
         with (folder / "log").open("wb") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
         if code != 0:

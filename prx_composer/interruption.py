@@ -56,7 +56,7 @@ def stop_with_launcher() -> None:
         return
     try:
         parent = psutil.Process().parent()
-        if parent is not None and any(os.path.basename(part) == "composer" for part in parent.cmdline()[:3]):
+        if parent is not None and any(os.path.basename(part) in ("composer", "composer.cli") for part in parent.cmdline()[:3]):
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     except (psutil.Error, OSError, AttributeError):
         log.debug("The launcher could not be watched", exc_info=True)

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig
+from torch import nn
+from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedModel
 
-__all__ = ["random_config", "says_how_to_get"]
+__all__ = ["attend_without_reading", "random_config", "says_how_to_get"]
+
+_ATTENTION = "sdpa_with_every_mask"  # a name in transformers' registries
 
 
 @contextmanager
@@ -42,9 +45,31 @@ def random_config(arguments: dict[str, Any], **defaults: Any) -> Any:
     if not arguments.keys() & {"encoder", "text_config"}:
         arguments = defaults | arguments
     known = {*CONFIG_MAPPING[model_type]().to_dict(), *CONFIG_MAPPING[model_type].attribute_map, "decoder", "encoder"}
+    if "rope_parameters" in known:
+        known.add("rope_scaling")  # its name before transformers 5, which takes it still
     if unknown := sorted(arguments.keys() - known):  # transformers would keep it and go on with its default
         close = difflib.get_close_matches(unknown[0], known, n=1)
         raise ValueError(
             f"config.{unknown[0]}: {model_type} has no such setting." + (f" Did you mean {close[0]!r}?" if close else "")
         )
     return AutoConfig.for_model(model_type, **arguments)
+
+
+def _every_mask(*arguments: Any, **options: Any) -> Any:
+    always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return AttentionMaskInterface()["sdpa"](*arguments, **options | always)
+
+
+AttentionMaskInterface.register(_ATTENTION, _every_mask)
+AttentionInterface.register(_ATTENTION, AttentionInterface()["sdpa"])
+
+
+def attend_without_reading(network: nn.Module) -> None:
+    """Lets a network of transformers that attends by SDPA hand on every mask, for which it need not read it.
+
+    By default it leaves out a mask without padding, and looks for padding on the host, which on a GPU waits until all that was
+    asked of it is done: in every microbatch.
+    """
+    for module in network.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "sdpa":
+            module.set_attn_implementation(_ATTENTION)

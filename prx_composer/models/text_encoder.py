@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prx_composer.models.frozen import Frozen
-from prx_composer.models.huggingface import random_config, says_how_to_get
+from prx_composer.models.huggingface import attend_without_reading, random_config, says_how_to_get
 
 __all__ = ["HuggingFaceTextEncoder", "load_tokenizer", "train_tokenizer"]
 
@@ -112,6 +112,7 @@ class HuggingFaceTextEncoder(nn.Module):
         self.null_input_ids: Tensor
         self.null_attention_mask: Tensor
         encoder = _build_encoder(pretrained, config, revision, len(tokenizer))
+        attend_without_reading(encoder)
         vocabulary = encoder.get_input_embeddings().num_embeddings  # pyright: ignore[reportCallIssue]
         if vocabulary < len(tokenizer):
             raise ValueError(

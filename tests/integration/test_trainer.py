@@ -88,7 +88,7 @@ def test_the_counter_sees_what_composers_own_step_reads(
     reads = reads_of(full_stack(tiny_recipe, tmp_path), write_recipe)
     losses = 5  # total, flow, repa, lpips, perceptual_dino
     counts = {name.split(":")[1]: count for name, count in reads.items()}
-    assert counts["<dictcomp>"] == losses
+    assert counts.get("<dictcomp>", counts.get("_train_loop")) == losses  # Python 3.12 has it in the function's own frame
     assert counts["_accumulate_time_across_ranks"] == 3 and counts["_train_microbatches"] == 1
 
 

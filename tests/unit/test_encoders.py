@@ -1,5 +1,6 @@
 """Text encoders and autoencoders: the real classes with tiny random weights."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import QWEN3_VL_TEXT, T5GEMMA_HALF
+from host_reads import HostReads
 from safetensors.torch import save_file
 
 from prx_composer.models import HuggingFaceTextEncoder
@@ -48,22 +50,21 @@ def test_t5gemma_as_diffusers_own_prx_folders_hold_it_is_the_same(tokenizer: Any
     torch.testing.assert_close(encoder(**tokens), expected.detach())
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"model_type": "t5gemma", "encoder": T5GEMMA_HALF, "decoder": T5GEMMA_HALF},
-        QWEN3_VL_TEXT,
-        {"model_type": "t5", "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
-        {
-            "model_type": "clip_text_model",
-            "hidden_size": 24,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        },
-    ],
-    ids=lambda config: config["model_type"],
-)
+ENCODERS: list[dict[str, Any]] = [
+    {"model_type": "t5gemma", "encoder": T5GEMMA_HALF, "decoder": T5GEMMA_HALF},
+    QWEN3_VL_TEXT,
+    {"model_type": "t5", "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+    {
+        "model_type": "clip_text_model",
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+]
+
+
+@pytest.mark.parametrize("config", ENCODERS, ids=lambda config: config["model_type"])
 def test_encoders_by_config_train_and_ignore_padding(tokenizer: Any, config: dict[str, Any]) -> None:
     torch.manual_seed(0)
     encoder = HuggingFaceTextEncoder(tokenizer, config=config, max_tokens=12, trainable=True).eval()
@@ -77,6 +78,25 @@ def test_encoders_by_config_train_and_ignore_padding(tokenizer: Any, config: dic
     again = encoder(scrambled, tokens["attention_mask"])
     valid = tokens["attention_mask"]
     torch.testing.assert_close(embedding[valid], again[valid], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", ENCODERS, ids=lambda config: config["model_type"])
+def test_no_encoder_has_the_host_look_at_its_mask(tokenizer: Any, config: dict[str, Any]) -> None:
+    """transformers looks for padding, and leaves out a mask that has none: what comes out is the same."""
+    torch.manual_seed(0)
+    encoder = HuggingFaceTextEncoder(tokenizer, config=config, max_tokens=12)
+    for captions in (CAPTIONS, ["a red circle on the left of a white background, a blue ring and more"]):
+        tokens = encoder.tokenize(captions)
+        with HostReads() as reads:
+            found = encoder(**tokens)
+        assert not reads.found
+        theirs = copy.deepcopy(encoder.network)
+        for module in theirs.modules():
+            if isinstance(module, transformers.PreTrainedModel) and "sdpa" in module.config._attn_implementation:
+                module.set_attn_implementation("sdpa")
+        expected: Any = theirs(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"].long())
+        torch.testing.assert_close(found, expected.last_hidden_state.detach())
+    assert tokens["attention_mask"].all()
 
 
 def test_multimodal_models_give_their_text_tower(tokenizer: Any, tmp_path: Path) -> None:
