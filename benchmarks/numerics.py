@@ -38,7 +38,7 @@ def make_backbone(arguments: argparse.Namespace) -> PRXBackbone:
     """Of the 24-hour recipe's proportions; no parameter is zero, for then half of the gradients would be."""
     torch.manual_seed(0)
     heads = max(arguments.hidden_size // 64, 1)
-    sizes = dict(in_channels=3, patch_size=32, bottleneck_size=max(arguments.hidden_size // 7, 8), mlp_ratio=3.5)
+    sizes: dict[str, Any] = dict(in_channels=3, patch_size=32, bottleneck_size=max(arguments.hidden_size // 7, 8), mlp_ratio=3.5)
     backbone = PRXBackbone(
         **sizes, hidden_size=arguments.hidden_size, depth=arguments.depth, num_heads=heads, context_in_dim=arguments.text_size
     )
