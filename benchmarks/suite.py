@@ -43,25 +43,26 @@ class Question:
 def questions(arguments: argparse.Namespace) -> list[Question]:
     """Correctness before speed, the recipe before its options, and each option at the image size where it should tell most."""
 
-    def throughput(name: str, seconds: float, *also: str) -> Question:
-        command = [str(HERE / "throughput.py"), *arguments.recipe, *also, "--random-weights", "--stored-text"]
-        sizes = ["--of", str(arguments.of), "--gpu", arguments.gpu, "--steps", str(arguments.steps)]
-        return Question(name, seconds, [*command, *sizes, "--output", str(arguments.output / f"{name}.json")])
+    def throughput(name: str, seconds: float, stage: int, *changes: str, trace: bool = False) -> Question:
+        command = [str(HERE / "throughput.py"), *arguments.recipe, *changes]
+        command += ["--stage", str(stage), "--random-weights", "--stored-text"]
+        command += ["--of", str(arguments.of), "--gpu", arguments.gpu, "--steps", str(arguments.steps)]
+        command += ["--profile", str(arguments.output / f"{name}-trace.json.gz")] if trace else []
+        return Question(name, seconds, [*command, "--output", str(arguments.output / f"{name}.json")])
 
     tests = [str(HERE.parent / "tests" / name) for name in ("integration/test_trainer.py", "unit/test_float8.py")]
     small = ["--hidden-size", "64", "--depth", "3", "--tokens", "64", "--text-tokens", "16", "--text-size", "32"]
     where = ["--device", "cuda"] if torch.cuda.is_available() else small
-    trace = str(arguments.output / "trace.json.gz")
     return [
         Question("tests", 60, ["-m", "pytest", "-n", "4", *tests]),
         Question("numerics", 60, [str(HERE / "numerics.py"), *where, "--output", str(arguments.output / "numerics.json")]),
-        throughput("small", 120, "--stage", "0"),
-        throughput("large", 120, "--stage", "1", "--profile", trace),
-        throughput("large-flex", 120, "--stage", "1", "model.attention=flex"),
-        throughput("small-float8", 120, "--stage", "0", "algorithms.float8={}"),
-        throughput("small-whole-graph", 240, "--stage", "0", "model.compile=true"),
-        throughput("large-flex-float8", 120, "--stage", "1", "model.attention=flex", "algorithms.float8={}"),
-        throughput("large-eager", 90, "--stage", "1", "model.compile=false"),
+        throughput("small", 120, 0),
+        throughput("large", 120, 1, trace=True),
+        throughput("large-flex", 120, 1, "model.compile=blocks", "model.attention=flex"),
+        throughput("small-float8", 120, 0, "algorithms.float8={}"),
+        throughput("small-whole-graph", 240, 0, "model.compile=true"),
+        throughput("large-flex-float8", 120, 1, "model.compile=blocks", "model.attention=flex", "algorithms.float8={}"),
+        throughput("large-eager", 90, 1, "model.compile=false"),
     ]
 
 

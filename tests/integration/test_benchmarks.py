@@ -50,6 +50,25 @@ def test_the_cost_over_images_and_tokens_is_measured_and_drawn(tmp_path: Path) -
     assert (tmp_path / "cost.png").stat().st_size > 1000
 
 
+def test_a_suite_leaves_out_what_cannot_end_in_time_and_says_so(tmp_path: Path) -> None:
+    said = benchmark("suite.py", "yamls/24h_mini.yaml", "--minutes", 0.5, "--output", tmp_path)
+    asked = json.loads((tmp_path / "suite.json").read_text())["asked"]
+    assert len(asked) == len(said.splitlines()) == 9 and {question["ended"] for question in asked} == {
+        "left out: not enough time"
+    }
+
+
+@pytest.mark.long
+def test_a_suite_s_answers_are_those_of_its_benchmarks_and_a_failure_ends_no_other(tmp_path: Path) -> None:
+    asked = [part for name in ("small-float8", "large-flex") for part in ("--only", name)]
+    command = [sys.executable, "benchmarks/suite.py", "yamls/24h_mini.yaml", "--steps", "1", *asked, "--output", str(tmp_path)]
+    finished = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
+    ended = {question["name"]: question["ended"] for question in json.loads((tmp_path / "suite.json").read_text())["asked"]}
+    assert finished.returncode == 1 and ended["large-flex"] == "done"  # on a GPU as on the CPU
+    assert ended["small-float8"] == "failed with 1: see small-float8.log"  # there is none with float8 here
+    assert json.loads((tmp_path / "large-flex.json").read_text())["stages"][0]["image_size"] == 32
+
+
 @pytest.mark.slow
 def test_throughput_times_every_stage_of_a_recipe_and_the_plan_reads_it(tmp_path: Path) -> None:
     output, trace = tmp_path / "found.json", tmp_path / "trace.json"
