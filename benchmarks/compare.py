@@ -34,16 +34,22 @@ from prx_composer.models.routing import RandomRouter
 TOLERANCE = 1e-4  # relative to the largest entry
 
 
-def make_pair(sizes: dict[str, Any], device: torch.device) -> tuple[PRXTransformer2DModel, PRXBackbone]:
-    """Theirs and ours with the same weights, none of which is zero: at its start half of the network has no gradient."""
+def make_backbone(sizes: dict[str, Any], device: torch.device) -> PRXBackbone:
+    """With random weights, none of which is zero: at its start half of the network has no gradient."""
     torch.manual_seed(0)
-    ours = PRXBackbone(**sizes)
-    for parameter in ours.parameters():
+    backbone = PRXBackbone(**sizes)
+    for parameter in backbone.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
+    return backbone.to(device).train()
+
+
+def make_pair(sizes: dict[str, Any], device: torch.device) -> tuple[PRXTransformer2DModel, PRXBackbone]:
+    """Theirs and ours with the same weights."""
+    ours = make_backbone(sizes, device)
     theirs: Any = PRXTransformer2DModel(**ours.config)
     theirs.load_state_dict(ours.state_dict())
-    return theirs.to(device).train(), ours.to(device).train()
+    return theirs.to(device).train(), ours
 
 
 def make_inputs(arguments: argparse.Namespace, model: PRXBackbone, device: torch.device) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ class Question:
 
     Args:
         name: of its files.
-        seconds: that it is expected to take; the longest that it may take where nothing comes after it.
+        seconds: that it is expected to take: it is left out if fewer are left, and stopped when none are.
         command: after `python`.
     """
 
@@ -43,11 +43,10 @@ class Question:
 def questions(arguments: argparse.Namespace) -> list[Question]:
     """Correctness before speed, the recipe before its options, and each option at the image size where it should tell most."""
 
-    def throughput(name: str, seconds: float, stage: int, *changes: str, trace: bool = False) -> Question:
-        command = [str(HERE / "throughput.py"), *arguments.recipe, *changes]
-        command += ["--stage", str(stage), "--random-weights", "--stored-text"]
+    def throughput(name: str, seconds: float, stage: int | None, *changes: str) -> Question:
+        command = [str(HERE / "throughput.py"), *arguments.recipe, *changes, "--random-weights", "--stored-text"]
+        command += ["--profile", str(arguments.output / "trace.json.gz")] if stage is None else ["--stage", str(stage)]
         command += ["--of", str(arguments.of), "--gpu", arguments.gpu, "--steps", str(arguments.steps)]
-        command += ["--profile", str(arguments.output / f"{name}-trace.json.gz")] if trace else []
         return Question(name, seconds, [*command, "--output", str(arguments.output / f"{name}.json")])
 
     tests = [str(HERE.parent / "tests" / name) for name in ("integration/test_trainer.py", "unit/test_float8.py")]
@@ -56,8 +55,7 @@ def questions(arguments: argparse.Namespace) -> list[Question]:
     return [
         Question("tests", 60, ["-m", "pytest", "-n", "4", *tests]),
         Question("numerics", 60, [str(HERE / "numerics.py"), *where, "--output", str(arguments.output / "numerics.json")]),
-        throughput("small", 120, 0),
-        throughput("large", 120, 1, trace=True),
+        throughput("recipe", 240, None),  # in one file, for `prx plan --throughput`
         throughput("large-flex", 120, 1, "model.compile=blocks", "model.attention=flex"),
         throughput("small-float8", 120, 0, "algorithms.float8={}"),
         throughput("small-whole-graph", 240, 0, "model.compile=true"),

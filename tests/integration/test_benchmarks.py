@@ -53,9 +53,8 @@ def test_the_cost_over_images_and_tokens_is_measured_and_drawn(tmp_path: Path) -
 def test_a_suite_leaves_out_what_cannot_end_in_time_and_says_so(tmp_path: Path) -> None:
     said = benchmark("suite.py", "yamls/24h_mini.yaml", "--minutes", 0.5, "--output", tmp_path)
     asked = json.loads((tmp_path / "suite.json").read_text())["asked"]
-    assert len(asked) == len(said.splitlines()) == 9 and {question["ended"] for question in asked} == {
-        "left out: not enough time"
-    }
+    assert len(asked) == len(said.splitlines()) == 8
+    assert {question["ended"] for question in asked} == {"left out: not enough time"}
 
 
 @pytest.mark.long
