@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prx_composer.data.buckets import Bucket, assign_bucket
+from prx_composer.data.decoding import IMAGE_REASONS, BadImageError, open_image, oriented_size
 from prx_composer.data.schema import BucketWriter, RawSample
 
 __all__ = ["FolderSource", "Source", "is_made", "prepare"]
@@ -18,7 +19,6 @@ __all__ = ["FolderSource", "Source", "is_made", "prepare"]
 log = logging.getLogger(__name__)
 
 FINGERPRINT = "source.json"
-EXIF_ORIENTATION = 0x0112
 
 
 class Source(Protocol):
@@ -131,9 +131,13 @@ class FolderSource:
         captions = self._folder / captions_file
         if not captions.exists():
             raise ValueError(f"train_loader.source.captions_file: there is no {captions}.")
-        self._rows = list(self._read(captions))
+        left_out: Counter[str] = Counter()
+        self._rows = list(self._read(captions, left_out))
+        reasons = ", ".join(f"{count} {reason} ({IMAGE_REASONS[reason]})" for reason, count in left_out.items())
         if not self._rows:
-            raise ValueError(f"{captions} names no image that can be opened.")
+            raise ValueError(f"{captions} names no image that can be opened: {reasons or 'it has no lines'}.")
+        if left_out:
+            log.warning("%d of %d images are left out: %s.", left_out.total(), left_out.total() + len(self._rows), reasons)
         self.captions = tuple(self._rows[0][1])
         self.identity = {"captions_sha256": hashlib.sha256(captions.read_bytes()).hexdigest()}
         candidates = make_buckets(image_size, multiple, max_aspect)
@@ -141,9 +145,7 @@ class FolderSource:
         fewest = min(min_bucket, max(sizes.values()))
         self.buckets = sorted(bucket for bucket, count in sizes.items() if count >= fewest)
 
-    def _read(self, captions: Path) -> Iterator[tuple[Path, dict[str, str], int, int]]:
-        from PIL import Image
-
+    def _read(self, captions: Path, left_out: Counter[str]) -> Iterator[tuple[Path, dict[str, str], int, int]]:
         for number, line in enumerate(captions.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
                 continue
@@ -160,12 +162,11 @@ class FolderSource:
             if not image.is_file() or not image.is_relative_to(self._folder.resolve()):
                 raise ValueError(f"{where}: there is no image {name} in {self._folder}.")
             try:
-                with Image.open(image) as opened:
-                    width, height = opened.size
-                    if opened.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8):  # lying on its side, as phones store it
-                        width, height = height, width
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                log.warning("%s: %s is no image that can be opened; left out: %s", where, name, error)
+                with image.open("rb") as file:
+                    height, width = oriented_size(open_image(file))
+            except BadImageError as error:
+                log.warning("%s: %s is left out: %s", where, name, error)
+                left_out[str(error)] += 1
                 continue
             yield image, texts, height, width
 

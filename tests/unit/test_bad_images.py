@@ -20,11 +20,11 @@ from conversions import convert, encoded, jpeg, picture, rows, sample, settings,
 from PIL import Image, ImageCms
 from streaming import MDSWriter
 
-from prx_composer.data.convert import pixels
 from prx_composer.data.convert.reasons import REASONS
 from prx_composer.data.convert.records import Record
 from prx_composer.data.convert.sample import Dropped, Kept
 from prx_composer.data.convert.sample import convert as convert_sample
+from prx_composer.data.decoding import FORMATS
 from prx_composer.errors import UserError
 
 GOOD = jpeg(100, 100)
@@ -383,4 +383,4 @@ def test_keys_are_printable_labels(tmp_path: Path) -> None:
 def test_every_reason_is_documented() -> None:
     text = (Path(__file__).parents[2] / "recipes" / "data" / "README.md").read_text()
     assert [reason for reason in REASONS if f"`{reason}`" not in text] == []
-    assert [name for name in pixels.FORMATS if name not in text] == []
+    assert [name for name in FORMATS if name not in text] == []

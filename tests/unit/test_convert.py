@@ -18,11 +18,12 @@ from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.convert import job, units
 from prx_composer.data.convert.engine import run
 from prx_composer.data.convert.output import open_output
-from prx_composer.data.convert.pixels import resize
 from prx_composer.data.convert.records import Job
 from prx_composer.data.convert.settings import parse_captions, parse_metadata, parse_range
 from prx_composer.data.convert.sources import open_source
 from prx_composer.data.dataset import ImageCaptionDataset
+from prx_composer.data.decoding import decode, open_image
+from prx_composer.data.transforms import resize
 from prx_composer.errors import UserError
 
 # ------------------------------------------------------------------------------------------- what is written
@@ -82,11 +83,9 @@ def test_a_fine_pattern_becomes_grey_and_no_moire() -> None:
 
 
 def test_a_very_large_jpeg_looks_as_if_it_was_decoded_whole(tmp_path: Path) -> None:
-    from prx_composer.data.convert import pixels
-
     content = jpeg(1600, 1600, 4)
-    full = resize(pixels.decode(content, pixels.open_image(content, 1 << 27), None), Bucket(64, 64))
-    reduced = pixels.decode(content, pixels.open_image(content, 1 << 27), Bucket(64, 64))
+    full = resize(decode(content, open_image(content)), Bucket(64, 64))
+    reduced = decode(content, open_image(content), (128, 128))
     assert 128 <= reduced.shape[0] < 1600
     assert np.abs(resize(reduced, Bucket(64, 64)).astype(int) - full).mean() < 2
 

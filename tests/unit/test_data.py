@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from streaming import StreamingDataset
 from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
+from prx_composer.data.decoding import BadImageError
 from prx_composer.data.loader import build_loader
 from prx_composer.data.rows import BucketRows, WholeStream
 from prx_composer.data.sampler import BucketBatchSampler, epoch_batches, epoch_steps
@@ -182,8 +182,8 @@ def test_unusual_jpegs_are_decoded_as_pillow_does(kind: str) -> None:
         encoded = encoded[:2] + b"\x00\x01\x02" + encoded[2:]
     try:
         expected = Image.open(io.BytesIO(encoded)).convert("RGB")
-    except OSError as error:
-        with pytest.raises(OSError, match=re.escape(str(error)[:20])):
+    except OSError:
+        with pytest.raises(BadImageError):
             decode_image(encoded, 48, 64)
     else:
         found = decode_image(encoded, 48, 64).permute(1, 2, 0).numpy().astype(int)

@@ -10,12 +10,11 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.convert import pixels
-from prx_composer.data.convert.pixels import BadImageError
 from prx_composer.data.convert.records import Record
 from prx_composer.data.convert.sample import Dropped, check
 from prx_composer.data.convert.settings import Settings
+from prx_composer.data.decoding import BadImageError, decode
 
 __all__ = ["HASHES", "decide", "hash_records", "near_duplicates"]
 
@@ -34,7 +33,7 @@ def _hash(record: Record, settings: Settings) -> tuple[bool, bytes, int]:
     if isinstance(checked, Dropped):
         return False, b"", 0
     try:
-        decoded = pixels.decode(checked.encoded, checked.image, Bucket(HASHED_SIDE, HASHED_SIDE))
+        decoded = decode(checked.encoded, checked.image, (2 * HASHED_SIDE, 2 * HASHED_SIDE))
     except BadImageError:
         return False, b"", 0
     if not settings.single_colour and pixels.is_one_colour(decoded):

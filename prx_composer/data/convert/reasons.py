@@ -1,6 +1,6 @@
 """Why a sample is left out: the names that are counted, stored and reported, and what they mean."""
 
-__all__ = ["REASONS"]
+from prx_composer.data.decoding import IMAGE_REASONS
 
 REASONS = {
     "damaged_input": "a file of the input ends early or is broken: what was readable before is kept (counted once per file)",
@@ -8,12 +8,7 @@ REASONS = {
     "no_image": "no image with the record, or the file it names is not there",
     "outside_input": "the record names a file outside of the input folder: it is not opened",
     "file_too_large": "an encoded image or text above 256 MiB: it is not read",
-    "empty_file": "an image of zero bytes",
-    "not_an_image": "bytes that are no image of a format that is opened",
-    "too_many_pixels": "more pixels than --max-pixels, by the header: it is not decoded",
-    "truncated_image": "an image whose data ends early or is broken",
-    "animated": "several frames",
-    "unsupported_pixels": "floating-point or Lab pixels, which have no agreed range",
+    **IMAGE_REASONS,
     "no_caption": "none of the captions is there (missing, NaN, empty or only spaces)",
     "caption_not_utf8": "a caption that is not text in UTF-8",
     "metadata": "a metadata column that is missing or not of its type",

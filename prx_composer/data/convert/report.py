@@ -10,6 +10,7 @@ from typing import Any
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.convert.reasons import REASONS
 from prx_composer.data.convert.tally import HISTOGRAMS
+from prx_composer.data.decoding import PIXELS_OPENED, decode, open_image
 from prx_composer.data.storage import fetch, is_remote, join
 from prx_composer.html_page import render
 
@@ -94,7 +95,7 @@ def _samples(folder: str) -> list[tuple[str, str]]:
         captions = [name for name, kind in zip(shard["column_names"], shard["column_encodings"], strict=True) if kind == "str"]
         for number in range(min(SAMPLES, shard["samples"])):
             row = reader[number]
-            decoded = pixels.decode(row["image"], pixels.open_image(row["image"], 1 << 30), None)
+            decoded = decode(row["image"], open_image(row["image"], PIXELS_OPENED))
             caption = next((row[name] for name in captions if name != "key"), "")
             found.append((base64.b64encode(pixels.thumbnail(decoded)).decode(), caption))
     return found

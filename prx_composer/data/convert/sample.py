@@ -10,9 +10,9 @@ from PIL import Image
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.convert import pixels
 from prx_composer.data.convert.expressions import is_wanted
-from prx_composer.data.convert.pixels import BadImageError
 from prx_composer.data.convert.records import Record, lookup
 from prx_composer.data.convert.settings import CHROMA, Settings
+from prx_composer.data.decoding import BadImageError, decode, open_image, oriented_size
 from prx_composer.data.transforms import resize
 
 __all__ = ["Checked", "Dropped", "Kept", "Measured", "check", "convert"]
@@ -71,8 +71,8 @@ def check(record: Record, settings: Settings) -> Checked | Dropped:
         metadata = _metadata(record.columns, settings)
         if record.image is None:
             raise _Drop("no_image")
-        image = pixels.open_image(record.image, settings.max_pixels)
-        measured = Measured(*pixels.oriented_size(image), max(lengths))
+        image = open_image(record.image, settings.max_pixels)
+        measured = Measured(*oriented_size(image), max(lengths))
         if problem := _unwanted(record.columns, measured, min(lengths), settings):
             raise _Drop(problem)
     except (_Drop, BadImageError) as drop:
@@ -93,9 +93,10 @@ def convert(record: Record, settings: Settings, duplicate: str = "") -> Kept | D
         return Dropped(duplicate, checked.key, checked.measured)
     height, width, _ = checked.measured
     bucket = assign_bucket(height, width, _buckets(settings.image_size, settings.multiple, settings.bucket_aspect))
-    fits = (height, width) == bucket and pixels.is_plain(checked.image)
     try:
-        decoded = pixels.decode(checked.encoded, checked.image, None if fits else bucket)
+        fits = (height, width) == bucket and pixels.is_kept(checked.image)
+        twice = None if fits else (2 * bucket.height, 2 * bucket.width)  # enough for a sharp downscale
+        decoded = decode(checked.encoded, checked.image, twice)
     except BadImageError as error:
         return Dropped(str(error), checked.key, checked.measured)
     if not settings.single_colour and pixels.is_one_colour(decoded):

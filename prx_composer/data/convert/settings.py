@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prx_composer.data.decoding import MAX_PIXELS, PIXELS_OPENED
 from prx_composer.data.schema import RESERVED
 from prx_composer.errors import UserError
 from prx_composer.registry import nearest
@@ -58,7 +59,7 @@ class Settings:
     quality: int = 92
     chroma: str = "4:2:0"
     bucket_aspect: float = 2.0
-    max_pixels: int = 1 << 27
+    max_pixels: int = MAX_PIXELS
     min_side: int = 0
     max_aspect: float | None = None
     caption_chars: tuple[int, int | None] = (1, None)
@@ -88,6 +89,8 @@ class Settings:
         require(1 <= self.quality <= 100, f"--quality must lie in 1 to 100, not {self.quality}.")
         require(self.bucket_aspect >= 1, f"--bucket-aspect must be at least 1, not {self.bucket_aspect}.")
         require(self.max_aspect is None or self.max_aspect >= 1, f"--max-aspect must be at least 1, not {self.max_aspect}.")
+        opened = f"--max-pixels must lie in 1 to {PIXELS_OPENED}, not {self.max_pixels}: Pillow opens no larger image."
+        require(0 < self.max_pixels <= PIXELS_OPENED, opened)
         require(0 <= self.distance <= 16, f"--distance must lie in 0 to 16 bits, not {self.distance}.")
         require(self.limit is None or self.limit > 0, f"--limit must be positive, not {self.limit}.")
         require(self.split.isidentifier(), f"--split must be a plain name, not {self.split!r}.")

@@ -14,6 +14,7 @@ from prx_composer.data.convert.records import RESULT, Record
 from prx_composer.data.convert.sample import Dropped, Kept, convert
 from prx_composer.data.convert.settings import METADATA_TYPES, Settings
 from prx_composer.data.convert.tally import Tally
+from prx_composer.data.decoding import BadImageError, decode, open_image
 from prx_composer.data.schema import COLUMNS
 from prx_composer.files import sync
 
@@ -91,7 +92,7 @@ def _picture(pictures: list[str], dropped: Dropped, record: Record, settings: Se
     decoded = dropped.pixels
     if decoded is None:
         try:
-            decoded = pixels.decode(record.image, pixels.open_image(record.image, settings.max_pixels), None)
-        except pixels.BadImageError:
+            decoded = decode(record.image, open_image(record.image, settings.max_pixels))
+        except BadImageError:
             return
     pictures.append(base64.b64encode(pixels.thumbnail(decoded)).decode())
