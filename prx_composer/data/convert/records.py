@@ -20,12 +20,16 @@ class Record(NamedTuple):
         image: the encoded file; None if there is none.
         columns: everything else, by column name.
         problem: reason (see `reasons.py`) for which the source itself could not give the sample.
+        detail: what else is known of the problem, in words: the reader's own message, how many records a file promised.
+        image_column: the column (of a tar: the suffix) that the image came from.
     """
 
     key: str
     image: bytes | None
     columns: dict[str, Any]
     problem: str = ""
+    detail: str = ""
+    image_column: str = ""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Dropped(NamedTuple):
     key: str
     measured: Measured
     pixels: np.ndarray | None = None  # for the report, where they were decoded anyway
+    detail: str = ""  # what else is known, in words
 
 
 class Checked(NamedTuple):
@@ -56,7 +57,9 @@ class Checked(NamedTuple):
 
 
 class _Drop(Exception):
-    pass
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.detail = detail
 
 
 def check(record: Record, settings: Settings) -> Checked | Dropped:
@@ -64,7 +67,7 @@ def check(record: Record, settings: Settings) -> Checked | Dropped:
     key, measured = clean_key(record.key), Measured()
     try:
         if record.problem:
-            raise _Drop(record.problem)
+            raise _Drop(record.problem, record.detail)
         captions, filled = _captions(record.columns, settings)
         lengths = [len(text) for text in captions.values()]
         measured = Measured(caption_length=max(lengths))
@@ -76,7 +79,7 @@ def check(record: Record, settings: Settings) -> Checked | Dropped:
         if problem := _unwanted(record.columns, measured, min(lengths), settings):
             raise _Drop(problem)
     except (_Drop, BadImageError) as drop:
-        return Dropped(str(drop), key, measured)
+        return Dropped(str(drop), key, measured, detail=getattr(drop, "detail", ""))
     return Checked(key, record.image, image, captions, filled, metadata, measured)
 
 
@@ -98,7 +101,7 @@ def convert(record: Record, settings: Settings, duplicate: str = "") -> Kept | D
         twice = None if fits else (2 * bucket.height, 2 * bucket.width)  # enough for a sharp downscale
         decoded = decode(checked.encoded, checked.image, twice)
     except BadImageError as error:
-        return Dropped(str(error), checked.key, checked.measured)
+        return Dropped(str(error), checked.key, checked.measured, detail=getattr(error, "detail", ""))
     if not settings.single_colour and pixels.is_one_colour(decoded):
         return Dropped("single_colour", checked.key, checked.measured, decoded)
     encoded = checked.encoded

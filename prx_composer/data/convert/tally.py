@@ -4,11 +4,13 @@ import math
 from collections import Counter
 from typing import Any
 
-from prx_composer.data.convert.sample import Dropped, Kept, Measured
+from prx_composer.data.convert.sample import Dropped, Kept, Measured, clean_key
 
 __all__ = ["HISTOGRAMS", "Tally"]
 
-EXAMPLES = 5  # keys that are kept of every reason
+EXAMPLES = 5  # keys that are kept of every reason …
+FILES = 100  # … and of the one that stands for a whole file
+DETAIL = 300  # characters: messages of other libraries can be long
 HISTOGRAMS = {"size": 64, "log2_aspect": 0.25, "caption_length": 50}  # widths of their bins
 
 
@@ -32,7 +34,7 @@ class Tally:
         self._measure(outcome.measured)
         if isinstance(outcome, Dropped):
             self.dropped[outcome.reason] += 1
-            self._example(outcome.reason, outcome.key)
+            self._example(outcome.reason, outcome.key, outcome.detail)
             return
         height, width, _ = outcome.measured
         self.counts["kept"] += 1
@@ -49,10 +51,10 @@ class Tally:
         for name, value in values.items():
             self.histograms[name][str(math.floor(value / HISTOGRAMS[name]))] += 1
 
-    def _example(self, reason: str, key: str) -> None:
+    def _example(self, reason: str, key: str, detail: str = "") -> None:
         keys = self.examples.setdefault(reason, [])
-        if len(keys) < EXAMPLES:
-            keys.append(key)
+        if len(keys) < (FILES if reason == "damaged_input" else EXAMPLES):
+            keys.append(f"{key}: {clean_key(detail)[:DETAIL]}" if detail else key)
 
     def include(self, other: "Tally") -> None:
         """Adds what another unit counted."""
