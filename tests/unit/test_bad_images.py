@@ -5,9 +5,7 @@ import io
 import json
 import os
 import pickle
-import struct
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bad_pictures import POSTSCRIPT, animation, bomb
 from conversions import convert, encoded, jpeg, picture, rows, sample, settings, write_tar
 from PIL import Image, ImageCms
 from streaming import MDSWriter
@@ -42,22 +41,6 @@ def shown(kept: Kept | Dropped) -> np.ndarray:
     assert isinstance(kept, Kept)
     return np.asarray(Image.open(io.BytesIO(kept.row["image"])).convert("RGB")).astype(int)
 
-
-def bomb() -> bytes:
-    """A valid PNG of 40,000 x 40,000 pixels in a few kilobytes: 4.8 GB when decoded."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b"")
-
-
-def animation() -> bytes:
-    return encoded(picture(64, 64), "GIF", save_all=True, append_images=[picture(64, 64, 1)])
-
-
-POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(/tmp/owned) (w) file closefile showpage\n"
 
 DROPPED: dict[str, tuple[Callable[[], Any], str]] = {
     "zero bytes": (lambda: b"", "empty_file"),

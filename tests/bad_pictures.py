@@ -1,0 +1,108 @@
+"""Rows of the table of bad input that are about one image, its caption and its metadata; see `bad_input.py`."""
+
+import struct
+import zlib
+
+import numpy as np
+from bad_input import GOOD, Case, picture
+from conversions import encoded, jpeg
+from conversions import picture as drawn
+from PIL import Image, ImageCms
+
+from prx_composer.data.convert.records import Record
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(/tmp/owned) (w) file closefile showpage\n"
+
+
+def bomb() -> bytes:
+    """A valid PNG of 40,000 x 40,000 pixels in a few kilobytes: 4.8 GB when decoded."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b"")
+
+
+def animation(kind: str = "GIF") -> bytes:
+    return encoded(drawn(64, 64), kind, save_all=True, append_images=[drawn(64, 64, 1)])
+
+
+def _clear() -> bytes:
+    image = drawn(100, 100)
+    image.putalpha(100)
+    return encoded(image, "PNG")
+
+
+def _turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(drawn(100, 100), exif=exif)
+
+
+def _ramp() -> bytes:
+    return encoded(Image.fromarray(np.tile(np.linspace(0, 65535, 128).astype(np.uint16), (128, 1))), "PNG")
+
+
+LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+
+CASES: dict[str, list[Case]] = {
+    "zero-byte image": [picture(lambda: b"", "empty_file")],
+    "wrong suffix": [picture(lambda: encoded(drawn(100, 100), "WEBP"))],
+    "HTML, PostScript, PSD and other formats": [
+        picture(lambda: b"<html>404 not found</html>", "not_an_image"),
+        picture(lambda: POSTSCRIPT, "not_an_image"),
+        picture(lambda: b"8BPS\0\1" + bytes(200), "not_an_image"),
+    ],
+    "decompression bomb: pixels by the header above `--max-pixels` (134 million)": [picture(bomb, "too_many_pixels")],
+    "truncated or broken image": [
+        picture(lambda: GOOD[: len(GOOD) // 2], "truncated_image"),
+        picture(lambda: encoded(drawn(100, 100), "PNG")[:-400], "truncated_image"),
+    ],
+    "animated GIF, WebP or PNG, TIFF of several pages": [
+        *(picture(lambda kind=kind: animation(kind), "animated") for kind in ("GIF", "WEBP", "PNG", "TIFF"))
+    ],
+    "EXIF rotation or mirroring": [
+        picture(_turned),
+        picture(lambda: encoded(drawn(100, 100), exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")),
+    ],
+    "CMYK": [picture(lambda: encoded(drawn(100, 100).convert("CMYK")))],
+    "palette, grey, two-level": [
+        *(picture(lambda mode=mode: encoded(drawn(100, 100).convert(mode), "PNG")) for mode in ("P", "L", "1"))
+    ],
+    "transparency": [picture(_clear)],
+    "16 bits": [picture(_ramp)],
+    "floating-point, Lab and HSV pixels": [
+        picture(lambda: encoded(Image.new("F", (80, 80), 0.5), "TIFF"), "unsupported_pixels"),
+        picture(lambda: encoded(Image.new("LAB", (80, 80)), "TIFF"), "unsupported_pixels"),
+    ],
+    "colour profile other than sRGB": [
+        *(picture(lambda icc=icc: encoded(drawn(100, 100), icc_profile=icc)) for icc in (LAB, b"not a profile"))
+    ],
+    "image smaller than its bucket": [picture(lambda: jpeg(20, 20))],
+    "image of one colour": [
+        picture(lambda: encoded(Image.new("RGB", (100, 100), "red")), "single_colour"),
+        picture(lambda: encoded(Image.new("RGB", (100, 100), "red")), single_colour=True),
+    ],
+    "caption missing, NaN, empty, a number": [
+        *(picture(lambda: GOOD, "no_caption", caption) for caption in (None, float("nan"), " \n", 7)),
+        Case(
+            lambda _: [Record("key", GOOD, {"long": "a long one"})],
+            ("a long one",),
+            options={"captions": {"short": "short", "long": "long"}},
+        ),
+    ],
+    "caption not UTF-8, or half a surrogate pair": [
+        *(picture(lambda: GOOD, "caption_not_utf8", caption) for caption in (b"caf\xe9 on a table", "half a \ud83d pair"))
+    ],
+    "metadata NaN or missing": [
+        *(picture(lambda: GOOD, metadata={"score": ("score", kind)}) for kind in ("float", "str")),
+        picture(lambda: GOOD, "metadata", metadata={"score": ("score", "int")}),
+        picture(lambda: GOOD, "metadata", columns={"score": float("nan")}, metadata={"score": ("score", "int")}),
+    ],
+    "metadata of another type": [
+        picture(lambda: GOOD, "metadata", columns={"score": "much"}, metadata={"score": ("score", "float")}),
+        picture(lambda: GOOD, "metadata", columns={"score": 2**70}, metadata={"score": ("score", "int")}),
+        picture(lambda: GOOD, "metadata", columns={"score": "\ud800"}, metadata={"score": ("score", "str")}),
+    ],
+}
