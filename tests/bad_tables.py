@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bad_archives import cut, tar
+from bad_archives import tar
 from bad_input import GOOD, Case
 from conversions import jpeg, sample
 from streaming import MDSWriter
@@ -61,9 +61,7 @@ def with_pickle(folder: Path) -> None:
 
 
 CASES: dict[str, list[Case]] = {
-    "truncated or broken tar, gzip, parquet, arrow file or shard; a missing shard; no tar at all": [
-        Case(cut(lambda members: members[4].offset_data + 100), ("0", "1"), {"damaged_input": 1}),
-        Case(cut(lambda members: members[4].offset + 100), ("0", "1"), {"damaged_input": 1}),
+    "truncated or broken parquet, arrow file or shard; a missing shard": [
         parquet("b.parquet", b"PAR1 but not really PAR1"),
         parquet("b.arrow", b"ARROW1 but not really"),
         Case(without_first_shard, ("1",), {"damaged_input": 1}, source="mds"),

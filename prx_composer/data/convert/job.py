@@ -82,6 +82,8 @@ def convert(
 def check_columns(settings: Settings, source: Source, units: list[Unit]) -> None:
     """Raises UserError if a column that the settings name is not there."""
     columns = source.columns(units)
+    if not columns:
+        return  # nothing of the beginning can be read: what is wrong with it is said at the end
     wanted = [("--caption", column) for column in settings.captions.values()]
     wanted += [("--metadata", column) for column, _ in settings.metadata.values()]
     for option, column in wanted:

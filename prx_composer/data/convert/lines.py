@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
-from prx_composer.data.convert.records import Record, Unit
+from prx_composer.data.convert.records import Passed, Record, Unit
 from prx_composer.data.convert.settings import Settings
 from prx_composer.data.convert.tables import IMAGE_NAMES, image_inside
 from prx_composer.data.convert.webdataset import peek
@@ -29,6 +29,7 @@ class Lines:
 
     def __init__(self, settings: Settings):
         self._settings = settings
+        self.passed = Passed()
 
     def plan(self) -> list[Unit]:
         files = [f for f in list_files(self._settings.input, self._settings.include) if f[0].endswith((".jsonl", ".ndjson"))]

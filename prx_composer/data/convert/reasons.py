@@ -5,6 +5,8 @@ from prx_composer.data.decoding import IMAGE_REASONS
 REASONS = {
     "damaged_input": "a file of the input ends early or is broken: what was readable before is kept (counted once per file)",
     "unreadable_record": "a line, JSON member or row that is not what it should be",
+    "same_name_twice": "members of a tar with the same name: which image belongs to which text is not known",
+    "several_images": "a sample of a tar with several images: --image says which",
     "no_image": "no image with the record, or the file it names is not there",
     "outside_input": "the record names a file outside of the input folder: it is not opened",
     "file_too_large": "an encoded image or text above 256 MiB: it is not read",

@@ -32,6 +32,14 @@ class Record(NamedTuple):
     image_column: str = ""
 
 
+class Passed(dict[str, list[Any]]):
+    """What was seen and is no record: kind → how many, and the name of the first."""
+
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        entry = self.setdefault(kind, [0, example])
+        entry[0] += count
+
+
 @dataclass(frozen=True)
 class Unit:
     """A part of the input.
@@ -63,7 +71,13 @@ class Job:
 
 
 class Source(Protocol):
-    """A kind of input."""
+    """A kind of input.
+
+    Attributes:
+        passed: what `read` has come upon that is no record.
+    """
+
+    passed: Passed
 
     def plan(self) -> list[Unit]:
         """The work units, from names and headers alone."""

@@ -79,7 +79,8 @@ def check(record: Record, settings: Settings) -> Checked | Dropped:
         if problem := _unwanted(record.columns, measured, min(lengths), settings):
             raise _Drop(problem)
     except (_Drop, BadImageError) as drop:
-        return Dropped(str(drop), key, measured, detail=getattr(drop, "detail", ""))
+        known = record.detail if str(drop) in ("no_image", "no_caption") else ""
+        return Dropped(str(drop), key, measured, detail=getattr(drop, "detail", "") or known)
     return Checked(key, record.image, image, captions, filled, metadata, measured)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prx_composer.data.convert.records import MAX_FILE_BYTES, Record, Unit, is_damage
+from prx_composer.data.convert.records import MAX_FILE_BYTES, Passed, Record, Unit, is_damage
 from prx_composer.data.convert.settings import Settings
 from prx_composer.data.convert.tables import IMAGE_NAMES
 from prx_composer.data.mds import RawShard, encodings_of
@@ -29,6 +29,7 @@ class Shards:
 
     def __init__(self, settings: Settings):
         self._settings = settings
+        self.passed = Passed()
         self._indexes: dict[str, list[dict[str, Any]]] = {}
 
     def plan(self) -> list[Unit]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prx_composer.data.convert.expressions import input_columns
-from prx_composer.data.convert.records import MAX_FILE_BYTES, Record, Unit, is_damage
+from prx_composer.data.convert.records import MAX_FILE_BYTES, Passed, Record, Unit, is_damage
 from prx_composer.data.convert.settings import Settings
 from prx_composer.data.storage import fetch, is_remote, list_files
 from prx_composer.errors import UserError
@@ -30,6 +30,7 @@ class Tables:
 
     def __init__(self, settings: Settings):
         self._settings = settings
+        self.passed = Passed()
         self._image: str | None = settings.image
 
     def plan(self) -> list[Unit]:

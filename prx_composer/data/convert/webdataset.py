@@ -1,21 +1,25 @@
 """WebDataset tars: the members `KEY.jpg`, `KEY.txt`, `KEY.json` of one key are a sample. One tar is one work unit.
 
-Nothing is extracted: members are read in order as a stream, their names only tell what belongs together.
+Nothing is extracted: names only tell what belongs together. The rules, which lose no member without a count:
+
+- The key ends at the first dot of the file's name, as in the webdataset library. Where that would make one sample of several
+  (`cat.jpg`, `cat.txt`, `cat.v2.jpg`, `cat.v2.txt`), which is where a longer name has both an image and something else, it ends
+  at the last dot, unless an option names a suffix of several parts that is there (`--image left.jpg`).
+- Members of one key that lie apart (all images first, then all texts) are brought together.
+- A name that comes twice is two samples, if each time it is a whole one; else nobody knows what belongs to what.
 """
 
-import bz2
-import contextlib
-import gzip
 import itertools
 import json
-import lzma
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
-from prx_composer.data.convert.records import MAX_FILE_BYTES, Record, Unit, is_damage
+from prx_composer.data.convert.archives import SUFFIXES, members, open_tar
+from prx_composer.data.convert.expressions import input_columns
+from prx_composer.data.convert.records import MAX_FILE_BYTES, Passed, Record, Unit, is_damage
 from prx_composer.data.convert.settings import Settings
 from prx_composer.data.storage import fetch, list_files
 from prx_composer.errors import UserError
@@ -23,9 +27,32 @@ from prx_composer.errors import UserError
 __all__ = ["WebDataset"]
 
 IMAGES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "img", "image"])
-SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DAMAGED = "\0"  # as a key, which no member can have
 PEEKED = 50  # records that say which columns there are
+
+
+class Part(NamedTuple):
+    """A member that belongs to a sample.
+
+    Args:
+        suffix: in lower case; of the key DAMAGED: what is wrong.
+    """
+
+    key: str
+    suffix: str
+    tar: Any
+    info: Any
+
+    @property
+    def is_image(self) -> bool:
+        return self.suffix.rpartition(".")[2] in IMAGES
+
+    def read(self) -> bytes | None:
+        """The content; None if it is too large. Raises tarfile.ReadError if the file ends before."""
+        if self.info.size > MAX_FILE_BYTES:
+            return None
+        file = self.tar.extractfile(self.info)
+        return b"" if file is None else file.read()
 
 
 class WebDataset:
@@ -33,100 +60,178 @@ class WebDataset:
 
     def __init__(self, settings: Settings):
         self._settings = settings
+        self.passed = Passed()
+        named = input_columns(settings) | ({settings.image} if settings.image else set())
+        self._suffixes = {name.lower() for name in named if "." in name}
 
     def plan(self) -> list[Unit]:
-        files = [name for name, _ in list_files(self._settings.input, self._settings.include) if name.endswith(SUFFIXES)]
+        listed = list_files(self._settings.input, self._settings.include)
+        files = [name for name, _ in listed if name.lower().endswith(SUFFIXES)]
         if not files:
             raise UserError(f"--input: no {', '.join(SUFFIXES)} file in {self._settings.input}.")
         return [Unit(number, name, 0, 0) for number, name in enumerate(files)]
 
     def columns(self, units: list[Unit]) -> list[str]:
+        first = list(itertools.islice(itertools.chain.from_iterable(map(self.read, units)), PEEKED))
+        if first and all(record.problem == "several_images" for record in first):
+            raise UserError(f"--image: say which one is meant. In {first[0].key} there are {first[0].detail}.")
         return peek(self, units)
 
     def read(self, unit: Unit) -> Iterator[Record]:
-        with tempfile.TemporaryDirectory(prefix="prx-convert.") as folder:
+        label = Path(unit.path).name
+        with tempfile.TemporaryDirectory(prefix="prx-convert.") as folder, tempfile.TemporaryDirectory(dir=folder) as aside:
             path = fetch(unit.path, Path(folder))
-            label = Path(unit.path).name
-            for key, parts in itertools.groupby(_members(path), key=lambda part: part[0]):
-                if key == DAMAGED:
-                    yield Record(label, None, {}, "damaged_input")
-                else:
-                    yield self._record(f"{label}/{key}", [part[1:] for part in parts])
+            with open_tar(path, Path(aside)) as (file, problem):
+                apart, samples = _apart(file), 0
+                for key, run in itertools.groupby(_parts(file, label, self.passed), key=lambda part: part.key):
+                    if key == DAMAGED:
+                        problem = problem or next(run).suffix
+                        continue
+                    runs = apart[key] if key in apart else [list(run)]
+                    if key in apart:
+                        apart[key] = []  # it comes once, at its first place
+                    for record in self._records(label, key, runs):
+                        samples += 1
+                        yield record
+            if problem:
+                yield Record(label, None, {}, "damaged_input", f"{problem} ({samples} samples were read)")
 
-    def _record(self, key: str, parts: list[tuple[str, bytes | None]]) -> Record:
-        image, columns, problem = None, dict[str, Any](), ""
-        for suffix, content in parts:
-            wanted = self._settings.image in (None, suffix)
+    def _records(self, label: str, key: str, runs: list[list[Part]]) -> Iterator[Record]:
+        """The samples of one key up to the first dot, from all places where it stands."""
+        if not runs:
+            return
+        for stem, some in _by_stem(key, runs, self._suffixes).items():
+            samples = _samples(some)
+            if samples is not None:
+                yield from filter(None, (self._record(f"{label}/{stem}", parts) for parts in samples))
+                continue
+            names = [part.suffix for run in some for part in run]
+            twice = {name: names.count(name) for name in names if names.count(name) > 1}
+            detail = ", ".join(f"{stem}.{name} {count} times" for name, count in twice.items())
+            for _ in range(max(twice.values())):
+                yield Record(f"{label}/{stem}", None, {}, "same_name_twice", detail)
+
+    def _record(self, key: str, parts: list[Part]) -> Record | None:
+        """None if the tar ends within its first member."""
+        images = _images(parts, self._settings.image)
+        columns: dict[str, Any] = {}
+        mapping: dict[str, Any] = {}
+        problem = detail = ""
+        image, whole = None, 0
+        for part in parts:
+            if part.is_image and part not in images[:1]:
+                whole += 1
+                if len(images) == 1:
+                    self.passed.add("further image of a sample", f"{key}: {part.suffix}")
+                continue
+            try:
+                content = part.read()
+            except tarfile.ReadError:
+                continue  # its end comes as damage of the whole file
+            whole += 1
             if content is None:
-                problem = "file_too_large"
-            elif suffix in IMAGES and wanted and image is None:
+                problem, detail = "file_too_large", f"{part.info.name}, {part.info.size:,} bytes"
+            elif part in images:
                 image = content
-            elif suffix == "json":
+            elif part.suffix == "json":
                 try:
                     value = json.loads(content)
-                except (ValueError, RecursionError):
-                    problem = "unreadable_record"
+                except (ValueError, RecursionError) as error:
+                    problem, detail = "unreadable_record", f"{part.info.name}: {error}"
                 else:
-                    columns |= value if isinstance(value, dict) else {"json": value}
+                    mapping = value if isinstance(value, dict) else {"json": value}
             else:
-                columns[suffix] = content
-        return Record(key, image, columns, problem)
+                columns[part.suffix] = content
+        if len(images) > 1 and not problem:
+            image, problem = None, "several_images"
+            detail = f"{', '.join(part.suffix for part in images)}; --image {images[0].suffix} takes that one"
+        if not whole:
+            return None
+        detail = detail or f"its members are {', '.join(part.suffix for part in parts)}"
+        return Record(key, image, mapping | columns, problem, detail, images[0].suffix if images else "")
+
+
+def _images(parts: list[Part], wanted: str | None) -> list[Part]:
+    """The members that may be a sample's image: one, if it is clear which."""
+    if wanted is not None:
+        wanted = wanted.lower()
+        exactly = [part for part in parts if part.suffix == wanted]
+        return exactly or [part for part in parts if part.is_image and part.suffix.endswith(f".{wanted}")]
+    images = [part for part in parts if part.is_image]
+    return [part for part in images if "." not in part.suffix] or images  # 1.jpg is it, and 1.mask.png is something about it
+
+
+def _by_stem(key: str, runs: list[list[Part]], suffixes: set[str]) -> dict[str, list[list[Part]]]:
+    """The runs by key, which ends at the first dot or, where that makes one sample of several, at the last."""
+    kinds: dict[str, set[bool]] = {}
+    for part in itertools.chain.from_iterable(runs):
+        stem, dot, _ = part.suffix.rpartition(".")
+        if part.suffix in suffixes:
+            return {key: runs}
+        if dot:
+            kinds.setdefault(stem, set()).add(part.is_image)
+    if {True, False} not in kinds.values():
+        return {key: runs}
+    found: dict[str, list[list[Part]]] = {}
+    for run in runs:
+        split: dict[str, list[Part]] = {}
+        for part in run:
+            stem, dot, suffix = part.suffix.rpartition(".")
+            split.setdefault(f"{key}.{stem}" if dot else key, []).append(part._replace(suffix=suffix))
+        for name, parts in split.items():
+            found.setdefault(name, []).append(parts)
+    return found
+
+
+def _samples(runs: list[list[Part]]) -> list[list[Part]] | None:
+    """The samples of one key: one, or one for each place where it stands; None if nobody can tell what belongs together."""
+    every = [part for run in runs for part in run]
+    if len({part.suffix for part in every}) == len(every):
+        return [every]
+    for run in runs:
+        if len({part.suffix for part in run}) < len(run) or {part.is_image for part in run} != {True, False}:
+            return None
+    return runs
+
+
+def _parts(file: BinaryIO, label: str, passed: Passed) -> Iterator[Part]:
+    """Every regular member that has a key and a suffix, at last the key DAMAGED if the tar does not end where it should."""
+    try:
+        for tar, member in members(file):
+            folder, slash, name = member.name.rpartition("/")
+            stem, dot, suffix = name.partition(".")
+            if member.isdir():
+                continue
+            if not member.isreg():
+                passed.add("link or device in a tar", f"{label}/{member.name}")  # which could lead out
+            elif not stem:
+                passed.add("hidden member of a tar", f"{label}/{member.name}")
+            elif not dot:
+                passed.add("member of a tar without a suffix", f"{label}/{member.name}")
+            else:
+                yield Part(folder + slash + stem, suffix.lower(), tar, member)
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        yield Part(DAMAGED, str(error), None, None)
+
+
+def _apart(file: BinaryIO) -> dict[str, list[list[Part]]]:
+    """The parts of every key whose members lie in several places, by place. Reads headers alone."""
+    seen, again, last = set[int](), set[int](), DAMAGED
+    for part in _parts(file, "", Passed()):
+        if part.key != last:
+            (again if hash(part.key) in seen else seen).add(hash(part.key))  # numbers, as a tar may have millions of names
+            last = part.key
+    found: dict[str, list[list[Part]]] = {}
+    if again:
+        for key, run in itertools.groupby(_parts(file, "", Passed()), key=lambda part: part.key):
+            if hash(key) in again and key != DAMAGED:
+                found.setdefault(key, []).append(list(run))
+    return found
 
 
 def peek(source: Any, units: list[Unit]) -> list[str]:
     """The columns of the first records, for inputs that don't name them elsewhere."""
-    first = itertools.islice(itertools.chain.from_iterable(map(source.read, units)), PEEKED)
+    first: Iterable[Record] = itertools.islice(itertools.chain.from_iterable(map(source.read, units)), PEEKED)
     return sorted({str(column) for record in first for column in record.columns})
-
-
-def _members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
-    """Key, lower-case suffix and content of every regular file; the content of one that is too large is None.
-
-    Ends with the key DAMAGED if the archive does not end where it should.
-    """
-    compressed = _opener(path)
-    try:
-        with contextlib.ExitStack() as stack:
-            if compressed is None:
-                tar: Any = stack.enter_context(tarfile.open(path, "r:"))
-            else:
-                stream = stack.enter_context(compressed(path, "rb"))
-                tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # or it would keep them all
-                if not member.isreg():
-                    continue  # folders, and links or devices, which could lead out
-                folder, slash, name = member.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
-                if not stem or not dot:
-                    continue
-                content = None
-                if member.size <= MAX_FILE_BYTES:
-                    file = tar.extractfile(member)
-                    content = b"" if file is None else file.read()
-                yield folder + slash + stem, suffix.lower(), content
-            if compressed is not None:
-                while stream.read(1 << 20):  # pyright: ignore[reportPossiblyUnboundVariable]
-                    pass  # to its checksum
-            elif not _ends(path, tar.offset):
-                yield DAMAGED, "", None
-    except Exception as error:
-        if not is_damage(error):
-            raise
-        yield DAMAGED, "", None
-
-
-def _opener(path: Path) -> Callable[[Path, str], Any] | None:
-    """What decompresses the file; None for a plain one."""
-    with path.open("rb") as file:
-        start = file.read(6)
-    openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-    return next((opener for magic, opener in openers.items() if start.startswith(magic)), None)
-
-
-def _ends(path: Path, offset: int) -> bool:
-    """Whether a plain archive ends there. tarfile takes a broken header for the end."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        rest = file.read(tarfile.BLOCKSIZE)
-    return not rest.strip(b"\0") and path.stat().st_size % tarfile.BLOCKSIZE == 0
