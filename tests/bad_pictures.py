@@ -92,7 +92,7 @@ CASES: dict[str, list[Case]] = {
             options={"captions": {"short": "short", "long": "long"}},
         ),
     ],
-    "caption not UTF-8, or half a surrogate pair": [
+    "caption not UTF-8, or half a surrogate pair, nested or not": [
         *(picture(lambda: GOOD, "caption_not_utf8", caption) for caption in (b"caf\xe9 on a table", "half a \ud83d pair"))
     ],
     "metadata NaN or missing": [

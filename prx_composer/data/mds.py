@@ -19,6 +19,14 @@ def encodings_of(shard: dict[str, Any]) -> dict[str, str]:
     return dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
 
 
+def _is_whole(folder: str, raw: dict[str, Any]) -> bool:
+    """Whether the uncompressed file of a compressed shard lies there: a `StreamingDataset` leaves only that in its cache."""
+    if is_remote(folder):
+        return False
+    path = Path(folder) / raw["basename"]
+    return path.is_file() and path.stat().st_size == raw["bytes"]
+
+
 class RawShard:
     """The samples of one shard as bytes, by column.
 
@@ -34,23 +42,27 @@ class RawShard:
 
     def __init__(self, folder: str, shard: dict[str, Any], cache: Path):
         self._names, self._fixed = shard["column_names"], shard["column_sizes"]
-        zipped = shard.get("zip_data")
-        self._file = (zipped or shard["raw_data"])["basename"]
-        if self._file.startswith("/") or ".." in self._file.split("/"):
-            raise ValueError(f"{self._file} leads out of {folder}")
-        path = fetch(join(folder, self._file), cache)
-        if not is_remote(folder) and not path.resolve().is_relative_to(Path(folder).resolve()):
-            raise ValueError(f"{self._file} leads out of {folder}")
-        if zipped:
+        raw, zipped = shard["raw_data"], shard.get("zip_data")
+        if zipped and not _is_whole(folder, raw):
             from streaming.base.compression import decompress
 
+            path = self._fetch(folder, zipped["basename"], cache)
             self._content = np.frombuffer(decompress(shard["compression"], path.read_bytes()), np.uint8)
         else:
-            self._content = np.asarray(np.memmap(path, mode="r"))
+            self._content = np.asarray(np.memmap(self._fetch(folder, raw["basename"], cache), mode="r"))
         self._count = int(shard["samples"])
         if len(self._content) < 4 * (self._count + 2):
             raise ValueError(f"{self._file} ends early")
         self._offsets = self._content[4 : 4 * (self._count + 2)].view(np.uint32)
+
+    def _fetch(self, folder: str, name: str, cache: Path) -> Path:
+        self._file = name
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{name} leads out of {folder}")
+        path = fetch(join(folder, name), cache)
+        if not is_remote(folder) and not path.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"{name} leads out of {folder}")
+        return path
 
     def __len__(self) -> int:
         return self._count

@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 from prx_composer.errors import UserError
 
-__all__ = ["download", "fetch", "is_remote", "join", "list_files", "remote_keys", "upload"]
+__all__ = ["download", "fetch", "is_included", "is_remote", "join", "list_files", "relative_name", "remote_keys", "upload"]
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,21 @@ def upload(folder: Path, remote: str, names: list[str]) -> None:
         shutil.rmtree(uploader.local, ignore_errors=True)
 
 
+def is_included(path: str, include: str) -> bool:
+    """Whether a pattern takes a file: one without `/` by its name, one with `/` by its path below the folder."""
+    return fnmatch.fnmatch(path if "/" in include else path.rpartition("/")[2], include)
+
+
+def relative_name(file: str, folder: str) -> str:
+    """Path of a file below a folder, as `list_files` names both; its name, if the folder is the file itself."""
+    return file.removeprefix(folder).lstrip("/") or file.rpartition("/")[2]
+
+
 def list_files(folder: str, include: str = "*") -> list[tuple[str, int | None]]:
     """Every file below a folder, hidden ones aside, with its size in bytes where that is known; sorted. A file is itself.
+
+    Args:
+        include: pattern of those that are wanted; see `is_included`.
 
     Raises:
         UserError: there is no such folder, or the remote store cannot be listed.
@@ -91,13 +104,14 @@ def list_files(folder: str, include: str = "*") -> list[tuple[str, int | None]]:
         if not root.is_dir():
             raise UserError(f"--input: there is no {folder}.")
         paths = [p for p in sorted(root.rglob("*")) if not any(part.startswith(".") for part in p.relative_to(root).parts)]
-        return [(str(p), p.stat().st_size) for p in paths if p.is_file() and fnmatch.fnmatch(p.name, include)]
+        wanted = (p for p in paths if p.is_file() and is_included(p.relative_to(root).as_posix(), include))
+        return [(str(p), p.stat().st_size) for p in wanted]
     base, path = urlparse(folder), urlparse(folder).path.strip("/")
     names = []
     for key in remote_keys(folder):
         below = key[len(path) :].lstrip("/")
         visible = not any(part.startswith(".") for part in below.split("/"))
-        if (key == path or key.startswith(f"{path}/") or not path) and visible and fnmatch.fnmatch(Path(key).name, include):
+        if (key == path or key.startswith(f"{path}/") or not path) and visible and is_included(below or Path(key).name, include):
             names.append((f"{base.scheme}://{base.netloc}/{key}", None))
     return sorted(names)
 

@@ -1,6 +1,7 @@
 """The same samples come out of every kind of input."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from streaming import MDSWriter
 
 from prx_composer.data.convert.settings import parse_captions, parse_metadata
 from prx_composer.data.convert.sources import open_source
+from prx_composer.data.convert.splits import split_of
+from prx_composer.errors import UserError
 
 
 def as_tar(folder: Path, data: list[dict[str, Any]]) -> dict[str, Any]:
@@ -106,6 +109,7 @@ def test_cutting_lines_loses_and_repeats_none(tmp_path: Path) -> None:
 
 def test_nested_columns_and_renamed_captions(tmp_path: Path) -> None:
     members = sample("0", jpeg(64, 64), "plain", meta={"texts": ["first", "second"], "n": 7})
+    members += sample("1", jpeg(64, 64, 1), "plain", meta={"texts": ["first", "second"], "n": 7, "who": "someone"})
     captions = parse_captions(["txt", "long=meta.texts.1"])
     convert(
         "webdataset",
@@ -114,8 +118,8 @@ def test_nested_columns_and_renamed_captions(tmp_path: Path) -> None:
         captions=captions,
         metadata=parse_metadata(["n=meta.n:int", "who=meta.who:str"]),
     )
-    row = rows(tmp_path / "out")[0]
-    assert (row["txt"], row["long"], row["n"], row["who"]) == ("plain", "second", 7, "")
+    row, other = rows(tmp_path / "out")
+    assert (row["txt"], row["long"], row["n"], row["who"]) == ("plain", "second", 7, "") and other["who"] == "someone"
     manifest = json.loads((tmp_path / "out" / "train" / "manifest.json").read_text())
     assert manifest["captions"] == ["txt", "long"] and manifest["metadata"] == {"n": "int", "who": "str"}
 
@@ -125,3 +129,37 @@ def test_a_limit_takes_the_first_samples(tmp_path: Path) -> None:
     statistics = convert("webdataset", tmp_path / "in", tmp_path / "out", limit=11)
     assert {row["caption"] for row in rows(tmp_path / "out")} == {f"caption {i}" for i in range(11)}
     assert statistics["counts"]["read"] == 11
+
+
+LAYOUTS = [
+    ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"),
+    ("train.parquet", "validation.parquet", "test.parquet"),
+    ("my_train_file.parquet", "my_dev_file.parquet"),
+    ("train/0.parquet", "train/1.parquet", "validation/0.parquet"),
+    ("data/training/0.parquet", "data/eval/0.parquet"),
+    ("a/train_0.parquet", "b/val_0.parquet"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[0])
+def test_splits_are_told_apart_as_datasets_does_and_each_is_taken_by_the_option_that_the_message_names(
+    tmp_path: Path, layout: tuple[str, ...]
+) -> None:
+    for name in layout:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": [b"x"], "txt": [name]}), tmp_path / name)
+    patterns = datasets.data_files.get_data_patterns(str(tmp_path))
+    theirs = datasets.data_files.DataFilesDict.from_patterns(patterns, base_path=str(tmp_path))
+    expected = {split: {str(Path(file).relative_to(tmp_path)) for file in files} for split, files in theirs.items()}
+    ours: dict[str, set[str]] = {}
+    for name in layout:
+        found = split_of(name)
+        assert found is not None
+        ours.setdefault(found.split, set()).add(name)
+    assert ours == expected
+    with pytest.raises(UserError, match="holds several splits") as refused:
+        open_source(settings("parquet", tmp_path)).plan()
+    options = re.findall("--include '([^']*)'", str(refused.value))
+    taken = [{unit.path for unit in open_source(settings("parquet", tmp_path, include=option)).plan()} for option in options]
+    assert taken[:-1] == [{str(tmp_path / name) for name in expected[split]} for split in sorted(expected)]
+    assert taken[-1] == {str(tmp_path / name) for name in layout}

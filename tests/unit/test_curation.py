@@ -97,7 +97,7 @@ def test_filters_leave_out_what_they_say_and_count_it(tmp_path: Path) -> None:
 )
 def test_an_expression_that_is_more_than_one_is_refused(where: str) -> None:
     with pytest.raises(UserError, match="--where"):
-        check_where(where, ["score"])
+        check_where(where)
 
 
 def test_an_expression_cannot_take_forever_or_all_memory() -> None:

@@ -29,13 +29,13 @@ def _names(where: str) -> list[str]:
 def input_columns(settings: Settings) -> set[str]:
     """The columns of the input that the settings use, the image aside."""
     names = {*settings.captions.values(), *(column for column, _ in settings.metadata.values())}
-    return names | set(_names(settings.where) if settings.where else [])
+    return names | ({*_names(settings.where)} - {*MEASURED} if settings.where else set())
 
 
-def check_where(where: str, columns: list[str]) -> None:
-    """Raises UserError if the expression is none, or names what isn't there."""
+def check_where(where: str) -> None:
+    """Raises UserError if the expression is none, or more than one."""
     try:
-        names = _names(where)
+        _names(where)
     except (InvalidExpression, SyntaxError, ValueError, RecursionError) as error:
         raise UserError(f"--where {where!r}: {error}") from error
     for node in ast.walk(_parse(where)):
@@ -44,9 +44,6 @@ def check_where(where: str, columns: list[str]) -> None:
         if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS):
             called = ast.unparse(node.func)
             raise UserError(f"--where: there is no function {called!r}.{nearest(called, list(FUNCTIONS))}")
-    for name in names:
-        if name not in columns and name not in MEASURED:
-            raise UserError(f"--where: there is no column {name!r}.{nearest(name, [*columns, *MEASURED])}")
 
 
 def is_wanted(where: str, columns: Mapping[str, Any]) -> bool | None:

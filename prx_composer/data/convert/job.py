@@ -9,7 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.convert import engine
+from prx_composer.data.convert import columns, engine
+from prx_composer.data.convert.expressions import MEASURED, check_where
 from prx_composer.data.convert.output import STATS, Output, open_output
 from prx_composer.data.convert.reasons import REASONS
 from prx_composer.data.convert.records import Job, Source, Unit
@@ -58,10 +59,10 @@ def convert(
             _compare(json.loads(stored)["settings"], settings, output)
         source = open_source(settings)
         units = source.plan()
-        check_columns(settings, source, units)
+        seen = check_columns(settings, source, units)
         engine.prepare(on, workers)
         units = _planned(store, stored, settings, source, units)
-        job = Job(settings, output)
+        job = Job(dataclasses.replace(settings, image=seen.image or settings.image), output)
 
         def run(function: str, tasks: list[tuple[Any, ...]], done: int, what: str) -> None:
             with tqdm(total=done + len(tasks), initial=done, desc=what, unit="unit", disable=not progress) as bar:
@@ -76,23 +77,35 @@ def convert(
         there = store.names("units")
         tasks = [(job, unit, duplicates[unit.number]) for unit in units if unit.name not in there]
         run("convert_unit", tasks, len(there), "Converting")
-        return _finish(store, units, settings)
+        return _finish(store, units, settings, source.notes())
 
 
-def check_columns(settings: Settings, source: Source, units: list[Unit]) -> None:
-    """Raises UserError if a column that the settings name is not there."""
-    columns = source.columns(units)
-    if not columns:
-        return  # nothing of the beginning can be read: what is wrong with it is said at the end
-    wanted = [("--caption", column) for column in settings.captions.values()]
-    wanted += [("--metadata", column) for column, _ in settings.metadata.values()]
-    for option, column in wanted:
-        if column not in columns and column.partition(".")[0] not in columns:
-            raise UserError(f"{option}: there is no column {column!r} in {settings.input}.{nearest(column, columns)}")
+def check_columns(settings: Settings, source: Source, units: list[Unit]) -> columns.Seen:
+    """Raises UserError if a column that the settings name is not there; says so, if it may still come."""
     if settings.where:
-        from prx_composer.data.convert.expressions import check_where
+        check_where(settings.where)
+    seen = source.columns(units)
+    if not seen.names:
+        return seen  # nothing of the beginning can be read: what is wrong with it is said at the end
+    for option, column in columns.options_of(settings):
+        if column in seen.missing:
+            missing = f"{option}: there is no column {column!r} in"
+            there = nearest(column, [*seen.names, *(MEASURED if option == "--where" else ())])
+            if seen.whole:
+                raise UserError(f"{missing} {settings.input}.{there}")
+            log.warning("%s the first %s records. If no other has it, this will end so.%s", missing, seen.looked_at, there)
+    return seen
 
-        check_where(settings.where, columns)
+
+def _check_found(tally: Tally, settings: Settings) -> None:
+    """Raises UserError if no record at all had a column that the settings name."""
+    records = tally.counts["with_columns"]
+    for option, column in columns.options_of(settings):
+        if records and settings.limit is None and not tally.columns[column]:
+            raise UserError(
+                f"{option}: none of the {records} records that could be read in {settings.input} has a column {column!r}. "
+                f"Nothing was put in place; name another column, and a new --output."
+            )
 
 
 def _compare(stored: dict[str, Any], settings: Settings, output: str) -> None:
@@ -126,7 +139,7 @@ def _decide(store: Output, units: list[Unit], settings: Settings) -> list[dict[i
     return decide([load_hashes(content) for content in contents if content is not None], settings)
 
 
-def _finish(store: Output, units: list[Unit], settings: Settings) -> dict[str, Any]:
+def _finish(store: Output, units: list[Unit], settings: Settings, notes: list[str]) -> dict[str, Any]:
     """The indexes of all buckets, then the manifest. Order and content depend on the units alone."""
     tally, pictures = Tally(), dict[str, list[str]]()
     shards: dict[str, list[dict[str, Any]]] = {}
@@ -139,10 +152,12 @@ def _finish(store: Output, units: list[Unit], settings: Settings) -> dict[str, A
             for shard in written:
                 shard["raw_data"]["basename"] = f"{unit.name}/{shard['raw_data']['basename']}"
                 shards.setdefault(bucket, []).append(shard)
+    _check_found(tally, settings)
     if not shards:
         reasons = ", ".join(f"{reason} {count}" for reason, count in tally.dropped.most_common())
         raise UserError(f"--input: none of the {tally.counts['read']} samples of {settings.input} is left: {reasons}.")
-    stats = {"settings": settings.to_json(), **tally.to_json(), "pictures": pictures}
+    stats = {"settings": settings.to_json(), **tally.to_json(), "pictures": pictures, "notes": notes}
+    stats["asked"] = [column for _, column in columns.options_of(settings)]
     manifest = Manifest(
         settings.image_size,
         tuple(settings.captions),
@@ -170,4 +185,4 @@ def as_text(statistics: dict[str, Any]) -> str:
             lines.append(f"{counts[name]} {what}")
     for reason, count in sorted(dropped.items(), key=lambda item: -item[1]):
         lines.append(f"{count} left out: {reason} ({REASONS[reason]}), such as {statistics['examples'][reason][0]}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *columns.as_text(statistics), *statistics.get("notes", [])])

@@ -3,11 +3,12 @@
 from prx_composer.data.decoding import IMAGE_REASONS
 
 REASONS = {
-    "damaged_input": "a file of the input ends early or is broken: what was readable before is kept (counted once per file)",
-    "unreadable_record": "a line, JSON member or row that is not what it should be",
+    "damaged_input": "a file ends early or is broken: what was readable is kept (counted once per file, row group or shard)",
+    "unreadable_record": "a line, JSON member, row or value that is not what it should be",
     "same_name_twice": "members of a tar with the same name: which image belongs to which text is not known",
-    "several_images": "a sample of a tar with several images: --image says which",
+    "several_images": "a sample with several images: --image says which is meant",
     "no_image": "no image with the record, or the file it names is not there",
+    "url": "the image is an address, and nothing is downloaded: img2dataset does, and makes tars for --source webdataset",
     "outside_input": "the record names a file outside of the input folder: it is not opened",
     "file_too_large": "an encoded image or text above 256 MiB: it is not read",
     **IMAGE_REASONS,

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from prx_composer.data.convert.settings import Settings
 
-__all__ = ["MAX_FILE_BYTES", "RESULT", "Job", "Record", "Source", "Unit", "is_damage", "lookup"]
+if TYPE_CHECKING:
+    from prx_composer.data.convert.columns import Seen
+
+__all__ = ["MAX_FILE_BYTES", "RESULT", "Job", "Record", "Source", "Unit", "damaged", "has", "is_damage", "lookup"]
 
 RESULT = "unit.json"  # beside the shards of a unit
 MAX_FILE_BYTES = 1 << 28  # of one encoded image or text: what is larger is not read
@@ -83,8 +86,12 @@ class Source(Protocol):
         """The work units, from names and headers alone."""
         ...
 
-    def columns(self, units: list[Unit]) -> list[str]:
-        """Names of the columns that a record can be asked for."""
+    def columns(self, units: list[Unit]) -> "Seen":
+        """The columns that a record can be asked for."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What is to be said of the input when `plan` and `columns` were called: files that are passed over, and why."""
         ...
 
     def read(self, unit: Unit) -> Iterator[Record]:
@@ -105,6 +112,37 @@ def lookup(columns: dict[str, Any], name: str) -> Any:
         else:
             return None
     return value
+
+
+def has(columns: dict[str, Any], name: str) -> bool:
+    """Whether there is such a column, be it empty; see `lookup`. What is null may hold anything."""
+    if name in columns:
+        return True
+    value: Any = columns
+    for part in name.split("."):
+        if value is None:
+            return True
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return False
+    return True
+
+
+def damaged(label: str, error: Exception | str, read: int, promised: int | None) -> Record:
+    """The record that stands for all that could not be read of a file or of a part of it.
+
+    Args:
+        label: the file and the part.
+        error: the reader's own words.
+        read: records that could be read.
+        promised: how many there are by the file's own account; None if that is not known.
+    """
+    words = " ".join((error if isinstance(error, str) else f"{type(error).__name__}: {error}").split())[:200].rstrip(".")
+    of = "records were read, how many it promised is not known" if promised is None else f"of the {promised} records it promised"
+    return Record(label, None, {}, "damaged_input", f"{words}; {read} {of}" + (" were read" if promised is not None else ""))
 
 
 def is_damage(error: Exception) -> bool:

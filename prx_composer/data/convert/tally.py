@@ -2,8 +2,10 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
+from prx_composer.data.convert.records import Record, has
 from prx_composer.data.convert.sample import Dropped, Kept, Measured, clean_key
 
 __all__ = ["HISTOGRAMS", "Tally"]
@@ -26,8 +28,18 @@ class Tally:
         self.counts = Counter[str](content.get("counts", {}))
         self.dropped = Counter[str](content.get("dropped", {}))
         self.buckets = Counter[str](content.get("buckets", {}))
+        self.images = Counter[str](content.get("images", {}))  # records by the column that their image came from
+        self.columns = Counter[str](content.get("columns", {}))  # records that have a column, be it empty
         self.histograms = {name: Counter[str](content.get("histograms", {}).get(name, {})) for name in HISTOGRAMS}
         self.examples: dict[str, list[str]] = {reason: list(keys) for reason, keys in content.get("examples", {}).items()}
+
+    def see(self, record: Record, asked: Iterable[str]) -> None:
+        """Counts the columns of a record, those that the settings name; a record of none is not counted."""
+        if record.columns:
+            self.counts["with_columns"] += 1
+            self.columns.update(name for name in asked if has(record.columns, name))
+        if record.image is not None and record.image_column:
+            self.images[record.image_column] += 1
 
     def add(self, outcome: Kept | Dropped) -> None:
         self.counts["read"] += 1
@@ -61,6 +73,8 @@ class Tally:
         self.counts += other.counts
         self.dropped += other.dropped
         self.buckets += other.buckets
+        self.images += other.images
+        self.columns += other.columns
         for name, histogram in other.histograms.items():
             self.histograms[name] += histogram
         for reason, keys in other.examples.items():
@@ -69,4 +83,5 @@ class Tally:
 
     def to_json(self) -> dict[str, Any]:
         content: dict[str, Any] = {"counts": dict(self.counts), "dropped": dict(self.dropped), "buckets": dict(self.buckets)}
+        content |= {"images": dict(self.images), "columns": dict(self.columns)}
         return content | {"histograms": {n: dict(h) for n, h in self.histograms.items()}, "examples": self.examples}

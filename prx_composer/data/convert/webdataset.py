@@ -13,14 +13,16 @@ import itertools
 import json
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from prx_composer.data.convert.archives import SUFFIXES, members, open_tar
+from prx_composer.data.convert.columns import PEEKED, Seen, look
 from prx_composer.data.convert.expressions import input_columns
 from prx_composer.data.convert.records import MAX_FILE_BYTES, Passed, Record, Unit, is_damage
 from prx_composer.data.convert.settings import Settings
+from prx_composer.data.convert.splits import one_split
 from prx_composer.data.storage import fetch, list_files
 from prx_composer.errors import UserError
 
@@ -28,7 +30,6 @@ __all__ = ["WebDataset"]
 
 IMAGES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "img", "image"])
 DAMAGED = "\0"  # as a key, which no member can have
-PEEKED = 50  # records that say which columns there are
 
 
 class Part(NamedTuple):
@@ -69,13 +70,17 @@ class WebDataset:
         files = [name for name, _ in listed if name.lower().endswith(SUFFIXES)]
         if not files:
             raise UserError(f"--input: no {', '.join(SUFFIXES)} file in {self._settings.input}.")
+        one_split(files, self._settings)
         return [Unit(number, name, 0, 0) for number, name in enumerate(files)]
 
-    def columns(self, units: list[Unit]) -> list[str]:
+    def columns(self, units: list[Unit]) -> Seen:
         first = list(itertools.islice(itertools.chain.from_iterable(map(self.read, units)), PEEKED))
         if first and all(record.problem == "several_images" for record in first):
             raise UserError(f"--image: say which one is meant. In {first[0].key} there are {first[0].detail}.")
-        return peek(self, units)
+        return look((record.columns for unit in units for record in self.read(unit)), self._settings)
+
+    def notes(self) -> list[str]:
+        return []
 
     def read(self, unit: Unit) -> Iterator[Record]:
         label = Path(unit.path).name
@@ -229,9 +234,3 @@ def _apart(file: BinaryIO) -> dict[str, list[list[Part]]]:
             if hash(key) in again and key != DAMAGED:
                 found.setdefault(key, []).append(list(run))
     return found
-
-
-def peek(source: Any, units: list[Unit]) -> list[str]:
-    """The columns of the first records, for inputs that don't name them elsewhere."""
-    first: Iterable[Record] = itertools.islice(itertools.chain.from_iterable(map(source.read, units)), PEEKED)
-    return sorted({str(column) for record in first for column in record.columns})

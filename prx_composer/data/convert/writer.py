@@ -10,6 +10,7 @@ from typing import Any
 from streaming import MDSWriter
 
 from prx_composer.data.convert import pixels
+from prx_composer.data.convert.expressions import input_columns
 from prx_composer.data.convert.records import RESULT, Record
 from prx_composer.data.convert.sample import Dropped, Kept, convert
 from prx_composer.data.convert.settings import METADATA_TYPES, Settings
@@ -51,7 +52,9 @@ def write_unit(
     """
     tally, pictures = Tally(), dict[str, list[str]]()
     writers: dict[str, BoundedWriter] = {}
+    asked = input_columns(settings)
     for number, record in enumerate(records):
+        tally.see(record, asked)
         outcome = convert(record, settings, duplicates.get(number, ""))
         tally.add(outcome)
         if isinstance(outcome, Dropped):
