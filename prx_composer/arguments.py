@@ -13,7 +13,7 @@ from prx_composer.registry import NESTED, Registry, nearest
 from prx_composer.schedule import Moment
 from prx_composer.signatures import constructor
 
-__all__ = ["check_arguments", "check_spec", "check_type", "entries", "hints_of", "split"]
+__all__ = ["check_arguments", "check_entries", "check_spec", "check_type", "entries", "hints_of", "split"]
 
 Spec = dict[str, Any]
 NONE: frozenset[str] = frozenset()
@@ -27,6 +27,15 @@ def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]
         if not isinstance(arguments, dict | None) and arguments is not True:
             raise UserError(f"{kind}.{name} must be a mapping of arguments, or false to leave it out, not {arguments!r}.")
         yield name, arguments if isinstance(arguments, dict) else {}
+
+
+def check_entries(components: dict[str, Any], kind: str) -> None:
+    """Raises UserError for all that `entries` would refuse."""
+    problems = Problems()
+    for name, arguments in components.items():
+        with problems.noted():
+            list(entries({name: arguments}, kind))
+    problems.raise_any()
 
 
 def split(spec: Any, path: str) -> tuple[str, Spec]:

@@ -15,9 +15,9 @@ from prx_composer.errors import Problems, UserError, at_path
 from prx_composer.outlines import CannotTell, constants, outline
 from prx_composer.registry import nearest
 from prx_composer.schedule import BUDGET, Moment, Point, names_budget, parse_duration
-from prx_composer.sizes import batch_problems, downsampling_of, image_size_problems, stages_of
+from prx_composer.sizes import batch_problems, downsampling_of, image_size_problems
 
-__all__ = ["check_parallelism", "component_problems", "first_look", "precisions", "setting_problems", "time_problems"]
+__all__ = ["argument_problems", "check_parallelism", "first_look", "precisions", "setting_problems"]
 
 Values = Mapping[str, Any]
 
@@ -43,14 +43,19 @@ def first_look(values: Values, num_ranks: int) -> list[str]:
         values: keys of a recipe whose values are of the right type; others may be left out.
     """
     readable = not values.get("code_paths")  # which may add components, and put others in the place of ours
-    problems = component_problems(values, imports=False) if readable else []
-    problems += time_problems(values) + setting_problems(values, num_ranks)
-    problems += batch_problems(values, stages_of(values, num_ranks), num_ranks)
-    return list(dict.fromkeys(problems + (_image_sizes(values, num_ranks) if readable else [])))
+    problems = argument_problems(values, imports=False) if readable else _time_problems(values)
+    problems += setting_problems(values, num_ranks) + batch_problems(values, num_ranks)
+    return list(dict.fromkeys(problems + (_image_sizes(values) if readable else [])))
 
 
-def component_problems(values: Values, imports: bool = True) -> list[str]:
-    """Names and arguments of every component; what the program supplies counts as given."""
+def argument_problems(values: Values, imports: bool = True) -> list[str]:
+    """Names and arguments of every component, and times; what the program supplies counts as given."""
+    found = _component_problems(values, imports)
+    said = {problem.partition(": ")[0] for problem in found}  # a number for a time is of a wrong type, and no time either
+    return found + [problem for problem in _time_problems(values) if problem.partition(": ")[0] not in said]
+
+
+def _component_problems(values: Values, imports: bool) -> list[str]:
     problems = Problems()
     for components, key, provided, also in (
         (registry.models, "model", frozenset({"seed"}), frozenset({"init_from"})),
@@ -81,8 +86,10 @@ def component_problems(values: Values, imports: bool = True) -> list[str]:
 def _check_sources(spec: dict[str, Any], key: str, imports: bool) -> None:
     if spec.get("name") != "image_caption":
         return
-    with at_path(key):
+    try:
         found = data_sets(spec)
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from error
     problems = Problems()
     for where, part in found.items():
         if where and part.get("source"):
@@ -91,7 +98,7 @@ def _check_sources(spec: dict[str, Any], key: str, imports: bool) -> None:
     problems.raise_any()
 
 
-def time_problems(values: Values) -> list[str]:
+def _time_problems(values: Values) -> list[str]:
     """Durations and intervals, and the budget."""
     problems = Problems()
     for path, time in _times(values):
@@ -149,7 +156,9 @@ def _check_time(text: Any, path: str) -> None:
 
 def _check_time_budget(values: Values) -> None:
     """The budget is a time, and without one nothing is a part of it."""
-    budget = values.get("time_budget")
+    if "time_budget" not in values:
+        return
+    budget = values["time_budget"]
     if budget is not None:
         with at_path("time_budget"):
             if parse_duration(budget) <= 0:
@@ -235,7 +244,7 @@ def _settable() -> list[str]:
         return []
 
 
-def _image_sizes(values: Values, num_ranks: int) -> list[str]:
+def _image_sizes(values: Values) -> list[str]:
     """Image sizes that don't divide into patches, where the recipe alone tells the patches' size."""
     model = values.get("model", {})
     backbone, autoencoder = model.get("backbone"), model.get("autoencoder") or {"name": "pixels"}
@@ -251,4 +260,4 @@ def _image_sizes(values: Values, num_ranks: int) -> list[str]:
         downsampling = downsampling_of(config)
     if not isinstance(patch_size, int) or patch_size < 1 or downsampling is None:
         return []
-    return image_size_problems(stages_of(values, num_ranks), patch_size, downsampling)
+    return image_size_problems(values, patch_size, downsampling)

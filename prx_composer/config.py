@@ -19,8 +19,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prx_composer.arguments import check_arguments, check_type, entries, hints_of, split
-from prx_composer.checks import component_problems, first_look, time_problems
+from prx_composer.arguments import check_arguments, check_entries, check_type, entries, hints_of, split
+from prx_composer.checks import argument_problems, first_look
 from prx_composer.errors import Problems, UserError, raise_all
 from prx_composer.registry import NESTED, Registry, nearest
 from prx_composer.signatures import constructor
@@ -99,13 +99,15 @@ def load(arguments: list[str], num_ranks: int = 1) -> Recipe:
     hints = typing.get_type_hints(Recipe)
     problems = Problems()
     values = {name: _default(f) for name, f in fields.items() if name not in merged and _has_default(f)}
-    for key in map(str, merged):
+    keys = [str(key) for key in merged]
+    problems.found.extend(f"{key}: no such key in a recipe.{nearest(key, list(fields))}" for key in keys if key not in fields)
+    for key in (key for key in keys if key in fields):
         with problems.noted():
-            if key not in fields:
-                raise UserError(f"{key}: no such key in a recipe.{nearest(key, list(fields))}")
             value = _resolved(merged, key)
             check_type(value, hints[key], key, _EXAMPLES.get(key, fields[key].default))
             values[key] = value
+            if key in ("algorithms", "callbacks", "loggers"):
+                check_entries(value, key)
     missing = [name for name, f in fields.items() if name not in merged and not _has_default(f)]
     if missing:
         problems.found.append(
@@ -190,7 +192,8 @@ def _set(merged: Any, argument: str) -> Any:
     key, _, text = argument.partition("=")
     parent, _, last = key.rpartition(".")
     try:
-        value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)  # "${…}" stays as it is
+        value = parsed["value"]
         below = OmegaConf.select(merged, parent) if parent else merged
         if isinstance(below, DictConfig) and last in below:
             _drop_replaced(below, OmegaConf.create({last: value}))
@@ -241,7 +244,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: naming every path that is wrong.
     """
-    raise_all(component_problems(vars(recipe)) + time_problems(vars(recipe)))
+    raise_all(argument_problems(vars(recipe)))
 
 
 def build(components: Registry, name: str, arguments: Spec, path: str, **provided: Any) -> Any:

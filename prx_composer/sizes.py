@@ -1,51 +1,24 @@
 """Batches that must divide over ranks and into microbatches, and image sizes that must divide into patches."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 from prx_composer.errors import Problems, UserError
 
-__all__ = ["StageSizes", "batch_problems", "check_batch_sizes", "downsampling_of", "image_size_problems", "stages_of"]
+__all__ = ["batch_problems", "check_batch_sizes", "downsampling_of", "image_size_problems", "stages_of"]
 
 STAGES = "algorithms.progressive_resolution.stages"
 
 
-@dataclass(frozen=True)
-class StageSizes:
-    """What of a stage must divide.
-
-    Args:
-        path: what comes before `image_size` and its like in the YAML path.
-        image_size: side of the square whose area the images have.
-        global_batch_size, microbatch_size: images per step over all ranks, and per forward pass of one.
-    """
-
-    path: str
-    image_size: int
-    global_batch_size: int
-    microbatch_size: int
-
-
-def stages_of(values: Mapping[str, Any], num_ranks: int) -> list[StageSizes]:
-    """The sizes that the loader begins with, then those of the stages, as far as they are numbers."""
+def stages_of(values: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Path and keys of what the loader begins with, and of every stage."""
     spec = values.get("algorithms", {}).get("progressive_resolution")
     listed = spec.get("stages") if isinstance(spec, dict) else None
-    found = [("", values), *((f"{STAGES}[{i}].", s) for i, s in enumerate(listed if isinstance(listed, list) else []))]
-    sizes = [_sizes(path, given, num_ranks) for path, given in found if isinstance(given, Mapping)]
-    return [size for size in sizes if size is not None]
+    stages = [(f"{STAGES}[{index}].", stage) for index, stage in enumerate(listed if isinstance(listed, list) else [])]
+    return [("", values), *((path, stage) for path, stage in stages if isinstance(stage, Mapping))]
 
 
-def _sizes(path: str, given: Mapping[str, Any], num_ranks: int) -> StageSizes | None:
-    image_size, batch, micro = (
-        given.get(key) for key in ("image_size", "global_train_batch_size", "device_train_microbatch_size")
-    )
-    if not _is_count(image_size) or not _is_count(batch) or not (micro is None or _is_count(micro)):
-        return None  # said by who checks types
-    return StageSizes(path, image_size, batch, max(batch // num_ranks, 1) if micro is None else micro)
-
-
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -67,12 +40,15 @@ def check_batch_sizes(path: str, global_batch_size: int, microbatch_size: int, n
         )
 
 
-def batch_problems(values: Mapping[str, Any], stages: Sequence[StageSizes], num_ranks: int) -> list[str]:
-    """What doesn't divide, of training and of evaluation."""
+def batch_problems(values: Mapping[str, Any], num_ranks: int) -> list[str]:
+    """What doesn't divide, of training and of evaluation; what is no number is left to who checks types."""
     problems = Problems()
-    for stage in stages:
-        with problems.noted():
-            check_batch_sizes(stage.path, stage.global_batch_size, stage.microbatch_size, num_ranks)
+    for path, stage in stages_of(values):
+        batch, microbatch = stage.get("global_train_batch_size"), stage.get("device_train_microbatch_size")
+        if _is_count(batch):
+            microbatch = max(batch // num_ranks, 1) if microbatch is None else microbatch
+            with problems.noted():
+                check_batch_sizes(path, batch, microbatch if _is_count(microbatch) else 1, num_ranks)
     size = values.get("global_eval_batch_size") or values.get("global_train_batch_size")
     if values.get("eval_loader") is not None and size is not None:
         with problems.noted():
@@ -80,15 +56,16 @@ def batch_problems(values: Mapping[str, Any], stages: Sequence[StageSizes], num_
     return list(dict.fromkeys(problems.found))
 
 
-def image_size_problems(stages: Sequence[StageSizes], patch_size: int, downsampling: int) -> list[str]:
+def image_size_problems(values: Mapping[str, Any], patch_size: int, downsampling: int) -> list[str]:
     """Image sizes that the model cannot cut into patches."""
     multiple = patch_size * downsampling
     by = f" × autoencoder downsampling {downsampling}" if downsampling > 1 else ""
+    sizes = [(path, stage.get("image_size")) for path, stage in stages_of(values)]
     return [
-        f"{stage.path}image_size: {stage.image_size} is not divisible by model.backbone.patch_size {patch_size}{by}; "
-        f"try {max(round(stage.image_size / multiple), 1) * multiple}."
-        for stage in stages
-        if stage.image_size < 1 or stage.image_size % multiple
+        f"{path}image_size: {size} is not divisible by model.backbone.patch_size {patch_size}{by}; "
+        f"try {max(round(size / multiple), 1) * multiple}."
+        for path, size in sizes
+        if _is_count(size) and (size < 1 or size % multiple)
     ]
 
 

@@ -17,20 +17,27 @@ from prx_composer.models.backbone import PRXBackbone
 from prx_composer.parallelism import parallelism
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped
 from prx_composer.schedule import ScheduleWindow
-from prx_composer.sizes import StageSizes, batch_problems, downsampling_of, image_size_problems, stages_of
+from prx_composer.sizes import batch_problems, downsampling_of, image_size_problems
 
 __all__ = ["Parts", "PlannedStage", "check_callbacks", "examine", "planned_stages"]
 
 
 @dataclass(frozen=True)
-class PlannedStage(StageSizes):
+class PlannedStage:
     """A span of the run with one image size and one batch.
 
     Args:
+        path: what comes before `image_size` and its like in the YAML path.
+        image_size: side of the square whose area the images have.
+        global_batch_size, microbatch_size: images per step over all ranks, and per forward pass of one.
         num_ranks: that share a batch.
         window: from when to when it lasts.
     """
 
+    path: str
+    image_size: int
+    global_batch_size: int
+    microbatch_size: int
     num_ranks: int
     window: ScheduleWindow
 
@@ -116,7 +123,7 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Parts]:
     else:
         results.append(skipped("stages", "they could not be built"))
     results.extend(_check_batches(recipe, parts.stages, num_ranks))
-    results.extend(_check_image_sizes(recipe, parts, num_ranks))
+    results.extend(_check_image_sizes(recipe, parts))
     return list(dict.fromkeys(results)), parts
 
 
@@ -194,7 +201,7 @@ def _check_fit(recipe: Recipe, parts: Parts, num_ranks: int) -> Iterator[Result]
 
 
 def _check_batches(recipe: Recipe, stages: list[PlannedStage], num_ranks: int) -> Iterator[Result]:
-    problems = batch_problems(vars(recipe), stages_of(vars(recipe), num_ranks), num_ranks)
+    problems = batch_problems(vars(recipe), num_ranks)
     yield from map(failed, problems)
     if not problems and stages:
         shares = [f"{s.global_batch_size} = {s.device_batch_size // s.microbatch_size} × {s.microbatch_size}" for s in stages]
@@ -202,7 +209,7 @@ def _check_batches(recipe: Recipe, stages: list[PlannedStage], num_ranks: int) -
         yield passed("batches divide into microbatches", ", ".join(share + ranks for share in dict.fromkeys(shares)))
 
 
-def _check_image_sizes(recipe: Recipe, parts: Parts, num_ranks: int) -> Iterator[Result]:
+def _check_image_sizes(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     if not isinstance(parts.backbone, PRXBackbone):
         if parts.backbone is not None:
             yield skipped("image sizes", "the backbone is not of this package")
@@ -212,7 +219,7 @@ def _check_image_sizes(recipe: Recipe, parts: Parts, num_ranks: int) -> Iterator
         yield skipped("image sizes", "what the autoencoder divides them by is known only from its weights")
         return
     parts.multiple = patch_size * downsampling
-    problems = image_size_problems(stages_of(vars(recipe), num_ranks), patch_size, downsampling)
+    problems = image_size_problems(vars(recipe), patch_size, downsampling)
     yield from map(failed, problems)
     if not problems and parts.stages:
         of = ", ".join(str(size) for size in sorted({stage.image_size for stage in parts.stages}))
