@@ -43,23 +43,15 @@ def check(
     """Check a recipe before it costs anything: names, sizes, weights, data, disk, loggers, GPUs, and a step of every stage.
 
     One line per check: ✓ right, ! worth knowing, ✗ to be mended, – not checked here. The exit code is 1 if there is a ✗, else 0.
+    What the recipe itself tells comes within a second; with --config-only a mistake in it ends the check there.
     Nothing is written, downloaded or trained. train.py makes the same checks when it starts.
     """
-    from prx_composer import config
-    from prx_composer.errors import UserError, problems_of
-    from prx_composer.preflight import check_config, check_recipe
-    from prx_composer.preflight.result import failed
+    from prx_composer.start import check_lines
 
-    try:
-        loaded = config.load(recipe)
-    except UserError as error:
-        results = map(failed, problems_of(error))
-    else:
-        results = check_config(loaded, ranks) if config_only else check_recipe(loaded, ranks, step=not no_step)
-    wrong = 0
-    for result in results:
-        typer.echo(str(result))
-        wrong += result.mark == "✗"
+    wrong = False
+    for line in check_lines(recipe, ranks, config_only, step=not no_step):
+        typer.echo(line)
+        wrong = wrong or line.startswith("✗")
     if wrong:
         raise typer.Exit(1)
 

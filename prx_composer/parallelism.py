@@ -10,14 +10,10 @@ from typing import Any
 
 from composer.utils import FSDP2Config, ParallelismConfig
 
+from prx_composer.checks import check_parallelism
 from prx_composer.errors import UserError
-from prx_composer.registry import nearest
 
 __all__ = ["HybridConfig", "parallelism"]
-
-# Without load_monolith_rank0_only: it wraps the model after loading, when algorithms have taken hold of its parameters.
-# The mesh follows from `shard_degree`: Composer makes it.
-_NOT_OURS = frozenset({"device_mesh", "load_monolith_rank0_only"})
 
 
 @dataclass
@@ -52,22 +48,9 @@ def parallelism(config: dict[str, Any] | None, num_ranks: int, on_gpu: bool = Tr
     """
     if config is None:
         return None
-    path = "parallelism_config"
-    if unknown := config.keys() - {"fsdp"}:
-        raise UserError(f"{path}.{min(unknown)}: only fsdp is supported.")
+    check_parallelism(config, num_ranks)
     arguments = config.get("fsdp") or {}
-    if not isinstance(arguments, dict):
-        raise UserError(f"{path}.fsdp must be a mapping of arguments, such as {{}}, not {arguments!r}.")
-    allowed = HybridConfig.settable_attrs() - _NOT_OURS
-    for key in arguments:
-        if key not in allowed:
-            raise UserError(f"{path}.fsdp.{key}: no such argument.{nearest(key, sorted(allowed))}")
-    degree = arguments.get("shard_degree", -1)
-    if not isinstance(degree, int) or isinstance(degree, bool) or (degree != -1 and (degree < 1 or num_ranks % degree)):
-        fitting = ", ".join(str(d) for d in range(1, num_ranks + 1) if num_ranks % d == 0)
-        raise UserError(
-            f"{path}.fsdp.shard_degree: {degree!r} must divide the {num_ranks} ranks ({fitting}), or be -1 for all of them."
-        )
+    degree, path = arguments.get("shard_degree", -1), "parallelism_config"
     if degree not in (-1, num_ranks) and not on_gpu:
         raise UserError(
             f"{path}.fsdp.shard_degree: replicas of shards need GPUs (gloo averages over no replicas); on {num_ranks} CPU "

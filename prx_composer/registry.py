@@ -7,13 +7,17 @@ class Mine(composer.Algorithm): ...
 """
 
 import difflib
+import functools
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import catalogue
 
 from prx_composer.errors import UserError
+from prx_composer.foundry.lookup import INSTALL, foundry_component, foundry_names, is_installed
+from prx_composer.outlines import CannotTell, outline
 
 __all__ = ["Registry", "nearest"]
 
@@ -25,6 +29,13 @@ def nearest(name: str, allowed: list[str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Allowed: {', '.join(sorted(allowed))}."
+
+
+@functools.cache
+def _entry_points() -> dict[str, frozenset[str]]:
+    """Group → names, of all that is installed; nothing is loaded."""
+    found = importlib.metadata.entry_points()
+    return {group: frozenset(found.select(group=group).names) for group in found.groups if group.startswith("prx_composer_")}
 
 
 class Registry:
@@ -47,7 +58,8 @@ class Registry:
         return self._added.register(name)
 
     def names(self) -> list[str]:
-        return sorted({*self.builtin, *self._added.get_all()})
+        registered = catalogue.Registry(("prx_composer", self.kind)).get_all()
+        return sorted({*self.builtin, *registered, *self._entry_points()})
 
     def get(self, name: str, path: str) -> Any:
         """The class of that name. Raises UserError, naming the YAML path and the nearest name, if there is none."""
@@ -61,9 +73,30 @@ class Registry:
             raise UserError(f"{missing}.{nearest(name, self.names())}")
         return self._of_foundry(name, f"{missing}.{nearest(name, self.names())}")
 
-    def _of_foundry(self, name: str, missing: str) -> Any:
-        from prx_composer.foundry.lookup import INSTALL, foundry_component, foundry_names, is_installed
+    def described(self, name: str, path: str, imports: bool = True) -> Any:
+        """What has the same constructor as the class of that name: the class, or its outline where nothing is to be imported.
 
+        Raises:
+            UserError: as `get`.
+            CannotTell: it can't be known without importing something.
+        """
+        if imports or self._was_registered(name):
+            return self.get(name, path)
+        if name in self._entry_points():
+            raise CannotTell(f"{name} is another package's")
+        if name in self.builtin:
+            return outline(*self.builtin[name].split(":"))
+        if self._foundry and is_installed():
+            raise CannotTell(f"llm-foundry may have {name}")
+        return self.get(name, path)
+
+    def _was_registered(self, name: str) -> bool:
+        return catalogue.check_exists("prx_composer", self.kind, name)
+
+    def _entry_points(self) -> frozenset[str]:
+        return _entry_points().get(f"prx_composer_{self.kind}", frozenset())
+
+    def _of_foundry(self, name: str, missing: str) -> Any:
         if not is_installed():
             raise UserError(f"{missing} llm-foundry's {self.kind} can be named too, but it isn't installed: {INSTALL}")
         try:

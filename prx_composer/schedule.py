@@ -1,33 +1,46 @@
 """Points and spans of training time: in Composer's units, in hours of training, or as a part of the time budget."""
 
+from __future__ import annotations
+
 import math
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from composer.core import State, TimeUnit
-
-from prx_composer.callbacks.clock import TrainingClock, clock_of
 from prx_composer.errors import UserError
+
+if TYPE_CHECKING:  # a recipe's times are checked before Composer is imported
+    from composer.core import State
+
+    from prx_composer.callbacks.clock import TrainingClock
 
 __all__ = ["Moment", "Point", "ScheduleWindow", "count_after_step", "duration_string", "names_budget", "parse_duration"]
 
 BUDGET, SECONDS = "budget", "sec"
-_NUMBER = r"(\d+(?:\.\d*)?(?:e\d+)?|\.\d+)"
-_DURATION = re.compile(rf"(?:{_NUMBER}h)?(?:{_NUMBER}m)?(?:{_NUMBER}s(?:ec)?)?")
+BATCH, EPOCH, DURATION, TOKEN = "ba", "ep", "dur", "tok"  # Composer's TimeUnits
+_NUMBER = r"(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)"
+_UNITS = {86400: "d|days?", 3600: "h|hrs?|hours?", 60: "m|mins?|minutes?", 1: "s|secs?|seconds?"}
+_DURATION = re.compile(r" ?".join(rf"(?:{_NUMBER} ?(?:{names}))?" for names in _UNITS.values()), re.IGNORECASE)
 _COUNT = re.compile(rf"{_NUMBER} ?(iter|ep|ba|sp|tok|dur|budget)", re.IGNORECASE)
 
 
 def parse_duration(text: str) -> float:
-    """ "24h", "90m", "1h30m", "1.5h", "86400s" or "86400sec" → seconds.
+    """ "3d", "24h", "90m", "1h30m", "1.5h", "86400s", "86400sec", "2 hours", "1d 12h" → seconds.
 
     Raises:
         ValueError: anything else, and nothing at all.
     """
-    match = _DURATION.fullmatch(text.strip())
+    text = str(text).strip()
+    match = _DURATION.fullmatch(text)
     if match is None or not match[0]:
-        raise ValueError(f"{text!r} is no duration such as 24h, 90m, 1h30m or 86400s.")
-    hours, minutes, seconds = (float(number or 0) for number in match.groups())
-    return 3600 * hours + 60 * minutes + seconds
+        raise ValueError(f"{text!r} is no duration such as 24h, 90m, 1h30m, 3d or 86400s.")
+    return sum(length * float(number or 0) for length, number in zip(_UNITS, match.groups(), strict=True))
+
+
+def for_composer(text: str) -> str:
+    """A time as Composer's `Time` takes it, which knows no days, and of the day no more than 23 hours."""
+    point = Point.parse(text)
+    return f"{math.ceil(point.value)}sec" if point.unit == SECONDS else point.text
 
 
 def duration_string(seconds: float) -> str:
@@ -55,9 +68,9 @@ class Point:
     text: str
 
     @classmethod
-    def parse(cls, text: str) -> "Point":
+    def parse(cls, text: str) -> Point:
         """Raises ValueError for what is no time."""
-        text = text.strip()
+        text = str(text).strip()
         match = _COUNT.fullmatch(text)
         if match is None:
             try:
@@ -68,15 +81,15 @@ class Point:
         value, unit = float(match[1]), match[2].lower()
         if unit == BUDGET and value > 1:
             raise ValueError(f"{text!r}: a part of the budget lies between 0 and 1, such as 0.83budget.")
-        if unit not in (BUDGET, TimeUnit.DURATION.value) and not value.is_integer():
+        if unit not in (BUDGET, DURATION) and not value.is_integer():
             raise ValueError(f"{text!r}: these are counted in whole numbers.")
         return cls(value, unit, text)
 
     @classmethod
-    def parse_interval(cls, text: str) -> "Point":
+    def parse_interval(cls, text: str) -> Point:
         """Raises ValueError for what nothing can be repeated at."""
         point = cls.parse(text)
-        if point.value <= 0 or point.unit in (BUDGET, TimeUnit.TOKEN.value):
+        if point.value <= 0 or point.unit in (BUDGET, TOKEN):
             raise ValueError(f"an interval must be a positive time such as 2000ba, 0.1dur or 30m, not {text}.")
         return point
 
@@ -86,7 +99,7 @@ class Point:
             return _budgeted_clock(state, self.text).fraction
         if self.unit == SECONDS:
             return _clock(state, self.text).elapsed if self.value else 0.0
-        if self.unit == TimeUnit.DURATION.value:
+        if self.unit == DURATION:
             elapsed = state.get_elapsed_duration()
             return -math.inf if elapsed is None else elapsed.value
         return state.timestamp.get(self.unit).value
@@ -97,9 +110,9 @@ class Point:
             return 1.0
         if self.unit in (BUDGET, SECONDS):
             done = self.reached(state)
-        elif self.unit == TimeUnit.DURATION.value:
+        elif self.unit == DURATION:
             assert state.max_duration is not None
-            done = count_after_step(state, state.max_duration.unit) / state.max_duration.value
+            done = count_after_step(state, state.max_duration.unit.value) / state.max_duration.value
         else:
             done = count_after_step(state, self.unit)
         return min(done / self.value, 1.0)
@@ -117,18 +130,20 @@ class Point:
         return (self.value - reached) * batches_per_unit * seconds_per_batch
 
 
-def count_after_step(state: State, unit: str | TimeUnit) -> float:
+def count_after_step(state: State, unit: str) -> float:
     """Batches, samples or (parts of) epochs at the end of the step in hand, whose `timestamp` is still that of its beginning."""
-    now, before, unit = state.timestamp, state.previous_timestamp, TimeUnit(unit)
+    now, before = state.timestamp, state.previous_timestamp
     count = now.get(unit).value
-    if unit == TimeUnit.BATCH:
+    if unit == BATCH:
         return count + 1
-    if unit == TimeUnit.EPOCH:
+    if unit == EPOCH:
         return count + (int(now.batch_in_epoch) + 1) / int(state.dataloader_len) if state.dataloader_len else count
     return count + max(count - before.get(unit).value, 0) if before is not None else count  # as many as in the step before
 
 
 def _clock(state: State, text: str) -> TrainingClock:
+    from prx_composer.callbacks.clock import clock_of
+
     try:
         return clock_of(state)
     except RuntimeError as error:
@@ -182,11 +197,11 @@ class Moment:
         """Whether it has come before the first step."""
         return any(point.value == 0 for point in self.points)
 
-    def surely_by(self, other: "Moment") -> bool:
+    def surely_by(self, other: Moment) -> bool:
         """Whether it is certain not to come later than `other`; points in different units can't be compared."""
         return self.is_beginning or all(any(_not_later(mine, theirs) for mine in self.points) for theirs in other.points)
 
-    def may_precede(self, other: "Moment") -> bool:
+    def may_precede(self, other: Moment) -> bool:
         """Whether it comes no later than `other` whenever the same unit decides about both."""
         return any(_not_later(mine, theirs) for mine in self.points for theirs in other.points)
 
@@ -229,9 +244,9 @@ class ScheduleWindow:
         """Whether it has neither a start nor an end."""
         return self.start.is_beginning and self.end is None
 
-    def is_disjoint_from(self, other: "ScheduleWindow") -> bool:
+    def is_disjoint_from(self, other: ScheduleWindow) -> bool:
         """Whether the two are certain never to be open at once; times in different units can't be compared."""
         return self._ends_before(other) or other._ends_before(self)
 
-    def _ends_before(self, other: "ScheduleWindow") -> bool:
+    def _ends_before(self, other: ScheduleWindow) -> bool:
         return self.end is not None and self.end.surely_by(other.start)

@@ -4,9 +4,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from composer.core import Callback
+from prx_composer.outlines import CannotTell, Foreign
 
 __all__ = ["constructor"]
+
+_CALLBACK = ("composer.core.callback", "Callback")  # by name, since its outline has the same
 
 
 def constructor(target: Any) -> Callable[..., Any]:
@@ -14,13 +16,18 @@ def constructor(target: Any) -> Callable[..., Any]:
 
     A constructor of `*args, **kwargs` alone that stands around another one, or that hands everything on to the class it
     inherits from, is looked through. Composer's Callback takes any arguments and drops them: it counts as one without.
+
+    Raises:
+        CannotTell: an outline whose constructor is that of a class which wasn't read.
     """
     if not inspect.isclass(target):
         return target
     open_ended = None
     for cls in target.__mro__:
-        if cls in (Callback, object):
+        if cls is object or (cls.__module__, cls.__qualname__) == _CALLBACK:
             break
+        if cls is Foreign:
+            raise CannotTell(f"the constructor of {target.__qualname__} is another package's")
         init = vars(cls).get("__init__")
         if init is None:
             continue

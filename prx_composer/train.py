@@ -2,9 +2,7 @@
 
 import inspect
 import logging
-import os
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,6 @@ from composer.utils import create_interval_scheduler, dist, get_device, reproduc
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer import config, environment, registry
-from prx_composer.algorithms.progressive_resolution import check_batch_sizes
 from prx_composer.callbacks.checkpointing import Checkpointing, due_every
 from prx_composer.callbacks.clock import ClockStop, TrainingClock, clock_of
 from prx_composer.callbacks.data_monitor import DataMonitor
@@ -23,6 +20,7 @@ from prx_composer.callbacks.random_step import RandomStep
 from prx_composer.callbacks.rehearsal import with_rehearsal
 from prx_composer.callbacks.time_budget import TimeBudget, time_budget_of
 from prx_composer.checkpoints import newest_checkpoint, newest_whole_checkpoint, without_new_callbacks
+from prx_composer.checks import precisions
 from prx_composer.config import Recipe, build, build_all, split
 from prx_composer.data.columns import check_text_column
 from prx_composer.data.latents import check_latent_column
@@ -37,7 +35,7 @@ from prx_composer.preflight import check_surroundings
 from prx_composer.preflight.data import check_data
 from prx_composer.preflight.gpus import check_gpus
 from prx_composer.preflight.recipe import examine
-from prx_composer.preflight.result import Result, require
+from prx_composer.preflight.result import Result, failed, require
 from prx_composer.preflight.step import remember_steps, try_steps_before_training
 from prx_composer.preparation import keep_tokenizer, make_data, read_manifests, trained_tokenizer
 from prx_composer.redaction import redacted
@@ -50,21 +48,22 @@ from prx_composer.run_folder import (
     save_recipe,
     summarise,
 )
-from prx_composer.schedule import duration_string, parse_duration
+from prx_composer.schedule import duration_string, for_composer, parse_duration
 from prx_composer.signatures import constructor
+from prx_composer.sizes import check_batch_sizes
+from prx_composer.start import main
 from prx_composer.trained.initial import initialise
 from prx_composer.trainer import Trainer
 
-__all__ = ["build_text_encoder", "build_tokenizer", "build_trainer", "main", "run"]
+__all__ = ["build_text_encoder", "build_tokenizer", "build_trainer", "main", "report", "run"]
 
 log = logging.getLogger(__name__)
 
 
-def main(arguments: list[str]) -> int:
-    """Runs what the command line names; returns the exit code. What is the user's to mend is said without a traceback."""
-    _set_up_logging()
+def report(recipe: Recipe) -> int:
+    """Trains a recipe and says how it ended; returns the exit code."""
     try:
-        summary = run(config.load(arguments))
+        summary = run(recipe)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)  # of every rank: another's may be the only one
         return 1
@@ -129,14 +128,14 @@ def build_trainer(recipe: Recipe) -> Trainer:
     """
     config.import_code(recipe.code_paths)
     results, parts = examine(recipe, dist.get_world_size())
+    device = get_device(None)
+    if device.name == "cpu" and recipe.precision in precisions() and recipe.precision != "fp32":
+        results.append(failed(f"precision: {recipe.precision} needs a GPU, and there is none here; use precision=fp32."))
     require(results)
     if recipe.preflight:
         _heed(check_gpus(recipe, dist.get_local_world_size(), dist.get_world_size()))
-    device = get_device(None)
     dist.initialize_dist(device, timeout=recipe.dist_timeout)
     microbatch_size = recipe.device_train_microbatch_size or recipe.global_train_batch_size // dist.get_world_size()
-    if device.name == "cpu" and recipe.precision != "fp32":
-        raise UserError(f"precision: {recipe.precision} needs a GPU, and there is none here; use precision=fp32.")
 
     folder = Path(recipe.run_folder)
     with _first_on_rank_zero():
@@ -290,7 +289,7 @@ def _build_evaluator(recipe: Recipe, model: TextToImage) -> Evaluator | None:
     check_batch_sizes("global_eval_batch_size as ", batch_size, batch_size // dist.get_world_size() or 1, dist.get_world_size())
     loader = _build_loader(recipe, "eval_loader", model, batch_size, shuffle=False)
     # The last evaluation comes with the last batch, not after FIT_END as Composer's: its metrics belong to that batch's line.
-    when = create_interval_scheduler(recipe.eval_interval, checkpoint_events=False, final_events={Event.BATCH_END})
+    when = create_interval_scheduler(for_composer(recipe.eval_interval), checkpoint_events=False, final_events={Event.BATCH_END})
     microbatch_size = batch_size // dist.get_world_size()
     return Evaluator(
         label="eval",
@@ -361,11 +360,3 @@ def _build_optimizer(recipe: Recipe, model: TextToImage) -> Any:
         return build(registry.optimizers, name, arguments, "optimizer", model=model)
     groups = parameter_groups(model, float(arguments.get("weight_decay", 0.0)))
     return build(registry.optimizers, name, arguments, "optimizer", params=groups)
-
-
-def _set_up_logging() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("prx_composer").setLevel(logging.INFO)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenisation happens in forked workers
-    # A pass that a resume leaves empty (see ProgressiveResolution) is not a data set without batches.
-    warnings.filterwarnings("ignore", message="No batches were trained for global rank")

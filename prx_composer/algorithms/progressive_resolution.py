@@ -11,8 +11,9 @@ from composer.utils import dist
 
 from prx_composer.errors import UserError, at_path
 from prx_composer.schedule import Moment
+from prx_composer.sizes import check_batch_sizes
 
-__all__ = ["ProgressiveResolution", "Stage", "StagedLoader", "check_batch_sizes"]
+__all__ = ["ProgressiveResolution", "Stage", "StagedLoader"]
 
 log = logging.getLogger(__name__)
 
@@ -54,24 +55,6 @@ class Stage:
     global_train_batch_size: int
     device_train_microbatch_size: int | None = None
     until: str | None = None
-
-
-def check_batch_sizes(path: str, global_batch_size: int, microbatch_size: int, num_ranks: int) -> None:
-    """Raises UserError, naming the YAML path, unless the batch divides into ranks and whole microbatches."""
-    if min(global_batch_size, microbatch_size) < 1:
-        raise UserError(f"{path}global_train_batch_size and device_train_microbatch_size must be at least 1.")
-    if global_batch_size % num_ranks:
-        raise UserError(
-            f"{path}global_train_batch_size: {global_batch_size} does not divide over {num_ranks} ranks; "
-            f"try {max(global_batch_size // num_ranks, 1) * num_ranks}."
-        )
-    device_batch_size = global_batch_size // num_ranks
-    if device_batch_size % microbatch_size:
-        fitting = max(d for d in range(1, microbatch_size + 1) if device_batch_size % d == 0)
-        raise UserError(
-            f"{path}device_train_microbatch_size: {microbatch_size} does not divide the device batch "
-            f"{global_batch_size} / {num_ranks} ranks = {device_batch_size}; try {fitting}."
-        )
 
 
 class ProgressiveResolution(Algorithm):

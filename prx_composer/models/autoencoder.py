@@ -1,14 +1,14 @@
 """Between uint8 images and what the backbone denoises: pixels themselves, or the latents of a frozen autoencoder."""
 
-from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from prx_composer.models.frozen import Frozen
+from prx_composer.sizes import downsampling_of
 
-__all__ = ["Autoencoder", "DiffusersAutoencoder", "Pixels", "downsampling_of"]
+__all__ = ["Autoencoder", "DiffusersAutoencoder", "Pixels"]
 
 
 class Autoencoder(Protocol):
@@ -32,12 +32,6 @@ def _to_unit_range(image: Tensor) -> Tensor:
 
 def _to_uint8(image: Tensor) -> Tensor:
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def downsampling_of(config: Mapping[str, Any]) -> int | None:
-    """Image side / latent side of a diffusers autoencoder; None if its configuration doesn't say."""
-    stages = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    return None if stages is None else 2 ** (len(stages) - 1)
 
 
 class Pixels:

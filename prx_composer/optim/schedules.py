@@ -21,7 +21,7 @@ DECAYS = {
 def run_progress(state: State) -> float:
     """Part of the run that is done after the step in hand: of `max_duration` or of the time budget, whichever is further."""
     assert state.max_duration is not None
-    done = count_after_step(state, state.max_duration.unit) / state.max_duration.value
+    done = count_after_step(state, state.max_duration.unit.value) / state.max_duration.value
     budget = time_budget_of(state)
     return min(max(done, budget.progress if budget is not None else 0.0), 1.0)
 

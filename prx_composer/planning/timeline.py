@@ -7,10 +7,11 @@ from typing import Any
 
 from composer.core import TimeUnit
 
-from prx_composer.algorithms.progressive_resolution import Stage, check_batch_sizes
+from prx_composer.algorithms.progressive_resolution import Stage
 from prx_composer.config import Recipe
 from prx_composer.errors import UserError
 from prx_composer.schedule import BUDGET, SECONDS, Moment, Point
+from prx_composer.sizes import check_batch_sizes
 
 __all__ = ["STAGES", "Span", "Timeline", "placeable", "stages", "timeline"]
 

@@ -28,7 +28,9 @@ def check_gpus(recipe: Recipe, local_ranks: int, num_ranks: int) -> Iterator[Res
         elif recipe.precision == "fp32":
             yield passed("GPUs", "none here; fp32 trains on the CPU too")
         else:
-            yield skipped(f"GPUs and precision {recipe.precision}", "there is no GPU here")
+            yield skipped(
+                f"GPUs and precision: {recipe.precision}", "there is no GPU here; train.py needs one, or precision=fp32"
+            )
         return
     count = torch.cuda.device_count()
     names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(index) for index in range(count)))

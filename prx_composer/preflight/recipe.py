@@ -5,17 +5,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from composer.core import Algorithm, Precision
+from composer.core import Algorithm
 
 from prx_composer import config, registry
 from prx_composer.algorithms.alignment import AlignmentAlgorithm
-from prx_composer.algorithms.progressive_resolution import ProgressiveResolution, check_batch_sizes
+from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
+from prx_composer.checks import setting_problems
 from prx_composer.config import Recipe, build, split
 from prx_composer.errors import Problems, UserError
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.parallelism import parallelism
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped
 from prx_composer.schedule import ScheduleWindow
+from prx_composer.sizes import batch_problems, downsampling_of, image_size_problems
 
 __all__ = ["Parts", "PlannedStage", "check_callbacks", "examine", "planned_stages"]
 
@@ -100,7 +102,7 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Parts]:
         results.append(passed("names, arguments and types", f"model, optimizer, scheduler, {', '.join(counts)}"))
     if not parts.is_wrong("model"):
         results.extend(guarded(_check_backbone(recipe, parts)))
-    results.extend(guarded(_check_settings(recipe, num_ranks)))
+    results.extend(map(failed, setting_problems(vars(recipe), num_ranks)))
     if not parts.is_wrong("scheduler"):
         results.extend(guarded(_check_scheduler(recipe)))
     built = Problems()
@@ -118,11 +120,11 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Parts]:
     stages_known = "progressive_resolution" in parts.algorithms or not recipe.algorithms.get("progressive_resolution")
     if stages_known:
         parts.stages = planned_stages(recipe, list(parts.algorithms.values()), num_ranks)
-        results.extend(_check_batches(recipe, parts.stages, num_ranks))
-        results.extend(_check_image_sizes(recipe, parts))
     else:
-        results.append(skipped("batches and image sizes", "the stages could not be built"))
-    return results, parts
+        results.append(skipped("stages", "they could not be built"))
+    results.extend(_check_batches(recipe, parts.stages, num_ranks))
+    results.extend(_check_image_sizes(recipe, parts))
+    return list(dict.fromkeys(results)), parts
 
 
 def _check_backbone(recipe: Recipe, parts: Parts) -> Iterator[Result]:
@@ -134,17 +136,6 @@ def _check_backbone(recipe: Recipe, parts: Parts) -> Iterator[Result]:
         parts.backbone = build(registry.backbones, name, backbone_arguments, "model.backbone")
     parameters = sum(parameter.numel() for parameter in parts.backbone.parameters())
     yield passed("model.backbone", f"{parameters / 1e6:,.1f}M parameters")
-
-
-def _check_settings(recipe: Recipe, num_ranks: int) -> Iterator[Result]:
-    if recipe.precision not in (allowed := [precision.value for precision in Precision]):
-        yield failed(f"precision: {recipe.precision!r} is none of {', '.join(allowed)}.")
-    parallelism(recipe.parallelism_config, num_ranks)
-    if recipe.parallelism_config is not None and recipe.model.get("compile") is True:
-        yield failed(
-            "model.compile: true compiles the backbone as one graph, which FSDP2 cannot shard; use model.compile=blocks, or "
-            "parallelism_config=null."
-        )
 
 
 def _check_scheduler(recipe: Recipe) -> Iterator[Result]:
@@ -195,7 +186,7 @@ def _check_fit(recipe: Recipe, parts: Parts, num_ranks: int) -> Iterator[Result]
     """Asks algorithms that can tell, by `check_fit`, whether they go with the backbone, the others, and the sharding."""
     try:
         wrapped = parallelism(recipe.parallelism_config, num_ranks)
-    except UserError:  # said by `_check_settings`
+    except UserError:  # said by `setting_problems`
         wrapped = None
     problems = Problems()
     for algorithm in parts.algorithms.values():
@@ -210,18 +201,9 @@ def _check_fit(recipe: Recipe, parts: Parts, num_ranks: int) -> Iterator[Result]
 
 
 def _check_batches(recipe: Recipe, stages: list[PlannedStage], num_ranks: int) -> Iterator[Result]:
-    problems = Problems()
-    base = _stage("", recipe, num_ranks, ScheduleWindow())  # the loader begins with it, whatever the stages are
-    for stage in [base, *stages]:
-        with problems.noted():
-            check_batch_sizes(stage.path, stage.global_batch_size, stage.microbatch_size, num_ranks)
-    if recipe.eval_loader is not None:
-        size = recipe.global_eval_batch_size or recipe.global_train_batch_size
-        with problems.noted():
-            check_batch_sizes("global_eval_batch_size as ", size, size // num_ranks or 1, num_ranks)
-    for problem in dict.fromkeys(problems.found):
-        yield failed(problem)
-    if not problems.found:
+    problems = batch_problems(vars(recipe), num_ranks)
+    yield from map(failed, problems)
+    if not problems and stages:
         shares = [f"{s.global_batch_size} = {s.device_batch_size // s.microbatch_size} × {s.microbatch_size}" for s in stages]
         ranks = f" × {num_ranks} ranks" if num_ranks > 1 else ""
         yield passed("batches divide into microbatches", ", ".join(share + ranks for share in dict.fromkeys(shares)))
@@ -237,15 +219,9 @@ def _check_image_sizes(recipe: Recipe, parts: Parts) -> Iterator[Result]:
         yield skipped("image sizes", "what the autoencoder divides them by is known only from its weights")
         return
     parts.multiple = patch_size * downsampling
-    sizes = {"image_size": recipe.image_size} | {f"{stage.path}image_size": stage.image_size for stage in parts.stages}
-    wrong = False
-    for path, size in sizes.items():
-        if size < 1 or size % parts.multiple:
-            wrong = True
-            by = f" × autoencoder downsampling {downsampling}" if downsampling > 1 else ""
-            nearest = max(round(size / parts.multiple), 1) * parts.multiple
-            yield failed(f"{path}: {size} is not divisible by model.backbone.patch_size {patch_size}{by}; try {nearest}.")
-    if not wrong:
+    problems = image_size_problems(vars(recipe), patch_size, downsampling)
+    yield from map(failed, problems)
+    if not problems and parts.stages:
         of = ", ".join(str(size) for size in sorted({stage.image_size for stage in parts.stages}))
         yield passed("image sizes divide into patches", f"{of} px, patches of {patch_size}")
 
@@ -263,8 +239,6 @@ def _downsampling(recipe: Recipe) -> int | None:
         settings = _stored_autoencoder_config(arguments)
     if settings is None:
         return None
-    from prx_composer.models.autoencoder import downsampling_of
-
     return downsampling_of(settings)
 
 
