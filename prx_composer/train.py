@@ -19,6 +19,7 @@ from prx_composer.algorithms.progressive_resolution import check_batch_sizes
 from prx_composer.callbacks.checkpointing import Checkpointing, due_every
 from prx_composer.callbacks.clock import ClockStop, TrainingClock, clock_of
 from prx_composer.callbacks.data_monitor import DataMonitor
+from prx_composer.callbacks.finite_guard import FiniteGuard
 from prx_composer.callbacks.random_step import RandomStep
 from prx_composer.callbacks.rehearsal import with_rehearsal
 from prx_composer.callbacks.time_budget import TimeBudget, time_budget_of
@@ -53,6 +54,7 @@ from prx_composer.run_folder import (
 from prx_composer.schedule import duration_string, parse_duration
 from prx_composer.signatures import constructor
 from prx_composer.trained.initial import initialise
+from prx_composer.trained.weights import not_finite_in
 from prx_composer.trainer import Trainer
 
 __all__ = ["build_text_encoder", "build_tokenizer", "build_trainer", "main", "run"]
@@ -167,6 +169,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     callbacks = build_all(registry.callbacks, "callbacks", recipe.callbacks, **provided)
     seconds = None if recipe.time_budget is None else parse_duration(recipe.time_budget)
     clock = TrainingClock(folder, seconds, recipe.dist_timeout)
+    guard = FiniteGuard(folder)
     save_when = with_rehearsal(due_every(recipe.save_interval))
     options: dict[str, Any] = dict(
         run_name=recipe.run_name,
@@ -181,7 +184,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
             RandomStep(),
             DataMonitor(),
             *callbacks,
-            Checkpointing(folder, save_when, recipe.save_num_checkpoints_to_keep, as_saved(recipe)),
+            guard,
+            Checkpointing(folder, save_when, recipe.save_num_checkpoints_to_keep, as_saved(recipe), guard.check_state),
             ClockStop(clock),
         ],
         loggers=loggers,
@@ -215,7 +219,7 @@ def _checkpoint_to_load(recipe: Recipe, folder: Path) -> str | None:
     """Where to go on from, found on rank 0: the newest whole checkpoint."""
     if dist.get_global_rank() != 0 or not recipe.autoresume:
         return None
-    checkpoint = newest_whole_checkpoint(folder / CHECKPOINTS)
+    checkpoint = newest_whole_checkpoint(folder / CHECKPOINTS, not_finite_in)
     if checkpoint is None:
         return None
     index = checkpoint.index()

@@ -109,6 +109,11 @@ class AverageState(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._average.load_state_dict(state["average"])
 
+    def kept_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """For `finite.bad_state`."""
+        for name, tensor in self._average.average.items():
+            yield f"the average of {name}", tensor
+
 
 class EMA(Algorithm):
     """Keeps a `WeightAverage` and lends it to evaluation and sampling (`model.sampling_weights`).
