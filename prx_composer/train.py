@@ -41,6 +41,7 @@ from prx_composer.preflight.recipe import examine
 from prx_composer.preflight.result import Result, require
 from prx_composer.preflight.step import remember_steps, try_steps_before_training
 from prx_composer.preparation import keep_tokenizer, make_data, read_manifests, trained_tokenizer
+from prx_composer.prolonged import say_what_moves
 from prx_composer.redaction import redacted
 from prx_composer.run_folder import (
     CHECKPOINTS,
@@ -96,6 +97,8 @@ def run(recipe: Recipe) -> str:
             f"{recipe.run_name} has already been trained for {state.max_duration.to_timestring()}; nothing was changed. "
             "Train it on with a longer max_duration=…, or start another with run_name=…\n" + summarise(folder)
         )
+    if dist.get_global_rank() == 0:
+        say_what_moves(state, recipe, newest_checkpoint(folder))
     budget = time_budget_of(state)
     if budget is not None and budget.is_used_up:
         trainer.close()
