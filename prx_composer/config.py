@@ -217,6 +217,8 @@ def check(recipe: Recipe) -> None:
             _check_moment(time, path) if path.startswith("scheduler.") else _check_time(time, path)
     with problems.noted():
         _check_time_budget(recipe)
+    with problems.noted():
+        _check_kept(recipe.save_num_checkpoints_to_keep)
     for key in ("train_loader", "eval_loader"):
         if spec := getattr(recipe, key):
             with problems.noted():
@@ -238,13 +240,24 @@ def check(recipe: Recipe) -> None:
 
 def _check_time(time: Any, path: str) -> None:
     try:
-        unit = Time.from_timestring(str(time)).unit
+        parsed = Time.from_timestring(str(time))
+        unit, value = parsed.unit, parsed.value
     except (ValueError, TypeError) as error:  # TypeError: 1.5ba
         raise UserError(f"{path}: {time!r} is no time such as 1000ba, 3ep, 64000sp or 0.5dur.") from error
     if path == "max_duration" and unit not in (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE):
         raise UserError(f"{path}: {time} must be a number of batches, epochs or samples, such as 1000ba.")
     if unit == TimeUnit.TOKEN:
         raise UserError(f"{path}: {time}: images have no tokens to count; use ba, ep, sp or dur.")
+    if value <= 0:
+        raise UserError(f"{path}: {time} must be positive, such as {'1000ba or 3ep' if path == 'max_duration' else '0.25dur'}.")
+
+
+def _check_kept(number: int) -> None:
+    """Raises UserError for a number of checkpoints with which none would be left."""
+    if number < 1 and number != -1:
+        raise UserError(
+            f"save_num_checkpoints_to_keep: {number} would leave none to go on from; give at least 1, or -1 to keep all."
+        )
 
 
 def _check_moment(time: Any, path: str) -> None:

@@ -30,6 +30,7 @@ from prx_composer.data.latents import check_latent_column
 from prx_composer.distributed import GlooAverage
 from prx_composer.errors import TrainingInterrupted, UserError, at_path
 from prx_composer.interruption import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
+from prx_composer.models.cleaning import cleaner, with_cleaning
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.optim.groups import parameter_groups
@@ -343,7 +344,9 @@ def build_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
     _, arguments = split(recipe.model["text_encoder"], "model.text_encoder")
     spec = arguments.get("tokenizer", arguments.get("pretrained"))
     with dist.run_local_rank_zero_first():
-        return _build_tokenizer(spec, arguments.get("revision"), recipe, folder / TOKENIZER)
+        tokenizer = _build_tokenizer(spec, arguments.get("revision"), recipe, folder / TOKENIZER)
+    with at_path("model.text_encoder"):
+        return with_cleaning(tokenizer, arguments.get("clean", "none"))
 
 
 def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
@@ -355,7 +358,8 @@ def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Pa
         if isinstance(spec, str):
             tokenizer = load_tokenizer(spec, revision)
         elif isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size"} and spec.get("train"):
-            tokenizer = trained_tokenizer(recipe.train_loader, spec.get("vocab_size", 4096))
+            clean = cleaner(split(recipe.model["text_encoder"], path)[1].get("clean", "none"))
+            tokenizer = trained_tokenizer(recipe.train_loader, spec.get("vocab_size", 4096), clean)
         else:
             raise UserError(f"{path}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
     keep_tokenizer(tokenizer, folder)

@@ -135,6 +135,7 @@ class FolderSource:
         if not self._rows:
             raise ValueError(f"{captions} names no image that can be opened.")
         self.captions = tuple(self._rows[0][1])
+        self.train_samples = len(self._rows) - int(len(self._rows) * heldout)
         self.identity = {"captions_sha256": hashlib.sha256(captions.read_bytes()).hexdigest()}
         candidates = make_buckets(image_size, multiple, max_aspect)
         sizes = Counter(assign_bucket(height, width, candidates) for _, _, height, width in self._rows)

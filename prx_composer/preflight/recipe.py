@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from composer.core import Algorithm, Precision
@@ -11,10 +11,12 @@ from prx_composer import config, registry
 from prx_composer.algorithms.alignment import AlignmentAlgorithm
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution, check_batch_sizes
 from prx_composer.config import Recipe, build, split
-from prx_composer.errors import Problems, UserError
+from prx_composer.errors import Problems, UserError, at_path
 from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.cleaning import Cleaning, cleaner
 from prx_composer.parallelism import parallelism
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped
+from prx_composer.preflight.schedule import schedule_problems
 from prx_composer.schedule import ScheduleWindow
 
 __all__ = ["Parts", "PlannedStage", "check_callbacks", "examine", "planned_stages"]
@@ -139,6 +141,10 @@ def _check_backbone(recipe: Recipe, parts: Parts) -> Iterator[Result]:
 def _check_settings(recipe: Recipe, num_ranks: int) -> Iterator[Result]:
     if recipe.precision not in (allowed := [precision.value for precision in Precision]):
         yield failed(f"precision: {recipe.precision!r} is none of {', '.join(allowed)}.")
+    clean: Any = (recipe.model.get("text_encoder") or {}).get("clean")
+    if clean in get_args(Cleaning):  # else its type is wrong, which is said elsewhere
+        with at_path("model.text_encoder"):
+            cleaner(clean)
     parallelism(recipe.parallelism_config, num_ranks)
     if recipe.parallelism_config is not None and recipe.model.get("compile") is True:
         yield failed(
@@ -150,7 +156,7 @@ def _check_settings(recipe: Recipe, num_ranks: int) -> Iterator[Result]:
 def _check_scheduler(recipe: Recipe) -> Iterator[Result]:
     name, arguments = split(recipe.scheduler, "scheduler")
     build(registry.schedulers, name, arguments, "scheduler")
-    yield from ()
+    yield from map(failed, schedule_problems(recipe))
 
 
 def check_callbacks(recipe: Recipe, parts: Parts) -> Iterator[Result]:
