@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there: written aside, renamed when complete, and verified before they are read.
 
-<run folder>/checkpoints/ba2000/checkpoint.json     batch, ranks, recipe, and size and CRC-32 of every file
+<run folder>/checkpoints/ba2000/checkpoint.json     batch, ranks, recipe, finite, and size and CRC-32 of every file
                                 rank0.pt             full state of the run; or, when it is sharded,
                                 .metadata __0_0.distcp …
 <run folder>/checkpoints/.ba4000.partial/            being written; what a kill left of it is deleted
@@ -104,14 +104,19 @@ def damage(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def newest_whole_checkpoint(folder: Path) -> Checkpoint | None:
+def newest_whole_checkpoint(
+    folder: Path, unfit: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+) -> Checkpoint | None:
     """The newest checkpoint that is whole; damaged ones before it are named in the log and renamed `ba<n>.damaged`.
+
+    Args:
+        unfit: says what else is wrong with one, if anything is.
 
     Raises:
         UserError: there are checkpoints, and none is whole: going on from nothing would silently lose the run.
     """
     for checkpoint in reversed(all_checkpoints(folder)):
-        wrong = damage(checkpoint)
+        wrong = damage(checkpoint) or unfit(checkpoint)
         if wrong is None:
             log.info("Going on from %s", checkpoint.path)
             return checkpoint
@@ -158,7 +163,7 @@ def without_new_callbacks(load_path: str) -> Callable[[dict[str, Any]], None]:
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def write_checkpoint(state: State, folder: Path, recipe: dict[str, Any]) -> Checkpoint:
+def write_checkpoint(state: State, folder: Path, recipe: dict[str, Any], finite: bool = False) -> Checkpoint:
     """Writes the full state of a run on all ranks (a collective); it is there under its name only when it is complete.
 
     A sharded state (FSDP2) is written shard by shard, each rank its own; otherwise rank 0 writes all. Files are flushed to the
@@ -168,6 +173,7 @@ def write_checkpoint(state: State, folder: Path, recipe: dict[str, Any]) -> Chec
         state: Composer's.
         folder: `<run folder>/checkpoints`, on a file system that all ranks share.
         recipe: of the run, kept beside it.
+        finite: the state was looked at, and all of it is.
 
     Raises:
         OSError: on all ranks, if one of them could not write. What was written is deleted.
@@ -180,7 +186,8 @@ def write_checkpoint(state: State, folder: Path, recipe: dict[str, Any]) -> Chec
         _write_state(state, partial)
         mine = _together(lambda: {file.name: _sealed(file) for file in _files_of(rank, partial)})
         files = {name: facts for part in mine for name, facts in part.items()}
-        index = {"version": 1, "batch": batch, "ranks": dist.get_world_size(), "torch": torch.__version__, "files": files}
+        index = {"version": 1, "batch": batch, "ranks": dist.get_world_size(), "torch": torch.__version__}
+        index |= {"finite": finite, "files": files}
         _together(lambda: _publish(partial, path, index | {"recipe": recipe}) if rank == 0 else None)
     except OSError:
         if rank == 0:

@@ -110,10 +110,14 @@ def _time_problems(values: Values) -> list[str]:
 
 
 def setting_problems(values: Values, num_ranks: int) -> list[str]:
-    """What else needs no component: the seed, precision and sharding."""
+    """What else needs no component: the seed, the number of checkpoints, precision and sharding."""
     problems = Problems()
     if not 0 <= (seed := values.get("seed", 0)) < _SEEDS:
         problems.found.append(f"seed: {seed} lies outside of 0 … {_SEEDS - 1}, which are the seeds there are.")
+    if (kept := values.get("save_num_checkpoints_to_keep", -1)) < 1 and kept != -1:
+        problems.found.append(
+            f"save_num_checkpoints_to_keep: {kept} would leave none to go on from; give at least 1, or -1 to keep all."
+        )
     with problems.noted():
         check_precision(values.get("precision", "fp32"))
     with problems.noted():
@@ -144,12 +148,15 @@ def _check_time(text: Any, path: str) -> None:
     if path == "save_interval":
         Point.parse_interval(text)
         return
-    unit = Point.parse(text).unit
+    point = Point.parse(text)
+    unit = point.unit
     if path == "max_duration" and unit not in ("ba", "ep", "sp"):
         hours = " For a length in hours, give it as time_budget, and a max_duration that is long enough." if unit == "sec" else ""
         raise ValueError(f"{text} must be a number of batches, epochs or samples, such as 1000ba.{hours}")
     if unit == "tok":
         raise ValueError(f"{text}: images have no tokens to count; use ba, ep, sp or dur.")
+    if point.value <= 0:
+        raise ValueError(f"{text} must be positive, such as {'1000ba or 3ep' if path == 'max_duration' else '0.25dur'}.")
     if unit == BUDGET:
         raise ValueError(f"{text}: evaluation comes at batches, epochs, samples, times or parts of the run; use 0.1dur, say.")
 

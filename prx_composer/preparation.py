@@ -1,6 +1,6 @@
 """What a recipe's loader and tokenizer are made of on first use: data by its source, a tokenizer from its captions."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,9 @@ def read_manifests(spec: dict[str, Any], key: str) -> None:
                 read_manifest(part["path"], part.get("split", "train"), part.get("captions"))
 
 
-def trained_tokenizer(spec: dict[str, Any], vocab_size: int = 4096) -> PreTrainedTokenizerBase:
-    """A word-level tokenizer of the captions that a loader trains on."""
-    return train_tokenizer(_training_captions(spec), vocab_size)
+def trained_tokenizer(spec: dict[str, Any], vocab_size: int = 4096, clean: Callable[[str], str] = str) -> PreTrainedTokenizerBase:
+    """A word-level tokenizer of the captions that a loader trains on, as they are cleaned."""
+    return train_tokenizer(map(clean, _training_captions(spec)), vocab_size)
 
 
 def _training_captions(spec: dict[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from prx_composer import config, environment, registry
 from prx_composer.callbacks.checkpointing import Checkpointing, due_every
 from prx_composer.callbacks.clock import ClockStop, TrainingClock, clock_of
 from prx_composer.callbacks.data_monitor import DataMonitor
+from prx_composer.callbacks.finite_guard import FiniteGuard
 from prx_composer.callbacks.random_step import RandomStep
 from prx_composer.callbacks.rehearsal import with_rehearsal
 from prx_composer.callbacks.time_budget import TimeBudget, time_budget_of
@@ -27,6 +28,7 @@ from prx_composer.data.latents import check_latent_column
 from prx_composer.distributed import GlooAverage
 from prx_composer.errors import TrainingInterrupted, UserError, at_path
 from prx_composer.interruption import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
+from prx_composer.models.cleaning import cleaner, with_cleaning
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.optim.groups import parameter_groups
@@ -38,6 +40,7 @@ from prx_composer.preflight.recipe import examine
 from prx_composer.preflight.result import Result, failed, require
 from prx_composer.preflight.step import remember_steps, try_steps_before_training
 from prx_composer.preparation import keep_tokenizer, make_data, read_manifests, trained_tokenizer
+from prx_composer.prolonged import say_what_moves
 from prx_composer.redaction import redacted
 from prx_composer.run_folder import (
     CHECKPOINTS,
@@ -53,6 +56,7 @@ from prx_composer.signatures import constructor
 from prx_composer.sizes import check_batch_sizes
 from prx_composer.start import main
 from prx_composer.trained.initial import initialise
+from prx_composer.trained.weights import not_finite_in
 from prx_composer.trainer import Trainer
 
 __all__ = ["build_text_encoder", "build_tokenizer", "build_trainer", "main", "report", "run"]
@@ -93,6 +97,8 @@ def run(recipe: Recipe) -> str:
             f"{recipe.run_name} has already been trained for {state.max_duration.to_timestring()}; nothing was changed. "
             "Train it on with a longer max_duration=…, or start another with run_name=…\n" + summarise(folder)
         )
+    if dist.get_global_rank() == 0:
+        say_what_moves(state, recipe, newest_checkpoint(folder))
     budget = time_budget_of(state)
     if budget is not None and budget.is_used_up:
         trainer.close()
@@ -166,6 +172,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     callbacks = build_all(registry.callbacks, "callbacks", recipe.callbacks, **provided)
     seconds = None if recipe.time_budget is None else parse_duration(recipe.time_budget)
     clock = TrainingClock(folder, seconds, recipe.dist_timeout)
+    guard = FiniteGuard(folder)
     save_when = with_rehearsal(due_every(recipe.save_interval))
     options: dict[str, Any] = dict(
         run_name=recipe.run_name,
@@ -180,7 +187,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
             RandomStep(),
             DataMonitor(),
             *callbacks,
-            Checkpointing(folder, save_when, recipe.save_num_checkpoints_to_keep, as_saved(recipe)),
+            guard,
+            Checkpointing(folder, save_when, recipe.save_num_checkpoints_to_keep, as_saved(recipe), guard.check_state),
             ClockStop(clock),
         ],
         loggers=loggers,
@@ -214,7 +222,7 @@ def _checkpoint_to_load(recipe: Recipe, folder: Path) -> str | None:
     """Where to go on from, found on rank 0: the newest whole checkpoint."""
     if dist.get_global_rank() != 0 or not recipe.autoresume:
         return None
-    checkpoint = newest_whole_checkpoint(folder / CHECKPOINTS)
+    checkpoint = newest_whole_checkpoint(folder / CHECKPOINTS, not_finite_in)
     if checkpoint is None:
         return None
     index = checkpoint.index()
@@ -335,7 +343,9 @@ def build_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
     _, arguments = split(recipe.model["text_encoder"], "model.text_encoder")
     spec = arguments.get("tokenizer", arguments.get("pretrained"))
     with dist.run_local_rank_zero_first():
-        return _build_tokenizer(spec, arguments.get("revision"), recipe, folder / TOKENIZER)
+        tokenizer = _build_tokenizer(spec, arguments.get("revision"), recipe, folder / TOKENIZER)
+    with at_path("model.text_encoder"):
+        return with_cleaning(tokenizer, arguments.get("clean", "none"))
 
 
 def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
@@ -347,7 +357,8 @@ def _build_tokenizer(spec: Any, revision: str | None, recipe: Recipe, folder: Pa
         if isinstance(spec, str):
             tokenizer = load_tokenizer(spec, revision)
         elif isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size"} and spec.get("train"):
-            tokenizer = trained_tokenizer(recipe.train_loader, spec.get("vocab_size", 4096))
+            clean = cleaner(split(recipe.model["text_encoder"], path)[1].get("clean", "none"))
+            tokenizer = trained_tokenizer(recipe.train_loader, spec.get("vocab_size", 4096), clean)
         else:
             raise UserError(f"{path}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
     keep_tokenizer(tokenizer, folder)

@@ -11,6 +11,7 @@ from composer.core import Event, Precision
 from composer.utils import dist
 from torch import Tensor
 
+from prx_composer.callbacks.finite_guard import FiniteGuard
 from prx_composer.distributed import HostGroup
 
 __all__ = ["LateRead", "Trainer"]
@@ -79,12 +80,22 @@ class Trainer(composer.Trainer):
 
     def _train_batch(self, use_grad_scaling: bool) -> Any:
         losses = super()._train_batch(use_grad_scaling)
-        if self._losses is None:
+        if self._losses is None:  # it was Composer's own step
+            for guard in self._guards:
+                guard.take_answers(self.state, LateRead(losses | guard.questions(self.state)).wait())
             return losses
         read, self._losses = self._losses, None
-        self.state.total_loss_dict = {name: value / dist.get_world_size() for name, value in read.wait().items()}
+        values = read.wait()
+        for guard in self._guards:
+            values = guard.take_answers(self.state, values)
+        self.state.total_loss_dict = {name: value / dist.get_world_size() for name, value in values.items()}
         self.logger.log_metrics(self.state.total_loss_dict)
         return None  # nothing is left for the Trainer's loop to read
+
+    @property
+    def _guards(self) -> list[FiniteGuard]:
+        """The run's, if it has one."""
+        return [callback for callback in self.state.callbacks if isinstance(callback, FiniteGuard)]
 
     def _train_microbatches(
         self, microbatches: Sequence[Any], total_loss_dict: dict[str, Tensor], ddp_sync: bool = True
@@ -106,7 +117,8 @@ class Trainer(composer.Trainer):
                 name = f"loss/train/{name}"
                 total_loss_dict[name] = total_loss_dict[name] + loss if name in total_loss_dict else loss.reshape(1)
         self.state.batch = whole_batch
-        self._losses = LateRead(total_loss_dict)
+        questions = [guard.questions(self.state) for guard in self._guards]
+        self._losses = LateRead(total_loss_dict | (questions[0] if questions else {}))
         self.engine.run_event(Event.AFTER_TRAIN_BATCH)
         return total_loss_dict["loss/train/total"]
 

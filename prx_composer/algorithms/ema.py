@@ -109,6 +109,11 @@ class AverageState(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._average.load_state_dict(state["average"])
 
+    def kept_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """For `finite.bad_state`."""
+        for name, tensor in self._average.average.items():
+            yield f"the average of {name}", tensor
+
 
 class EMA(Algorithm):
     """Keeps a `WeightAverage` and lends it to evaluation and sampling (`model.sampling_weights`).
@@ -120,7 +125,8 @@ class EMA(Algorithm):
             an update after n batches keeps smoothingⁿ.
         half_life: instead of `smoothing`, the number of batches ("700ba") after which a weight counts half.
         update_interval: how often to update, in batches.
-        start, end: window; before `start` the plain weights are used, after `end` the average stays as it is.
+        start, end: window; before `start` the plain weights are used, after `end` the average stays as it is. An average that
+            has begun goes on when a longer `max_duration` puts a `start` in "dur" off.
 
     Raises:
         ValueError: both or neither of smoothing and half-life, or a value out of range.
@@ -152,6 +158,11 @@ class EMA(Algorithm):
         self.average: WeightAverage | None = None
         self._started = False
         self._swapped = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is an average. Then it is kept up until `end`, also if a longer run puts `start` off."""
+        return self._started
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.BEFORE_LOAD, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
@@ -186,7 +197,7 @@ class EMA(Algorithm):
 
     def _update(self, state: State) -> None:
         assert self.average is not None
-        if not self.window.contains(state):
+        if self.window.is_over(state) or not (self._started or self.window.start.has_come(state)):
             return
         if not self._started:
             self._started = True

@@ -9,24 +9,15 @@ import torch
 from composer.core import Algorithm, Callback, Event, Precision, State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from prx_composer.errors import UserError
+from prx_composer.finite import not_finite, trained
 from prx_composer.optim.shares import local
 
-__all__ = ["SkipNonfinite", "not_finite"]
+__all__ = ["SkipNonfinite"]
 
 log = logging.getLogger(__name__)
-
-
-def not_finite(tensors: list[Tensor]) -> Tensor:
-    """A scalar on the tensors' device: 0 if every element is finite, else NaN. Waits for nothing."""
-    tensors = [tensor for tensor in tensors if tensor.numel()]  # a rank's shard of a small parameter may be empty
-    if not tensors:
-        return torch.zeros(())
-    # Sums of magnitudes hand NaN and infinity on, and don't overflow where the squares of a 2-norm would.
-    norms = torch._foreach_norm(tensors, 1)  # pyright: ignore[reportPrivateImportUsage]
-    return 0 * torch.stack(norms).sum(dtype=torch.float32)
 
 
 class _ReadLast(Callback):
@@ -59,6 +50,8 @@ class SkipNonfinite(Algorithm):
         ValueError: a limit below 1.
         UserError: during training, after `limit` skipped steps in a row; at INIT, precision amp_fp16.
     """
+
+    skips_nonfinite = True  # so that `FiniteGuard` leaves losses and gradients to it
 
     def __init__(self, limit: int = 10, folder: str | None = None):
         if limit < 1:
@@ -97,7 +90,7 @@ class SkipNonfinite(Algorithm):
 
     def _look(self, state: State) -> None:
         assert self._loss is not None
-        gradient = not_finite([local(parameter.grad) for parameter in _trained(state)])
+        gradient = not_finite([local(parameter.grad) for parameter in trained(state)])
         self._flags = torch.stack([self._loss, gradient.to(self._loss.device)])
         dist.all_reduce(self._flags)
 
@@ -105,7 +98,7 @@ class SkipNonfinite(Algorithm):
         assert self._flags is not None
         bad_loss, bad_gradient = torch.isnan(self._flags).tolist()
         if bad_loss or bad_gradient:
-            for parameter in _trained(state):
+            for parameter in trained(state):
                 parameter.grad = None
             self._count(state, "loss" if bad_loss else "gradient")
         else:
@@ -155,9 +148,3 @@ def _losses(state: State) -> list[Tensor]:
     if isinstance(loss, dict):
         return [loss["total"]] if "total" in loss else list(loss.values())
     return [loss] if isinstance(loss, Tensor) else list(loss)
-
-
-def _trained(state: State) -> list[nn.Parameter]:
-    """What the optimizers would update."""
-    groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
-    return [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]

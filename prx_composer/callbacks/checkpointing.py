@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,13 @@ class Checkpointing(CheckpointSaver):
         save_interval: when, as a Composer callable.
         keep: how many; −1 = all.
         recipe: kept in each of them.
+        check: raises UserError, on all ranks, if the state is none that should be kept.
     """
 
-    def __init__(self, run_folder: Path, save_interval: Any, keep: int, recipe: dict[str, Any]):
+    def __init__(self, run_folder: Path, save_interval: Any, keep: int, recipe: dict[str, Any], check: Callable[[State], None]):
         folder = str(run_folder / "checkpoints")
         super().__init__(folder, save_interval=save_interval, overwrite=True, num_checkpoints_to_keep=keep)
-        self._run_folder, self._recipe = run_folder, recipe
+        self._run_folder, self._recipe, self._check = run_folder, recipe, check
         self.failures = 0  # in a row
 
     def init(self, state: State, logger: Logger) -> None:
@@ -88,8 +90,9 @@ class Checkpointing(CheckpointSaver):
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         self.last_checkpoint_batch = state.timestamp.batch
         start = time.monotonic()
+        self._check(state)
         try:
-            checkpoint = write_checkpoint(state, Path(self.folder), self._recipe)
+            checkpoint = write_checkpoint(state, Path(self.folder), self._recipe, finite=True)
         except OSError as error:
             self._note_failure(state, error)
         else:

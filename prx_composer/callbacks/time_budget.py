@@ -47,6 +47,8 @@ class TimeBudget(Callback):
         """Whether this batch ends with a rehearsal; everything that evaluates, draws or saves at an interval asks for it."""
         self.progress = 0.0
         """Part of the time for steps that has passed, 1 = all. It never falls, so that a learning rate may follow it."""
+        self.progress_before: float | None = None
+        """What `progress` was in the checkpoint that the run goes on from, perhaps with another budget."""
         self._first_closing = self._second_closing = self._longest_pause = 0.0  # seconds
         self._warm = False  # the second closing was this process's
         self._slow_step = 0.0  # seconds, of the process before this one
@@ -158,8 +160,9 @@ class TimeBudget(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._first_closing, self._second_closing = float(state["first_closing"]), float(state["second_closing"])
         self._longest_pause, self._slow_step = float(state["longest_pause"]), float(state["slow_step"])
+        self.progress_before = float(state["progress"])
         if state["budget"] == self.budget:
-            self.progress = float(state["progress"])
+            self.progress = self.progress_before
 
 
 def _batches_to_max_duration(state: State) -> float:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prx_composer.errors import UserError
+from prx_composer.models.cleaning import cleaning_of
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder
 from prx_composer.registry import nearest
 
@@ -124,7 +125,8 @@ def manifest_path(folder: Path) -> Path:
 
 
 def fingerprint(module: nn.Module, tokenizer: Any = None) -> str:
-    """Tells encoders apart: SHA-256 of some values of every weight and statistic, rounded to bf16, and of what a tokenizer knows.
+    """Tells encoders apart: SHA-256 of some values of every weight and statistic, rounded to bf16, and of what a tokenizer knows
+    and how it cleans captions.
 
     The dtype that weights are stored in makes no difference. Weights that were trained further differ nearly everywhere.
     """
@@ -140,6 +142,8 @@ def fingerprint(module: nn.Module, tokenizer: Any = None) -> str:
     if tokenizer is not None:
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
         digest.update(json.dumps([vocabulary, tokenizer.padding_side]).encode())
+        if (cleaning := cleaning_of(tokenizer)) != "none":
+            digest.update(cleaning.encode())
     return digest.hexdigest()
 
 
@@ -184,5 +188,6 @@ def check_text_column(column: StoredColumn, encoder: HuggingFaceTextEncoder, pat
     if column.fingerprint != fingerprint(encoder.network, encoder.tokenizer):
         raise UserError(
             f"{path}: the stored embeddings were made by {column.encoder} (revision {column.revision or 'not said'}), whose "
-            "weights or tokenizer are not those of model.text_encoder. Name the same encoder, or run `prx encode text` again."
+            "weights or tokenizer, or the cleaning of whose captions (clean), are not those of model.text_encoder. Name the same "
+            "encoder and cleaning, or run `prx encode text` again."
         )

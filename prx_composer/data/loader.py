@@ -14,7 +14,8 @@ from prx_composer.data.collate import Collator, channels_first, split_batch
 from prx_composer.data.data_sets import data_sets, weights_of
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.mixture import MixedDataset
-from prx_composer.data.sampler import BucketBatchSampler
+from prx_composer.data.sampler import BucketBatchSampler, fewer_than_a_batch
+from prx_composer.errors import UserError
 
 __all__ = ["ImageCaptionLoader", "build_loader"]
 
@@ -56,7 +57,13 @@ class ImageCaptionLoader(DataLoader):
         return self.batch_sampler.global_batch_size
 
     def set_stage(self, image_size: int, global_batch_size: int) -> None:
-        """What the next pass yields."""
+        """What the next pass yields.
+
+        Raises:
+            ValueError: as `BucketBatchSampler`; a batch to train on that is larger than the data set.
+        """
+        if self.batch_sampler.shuffle and (problem := fewer_than_a_batch(len(self.dataset), global_batch_size)):
+            raise ValueError(problem)
         self.batch_sampler.set_stage(image_size, global_batch_size)
 
     def end_pass(self) -> None:
@@ -129,6 +136,8 @@ def build_loader(
     }
     dataset = parts[""] if mix is None else MixedDataset(parts, weights_of(mix), seed)
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
+    if shuffle and (problem := fewer_than_a_batch(len(dataset), global_batch_size)):
+        raise UserError(problem)
     sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank)
     loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens), num_workers)
     return DataSpec(

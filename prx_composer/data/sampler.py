@@ -9,7 +9,21 @@ from torch.utils.data import DistributedSampler
 from prx_composer.data.bucketed import BucketedDataset, SampleRequest
 from prx_composer.data.buckets import Bucket
 
-__all__ = ["BucketBatchSampler", "epoch_batches", "epoch_steps"]
+__all__ = ["BucketBatchSampler", "epoch_batches", "epoch_steps", "fewer_than_a_batch"]
+
+
+def fewer_than_a_batch(samples: int, batch_size: int, path: str = "") -> str | None:
+    """What is to be said of a batch that is larger than the data set, in which the same image would be several times.
+
+    Args:
+        path: what comes before `global_train_batch_size` in the YAML path.
+    """
+    if samples >= batch_size:
+        return None
+    return (
+        f"{path}global_train_batch_size: {batch_size} is more than the {samples:,} images that there are to train on; set it to "
+        f"at most {samples} (and {path}device_train_microbatch_size to a divisor of it), or add images."
+    )
 
 
 def epoch_batches(

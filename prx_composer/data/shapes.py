@@ -117,6 +117,7 @@ class ShapesSource:
             raise ValueError(f"train_loader.source.heldout must lie between 1 and {total - 1}, not {heldout}.")
         self.image_size = image_size
         self._images_per_scene, self._heldout, self._seed = images_per_scene, heldout, seed
+        self.train_samples = (total - heldout) * images_per_scene
         self.buckets = [
             Bucket(*(max(multiple, round(image_size * part / (h * w) ** 0.5 / multiple) * multiple) for part in (h, w)))
             for h, w in aspects or [[1, 1]]

@@ -139,6 +139,7 @@ class FolderSource:
         if left_out:
             log.warning("%d of %d images are left out: %s.", left_out.total(), left_out.total() + len(self._rows), reasons)
         self.captions = tuple(self._rows[0][1])
+        self.train_samples = len(self._rows) - int(len(self._rows) * heldout)
         self.identity = {"captions_sha256": hashlib.sha256(captions.read_bytes()).hexdigest()}
         candidates = make_buckets(image_size, multiple, max_aspect)
         sizes = Counter(assign_bucket(height, width, candidates) for _, _, height, width in self._rows)

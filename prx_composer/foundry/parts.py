@@ -23,6 +23,7 @@ from prx_composer.data.latents import check_latent_column
 from prx_composer.data.loader import ImageCaptionLoader, build_loader
 from prx_composer.distributed import GlooAverage
 from prx_composer.errors import UserError, at_path
+from prx_composer.models.cleaning import cleaning_of
 from prx_composer.models.randomness import RandomStreams
 from prx_composer.models.text_encoder import load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
@@ -64,6 +65,8 @@ class Model(TextToImage):
         name, encoder = split(arguments.pop("text_encoder"), "model.text_encoder")
         source = arguments.pop("init_from", None)
         encoder = build(registry.text_encoders, name, encoder, "model.text_encoder", tokenizer=_with_padding(tokenizer))
+        if tokenizer is not None:  # which the loader has too
+            tokenizer.caption_cleaning = cleaning_of(encoder.tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
         model: TextToImage = build(registry.models, "text_to_image", arguments, "model", text_encoder=encoder)
         model.random = _StepStreams(arguments["seed"])
         if source is not None:

@@ -15,6 +15,7 @@ from prx_composer.data.storage import is_remote, join
 from prx_composer.errors import UserError
 from prx_composer.looking.split import Split
 from prx_composer.looking.summaries import Distinct, Spread
+from prx_composer.models.cleaning import cleaned
 
 __all__ = ["statistics"]
 
@@ -179,7 +180,7 @@ class _Columns:
         texts, self._waiting[name] = self._waiting[name], []
         if not texts or self._tokenizer is None:
             return
-        tokens: Any = self._tokenizer(texts, verbose=False)
+        tokens: Any = self._tokenizer(cleaned(self._tokenizer, texts), verbose=False)
         for ids in tokens["input_ids"]:
             self._tokens[name].add(len(ids))
             self._cut[name] += len(ids) > self._max_tokens

@@ -20,6 +20,7 @@ from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.errors import UserError, at_path
 from prx_composer.looking.split import Split
 from prx_composer.looking.subject import Subject
+from prx_composer.models.cleaning import cleaned
 
 __all__ = ["Cut", "Seen", "View", "cut", "look"]
 
@@ -159,6 +160,7 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int) -
     """Where a caption is cut; without a tokenizer it isn't."""
     if tokenizer is None:
         return Cut(text, "", 0)
+    (text,) = cleaned(tokenizer, [text])
     whole: Any = tokenizer(text, verbose=False)
     tokens = len(whole["input_ids"])
     if tokens <= max_tokens:

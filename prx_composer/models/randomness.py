@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from composer.utils import dist
 
-__all__ = ["RandomStreams", "derive_seed", "seeded_generator", "seeded_initialisation"]
+__all__ = ["RandomStreams", "derive_seed", "generator_from", "seeded_generator", "seeded_initialisation"]
+
+_WORDS = slice(24, 24 + 8 * 624)  # of a CPU generator's state: the Mersenne Twister's 624 words, 8 bytes each
+_twister = np.random.RandomState(0)  # to be seeded again costs half of making one
 
 
 def derive_seed(*entropy: int) -> int:
@@ -16,9 +19,32 @@ def derive_seed(*entropy: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def generator_from(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that every bit of a 64-bit seed decides.
+
+    torch's CPU generator, a Mersenne Twister, is seeded with the lower 32 bits alone: seeds that agree in them draw the same. A
+    seed below 2³² draws what `torch.Generator().manual_seed(seed)` does, and so what diffusers' pipelines do. From 2³² on its two
+    halves are the key of its `init_by_array`, as in `numpy.random.RandomState([low, high])`. On a GPU torch uses all bits.
+
+    Raises:
+        RuntimeError: another torch, whose generator keeps its state elsewhere.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    low, high = seed % 2**32, seed % 2**64 >> 32
+    if generator.device.type != "cpu" or high == 0:
+        return generator
+    state = generator.get_state()
+    words = state.numpy()[_WORDS].view(np.uint64)
+    if words[0] != low:
+        raise RuntimeError(f"torch {torch.__version__} keeps the state of its CPU generator elsewhere.")
+    _twister.seed([low, high])
+    words[:] = _twister.get_state(legacy=False)["state"]["key"]
+    return generator.set_state(state)
+
+
 def seeded_generator(device: torch.device, purpose: str, *entropy: int) -> torch.Generator:
     """A generator on `device`, another one for every purpose ("timesteps", "noise", …) and every entropy."""
-    return torch.Generator(device).manual_seed(derive_seed(*entropy, zlib.crc32(purpose.encode())))
+    return generator_from(derive_seed(*entropy, zlib.crc32(purpose.encode())), device)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from prx_composer.models.flow import FlowMatching
-from prx_composer.models.randomness import seeded_generator
+from prx_composer.models.randomness import generator_from, seeded_generator
 from prx_composer.models.routing import Route, Router
 
 __all__ = [
@@ -119,7 +119,7 @@ class RoutedSelfGuidance:
 
 def initial_noise(seeds: list[int], shape: tuple[int, int, int], device: torch.device) -> Tensor:
     """Unit noise (B, C, H, W), one seed per image: the same picture alone, in any batch and on any device."""
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    noise = [torch.randn(shape, generator=generator_from(seed)) for seed in seeds]
     return torch.stack(noise).to(device)
 
 

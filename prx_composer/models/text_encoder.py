@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from prx_composer.models.cleaning import Cleaning, cleaned, with_cleaning
 from prx_composer.models.frozen import Frozen
 from prx_composer.models.huggingface import attend_without_reading, random_config, says_how_to_get
 
@@ -87,6 +88,8 @@ class HuggingFaceTextEncoder(nn.Module):
         trainable: train it with the backbone (its weights are then in checkpoints); else it is frozen and left out.
         dtype: storage dtype of a frozen encoder.
         revision: of `pretrained`.
+        clean: what captions and prompts go through first: nothing, "prx" (the rules of the released PRXPipeline: lower case, no
+            brackets, long numbers, addresses …) or "basic" (PRXPixelPipeline's: HTML entities and broken encodings).
 
     Raises:
         ValueError: neither or both of `pretrained` and `config`; an embedding table smaller than the vocabulary.
@@ -102,11 +105,12 @@ class HuggingFaceTextEncoder(nn.Module):
         trainable: bool = False,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         revision: str | None = None,
+        clean: Cleaning = "none",
     ):
         super().__init__()
         if (pretrained is None) == (config is None):
             raise ValueError("text_encoder needs either `pretrained` (hub id or folder) or `config` (random weights).")
-        self.tokenizer = tokenizer
+        self.tokenizer = with_cleaning(tokenizer, clean)
         self.max_tokens = max_tokens
         self.trainable = trainable
         self.null_input_ids: Tensor
@@ -163,8 +167,13 @@ class HuggingFaceTextEncoder(nn.Module):
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> dict[str, Tensor]:
-    """Captions → `input_ids` int64 (B, max_tokens) and `attention_mask` bool (B, max_tokens)."""
+    """Captions → `input_ids` int64 (B, max_tokens) and `attention_mask` bool (B, max_tokens); cleaned, if the tokenizer does."""
     tokens: Any = tokenizer(
-        texts, padding="max_length", max_length=max_tokens, truncation=True, return_attention_mask=True, return_tensors="pt"
+        cleaned(tokenizer, texts),
+        padding="max_length",
+        max_length=max_tokens,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
     )
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"].bool()}

@@ -16,11 +16,13 @@ from prx_composer.data.columns import IMAGE, StoredColumn, encoded_folder, read_
 from prx_composer.data.data_sets import data_sets
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.latents import names_of, size_problem
+from prx_composer.data.sampler import fewer_than_a_batch
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.errors import UserError, at_path, raise_all
 from prx_composer.preflight.recipe import Parts, PlannedStage
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped, warned
+from prx_composer.preflight.schedule import schedule_problems
 from prx_composer.preparation import Making, unmade_sources
 from prx_composer.schedule import ScheduleWindow
 
@@ -62,6 +64,8 @@ def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) 
         name = f"{key}.{where}" if where else key
         if name in unmade:
             yield from _check_unmade(unmade[name], arguments, stages, parts.multiple)
+            if name == "train_loader" and (known := getattr(unmade[name].source, "train_samples", None)) is not None:
+                yield from _check_enough(recipe, known, stages)
             continue
         if arguments["path"] in to_be_made:
             yield skipped(name, f"train_loader.source makes {arguments['path']} on first use")
@@ -71,6 +75,26 @@ def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) 
         yield from _check_data_set(name, arguments, manifest, stages, parts.multiple, {"image_size": recipe.image_size} | trained)
     if key == "train_loader" and buckets and not unmade:
         yield from _check_buckets(key, buckets, stages)
+        yield from _check_enough(recipe, sum(buckets.values()), stages)
+        yield from _check_epochs(recipe, sum(buckets.values()))
+
+
+def _check_enough(recipe: Recipe, samples: int, stages: list[PlannedStage]) -> Iterator[Result]:
+    """Whether the batch that the loader begins with, and that of every stage, are at most what there is to train on."""
+    sizes = {"": recipe.global_train_batch_size} | {stage.path: stage.global_batch_size for stage in stages}
+    for path, size in sizes.items():
+        if problem := fewer_than_a_batch(samples, size, path):
+            yield failed(problem)
+
+
+def _check_epochs(recipe: Recipe, samples: int) -> Iterator[Result]:
+    """What the recipe says in epochs, now that it is known how long one is; all but what could be said without."""
+    if recipe.algorithms.get("progressive_resolution"):
+        return
+    known = set(schedule_problems(recipe))
+    for problem in schedule_problems(recipe, samples / recipe.global_train_batch_size):
+        if problem not in known:
+            yield failed(problem)
 
 
 def _check_unmade(making: Making, spec: dict[str, Any], stages: list[PlannedStage], multiple: int | None) -> Iterator[Result]:
@@ -261,6 +285,8 @@ def _check_buckets(key: str, buckets: Mapping[Bucket, int], stages: list[Planned
     total = sum(buckets.values())
     for stage in stages:
         batch_size = stage.global_batch_size
+        if total < batch_size:  # said by `_check_enough`
+            continue
         small = {bucket: count for bucket, count in buckets.items() if count < batch_size}
         if small:
             rarest = min(small, key=lambda bucket: small[bucket])

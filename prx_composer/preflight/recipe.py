@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from composer.core import Algorithm
@@ -12,10 +12,12 @@ from prx_composer.algorithms.alignment import AlignmentAlgorithm
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
 from prx_composer.checks import setting_problems
 from prx_composer.config import Recipe, build, split
-from prx_composer.errors import Problems, UserError
+from prx_composer.errors import Problems, UserError, at_path
 from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.cleaning import Cleaning, cleaner
 from prx_composer.parallelism import parallelism
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped
+from prx_composer.preflight.schedule import schedule_problems
 from prx_composer.schedule import ScheduleWindow
 from prx_composer.sizes import batch_problems, downsampling_of, image_size_problems
 
@@ -103,6 +105,7 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Parts]:
     if not parts.is_wrong("model"):
         results.extend(guarded(_check_backbone(recipe, parts)))
     results.extend(map(failed, setting_problems(vars(recipe), num_ranks)))
+    results.extend(guarded(_check_cleaning(recipe)))
     if not parts.is_wrong("scheduler"):
         results.extend(guarded(_check_scheduler(recipe)))
     built = Problems()
@@ -138,10 +141,18 @@ def _check_backbone(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     yield passed("model.backbone", f"{parameters / 1e6:,.1f}M parameters")
 
 
+def _check_cleaning(recipe: Recipe) -> Iterator[Result]:
+    clean: Any = (recipe.model.get("text_encoder") or {}).get("clean")
+    if clean in get_args(Cleaning):  # else its type is wrong, which is said elsewhere
+        with at_path("model.text_encoder"):
+            cleaner(clean)
+    yield from ()
+
+
 def _check_scheduler(recipe: Recipe) -> Iterator[Result]:
     name, arguments = split(recipe.scheduler, "scheduler")
     build(registry.schedulers, name, arguments, "scheduler")
-    yield from ()
+    yield from map(failed, schedule_problems(recipe))
 
 
 def check_callbacks(recipe: Recipe, parts: Parts) -> Iterator[Result]:

@@ -10,14 +10,18 @@ import yaml
 
 from prx_composer import __version__
 from prx_composer.models.autoencoder import Pixels
+from prx_composer.models.cleaning import clean_caption, cleaning_of
 from prx_composer.trained.drawing import DrawingSettings
-from prx_composer.trained.export import RECIPE
 from prx_composer.trained.loading import Trained
-from prx_composer.trained.pipeline_folder import REFERENCE
+from prx_composer.trained.pipeline_folder import RECIPE, REFERENCE
 
 __all__ = ["SAMPLES", "Card", "sample_settings", "write_card"]
 
 SAMPLES = "samples.png"
+_CLEAN_FIRST = (
+    " Clean a prompt first, with `diffusers.pipelines.prx.pipeline_prx.TextPreprocessor().clean_text`: the captions of training "
+    "were, and this pipeline doesn't."
+)
 VERSIONS = ("torch", "diffusers", "transformers", "mosaicml", "mosaicml-streaming")
 
 
@@ -108,17 +112,20 @@ def _usage(trained: Trained, folder: Path, card: Card, pixels: bool) -> str:
         revision = "" if reference["revision"] is None else f", revision={reference['revision']!r}"
         lines.append(f"text_encoder = {network}.from_pretrained({reference['pretrained']!r}{revision})  # not in this repository")
         load += ", text_encoder=text_encoder"
-    cleaning = "" if pixels else ", skip_text_cleaning=True"
+    cleaning = cleaning_of(trained.model.text_encoder.tokenizer)
+    skip = "" if pixels or cleaning == "prx" else ", skip_text_cleaning=True"
+    if pixels and cleaning == "prx":
+        prompt = clean_caption(prompt, "prx")
     lines += [
         f"pipe = {pipeline}.from_pretrained({load})",
         f"image = pipe({prompt!r}, {arguments},",
-        f"    use_resolution_binning=False{cleaning}, generator=torch.Generator().manual_seed(0)).images[0]",
+        f"    use_resolution_binning=False{skip}, generator=torch.Generator().manual_seed(0)).images[0]",
     ]
     code = "\n".join(lines)
     return (
         f"```python\n{code}\n```\n\nIt needs `pip install diffusers transformers ftfy`. `use_resolution_binning=False` keeps "
         "the size that is asked for; one prompt at a time."
-    )
+    ) + (_CLEAN_FIRST if pixels and cleaning == "prx" else "")
 
 
 def _samples(folder: Path, card: Card) -> str:

@@ -23,13 +23,11 @@ from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.sampling import NUM_TRAIN_TIMESTEPS
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.trained.loading import Trained
-from prx_composer.trained.pipeline_folder import PIXEL_MIN_TIMESTEP, REFERENCE
+from prx_composer.trained.pipeline_folder import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
 
-__all__ = ["RECIPE", "check_exportable", "check_output", "push", "write_pipeline", "written_aside"]
+__all__ = ["check_exportable", "check_output", "push", "write_pipeline", "written_aside"]
 
 log = logging.getLogger(__name__)
-
-RECIPE = "recipe.yaml"
 
 
 def check_exportable(model: TextToImage) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 
 from prx_composer.errors import UserError, at_path
@@ -11,11 +12,21 @@ from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.flow import FlowMatching
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.text_files import read_text
 from prx_composer.trained.locate import read_json
 from prx_composer.trained.weights import read_safetensors
 
-__all__ = ["PIXEL_MIN_TIMESTEP", "REFERENCE", "backbone_arguments", "flow_arguments", "open_pipeline", "text_encoder_arguments"]
+__all__ = [
+    "PIXEL_MIN_TIMESTEP",
+    "RECIPE",
+    "REFERENCE",
+    "backbone_arguments",
+    "flow_arguments",
+    "open_pipeline",
+    "text_encoder_arguments",
+]
 
+RECIPE = "recipe.yaml"
 REFERENCE = "text_encoder_reference.json"
 PIXEL_MIN_TIMESTEP = 0.05  # written into PRXPixelPipeline
 _DEFAULTS = {"PRXPixelPipeline": (1024, 256), "PRXPipeline": (512, None)}  # default_sample_size, prompt tokens
@@ -61,7 +72,7 @@ def image_size(folder: Path) -> int:
 
 
 def text_encoder_arguments(folder: Path) -> dict[str, Any]:
-    """`pretrained` (the folder's own, or the hub id that it refers to), `revision`, `tokenizer` and `max_tokens`.
+    """`pretrained` (the folder's own, or the hub id that it refers to), `revision`, `tokenizer`, `max_tokens` and `clean`.
 
     Raises:
         UserError: neither is there.
@@ -77,7 +88,15 @@ def text_encoder_arguments(folder: Path) -> dict[str, Any]:
     max_tokens = index.get("prompt_max_tokens") or _DEFAULTS[index["_class_name"]][1]
     if max_tokens is None:
         max_tokens = int(read_json(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length") or 256)
-    return arguments | {"tokenizer": str(folder / "tokenizer"), "max_tokens": max_tokens}
+    return arguments | {"tokenizer": str(folder / "tokenizer"), "max_tokens": max_tokens, "clean": _cleaning(folder)}
+
+
+def _cleaning(folder: Path) -> str:
+    """How a model's prompts are cleaned: as the recipe beside it says, if there is one; else as its pipeline does."""
+    if not (folder / RECIPE).exists():
+        return "basic" if is_pixel(folder) else "prx"
+    recipe = yaml.safe_load(read_text(folder / RECIPE)) or {}
+    return ((recipe.get("model") or {}).get("text_encoder") or {}).get("clean", "none")
 
 
 def open_pipeline(folder: Path) -> tuple[TextToImage, int]:

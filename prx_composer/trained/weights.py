@@ -22,8 +22,9 @@ from torch.torch_version import TorchVersion
 
 from prx_composer.checkpoints import MONOLITH, Checkpoint, damage
 from prx_composer.errors import UserError
+from prx_composer.finite import bad_tensor
 
-__all__ = ["SavedState", "read_checkpoint", "read_safetensors", "safetensors_shapes"]
+__all__ = ["SavedState", "not_finite_in", "read_checkpoint", "read_safetensors", "safetensors_shapes"]
 
 _reconstruct = np.zeros(0).__reduce__()[0]
 # Beside tensors, what a run's own state is made of: times, the versions it ran with, numpy's random state.
@@ -81,6 +82,22 @@ def read_checkpoint(checkpoint: Checkpoint) -> SavedState:
             f"{checkpoint.path} is not read: it holds {culprit}, and only tensors, numbers and text are loaded from checkpoints, "
             "since anything else could execute code. An algorithm or callback of that run saves it."
         ) from error
+
+
+def not_finite_in(checkpoint: Checkpoint) -> str | None:
+    """What of a checkpoint's weights or average isn't finite, in words; None if all is, or if they cannot be read.
+
+    One that was looked at when it was written says so in its index, and isn't read again.
+    """
+    try:
+        if checkpoint.index().get("finite"):
+            return None
+        saved = read_checkpoint(checkpoint)
+    except (UserError, OSError, ValueError):
+        return None
+    named = [(f"the weight {name}", tensor) for name, tensor in saved.model.items()]
+    bad = bad_tensor([*named, *((f"the average of {name}", tensor) for name, tensor in saved.average.items())])
+    return None if bad is None else f"{bad} is not finite"
 
 
 def _read_file(path: Path) -> SavedState:

@@ -43,3 +43,23 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_both(
     assert [len(ids[0]), len(ids[1]), len(ids[0] & ids[1])] == [24, 24, 0]
     assert all(len(rank["timestep"]) == 24 for rank in spikes[2]["ranks"])
     assert not (folder / "stacks").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("parallelism", "kind"), [(None, "loss"), ({"fsdp": {"state_dict_type": "sharded"}}, "gradient")])
+def test_what_is_not_finite_on_one_rank_ends_both_with_the_good_checkpoint_left(
+    parallelism: Any, kind: str, tiny_recipe: dict[str, Any], write_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    """With two microbatches a step, and without `skip_nonfinite`; under FSDP2 the gradient is in rank 1's shard alone."""
+    del tiny_recipe["algorithms"]["progressive_resolution"]
+    tiny_recipe |= {"code_paths": [POISON], "image_size": 8, "device_train_microbatch_size": 12, "preflight": False}
+    tiny_recipe |= {"parallelism_config": parallelism, "save_num_checkpoints_to_keep": 1}
+    tiny_recipe["algorithms"]["poison"] = {"kinds": {"4": kind}, "rank": 1}
+    finished = launch(write_recipe(tiny_recipe))
+    assert finished.returncode != 0
+    what = "the loss is not finite (first poison)" if kind == "loss" else "first that of auxiliary_losses.poison.scale"
+    assert what in finished.stderr + finished.stdout and "Training ended at batch 4" in finished.stderr + finished.stdout
+    folder = tmp_path / "runs" / "tiny"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["ba2"]
+    assert [row["batch"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4]

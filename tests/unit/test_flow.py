@@ -33,6 +33,54 @@ def test_timesteps_follow_the_stated_distribution(shift: float, mean: float, std
     assert scipy.stats.kstest(t, cdf).pvalue > 1e-3
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.05, 0.9)])
+@pytest.mark.parametrize(("shift", "uniform"), [(3.0, 0.1), (3.0, 1.0), (1.0, 0.5), (0.5, 0.3)])
+def test_the_uniform_timesteps_stay_uniform_where_the_recipe_says_so(
+    shift: float, uniform: float, low: float, high: float
+) -> None:
+    """Against the closed form of the mixture, of which each part is truncated to the range that is sampled."""
+    flow = FlowMatching(timestep_shift=shift, uniform_fraction=uniform, shift_uniform=False, sampled_min=low, sampled_max=high)
+    t = flow.sample_timesteps(20_000, generator()).numpy().astype(np.float64)
+
+    def shifted_logit_normal(value: np.ndarray) -> np.ndarray:
+        return scipy.stats.norm.cdf(scipy.special.logit(value / (shift - (shift - 1) * value)))
+
+    def cdf(value: np.ndarray) -> np.ndarray:
+        first, last = shifted_logit_normal(np.array([low, high]))
+        return uniform * (value - low) / (high - low) + (1 - uniform) * (shifted_logit_normal(value) - first) / (last - first)
+
+    assert scipy.stats.kstest(t, cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("shift_uniform", "share"), [(True, 0.0040), (False, 0.0104)])
+def test_the_reference_trains_more_on_little_noise(shift_uniform: bool, share: float) -> None:
+    """The share of t < 0.1, in closed form and drawn: within four of its standard deviations."""
+    before = 0.1 / (3 - 2 * 0.1)  # where a shift of 3 makes 0.1 of it
+    closed = 0.9 * scipy.stats.norm.cdf(scipy.special.logit(before)) + 0.1 * (before if shift_uniform else 0.1)
+    assert closed == pytest.approx(share, abs=5e-5)
+    drawn = FlowMatching(timestep_shift=3.0, shift_uniform=shift_uniform).sample_timesteps(400_000, generator(1))
+    assert (drawn < 0.1).double().mean().item() == pytest.approx(closed, abs=4 * (closed / 400_000) ** 0.5)
+
+
+def test_a_recipe_that_does_not_say_so_draws_what_it_always_drew() -> None:
+    """Bit for bit: the shift of a mixture."""
+    for options in ({}, {"sampled_min": 0.1, "sampled_max": 0.8}):
+        drawn = FlowMatching(timestep_shift=3.0, **options).sample_timesteps(64, generator(2))
+        source = generator(2)
+        normal, (uniform, choice) = torch.randn(64, generator=source), torch.rand(2, 64, generator=source)
+        if options:
+            low, high = 0.1 / (3 - 2 * 0.1), 0.8 / (3 - 2 * 0.8)
+            below, above = (float(scipy.stats.norm.cdf(scipy.special.logit(edge))) for edge in (low, high))
+            uniform = low + (high - low) * uniform
+            normal = torch.special.ndtri(below + (above - below) * torch.special.ndtr(normal.double())).float()
+        mixture = torch.where(choice < 0.1, uniform, torch.sigmoid(normal))
+        assert (
+            torch.equal(drawn, shift_timesteps(mixture, 3.0))
+            if not options
+            else torch.allclose(drawn, shift_timesteps(mixture, 3.0), atol=1e-6)
+        )
+
+
 def test_shift_is_the_sigma_shift_of_the_sampler() -> None:
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 

@@ -20,12 +20,13 @@ from composer.core import Event, Timestamp
 from scipy.stats import median_abs_deviation
 
 from prx_composer import config
-from prx_composer.algorithms.skip_nonfinite import SkipNonfinite, not_finite
+from prx_composer.algorithms.skip_nonfinite import SkipNonfinite
 from prx_composer.callbacks.garbage_collection import GarbageCollection
 from prx_composer.callbacks.loss_spikes import LossSpikes, robust_score
 from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.callbacks.watchdog import Watchdog
 from prx_composer.errors import UserError
+from prx_composer.finite import not_finite
 from prx_composer.run_folder import save_recipe
 from prx_composer.train import build_trainer, main, run
 
@@ -102,12 +103,6 @@ def test_a_run_with_skipped_steps_ends_where_one_does_that_takes_them_back(
     assert column(recipe, "guard/skipped_steps") == [1, 1, 2, 2, 2, 2]
     assert found.keys() == expected.keys() and all(value.isfinite().all() for value in found.values())
     assert [key for key in found if not torch.equal(found[key], expected[key])] == []
-
-
-def test_without_the_guard_the_same_batch_ruins_the_run(guarded: Recipe, write_recipe: Write) -> None:
-    algorithms = {"ema": {"half_life": "4ba"}, "poison": {"kinds": {3: "nan"}}}
-    recipe, _ = trained(guarded, write_recipe, "unguarded", algorithms)
-    assert column(recipe, "loss/train/poison") == [pytest.approx(0.08, abs=0.01)] * 2 + [None] * 4
 
 
 def test_a_loss_that_failed_inside_of_its_window_leaves_nothing_behind_when_it_closes(

@@ -1,14 +1,20 @@
 """The 24-hour recipe and its laptop-size copy are held against each other, key by key; the launch files against the recipe."""
 
+import dataclasses
 import fnmatch
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from prx_composer.data.buckets import make_buckets
+from prx_composer.data.convert.settings import Settings
+
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = REPOSITORY / "yamls"
+CARD = REPOSITORY / "recipes" / "speedrun_24h"
 
 # Paths at which the mini recipe may differ, and why. Everything else is the same to the letter.
 MAY_DIFFER = {
@@ -99,6 +105,26 @@ def test_every_value_of_the_24h_recipe_can_be_traced() -> None:
     for ours in ("seed", "eval_loader", "skip_nonfinite", "callbacks", "eval_interval", "save_interval"):
         line = next(line for line in text.splitlines() if line.strip().startswith(f"{ours}:"))
         assert "ours" in line, line
+
+
+def test_the_card_and_the_recipe_name_as_many_buckets_as_their_data_are_converted_into() -> None:
+    """By the commands of DATA.md, which leave the sizes to their defaults."""
+    settings = {f.name: f.default for f in dataclasses.fields(Settings)}
+    commands = [line for line in (CARD / "DATA.md").read_text().splitlines() if "prx data convert" in line]
+    assert commands and not any(option in line for line in commands for option in ("--base-size", "--patch", "--bucket"))
+    made = make_buckets(settings["image_size"], settings["multiple"], settings["bucket_aspect"])
+    for text in ((CARD / "README.md").read_text(), (RECIPES / "24h.yaml").read_text()):
+        assert re.findall(r"(\d+) aspect buckets", text) == [str(len(made))]
+    full = yaml.safe_load((RECIPES / "24h.yaml").read_text())
+    assert settings["multiple"] == full["model"]["backbone"]["patch_size"]
+
+
+def test_the_24h_recipe_has_the_reference_s_timesteps_guidance_and_date() -> None:
+    text = (RECIPES / "24h.yaml").read_text()
+    full = yaml.safe_load(text)
+    assert full["model"]["flow"]["shift_uniform"] is False
+    assert full["algorithms"]["tread"]["self_guidance"] and full["callbacks"]["images"]["guidance_scale"] == 3.5
+    assert "part 3 (3 March 2026)" in text and "July" not in text
 
 
 def test_launch_files_name_the_recipe_and_its_shape() -> None:

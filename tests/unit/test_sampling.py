@@ -1,8 +1,10 @@
 """Sampling against diffusers' own pipeline and against the exact solution."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
@@ -10,6 +12,7 @@ from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from prx_composer.models import FlowMatching, TextToImage
+from prx_composer.models.randomness import derive_seed, generator_from, seeded_generator
 from prx_composer.models.sampling import SamplingStep, initial_noise, sample_flow
 
 Build = Callable[..., TextToImage]
@@ -96,3 +99,26 @@ def test_impossible_requests_are_refused(tiny_model: Build) -> None:
         model.generate([PROMPT], 18, 16)
     with pytest.raises(ValueError, match="seeds"):
         model.generate([PROMPT], 16, 16, seeds=[1, 2])
+
+
+def test_every_bit_of_a_seed_decides_what_a_cpu_generator_draws() -> None:
+    """Below 2³² it is torch's own, and above it numpy's Mersenne Twister with the two halves as its key."""
+    for seed in (0, 17, 2**32 - 1):
+        own = torch.Generator().manual_seed(seed)
+        assert torch.equal(torch.randn(50, generator=generator_from(seed)), torch.randn(50, generator=own))
+    source = np.random.default_rng(0)
+    for low, high in [(0, 1), (17, 1), (17, 2), (2**32 - 1, 2**31 - 1), *source.integers(1, 2**32, (20, 2)).tolist()]:
+        raw = np.frombuffer(np.random.RandomState([low, high]).bytes(4 * 1500), "<u4")
+        drawn = torch.rand(1500, generator=generator_from(low + (high << 32)))
+        assert np.array_equal(drawn.numpy(), ((raw & 0xFFFFFF) / 2**24).astype(np.float32))
+    seeds = [5 + (high << 32) for high in range(300)]  # all of them drew the same
+    assert len({tuple(torch.rand(2, generator=generator_from(seed)).tolist()) for seed in seeds}) == 300
+    noise = initial_noise([5, 5 + 2**32, 5], (1, 2, 2), torch.device("cpu"))
+    assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+
+
+def test_a_derived_generator_uses_all_of_its_seed() -> None:
+    seed = derive_seed(1, 2, zlib.crc32(b"noise"))
+    drawn = torch.rand(3, generator=seeded_generator(torch.device("cpu"), "noise", 1, 2))
+    assert seed >= 2**32 and torch.equal(drawn, torch.rand(3, generator=generator_from(seed)))
+    assert not torch.equal(drawn, torch.rand(3, generator=generator_from(seed % 2**32)))

@@ -1,0 +1,122 @@
+"""Captions are cleaned as diffusers' pipelines clean them, everywhere alike."""
+
+import pickle
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
+
+from prx_composer import config
+from prx_composer.data.collate import Collator
+from prx_composer.data.columns import fingerprint
+from prx_composer.models import HuggingFaceTextEncoder
+from prx_composer.models.cleaning import cleaned, cleaner, with_cleaning
+from prx_composer.models.text_encoder import tokenize
+from prx_composer.preflight.recipe import examine
+from prx_composer.train import build_text_encoder
+
+TABLE = [
+    "A Photo of a CAT",
+    "  a [red] (round) {thing} | with / slashes \\ and *stars* #1 #12345 @somebody ®©™ ",
+    "see https://example.com/a/b?c=d or www.example.org/path_of-it, or mail me@example.net now",
+    "IMG_20200101_1234.jpg, photo.png and a pdf image, page 12, 1920x1080 or 3.5×2.1",
+    "from 192.168.0.1 at 5:30 \n",
+    "item 1234567 and jc6640 jc6640vc 6640vc231 j2d1a2a",
+    "free shipping worldwide shipping free download free click for more",
+    "she said “hello” « bonjour » `quoted` \"\" '' ´x´ ¨u¨",
+    "a – b — c − d ~ e・f 〜 g",
+    "this-is-my-cute-cat but_not_this",
+    "a&amp;b &quot;c&quot; &lt;d&gt; &amp;amp; &#39;e&#39; <person> <b>",
+    "schÃ¶n â€” fÃ¼r dich",  # UTF-8 read as Latin-1
+    "漢字 ㇀ ㈠ ㌀ 㐀 ䷀ 一 and words",
+    "100%25 a+b%20c",
+    "'quoted whole'",
+    "-leading and trailing-",
+    ".hidden",
+    "a . b ... c.d,e/f",
+    "",
+    " ",
+    "ﬁne ｆｕｌｌ width \u200b\ufeff\u00a0x",
+]
+PIECES = [
+    *TABLE,
+    *" .,:;-_'\"()[]{}|/\\*#@&%+~<>0123456789",
+    "abc",
+    "Ä",
+    "ß",
+    "х",
+    "×",
+    "&amp",
+    "\n",
+    "\\n",
+    "http://",
+    ".com",
+    ".png",
+]
+
+
+def random_texts(count: int) -> list[str]:
+    source = random.Random(0)
+    return ["".join(source.choice(PIECES) for _ in range(source.randint(1, 12))) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("cleaning", "oracle"), [("prx", "clean_text"), ("basic", "basic_clean")])
+def test_every_text_is_cleaned_as_the_released_pipelines_do(cleaning: Any, oracle: str) -> None:
+    clean, theirs = cleaner(cleaning), getattr(TextPreprocessor(), oracle)
+    texts = TABLE + random_texts(2000)
+    assert [text for text in texts if clean(text) != theirs(text)] == []
+    assert sum(clean(text) != text for text in TABLE) > 6, "and it isn't nothing that is done"
+    assert [cleaner("none")(text) for text in texts] == texts
+
+
+def encoder(tokenizer: Any, clean: Any, **config: Any) -> HuggingFaceTextEncoder:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(model_type="t5", d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return HuggingFaceTextEncoder(tokenizer, config=sizes | config, max_tokens=14, clean=clean)
+
+
+def test_training_prompts_and_stored_embeddings_read_the_same_words(tokenizer: Any) -> None:
+    """Also in a loader that is given nothing but the tokenizer, and in another process of it."""
+    plain, cleaning = encoder(tokenizer, "none"), encoder(tokenizer, "prx")
+    dirty, clean = "a [red] circle, https://example.com/x 1234567 on the left", "a red circle, on the left"
+    assert cleaner("prx")(dirty) == clean
+    expected = tokenize(tokenizer, [clean], 14)["input_ids"]
+    sample = {"caption": dirty, "sample_id": 0, "features": {}}
+    for given, same in ((cleaning, True), (plain, False)):
+        assert torch.equal(given.tokenize([dirty])["input_ids"], expected) == same
+        assert torch.equal(Collator(given.tokenizer, 14)([sample])["input_ids"], expected) == same
+    assert torch.equal(tokenize(pickle.loads(pickle.dumps(cleaning.tokenizer)), [dirty], 14)["input_ids"], expected)
+    assert cleaned(tokenizer, [dirty]) == [dirty], "the tokenizer that was given is left alone"
+    assert fingerprint(plain.network, plain.tokenizer) == fingerprint(plain.network, tokenizer)
+    marks = {fingerprint(plain.network, with_cleaning(tokenizer, clean)) for clean in ("none", "basic", "prx")}
+    assert len(marks) == 3, "embeddings that were stored with another cleaning are recognised"
+
+
+def test_a_recipe_says_how(tiny_recipe: dict[str, Any], write_recipe: Any, tmp_path: Path) -> None:
+    """A tokenizer that is trained on the captions is trained on the clean ones."""
+    tiny_recipe["model"]["text_encoder"]["clean"] = "prx"
+    recipe = config.load([write_recipe(tiny_recipe)])
+    built = build_text_encoder(recipe, tmp_path / "kept")
+    assert cleaned(built.tokenizer, ["A (Red) Circle"]) == ["a red circle"]
+    again = build_text_encoder(recipe, tmp_path / "kept")
+    assert cleaned(again.tokenizer, ["A (Red) Circle"]) == ["a red circle"], "when the run goes on, too"
+    tiny_recipe["model"]["text_encoder"]["clean"] = "all"
+    results, _ = examine(config.load([write_recipe(tiny_recipe)]), 1)
+    (wrong,) = [result.text for result in results if result.mark == "✗"]
+    assert "model.text_encoder.clean" in wrong and "'prx'" in wrong
+
+
+def test_without_ftfy_it_is_said_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)  # as if it weren't installed
+    assert cleaner("none")("A") == "A"
+    with pytest.raises(ValueError, match="clean: prx needs ftfy, which is not installed: `pip install ftfy`"):
+        cleaner("prx")
+
+
+def test_a_cleaning_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="none, basic or prx, not 'all'"):
+        cleaner("all")  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,148 @@
+"""Times and numbers with which a run would train wrongly or not at all: `prx check` and train.py refuse them alike."""
+
+import re
+import shlex
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from prx_composer import config
+from prx_composer.callbacks.metrics_file import read_metrics
+from prx_composer.preflight import check_config, check_recipe
+from prx_composer.train import main
+
+Recipe = dict[str, Any]
+Write = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    warnings.filterwarnings("ignore")
+
+
+@pytest.fixture
+def plain(tiny_recipe: Recipe) -> Recipe:
+    return tiny_recipe | {"algorithms": {}, "image_size": 8, "max_duration": "6ba", "device_train_microbatch_size": None}
+
+
+def refused(recipe: str, *changes: str) -> list[str]:
+    return [result.text for result in check_config(config.load([recipe, *changes])) if result.mark == "✗"]
+
+
+WARMUPS = [
+    ("constant_with_warmup", "96sp", "6ba", "96sp is counted in samples, and max_duration: 6ba in batches", "2ba"),
+    ("linear_decay_with_warmup", "2ba", "288sp", "2ba is counted in batches, and max_duration: 288sp in samples", "96sp"),
+    ("cosine_with_warmup", "1ep", "288sp", "1ep is counted in epochs, and max_duration: 288sp in samples", "0.05dur"),
+    ("constant_with_warmup", "5m", "6ba", "counts batches, samples, epochs or dur, not 5m", "0.05dur"),
+    ("constant_with_warmup", "7ba", "6ba", "7ba is longer than the run (max_duration: 6ba)", "0.1dur"),
+    ("linear_decay_with_warmup", "1.5dur", "6ba", "1.5dur is longer than the run", "0.1dur"),
+    ("warmup_stable_decay", "7ba", "6ba", "7ba is longer than the run", "0.1dur"),
+    ("warmup_stable_decay", "300sp", "6ba", "300sp is longer than the run", "0.1dur"),
+    ("warmup_stable_decay", "2h", "6ba", "2h is longer than the run (time_budget: 1h)", "0.1dur"),
+    ("cosine_with_warmup", "2ep", "1ep", "2ep is longer than the run", "0.1dur"),
+]
+
+
+@pytest.mark.parametrize(("name", "warmup", "duration", "said", "instead"), WARMUPS)
+def test_a_warmup_that_the_run_cannot_follow_is_refused(
+    name: str, warmup: str, duration: str, said: str, instead: str, plain: Recipe, write_recipe: Write, capsys: Any
+) -> None:
+    path = write_recipe(plain | {"scheduler": {"name": name, "t_warmup": warmup}, "time_budget": "1h"})
+    (problem,) = refused(path, f"max_duration={duration}")
+    assert problem.startswith("scheduler.t_warmup: ") and said in problem
+    assert main([path, f"max_duration={duration}"]) == 1 and problem in capsys.readouterr().err
+    assert f"such as {instead}" in problem or f"give {instead}" in problem
+    assert refused(path, f"max_duration={duration}", f"scheduler.t_warmup={instead}") == []
+    for other in re.findall(r"'(scheduler=.*?)'", problem):
+        assert refused(path, f"max_duration={duration}", *shlex.split(f"'{other}'")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "duration"),
+    [
+        ("constant_with_warmup", "6ba", "6ba"),
+        ("constant_with_warmup", "0.5dur", "2ep"),
+        ("linear_decay_with_warmup", "1ep", "600ba"),
+        ("linear_decay_with_warmup", "0ba", "6ba"),
+        ("cosine_with_warmup", "20ba", "2ep"),
+        ("warmup_stable_decay", "200sp or 3m", "6ba"),
+        ("warmup_stable_decay", "30m", "6ba"),
+        ("warmup_stable_decay", "0.2budget", "6ba"),
+    ],
+)
+def test_a_warmup_that_it_can_follow_is_not(name: str, warmup: str, duration: str, plain: Recipe, write_recipe: Write) -> None:
+    path = write_recipe(plain | {"scheduler": {"name": name, "t_warmup": warmup}, "time_budget": "1h"})
+    assert refused(path, f"max_duration={duration}") == []
+
+
+def test_epochs_are_compared_when_the_data_are_known(plain: Recipe, write_recipe: Write, capsys: Any) -> None:
+    """402 images and batches of 48: an epoch is 8 batches."""
+    path = write_recipe(plain | {"scheduler": {"name": "constant_with_warmup", "t_warmup": "1ep"}})
+    found = [result.text for result in check_recipe(config.load([path]), step=False) if result.mark == "✗"]
+    assert len(found) == 1 and "scheduler.t_warmup: 1ep is longer than the run (max_duration: 6ba)" in found[0]
+    assert main([path]) == 1 and found[0] in capsys.readouterr().err
+    assert main([path, "max_duration=9ba", "preflight=true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("max_duration=-5ba", "max_duration: -5ba must be positive, such as 1000ba or 3ep"),
+        ("max_duration=0ep", "max_duration: 0ep must be positive"),
+        ("eval_interval=-1ba", "eval_interval: -1ba must be positive, such as 0.25dur"),
+        (
+            "save_num_checkpoints_to_keep=0",
+            "save_num_checkpoints_to_keep: 0 would leave none to go on from; give at least 1, or -1",
+        ),
+        ("save_num_checkpoints_to_keep=-2", "save_num_checkpoints_to_keep: -2 would leave none"),
+    ],
+)
+def test_numbers_with_which_nothing_is_trained_or_kept_are_refused(
+    change: str, said: str, plain: Recipe, write_recipe: Write, capsys: Any
+) -> None:
+    path = write_recipe(plain)
+    (problem,) = refused(path, change)
+    assert said in problem and main([path, change]) == 1 and said in capsys.readouterr().err
+    assert not Path(plain["run_folder"].replace("${run_name}", "tiny")).exists()
+
+
+def pictures(folder: Path, count: int) -> str:
+    folder.mkdir()
+    for index in range(count):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(folder / f"{index}.png")
+    (folder / "captions.jsonl").write_text(
+        "".join(f'{{"file": "{index}.png", "caption": "picture {index}"}}\n' for index in range(count))
+    )
+    return str(folder)
+
+
+def test_fewer_images_than_a_batch_are_refused_before_and_after_they_are_converted(
+    plain: Recipe, write_recipe: Write, tmp_path: Path, capsys: Any
+) -> None:
+    """At the first start they are in no data set yet."""
+    source = {"name": "folder", "folder": pictures(tmp_path / "pictures", 5), "image_size": 16, "multiple": 8}
+    plain["train_loader"] = {"name": "image_caption", "path": str(tmp_path / "five"), "source": source}
+    path = write_recipe(plain | {"global_train_batch_size": 8, "max_duration": "2ba"})
+    said = "global_train_batch_size: 8 is more than the 5 images that there are to train on; set it to at most 5"
+    for made, options in ((False, []), (True, ["preflight=false"]), (True, [])):
+        found = [result.text for result in check_recipe(config.load([path]), step=False) if result.mark == "✗"]
+        assert [said in text for text in found] == [True], made
+        assert main([path, *options]) == 1 and said in capsys.readouterr().err, made
+        assert main([path, "global_train_batch_size=5", f"run_name=five{made}{len(options)}"]) == 0, capsys.readouterr().err
+    assert len(read_metrics(tmp_path / "runs" / "fiveFalse0" / "metrics.jsonl")) == 2
+
+
+def test_a_later_stage_with_a_batch_that_large_is_refused_too(plain: Recipe, write_recipe: Write, capsys: Any) -> None:
+    stages = [
+        {"until": "2ba", "image_size": 8, "global_train_batch_size": 48},
+        {"image_size": 16, "global_train_batch_size": 640},
+    ]
+    path = write_recipe(plain | {"algorithms": {"progressive_resolution": {"stages": stages}}})
+    for options in ([], ["preflight=false"]):
+        assert main([path, *options]) == 1
+        error = capsys.readouterr().err
+        assert "stages[1]." in error and "global_train_batch_size: 640 is more than the" in error
