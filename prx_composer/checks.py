@@ -148,14 +148,15 @@ def _check_time(text: Any, path: str) -> None:
     if path == "save_interval":
         Point.parse_interval(text)
         return
-    point = Point.parse(text)
+    given = str(text).strip()
+    point = Point.parse(given.removeprefix("-"))
     unit = point.unit
     if path == "max_duration" and unit not in ("ba", "ep", "sp"):
         hours = " For a length in hours, give it as time_budget, and a max_duration that is long enough." if unit == "sec" else ""
         raise ValueError(f"{text} must be a number of batches, epochs or samples, such as 1000ba.{hours}")
     if unit == "tok":
         raise ValueError(f"{text}: images have no tokens to count; use ba, ep, sp or dur.")
-    if point.value <= 0:
+    if point.value <= 0 or given.startswith("-"):
         raise ValueError(f"{text} must be positive, such as {'1000ba or 3ep' if path == 'max_duration' else '0.25dur'}.")
     if unit == BUDGET:
         raise ValueError(f"{text}: evaluation comes at batches, epochs, samples, times or parts of the run; use 0.1dur, say.")

@@ -142,7 +142,8 @@ def _check_backbone(recipe: Recipe, parts: Parts) -> Iterator[Result]:
 
 
 def _check_cleaning(recipe: Recipe) -> Iterator[Result]:
-    clean: Any = (recipe.model.get("text_encoder") or {}).get("clean")
+    encoder = recipe.model.get("text_encoder")
+    clean: Any = encoder.get("clean") if isinstance(encoder, dict) else None
     if clean in get_args(Cleaning):  # else its type is wrong, which is said elsewhere
         with at_path("model.text_encoder"):
             cleaner(clean)
