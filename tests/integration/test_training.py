@@ -281,7 +281,8 @@ def test_a_checkpoint_of_other_data_is_refused(
     data = tmp_path / "data"
     shutil.copytree(shapes_data, data)
     tiny_recipe["train_loader"] = {"name": "image_caption", "path": str(data)}
-    path = write_recipe(tiny_recipe | {"autoresume": True})
+    del tiny_recipe["algorithms"]["progressive_resolution"]
+    path = write_recipe(tiny_recipe | {"autoresume": True, "global_train_batch_size": 24})
     assert main([path, "max_duration=2ba"]) == 0
     shutil.rmtree(data / "train")
     shutil.copytree(shapes_data / "heldout", data / "train")

@@ -80,12 +80,12 @@ def test_a_warmup_that_it_can_follow_is_not(name: str, warmup: str, duration: st
 
 
 def test_epochs_are_compared_when_the_data_are_known(plain: Recipe, write_recipe: Write, capsys: Any) -> None:
-    """402 images and batches of 48: an epoch is 8 batches."""
-    path = write_recipe(plain | {"scheduler": {"name": "constant_with_warmup", "t_warmup": "1ep"}})
+    """285 images and batches of 48: an epoch is 6 batches, nearly."""
+    path = write_recipe(plain | {"scheduler": {"name": "constant_with_warmup", "t_warmup": "2ep"}})
     found = [result.text for result in check_recipe(config.load([path]), step=False) if result.mark == "✗"]
-    assert len(found) == 1 and "scheduler.t_warmup: 1ep is longer than the run (max_duration: 6ba)" in found[0]
+    assert len(found) == 1 and "scheduler.t_warmup: 2ep is longer than the run (max_duration: 6ba)" in found[0]
     assert main([path]) == 1 and found[0] in capsys.readouterr().err
-    assert main([path, "max_duration=9ba", "preflight=true"]) == 0
+    assert main([path, "max_duration=12ba"]) == 0
 
 
 @pytest.mark.parametrize(
