@@ -1,5 +1,7 @@
 """Flow matching against closed forms."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -46,7 +48,7 @@ def test_the_uniform_timesteps_stay_uniform_where_the_recipe_says_so(
         return scipy.stats.norm.cdf(scipy.special.logit(value / (shift - (shift - 1) * value)))
 
     def cdf(value: np.ndarray) -> np.ndarray:
-        first, last = shifted_logit_normal(np.array([low, high]))
+        first, last = (float(edge) for edge in shifted_logit_normal(np.array([low, high])))
         return uniform * (value - low) / (high - low) + (1 - uniform) * (shifted_logit_normal(value) - first) / (last - first)
 
     assert scipy.stats.kstest(t, cdf).pvalue > 1e-3
@@ -56,7 +58,7 @@ def test_the_uniform_timesteps_stay_uniform_where_the_recipe_says_so(
 def test_the_reference_trains_more_on_little_noise(shift_uniform: bool, share: float) -> None:
     """The share of t < 0.1, in closed form and drawn: within four of its standard deviations."""
     before = 0.1 / (3 - 2 * 0.1)  # where a shift of 3 makes 0.1 of it
-    closed = 0.9 * scipy.stats.norm.cdf(scipy.special.logit(before)) + 0.1 * (before if shift_uniform else 0.1)
+    closed = 0.9 * float(scipy.stats.norm.cdf(scipy.special.logit(before))) + 0.1 * (before if shift_uniform else 0.1)
     assert closed == pytest.approx(share, abs=5e-5)
     drawn = FlowMatching(timestep_shift=3.0, shift_uniform=shift_uniform).sample_timesteps(400_000, generator(1))
     assert (drawn < 0.1).double().mean().item() == pytest.approx(closed, abs=4 * (closed / 400_000) ** 0.5)
@@ -64,7 +66,8 @@ def test_the_reference_trains_more_on_little_noise(shift_uniform: bool, share: f
 
 def test_a_recipe_that_does_not_say_so_draws_what_it_always_drew() -> None:
     """Bit for bit: the shift of a mixture."""
-    for options in ({}, {"sampled_min": 0.1, "sampled_max": 0.8}):
+    every: list[dict[str, Any]] = [{}, {"sampled_min": 0.1, "sampled_max": 0.8}]
+    for options in every:
         drawn = FlowMatching(timestep_shift=3.0, **options).sample_timesteps(64, generator(2))
         source = generator(2)
         normal, (uniform, choice) = torch.randn(64, generator=source), torch.rand(2, 64, generator=source)
