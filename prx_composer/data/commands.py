@@ -35,6 +35,9 @@ def convert(
     ] = None,
     image: Annotated[str | None, typer.Option(help="Image column (tars: suffix). [default: found by type and name]")] = None,
     include: Annotated[str, typer.Option(help="Pattern for names of input files, such as 'train-*'.")] = "*",
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Follow symbolic links that lead out of the input, as in a hub's cache.")
+    ] = False,
     split: Annotated[str, typer.Option(help="Split to write.")] = "train",
     min_side: Annotated[int, typer.Option(help="Leave out images whose shorter side is below this, pixels.")] = 0,
     max_aspect: Annotated[float | None, typer.Option(help="Leave out images longer than this many times their width.")] = None,
@@ -63,6 +66,7 @@ def convert(
         metadata=parse_metadata(metadata or []),
         image=image,
         include=include,
+        follow_links=follow_links,
         quality=quality,
         chroma=chroma,
         bucket_aspect=bucket_aspect,

@@ -41,7 +41,7 @@ class Lines:
         self._notes: list[str] = []
 
     def plan(self) -> list[Unit]:
-        everything = list_files(self._settings.input, self._settings.include)
+        everything = list_files(self._settings.input, self._settings.include, self._settings.follow_links)
         files = [file for file in everything if file[0].endswith(SUFFIXES)]
         if not files:
             raise UserError(f"--input: no .jsonl file in {self._settings.input}.{_advice([name for name, _ in everything])}")
@@ -121,7 +121,7 @@ class Lines:
         def find(name: str) -> Found:
             if is_remote(path):
                 return _remote_image(path, name, folder)
-            return image_inside(Path(path).parent, name)
+            return image_inside(Path(path).parent, name, self._settings.follow_links)
 
         value = row[found[0]]
         image, problem, detail = image_of(value, find)

@@ -37,7 +37,7 @@ class Shards:
         self._notes: list[str] = []
 
     def plan(self) -> list[Unit]:
-        files = [name for name, _ in list_files(self._settings.input, self._settings.include)]
+        files = [name for name, _ in list_files(self._settings.input, self._settings.include, self._settings.follow_links)]
         found = [name for name in files if name.endswith(f"/{INDEX}")]
         if not found:
             pattern = f" of the pattern --include '{self._settings.include}'" if self._settings.include != "*" else ""
