@@ -120,7 +120,8 @@ CASES: dict[str, list[Case]] = {
         picture(lambda: GOOD, "metadata", metadata={"score": ("score", "int")}),
         picture(lambda: GOOD, "metadata", columns={"score": float("nan")}, metadata={"score": ("score", "int")}),
     ],
-    "metadata of another type": [
+    "metadata of another type, text that is not UTF-8 among it": [
+        picture(lambda: GOOD, "metadata", columns={"score": b"caf\xe9"}, metadata={"score": ("score", "str")}),
         picture(lambda: GOOD, "metadata", columns={"score": "much"}, metadata={"score": ("score", "float")}),
         picture(lambda: GOOD, "metadata", columns={"score": 2**70}, metadata={"score": ("score", "int")}),
         picture(lambda: GOOD, "metadata", columns={"score": "\ud800"}, metadata={"score": ("score", "str")}),

@@ -274,6 +274,23 @@ def test_text_that_is_not_utf8_costs_its_own_row_wherever_it_stands(tmp_path: Pa
     assert statistics["dropped"] == {"caption_not_utf8": len(bad)}
 
 
+def test_metadata_that_is_not_utf8_is_a_reason_and_never_other_letters(tmp_path: Path) -> None:
+    table = {"image": [jpeg(64, 64, 0), jpeg(64, 64, 1)], "txt": ["a", "b"], "by": latin([b"caf\xe9", "café".encode()])}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    statistics = convert("parquet", tmp_path, tmp_path / "out", metadata={"by": ("by", "str")})
+    assert [row["by"] for row in rows(tmp_path / "out")] == ["café"] and statistics["dropped"] == {"metadata": 1}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_as_bytes_is_read_by_its_mark(tmp_path: Path, encoding: str) -> None:
+    text = pa.array(["кошка на диване".encode(encoding)])
+    pq.write_table(pa.table({"image": [GOOD], "txt": text, "list": pa.array([text.to_pylist()])}), tmp_path / "a.parquet")
+    options: dict[str, Any] = {"captions": {"caption": "txt", "other": "list"}, "metadata": {"meta": ("txt", "str")}}
+    convert("parquet", tmp_path, tmp_path / "out", **options)
+    (row,) = rows(tmp_path / "out")
+    assert {row["caption"], row["other"], row["meta"]} == {"кошка на диване"}
+
+
 def test_a_file_name_that_is_not_utf8_costs_nothing_beside_the_bytes(tmp_path: Path) -> None:
     struct = pa.StructArray.from_arrays([pa.array([GOOD] * 3), latin([b"a", b"caf\xe9", b"b"])], ["bytes", "path"])
     pq.write_table(pa.table({"image": struct, "txt": ["0", "1", "2"]}), tmp_path / "a.parquet")
