@@ -99,18 +99,19 @@ def check_columns(settings: Settings, source: Source, units: list[Unit]) -> colu
             there = nearest(column, [*seen.names, *(MEASURED if option == "--where" else ())])
             if seen.whole:
                 raise UserError(f"{missing} {settings.input}.{there}")
-            log.warning("%s the first %s records. If no other has it, this will end so.%s", missing, seen.looked_at, there)
+            log.warning("%s the first %s records. If no other has it, this ends with an error.%s", missing, seen.looked_at, there)
     return seen
 
 
-def _check_found(tally: Tally, settings: Settings) -> None:
+def _check_found(tally: Tally, settings: Settings, store: Output) -> None:
     """Raises UserError if no record at all had a column that the settings name."""
     records = tally.counts["with_columns"]
     for option, column in columns.options_of(settings):
         if records and settings.limit is None and not tally.columns[column]:
+            store.clean()
             raise UserError(
                 f"{option}: none of the {records} records that could be read in {settings.input} has a column {column!r}. "
-                f"Nothing was put in place; name another column, and a new --output."
+                f"Nothing was put in place. Name another column (and in an object store another --output), or leave it out."
             )
 
 
@@ -165,8 +166,8 @@ def _finish(store: Output, units: list[Unit], settings: Settings, files: dict[st
             for shard in written:
                 shard["raw_data"]["basename"] = f"{unit.name}/{shard['raw_data']['basename']}"
                 shards.setdefault(bucket, []).append(shard)
-    _check_found(tally, settings)
     tally.check()
+    _check_found(tally, settings, store)
     stats = {"settings": settings.to_json(), **tally.to_json(), "pictures": pictures, "input": files, "notes": notes}
     stats["asked"] = [column for _, column in columns.options_of(settings)]
     if not shards:
