@@ -1,6 +1,7 @@
 """Rows of the table of bad input that are about tars and about the folder they lie in; see `bad_input.py`."""
 
 import gzip
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,12 @@ def apart(folder: Path) -> None:
     write_tar(folder / "0.tar", members[::2] + members[1::2])
 
 
+def linked(folder: Path) -> None:
+    write_tar(folder.parent / "disk" / "0.tar", sample("a", GOOD, "linked"))
+    os.symlink(folder.parent / "disk", folder / "to")
+    write_tar(folder / "a.tar", sample("a", GOOD, "first"))
+
+
 TWICE = [("b.jpg", GOOD), ("b.jpg", GOOD), ("b.txt", b"of one"), ("b.txt", b"of the other")]
 SIDES = [("b.left.jpg", GOOD), ("b.right.jpg", GOOD), ("b.txt", b"between")]
 
@@ -117,6 +124,10 @@ CASES: dict[str, list[Case]] = {
             tar(lambda folder: [*sample("../../../escaped", GOOD, "up"), *sample(f"{folder}/absolute", GOOD, "root")]),
             ("first", "up", "root", "last"),
         )
+    ],
+    "links to folders among the input's files": [
+        Case(linked, ("first",)),
+        Case(linked, ("first", "linked"), options={"follow_links": True}),
     ],
     "symbolic links, hard links and devices in a tar": [Case(special, BOTH)],
     "control characters in a name": [Case(tar(sample("bad\x1b[31mname\n", GOOD, "odd")), ("first", "odd", "last"))],

@@ -7,6 +7,7 @@ import numpy as np
 from bad_input import GOOD, Case, picture
 from conversions import encoded, jpeg
 from conversions import picture as drawn
+from icc import P3, SRGB, profile
 from PIL import Image, ImageCms
 
 from prx_composer.data.convert.records import Record
@@ -44,6 +45,20 @@ def _ramp() -> bytes:
     return encoded(Image.fromarray(np.tile(np.linspace(0, 65535, 128).astype(np.uint16), (128, 1))), "PNG")
 
 
+def _ramp_tiff(order: str) -> bytes:
+    return encoded(Image.fromarray(np.tile(np.linspace(0, 65535, 128).astype(f"{order}u2"), (128, 1))), "TIFF")
+
+
+def _grain() -> bytes:
+    return encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3)).astype(np.uint8)))
+
+
+def _foreign_bytes() -> bytes:
+    content = bytearray(_grain())
+    content[len(content) // 2 : len(content) // 2 + 600] = np.random.default_rng(1).bytes(600)
+    return bytes(content)
+
+
 LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 
 CASES: dict[str, list[Case]] = {
@@ -55,14 +70,17 @@ CASES: dict[str, list[Case]] = {
         picture(lambda: b"8BPS\0\1" + bytes(200), "not_an_image"),
     ],
     "decompression bomb: pixels by the header above `--max-pixels` (134 million)": [picture(bomb, "too_many_pixels")],
-    "truncated or broken image": [
+    "truncated or broken image, also one whose decoder only warns of damage, "
+    "or that ends in zeros as an unfinished download does": [
         picture(lambda: GOOD[: len(GOOD) // 2], "truncated_image"),
         picture(lambda: encoded(drawn(100, 100), "PNG")[:-400], "truncated_image"),
+        picture(_foreign_bytes, "truncated_image"),
+        picture(lambda: _grain()[: len(_grain()) // 2].ljust(len(_grain()), b"\0"), "truncated_image"),
     ],
     "animated GIF, WebP or PNG, TIFF of several pages": [
         *(picture(lambda kind=kind: animation(kind), "animated") for kind in ("GIF", "WEBP", "PNG", "TIFF"))
     ],
-    "EXIF rotation or mirroring": [
+    "EXIF rotation or mirroring, in every format": [
         picture(_turned),
         picture(lambda: encoded(drawn(100, 100), exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")),
     ],
@@ -71,13 +89,15 @@ CASES: dict[str, list[Case]] = {
         *(picture(lambda mode=mode: encoded(drawn(100, 100).convert(mode), "PNG")) for mode in ("P", "L", "1"))
     ],
     "transparency": [picture(_clear)],
-    "16 bits": [picture(_ramp)],
-    "floating-point, Lab and HSV pixels": [
-        picture(lambda: encoded(Image.new("F", (80, 80), 0.5), "TIFF"), "unsupported_pixels"),
-        picture(lambda: encoded(Image.new("LAB", (80, 80)), "TIFF"), "unsupported_pixels"),
+    "16 bits, also of TIFF in either byte order": [picture(_ramp), *(picture(lambda o=o: _ramp_tiff(o)) for o in "<>")],
+    "floating-point, 32-bit integer, signed, Lab and HSV pixels": [
+        *(picture(lambda m=m: encoded(Image.new(m, (80, 80)), "TIFF"), "unsupported_pixels") for m in ("F", "I", "LAB"))
     ],
-    "colour profile other than sRGB": [
-        *(picture(lambda icc=icc: encoded(drawn(100, 100), icc_profile=icc)) for icc in (LAB, b"not a profile"))
+    "colour profile other than sRGB, on RGB, grey, palette or CMYK": [
+        *(picture(lambda icc=icc: encoded(drawn(100, 100), icc_profile=icc)) for icc in (LAB, b"not a profile")),
+        picture(lambda: encoded(drawn(100, 100), icc_profile=profile("Linear sRGB", 1, SRGB))),
+        picture(lambda: encoded(drawn(100, 100).convert("L"), icc_profile=profile("grey", 1.8))),
+        picture(lambda: encoded(drawn(100, 100).quantize(99), "PNG", icc_profile=profile("Display P3", 2.2, P3))),
     ],
     "image smaller than its bucket": [picture(lambda: jpeg(20, 20))],
     "image of one colour": [
@@ -100,7 +120,8 @@ CASES: dict[str, list[Case]] = {
         picture(lambda: GOOD, "metadata", metadata={"score": ("score", "int")}),
         picture(lambda: GOOD, "metadata", columns={"score": float("nan")}, metadata={"score": ("score", "int")}),
     ],
-    "metadata of another type": [
+    "metadata of another type, text that is not UTF-8 among it": [
+        picture(lambda: GOOD, "metadata", columns={"score": b"caf\xe9"}, metadata={"score": ("score", "str")}),
         picture(lambda: GOOD, "metadata", columns={"score": "much"}, metadata={"score": ("score", "float")}),
         picture(lambda: GOOD, "metadata", columns={"score": 2**70}, metadata={"score": ("score", "int")}),
         picture(lambda: GOOD, "metadata", columns={"score": "\ud800"}, metadata={"score": ("score", "str")}),

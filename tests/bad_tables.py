@@ -193,7 +193,8 @@ CASES: dict[str, list[Case]] = {
         Case(late, tuple(f"{i}" for i in range(60)), source="jsonl", options={"metadata": {"score": ("score", "float")}})
     ],
     "path that leads out of the input folder (`../`, absolute, a symbolic link)": [
-        Case(outside, ("good",), {"outside_input": 3}, source="jsonl")
+        Case(outside, ("good",), {"outside_input": 3}, source="jsonl"),
+        Case(outside, ("good", "x"), {"outside_input": 2}, source="jsonl", options={"follow_links": True}),
     ],
     "encoded image or member above 256 MiB, line above 16 MiB": [
         lines(b'{"txt": "' + b"x" * (1 << 24) + b'"}')._replace(dropped={"file_too_large": 1})

@@ -33,8 +33,15 @@ def convert(
         list[str] | None,
         typer.Option(help="COLUMN:TYPE or NAME=COLUMN:TYPE to keep; str, int or float. meta.tags.0 looks inside. Repeatable."),
     ] = None,
-    image: Annotated[str | None, typer.Option(help="Image column (tars: suffix). [default: found by type and name]")] = None,
-    include: Annotated[str, typer.Option(help="Pattern for names of input files, such as 'train-*'.")] = "*",
+    image: Annotated[
+        str | None, typer.Option(help="Image column (tars: suffix). [default: image, or the only one by type and name]")
+    ] = None,
+    include: Annotated[
+        str, typer.Option(help="Pattern for names of input files, such as 'train-*', or for paths below it: 'train/*'.")
+    ] = "*",
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Follow symbolic links that lead out of the input, as in a hub's cache.")
+    ] = False,
     split: Annotated[str, typer.Option(help="Split to write.")] = "train",
     min_side: Annotated[int, typer.Option(help="Leave out images whose shorter side is below this, pixels.")] = 0,
     max_aspect: Annotated[float | None, typer.Option(help="Leave out images longer than this many times their width.")] = None,
@@ -63,6 +70,7 @@ def convert(
         metadata=parse_metadata(metadata or []),
         image=image,
         include=include,
+        follow_links=follow_links,
         quality=quality,
         chroma=chroma,
         bucket_aspect=bucket_aspect,

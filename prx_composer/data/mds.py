@@ -11,12 +11,16 @@ import numpy as np
 
 from prx_composer.data.storage import fetch, is_remote, join
 
-__all__ = ["RawShard", "encodings_of"]
+__all__ = ["LinkError", "RawShard", "encodings_of"]
 
 
 def encodings_of(shard: dict[str, Any]) -> dict[str, str]:
     """Column → MDS encoding, of a shard's entry in its index."""
     return dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+
+
+class LinkError(ValueError):
+    """A shard that lies elsewhere."""
 
 
 def _is_whole(folder: str, raw: dict[str, Any]) -> bool:
@@ -34,34 +38,35 @@ class RawShard:
         folder: of the index, local or remote.
         shard: its entry in the index.
         cache: where a remote file is downloaded to.
+        follow_links: open a symbolic link that leads out of the folder.
 
     Raises:
         ValueError: the file ends early, or its name leads out of the folder. On reading a sample, likewise.
         OSError: it is not there.
     """
 
-    def __init__(self, folder: str, shard: dict[str, Any], cache: Path):
+    def __init__(self, folder: str, shard: dict[str, Any], cache: Path, follow_links: bool = False):
         self._names, self._fixed = shard["column_names"], shard["column_sizes"]
         raw, zipped = shard["raw_data"], shard.get("zip_data")
         if zipped and not _is_whole(folder, raw):
             from streaming.base.compression import decompress
 
-            path = self._fetch(folder, zipped["basename"], cache)
+            path = self._fetch(folder, zipped["basename"], cache, follow_links)
             self._content = np.frombuffer(decompress(shard["compression"], path.read_bytes()), np.uint8)
         else:
-            self._content = np.asarray(np.memmap(self._fetch(folder, raw["basename"], cache), mode="r"))
+            self._content = np.asarray(np.memmap(self._fetch(folder, raw["basename"], cache, follow_links), mode="r"))
         self._count = int(shard["samples"])
         if len(self._content) < 4 * (self._count + 2):
             raise ValueError(f"{self._file} ends early")
         self._offsets = self._content[4 : 4 * (self._count + 2)].view(np.uint32)
 
-    def _fetch(self, folder: str, name: str, cache: Path) -> Path:
+    def _fetch(self, folder: str, name: str, cache: Path, follow_links: bool) -> Path:
         self._file = name
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"{name} leads out of {folder}")
         path = fetch(join(folder, name), cache)
-        if not is_remote(folder) and not path.resolve().is_relative_to(Path(folder).resolve()):
-            raise ValueError(f"{name} leads out of {folder}")
+        if not is_remote(folder) and not follow_links and not path.resolve().is_relative_to(Path(folder).resolve()):
+            raise LinkError(f"{name} is or passes a symbolic link that leads out of {folder}")
         return path
 
     def __len__(self) -> int:

@@ -6,14 +6,26 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlparse
 
 from prx_composer.errors import UserError
 
-__all__ = ["download", "fetch", "is_included", "is_remote", "join", "list_files", "relative_name", "remote_keys", "upload"]
+__all__ = [
+    "Entry",
+    "download",
+    "fetch",
+    "is_included",
+    "is_remote",
+    "join",
+    "list_files",
+    "relative_name",
+    "remote_keys",
+    "survey",
+    "upload",
+]
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +90,78 @@ def upload(folder: Path, remote: str, names: list[str]) -> None:
         shutil.rmtree(uploader.local, ignore_errors=True)
 
 
+class Entry(NamedTuple):
+    """A file.
+
+    Args:
+        path: a link to a folder that is not followed ends with "/".
+        size: bytes; None where that is not known.
+        stamp: changes when the content does: nanoseconds, or an object store's tag.
+    """
+
+    path: str
+    size: int | None
+    stamp: int | str | None
+
+
+def survey(folder: str, follow_links: bool = False) -> list[Entry]:
+    """Every file below a folder with its state, sorted: hidden ones, and links, too; of a hidden folder only that it is there."""
+    if is_remote(folder):
+        path = urlparse(folder).path.strip("/")
+        base = f"{urlparse(folder).scheme}://{urlparse(folder).netloc}"
+        return sorted(
+            Entry(f"{base}/{key}", size, tag)
+            for key, size, tag in _objects(folder)
+            if key == path or key.startswith(f"{path}/") or not path
+        )
+    if os.path.isfile(folder):
+        return [_entry(folder)]
+    return sorted(_entry(path) for path in _walk(str(Path(folder)), follow_links, set()))
+
+
+def _walk(folder: str, follow_links: bool, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Paths of files; with a "/" at the end, of folders that are not entered: hidden ones, and links unless they are followed."""
+    try:
+        state = os.stat(folder)
+        entries = list(os.scandir(folder)) if (state.st_dev, state.st_ino) not in seen else []
+    except FileNotFoundError:
+        return
+    except PermissionError as error:
+        raise UserError(f"--input: {folder} may not be read: {error.strerror}.") from error
+    seen.add((state.st_dev, state.st_ino))  # a link may lead back
+    for entry in entries:
+        if not entry.is_dir():
+            yield entry.path
+        elif entry.name.startswith(".") or (entry.is_symlink() and not follow_links):
+            yield f"{entry.path}/"
+        else:
+            yield from _walk(entry.path, follow_links, seen)
+
+
+def _entry(path: str) -> Entry:
+    try:
+        state = os.stat(path)
+    except OSError:  # a link to nothing
+        return Entry(path, None, None)
+    return Entry(path, None, None) if path.endswith("/") else Entry(path, state.st_size, state.st_mtime_ns)
+
+
+def _objects(folder: str) -> list[tuple[str, int | None, str | None]]:
+    """Key, size and tag of all objects whose name begins with the folder's; where the store's SDK is not S3's, keys alone."""
+    if not folder.startswith("s3://"):
+        return [(key, None, None) for key in remote_keys(folder)]
+    uploader = _uploader(folder)
+    try:
+        pages = uploader.s3.get_paginator("list_objects_v2")
+        asked = {"Bucket": urlparse(folder).netloc, "Prefix": urlparse(folder).path.strip("/")}
+        found = patiently(
+            lambda: [entry for page in pages.paginate(**asked) for entry in page.get("Contents", [])], f"Listing {folder}"
+        )
+        return [(entry["Key"], entry["Size"], entry["ETag"].strip('"')) for entry in found]
+    finally:
+        shutil.rmtree(uploader.local, ignore_errors=True)
+
+
 def is_included(path: str, include: str) -> bool:
     """Whether a pattern takes a file: one without `/` by its name, one with `/` by its path below the folder."""
     return fnmatch.fnmatch(path if "/" in include else path.rpartition("/")[2], include)
@@ -88,7 +172,7 @@ def relative_name(file: str, folder: str) -> str:
     return file.removeprefix(folder).lstrip("/") or file.rpartition("/")[2]
 
 
-def list_files(folder: str, include: str = "*") -> list[tuple[str, int | None]]:
+def list_files(folder: str, include: str = "*", follow_links: bool = False) -> list[tuple[str, int | None]]:
     """Every file below a folder, hidden ones aside, with its size in bytes where that is known; sorted. A file is itself.
 
     Args:
@@ -103,7 +187,8 @@ def list_files(folder: str, include: str = "*") -> list[tuple[str, int | None]]:
             return [(str(root), root.stat().st_size)]
         if not root.is_dir():
             raise UserError(f"--input: there is no {folder}.")
-        paths = [p for p in sorted(root.rglob("*")) if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+        walked = sorted(map(Path, _walk(str(root), follow_links, set())))
+        paths = [p for p in walked if not any(part.startswith(".") for part in p.relative_to(root).parts)]
         wanted = (p for p in paths if p.is_file() and is_included(p.relative_to(root).as_posix(), include))
         return [(str(p), p.stat().st_size) for p in wanted]
     base, path = urlparse(folder), urlparse(folder).path.strip("/")

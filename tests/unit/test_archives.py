@@ -65,6 +65,11 @@ def tidy(count: int, rng: random.Random) -> Members:
     return found
 
 
+def stream(content: bytes) -> Any:
+    """As `tar_file_iterator` takes it, whatever its annotation says."""
+    return io.BytesIO(content)
+
+
 def packed(members: Members, form: int = tarfile.PAX_FORMAT) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=form) as tar:
@@ -86,7 +91,7 @@ def test_tidy_tars_give_the_samples_that_the_webdataset_library_gives(tmp_path: 
         path = tmp_path / f"{seed}.tar{suffix}"
         path.write_bytes(PACKERS[suffix](plain))
         expected = []
-        for found in group_by_keys({"__url__": "", **part} for part in tar_file_iterator(io.BytesIO(plain))):
+        for found in group_by_keys({"__url__": "", **part} for part in tar_file_iterator(stream(plain))):
             parts = {name: content for name, content in found.items() if not name.startswith("__")}
             images = [name for name in parts if name in ("jpg", "png", "jpeg")]
             expected.append((found["__key__"], parts.pop(images[0]), parts))
@@ -239,7 +244,7 @@ def test_a_name_that_comes_twice_says_which(tmp_path: Path) -> None:
     records, _ = read(write_tar(tmp_path / "a.tar", members))
     assert problems(records) == {"same_name_twice": 2} and "1.jpg 2 times, 1.txt 2 times" in records[0].detail
     with pytest.raises(ValueError, match="duplicate file name"):  # as webdataset has it
-        list(group_by_keys({"__url__": "", **part} for part in tar_file_iterator(io.BytesIO(packed(members)))))
+        list(group_by_keys({"__url__": "", **part} for part in tar_file_iterator(stream(packed(members)))))
 
 
 def test_of_several_images_an_option_says_which(tmp_path: Path) -> None:
@@ -251,13 +256,13 @@ def test_of_several_images_an_option_says_which(tmp_path: Path) -> None:
         records, passed = read(path, image=f"{side}.jpg")
         assert good(records) == [(f"{i}", f"{side} {i}".encode(), {"txt": f"{i}".encode()}) for i in range(2)]
         assert [record.image_column for record in records] == [f"{side}.jpg"] * 2
-        assert passed.keys() == {"further image of a sample"}
+        assert passed.keys() == {"further images of samples"}
     both = write_tar(tmp_path / "b.tar", [("0.jpg", b"jpg"), ("0.png", b"png"), ("0.txt", b"0")])
     assert problems(read(both)[0]) == {"several_images": 1}
     assert [good(read(both, image=kind)[0])[0][1] for kind in ("jpg", "png")] == [b"jpg", b"png"]
     mask = write_tar(tmp_path / "c.tar", [("0.jpg", b"jpg"), ("0.mask.png", b"mask"), ("0.txt", b"0")])
     records, passed = read(mask)
-    assert good(records) == [("0", b"jpg", {"txt": b"0"})] and passed["further image of a sample"] == [1, "c.tar/0: mask.png"]
+    assert good(records) == [("0", b"jpg", {"txt": b"0"})] and passed["further images of samples"] == [1, "c.tar/0: mask.png"]
 
 
 def test_an_option_that_names_a_suffix_of_several_parts_gets_it(tmp_path: Path) -> None:
@@ -285,11 +290,11 @@ def test_whatever_a_tar_holds_every_image_is_in_a_record_or_counted(tmp_path: Pa
         records, passed = read(path)
         shown = {record.image for record in records if record.image is not None}
         counted = [record.key.partition("/")[2] for record in records if record.problem]
-        further = passed.get("further image of a sample", [0])[0]
+        further = passed.get("further images of samples", [0])[0]
         hidden = [n for n in names if n.rpartition("/")[2].startswith(".")]
         suffixless = [n for n in names if n not in hidden and "." not in n.rpartition("/")[2]]
-        assert passed.get("hidden member of a tar", [0])[0] == len(hidden)
-        assert passed.get("member of a tar without a suffix", [0])[0] == len(suffixless)
+        assert passed.get("hidden members of tars", [0])[0] == len(hidden)
+        assert passed.get("members of tars without a suffix", [0])[0] == len(suffixless)
         missing = 0
         for number, name in enumerate(names):
             image = name.lower().endswith((".jpg", ".png")) and name not in hidden

@@ -153,6 +153,16 @@ def test_lines_with_several_keys_of_images_are_refused(tmp_path: Path) -> None:
         read("jsonl", tmp_path, image="fil")
 
 
+@pytest.mark.parametrize("source", ["parquet", "jsonl"])
+def test_addresses_alone_are_refused_with_what_downloads_them(tmp_path: Path, source: str) -> None:
+    row = {"URL": "https://example.com/1.jpg", "txt": "a"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="--image: say which.* there are URL, txt. If URL holds addresses.*img2dataset"):
+        read(source, tmp_path)
+    assert read(source, tmp_path, image="URL")[0].problem == "url"
+
+
 # --------------------------------------------------------------------------------------------------- images as text
 
 
@@ -272,6 +282,23 @@ def test_text_that_is_not_utf8_costs_its_own_row_wherever_it_stands(tmp_path: Pa
     statistics = convert("parquet", tmp_path, tmp_path / "out", captions={"caption": column})
     assert [row["caption"] for row in rows(tmp_path / "out")] == readable and len(readable) == count - len(bad)
     assert statistics["dropped"] == {"caption_not_utf8": len(bad)}
+
+
+def test_metadata_that_is_not_utf8_is_a_reason_and_never_other_letters(tmp_path: Path) -> None:
+    table = {"image": [jpeg(64, 64, 0), jpeg(64, 64, 1)], "txt": ["a", "b"], "by": latin([b"caf\xe9", "café".encode()])}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    statistics = convert("parquet", tmp_path, tmp_path / "out", metadata={"by": ("by", "str")})
+    assert [row["by"] for row in rows(tmp_path / "out")] == ["café"] and statistics["dropped"] == {"metadata": 1}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_as_bytes_is_read_by_its_mark(tmp_path: Path, encoding: str) -> None:
+    text = pa.array(["кошка на диване".encode(encoding)])
+    pq.write_table(pa.table({"image": [GOOD], "txt": text, "list": pa.array([text.to_pylist()])}), tmp_path / "a.parquet")
+    options: dict[str, Any] = {"captions": {"caption": "txt", "other": "list"}, "metadata": {"meta": ("txt", "str")}}
+    convert("parquet", tmp_path, tmp_path / "out", **options)
+    (row,) = rows(tmp_path / "out")
+    assert {row["caption"], row["other"], row["meta"]} == {"кошка на диване"}
 
 
 def test_a_file_name_that_is_not_utf8_costs_nothing_beside_the_bytes(tmp_path: Path) -> None:
@@ -491,8 +518,9 @@ def test_a_column_inside_that_no_record_has_is_refused_at_the_end_with_a_count(t
     for name in ("tags.0", "tags.1"):
         convert("parquet", tmp_path, tmp_path / name, metadata={"tag": (name, "str")})
     with pytest.raises(UserError, match=r"--metadata: none of the 3 records .* has a column 'tags.2'"):
-        convert("parquet", tmp_path, tmp_path / "out", metadata={"tag": ("tags.2", "str")})
+        convert("parquet", tmp_path / "a.parquet", tmp_path / "out", metadata={"tag": ("tags.2", "str")})
     assert not (tmp_path / "out" / "train").exists()
+    convert("parquet", tmp_path / "a.parquet", tmp_path / "out", metadata={"tag": ("tags.1", "str")})
 
 
 def test_a_list_or_a_compressed_file_in_place_of_lines_is_said_with_what_to_type(tmp_path: Path) -> None:
@@ -567,6 +595,15 @@ def test_a_merged_index_beside_its_parts_is_read_once_and_said(tmp_path: Path) -
     statistics = convert("mds", tmp_path / "in", tmp_path / "out")
     assert [row["caption"] for row in rows(tmp_path / "out")] == ["0", "1"]
     assert "index.json: 2 of its 2 shards are in other indexes, too; read once." in as_text(statistics)
+
+
+def test_shards_by_links_are_opened_when_links_are_followed(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", [{"image": GOOD, "txt": "a"}], {"image": "bytes", "txt": "str"})
+    (tmp_path / "in" / "shard.00000.mds").rename(tmp_path / "blob")
+    (tmp_path / "in" / "shard.00000.mds").symlink_to(tmp_path / "blob")
+    (record,) = read("mds", tmp_path / "in")
+    assert record.problem == "damaged_input" and "symbolic link" in record.detail and "--follow-links" in record.detail
+    assert read("mds", tmp_path / "in", follow_links=True)[0].image == GOOD
 
 
 def test_shards_of_splits_are_told_apart_and_include_takes_one(tmp_path: Path) -> None:

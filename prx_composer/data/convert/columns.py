@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from prx_composer.data.convert.expressions import input_columns
@@ -13,6 +13,7 @@ from prx_composer.registry import nearest
 
 IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "jpeg", "image_path", "file_name", "file", "path")
 PEEKED = 50  # records that are looked at in any case, to say which columns there are
+ADVICE = "nothing is downloaded. img2dataset does, and makes tars for --source webdataset"
 SECONDS = 30.0  # to look for a column that these do not have
 
 
@@ -34,17 +35,26 @@ class Seen(NamedTuple):
     looked_at: int = 0
 
 
-def look(rows: Iterable[dict[str, Any]], settings: Settings, seconds: float = SECONDS) -> Seen:
+def look(
+    rows: Iterable[dict[str, Any]],
+    settings: Settings,
+    seconds: float = SECONDS,
+    enough: Callable[[], bool] = lambda: True,
+) -> Seen:
     """Look at records until every column that the settings name was seen, for inputs that have no schema.
 
     JSON lines and tars leave out what is empty, so a column may come late.
+
+    Args:
+        seconds: after which it ends in any case.
+        enough: whether nothing else is looked for in the rows.
     """
     names, missing, number = set[str](), set(input_columns(settings)), 0
     end, whole = time.monotonic() + seconds, True
     for number, row in enumerate(rows, 1):
         names.update(map(str, row))
         missing = {name for name in missing if not has(row, name)}
-        if number >= PEEKED and (not missing or time.monotonic() > end):
+        if number >= PEEKED and ((not missing and enough()) or time.monotonic() > end):
             whole = False
             break
     return Seen(sorted(names), sorted(missing), whole, looked_at=number)
@@ -73,7 +83,8 @@ def choose_image(sure: list[str], likely: list[str], names: list[str], wanted: s
         options = " or ".join(f"--image {name}" for name in found)
         raise UserError(f"--image: {', '.join(found)} could each hold the images. Say which one is trained on: {options}.")
     if not found:
-        raise UserError(f"--image: say which column holds the images; there are {', '.join(names) or 'none'}.")
+        advice = next((f" If {name} holds addresses: {ADVICE}." for name in names if name.lower().endswith("url")), "")
+        raise UserError(f"--image: say which column holds the images; there are {', '.join(names) or 'none'}.{advice}")
     return found[0]
 
 

@@ -8,8 +8,9 @@ import logging
 import multiprocessing
 import os
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -24,7 +25,43 @@ ENGINES = ("local", "ray")
 UNITS = "prx_composer.data.convert.units"
 CRASHES = 3  # of the same units, before a conversion gives up
 
+POLLED = 0.3  # seconds
+SLOTS = 1024  # of processes
+
 Task = tuple[Any, ...]
+Seen = Callable[[int], None]
+
+
+class Progress:
+    """How many records this process has looked at, told to whoever shows it: in this process, or in the one that leads."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self, seen: Seen | None = None, shared: Any = None) -> None:
+        """Counts anew.
+
+        Args:
+            seen: is told the number, from time to time.
+            shared: one number for each process, in memory that all see. No locks: a process that is killed would keep its lock.
+        """
+        self._seen, self._shared, self._count, self._told = seen, shared, 0, time.monotonic()
+
+    def step(self) -> None:
+        """One more record."""
+        self._count += 1
+        if self._shared is not None:
+            self._shared[os.getpid() % SLOTS] = self._count
+        elif time.monotonic() - self._told > POLLED:
+            self.tell()
+
+    def tell(self) -> None:
+        self._told = time.monotonic()
+        if self._seen is not None:
+            self._seen(self._count)
+
+
+progress = Progress()  # of this process: units call `step` for every record, so that the bar moves inside of them
 
 
 def prepare(engine: str, workers: int) -> None:
@@ -42,13 +79,16 @@ def call(function: str, *arguments: Any) -> Any:
     return getattr(importlib.import_module(module), name)(*arguments)
 
 
-def run(engine: str, workers: int, function: str, tasks: list[Task], address: str | None = None) -> Iterator[Any]:
+def run(
+    engine: str, workers: int, function: str, tasks: list[Task], address: str | None = None, seen: Seen | None = None
+) -> Iterator[Any]:
     """Results of `function(*task)` as they come, in any order.
 
     Args:
         function: `module:function`.
         workers: processes; 0 runs everything in this one. With Ray: units at a time, 0 for all CPUs of the cluster.
         address: of the Ray cluster; None for one on this machine.
+        seen: told how many records were looked at, also inside of a unit; not with Ray.
 
     Raises:
         UserError: there is no such engine here, or a unit cannot be done.
@@ -56,19 +96,23 @@ def run(engine: str, workers: int, function: str, tasks: list[Task], address: st
     if engine == "ray":
         yield from _run_on_ray(workers, function, tasks, address)
     elif workers == 0:
+        progress.begin(seen)
         for task in tasks:
             yield call(function, *task)
+            progress.tell()
     else:
-        yield from _run_in_processes(workers, function, tasks)
+        yield from _run_in_processes(workers, function, tasks, seen or (lambda _: None))
 
 
-def _start_worker(environment: dict[str, str]) -> None:
+def _start_worker(environment: dict[str, str], shared: Any) -> None:
     """One thread per process, and none outlives the process that leads, however that dies.
 
     Args:
         environment: of the process that leads. That of the server which forks workers is from when it was started, perhaps before
             an object store's credentials were set.
+        shared: see `Progress.begin`.
     """
+    progress.begin(shared=shared)
     os.environ.clear()
     os.environ.update(environment)
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -89,12 +133,13 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _run_in_processes(workers: int, function: str, tasks: list[Task]) -> Iterator[Any]:
-    left, crashes = dict(enumerate(tasks)), 0
+def _run_in_processes(workers: int, function: str, tasks: list[Task], seen: Seen) -> Iterator[Any]:
+    left, crashes, finished = dict(enumerate(tasks)), 0, 0
+    context = multiprocessing.get_context("forkserver")
     while left:
-        context = multiprocessing.get_context("forkserver")
+        before, shared = finished, context.RawArray("q", SLOTS)
         with ProcessPoolExecutor(
-            min(workers, len(left)), context, initializer=_start_worker, initargs=(dict(os.environ),)
+            min(workers, len(left)), context, initializer=_start_worker, initargs=(dict(os.environ), shared)
         ) as pool:
             waiting, running = list(left), dict[Future[Any], int]()
             try:
@@ -102,10 +147,13 @@ def _run_in_processes(workers: int, function: str, tasks: list[Task]) -> Iterato
                     while waiting and len(running) < 2 * workers:
                         number = waiting.pop(0)
                         running[pool.submit(call, function, *left[number])] = number
-                    for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    ready = wait(running, POLLED, return_when=FIRST_COMPLETED).done
+                    seen(before + sum(shared))
+                    for done in ready:
                         number = running.pop(done)
                         result = done.result()
                         del left[number]
+                        finished += result if isinstance(result, int) else 0
                         yield result
             except BrokenProcessPool as error:
                 crashes += 1

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.convert import columns, engine
+from prx_composer.data.convert import columns, engine, inputs
 from prx_composer.data.convert.expressions import MEASURED, check_where
 from prx_composer.data.convert.output import STATS, Output, open_output
 from prx_composer.data.convert.reasons import REASONS
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
 MAX_PICTURES = 24  # of one reason, in the statistics
+DAMAGED = 5  # files that are named in the summary; conversion.json names more
 
 
 def convert(
@@ -53,6 +54,7 @@ def convert(
         finished = store.finished()
         if finished is not None:
             _compare(finished["settings"], settings, output)
+            inputs.check_finished(finished.get("input"), settings, open_source(settings), f"{output}/{settings.split}")
             return finished
         stored = store.get(PLAN)
         if stored is not None:
@@ -61,12 +63,16 @@ def convert(
         units = source.plan()
         seen = check_columns(settings, source, units)
         engine.prepare(on, workers)
-        units = _planned(store, stored, settings, source, units)
+        units, files = _planned(store, stored, settings, source, units)
         job = Job(dataclasses.replace(settings, image=seen.image or settings.image), output)
 
         def run(function: str, tasks: list[tuple[Any, ...]], done: int, what: str) -> None:
             with tqdm(total=done + len(tasks), initial=done, desc=what, unit="unit", disable=not progress) as bar:
-                for _ in engine.run(on, workers, f"{engine.UNITS}:{function}", tasks, address):
+
+                def seen(records: int) -> None:
+                    bar.set_postfix_str(f"{records:,} samples")
+
+                for _ in engine.run(on, workers, f"{engine.UNITS}:{function}", tasks, address, seen):
                     bar.update()
 
         duplicates: list[dict[int, str]] = [{} for _ in units]
@@ -77,7 +83,7 @@ def convert(
         there = store.names("units")
         tasks = [(job, unit, duplicates[unit.number]) for unit in units if unit.name not in there]
         run("convert_unit", tasks, len(there), "Converting")
-        return _finish(store, units, settings, source.notes())
+        return _finish(store, units, settings, files, source.notes())
 
 
 def check_columns(settings: Settings, source: Source, units: list[Unit]) -> columns.Seen:
@@ -93,42 +99,50 @@ def check_columns(settings: Settings, source: Source, units: list[Unit]) -> colu
             there = nearest(column, [*seen.names, *(MEASURED if option == "--where" else ())])
             if seen.whole:
                 raise UserError(f"{missing} {settings.input}.{there}")
-            log.warning("%s the first %s records. If no other has it, this will end so.%s", missing, seen.looked_at, there)
+            log.warning("%s the first %s records. If no other has it, this ends with an error.%s", missing, seen.looked_at, there)
     return seen
 
 
-def _check_found(tally: Tally, settings: Settings) -> None:
+def _check_found(tally: Tally, settings: Settings, store: Output) -> None:
     """Raises UserError if no record at all had a column that the settings name."""
     records = tally.counts["with_columns"]
     for option, column in columns.options_of(settings):
         if records and settings.limit is None and not tally.columns[column]:
+            store.clean()
             raise UserError(
                 f"{option}: none of the {records} records that could be read in {settings.input} has a column {column!r}. "
-                f"Nothing was put in place; name another column, and a new --output."
+                f"Nothing was put in place. Name another column (and in an object store another --output), or leave it out."
             )
 
 
 def _compare(stored: dict[str, Any], settings: Settings, output: str) -> None:
     asked = json.loads(json.dumps(settings.to_json()))
+    stored = {"follow_links": False} | stored  # perhaps of a version without it
     different = sorted(name for name in stored.keys() | asked.keys() if stored.get(name) != asked.get(name))
     if different:
         was = "; ".join(f"{name} was {stored.get(name)!r}, now {asked.get(name)!r}" for name in different)
         raise UserError(f"--output: {output} holds a conversion with other settings ({was}). Name a new folder, or delete it.")
 
 
-def _planned(store: Output, stored: bytes | None, settings: Settings, source: Source, units: list[Unit]) -> list[Unit]:
-    """The plan that an earlier call stored, if the input is still the same; else a new one."""
-    inputs = hashlib.sha256(json.dumps([dataclasses.astuple(unit) for unit in units]).encode()).hexdigest()
+def _planned(
+    store: Output, stored: bytes | None, settings: Settings, source: Source, units: list[Unit]
+) -> tuple[list[Unit], dict[str, Any]]:
+    """The plan that an earlier call stored, if the input is still the same; else a new one. And what is known of the files."""
+    cut = hashlib.sha256(json.dumps([dataclasses.astuple(unit) for unit in units]).encode()).hexdigest()
     if stored is not None:
         plan = json.loads(stored)
-        if plan["inputs"] != inputs:
-            raise UserError(f"--input: {settings.input} has other files than when this conversion began. Name a new --output.")
-        return [Unit(**unit) for unit in plan["units"]]
+        began, way_on = "when this conversion began", "Name a new --output, or delete this one's folder to begin anew."
+        inputs.check_same(plan.get("input", {}), inputs.account(settings, units, units), settings, began, way_on)
+        if plan["inputs"] != cut:
+            raise UserError(f"--input: {settings.input} is cut into other units than {began}. {way_on}")
+        return [Unit(**unit) for unit in plan["units"]], plan["input"]
+    planned = units
     if settings.limit is not None:
         units = limited(source, units, settings.limit)
-    plan = {"settings": settings.to_json(), "inputs": inputs, "units": [dataclasses.asdict(unit) for unit in units]}
+    files = inputs.account(settings, planned, units)
+    plan = {"settings": settings.to_json(), "inputs": cut, "units": [dataclasses.asdict(unit) for unit in units], "input": files}
     store.put(PLAN, json.dumps(plan).encode())
-    return units
+    return units, files
 
 
 def _decide(store: Output, units: list[Unit], settings: Settings) -> list[dict[int, str]]:
@@ -139,7 +153,7 @@ def _decide(store: Output, units: list[Unit], settings: Settings) -> list[dict[i
     return decide([load_hashes(content) for content in contents if content is not None], settings)
 
 
-def _finish(store: Output, units: list[Unit], settings: Settings, notes: list[str]) -> dict[str, Any]:
+def _finish(store: Output, units: list[Unit], settings: Settings, files: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """The indexes of all buckets, then the manifest. Order and content depend on the units alone."""
     tally, pictures = Tally(), dict[str, list[str]]()
     shards: dict[str, list[dict[str, Any]]] = {}
@@ -152,12 +166,17 @@ def _finish(store: Output, units: list[Unit], settings: Settings, notes: list[st
             for shard in written:
                 shard["raw_data"]["basename"] = f"{unit.name}/{shard['raw_data']['basename']}"
                 shards.setdefault(bucket, []).append(shard)
-    _check_found(tally, settings)
-    if not shards:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in tally.dropped.most_common())
-        raise UserError(f"--input: none of the {tally.counts['read']} samples of {settings.input} is left: {reasons}.")
-    stats = {"settings": settings.to_json(), **tally.to_json(), "pictures": pictures, "notes": notes}
+    tally.check()
+    _check_found(tally, settings, store)
+    stats = {"settings": settings.to_json(), **tally.to_json(), "pictures": pictures, "input": files, "notes": notes}
     stats["asked"] = [column for _, column in columns.options_of(settings)]
+    if not shards:
+        what = f"none of the {tally.counts['read']} samples of {settings.input} is left"
+        if not tally.counts["read"]:
+            what = f"there is no sample in {settings.input}"
+        store.clean()  # or what it holds would be in the way of the next try, with other options
+        said = [*inputs.as_text(stats), *columns.as_text(stats), *notes, *_left_out(stats)]
+        raise UserError("\n".join([f"--input: {what}.", *said]))
     manifest = Manifest(
         settings.image_size,
         tuple(settings.captions),
@@ -174,15 +193,25 @@ def _finish(store: Output, units: list[Unit], settings: Settings, notes: list[st
 
 def as_text(statistics: dict[str, Any]) -> str:
     """What came of it, a line each: what is kept, and every reason for which something is not."""
-    counts, dropped = statistics["counts"], statistics["dropped"]
+    counts = statistics["counts"]
     kept, original = counts["kept"], counts.get("original_bytes", 0)
-    lines = [f"{kept} of {counts['read']} samples in {len(statistics['buckets'])} buckets, {original} with their original bytes."]
+    lines = inputs.as_text(statistics)
+    lines += [
+        f"{kept} of {counts['read']} samples in {len(statistics['buckets'])} buckets, {original} with their original bytes."
+    ]
     for name, what in (
         ("enlarged", "smaller than their bucket"),
         ("captions_filled", "with a caption in place of a missing one"),
     ):
         if counts.get(name):
             lines.append(f"{counts[name]} {what}")
-    for reason, count in sorted(dropped.items(), key=lambda item: -item[1]):
-        lines.append(f"{count} left out: {reason} ({REASONS[reason]}), such as {statistics['examples'][reason][0]}")
-    return "\n".join([*lines, *columns.as_text(statistics), *statistics.get("notes", [])])
+    return "\n".join([*lines, *_left_out(statistics), *columns.as_text(statistics), *statistics.get("notes", [])])
+
+
+def _left_out(statistics: dict[str, Any]) -> list[str]:
+    """Every reason with its count, what it means, and an example; of damaged files, several."""
+    lines = []
+    for reason, count in sorted(statistics["dropped"].items(), key=lambda item: -item[1]):
+        shown = statistics["examples"][reason][: DAMAGED if reason == "damaged_input" else 1]
+        lines.append(f"{count} left out: {reason} ({REASONS[reason]}), such as {'; '.join(shown)}")
+    return lines

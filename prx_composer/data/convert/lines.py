@@ -41,7 +41,7 @@ class Lines:
         self._notes: list[str] = []
 
     def plan(self) -> list[Unit]:
-        everything = list_files(self._settings.input, self._settings.include)
+        everything = list_files(self._settings.input, self._settings.include, self._settings.follow_links)
         files = [file for file in everything if file[0].endswith(SUFFIXES)]
         if not files:
             raise UserError(f"--input: no .jsonl file in {self._settings.input}.{_advice([name for name, _ in everything])}")
@@ -62,25 +62,30 @@ class Lines:
         return units
 
     def columns(self, units: list[Unit]) -> Seen:
-        seen = look(self._looked_at(units), self._settings)
-        image = self._settings.image
-        if image is not None and seen.whole and image not in seen.names:
-            choose_image([], [], seen.names, image)
+        wanted, named = self._settings.image, set[str]()
+        seen = look(self._looked_at(units, named), self._settings, enough=lambda: bool(named))
+        if seen.whole and seen.names and not named and wanted not in seen.names:
+            choose_image([], [], seen.names, wanted)
         return seen
 
-    def _looked_at(self, units: list[Unit]) -> Iterator[dict[str, Any]]:
+    def _looked_at(self, units: list[Unit], named: set[str]) -> Iterator[dict[str, Any]]:
         """The lines without their images.
+
+        Args:
+            named: gets the keys that hold or name images.
 
         Raises:
             UserError: a line names several images.
         """
+        wanted = self._settings.image
         for unit in units:
             with _scratch(unit) as folder:
                 for _, row in self._rows(unit, Path(folder)):
                     if isinstance(row, dict):
-                        found = _candidates(row)
-                        if self._settings.image is None and len(found) > 1:
+                        found = _candidates(row) if wanted is None else [wanted] if usable(row.get(wanted)) else []
+                        if len(found) > 1:
                             choose_image([], found, list(row), None)
+                        named.update(found)
                         yield row
 
     def notes(self) -> list[str]:
@@ -121,7 +126,7 @@ class Lines:
         def find(name: str) -> Found:
             if is_remote(path):
                 return _remote_image(path, name, folder)
-            return image_inside(Path(path).parent, name)
+            return image_inside(Path(path).parent, name, self._settings.follow_links)
 
         value = row[found[0]]
         image, problem, detail = image_of(value, find)

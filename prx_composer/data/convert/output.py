@@ -60,6 +60,10 @@ class Output(Protocol):
         """The statistics of a conversion that is whole."""
         ...
 
+    def clean(self) -> None:
+        """Takes the work folder away, where that can be done."""
+        ...
+
     def finish(self, units: list[Unit], buckets: list[str], files: dict[str, bytes]) -> None:
         """Puts the shards of all units in place, then these files in this order, and takes the work folder away."""
         ...
@@ -216,6 +220,9 @@ class RemoteOutput:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / file).write_bytes(content)
             upload(folder, self._final, list(files))
+
+    def clean(self) -> None:
+        """Nothing: mosaicml-streaming has no way to delete."""
 
 
 def _umask() -> int:

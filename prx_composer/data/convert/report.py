@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prx_composer.data.buckets import Bucket
+from prx_composer.data.convert import columns, inputs
 from prx_composer.data.convert.reasons import REASONS
 from prx_composer.data.convert.tally import HISTOGRAMS
 from prx_composer.data.decoding import PIXELS_OPENED, decode, open_image
@@ -56,6 +57,7 @@ def write_report(statistics: dict[str, Any], output: str, path: str) -> None:
         "prx_composer.data.convert",
         "report.html",
         settings=settings,
+        account=[*inputs.as_text(statistics), *columns.as_text(statistics), *statistics.get("notes", [])],
         counts=counts,
         buckets=buckets,
         reasons=reasons,

@@ -14,6 +14,7 @@ from prx_composer.data.convert.records import Record, lookup
 from prx_composer.data.convert.settings import CHROMA, Settings
 from prx_composer.data.decoding import BadImageError, decode, open_image, oriented_size
 from prx_composer.data.transforms import resize
+from prx_composer.text_files import encoding_of
 
 __all__ = ["Checked", "Dropped", "Kept", "Measured", "check", "convert"]
 
@@ -135,10 +136,10 @@ def _captions(columns: dict[str, Any], settings: Settings) -> tuple[dict[str, st
 def _text(value: Any) -> str:
     """Text without surrounding space; "" for none."""
     try:
-        if isinstance(value, bytes):
-            value = value.decode("utf-8-sig")
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
+        if isinstance(value, bytes):
+            value = value.decode(encoding_of(value))
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return ""
         if not isinstance(value, str):
@@ -155,9 +156,9 @@ def _metadata(columns: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
 def _typed(value: Any, kind: str) -> Any:
     """A missing number is NaN where there is one, missing text is empty."""
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
     try:
+        if isinstance(value, bytes):
+            value = value.decode(encoding_of(value))
         if kind == "float":
             return float("nan") if value is None else float(value)
         if kind == "int":

@@ -43,6 +43,7 @@ class Settings:
         limit: only the first so many samples of the input.
         split: folder below the output.
         unit_bytes: size of a work unit, where the input can be cut.
+        follow_links: enter links to folders, and open images by links that lead out of the input.
 
     Raises:
         UserError: an impossible value, named by its option.
@@ -70,6 +71,7 @@ class Settings:
     limit: int | None = None
     split: str = "train"
     unit_bytes: int = 1 << 28
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         def require(holds: bool, message: str) -> None:

@@ -16,7 +16,7 @@ from prx_composer.data.convert.records import Passed, Record, Unit, damaged, is_
 from prx_composer.data.convert.settings import Settings
 from prx_composer.data.convert.splits import one_split
 from prx_composer.data.convert.values import image_of
-from prx_composer.data.mds import RawShard, encodings_of
+from prx_composer.data.mds import LinkError, RawShard, encodings_of
 from prx_composer.data.storage import fetch, join, list_files, relative_name
 from prx_composer.errors import UserError
 
@@ -37,7 +37,7 @@ class Shards:
         self._notes: list[str] = []
 
     def plan(self) -> list[Unit]:
-        files = [name for name, _ in list_files(self._settings.input, self._settings.include)]
+        files = [name for name, _ in list_files(self._settings.input, self._settings.include, self._settings.follow_links)]
         found = [name for name in files if name.endswith(f"/{INDEX}")]
         if not found:
             pattern = f" of the pattern --include '{self._settings.include}'" if self._settings.include != "*" else ""
@@ -138,7 +138,7 @@ class Shards:
             read, problem = 0, None
             try:
                 with tempfile.TemporaryDirectory(prefix="prx-convert.") as folder:
-                    samples = RawShard(unit.path, shard, Path(folder))
+                    samples = RawShard(unit.path, shard, Path(folder), self._settings.follow_links)
                     for index in range(len(samples)):
                         try:
                             sample = samples.read(index)
@@ -151,6 +151,8 @@ class Shards:
                 if not is_damage(error) and not isinstance(error, FileNotFoundError):
                     raise
                 problem = error
+                if isinstance(error, LinkError):
+                    problem = f"{error}; if that is yours to read, as in a hub's cache, give --follow-links"
             if problem is not None:
                 yield damaged(f"{label}, {shard['raw_data']['basename']}", problem, read, shard["samples"])
 

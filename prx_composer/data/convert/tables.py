@@ -4,6 +4,7 @@ Parquet is cut into work units between row groups, an arrow file is one unit.
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ class Tables:
         self._notes: list[str] = []
 
     def plan(self) -> list[Unit]:
-        everything = list_files(self._settings.input, self._settings.include)
+        everything = list_files(self._settings.input, self._settings.include, self._settings.follow_links)
         files = self._without_caches([name for name, _ in everything if name.endswith((".parquet", ".arrow"))])
         if not files:
             raise UserError(f"--input: no .parquet and no .arrow file in {self._settings.input}.{_instead(everything)}")
@@ -212,7 +213,8 @@ class Tables:
             return Record(key, None, {}, "unreadable_record")
         if image is None:
             return Record(key, None, row, "no_image", "the file has no column of images")
-        content, problem, detail = image_of(row.get(image), lambda name: image_inside(Path(unit.path).parent, name))
+        folder, follow_links = Path(unit.path).parent, self._settings.follow_links
+        content, problem, detail = image_of(row.get(image), lambda name: image_inside(folder, name, follow_links))
         return Record(key, content, row, problem, detail, image)
 
 
@@ -221,12 +223,20 @@ def _instead(files: list[tuple[str, int | None]]) -> str:
     return f" There are {first([name.rpartition('/')[2] for name, _ in files])}." if files else ""
 
 
-def image_inside(folder: Path, name: str) -> Found:
-    """An encoded file below a local folder, or why there is none. Nothing outside of the folder is opened."""
+def image_inside(folder: Path, name: str, follow_links: bool) -> Found:
+    """An encoded file below a local folder, or why there is none. No name opens anything outside of the folder.
+
+    Args:
+        follow_links: open links that lead out of it.
+    """
     try:
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            return None, "outside_input", ""
+        path = folder / os.path.normpath(name)
+        if not path.resolve().is_relative_to(folder.resolve()):
+            if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+                return None, "outside_input", f"{name} is not below {folder}"
+            if not follow_links:
+                advice = "if that is yours to read, as in a hub's cache, give --follow-links"
+                return None, "outside_input", f"{name} is or passes a symbolic link to {path.resolve()}; {advice}"
         if not path.is_file():
             return None, "no_image", f"there is no {path}"
         if path.stat().st_size > MAX_FILE_BYTES:

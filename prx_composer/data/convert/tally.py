@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from prx_composer.data.convert.records import Record, has
+from prx_composer.data.convert.records import Passed, Record, has
 from prx_composer.data.convert.sample import Dropped, Kept, Measured, clean_key
 
 __all__ = ["HISTOGRAMS", "Tally"]
@@ -30,6 +30,7 @@ class Tally:
         self.buckets = Counter[str](content.get("buckets", {}))
         self.images = Counter[str](content.get("images", {}))  # records by the column that their image came from
         self.columns = Counter[str](content.get("columns", {}))  # records that have a column, be it empty
+        self.passed = Passed(content.get("passed", {}))
         self.histograms = {name: Counter[str](content.get("histograms", {}).get(name, {})) for name in HISTOGRAMS}
         self.examples: dict[str, list[str]] = {reason: list(keys) for reason, keys in content.get("examples", {}).items()}
 
@@ -75,13 +76,25 @@ class Tally:
         self.buckets += other.buckets
         self.images += other.images
         self.columns += other.columns
+        for kind, (count, example) in other.passed.items():
+            self.passed.add(kind, example, count)
         for name, histogram in other.histograms.items():
             self.histograms[name] += histogram
         for reason, keys in other.examples.items():
             for key in keys:
                 self._example(reason, key)
 
+    def check(self) -> None:
+        """Raise RuntimeError unless every record that was read is either kept, in one bucket, or left out for a reason."""
+        read, kept, dropped = self.counts["read"], self.counts["kept"], self.dropped.total()
+        if read != kept + dropped or kept != self.buckets.total():
+            raise RuntimeError(
+                f"{read} records were read, {kept} kept, {dropped} left out, and {self.buckets.total()} lie in buckets. "
+                "These don't add up, which is a fault of prx data convert; nothing was put in place."
+            )
+
     def to_json(self) -> dict[str, Any]:
         content: dict[str, Any] = {"counts": dict(self.counts), "dropped": dict(self.dropped), "buckets": dict(self.buckets)}
         content |= {"images": dict(self.images), "columns": dict(self.columns)}
+        content["passed"] = dict(self.passed)
         return content | {"histograms": {n: dict(h) for n, h in self.histograms.items()}, "examples": self.examples}

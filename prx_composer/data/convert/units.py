@@ -6,23 +6,33 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from prx_composer.data.convert.engine import progress
 from prx_composer.data.convert.output import open_output
-from prx_composer.data.convert.records import Job, Record, Unit
+from prx_composer.data.convert.records import Job, Passed, Record, Unit
 from prx_composer.data.convert.sources import open_source
 from prx_composer.data.convert.writer import PICTURED_UNITS, write_unit
 
 __all__ = ["convert_unit", "hash_unit", "load_hashes"]
 
 
-def _records(job: Job, unit: Unit) -> Iterator[Record]:
-    return itertools.islice(open_source(job.settings).read(unit), unit.take)
+def _records(job: Job, unit: Unit) -> tuple[Iterator[Record], Passed]:
+    """The unit's records, and what was seen beside them, once they are read."""
+    source = open_source(job.settings)
+    return _counted(itertools.islice(source.read(unit), unit.take)), source.passed
+
+
+def _counted(records: Iterator[Record]) -> Iterator[Record]:
+    for record in records:
+        yield record
+        progress.step()
 
 
 def convert_unit(job: Job, unit: Unit, duplicates: Mapping[int, str]) -> int:
     """Writes a unit's shards and makes it count as done. Returns the number of records read."""
     output = open_output(job.output, job.settings.split)
     with output.scratch() as folder:
-        result = write_unit(_records(job, unit), job.settings, folder, unit.number < PICTURED_UNITS, duplicates)
+        records, passed = _records(job, unit)
+        result = write_unit(records, job.settings, folder, unit.number < PICTURED_UNITS, duplicates, passed)
         output.commit(unit, folder, result)
     return int(result["counts"].get("read", 0))
 
@@ -31,7 +41,7 @@ def hash_unit(job: Job, unit: Unit) -> int:
     """Stores the hashes of a unit's records. Returns their number."""
     from prx_composer.data.convert.duplicates import hash_records
 
-    hashes, file = hash_records(_records(job, unit), job.settings), io.BytesIO()
+    hashes, file = hash_records(_records(job, unit)[0], job.settings), io.BytesIO()
     np.save(file, hashes, allow_pickle=False)
     open_output(job.output, job.settings.split).put(f"hashes/{unit.name}", file.getvalue())
     return len(hashes)

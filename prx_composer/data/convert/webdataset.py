@@ -66,7 +66,7 @@ class WebDataset:
         self._suffixes = {name.lower() for name in named if "." in name}
 
     def plan(self) -> list[Unit]:
-        listed = list_files(self._settings.input, self._settings.include)
+        listed = list_files(self._settings.input, self._settings.include, self._settings.follow_links)
         files = [name for name, _ in listed if name.lower().endswith(SUFFIXES)]
         if not files:
             raise UserError(f"--input: no {', '.join(SUFFIXES)} file in {self._settings.input}.")
@@ -127,7 +127,7 @@ class WebDataset:
             if part.is_image and part not in images[:1]:
                 whole += 1
                 if len(images) == 1:
-                    self.passed.add("further image of a sample", f"{key}: {part.suffix}")
+                    self.passed.add("further images of samples", f"{key}: {part.suffix}")
                 continue
             try:
                 content = part.read()
@@ -208,11 +208,11 @@ def _parts(file: BinaryIO, label: str, passed: Passed) -> Iterator[Part]:
             if member.isdir():
                 continue
             if not member.isreg():
-                passed.add("link or device in a tar", f"{label}/{member.name}")  # which could lead out
+                passed.add("links or devices in tars", f"{label}/{member.name}")  # which could lead out
             elif not stem:
-                passed.add("hidden member of a tar", f"{label}/{member.name}")
+                passed.add("hidden members of tars", f"{label}/{member.name}")
             elif not dot:
-                passed.add("member of a tar without a suffix", f"{label}/{member.name}")
+                passed.add("members of tars without a suffix", f"{label}/{member.name}")
             else:
                 yield Part(folder + slash + stem, suffix.lower(), tar, member)
     except Exception as error:

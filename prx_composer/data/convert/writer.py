@@ -11,7 +11,7 @@ from streaming import MDSWriter
 
 from prx_composer.data.convert import pixels
 from prx_composer.data.convert.expressions import input_columns
-from prx_composer.data.convert.records import RESULT, Record
+from prx_composer.data.convert.records import RESULT, Passed, Record
 from prx_composer.data.convert.sample import Dropped, Kept, convert
 from prx_composer.data.convert.settings import METADATA_TYPES, Settings
 from prx_composer.data.convert.tally import Tally
@@ -42,13 +42,19 @@ def columns_of(settings: Settings) -> dict[str, str]:
 
 
 def write_unit(
-    records: Iterable[Record], settings: Settings, folder: Path, pictured: bool, duplicates: Mapping[int, str]
+    records: Iterable[Record],
+    settings: Settings,
+    folder: Path,
+    pictured: bool,
+    duplicates: Mapping[int, str],
+    passed: Passed,
 ) -> dict[str, Any]:
     """Writes a unit's shards below an empty folder, bucket by bucket, and beside them RESULT, which is returned.
 
     Args:
         pictured: whether to keep small pictures of what was dropped.
         duplicates: number of a record in the unit → reason, of those that are duplicates.
+        passed: what the source has seen beside the records, when they are read.
     """
     tally, pictures = Tally(), dict[str, list[str]]()
     writers: dict[str, BoundedWriter] = {}
@@ -62,7 +68,7 @@ def write_unit(
                 _picture(pictures.setdefault(outcome.reason, []), outcome, record, settings)
             continue
         _write(writers, outcome, settings, folder)
-    shards = {}
+    tally.passed, shards = passed, {}
     for bucket, writer in sorted(writers.items()):
         writer.finish()
         index = folder / bucket / "index.json"
