@@ -12,7 +12,9 @@ from PIL import Image
 from streaming import LocalDataset
 
 from prx_composer.data.convert import job
+from prx_composer.data.convert.records import Record
 from prx_composer.data.convert.settings import Settings
+from prx_composer.data.convert.sources import open_source
 from prx_composer.data.schema import Manifest
 
 
@@ -93,3 +95,30 @@ def fetch_all(s3: Any, prefix: str, folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         s3.download_file("data", entry["Key"], str(path))
     return folder
+
+
+WORDS = [
+    "",
+    " ",
+    "plain",
+    "zażółć gęślą",
+    "кошка на диване.",
+    "a 猫 \u2028 and \u0085 and \f",
+    "\U0001f63a",
+    'quoted " \\ / \t',
+    "e\u0301",
+]
+
+
+def read(source: str, path: Path, **changes: Any) -> list[Record]:
+    """All records, after the checks that come before a conversion."""
+    chosen = settings(source, path, **changes)
+    opened = open_source(chosen)
+    units = opened.plan()
+    job.check_columns(chosen, opened, units)
+    return [record for unit in units for record in opened.read(unit)]
+
+
+def asked(*names: str) -> dict[str, Any]:
+    """Settings that ask for these columns."""
+    return {"captions": {f"c{number}": name for number, name in enumerate(names)}}
