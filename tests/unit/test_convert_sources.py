@@ -131,6 +131,16 @@ def test_a_limit_takes_the_first_samples(tmp_path: Path) -> None:
     assert statistics["counts"]["read"] == 11
 
 
+def test_a_suffix_or_key_that_comes_late_in_a_tar_is_taken(tmp_path: Path) -> None:
+    members = []
+    for i in range(60):
+        members += sample(f"{i}", jpeg(64, 64, i), f"{i}", **({"score": i / 10} if i >= 55 else {"other": 1}))
+    write_tar(tmp_path / "a.tar", members)
+    statistics = convert("webdataset", tmp_path / "a.tar", tmp_path / "out", metadata={"score": ("score", "float")})
+    assert [row["score"] for row in rows(tmp_path / "out")][55:] == [i / 10 for i in range(55, 60)]
+    assert statistics["columns"] == {"txt": 60, "score": 5} and statistics["images"] == {"jpg": 60}
+
+
 LAYOUTS = [
     ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"),
     ("train.parquet", "validation.parquet", "test.parquet"),
