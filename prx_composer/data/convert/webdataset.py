@@ -25,7 +25,6 @@ from prx_composer.data.convert.settings import Settings
 from prx_composer.data.convert.splits import one_split
 from prx_composer.data.storage import fetch, list_files
 from prx_composer.errors import UserError
-from prx_composer.text_files import encoding_of
 
 __all__ = ["WebDataset"]
 
@@ -150,7 +149,7 @@ class WebDataset:
                 else:
                     mapping = value if isinstance(value, dict) else {"json": value}
             else:
-                columns[part.suffix] = _text(content)
+                columns[part.suffix] = content
         if len(images) > 1 and not problem:
             image, problem = None, "several_images"
             detail = f"{', '.join(part.suffix for part in images)}; --image {images[0].suffix} takes that one"
@@ -158,16 +157,6 @@ class WebDataset:
             return None
         detail = detail or f"its members are {', '.join(part.suffix for part in parts)}"
         return Record(key, image, mapping | columns, problem, detail, images[0].suffix if images else "")
-
-
-def _text(content: bytes) -> bytes | str:
-    """A file in UTF-16 or UTF-32 with a byte-order mark, as text; any other as it is, to be read as UTF-8 if it is asked for."""
-    if (encoding := encoding_of(content)).startswith("utf-8"):
-        return content
-    try:
-        return content.decode(encoding)
-    except UnicodeError:
-        return content
 
 
 def _images(parts: list[Part], wanted: str | None) -> list[Part]:
