@@ -181,6 +181,10 @@ CASES: dict[str, list[Case]] = {
     "text in UTF-16 or UTF-32 with a byte-order mark, UTF-8 with one": [
         Case(lambda folder, e=e: in_encoding(folder, e), ("кошка на диване",), source="jsonl")
         for e in ("utf-16", "utf-32", "utf-8-sig")
+    ]
+    + [
+        Case(tar([("b.jpg", GOOD), ("b.txt", "кошка на диване".encode(e))]), ("first", "кошка на диване", "last"))
+        for e in ("utf-16", "utf-32", "utf-8-sig")
     ],
     "UTF-16 without a mark": [
         Case(lambda folder: in_encoding(folder, "utf-16-be"), refused="`iconv -f UTF-16BE -t UTF-8 OLD > NEW`", source="jsonl")

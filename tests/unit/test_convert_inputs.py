@@ -233,6 +233,7 @@ def test_links_to_folders_are_followed_when_it_is_asked_for_and_may_lead_back(tm
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_progress_moves_inside_of_a_unit(workers: int) -> None:
+    engine.prepare("local", workers)  # as a conversion does, so that what it preloads serves later tests, too
     seen: list[int] = []
     done = list(engine.run("local", workers, "slow_unit:slow_unit", [(20,), (20,)], seen=seen.append))
     assert done == [20, 20] and seen == sorted(seen) and seen[-1] == 40

@@ -99,7 +99,7 @@ def options_of(settings: Settings) -> list[tuple[str, str]]:
 def as_text(statistics: dict[str, Any]) -> list[str]:
     """What the summary says of columns: from which one images were taken, and how many records had the others."""
     images, columns = statistics.get("images", {}), statistics.get("columns", {})
-    records = statistics["counts"]["read"]
+    records = statistics["counts"].get("read", 0)
     taken = [f"{column} in {columns.get(column, 0)} of {records} records" for column in statistics.get("asked", [])]
     many = len(images) > 1
     taken[:0] = [f"images from {name}{f' ({count})' if many else ''}" for name, count in sorted(images.items())]

@@ -174,9 +174,9 @@ def _finish(store: Output, units: list[Unit], settings: Settings, files: dict[st
         what = f"none of the {tally.counts['read']} samples of {settings.input} is left"
         if not tally.counts["read"]:
             what = f"there is no sample in {settings.input}"
-        store.clean()  # or what it holds would be in the way of the next try, with other options
+        way_on = store.clean()  # or what it holds would be in the way of the next try, with other options
         said = [*inputs.as_text(stats), *columns.as_text(stats), *notes, *_left_out(stats)]
-        raise UserError("\n".join([f"--input: {what}.", *said]))
+        raise UserError("\n".join([f"--input: {what}.{way_on}", *said]))
     manifest = Manifest(
         settings.image_size,
         tuple(settings.captions),

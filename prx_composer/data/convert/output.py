@@ -60,8 +60,8 @@ class Output(Protocol):
         """The statistics of a conversion that is whole."""
         ...
 
-    def clean(self) -> None:
-        """Takes the work folder away, where that can be done."""
+    def clean(self) -> str:
+        """Takes the work folder away, where that can be done. Returns what to do where it cannot."""
         ...
 
     def finish(self, units: list[Unit], buckets: list[str], files: dict[str, bytes]) -> None:
@@ -151,8 +151,9 @@ class LocalOutput:
         sync(self._final.parent)
         self.clean()
 
-    def clean(self) -> None:
+    def clean(self) -> str:
         shutil.rmtree(self._work, ignore_errors=True)
+        return ""
 
 
 class RemoteOutput:
@@ -221,8 +222,8 @@ class RemoteOutput:
                 (folder / file).write_bytes(content)
             upload(folder, self._final, list(files))
 
-    def clean(self) -> None:
-        """Nothing: mosaicml-streaming has no way to delete."""
+    def clean(self) -> str:
+        return f" Name a new --output for the next try, or delete {self._work}: mosaicml-streaming has no way to."
 
 
 def _umask() -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from prx_composer.data.convert.archives import SUFFIXES, members, open_tar
-from prx_composer.data.convert.columns import PEEKED, Seen, look
+from prx_composer.data.convert.columns import PEEKED, Seen, first, look
 from prx_composer.data.convert.expressions import input_columns
 from prx_composer.data.convert.records import MAX_FILE_BYTES, Passed, Record, Unit, is_damage
 from prx_composer.data.convert.settings import Settings
@@ -69,15 +69,18 @@ class WebDataset:
         listed = list_files(self._settings.input, self._settings.include, self._settings.follow_links)
         files = [name for name, _ in listed if name.lower().endswith(SUFFIXES)]
         if not files:
-            raise UserError(f"--input: no {', '.join(SUFFIXES)} file in {self._settings.input}.")
+            there = [name.rpartition("/")[2] for name, _ in listed]
+            instead = f" There are {first(there)}." if there else ""
+            raise UserError(f"--input: no {', '.join(SUFFIXES)} file in {self._settings.input}.{instead}")
         one_split(files, self._settings)
         return [Unit(number, name, 0, 0) for number, name in enumerate(files)]
 
     def columns(self, units: list[Unit]) -> Seen:
-        first = list(itertools.islice(itertools.chain.from_iterable(map(self.read, units)), PEEKED))
-        if first and all(record.problem == "several_images" for record in first):
-            raise UserError(f"--image: say which one is meant. In {first[0].key} there are {first[0].detail}.")
-        return look((record.columns for unit in units for record in self.read(unit)), self._settings)
+        records = (record for unit in units for record in self.read(unit))
+        begin = list(itertools.islice(records, PEEKED))
+        if begin and all(record.problem == "several_images" for record in begin):
+            raise UserError(f"--image: say which one is meant. In {begin[0].key} there are {begin[0].detail}.")
+        return look((record.columns for record in itertools.chain(begin, records)), self._settings)
 
     def notes(self) -> list[str]:
         return []
