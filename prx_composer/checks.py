@@ -5,7 +5,8 @@
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prx_composer import registry
@@ -18,7 +19,7 @@ from prx_composer.schedule import BUDGET, Moment, Point, names_budget, parse_dur
 from prx_composer.schedule_checks import schedule_problems
 from prx_composer.sizes import STAGES, batch_problems, downsampling_of, image_size_problems, stages_of
 
-__all__ = ["argument_problems", "check_parallelism", "first_look", "precisions", "setting_problems"]
+__all__ = ["argument_problems", "check_parallelism", "first_look", "missing_code", "precisions", "setting_problems"]
 
 Values = Mapping[str, Any]
 
@@ -46,10 +47,17 @@ def first_look(values: Values, num_ranks: int) -> list[str]:
     """
     readable = not values.get("code_paths")  # which may add components, and put others in the place of ours
     problems = argument_problems(values, imports=False) if readable else _time_problems(values)
+    problems += missing_code(values.get("code_paths", []))
     if not any(problem.startswith("scheduler") for problem in problems) and values.keys() >= _SCHEDULE:
         problems += schedule_problems(values)
     problems += setting_problems(values, num_ranks) + batch_problems(values, num_ranks)
     return list(dict.fromkeys(problems + (_image_sizes(values) if readable else [])))
+
+
+def missing_code(paths: Sequence[str], option: str | None = None) -> list[str]:
+    """Python files that aren't there, of `code_paths` or of a command's option."""
+    missing = [(index, name) for index, name in enumerate(paths) if not Path(name).expanduser().is_file()]
+    return [f"{option or f'code_paths[{index}]'}: there is no Python file {name}." for index, name in missing]
 
 
 def argument_problems(values: Values, imports: bool = True) -> list[str]:

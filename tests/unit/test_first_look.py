@@ -190,6 +190,10 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["time_budget=0h", "scheduler={name: warmup_stable_decay, t_warmup: 20}"],
         ["time_budget: a budget must be more than nothing", "scheduler.t_warmup: expected a string, not 20. A time has a unit"],
     ),
+    "absent code": (
+        ["code_paths=[mine.py, yours.py]", "sead=1"],
+        ["code_paths[0]: there is no Python file mine.py", "code_paths[1]: there is no", "sead: no such key"],
+    ),
     "epochs of stages": (["max_duration=3ep"], [f"max_duration: 3ep cannot be in epochs with {STAGES}"]),
     "a warm-up of another kind": (
         ["scheduler={name: constant_with_warmup, t_warmup: 100sp}", "optimizer.lrr=1"],
