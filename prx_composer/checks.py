@@ -5,7 +5,8 @@
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prx_composer import registry
@@ -15,9 +16,10 @@ from prx_composer.errors import Problems, UserError, at_path
 from prx_composer.outlines import CannotTell, constants, outline
 from prx_composer.registry import nearest
 from prx_composer.schedule import BUDGET, Moment, Point, names_budget, parse_duration
-from prx_composer.sizes import batch_problems, downsampling_of, image_size_problems
+from prx_composer.schedule_checks import schedule_problems
+from prx_composer.sizes import STAGES, batch_problems, downsampling_of, image_size_problems, stages_of
 
-__all__ = ["argument_problems", "check_parallelism", "first_look", "precisions", "setting_problems"]
+__all__ = ["argument_problems", "check_parallelism", "first_look", "missing_code", "precisions", "setting_problems"]
 
 Values = Mapping[str, Any]
 
@@ -28,6 +30,7 @@ _PROVIDED = {
     for name in ("metrics_file", "images", "shapes_score", "loss_spikes", "watchdog", "skip_nonfinite")
 }
 _DEFAULTED = frozenset({"image_size"})  # taken from the recipe unless it is given
+_SCHEDULE = {"scheduler", "max_duration", "time_budget", "algorithms", "global_train_batch_size"}
 _SEEDS = 2**32  # NumPy takes no others, nor does Composer
 _PRECISIONS = {  # what others call Composer's
     "bf16": "amp_bf16", "bfloat16": "amp_bf16", "amp_bfloat16": "amp_bf16", "bf16-mixed": "amp_bf16",
@@ -44,8 +47,17 @@ def first_look(values: Values, num_ranks: int) -> list[str]:
     """
     readable = not values.get("code_paths")  # which may add components, and put others in the place of ours
     problems = argument_problems(values, imports=False) if readable else _time_problems(values)
+    problems += missing_code(values.get("code_paths", []))
+    if not any(problem.startswith("scheduler") for problem in problems) and values.keys() >= _SCHEDULE:
+        problems += schedule_problems(values)
     problems += setting_problems(values, num_ranks) + batch_problems(values, num_ranks)
     return list(dict.fromkeys(problems + (_image_sizes(values) if readable else [])))
+
+
+def missing_code(paths: Sequence[str], option: str | None = None) -> list[str]:
+    """Python files that aren't there, of `code_paths` or of a command's option."""
+    missing = [(index, name) for index, name in enumerate(paths) if not Path(name).expanduser().is_file()]
+    return [f"{option or f'code_paths[{index}]'}: there is no Python file {name}." for index, name in missing]
 
 
 def argument_problems(values: Values, imports: bool = True) -> list[str]:
@@ -104,6 +116,9 @@ def _time_problems(values: Values) -> list[str]:
     for path, time in _times(values):
         with problems.noted(), at_path(path):
             _check_time(time, path)
+            stages = len(stages_of(values)) - 1
+            if path == "max_duration" and stages > 1 and Point.parse(time).unit == "ep":
+                raise ValueError(f"{time} cannot be in epochs with {STAGES}, whose switch begins one; use ba.")
     with problems.noted():
         _check_time_budget(values)
     return problems.found

@@ -22,9 +22,9 @@ from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.errors import UserError, at_path, raise_all
 from prx_composer.preflight.recipe import Parts, PlannedStage
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped, warned
-from prx_composer.preflight.schedule import schedule_problems
 from prx_composer.preparation import Making, unmade_sources
 from prx_composer.schedule import ScheduleWindow
+from prx_composer.schedule_checks import schedule_problems
 
 __all__ = ["check_data"]
 
@@ -91,8 +91,8 @@ def _check_epochs(recipe: Recipe, samples: int) -> Iterator[Result]:
     """What the recipe says in epochs, now that it is known how long one is; all but what could be said without."""
     if recipe.algorithms.get("progressive_resolution"):
         return
-    known = set(schedule_problems(recipe))
-    for problem in schedule_problems(recipe, samples / recipe.global_train_batch_size):
+    known = set(schedule_problems(vars(recipe)))
+    for problem in schedule_problems(vars(recipe), samples / recipe.global_train_batch_size):
         if problem not in known:
             yield failed(problem)
 

@@ -97,7 +97,7 @@ def _unusable_store(uri: str) -> str | None:
     if not place.exists() and (file or "://" not in uri):
         return None  # it is made when the run starts
     try:
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
         MlflowClient(uri or None).search_experiments(max_results=1000)
     except Exception as error:  # of mlflow, its YAML files or its database

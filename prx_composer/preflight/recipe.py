@@ -17,8 +17,8 @@ from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.cleaning import Cleaning, cleaner
 from prx_composer.parallelism import parallelism
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped
-from prx_composer.preflight.schedule import schedule_problems
 from prx_composer.schedule import ScheduleWindow
+from prx_composer.schedule_checks import schedule_problems
 from prx_composer.sizes import batch_problems, downsampling_of, image_size_problems
 
 __all__ = ["Parts", "PlannedStage", "check_callbacks", "examine", "planned_stages"]
@@ -153,7 +153,7 @@ def _check_cleaning(recipe: Recipe) -> Iterator[Result]:
 def _check_scheduler(recipe: Recipe) -> Iterator[Result]:
     name, arguments = split(recipe.scheduler, "scheduler")
     build(registry.schedulers, name, arguments, "scheduler")
-    yield from map(failed, schedule_problems(recipe))
+    yield from map(failed, schedule_problems(vars(recipe)))
 
 
 def check_callbacks(recipe: Recipe, parts: Parts) -> Iterator[Result]:

@@ -71,7 +71,7 @@ class MLflow(Tracker, MLFlowLogger):
             del os.environ[_RUN_ID]
 
     def _is_there(self, run_id: str) -> bool:
-        from mlflow.exceptions import MlflowException
+        from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
 
         try:
             if self._mlflow_client.get_run(run_id).info.lifecycle_stage == "active":
@@ -89,7 +89,7 @@ class MLflow(Tracker, MLFlowLogger):
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         if not self._enabled or not self._run_id:
             return
-        from mlflow.entities import Param
+        from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
         with self._without_stopping("the recipe"):
             known = self._mlflow_client.get_run(self._run_id).data.params

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from prx_composer import config, registry
 from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.errors import UserError
+from prx_composer.foundry.lookup import INSTALL
 from prx_composer.train import build_trainer, run
 
 Recipe = dict[str, Any]
@@ -32,7 +33,7 @@ STAGES = [
 def foundry(monkeypatch: pytest.MonkeyPatch) -> Any:
     """llm-foundry, and its training function not leaving CUDA's settings behind in the environment."""
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
-    return pytest.importorskip("llmfoundry")
+    return pytest.importorskip("llmfoundry", reason=f"llm-foundry isn't installed: {INSTALL}")
 
 
 @pytest.fixture
@@ -314,6 +315,7 @@ WITHOUT = """
 import sys
 from prx_composer import config
 from prx_composer.errors import UserError
+from prx_composer.foundry.lookup import INSTALL
 from prx_composer.preflight.recipe import examine
 _, parts = examine(config.load(["yamls/quickstart.yaml"]), 1)
 assert not parts.problems

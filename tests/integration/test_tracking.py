@@ -59,6 +59,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def tracked(tiny_recipe: Recipe, tmp_path: Path) -> Recipe:
+    pytest.importorskip("mlflow", reason="MLflow isn't installed: uv sync --extra mlflow")
     tiny_recipe["loggers"] = {
         "wandb": {"project": "test", "log_artifacts": True},
         "tensorboard": {"log_dir": str(tmp_path / "tb")},

@@ -190,6 +190,21 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["time_budget=0h", "scheduler={name: warmup_stable_decay, t_warmup: 20}"],
         ["time_budget: a budget must be more than nothing", "scheduler.t_warmup: expected a string, not 20. A time has a unit"],
     ),
+    "absent code": (
+        ["code_paths=[mine.py, yours.py]", "sead=1"],
+        ["code_paths[0]: there is no Python file mine.py", "code_paths[1]: there is no", "sead: no such key"],
+    ),
+    "epochs of stages": (["max_duration=3ep"], [f"max_duration: 3ep cannot be in epochs with {STAGES}"]),
+    "a warm-up of another kind": (
+        ["scheduler={name: constant_with_warmup, t_warmup: 100sp}", "optimizer.lrr=1"],
+        ["scheduler.t_warmup: 100sp is counted in samples", "optimizer.lrr: no such"],
+    ),
+    "a warm-up longer than the run": (
+        ["scheduler={name: warmup_stable_decay, t_warmup: 9ba}", "algorithms.emma={}"],
+        ["scheduler.t_warmup: 9ba is longer than the run", "algorithms.emma: there is no"],
+    ),
+    "no checkpoint": (["save_num_checkpoints_to_keep=0", "sead=1"], ["save_num_checkpoints_to_keep: 0 would", "sead: no such"]),
+    "a negative length": (["max_duration=-5ba", "seed=-1"], ["max_duration: -5ba must be positive", "seed: -1 lies"]),
     "a wrong budget hides nothing": (["time_budget=[1]", "algorithms.ema.start=0.5budget"], ["time_budget: expected a string"]),
 }
 
@@ -253,6 +268,7 @@ def test_with_ones_own_code_components_are_left_until_it_is_imported(
 def test_what_a_message_says_to_write_is_right(
     wrong: str, remedies: list[str], tiny_recipe: dict[str, Any], write_recipe: Write
 ) -> None:
+    del tiny_recipe["algorithms"]["progressive_resolution"]
     path = write_recipe(tiny_recipe)
     assert len(found([path, wrong])) == 1
     for remedy in remedies:

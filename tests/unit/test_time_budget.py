@@ -104,6 +104,16 @@ def test_durations_may_be_of_any_size_and_are_written_as_people_write_them(text:
     assert parse_duration(duration_string(seconds)) == pytest.approx(seconds, abs=31)
 
 
+def test_any_duration_is_the_sum_of_its_parts() -> None:
+    generator = random.Random(0)
+    lengths = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    for _ in range(200):
+        parts = [(generator.randint(0, 300) / generator.choice((1, 2, 4)), unit) for unit in lengths if generator.random() < 0.6]
+        text = generator.choice(("", " ")).join(f"{number:g}{unit}" for number, unit in parts)
+        if parts:
+            assert parse_duration(text) == pytest.approx(sum(number * lengths[unit] for number, unit in parts)), text
+
+
 @pytest.mark.parametrize("text", ["", "24", "1d3d", "3 weeks", "-2h", "h", "30m1h", "1.2.3h", "nanh"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no duration such as 24h"):
