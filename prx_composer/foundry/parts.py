@@ -86,7 +86,7 @@ def image_caption_loader(tokenizer: PreTrainedTokenizerBase | None, device_batch
     Raises:
         UserError: as for a recipe.
     """
-    provided = frozenset({"tokenizer", "global_batch_size"})
+    provided = frozenset({"tokenizer", "global_batch_size", "evaluation"})
     check_arguments(build_loader, arguments, LOADER, provided, also=frozenset({"source"}))
     if int(device_batch_size) != device_batch_size:
         raise UserError(f"{LOADER}: a batch of {device_batch_size} samples per rank is none; raise global_train_batch_size.")
@@ -96,7 +96,8 @@ def image_caption_loader(tokenizer: PreTrainedTokenizerBase | None, device_batch
     read_manifests(arguments, LOADER)
     arguments = {key: value for key, value in arguments.items() if key != "source"}
     batch_size = int(device_batch_size) * dist.get_world_size()
-    given = dict(tokenizer=_with_padding(tokenizer), global_batch_size=batch_size)
+    evaluation = not arguments.pop("shuffle", True)  # by which llm-foundry's YAMLs tell the two loaders apart
+    given: dict[str, Any] = dict(tokenizer=_with_padding(tokenizer), global_batch_size=batch_size, evaluation=evaluation)
     return build(registry.loaders, "image_caption", arguments, LOADER, **given)
 
 
