@@ -221,7 +221,7 @@ class ImageCaptionDataset(BucketedDataset):
         """A stored column and its rows; raises UserError, at `path`, unless it has as many as the data set."""
         if remote is not None and not manifest_path(folder).exists():
             download(f"{remote}/{manifest_path(folder).name}", manifest_path(folder))
-        column = read_column(folder, kind, path)
+        column = read_column(folder, kind, path, remote is not None)
         if column.buckets != {str(bucket): self.manifest.buckets[bucket] for bucket in self.buckets}:
             raise UserError(f"{path}: {folder} was made of other data than lies beside it; delete it and encode again.")
         return column, BucketRows(folder, self.buckets, remote)
