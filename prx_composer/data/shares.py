@@ -46,6 +46,11 @@ class Shares:
         self._rates = [[int(rate * self._scale) for rate in row] for row in rates]  # of what is drawn, times the scale
         self._restart()
 
+    @property
+    def due(self) -> list[Fraction]:
+        """Batches that every bucket should have in an epoch."""
+        return [Fraction(sum(column) * self.steps, self._scale) for column in zip(*self._rates, strict=True)]
+
     def epoch(self, number: int) -> EpochPlan:
         """The plan of an epoch, a function of its number: those before it are gone through once."""
         if number < self._planned - 1:

@@ -106,7 +106,7 @@ def _claim(folder: Path, facts: dict[str, object], command: str) -> None:
             if there is None and any(folder.iterdir()):
                 problem = f"{folder} isn't empty, and there is no {note.name} that says how it was drawn"
             elif there is not None and {key: there.get(key) for key in facts} != json.loads(json.dumps(facts)):
-                problem = f"{folder} was drawn with other prompts, settings or weights, see {note}"
+                problem = f"{folder} was drawn with other settings, weights or prompts, see {note}"
             else:
                 write_whole(note, (json.dumps(facts | {"command": command}, indent=1) + "\n").encode())
         except (OSError, ValueError, AttributeError) as error:
