@@ -8,16 +8,20 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from prx_composer.data.schema import Manifest
+from prx_composer.data.schema import MANIFEST, Manifest
+from prx_composer.data.storage import join
+from prx_composer.errors import UserError
 from prx_composer.files import write_whole
 
-__all__ = ["FileRecord", "column_contents"]
+__all__ = ["FileRecord", "check_copy", "column_contents"]
 
 log = logging.getLogger(__name__)
 
+_TIMEOUT = 20.0  # seconds for a file of a few kilobytes
 _EXACT = 1 << 30  # bytes of a split that is compared row by row
 _ROWS = 64  # of every bucket of a larger one
 
@@ -74,6 +78,31 @@ class FileRecord:
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def check_copy(folder: Path, remote: str) -> None:
+    """Whether manifest and indexes that were downloaded to a folder are still those of `remote`, which shards come from.
+
+    Raises:
+        UserError: other data lie there now.
+    """
+    names = [MANIFEST, *(f"{file.parent.name}/index.json" for file in sorted(folder.glob("*/index.json")))]
+    from streaming.base.storage import CloudDownloader
+
+    with tempfile.TemporaryDirectory(prefix="prx-copy.") as fresh:
+        for name in [name for name in names if (folder / name).exists()]:
+            try:
+                Path(fresh, name).parent.mkdir(exist_ok=True)
+                source = join(remote, name)
+                CloudDownloader.get(source).download(source, f"{fresh}/{name}", timeout=_TIMEOUT)
+            except Exception as error:  # every SDK has its own
+                log.warning("%s cannot be reached; whether %s still is a copy of it is not known: %s", remote, folder, error)
+                return
+            if Path(fresh, name).read_bytes() != (folder / name).read_bytes():
+                raise UserError(
+                    f"{folder} is a copy of what lay in {remote} before: {name} is another one there now. Delete that folder, "
+                    "which is then downloaded again, or set `path` to a new one."
+                )
 
 
 def column_contents(split: Path, column: str, exact: int = _EXACT) -> str:

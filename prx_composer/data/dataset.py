@@ -13,6 +13,7 @@ from prx_composer.data.batches import epoch_steps
 from prx_composer.data.bucketed import BucketedDataset, SampleRequest
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import ENCODED, IMAGE, StoredColumn, encoded_folder, manifest_path, read_column, unpack
+from prx_composer.data.contents import check_copy
 from prx_composer.data.latents import StoredLatents, names_of
 from prx_composer.data.rows import BucketRows
 from prx_composer.data.schema import MANIFEST, Manifest
@@ -96,7 +97,9 @@ class ImageCaptionDataset(BucketedDataset):
         images: bool | None = None,
     ):
         folder = Path(path) / split
-        if remote is not None and not (folder / MANIFEST).exists():
+        if remote is not None and (folder / MANIFEST).exists():
+            check_copy(folder, f"{remote}/{split}")
+        elif remote is not None:
             download(f"{remote}/{split}/{MANIFEST}", folder / MANIFEST)
         self.manifest = read_manifest(path, split, captions, features)
         self.image_size = self.manifest.image_size
@@ -219,7 +222,9 @@ class ImageCaptionDataset(BucketedDataset):
 
     def _stored(self, folder: Path, remote: str | None, kind: str, path: str) -> tuple[StoredColumn, BucketRows]:
         """A stored column and its rows; raises UserError, at `path`, unless it has as many as the data set."""
-        if remote is not None and not manifest_path(folder).exists():
+        if remote is not None and manifest_path(folder).exists():
+            check_copy(folder, remote)
+        elif remote is not None:
             download(f"{remote}/{manifest_path(folder).name}", manifest_path(folder))
         column = read_column(folder, kind, path, remote is not None)
         if column.buckets != {str(bucket): self.manifest.buckets[bucket] for bucket in self.buckets}:

@@ -15,7 +15,7 @@ from test_data import SQUARE, encode
 
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import StoredColumn, encoded_folder, manifest_path, read_column
-from prx_composer.data.contents import column_contents
+from prx_composer.data.contents import check_copy, column_contents
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.schema import BucketWriter, RawSample
 from prx_composer.data.sources import FolderSource, prepare
@@ -235,6 +235,36 @@ def test_a_column_of_an_earlier_version_is_used_with_a_word(tmp_path: Path, capl
         file.write_text(json.dumps(content))
     assert read_column(folder, "latents", "").data is None and "doesn't say of which data it was made" in caplog.text
     assert store(tmp_path, "latents", "image"), "and the same command finds it done"
+
+
+@pytest.mark.parametrize("samples", SAMPLES.values(), ids=SAMPLES)
+def test_a_copy_of_remote_data_is_refused_when_other_data_lie_there(
+    tmp_path: Path, samples: tuple[list[tuple[bytes, str]], bool, bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By manifest and indexes, which say the size of every shard."""
+    (tmp_path / "remote").mkdir()
+    write(tmp_path / "remote", rows())
+
+    remote, copy = tmp_path / "remote" / "train", tmp_path / "copy"
+    copy.mkdir()
+    check_copy(copy, str(remote))  # nothing is there yet
+    for name in ("manifest.json", "16x16/index.json"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        shutil.copy(remote / name, copy / name)
+    check_copy(copy, str(remote))
+    write(tmp_path / "remote", samples[0])
+    if len(samples[0]) == COUNT:
+        check_copy(copy, str(remote))
+    else:
+        with pytest.raises(
+            UserError, match=r"is a copy of what lay in .* before: manifest.json is another one there now. Delete"
+        ):
+            check_copy(copy, str(remote))
+    shutil.copy(remote / "manifest.json", copy / "manifest.json")
+    assert not caplog.text
+    shutil.rmtree(remote)
+    check_copy(copy, str(remote))
+    assert "cannot be reached" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------- reference images
