@@ -114,6 +114,19 @@ def test_every_image_is_drawn_as_often_as_its_share_says(tmp_path: Any) -> None:
         assert abs(number - drawn / 6 / 24) <= 1 + 2 * batch / parts["red"].counts[parts["red"].bucket_of(index)], reds
 
 
+def test_a_resumed_epoch_of_a_mixture_goes_on_where_it_was(tmp_path: Any) -> None:
+    parts = {"red": write(tmp_path / "red", "red", {SQUARE: 20, WIDE: 1}), "blue": write(tmp_path / "blue", "blue", {SQUARE: 6})}
+
+    def epoch_from(begun: int) -> list[Any]:
+        mixed = MixedDataset(parts, {"red": 1.0, "blue": 5.0}, seed=0)
+        mixed.load_state_dict(MixedDataset(parts, {"red": 1.0, "blue": 5.0}, seed=0).state_dict(begun))
+        sampler = BucketBatchSampler(mixed, 16, 4, 4, True, 0, 1, 0)
+        sampler.set_epoch(7)
+        return list(sampler)
+
+    assert epoch_from(12) == epoch_from(0)[3:] and len(epoch_from(12)) == 3
+
+
 def test_a_single_data_set_is_drawn_as_it_was(tmp_path: Any) -> None:
     dataset: BucketedDataset = write(tmp_path / "red", "red", {SQUARE: 37, WIDE: 3})
     sampler = BucketBatchSampler(dataset, 16, 8, 4, True, 5, 1, 0)

@@ -23,6 +23,7 @@ from prx_composer.encoding.parts import Encoded, encode_split
 from prx_composer.errors import UserError
 from prx_composer.evaluation.image_sets import DataSet, ImageFolder, open_images
 from prx_composer.evaluation.reference import reference_features
+from prx_composer.foundry.parts import caption_tokenizer
 
 Change = Callable[[Path], Path]  # of a folder of images: where it is afterwards
 COUNT, SPEC = 6, {"name": "folder"}
@@ -202,6 +203,19 @@ def test_what_is_encoded_is_refused_beside_other_data_and_only_then(
     shutil.rmtree(folder)
     store(tmp_path, kind, column)
     assert read_column(folder, kind, "train_loader.stored")
+
+
+def test_a_tokenizer_of_other_captions_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "data", rows())
+    loader, folder = {"name": "image_caption", "path": str(tmp_path / "data")}, str(tmp_path / "tokenizer")
+    made = caption_tokenizer(loader, folder)
+    assert caption_tokenizer(loader, folder).get_vocab() == made.get_vocab()
+    with pytest.raises(UserError, match="another vocab_size"):
+        caption_tokenizer(loader, folder, vocab_size=7)
+    write(tmp_path / "data", [(picture(0), "other words")])
+    with pytest.raises(UserError, match="other captions.*Name a new folder"):
+        caption_tokenizer(loader, folder)
+    assert "words" in caption_tokenizer(loader, str(tmp_path / "new")).get_vocab()
 
 
 def test_half_of_one_data_set_is_not_joined_to_half_of_another(tmp_path: Path) -> None:
