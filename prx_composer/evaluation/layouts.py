@@ -74,7 +74,7 @@ def write_layout(
     digest = from_rank_zero(weights_hash(trained.model) if dist.get_global_rank() == 0 else "")
     facts = metadata(trained, settings, digest, device) | {"seed": seed, "images_per_prompt": images_per_prompt, "layout": layout}
     asked = hashlib.sha256(json.dumps([[item.prompt, item.files, item.content] for item in items]).encode()).hexdigest()
-    _claim(folder, facts | {"prompts_sha256": asked}, command)
+    _claim(folder, {**facts, "prompts_sha256": asked}, command)
     mine = [(number, item) for number, item in enumerate(items)][dist.get_global_rank() :: dist.get_world_size()]
     todo = [(number, item) for number, item in mine if not all((folder / name).exists() for name in item.files)]
     finish: Callable[[Path, _Item, list[Tensor], list[int]], None] = _save_grid if layout == "dpg" else _save_each(facts)
