@@ -24,7 +24,7 @@ __all__ = ["argument_problems", "check_parallelism", "first_look", "missing_code
 Values = Mapping[str, Any]
 
 # What the program passes to a component, beside the recipe's arguments.
-_LOADER_PROVIDED = frozenset({"tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed"})
+_LOADER_PROVIDED = frozenset({"tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed", "evaluation"})
 _PROVIDED = {
     name: frozenset({"folder", "source"})
     for name in ("metrics_file", "images", "shapes_score", "loss_spikes", "watchdog", "skip_nonfinite")

@@ -25,6 +25,7 @@ from prx_composer.checks import precisions
 from prx_composer.config import Recipe, build, build_all, split
 from prx_composer.data.columns import check_text_column
 from prx_composer.data.latents import check_latent_column
+from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.distributed import GlooAverage
 from prx_composer.errors import TrainingInterrupted, UserError, at_path
 from prx_composer.interruption import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
@@ -267,13 +268,13 @@ def _prepare_data(recipe: Recipe) -> None:
             read_manifests(spec, key)
 
 
-def _build_loader(recipe: Recipe, key: str, model: TextToImage, global_batch_size: int, **overrides: Any) -> DataSpec:
+def _build_loader(recipe: Recipe, key: str, model: TextToImage, global_batch_size: int) -> DataSpec:
     name, arguments = split(getattr(recipe, key), key)
     arguments = {argument: value for argument, value in arguments.items() if argument != "source"}
     spec = build(
         registry.loaders,
         name,
-        overrides | arguments,
+        arguments,
         key,
         tokenizer=model.text_encoder.tokenizer,
         max_tokens=model.text_encoder.max_tokens,
@@ -281,6 +282,7 @@ def _build_loader(recipe: Recipe, key: str, model: TextToImage, global_batch_siz
         global_batch_size=global_batch_size,
         multiple=model.backbone.patch_size * model.autoencoder.downsampling,
         seed=recipe.seed,
+        **({"evaluation": True, "shuffle": False} if key == "eval_loader" else {}),
     )
     dataset = getattr(spec.dataloader, "dataset", None)
     for column in getattr(dataset, "text_columns", {}).values():
@@ -295,7 +297,9 @@ def _build_evaluator(recipe: Recipe, model: TextToImage) -> Evaluator | None:
         return None
     batch_size = recipe.global_eval_batch_size or recipe.global_train_batch_size
     check_batch_sizes("global_eval_batch_size as ", batch_size, batch_size // dist.get_world_size() or 1, dist.get_world_size())
-    loader = _build_loader(recipe, "eval_loader", model, batch_size, shuffle=False)
+    loader = _build_loader(recipe, "eval_loader", model, batch_size)
+    if isinstance(loader.dataloader, ImageCaptionLoader):
+        loader.dataloader.batch_sampler.keeps_shape = bool(recipe.model.get("compile"))
     # The last evaluation comes with the last batch, not after FIT_END as Composer's: its metrics belong to that batch's line.
     when = create_interval_scheduler(for_composer(recipe.eval_interval), checkpoint_events=False, final_events={Event.BATCH_END})
     microbatch_size = batch_size // dist.get_world_size()

@@ -15,12 +15,17 @@ __all__ = ["BucketedDataset", "SampleRequest"]
 
 
 class SampleRequest(NamedTuple):
-    """All that a worker needs to know to make one sample."""
+    """All that a worker needs to know to make one sample.
+
+    Args:
+        counted: in evaluation, whether it is one of the samples that are measured, and not there to fill a batch.
+    """
 
     sample_id: int
     height: int
     width: int
     epoch: int
+    counted: bool | None = None
 
 
 class BucketedDataset(Dataset, ABC):
@@ -65,12 +70,16 @@ class BucketedDataset(Dataset, ABC):
         """Id of a sample of the bucket with this index."""
 
     @abstractmethod
-    def epoch_counts(self, shuffle: bool) -> list[int]:
-        """Samples by bucket that an epoch sees."""
+    def ids(self) -> list[NDArray[np.int64]]:
+        """Every sample once, by bucket, in stored order."""
 
     @abstractmethod
-    def epoch_ids(self, epoch: int, shuffle: bool) -> list[NDArray[np.int64]]:
-        """The samples themselves; the sampler shuffles them."""
+    def epoch_ids(self, epoch: int, batch_size: int) -> list[NDArray[np.int64]]:
+        """What an epoch of training draws from, by bucket; the sampler shuffles it and makes full batches of it."""
+
+    @abstractmethod
+    def epoch_steps(self, batch_size: int) -> int:
+        """How many batches those are, in every epoch."""
 
     @abstractmethod
     def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:

@@ -19,7 +19,8 @@ SEEN = ("image", "latent")
 
 
 class Collator:
-    """Samples → a batch: images stacked as uint8, captions tokenised, latents and features, by column, as they are stored.
+    """Samples → a batch: images stacked as uint8, captions tokenised, latents and features, by column, as they are stored; in
+    evaluation with `counted` bool (B,): which of them are to be measured.
 
     Stored text embeddings come as `text_embedding` (V, C), those of the V valid tokens of all captions one after the other, and
     `text_position` int64 (V,), where each stands in the flattened (B, T).
@@ -33,6 +34,8 @@ class Collator:
         seen = {name: _stack(name, [sample[name] for sample in samples]) for name in SEEN if name in samples[0]}
         features = {name: torch.stack([sample["features"][name] for sample in samples]) for name in samples[0]["features"]}
         batch = {**seen, **tokens, "sample_id": torch.tensor([sample["sample_id"] for sample in samples]), **features}
+        if "counted" in samples[0]:
+            batch["counted"] = torch.tensor([sample["counted"] for sample in samples])
         if "text_embedding" in samples[0]:
             batch |= self._packed(samples, tokens["attention_mask"])
         return batch

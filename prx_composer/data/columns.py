@@ -10,6 +10,7 @@ both are empty if the sample could not be encoded.
 import dataclasses
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prx_composer.data.contents import column_contents
 from prx_composer.errors import UserError
 from prx_composer.models.cleaning import cleaning_of
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder
@@ -37,6 +39,8 @@ __all__ = [
     "read_column",
     "unpack",
 ]
+
+log = logging.getLogger(__name__)
 
 ENCODED, IMAGE = "encoded", "image"
 COLUMNS = {"shape": "str", "values": "bytes"}
@@ -59,6 +63,7 @@ class StoredColumn:
         multiple: latents: sides of the images were multiples of this (patch size × downsampling).
         downsampling: latents: image side / latent side.
         scaling, shift: latents: (what the network gave − shift) × scaling is stored.
+        data: of the column that it was made of; see `column_contents`. None: made by a version that didn't note it.
         error: int8: mean over the tokens of |stored − exact| / |exact|.
         buckets: rows by bucket.
     """
@@ -75,6 +80,7 @@ class StoredColumn:
     downsampling: int | None = None
     scaling: float | None = None
     shift: float | None = None
+    data: str | None = None
     error: float | None = None
     buckets: dict[str, int] = field(default_factory=dict)
 
@@ -92,14 +98,15 @@ def encoded_folder(path: str | Path, split: str, name: str, source: str) -> Path
     return Path(path) / split / ENCODED / name / source
 
 
-def read_column(folder: Path, kind: str, path: str) -> StoredColumn:
+def read_column(folder: Path, kind: str, path: str, remote: bool = False) -> StoredColumn:
     """The manifest in a folder of `encoded_folder`.
 
     Args:
         path: YAML path that named it, for messages.
+        remote: the data that it was made of are elsewhere, and not compared.
 
     Raises:
-        UserError: none there (yet), another kind, or newer than this package.
+        UserError: none there (yet), another kind, newer than this package, or made of other data than lies beside it.
     """
     file = folder / _MANIFEST
     if not file.exists():
@@ -113,6 +120,13 @@ def read_column(folder: Path, kind: str, path: str) -> StoredColumn:
     column = StoredColumn(**raw)
     if column.kind != kind:
         raise UserError(f"{path}: {folder} holds {column.kind}, not {kind}.")
+    if column.data is None:
+        log.warning("%s doesn't say of which data it was made. If they may have changed since, encode them again.", folder)
+    elif not remote and column.data != column_contents(folder.parents[2], folder.name):
+        raise UserError(
+            f"{path}: {folder} was made of other data than lies beside it: its column {folder.name!r} has changed. Delete that "
+            f"folder and encode again with `prx encode {kind}`."
+        )
     return column
 
 

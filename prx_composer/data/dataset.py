@@ -9,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
+from prx_composer.data.batches import epoch_steps
 from prx_composer.data.bucketed import BucketedDataset, SampleRequest
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import ENCODED, IMAGE, StoredColumn, encoded_folder, manifest_path, read_column, unpack
+from prx_composer.data.contents import check_copy
 from prx_composer.data.latents import StoredLatents, names_of
 from prx_composer.data.rows import BucketRows
 from prx_composer.data.schema import MANIFEST, Manifest
@@ -95,7 +97,9 @@ class ImageCaptionDataset(BucketedDataset):
         images: bool | None = None,
     ):
         folder = Path(path) / split
-        if remote is not None and not (folder / MANIFEST).exists():
+        if remote is not None and (folder / MANIFEST).exists():
+            check_copy(folder, f"{remote}/{split}")
+        elif remote is not None:
             download(f"{remote}/{split}/{MANIFEST}", folder / MANIFEST)
         self.manifest = read_manifest(path, split, captions, features)
         self.image_size = self.manifest.image_size
@@ -146,13 +150,17 @@ class ImageCaptionDataset(BucketedDataset):
         """The bucket's first; the others follow."""
         return int(self._offsets[bucket])
 
-    def epoch_counts(self, shuffle: bool) -> list[int]:
-        """Samples by bucket that an epoch sees: all of them."""
-        return self.counts
-
-    def epoch_ids(self, epoch: int, shuffle: bool) -> list[NDArray[np.int64]]:
-        """The samples themselves, in stored order."""
+    def ids(self) -> list[NDArray[np.int64]]:
+        """Every sample once, by bucket, in stored order."""
         return [first + np.arange(count) for first, count in zip(self._offsets, self.counts, strict=False)]
+
+    def epoch_ids(self, epoch: int, batch_size: int) -> list[NDArray[np.int64]]:
+        """All of them; what doesn't fill a batch is another one in every epoch."""
+        return self.ids()
+
+    def epoch_steps(self, batch_size: int) -> int:
+        """How many full batches they make."""
+        return epoch_steps(self.counts, batch_size, shuffle=True)
 
     def bucket_of(self, sample_id: int) -> int:
         """Index of the bucket that holds a sample."""
@@ -165,7 +173,7 @@ class ImageCaptionDataset(BucketedDataset):
 
     def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
         """`image` uint8 (3, height, width) or `latent` (channels, h, w) or both, `caption`, `sample_id` (of the sample that was
-        really used), `features` by column."""
+        really used), `features` by column; in evaluation `counted`, whether it is to be measured."""
         bucket = self.bucket_of(request.sample_id)
         first, count = int(self._offsets[bucket]), self.counts[bucket]
         for attempt in range(count):
@@ -175,11 +183,14 @@ class ImageCaptionDataset(BucketedDataset):
             try:
                 seen = self._see(row, bucket, sample_id - first, Bucket(request.height, request.width))
             except UNDECODABLE as error:
-                self._note_undecodable(sample_id, row.get("key", ""), error)
+                instead = "the next of its bucket takes its place" if request.counted is None else "evaluation leaves it out"
+                self._note_undecodable(sample_id, row.get("key", ""), error, instead)
                 continue
             column = self.choose_caption(sample_id, request.epoch)
             features = {name: self._feature(name, row, bucket, sample_id - first) for name in self.features}
             sample = {**seen, "caption": row[column], "sample_id": sample_id, "features": features}
+            if request.counted is not None:  # another sample in its place is measured in its own
+                sample["counted"] = request.counted and attempt == 0
             if column in self._text_rows:
                 stored = self._text_rows[column].row(bucket, sample_id - first)
                 sample["text_embedding"] = unpack(stored, self.text_columns[column].storage)
@@ -211,9 +222,11 @@ class ImageCaptionDataset(BucketedDataset):
 
     def _stored(self, folder: Path, remote: str | None, kind: str, path: str) -> tuple[StoredColumn, BucketRows]:
         """A stored column and its rows; raises UserError, at `path`, unless it has as many as the data set."""
-        if remote is not None and not manifest_path(folder).exists():
+        if remote is not None and manifest_path(folder).exists():
+            check_copy(folder, remote)
+        elif remote is not None:
             download(f"{remote}/{manifest_path(folder).name}", manifest_path(folder))
-        column = read_column(folder, kind, path)
+        column = read_column(folder, kind, path, remote is not None)
         if column.buckets != {str(bucket): self.manifest.buckets[bucket] for bucket in self.buckets}:
             raise UserError(f"{path}: {folder} was made of other data than lies beside it; delete it and encode again.")
         return column, BucketRows(folder, self.buckets, remote)
@@ -241,11 +254,11 @@ class ImageCaptionDataset(BucketedDataset):
         row = self._counters[0 if worker is None else worker.id + 1]
         row += torch.tensor([seen, undecodable])
 
-    def _note_undecodable(self, sample_id: int, key: str, error: Exception) -> None:
+    def _note_undecodable(self, sample_id: int, key: str, error: Exception, instead: str) -> None:
         self._count(undecodable=1)
         if sample_id not in self._named:
             self._named.add(sample_id)
-            log.warning("Sample %d (%s) cannot be decoded, the next of its bucket takes its place: %s", sample_id, key, error)
+            log.warning("Sample %d (%s) cannot be decoded, %s: %s", sample_id, key, instead, error)
         seen, undecodable = self._counters.sum(0).tolist()
         if seen >= MIN_SEEN_FOR_RATE and undecodable > self._max_undecodable * seen:
             raise UndecodableError(

@@ -92,6 +92,7 @@ def build_loader(
     global_batch_size: int,
     multiple: int,
     seed: int,
+    evaluation: bool = False,
     *,
     path: str | None = None,
     mix: dict[str, dict[str, Any]] | None = None,
@@ -113,10 +114,11 @@ def build_loader(
         image_size, global_batch_size: of the first stage.
         multiple: see `BucketBatchSampler`.
         seed: of order and choices.
+        evaluation: every sample is counted once, in stored order, with any batch size and number of ranks.
         path, split, captions, features, text_embedding, latent, images, remote, max_undecodable: see `ImageCaptionDataset`.
         mix: several data sets, each in a folder of its name in `path`: name → perhaps weight, path, split, captions, remote; see
             `MixedDataset`.
-        shuffle: off for evaluation.
+        shuffle: a new order every epoch; off, the stored one. Of training: evaluation has no use for it.
         num_workers: processes that decode and tokenise; 0 = in the training process.
 
     Raises:
@@ -136,9 +138,10 @@ def build_loader(
     }
     dataset = parts[""] if mix is None else MixedDataset(parts, weights_of(mix), seed)
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
+    shuffle = shuffle and not evaluation
     if shuffle and (problem := fewer_than_a_batch(len(dataset), global_batch_size)):
         raise UserError(problem)
-    sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank)
+    sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank, evaluation)
     loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens), num_workers)
     return DataSpec(
         loader,
@@ -150,7 +153,7 @@ def build_loader(
 
 
 def _num_samples(batch: dict[str, torch.Tensor]) -> int:
-    return len(batch["sample_id"])
+    return int(batch["counted"].sum()) if "counted" in batch else len(batch["sample_id"])
 
 
 def _num_tokens(batch: dict[str, torch.Tensor]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from prx_composer.data.bucketed import BucketedDataset, SampleRequest
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset
+from prx_composer.data.shares import Shares
 from prx_composer.errors import UserError
 
 __all__ = ["MixedDataset"]
@@ -16,9 +17,9 @@ __all__ = ["MixedDataset"]
 class MixedDataset(BucketedDataset):
     """Data sets drawn from with given shares, as one data set for the sampler.
 
-    An epoch has as many samples as all data sets together; a data set of weight w has w / Σw of them. It goes through its own
-    samples in passes, each in an order of its own, and an epoch goes on where the one before it ended: no sample is seen n + 1
-    times before every other of its bucket has been seen n times. Evaluation, which does not shuffle, sees every sample once.
+    An epoch has as many full batches as all data sets together would fill; a data set of weight w has w / Σw of their samples,
+    see `Shares`. In every bucket it goes through its own samples in passes, each in an order of its own, and an epoch goes on
+    where the one before it ended: no sample is seen n + 1 times before every other of its bucket has been seen n times.
 
     Args:
         parts: name → data set; all of one base size.
@@ -41,8 +42,7 @@ class MixedDataset(BucketedDataset):
         self._starts = np.cumsum([0, *(len(part) for part in parts.values())])
         natural = {name: float(len(part)) for name, part in parts.items()}
         self._weights = weights or natural
-        total = sum(self._weights.values())
-        self._repeats = {name: self._weights[name] / total * len(self) / len(part) for name, part in parts.items()}
+        self._shares: dict[int, Shares] = {}  # by batch size
         self.counts = [sum(self._count(part, bucket) for part in parts.values()) for bucket in self.buckets]
         self.images = all(part.images for part in parts.values())
         self.text_columns = {f"{name}/{key}": c for name, part in parts.items() for key, c in part.text_columns.items()}
@@ -87,19 +87,33 @@ class MixedDataset(BucketedDataset):
                 return int(start) + part.first_of(part.buckets.index(self.buckets[bucket]))
         raise IndexError(bucket)
 
-    def epoch_counts(self, shuffle: bool) -> list[int]:
-        """Samples by bucket that an epoch sees."""
+    def ids(self) -> list[NDArray[np.int64]]:
+        """Every sample once, by bucket, in stored order."""
         return [
-            sum(self._draws(name, self._count(part, bucket), shuffle) for name, part in self.parts.items())
-            for bucket in self.buckets
+            np.concatenate([self._first(index, bucket) + np.arange(count) for index, count in enumerate(counts)])
+            for bucket, counts in enumerate(zip(*self._table(), strict=True))
         ]
 
-    def epoch_ids(self, epoch: int, shuffle: bool) -> list[NDArray[np.int64]]:
-        """The samples themselves; in stored order if not to be shuffled."""
+    def epoch_ids(self, epoch: int, batch_size: int) -> list[NDArray[np.int64]]:
+        """Of every bucket as many as fill the batches that it has in this epoch."""
+        plan = self._plans(batch_size).epoch(epoch)
         return [
-            np.concatenate([self._epoch_of(index, bucket, epoch, shuffle) for index in range(len(self._names))])
-            for bucket in range(len(self.buckets))
+            np.concatenate([self._stretch(part, bucket, *stretch) for part, stretch in enumerate(zip(*stretches, strict=True))])
+            for bucket, stretches in enumerate(zip(zip(*plan.before, strict=True), zip(*plan.draws, strict=True), strict=True))
         ]
+
+    def epoch_steps(self, batch_size: int) -> int:
+        """How many batches every epoch has."""
+        return self._plans(batch_size).steps
+
+    def _plans(self, batch_size: int) -> Shares:
+        if batch_size not in self._shares:
+            self._shares[batch_size] = Shares(self._table(), list(self._weights.values()), batch_size)
+        return self._shares[batch_size]
+
+    def _table(self) -> list[list[int]]:
+        """Samples by data set and bucket."""
+        return [[self._count(part, bucket) for bucket in self.buckets] for part in self.parts.values()]
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
         index = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
@@ -108,21 +122,19 @@ class MixedDataset(BucketedDataset):
     def _count(self, part: ImageCaptionDataset, bucket: Bucket) -> int:
         return part.counts[part.buckets.index(bucket)] if bucket in part.buckets else 0
 
-    def _draws(self, name: str, count: int, shuffle: bool) -> int:
-        return round(self._repeats[name] * count) if shuffle else count
-
-    def _epoch_of(self, index: int, bucket: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
-        """What one data set gives to one bucket of an epoch: the stretch of its endless shuffled passes that is its turn."""
+    def _first(self, index: int, bucket: int) -> int:
+        """Id of the first sample that a data set has in a bucket, if it has any."""
         part = self.parts[self._names[index]]
-        if (count := self._count(part, self.buckets[bucket])) == 0:
+        place = part.buckets.index(self.buckets[bucket]) if self.buckets[bucket] in part.buckets else None
+        return int(self._starts[index]) + (0 if place is None else part.first_of(place))
+
+    def _stretch(self, index: int, bucket: int, begin: int, draws: int) -> NDArray[np.int64]:
+        """So many of the endless shuffled passes through what a data set has in a bucket, from `begin` on."""
+        if draws == 0:
             return np.empty(0, np.int64)
-        first = int(self._starts[index]) + part.first_of(part.buckets.index(self.buckets[bucket]))
-        draws = self._draws(self._names[index], count, shuffle)
-        if not shuffle or draws == count:
-            return first + np.arange(count)
-        begin, end = epoch * draws, (epoch + 1) * draws
-        passes = [self._pass(index, bucket, number, count) for number in range(begin // count, -(-end // count))]
-        return first + np.concatenate([np.empty(0, np.int64), *passes])[begin % count : begin % count + draws]
+        count = self._count(self.parts[self._names[index]], self.buckets[bucket])
+        passes = [self._pass(index, bucket, number, count) for number in range(begin // count, -(-(begin + draws) // count))]
+        return self._first(index, bucket) + np.concatenate(passes)[begin % count : begin % count + draws]
 
     def _pass(self, index: int, bucket: int, number: int, count: int) -> NDArray[np.int64]:
         return np.random.default_rng([self._seed, index, bucket, number]).permutation(count)

@@ -1,15 +1,16 @@
-"""Which samples form which batch: a pure function of (seed, epoch, batch size), with every batch from one bucket."""
+"""This rank's batches, in training and in evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
+from prx_composer.data.batches import epoch_batches, epoch_steps, evaluation_batches
 from prx_composer.data.bucketed import BucketedDataset, SampleRequest
 from prx_composer.data.buckets import Bucket
 
-__all__ = ["BucketBatchSampler", "epoch_batches", "epoch_steps", "fewer_than_a_batch"]
+__all__ = ["BucketBatchSampler", "fewer_than_a_batch"]
 
 
 def fewer_than_a_batch(samples: int, batch_size: int, path: str = "") -> str | None:
@@ -26,47 +27,17 @@ def fewer_than_a_batch(samples: int, batch_size: int, path: str = "") -> str | N
     )
 
 
-def epoch_batches(
-    ids: Sequence[NDArray[np.int64]], batch_size: int, *, shuffle: bool, seed: int = 0, epoch: int = 0
-) -> NDArray[np.int64]:
-    """An epoch's batches, (steps, batch_size), whatever the number of ranks that share a batch.
-
-    Every batch is full and of one bucket: all ranks have one shape at a time, so that none waits for another that has more
-    to compute or a new shape to compile, and a run that goes on with another number of ranks sees the same samples. What
-    doesn't fill a batch waits for another epoch's shuffle; a bucket smaller than one batch fills it by repetition. Without
-    shuffling (evaluation) tails are filled by repetition too, so that every sample is seen.
-
-    Args:
-        ids: of the samples of every bucket.
-        batch_size: over all ranks.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    batches = []
-    for members, number in zip(ids, _batches_per_bucket([len(part) for part in ids], batch_size, shuffle), strict=True):
-        if shuffle:
-            members = members.copy()
-            rng.shuffle(members)
-        batches.append(np.resize(members, (number, batch_size)))
-    stacked = np.concatenate(batches)
-    if shuffle:
-        rng.shuffle(stacked)
-    return stacked
-
-
-def epoch_steps(counts: list[int], batch_size: int, *, shuffle: bool) -> int:
-    """How many batches `epoch_batches` has of so many samples in every bucket."""
-    return sum(_batches_per_bucket(counts, batch_size, shuffle))
-
-
-def _batches_per_bucket(counts: list[int], batch_size: int, shuffle: bool) -> list[int]:
-    return [max(count // batch_size if shuffle else -(-count // batch_size), min(count, 1)) for count in counts]
-
-
 class BucketBatchSampler(DistributedSampler):
     """Yields this rank's batches of `SampleRequest`s.
 
     It is a DistributedSampler so that Composer calls `set_epoch`; the order is the same with any number of workers,
     and a resumed epoch goes on at `dataset.start_sample`.
+
+    In evaluation every sample is counted once: batches are as large as what is left of a bucket, and ranks share them as evenly
+    as they can. A rank that would have none gets one that isn't counted, so that all take the same number of steps.
+
+    Attributes:
+        keeps_shape: in evaluation, whether all batches are full, with samples that aren't counted: for a compiled model.
 
     Args:
         dataset: whose buckets are drawn from.
@@ -76,6 +47,7 @@ class BucketBatchSampler(DistributedSampler):
         shuffle: a new order every epoch; off, the stored order.
         seed: of the order.
         num_ranks, rank: of this process.
+        evaluation: see above; nothing is shuffled then.
 
     Raises:
         ValueError: a batch that doesn't divide over the ranks, or an image size that the patches don't divide or that has no
@@ -92,8 +64,10 @@ class BucketBatchSampler(DistributedSampler):
         seed: int,
         num_ranks: int,
         rank: int,
+        evaluation: bool = False,
     ):
         super().__init__(dataset, num_replicas=num_ranks, rank=rank, shuffle=shuffle, seed=seed)
+        self.evaluation, self.keeps_shape = evaluation, False
         self.total_size = len(dataset)  # Composer trims the difference to this in evaluation; we leave nothing to trim
         self._dataset = dataset
         self.multiple = multiple
@@ -124,16 +98,31 @@ class BucketBatchSampler(DistributedSampler):
         return self._sizes
 
     def _batches(self) -> NDArray[np.int64]:
-        ids = self._dataset.epoch_ids(self.epoch, self.shuffle)
+        ids = self._dataset.epoch_ids(self.epoch, self.global_batch_size) if self.shuffle else self._dataset.ids()
         return epoch_batches(ids, self.global_batch_size, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch)
 
     def __len__(self) -> int:
-        return epoch_steps(self._dataset.epoch_counts(self.shuffle), self.global_batch_size, shuffle=self.shuffle)
+        if self.shuffle:
+            return self._dataset.epoch_steps(self.global_batch_size)
+        return epoch_steps(self._dataset.counts, self.global_batch_size, shuffle=False)
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         first = self._dataset.take_start_sample() // self.global_batch_size
-        epoch = self.epoch if self.shuffle else 0  # Composer counts evaluations there, which must not differ
+        if self.evaluation:
+            yield from self._evaluation()
+            return
+        epoch = self.epoch if self.shuffle else 0
         share = self.global_batch_size // self.num_replicas
         for batch in self._batches()[first:, self.rank * share : (self.rank + 1) * share]:
-            height, width = self._sizes[self._dataset.bucket_of(int(batch[0]))]
+            height, width = self._size_of(batch)
             yield [SampleRequest(int(sample_id), height, width, epoch) for sample_id in batch]
+
+    def _evaluation(self) -> Iterator[list[SampleRequest]]:
+        for batch in evaluation_batches(self._dataset.ids(), self.global_batch_size):
+            height, width = self._size_of(batch)
+            filled = np.resize(batch, max(len(batch), self.global_batch_size if self.keeps_shape else self.num_replicas))
+            own = np.array_split(np.arange(len(filled)), self.num_replicas)[self.rank]
+            yield [SampleRequest(int(filled[place]), height, width, 0, bool(place < len(batch))) for place in own]
+
+    def _size_of(self, batch: NDArray[np.int64]) -> Bucket:
+        return self._sizes[self._dataset.bucket_of(int(batch[0]))]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prx_composer.data.buckets import Bucket, assign_bucket
+from prx_composer.data.contents import FileRecord
 from prx_composer.data.decoding import IMAGE_REASONS, BadImageError, open_image, oriented_size
 from prx_composer.data.schema import BucketWriter, RawSample
 
@@ -19,6 +20,8 @@ __all__ = ["FolderSource", "Source", "is_made", "prepare"]
 log = logging.getLogger(__name__)
 
 FINGERPRINT = "source.json"
+FILES = "source_files.json"  # what the source read, by name
+NAMED = 4  # changed files that are named; the others are counted
 
 
 class Source(Protocol):
@@ -28,6 +31,7 @@ class Source(Protocol):
     captions: tuple[str, ...]
     buckets: list[Bucket]
     identity: dict[str, Any]  # what decides the data beside the source's arguments, such as a checksum
+    # and perhaps `files: dict[str, Path]`, what it reads, by name: data made of other contents are refused
 
     def samples(self) -> Iterator[tuple[str, RawSample]]:
         """Every sample with the name of its split."""
@@ -38,7 +42,7 @@ def is_made(path: Path, source: Source, spec: dict[str, Any]) -> bool:
     """Whether the data set of `source` is in `path` already.
 
     Raises:
-        ValueError: `path` holds data made with other settings, or something else.
+        ValueError: `path` holds data made with other settings, of files that have changed since, or something else.
     """
     spec = spec | source.identity
     fingerprint = path / FINGERPRINT
@@ -50,10 +54,25 @@ def is_made(path: Path, source: Source, spec: dict[str, Any]) -> bool:
                 f"{path} was made with other settings of train_loader.source ({', '.join(different)}). "
                 "Set train_loader.path to a new folder, or delete this one."
             )
+        _check_files(path, source)
         return True
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} is not empty and was not made by train_loader.source; set train_loader.path to a new folder.")
     return False
+
+
+def _check_files(path: Path, source: Source) -> None:
+    files, record = getattr(source, "files", None), FileRecord(path / FILES)
+    if files is None:
+        return
+    if not record.exists:
+        log.warning("%s doesn't say of which images it was made. If they may have changed since, delete it.", path)
+    elif changed := record.different(files):
+        more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+        raise ValueError(
+            f"{path} was made of other images than train_loader.source finds now: {len(changed)} of {len(files)} have changed "
+            f"({', '.join(changed[:NAMED])}{more}). Set train_loader.path to a new folder, or delete this one."
+        )
 
 
 def prepare(path: Path, source: Source, spec: dict[str, Any], limit: int | None = None) -> None:
@@ -66,7 +85,10 @@ def prepare(path: Path, source: Source, spec: dict[str, Any], limit: int | None 
     Raises:
         ValueError: as `is_made`; a source without training samples.
     """
+    files: dict[str, Path] | None = getattr(source, "files", None)
     if is_made(path, source, spec):
+        if files is not None and (record := FileRecord(path / FILES)).exists:
+            record.keep(files)  # the times of what was copied or touched, so that it isn't read again
         return
     spec = spec | source.identity
     log.info("Making the data set in %s", path)
@@ -74,6 +96,8 @@ def prepare(path: Path, source: Source, spec: dict[str, Any], limit: int | None 
     shutil.rmtree(partial, ignore_errors=True)
     writers: dict[str, BucketWriter] = {}
     try:
+        if files is not None:
+            FileRecord(partial / FILES).keep(files)  # first: what changes meanwhile is noticed next time
         for split, sample in itertools.islice(source.samples(), limit):
             if split not in writers:
                 writers[split] = BucketWriter(partial / split, source.image_size, source.captions).__enter__()
@@ -131,6 +155,7 @@ class FolderSource:
         captions = self._folder / captions_file
         if not captions.exists():
             raise ValueError(f"train_loader.source.captions_file: there is no {captions}.")
+        self.files: dict[str, Path] = {}
         left_out: Counter[str] = Counter()
         self._rows = list(self._read(captions, left_out))
         reasons = ", ".join(f"{count} {reason} ({IMAGE_REASONS[reason]})" for reason, count in left_out.items())
@@ -162,6 +187,7 @@ class FolderSource:
             image = (self._folder / name).resolve()
             if not image.is_file() or not image.is_relative_to(self._folder.resolve()):
                 raise ValueError(f"{where}: there is no image {name} in {self._folder}.")
+            self.files[name] = image
             try:
                 with image.open("rb") as file:
                     height, width = oriented_size(open_image(file))

@@ -21,6 +21,7 @@ from streaming import LocalDataset, MDSWriter
 
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import COLUMNS, StoredColumn, is_whole, manifest_path
+from prx_composer.data.contents import column_contents
 from prx_composer.data.schema import Manifest
 from prx_composer.errors import UserError
 from prx_composer.files import sync, write_whole
@@ -70,6 +71,7 @@ def encode_split(split: Path, folder: Path, column: StoredColumn, work: Work, pa
 
     Args:
         split: of a data set, on a disk that all ranks see.
+        folder: of `encoded_folder`, named after the column that is encoded.
         column: what is made, without `error` and `buckets`.
         work: rows of a part → what is stored of each; must be a function of its input.
         part_size: samples of a part.
@@ -79,6 +81,7 @@ def encode_split(split: Path, folder: Path, column: StoredColumn, work: Work, pa
         UserError: the folder holds something made with other settings.
     """
     images = Manifest.read(split)
+    column = replace(column, data=column_contents(split, folder.name))
     folder.mkdir(parents=True, exist_ok=True)
     _same_settings(folder, {**column.settings, "part_size": part_size, **options})
     if not is_whole(folder):
@@ -98,11 +101,17 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
     if dist.get_global_rank() == 0:
         path = folder / _SETTINGS
         before = json.loads(path.read_text()) if path.exists() else settings
+        before.setdefault("data", settings["data"])  # an earlier version didn't note it
+        if before["data"] != settings["data"]:
+            problem[0] = (
+                f"{folder} was begun with other data: the column {folder.name!r} of {folder.parents[2]} has changed since. "
+                "Delete the folder to encode it again, or give another --name."
+            )
         different = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
-        if different:
+        if problem[0] is None and different:
             told = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in different)
             problem[0] = f"{folder} was begun with other settings: {told}. Use those, another --name, or delete the folder."
-        else:
+        elif problem[0] is None:
             write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
             for leftover in list(folder.rglob(".*")):  # of a run that was killed
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)

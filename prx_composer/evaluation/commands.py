@@ -99,6 +99,7 @@ def evaluate(
 
     from prx_composer.evaluation.evaluate import Results, Sweep, sweep
     from prx_composer.evaluation.image_sets import DataSet, open_images
+    from prx_composer.evaluation.ranks import from_rank_zero
     from prx_composer.evaluation.reference import default_cache
     from prx_composer.evaluation.scoring import check_metrics
     from prx_composer.trained.card import sample_settings
@@ -189,13 +190,14 @@ def evaluate(
         "precision": base.precision,
         "networks": scorer.description(),
     }
+    folder = default_cache() if cache is None else Path(cache).expanduser()
     if compared is not None:
         count = len(compared) if reference_num is None else min(reference_num, len(compared))
-        conditions["reference"] = {"source": compared.name, "count": count, "identity": compared.identity()}
+        identity = from_rank_zero(compared.identity(folder) if dist.get_global_rank() == 0 else "")
+        conditions["reference"] = {"source": compared.name, "count": count, "identity": identity}
     results = Results(Path(output or "evaluation.json").expanduser(), conditions)
     made_folder(str(results.path.parent))
     if compared is not None:
-        folder = default_cache() if cache is None else Path(cache).expanduser()
         scorer.compare_with(compared, reference_num, folder, batch_size, place)
     for index, kind in enumerate(kinds):
         if index:

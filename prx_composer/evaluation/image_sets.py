@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from prx_composer.data.contents import FileRecord, column_contents
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.schema import MANIFEST
 from prx_composer.data.transforms import UNDECODABLE, decode_image
@@ -14,7 +15,7 @@ from prx_composer.data.transforms import UNDECODABLE, decode_image
 __all__ = ["DataSet", "ImageFolder", "ImageSet", "open_images"]
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_LOOKED_AT = 16  # images whose bytes are part of a set's identity
+_LOOKED_AT = 16  # images of a remote set whose bytes are part of its identity
 
 
 class ImageSet(Protocol):
@@ -28,8 +29,8 @@ class ImageSet(Protocol):
         """The image's file."""
         ...
 
-    def identity(self) -> str:
-        """Tells sets apart by what they hold, wherever they lie."""
+    def identity(self, cache: Path) -> str:
+        """Tells sets apart by what they hold, wherever they lie; what was read of files is kept in `cache`."""
         ...
 
 
@@ -47,6 +48,7 @@ class DataSet:
 
     def __init__(self, path: str, split: str = "train", caption: str | None = None, remote: str | None = None):
         self._data = ImageCaptionDataset(path, split, {caption: 1.0} if caption else None, remote)
+        self._split = Path(path) / split if remote is None else None
         self.name = f"{remote or path}, {split}"
         self._caption = next(iter(self._data.captions))
 
@@ -59,8 +61,13 @@ class DataSet:
     def caption(self, index: int) -> str:
         return self._data.row(index)[self._caption]
 
-    def identity(self) -> str:
-        return _digest(self._data.manifest.to_json(), self)
+    def identity(self, cache: Path) -> str:
+        if self._split is not None:
+            return column_contents(self._split, "image")
+        digest = hashlib.sha256(self._data.manifest.to_json().encode())  # remote: to read all would be to download all
+        for index in evenly(len(self), _LOOKED_AT):
+            digest.update(self.encoded(index))
+        return digest.hexdigest()
 
 
 class ImageFolder:
@@ -75,7 +82,7 @@ class ImageFolder:
         self._files = sorted(file for file in root.rglob("*") if file.suffix.lower() in _SUFFIXES)
         if not self._files:
             raise ValueError(f"{path} has no images ({', '.join(_SUFFIXES)}) and is no data set (it has no <split>/{MANIFEST}).")
-        self.name = path
+        self.name, self._root = path, root.resolve()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -83,15 +90,11 @@ class ImageFolder:
     def encoded(self, index: int) -> bytes:
         return self._files[index].read_bytes()
 
-    def identity(self) -> str:
-        return _digest(" ".join(f"{file.name} {file.stat().st_size}" for file in self._files), self)
-
-
-def _digest(listing: str, images: ImageSet) -> str:
-    digest = hashlib.sha256(listing.encode())
-    for index in evenly(len(images), _LOOKED_AT):
-        digest.update(images.encoded(index))
-    return digest.hexdigest()
+    def identity(self, cache: Path) -> str:
+        record = FileRecord(cache / "folders" / f"{hashlib.sha256(str(self._root).encode()).hexdigest()[:32]}.json")
+        files = {str(file): file for file in self._files}
+        record.keep(files)
+        return hashlib.sha256(" ".join(record.contents(files).values()).encode()).hexdigest()
 
 
 def evenly(count: int, wanted: int | None) -> list[int]:

@@ -8,6 +8,7 @@ DPG-Bench (github.com/TencentQQGYLab/ELLA, dpg_bench/compute_dpg_bench.py):
 <out>/<name of the prompt's file>.png  a square of 2 × 2 square images; the scorer is told their side and their number
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def write_layout(
     trained.model.to(device)
     digest = from_rank_zero(weights_hash(trained.model) if dist.get_global_rank() == 0 else "")
     facts = metadata(trained, settings, digest, device) | {"seed": seed, "images_per_prompt": images_per_prompt, "layout": layout}
-    _claim(folder, facts, command)
+    asked = hashlib.sha256(json.dumps([[item.prompt, item.files, item.content] for item in items]).encode()).hexdigest()
+    _claim(folder, {**facts, "prompts_sha256": asked}, command)
     mine = [(number, item) for number, item in enumerate(items)][dist.get_global_rank() :: dist.get_world_size()]
     todo = [(number, item) for number, item in mine if not all((folder / name).exists() for name in item.files)]
     finish: Callable[[Path, _Item, list[Tensor], list[int]], None] = _save_grid if layout == "dpg" else _save_each(facts)
@@ -104,7 +106,7 @@ def _claim(folder: Path, facts: dict[str, object], command: str) -> None:
             if there is None and any(folder.iterdir()):
                 problem = f"{folder} isn't empty, and there is no {note.name} that says how it was drawn"
             elif there is not None and {key: there.get(key) for key in facts} != json.loads(json.dumps(facts)):
-                problem = f"{folder} was drawn with other settings or weights, see {note}"
+                problem = f"{folder} was drawn with other settings, weights or prompts, see {note}"
             else:
                 write_whole(note, (json.dumps(facts | {"command": command}, indent=1) + "\n").encode())
         except (OSError, ValueError, AttributeError) as error:

@@ -68,7 +68,8 @@ def reference_features(
         UserError: fewer than two images that can be decoded; a cache that cannot be written.
     """
     chosen = evenly(len(images), count)
-    key = hashlib.sha256(f"1 {images.identity()} {len(chosen)} {extractor.fingerprint}".encode()).hexdigest()[:32]
+    identity = from_rank_zero(images.identity(cache) if dist.get_global_rank() == 0 else "")
+    key = hashlib.sha256(f"2 {identity} {len(chosen)} {extractor.fingerprint}".encode()).hexdigest()[:32]
     file = cache / f"{key}.safetensors"
     features = _read(file) if dist.get_global_rank() == 0 else None
     if not from_rank_zero(features is not None):

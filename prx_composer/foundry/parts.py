@@ -4,6 +4,7 @@ llm-foundry makes one tokenizer, named at the top of its YAML, and gives it to l
 of the model (`max_tokens`, `multiple`) its YAML takes from there: `${model.text_encoder.max_tokens}`.
 """
 
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from prx_composer.callbacks.data_monitor import DataMonitor
 from prx_composer.callbacks.random_step import RandomStep
 from prx_composer.config import build, check_arguments, split
 from prx_composer.data.columns import check_text_column
+from prx_composer.data.contents import column_contents
+from prx_composer.data.data_sets import data_sets
 from prx_composer.data.latents import check_latent_column
 from prx_composer.data.loader import ImageCaptionLoader, build_loader
+from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.distributed import GlooAverage
 from prx_composer.errors import UserError, at_path
+from prx_composer.files import write_whole
 from prx_composer.models.cleaning import cleaning_of
 from prx_composer.models.randomness import RandomStreams
 from prx_composer.models.text_encoder import load_tokenizer
@@ -32,6 +37,7 @@ from prx_composer.trained.initial import initialise
 
 __all__ = ["CaptionTokenizer", "Model", "TrainingRun", "caption_tokenizer", "image_caption_loader", "model_with"]
 
+_MADE_OF = "made_of.json"  # beside a tokenizer: its captions
 LOADER = "prx_image_caption"  # whether it is train_loader or eval_loader, llm-foundry doesn't say
 
 _models: "weakref.WeakSet[TextToImage]" = weakref.WeakSet()
@@ -86,7 +92,7 @@ def image_caption_loader(tokenizer: PreTrainedTokenizerBase | None, device_batch
     Raises:
         UserError: as for a recipe.
     """
-    provided = frozenset({"tokenizer", "global_batch_size"})
+    provided = frozenset({"tokenizer", "global_batch_size", "evaluation"})
     check_arguments(build_loader, arguments, LOADER, provided, also=frozenset({"source"}))
     if int(device_batch_size) != device_batch_size:
         raise UserError(f"{LOADER}: a batch of {device_batch_size} samples per rank is none; raise global_train_batch_size.")
@@ -96,7 +102,8 @@ def image_caption_loader(tokenizer: PreTrainedTokenizerBase | None, device_batch
     read_manifests(arguments, LOADER)
     arguments = {key: value for key, value in arguments.items() if key != "source"}
     batch_size = int(device_batch_size) * dist.get_world_size()
-    given = dict(tokenizer=_with_padding(tokenizer), global_batch_size=batch_size)
+    evaluation = not arguments.pop("shuffle", True)  # by which llm-foundry's YAMLs tell the two loaders apart
+    given: dict[str, Any] = dict(tokenizer=_with_padding(tokenizer), global_batch_size=batch_size, evaluation=evaluation)
     return build(registry.loaders, "image_caption", arguments, LOADER, **given)
 
 
@@ -119,15 +126,35 @@ def caption_tokenizer(loader: dict[str, Any], folder: str, vocab_size: int = 409
     Raises:
         UserError: data that cannot be made or read; something else in `folder`.
     """
+    note = Path(folder, _MADE_OF)
     if Path(folder).exists():
         with at_path("tokenizer.kwargs.folder"):
-            return load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder)
+        if note.exists() and _made_of(loader, vocab_size) not in (None, json.loads(note.read_text())):
+            raise UserError(
+                f"tokenizer.kwargs.folder: {folder} holds a tokenizer of other captions or another vocab_size than train_loader "
+                "has now. Name a new folder for a new run; to go on with a run, give it the data that it began with."
+            )
+        return tokenizer
     _one_node_makes(loader)  # on which llm-foundry lets rank 0 come first; so no collective may be called here
     make_data(loader, "train_loader")
     read_manifests(loader, "train_loader")
     tokenizer = trained_tokenizer(loader, vocab_size)
     keep_tokenizer(tokenizer, Path(folder))
+    if dist.get_global_rank() == 0:
+        write_whole(note, json.dumps(_made_of(loader, vocab_size)).encode())
     return tokenizer
+
+
+def _made_of(loader: dict[str, Any], vocab_size: int) -> list[Any] | None:
+    """What decides a tokenizer; None if the captions aren't there (yet)."""
+    made_of: list[Any] = [vocab_size]
+    for part in data_sets(loader).values():
+        split = Path(part["path"]) / part.get("split", "train")
+        if not (split / MANIFEST).exists():
+            return None
+        made_of += [column_contents(split, column) for column in part.get("captions") or [Manifest.read(split).captions[0]]]
+    return made_of
 
 
 class TrainingRun(GlooAverage, RandomStep, DataMonitor):

@@ -33,7 +33,7 @@ EVAL_TIMESTEP_BINS = 4
 
 
 class TimestepMSE(Metric):
-    """Mean v-space error of the images whose t lies in [low, high)."""
+    """Mean v-space error of the images whose t lies in [low, high): of those that are `counted`, if not all are."""
 
     full_state_update = False
 
@@ -45,9 +45,11 @@ class TimestepMSE(Metric):
         self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, squared_error: Tensor, timestep: Tensor) -> None:
+    def update(self, squared_error: Tensor, timestep: Tensor, counted: Tensor | None = None) -> None:
         inside = (timestep >= self.low) & (timestep < self.high)
-        self.total += (squared_error.double() * inside).sum()
+        if counted is not None:
+            inside = inside & counted
+        self.total += squared_error.double().where(inside, 0).sum()
         self.count += inside.sum()
 
     def compute(self) -> Tensor:
@@ -60,7 +62,8 @@ class TextToImage(ComposerModel):
     Batches are mappings with `image` uint8 (B, 3, H, W), `input_ids` int64 and `attention_mask` bool (B, T); they are
     never written to. With `text_embedding` they bring what the (frozen) text encoder would make of their captions, and it isn't
     asked: (B, T, C), or (V, C) of the V valid tokens with `text_position` int64 (V,), their places in the flattened (B, T).
-    With `latent` (B, C, h, w) they bring what the autoencoder would make of `image`, which may then be missing.
+    With `latent` (B, C, h, w) they bring what the autoencoder would make of `image`, which may then be missing. With `counted`
+    bool (B,), evaluation measures those samples alone.
 
     Args:
         backbone: the network that is trained.
@@ -139,41 +142,51 @@ class TextToImage(ComposerModel):
 
     def forward(self, batch: Mapping[str, Any]) -> FlowOutput:
         self.random.next_microbatch()
-        return self._denoise(batch, self.random.generator, self.caption_dropout)
+        return self._denoise(batch, self._draw, self.caption_dropout)
 
     def eval_forward(self, batch: Mapping[str, Any], outputs: FlowOutput | None = None) -> FlowOutput:
-        """The forward pass of training without caption dropout, with draws that depend on the batch's samples only."""
+        """The forward pass of training without caption dropout, in which a sample's draws depend on its `sample_id` alone."""
         if outputs is not None:
             return outputs
-        first = int(batch["sample_id"][0]) if "sample_id" in batch else 0
+        ids = batch["sample_id"].tolist() if "sample_id" in batch else range(len(batch["input_ids"]))
 
-        def generator(purpose: str, device: torch.device) -> torch.Generator:
-            return seeded_generator(device, purpose, self.random.seed, first)
+        def draw(clean: Tensor) -> tuple[Tensor, Tensor]:
+            drawn = [self._draw(image[None], sample) for sample, image in zip(ids, clean, strict=True)]
+            timesteps, noises = zip(*drawn, strict=True)
+            return torch.cat(timesteps), torch.cat(noises)
 
-        return self._denoise(batch, generator, caption_dropout=0.0)
+        return self._denoise(batch, draw, caption_dropout=0.0)
+
+    def _draw(self, clean: Tensor, sample: int | None = None) -> tuple[Tensor, Tensor]:
+        """Timesteps and noise of images: of the microbatch at hand, or in evaluation of one sample."""
+        device = clean.device
+
+        def generator(purpose: str) -> torch.Generator:
+            if sample is None:
+                return self.random.generator(purpose, device)
+            return seeded_generator(device, purpose, self.random.seed, sample)
+
+        timestep = self.flow.sample_timesteps(clean.shape[0], generator("timesteps"))
+        return timestep, torch.randn(clean.shape, generator=generator("noise"), device=device)
 
     def _denoise(
-        self, batch: Mapping[str, Any], generator: Callable[[str, torch.device], torch.Generator], caption_dropout: float
+        self, batch: Mapping[str, Any], draw: Callable[[Tensor], tuple[Tensor, Tensor]], caption_dropout: float
     ) -> FlowOutput:
         clean = batch["latent"].float() if "latent" in batch else self.autoencoder.encode(batch["image"])
-        device = clean.device
-        text = self._encode_text(batch, caption_dropout, generator)
-        timestep = self.flow.sample_timesteps(clean.shape[0], generator("timesteps", device))
-        noise = torch.randn(clean.shape, generator=generator("noise", device), device=device)
+        text = self._encode_text(batch, caption_dropout)
+        timestep, noise = draw(clean)
         noised = self.flow.interpolate(clean, noise, timestep)
         route = None
         if self.backbone.router is not None and self.training:
             num_tokens = self.backbone.num_tokens(*clean.shape[-2:])
-            route = self.backbone.router.draw(clean.shape[0], num_tokens, generator("routing", device))
+            route = self.backbone.router.draw(clean.shape[0], num_tokens, self.random.generator("routing", clean.device))
         prediction, taps = self.backbone(
             noised, timestep, text.embedding, attention_mask=text.mask, route=route, return_taps=True
         )
         counted = counted_pixels(route, clean, self.backbone.patch_size)
         return FlowOutput(prediction, clean, noise, noised, timestep, text, route, taps, counted)
 
-    def _encode_text(
-        self, batch: Mapping[str, Any], dropout: float, generator: Callable[[str, torch.device], torch.Generator]
-    ) -> TextConditioning:
+    def _encode_text(self, batch: Mapping[str, Any], dropout: float) -> TextConditioning:
         input_ids, mask, embedding = batch["input_ids"], batch["attention_mask"], batch.get("text_embedding")
         if embedding is not None and self.text_encoder.trainable:
             raise ValueError(
@@ -185,7 +198,7 @@ class TextToImage(ComposerModel):
             embedding = flat.index_copy_(0, batch["text_position"], embedding).unflatten(0, mask.shape)
         if dropout > 0:
             device = input_ids.device
-            draw = torch.rand(len(input_ids), 1, generator=generator("caption_dropout", device), device=device)
+            draw = torch.rand(len(input_ids), 1, generator=self.random.generator("caption_dropout", device), device=device)
             dropped = draw < dropout
             if embedding is None:
                 input_ids = torch.where(dropped, self.text_encoder.null_input_ids, input_ids)
@@ -216,7 +229,7 @@ class TextToImage(ComposerModel):
 
     def update_metric(self, batch: Any, outputs: FlowOutput, metric: Metric) -> None:
         error = self.flow.squared_error(outputs.prediction, outputs.clean, outputs.noise, outputs.timestep)
-        metric.update(error, outputs.timestep)
+        metric.update(error, outputs.timestep, batch.get("counted"))
 
     # ---------------------------------------------------------------------------------------------- sampling
 

@@ -3,8 +3,7 @@
 import json
 import os
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ from streaming import LocalDataset
 from prx_composer.config import Recipe
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import IMAGE, StoredColumn, encoded_folder, read_column
-from prx_composer.data.data_sets import data_sets
+from prx_composer.data.data_sets import data_sets, weights_of
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.latents import names_of, size_problem
 from prx_composer.data.sampler import fewer_than_a_batch
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.errors import UserError, at_path, raise_all
+from prx_composer.preflight.buckets import check_buckets, counted, some
 from prx_composer.preflight.recipe import Parts, PlannedStage
 from prx_composer.preflight.result import Result, failed, guarded, passed, skipped, warned
 from prx_composer.preparation import Making, unmade_sources
@@ -30,7 +30,7 @@ __all__ = ["check_data"]
 
 REMOTE_TIMEOUT = 20.0  # seconds for a manifest of a few kilobytes
 LOOKED_AT = 10  # samples of a bucket, if the first cannot be decoded
-NAMED = 4  # broken files or buckets that are named; the others are counted
+NAMED = 4  # broken files that are named; the others are counted
 
 
 def check_data(recipe: Recipe, parts: Parts) -> Iterator[Result]:
@@ -58,7 +58,7 @@ def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) 
     to_be_made.update(str(making.path) for making in unmade.values())
     with at_path(key):
         found = data_sets(spec)
-    buckets: Counter[Bucket] = Counter()
+    tables: list[dict[Bucket, int]] = []
     trained = {f"{stage.path}image_size": stage.image_size for stage in parts.stages}  # evaluation follows the stages
     for where, arguments in found.items():
         name = f"{key}.{where}" if where else key
@@ -71,12 +71,14 @@ def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) 
             yield skipped(name, f"train_loader.source makes {arguments['path']} on first use")
             continue
         manifest = _remote_manifest(name, arguments) if arguments.get("remote") else _local_manifest(name, arguments)
-        buckets.update(manifest.buckets)
+        tables.append(manifest.buckets)
         yield from _check_data_set(name, arguments, manifest, stages, parts.multiple, {"image_size": recipe.image_size} | trained)
-    if key == "train_loader" and buckets and not unmade:
-        yield from _check_buckets(key, buckets, stages)
-        yield from _check_enough(recipe, sum(buckets.values()), stages)
-        yield from _check_epochs(recipe, sum(buckets.values()))
+    if key == "train_loader" and tables and len(tables) == len(found):
+        mix = spec.get("mix")
+        yield from check_buckets(key, tables, weights_of(mix or {}), stages, mixed=mix is not None)
+        samples = sum(sum(table.values()) for table in tables)
+        yield from _check_enough(recipe, samples, stages)
+        yield from _check_epochs(recipe, samples)
 
 
 def _check_enough(recipe: Recipe, samples: int, stages: list[PlannedStage]) -> Iterator[Result]:
@@ -117,7 +119,7 @@ def _check_data_set(
 ) -> Iterator[Result]:
     path, name = spec["path"], spec.get("split", "train")
     folder = Path(path) / name
-    facts = [f"{sum(manifest.buckets.values()):,} samples in {_count(len(manifest.buckets), 'bucket')}"]
+    facts = [f"{sum(manifest.buckets.values()):,} samples in {counted(len(manifest.buckets), 'bucket')}"]
     if not spec.get("remote"):
         facts.append(_check_shards(key, folder, manifest, spec))
     captions = spec.get("captions") or {manifest.captions[0]: 1}
@@ -206,11 +208,11 @@ def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, An
     if broken:
         named = ", ".join(broken[:NAMED]) + (f" and {len(broken) - NAMED} more" if len(broken) > NAMED else "")
         problems.append(
-            f"{key}: {len(broken)} of {_count(shards, 'shard file')} in {folder} missing or cut short: {named}. Copy or convert "
+            f"{key}: {len(broken)} of {counted(shards, 'shard file')} in {folder} missing or cut short: {named}. Copy or convert "
             "them again."
         )
     raise_all(problems)
-    return f"{_count(shards, 'shard file')}, all there and whole by size"
+    return f"{counted(shards, 'shard file')}, all there and whole by size"
 
 
 def _sizes(folder: Path, below: set[str]) -> dict[str, int]:
@@ -242,7 +244,7 @@ def _check_images(key: str, folder: Path, manifest: Manifest) -> Iterator[Result
             return
     if undecodable:
         named = ", ".join(undecodable[:NAMED])
-        yield warned(key, f"{_count(len(undecodable), 'image')} at the beginning of a bucket cannot be decoded: {named}")
+        yield warned(key, f"{counted(len(undecodable), 'image')} at the beginning of a bucket cannot be decoded: {named}")
     else:
         each = "the first image of every bucket decodes" if len(manifest.buckets) > 1 else "the first image decodes"
         yield passed(key, each)
@@ -259,7 +261,7 @@ def _check_sizes(
     uneven = sorted({bucket for bucket in buckets for stage in stages if _is_uneven(bucket, stage, base_size, multiple)})
     if uneven:
         yield failed(
-            f"{key}: {_count(len(uneven), 'bucket')} cannot be cut into patches of {multiple}: {_some(uneven)}. Convert the data "
+            f"{key}: {counted(len(uneven), 'bucket')} cannot be cut into patches of {multiple}: {some(uneven)}. Convert the data "
             "with that multiple, or change model.backbone.patch_size."
         )
 
@@ -278,30 +280,3 @@ def _check_latents(
 
 def _is_uneven(bucket: Bucket, stage: PlannedStage, base_size: int, multiple: int) -> bool:
     return any(side % multiple for side in bucket.at(stage.image_size, base_size, multiple))
-
-
-def _check_buckets(key: str, buckets: Mapping[Bucket, int], stages: list[PlannedStage]) -> Iterator[Result]:
-    """Whether every bucket fills a global batch, which is of one bucket: those that don't are shown more often than others."""
-    total = sum(buckets.values())
-    for stage in stages:
-        batch_size = stage.global_batch_size
-        if total < batch_size:  # said by `_check_enough`
-            continue
-        small = {bucket: count for bucket, count in buckets.items() if count < batch_size}
-        if small:
-            rarest = min(small, key=lambda bucket: small[bucket])
-            yield warned(
-                key,
-                f"{len(small)} of {_count(len(buckets), 'bucket')}, with {sum(small.values()) / total:.1%} of the "
-                f"samples, hold fewer than a batch of {batch_size} ({stage.image_size} px) and fill it by repetition: "
-                f"{_some(list(small))}. A sample of {rarest} is seen up to {-(-batch_size // small[rarest])} times an epoch; "
-                "convert the data into fewer buckets if that matters",
-            )
-
-
-def _some(buckets: list[Bucket]) -> str:
-    return ", ".join(map(str, buckets[:NAMED])) + (f" and {len(buckets) - NAMED} more" if len(buckets) > NAMED else "")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

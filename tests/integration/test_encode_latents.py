@@ -14,6 +14,7 @@ from test_encode import first_loss, invoke
 from prx_composer import config
 from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.columns import encoded_folder, unpack
+from prx_composer.data.contents import column_contents
 from prx_composer.data.shapes import ShapesSource
 from prx_composer.data.sources import prepare
 from prx_composer.data.transforms import decode_image
@@ -112,12 +113,17 @@ def test_batches_bring_no_image_unless_it_is_asked_for_and_cost_the_same_flops(r
 
 
 def test_a_run_on_latents_never_decodes_an_image(recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
-    """All images are damaged after they were encoded: nobody notices."""
+    """All images are damaged after they were encoded: they are refused, and a run that is told they are the same reads none."""
     file = write_recipe(recipe | {"max_duration": "2ba"})
     invoke("latents", file)
     for shard in (tmp_path / "data" / "train").glob("*/shard*.mds"):
         content = shard.read_bytes()
         shard.write_bytes(content.replace(b"\x89PNG", b"\x00\x00\x00\x00"))
+    with pytest.raises(UserError, match=r"latent: .* was made of other data than lies beside it"):
+        run(config.load([file, *options()]))
+    manifest = encoded_folder(tmp_path / "data", "train", "latent", "image") / "manifest.json"
+    now = column_contents(tmp_path / "data" / "train", "image")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"data": now}))
     assert "loss" in run(config.load([file, *options()]))
     with pytest.raises(UserError, match="can be decoded"):
         run(config.load([file, "run_name=online"]))

@@ -193,6 +193,8 @@ def test_geneval_finds_its_metadata_and_four_samples_of_every_prompt(trained: Pa
     )
     assert untouched.stat().st_mtime_ns == written, "what is there is kept"
     assert "other settings" in prx(*arguments, "--output", tmp_path / "geneval", "--guidance-scale", 5, code=1)
+    metadata.write_text(metadata.read_text().replace("red cow", "blue cow"))
+    assert "weights or prompts" in prx(*arguments, "--output", tmp_path / "geneval", code=1), "images of another prompt"
 
 
 def _saved(content: bytes, folder: Path) -> Path:

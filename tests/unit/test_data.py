@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from streaming import StreamingDataset
 
+from prx_composer.data.batches import epoch_batches, epoch_steps, evaluation_batches
 from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.decoding import BadImageError
 from prx_composer.data.loader import build_loader
 from prx_composer.data.rows import BucketRows, WholeStream
-from prx_composer.data.sampler import BucketBatchSampler, epoch_batches, epoch_steps
+from prx_composer.data.sampler import BucketBatchSampler
 from prx_composer.data.schema import BucketWriter, Manifest, RawSample
 from prx_composer.data.shapes import ShapesSource, all_scenes, heldout_scenes, render
 from prx_composer.data.sources import FolderSource, prepare
@@ -119,10 +120,9 @@ def test_the_number_of_steps_is_known_without_drawing_them(shuffle: bool) -> Non
         assert epoch_steps(counts, batch, shuffle=shuffle) == len(epoch_batches(numbered(counts), batch, shuffle=shuffle))
 
 
-def test_evaluation_sees_every_sample_in_order() -> None:
-    batches = epoch_batches(numbered([10, 3]), 8, shuffle=False)
-    assert set(batches.ravel().tolist()) == set(range(13))
-    assert batches[0].tolist() == list(range(8))
+def test_evaluation_takes_every_sample_once_in_order() -> None:
+    batches = evaluation_batches(numbered([10, 3]), 8)
+    assert [batch.tolist() for batch in batches] == [list(range(8)), [8, 9], [10, 11, 12]]
 
 
 def test_a_bucket_smaller_than_a_batch_is_still_used() -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_data import encode
@@ -48,23 +49,26 @@ def colours(dataset: MixedDataset, ids: list[int]) -> Counter[str]:
     return Counter(dataset[SampleRequest(index, 16, 16, 0)]["caption"].split()[0] for index in ids)
 
 
-def epoch_of(dataset: MixedDataset, epoch: int) -> list[int]:
-    return [int(index) for members in dataset.epoch_ids(epoch, shuffle=True) for index in members]
+def epoch_of(dataset: MixedDataset, epoch: int, batch_size: int = 4) -> list[int]:
+    return [int(index) for members in dataset.epoch_ids(epoch, batch_size) for index in members]
 
 
 @pytest.mark.parametrize(("red", "blue"), [(1, 1), (3, 1), (1, 9)])
 def test_an_epoch_has_the_shares_that_the_weights_say(parts: dict[str, Any], red: float, blue: float) -> None:
     dataset = MixedDataset(parts, {"red": red, "blue": blue}, seed=0)
     seen = colours(dataset, epoch_of(dataset, 0))
-    assert abs(seen["red"] - 100 * red / (red + blue)) <= 1 and sum(dataset.epoch_counts(True)) == sum(seen.values())
-    assert [len(members) for members in dataset.epoch_ids(3, True)] == dataset.epoch_counts(True)
+    assert abs(seen["red"] - 100 * red / (red + blue)) <= 1 and sum(seen.values()) == 100 == 4 * dataset.epoch_steps(4)
+    assert all(len(members) % 4 == 0 for members in dataset.epoch_ids(3, 4)), "full batches of one bucket"
 
 
 def test_without_weights_every_sample_is_seen_once_and_all_are_found_in_their_bucket(parts: dict[str, Any]) -> None:
     dataset = MixedDataset(parts, None, seed=0)
-    assert len(dataset) == 100 and sorted(epoch_of(dataset, 0)) == list(range(100))
+    assert len(dataset) == 100 and sorted(epoch_of(dataset, 0, batch_size=10)) == list(range(100))
+    thrice = Counter(sample for epoch in range(3) for sample in epoch_of(dataset, epoch, batch_size=4))
+    assert len(thrice) == 100 and {*thrice.values()} <= {2, 3, 4}, "what fills no batch of four is carried on"
     assert dict(zip(dataset.buckets, dataset.counts, strict=True)) == {WIDE: 20, SQUARE: 50, TALL: 30}
-    for index, members in enumerate(dataset.epoch_ids(0, False)):
+    assert sorted(np.concatenate(dataset.ids()).tolist()) == list(range(100))
+    for index, members in enumerate(dataset.ids()):
         assert {dataset.bucket_of(int(sample)) for sample in members} == {index} == {dataset.bucket_of(dataset.first_of(index))}
     for sample in (0, 59, 60, 99):
         assert dataset[SampleRequest(sample, 16, 16, 0)]["sample_id"] == sample

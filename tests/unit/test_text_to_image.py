@@ -50,7 +50,7 @@ def test_caption_dropout_puts_the_empty_caption_in_the_stated_share(tiny_model: 
     model = tiny_model()
     model.caption_dropout = 0.3
     wide = {key: value.repeat(500, *([1] * (value.ndim - 1))) for key, value in tiny_batch.items()}
-    text = model._encode_text(wide, 0.3, model.random.generator)
+    text = model._encode_text(wide, 0.3)
     null = model.encode_prompts([""], torch.device("cpu"))
     dropped = (text.embedding == null.embedding).flatten(1).all(1) & (text.mask == null.mask).all(1)
     assert 0.26 < dropped.float().mean() < 0.34  # 2,000 draws: four standard deviations
