@@ -121,7 +121,7 @@ RULES = (
     ),
     Rule("train_loader**", "asked", "What is learned depends on it.", _AT_ONCE),
     # ---- model
-    Rule("model.init_from", "logged", "The weights come from the checkpoint.", "It is not read."),
+    Rule("model.init_from", "asked", "A run that goes on has the weights of its checkpoint.", "It is not read."),
     Rule("model model.backbone**", "never", _NETWORK, _FROM_WEIGHTS),
     Rule("model.text_encoder.tokenizer**", "never", "A run keeps its tokenizer in its folder.", _FROM_WEIGHTS),
     Rule("model.text_encoder.config** model.text_encoder.trainable", "never", _NETWORK, _FROM_WEIGHTS),

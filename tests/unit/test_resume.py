@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,7 +120,6 @@ SAID = {
     "a limit that was reached": ["train_loader.max_undecodable=0.5"],
     "more patience": ["algorithms.skip_nonfinite.limit=100"],
     "another name": ["run_name=other", "run_folder=KEEP"],
-    "weights that are not read again": ["model.init_from=nowhere"],
     "more evaluation": ["eval_loader=null", "eval_interval=1ba", "eval_subset_num_batches=3"],
 }
 
@@ -149,6 +149,7 @@ ASKED = {
     "flow": (["model.flow={timestep_shift: 3}"], {"model.flow.timestep_shift"}),
     "caption dropout": (["model.caption_dropout=0.2"], {"model.caption_dropout"}),
     "precision": (["precision=amp_bf16"], {"precision"}),
+    "weights that are not read again": (["model.init_from=nowhere"], {"model.init_from"}),
 }
 
 
@@ -217,10 +218,10 @@ def test_a_strangers_component_is_refused_unless_its_argument_is_allowed() -> No
     before = {"algorithms": {"mine": {"strength": 1}}, "optimizer": {"name": "lion_of_mine", "rate": 1.0}}
     now = {"algorithms": {"mine": {"strength": 2}}, "optimizer": {"name": "lion_of_mine", "rate": 2.0}}
     changes = recipe_changes(before, now, 1)
-    assert [change.key for change in changes] == ["optimizer.rate", "algorithms.mine.strength"]
+    assert [change.key for change in changes] == ["algorithms.mine.strength", "optimizer.rate"]
     assert not any(is_allowed(change, []) for change in changes)
     assert all(is_allowed(change, ["optimizer", "algorithms.mine.strength"]) for change in changes)
-    assert not is_allowed(changes[0], ["optimizer.ra"]), "a part of a word is no key"
+    assert not is_allowed(changes[1], ["optimizer.ra"]), "a part of a word is no key"
 
 
 def test_a_recipe_of_an_older_version_without_new_keys_is_the_same(started: str) -> None:
@@ -313,6 +314,36 @@ def test_secrets_are_in_no_message_and_no_record(started: str, tmp_path: Path) -
     change = Change("loggers.mine.api_key", "hunter2", "hunter3")
     record_changes(tmp_path, 1, [change])
     assert "hunter" not in str(change) and "hunter" not in (tmp_path / "changes.jsonl").read_text()
+
+
+def test_new_values_hold_in_every_group_of_an_optimizer_and_in_no_other_setting() -> None:
+    """Also those that Muon calls adam_…, and those of a group that joined later; a state that an optimizer keeps there stays."""
+    import torch
+    from composer.core import Timestamp
+
+    from prx_composer.callbacks.resumed import NewValues
+
+    def built(lr: float, adam_lr: float, betas: tuple[float, float]) -> tuple[Any, Any]:
+        groups = [{"params": [torch.zeros(2, requires_grad=True)], "lr": rate, "seen": 0} for rate in (lr, adam_lr, adam_lr)]
+        optimizer = torch.optim.Adam(groups, betas=betas)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+
+    (old, old_schedule), (optimizer, schedule) = built(1.0, 2.0, (0.9, 0.95)), built(1.0, 4.0, (0.5, 0.6))
+    for group in old.param_groups:
+        group["seen"] = 7
+    state: Any = SimpleNamespace(optimizers=[optimizer], schedulers=[schedule], timestamp=Timestamp(), previous_timestamp=None)
+    state.rank_zero_seed = 1
+    values = NewValues([Change("optimizer.adam_lr", 2.0, 4.0), Change("optimizer.adam_betas", [0.9, 0.95], [0.5, 0.6])])
+    logger: Any = None
+    values.before_load(state, logger)
+    optimizer.load_state_dict(old.state_dict())
+    schedule.load_state_dict(old_schedule.state_dict())
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1.0, 1.0], "the checkpoint's"
+    values.after_load(state, logger)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 2.0, 2.0] and schedule.base_lrs == [1.0, 4.0, 4.0]
+    assert all(group["betas"] == (0.5, 0.6) and group["seen"] == 7 for group in optimizer.param_groups)
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 2.0, 2.0]
 
 
 def test_a_line_to_type_is_safe_in_a_shell() -> None:
