@@ -19,7 +19,8 @@ from prx_composer import config
 from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.errors import UserError
 from prx_composer.run_folder import read_changes
-from prx_composer.train import build_trainer, main, run
+from prx_composer.start import main
+from prx_composer.train import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
