@@ -24,6 +24,7 @@ __all__ = [
     "Change",
     "Rule",
     "advice",
+    "against_what_is_not_finite",
     "changed",
     "check_allowed",
     "differences",
@@ -326,6 +327,14 @@ def _as_before(changes: Sequence[Change]) -> list[str]:
 def advice(keys: Sequence[str]) -> str:
     """Return what to add to a command so that these keys may change; quoted for a shell, where brackets mean something."""
     return shlex.quote(f"resume.allow=[{','.join(dict.fromkeys(_plain_list(key) for key in keys))}]")
+
+
+def against_what_is_not_finite() -> str:
+    """Return what helps a run whose losses or gradients are not finite to go on from its checkpoint, and what to type."""
+    return (
+        "a lower learning rate (optimizer.lr=…), a longer warm-up (scheduler.t_warmup=…), algorithms.gradient_clipping, or the "
+        f"end of the term that fails first (algorithms.<term>.end=<batch>ba); name it beside, {advice(['optimizer.lr'])}"
+    )
 
 
 def _plain_list(key: str) -> str:

@@ -18,7 +18,7 @@ import yaml
 from composer.utils import dist
 
 from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.checkpoints import Checkpoint, newest_whole_checkpoint
+from prx_composer.checkpoints import Checkpoint, newest_checkpoint, newest_whole_checkpoint
 from prx_composer.config import Recipe
 from prx_composer.data.identity import loader_identity, same, told
 from prx_composer.errors import UserError
@@ -76,8 +76,19 @@ def holds_run(recipe: Recipe, folder: Path) -> bool:
         )
     if not saved.exists():
         raise UserError(f"run_folder: {folder} is not empty and holds no run; choose another run_name or run_folder.")
-    check_same_recipe(recipe, yaml.safe_load(saved.read_text()) or {}, str(folder))
+    check_same_recipe(recipe, _recipe_of(folder), str(folder))
     return True
+
+
+def _recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe that a run goes on from: its newest checkpoint's, or before there is one, that of its last start."""
+    newest = newest_checkpoint(folder)
+    try:
+        if newest is not None:
+            return newest.index()["recipe"]
+    except (OSError, ValueError, KeyError):  # damaged, which is said when it is to be loaded
+        pass
+    return yaml.safe_load((folder / CONFIG).read_text()) or {}
 
 
 def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str, ranks: int | None = None) -> list[Change]:

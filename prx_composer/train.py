@@ -188,8 +188,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
         algorithms=build_all(registry.algorithms, "algorithms", recipe.algorithms, folder=str(folder)),
         callbacks=[
             clock,
-            NewValues(changes),
             *([] if seconds is None else [TimeBudget(seconds)]),
+            NewValues(changes),
             GlooAverage(),
             RandomStep(),
             DataMonitor(),

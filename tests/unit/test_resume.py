@@ -18,7 +18,15 @@ from prx_composer.data.identity import loader_identity, same, split_identity
 from prx_composer.errors import UserError
 from prx_composer.registry import Registry
 from prx_composer.resume import RULES, Change, advice, check_allowed, differences, is_allowed, rule_of, table
-from prx_composer.run_folder import as_saved, check_same_recipe, read_changes, recipe_changes, record_changes, save_recipe
+from prx_composer.run_folder import (
+    as_saved,
+    check_same_recipe,
+    holds_run,
+    read_changes,
+    recipe_changes,
+    record_changes,
+    save_recipe,
+)
 from prx_composer.signatures import constructor
 
 Recipe = dict[str, Any]
@@ -352,7 +360,74 @@ def test_a_line_to_type_is_safe_in_a_shell() -> None:
     )
 
 
+# Where a message advises to change a key of a run that has begun: the file, its words, and the key.
+ADVISED = [
+    ("train.py", "Train it on with a longer max_duration=…", "max_duration"),
+    ("train.py", "Train it on with a longer time_budget=…", "time_budget"),
+    ("run_folder.py", "Go on with that run with autoresume=true", "autoresume"),
+    ("callbacks/checkpointing.py", "Make room (save_num_checkpoints_to_keep", "save_num_checkpoints_to_keep"),
+    ("callbacks/finite_guard.py", "algorithms.skip_nonfinite={}", "algorithms.skip_nonfinite"),
+    ("callbacks/finite_guard.py", "against_what_is_not_finite()", "optimizer.lr"),
+    ("algorithms/skip_nonfinite.py", "against_what_is_not_finite()", "optimizer.lr"),
+    ("resume.py", "a longer warm-up (scheduler.t_warmup=…)", "scheduler.t_warmup"),
+    ("resume.py", "algorithms.gradient_clipping, or", "algorithms.gradient_clipping"),
+    ("resume.py", "algorithms.<term>.end=<batch>ba", "algorithms.lpips.end"),
+    ("data/dataset.py", "train_loader.max_undecodable", "train_loader.max_undecodable"),
+    ("data/bucketed.py", "to begin a new pass over these, add  {advice([DATA])}", "data"),
+    ("preflight/storage.py", "save_num_checkpoints_to_keep to", "save_num_checkpoints_to_keep"),
+    ("preflight/storage.py", "run_folder to a larger disk", "run_folder"),
+    ("prolonged.py", "save_num_checkpoints_to_keep=-1", "save_num_checkpoints_to_keep"),
+    ("preflight/step.py", "device_train_microbatch_size: out of memory", "device_train_microbatch_size"),
+]
+
+
+@pytest.mark.parametrize(("file", "words", "key"), ADVISED)
+def test_what_a_message_advises_may_be_done_in_a_run_that_has_begun(file: str, words: str, key: str) -> None:
+    """At once; or what the message, or the refusal that follows, says to type allows it."""
+    assert words in (README.parents[1] / file).read_text(), "the message was changed: look at this row again"
+    change = Change(key, 1, 2)
+    typed = shlex.split(advice([key]))[0].removeprefix("resume.allow=")
+    assert is_allowed(change, yaml.safe_load(typed))
+    asked = ("optimizer.lr", "scheduler.t_warmup", "algorithms.gradient_clipping", "algorithms.lpips.end", "data")
+    assert is_allowed(change, []) == (key not in (*asked, "device_train_microbatch_size"))
+
+
+def test_a_value_that_was_tried_and_not_kept_may_be_taken_back(started: str) -> None:
+    """A run goes on from its checkpoint: what a start after it was allowed, and never saved, binds nobody."""
+    loaded = config.load([started])
+    folder = Path(loaded.run_folder)
+    checkpoint = folder / "checkpoints" / "ba4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"files": {}, "recipe": as_saved(loaded)}))
+    tried = config.load([started, "optimizer.lr=1e-4", "resume.allow=[optimizer.lr]"])
+    assert holds_run(tried, folder)
+    record_changes(folder, 4, check_same_recipe(tried, as_saved(loaded), "it", 1))
+    save_recipe(tried, folder)
+    assert holds_run(config.load([started, "optimizer.lr=1e-4"]), folder) and holds_run(loaded, folder)
+    with pytest.raises(UserError, match="optimizer.lr"):
+        holds_run(config.load([started, "optimizer.lr=2e-4"]), folder)
+    (checkpoint / "checkpoint.json").write_text("{")
+    with pytest.raises(UserError, match="optimizer.lr"):
+        holds_run(loaded, folder)
+
+
 # ---------------------------------------------------------------------------------------------------------- the data
+
+
+def test_the_position_in_other_data_is_that_of_a_new_pass(shapes_data: Path) -> None:
+    """The data set's own message, and what it says to type; samples of the old data are not counted to the new pass."""
+    from prx_composer.data.dataset import ImageCaptionDataset
+
+    old, new = (ImageCaptionDataset(str(shapes_data), split) for split in ("train", "heldout"))
+    state = old.state_dict(48)
+    old.load_state_dict(state)
+    assert old.take_start_sample() == 48
+    with pytest.raises(UserError, match=r"Resume with the same data and weights; .* add  'resume.allow=\[data\]'  or"):
+        new.load_state_dict(state)
+    new.other_data_allowed = True
+    new.load_state_dict(state)
+    assert new.take_start_sample() == 0 and new.state_dict(48 + 24)["sample_in_epoch"] == 24
+    assert new.take_start_sample() == 0 and new.state_dict(24)["sample_in_epoch"] == 24, "the next pass is counted from its start"
 
 
 def test_data_are_recognised_wherever_they_lie_and_others_are_not(started: str, shapes_data: Path, tmp_path: Path) -> None:
