@@ -229,10 +229,10 @@ def _build(options: dict[str, Any], changes: Sequence[Change]) -> Trainer:
     except (ValueError, RuntimeError, KeyError) as error:
         if asked := [str(change) for change in changes if change.rule.may == "asked"]:
             log.debug("The checkpoint could not be loaded", exc_info=True)
+            why = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(
-                f"resume.allow: the checkpoint {options['load_path']} does not fit what was changed, {', '.join(asked)}: "
-                f"{str(error).strip().splitlines()[0]} Go on with the old values; another run can begin from these weights with "
-                "model.init_from."
+                f"resume.allow: the checkpoint {options['load_path']} does not fit what was changed, {', '.join(asked)}: {why} "
+                "Go on with the old values; another run can begin from these weights with model.init_from."
             ) from error
         if not isinstance(error, ValueError):
             raise
