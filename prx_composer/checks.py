@@ -15,6 +15,7 @@ from prx_composer.data.data_sets import data_sets
 from prx_composer.errors import Problems, UserError, at_path
 from prx_composer.outlines import CannotTell, constants, outline
 from prx_composer.registry import nearest
+from prx_composer.resume import check_allowed
 from prx_composer.schedule import BUDGET, Moment, Point, names_budget, parse_duration
 from prx_composer.schedule_checks import schedule_problems
 from prx_composer.sizes import STAGES, batch_problems, downsampling_of, image_size_problems, stages_of
@@ -133,6 +134,8 @@ def setting_problems(values: Values, num_ranks: int) -> list[str]:
         problems.found.append(
             f"save_num_checkpoints_to_keep: {kept} would leave none to go on from; give at least 1, or -1 to keep all."
         )
+    with problems.noted():
+        check_allowed(values.get("resume", {}))
     with problems.noted():
         check_precision(values.get("precision", "fp32"))
     with problems.noted():

@@ -27,7 +27,6 @@ from prx_composer.signatures import constructor
 from prx_composer.text_files import read_text
 
 __all__ = [
-    "RESUMABLE_CHANGES",
     "Recipe",
     "build",
     "build_all",
@@ -75,13 +74,7 @@ class Recipe:
     preflight: bool = True
     code_paths: list[str] = field(default_factory=list)
     variables: Spec = field(default_factory=dict)
-
-
-# What may differ between a run and its continuation without making it another run. Not the microbatch: it decides the draws.
-RESUMABLE_CHANGES = frozenset(
-    {"max_duration", "autoresume", "callbacks", "loggers", "save_interval", "save_num_checkpoints_to_keep", "dist_timeout"}
-    | {"eval_interval", "eval_subset_num_batches", "progress_bar", "preflight", "code_paths", "variables", "time_budget"}
-)
+    resume: Spec = field(default_factory=dict)  # {allow: [keys that may differ from the run that goes on]}; see resume.py
 
 
 def load(arguments: list[str], num_ranks: int = 1) -> Recipe:

@@ -1,38 +1,55 @@
 """A run's folder: who may use it, how a run is recognised again, and what it says in the end.
 
-runs/<run_name>/config.yaml  environment.jsonl  tokenizer/  checkpoints/  metrics.jsonl  images/
+runs/<run_name>/config.yaml  environment.jsonl  changes.jsonl  data.json  tokenizer/  checkpoints/  metrics.jsonl  images/
 """
 
 import dataclasses
 import json
+import logging
 import os
+import shlex
 import shutil
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from composer.utils import dist
 
 from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.config import RESUMABLE_CHANGES, Recipe
+from prx_composer.checkpoints import Checkpoint, newest_checkpoint, newest_whole_checkpoint
+from prx_composer.config import Recipe
+from prx_composer.data.identity import loader_identity, same, told
 from prx_composer.errors import UserError
+from prx_composer.resolved import resolved
+from prx_composer.resume import DATA, Change, changed, data_changed, differences, hidden, is_allowed, refusal
 
 __all__ = [
     "CHECKPOINTS",
     "TOKENIZER",
+    "GoingOn",
     "as_saved",
     "check_run_folder",
     "check_same_recipe",
+    "going_on",
     "holds_run",
+    "read_changes",
+    "record_changes",
     "save_recipe",
     "summarise",
 ]
 
+log = logging.getLogger(__name__)
+
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+CHANGES = "changes.jsonl"
+DATA_FILE = "data.json"
 TOKENIZER = "tokenizer"
 
 
-_LEFTOVERS = frozenset({TOKENIZER, f".{TOKENIZER}.partial", f".{CONFIG}.partial"})
+_LEFTOVERS = frozenset({TOKENIZER, f".{TOKENIZER}.partial", f".{CONFIG}.partial", DATA_FILE, f".{DATA_FILE}.partial"})
 
 
 def check_run_folder(recipe: Recipe, folder: Path) -> None:
@@ -59,48 +76,172 @@ def holds_run(recipe: Recipe, folder: Path) -> bool:
         )
     if not saved.exists():
         raise UserError(f"run_folder: {folder} is not empty and holds no run; choose another run_name or run_folder.")
-    check_same_recipe(recipe, yaml.safe_load(saved.read_text()) or {}, str(folder))
+    check_same_recipe(recipe, _recipe_of(folder), str(folder))
     return True
 
 
-def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str) -> None:
-    """Raises UserError, naming every difference, unless `before` is this recipe but for what may change on a resume.
+def _recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe that a run goes on from: its newest checkpoint's, or before there is one, that of its last start."""
+    newest = newest_checkpoint(folder)
+    try:
+        if newest is not None:
+            return newest.index()["recipe"]
+    except (OSError, ValueError, KeyError):  # damaged, which is said when it is to be loaded
+        pass
+    return yaml.safe_load((folder / CONFIG).read_text()) or {}
+
+
+def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str, ranks: int | None = None) -> list[Change]:
+    """Return what differs and may: by `resume.RULES`, by the recipe's `resume.allow`, or since an earlier start was allowed it.
 
     Args:
-        before: as `as_saved` gave it.
+        before: as `as_saved` gave it, perhaps of an older version.
         what: that was started or written with it.
+        ranks: of this run.
+
+    Raises:
+        UserError: with every key that may not differ, why, and what to type.
     """
-    before, now = (json.loads(json.dumps(content)) for content in (before, as_saved(recipe)))  # keys as JSON has them: strings
-    different = [key for key in now if key not in RESUMABLE_CHANGES and before.get(key) != now[key]]
-    if different:
-        paths = [path for key in different for path in _differences(before.get(key), now[key], key)]
-        raise UserError(
-            f"autoresume: {what} was started with another recipe; what differs: {', '.join(paths)}. "
-            "Resume with the recipe in its config.yaml, or start another run with run_name=<another name>."
-        )
+    folder = Path(recipe.run_folder)
+    ranks = dist.get_world_size() if ranks is None else ranks
+    changes = recipe_changes(before, as_saved(recipe), ranks)
+    changes = _with_data(changes, recipe, folder, before)
+    known = {key: change["now"] for start in read_changes(folder) for key, change in start["changes"].items()}
+    allow = recipe.resume.get("allow", [])
+    refused = [change for change in changes if not is_allowed(change, allow, known)]
+    if refused:
+        file = folder / CONFIG
+        command = ["composer", "train.py", str(file), f"run_folder={folder}", "autoresume=true"]
+        raise UserError(refusal(refused, what, shlex.join(command) if file.exists() else None))
+    return changes
 
 
-def _differences(before: Any, now: Any, path: str) -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted({*before, *now})
-        changed = [key for key in keys if before.get(key) != now.get(key)]
-        return [p for key in changed for p in _differences(before.get(key), now.get(key), f"{path}.{key}")]
-    return [f"{path} ({before!r} → {now!r})"]
+def recipe_changes(before: dict[str, Any], now: dict[str, Any], ranks: int) -> list[Change]:
+    """Return what differs between two recipes and is not free, with every default written out."""
+    before, now = (json.loads(json.dumps(content, default=str)) for content in (before, now))  # keys as JSON has them: strings
+    if not changed(differences(before, now), same_data=False):  # as nearly always: nothing needs to be looked up
+        return []
+    return changed(differences(resolved(before, ranks), resolved(now, ranks)), same_data=False)
+
+
+def _with_data(changes: list[Change], recipe: Recipe, folder: Path, recipe_before: dict[str, Any]) -> list[Change]:
+    """Judges data by what they are instead of by where they lie, once that is known."""
+    before = _read_data(folder) or loader_identity(recipe_before.get("train_loader"))  # older runs didn't note it
+    now = loader_identity(recipe.train_loader)
+    named = [change for change in changes if change.rule.may == "data"]
+    if before is not None and now is not None:
+        rest = [change for change in changes if change not in named]
+        return rest if same(before, now) else [*rest, Change(DATA, told(before), told(now))]
+    makes = recipe.train_loader.get("source") or any(
+        part.get("source") for part in (recipe.train_loader.get("mix") or {}).values()
+    )
+    fetched = recipe.train_loader.get("remote") and not any(change.key.endswith("remote") for change in named)
+    if before is not None and (makes or fetched):  # compared once they are there
+        return [change for change in changes if change not in named or not change.key.endswith("path")]
+    return changes
+
+
+def _read_data(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / DATA_FILE).read_text())["train_loader"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class GoingOn:
+    """How a run goes on.
+
+    Args:
+        load_path: of its newest whole checkpoint, or None if it begins.
+        changes: what differs from the recipe that is in the checkpoint, and may.
+        other_data: whether the data, or their order, may be others than the checkpoint's.
+    """
+
+    load_path: str | None = None
+    changes: tuple[Change, ...] = ()
+    other_data: bool = False
+
+
+def going_on(recipe: Recipe, folder: Path, unfit: Callable[[Checkpoint], str | None]) -> GoingOn:
+    """Return where a run goes on from, and what changes there, which is said in the log; on one rank.
+
+    Args:
+        unfit: what else makes a checkpoint one that cannot be gone on from; see `newest_whole_checkpoint`.
+
+    Raises:
+        UserError: no checkpoint is whole, or one of another recipe.
+    """
+    checkpoint = newest_whole_checkpoint(folder / CHECKPOINTS, unfit) if recipe.autoresume else None
+    if checkpoint is None:
+        return GoingOn()
+    index = checkpoint.index()
+    changes = check_same_recipe(recipe, index["recipe"], str(checkpoint.path))
+    for change in changes:
+        log.warning("From batch %d on: %s. %s", checkpoint.batch, change, change.rule.follows)
+    if index["ranks"] != dist.get_world_size():
+        log.warning(
+            "%s was written by %d ranks; with %d the samples stay the same, but not the noise drawn for them.",
+            checkpoint.path, index["ranks"], dist.get_world_size(),
+        )  # fmt: skip
+    since = [key for start in read_changes(folder) if start["batch"] >= checkpoint.batch for key in start["changes"]]
+    other_data = data_changed([*since, *(change.key for change in changes), *map(str, recipe.resume.get("allow", []))])
+    return GoingOn(checkpoint.load_path, tuple(changes), other_data)
+
+
+# ------------------------------------------------------------------------------------------------- what changed, kept
+
+
+def read_changes(folder: Path) -> list[dict[str, Any]]:
+    """Return the starts of a run that changed something: `batch`, `time` and `changes`, key → `before`, `now`, `rule`."""
+    file, found = folder / CHANGES, []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # cut short by a kill
+            continue
+    return [start for start in found if isinstance(start, dict) and isinstance(start.get("changes"), dict)]
+
+
+def record_changes(folder: Path, batch: int, changes: Sequence[Change]) -> None:
+    """Adds a line for a start that changed something.
+
+    Args:
+        batch: of the checkpoint that it goes on from.
+    """
+    if not changes:
+        return
+    shown = {
+        change.key: {"before": hidden(change.key, change.before), "now": hidden(change.key, change.now), "may": change.rule.may}
+        for change in changes
+    }
+    line = {"batch": batch, "time": datetime.now(UTC).isoformat(timespec="seconds"), "changes": shown}
+    with (folder / CHANGES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def as_saved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as its YAML file gives it back."""
-    return yaml.safe_load(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+    """The recipe as its YAML file gives it back, without `resume`, which is of one start and not of the run."""
+    content = {key: value for key, value in dataclasses.asdict(recipe).items() if key != "resume"}
+    return yaml.safe_load(yaml.safe_dump(content, sort_keys=False))
 
 
 def save_recipe(recipe: Recipe, folder: Path) -> None:
-    """Makes the folder this run's."""
-    partial = folder / f".{CONFIG}.partial"
+    """Makes the folder this run's, and notes what its data are."""
+    if (data := loader_identity(recipe.train_loader)) is not None:
+        _write_whole(folder / DATA_FILE, json.dumps({"train_loader": data}, indent=1) + "\n")
+    _write_whole(folder / CONFIG, yaml.safe_dump(as_saved(recipe), sort_keys=False, allow_unicode=True))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
     with partial.open("w") as file:
-        file.write(yaml.safe_dump(as_saved(recipe), sort_keys=False, allow_unicode=True))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())  # a kill must not leave half a recipe, with which nothing could be resumed
-    partial.rename(folder / CONFIG)
+    partial.rename(path)
 
 
 def summarise(folder: Path) -> str:

@@ -3,7 +3,7 @@
 import inspect
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from prx_composer.callbacks.data_monitor import DataMonitor
 from prx_composer.callbacks.finite_guard import FiniteGuard
 from prx_composer.callbacks.random_step import RandomStep
 from prx_composer.callbacks.rehearsal import with_rehearsal
+from prx_composer.callbacks.resumed import NewValues
 from prx_composer.callbacks.time_budget import TimeBudget, time_budget_of
-from prx_composer.checkpoints import newest_checkpoint, newest_whole_checkpoint, without_new_callbacks
+from prx_composer.checkpoints import newest_checkpoint, without_new_callbacks
 from prx_composer.checks import precisions
 from prx_composer.config import Recipe, build, build_all, split
 from prx_composer.data.columns import check_text_column
@@ -43,12 +44,15 @@ from prx_composer.preflight.step import remember_steps, try_steps_before_trainin
 from prx_composer.preparation import keep_tokenizer, make_data, read_manifests, trained_tokenizer
 from prx_composer.prolonged import say_what_moves
 from prx_composer.redaction import redacted
+from prx_composer.resume import Change
 from prx_composer.run_folder import (
     CHECKPOINTS,
     TOKENIZER,
+    GoingOn,
     as_saved,
     check_run_folder,
-    check_same_recipe,
+    going_on,
+    record_changes,
     save_recipe,
     summarise,
 )
@@ -115,6 +119,7 @@ def run(recipe: Recipe) -> str:
         with _first_on_rank_zero(), at_path("run_folder"):
             if dist.get_global_rank() == 0:
                 save_recipe(recipe, folder)
+                record_changes(folder, int(state.timestamp.batch), trainer.resumed_changes)
                 if recipe.preflight:
                     remember_steps(folder)
         environment.record(folder, int(state.timestamp.batch), clock_of(state).spent)
@@ -151,17 +156,18 @@ def build_trainer(recipe: Recipe) -> Trainer:
                 _heed(check_surroundings(recipe, parts))
             check_run_folder(recipe, folder)
             _prepare_data(recipe)
-        load_path = _checkpoint_to_load(recipe, folder)
+        found = [going_on(recipe, folder, not_finite_in) if dist.get_global_rank() == 0 else GoingOn()]
     if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:  # nothing to do unless this node has disks of its own
         if recipe.preflight:
             _heed(check_data(recipe, parts))
         _prepare_data(recipe)
-    paths = [load_path]
-    dist.broadcast_object_list(paths, src=0)
-    load_path = paths[0]
+    dist.broadcast_object_list(found, src=0)
+    load_path, changes = found[0].load_path, found[0].changes
     reproducibility.seed_all(recipe.seed)
     model = _build_model(recipe, folder, initialised=load_path is None)
     train_loader = _build_loader(recipe, "train_loader", model, recipe.global_train_batch_size)
+    if found[0].other_data:
+        train_loader.dataloader.dataset.other_data_allowed = True  # pyright: ignore[reportAttributeAccessIssue]
     optimizer = _build_optimizer(recipe, model)
     name, arguments = split(recipe.scheduler, "scheduler")
     provided: dict[str, Any] = {
@@ -184,6 +190,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         callbacks=[
             clock,
             *([] if seconds is None else [TimeBudget(seconds)]),
+            NewValues(changes),
             GlooAverage(),
             RandomStep(),
             DataMonitor(),
@@ -207,33 +214,31 @@ def build_trainer(recipe: Recipe) -> Trainer:
         progress_bar=recipe.progress_bar,
         dist_timeout=recipe.dist_timeout,
     )
-    try:
-        trainer = Trainer(**options)
-    except UserError:
-        raise
-    except ValueError as error:  # Composer's word for what a configuration asks and it doesn't do
-        log.debug("Composer refused the recipe", exc_info=True)
-        raise UserError(str(error)) from error
+    trainer = _build(options, changes)
+    trainer.resumed_changes = changes
     for destination in loggers:
         destination.log_hyperparameters(redacted(as_saved(recipe)))
     return trainer
 
 
-def _checkpoint_to_load(recipe: Recipe, folder: Path) -> str | None:
-    """Where to go on from, found on rank 0: the newest whole checkpoint."""
-    if dist.get_global_rank() != 0 or not recipe.autoresume:
-        return None
-    checkpoint = newest_whole_checkpoint(folder / CHECKPOINTS, not_finite_in)
-    if checkpoint is None:
-        return None
-    index = checkpoint.index()
-    check_same_recipe(recipe, index["recipe"], str(checkpoint.path))
-    if index["ranks"] != dist.get_world_size():
-        log.warning(
-            "%s was written by %d ranks; with %d the samples stay the same, but not the noise drawn for them.",
-            checkpoint.path, index["ranks"], dist.get_world_size(),
-        )  # fmt: skip
-    return checkpoint.load_path
+def _build(options: dict[str, Any], changes: Sequence[Change]) -> Trainer:
+    """The trainer, with the checkpoint loaded if there is one."""
+    try:
+        return Trainer(**options)
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, KeyError) as error:
+        if asked := [str(change) for change in changes if change.rule.may == "asked"]:
+            log.debug("The checkpoint could not be loaded", exc_info=True)
+            why = (str(error).strip() or repr(error)).splitlines()[0]
+            raise UserError(
+                f"resume.allow: the checkpoint {options['load_path']} does not fit what was changed, {', '.join(asked)}: {why} "
+                "Go on with the old values; another run can begin from these weights with model.init_from."
+            ) from error
+        if not isinstance(error, ValueError):
+            raise
+        log.debug("Composer refused the recipe", exc_info=True)  # its word for what is asked and it doesn't do
+        raise UserError(str(error)) from error
 
 
 def _heed(results: Iterable[Result]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prx_composer.callbacks.finite_guard import FiniteGuard
 from prx_composer.distributed import HostGroup
+from prx_composer.resume import Change
 
 __all__ = ["LateRead", "Trainer"]
 
@@ -59,6 +60,9 @@ class Trainer(composer.Trainer):
     With another version of Composer than those that were read for this, with amp_fp16 or with automatic microbatches, it is
     Composer's own step.
     """
+
+    resumed_changes: Sequence[Change] = ()
+    """What differs from the recipe in the checkpoint that was loaded."""
 
     _losses: LateRead | None = None
     _hosts: HostGroup | None = None

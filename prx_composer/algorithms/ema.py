@@ -102,12 +102,18 @@ class AverageState(Callback):
 
     def __init__(self, average: WeightAverage, gather: bool):
         self._average, self._gather = average, gather
+        self._loaded = False
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch > 0 and not self._loaded:  # new to a run that goes on: nothing of its first weights is meant
+            self._average.reset()
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self._average.state_dict(full=self._gather)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._average.load_state_dict(state["average"])
+        self._loaded = True
 
     def kept_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """For `finite.bad_state`."""

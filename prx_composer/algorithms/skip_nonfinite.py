@@ -14,6 +14,7 @@ from torch import Tensor
 from prx_composer.errors import UserError
 from prx_composer.finite import not_finite, trained
 from prx_composer.optim.shares import local
+from prx_composer.resume import against_what_is_not_finite
 
 __all__ = ["SkipNonfinite"]
 
@@ -120,8 +121,7 @@ class SkipNonfinite(Algorithm):
         return (
             f"Training ended at batch {batch}: the {what} is not finite, and {row} "
             f"(algorithms.skip_nonfinite.limit: {self.limit}). The weights are those of batch {batch - self.in_a_row}. "
-            f"{self._places()} Try a lower learning rate (optimizer.lr), a longer warm-up, gradient_clipping, or without the "
-            "term that fails first."
+            f"{self._places()} Go on from the checkpoint with {against_what_is_not_finite()}"
         )
 
     def _places(self) -> str:

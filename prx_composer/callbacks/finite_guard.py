@@ -13,6 +13,7 @@ from prx_composer.checkpoints import newest_checkpoint
 from prx_composer.errors import UserError
 from prx_composer.finite import bad_state, first_of_ranks, magnitudes, plain_names, trained
 from prx_composer.optim.shares import local
+from prx_composer.resume import against_what_is_not_finite
 
 __all__ = ["FiniteGuard", "ways_on"]
 
@@ -29,9 +30,9 @@ def ways_on(folder: Path | None) -> str:
             "warm-up or gradient_clipping; or with algorithms.skip_nonfinite={}, which leaves single bad batches out."
         )
     return (
-        f"The last good checkpoint is {newest.path}; nothing that came after it was kept. Go on from its weights with "
-        f"run_name=<another name> model.init_from={newest.path} and algorithms.skip_nonfinite={{}}, which leaves single bad "
-        "batches out, or with a lower optimizer.lr, a longer warm-up, gradient_clipping, or without the term that fails first."
+        f"The last good checkpoint is {newest.path}; nothing that came after it was kept. Go on from there with autoresume=true "
+        "algorithms.skip_nonfinite={} , which leaves single bad batches out, or with "
+        f"{against_what_is_not_finite()} Or in another run: run_name=<another name> model.init_from={newest.path}"
     )
 
 

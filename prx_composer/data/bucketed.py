@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import StoredColumn
 from prx_composer.errors import UserError
+from prx_composer.resume import DATA, advice
 
 __all__ = ["BucketedDataset", "SampleRequest"]
 
@@ -45,6 +46,8 @@ class BucketedDataset(Dataset, ABC):
     text_columns: dict[str, StoredColumn]
     latent_columns: dict[str, StoredColumn]
     start_sample = 0
+    other_data_allowed = False  # by `resume.allow`: a new pass begins then
+    _before_pass = _before_next_pass = 0  # samples of other data that Composer counts to the epoch
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -92,21 +95,25 @@ class BucketedDataset(Dataset, ABC):
     # Composer saves and restores these with its checkpoints.
 
     def state_dict(self, num_samples: int, from_beginning: bool = True) -> dict[str, Any]:
-        return {"sample_in_epoch": num_samples, **self.identity()}
+        return {"sample_in_epoch": num_samples - self._before_pass, **self.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError if the checkpoint was written with other data or shares, and so another order of samples."""
         there = {key: value for key, value in state.items() if key != "sample_in_epoch"}
+        if there != self.identity() and self.other_data_allowed:
+            self._before_next_pass = int(state["sample_in_epoch"])
+            return
         if there != self.identity():
             raise UserError(
                 f"The checkpoint was trained on {_told(there)[0]}, but {_told(self.identity())[1]}. Resume with the same data "
-                "and weights, or start a new run with another run_name."
+                f"and weights; to begin a new pass over these, add  {advice([DATA])}  or begin another run: run_name=<new name>."
             )
         self.start_sample = int(state["sample_in_epoch"])
 
     def take_start_sample(self) -> int:
         """Where the coming epoch starts: once after a resume not at 0."""
         start, self.start_sample = self.start_sample, 0
+        self._before_pass, self._before_next_pass = self._before_next_pass, 0
         return start
 
 

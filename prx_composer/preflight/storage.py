@@ -90,9 +90,10 @@ def _check_room(recipe: Recipe, folder: Path) -> Iterator[Result]:
     if free < needed:
         fitting = int((free + written) / size) - 1
         keep = f"save_num_checkpoints_to_keep to {fitting} or less, or " if fitting >= 1 else ""
+        remedy = f"Set {keep}run_folder to a larger disk{', where you have moved it' if written else ''}."
         yield failed(
             f"run_folder: {_existing(folder)} has {free / 1e9:.2f} GB free, but the run needs {needed / 1e9:.2f} GB for {what}. "
-            f"Set {keep}run_folder to a larger disk."
+            + remedy
         )
     else:
         yield passed("disk", f"{free / 1e9:,.1f} GB free, {needed / 1e9:.2f} GB needed for {what}")

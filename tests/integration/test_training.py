@@ -287,7 +287,7 @@ def test_a_checkpoint_of_other_data_is_refused(
     shutil.rmtree(data / "train")
     shutil.copytree(shapes_data / "heldout", data / "train")
     assert main([path]) == 1
-    assert "Resume with the same data" in capsys.readouterr().err
+    assert "data ('240 samples" in capsys.readouterr().err
 
 
 def test_corrupt_images_are_counted_and_survived(tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What is not finite ends a run where it is first seen, and never becomes a checkpoint."""
 
 import json
+import re
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable
@@ -85,12 +87,18 @@ def test_the_advice_can_be_followed(unguarded: Recipe, write_recipe: Write, caps
     unguarded["algorithms"]["poison"]["kinds"] = {4: "nan"}
     path = write_recipe(unguarded)
     assert main([path]) == 1
-    words = capsys.readouterr().err.replace("<another name>", "another").split()
-    advice = [word for word in words if word.startswith(("run_name=", "model.init_from=", "algorithms.skip_nonfinite={}"))]
-    assert len(advice) == 3
-    assert main([path, *(word.rstrip(",") for word in advice)]) == 0, capsys.readouterr().err
+    error = capsys.readouterr().err.replace("<another name>", "another")
+    in_place = re.search(r"with (autoresume=true) (algorithms.skip_nonfinite={}) ", error)
+    lower = re.search(r"optimizer.lr=….* ('resume.allow=.*?') Or in another run: (run_name=another) (model.init_from=\S+)", error)
+    assert in_place is not None and lower is not None
+    assert main([path, lower[2], lower[3], in_place[2]]) == 0, capsys.readouterr().err
     rows = read_metrics(folder_of(unguarded).with_name("another") / "metrics.jsonl")
     assert rows[-1]["batch"] == 6 and rows[-1]["guard/skipped_steps"] == 1
+    assert main([path, in_place[1], "optimizer.lr=1e-5", *shlex.split(lower[1])]) == 1
+    assert "Training ended at batch 4" in capsys.readouterr().err, "allowed and tried; this poison is not healed by that"
+    assert main([path, in_place[1], in_place[2]]) == 0, capsys.readouterr().err
+    rows = read_metrics(folder_of(unguarded) / "metrics.jsonl")
+    assert [row["batch"] for row in rows] == list(range(1, 7)) and rows[-1]["guard/skipped_steps"] == 1
 
 
 class Spoil(Callback):

@@ -161,7 +161,7 @@ def test_a_run_on_a_mixture_is_checked_trains_resumes_and_refuses_other_weights(
     for later in ("ba4", "ba6", "ba8"):
         (checkpoint,) = (path for path in (folder / "checkpoints").iterdir() if f"-{later}" in path.name or path.name == later)
         shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
-    with pytest.raises(UserError, match=r"another recipe.*train_loader.mix.more.weight \(2 → 1\)"):
+    with pytest.raises(UserError, match=r"(?s)another recipe.*train_loader.mix.more.weight \(2 → 1\)"):
         run(config.load([file, "train_loader.mix.more.weight=1", "autoresume=true"]))
     run(config.load([file, "autoresume=true"]))
     again = (folder / "metrics.jsonl").read_text().splitlines()
