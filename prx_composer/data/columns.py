@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 ENCODED, IMAGE = "encoded", "image"
+RESULTS = ("error", "cut", "lost", "buckets")  # of a StoredColumn: what came of it, not what was asked for
 COLUMNS = {"shape": "str", "values": "bytes"}
 _MANIFEST = "manifest.json"
 _SAMPLED = 64  # values of every weight, for a fingerprint
@@ -60,6 +61,7 @@ class StoredColumn:
         downsampling: latents: image side / latent side.
         scaling, shift: latents: (what the network gave − shift) × scaling is stored.
         error: int8: mean over the tokens of |stored − exact| / |exact|.
+        cut, lost: text: how many captions had more than `max_tokens`, and how many tokens those lost together.
         buckets: rows by bucket.
     """
 
@@ -76,13 +78,15 @@ class StoredColumn:
     scaling: float | None = None
     shift: float | None = None
     error: float | None = None
+    cut: int | None = None
+    lost: int | None = None
     buckets: dict[str, int] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the bytes that are stored; a run that goes on must have the same."""
         made = dataclasses.asdict(self)
-        return {key: made[key] for key in made if key not in ("error", "buckets")}
+        return {key: made[key] for key in made if key not in RESULTS}
 
     def to_json(self) -> str:
         return json.dumps({"version": 1, **dataclasses.asdict(self)}, indent=1) + "\n"
