@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 
@@ -80,12 +81,18 @@ def _remedies(shapes: Shapes, settings: BucketSettings) -> Iterator[str]:
         [{"image_size": size} for size in larger],
         [{"max_aspect": longest}] if longest > settings.max_aspect else [],
     ]
-    rare = [{}] if settings.min_bucket == 1 else [{}, {"min_bucket": 1}]
-    for changes in [[{"min_bucket": 1}], *([kind | more for more in rare for kind in kinds_of] for kinds_of in kinds)]:
-        for change in changes:
-            if 2 * sum(_cropped(shapes, replace(settings, **change).buckets(shapes)).values()) <= much:
-                yield " with ".join(f"{name}: {value:g}" for name, value in change.items())
-                break
+
+    def keeps(change: dict[str, Any]) -> bool:
+        return 2 * sum(_cropped(shapes, replace(settings, **change).buckets(shapes)).values()) <= much
+
+    rare = settings.min_bucket > 1 and keeps({"min_bucket": 1})
+    if rare:
+        yield "min_bucket: 1"
+    both = [{}] if rare or settings.min_bucket == 1 else [{}, {"min_bucket": 1}]
+    for kind in kinds:
+        change = next((change | more for more in both for change in kind if keeps(change | more)), None)
+        if change is not None:
+            yield " with ".join(f"{name}: {value:g}" for name, value in change.items())
 
 
 def _advice(remedies: list[str], path: str) -> str:

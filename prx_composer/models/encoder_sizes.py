@@ -94,8 +94,11 @@ _ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def known_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
+def known_config(name: str, revision: str | None = None, reads_text: bool = False) -> dict[str, Any] | None:
     """The configuration of an encoder by folder or hub id, if it is here: on disk, in the cache, or in the table above.
+
+    Args:
+        reads_text: what reads text is wanted, where the table knows the images' side of a network only.
 
     Returns:
         `model_type` and settings, as `random_config` takes them; None if nothing is known without asking the network.
@@ -103,27 +106,28 @@ def known_config(name: str, revision: str | None = None) -> dict[str, Any] | Non
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
-        return _ENCODERS.get(name)
+        known = _ENCODERS.get(name)
+        return None if reads_text and known is not None and "patch_size" in known else known
     defaults = type(config)().to_dict()
     return {"model_type": config.model_type} | {k: v for k, v in config.to_diff_dict().items() if k in defaults}
 
 
-def text_flops(config: dict[str, Any], max_tokens: int, vocab_size: int) -> int:
+def text_flops(config: dict[str, Any], max_tokens: int) -> int:
     """Forward FLOPs of the part of a network that reads text, for one caption of `max_tokens` tokens, as torch counts them.
 
     Args:
-        config: `model_type` and settings. vocab_size: where they don't say.
+        config: `model_type` and settings.
 
     Raises:
         ValueError: a configuration that transformers doesn't take, or a network that asks what its input holds, as those do that
             choose among experts: then its work isn't known from its shape.
     """
-    return _text_flops(json.dumps(config, sort_keys=True, default=str), max_tokens, vocab_size)
+    return _text_flops(json.dumps(config, sort_keys=True, default=str), max_tokens)
 
 
 @functools.lru_cache(maxsize=16)
-def _text_flops(config: str, max_tokens: int, vocab_size: int) -> int:
-    settings = random_config(json.loads(config), vocab_size=vocab_size)
+def _text_flops(config: str, max_tokens: int) -> int:
+    settings = random_config(json.loads(config))
 
     def read() -> Any:
         network = random_encoder(settings, attn_implementation="eager").eval()

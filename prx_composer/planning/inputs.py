@@ -82,7 +82,7 @@ def _gpu(path: str, name: str) -> GPU:
     except UserError as error:
         raise UserError(
             f"--throughput: {path} was measured on {name!r}, which is none of the GPUs that a plan is made for: "
-            f"{', '.join(sorted(GPUS))}. Measure on one of them; or leave --throughput out, and say with --mfu how well one is used."
+            f"{', '.join(sorted(GPUS))}. Measure on one of them; or leave --throughput out and give --mfu."
         ) from error
 
 

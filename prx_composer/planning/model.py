@@ -120,8 +120,7 @@ def plan_model(recipe: Recipe, stored_text: bool = False, leave_out: Collection[
 
     uncounted = Uncounted(leave_out)
     uncounted.check(["text_encoder", "autoencoder", *(name for name, _ in entries(recipe.algorithms, "algorithms"))])
-    stored_latents = bool(recipe.train_loader.get("latent"))
-    autoencoder, image_parts = _autoencoder(arguments.get("autoencoder"), backbone, stored_latents, uncounted)
+    autoencoder, image_parts = _autoencoder(arguments.get("autoencoder"), backbone, recipe, uncounted)
     text_encoder, text, text_parts = _text_encoder(arguments.get("text_encoder"), backbone, recipe, stored_text, uncounted)
     try:
         model = TextToImage(backbone, text_encoder, autoencoder=autoencoder, seed=recipe.seed)
@@ -138,9 +137,9 @@ def plan_model(recipe: Recipe, stored_text: bool = False, leave_out: Collection[
 # ----------------------------------------------------------------------------------------------------- encoders
 
 
-def _autoencoder(spec: Any, backbone: PRXBackbone, stored: bool, uncounted: Uncounted) -> tuple[Any, list[Part]]:
+def _autoencoder(spec: Any, backbone: PRXBackbone, recipe: Recipe, uncounted: Uncounted) -> tuple[Any, list[Part]]:
     """It, and what encoding an image costs unless latents are stored."""
-    path = "model.autoencoder"
+    path, stored = "model.autoencoder", bool(recipe.train_loader.get("latent"))
     name, arguments = ("pixels", {}) if spec is None else split(spec, path)
     if name == "pixels":
         return Pixels(), []
@@ -162,7 +161,8 @@ def _autoencoder(spec: Any, backbone: PRXBackbone, stored: bool, uncounted: Unco
         return autoencoder, []
     frozen = sum(p.numel() for p in autoencoder.module.parameters()) * BYTES[arguments.get("dtype", "float32")]
     try:
-        autoencoder_flops(config, 2**3 * autoencoder.downsampling)
+        if uncounted.leave_out is not None:
+            autoencoder_flops(config, recipe.image_size)
     except ValueError as error:
         uncounted.refuse("autoencoder", path, str(error).removesuffix("."))
         return autoencoder, []
@@ -200,7 +200,7 @@ def _text_encoder(
     max_tokens = int(arguments.get("max_tokens", default.default if default else 256))
     title, config = arguments.get("pretrained") or name, arguments.get("config")
     if cls is HuggingFaceTextEncoder and arguments.get("pretrained"):
-        config = known_config(arguments["pretrained"], arguments.get("revision"))
+        config = known_config(arguments["pretrained"], arguments.get("revision"), reads_text=True)
     not_counted = _UnknownTextEncoder(backbone.context_in_dim, max_tokens), f"{title}, not counted", []
     if not stored and uncounted.leaves("text_encoder", path):
         return not_counted
@@ -212,11 +212,12 @@ def _text_encoder(
         return not_counted
     vocabulary = config.get("vocab_size") or _vocabulary_size(arguments.get("tokenizer"), recipe, uncounted.told)
     try:
-        encoder, flops = _counted_text_encoder(config, max_tokens, vocabulary)
+        encoder = _stored_nowhere(config, max_tokens, vocabulary)
+        if uncounted.leave_out is not None:
+            text_flops(config, max_tokens)
     except ValueError as error:
         if not stored:
-            ways = "" if arguments.get("pretrained") is None else "Is it one that reads text?"
-            uncounted.refuse("text_encoder", path, f"{title}: {str(error).removesuffix('.')}", ways)
+            uncounted.refuse("text_encoder", path, f"{title}: {str(error).removesuffix('.')}")
         return not_counted
     encoder.trainable = bool(arguments.get("trainable", False))
     encoder.requires_grad_(encoder.trainable)
@@ -230,25 +231,21 @@ def _text_encoder(
         frozen = sum(p.numel() for p in encoder.parameters()) * BYTES[arguments.get("dtype", "float32")]
     amp = recipe.precision.startswith("amp")
     kept = linear_activations(encoder, max_tokens, amp=amp) if encoder.trainable else 0
-    part = Part("text encoder", lambda shape: flops * (3 if encoder.trainable else 1), lambda shape: kept, frozen)
+    times = 3 if encoder.trainable else 1
+    part = Part("text encoder", lambda shape: times * text_flops(config, max_tokens), lambda shape: kept, frozen)
     return encoder, f"{title}, {'trained along' if encoder.trainable else 'run online'}", [part]
 
 
-def _counted_text_encoder(config: dict[str, Any], max_tokens: int, vocabulary: int) -> tuple[Any, int]:
-    """An encoder without storage, built as if trained, which registers its parameters; and the FLOPs of a caption.
-
-    Raises:
-        ValueError: it cannot be built or counted.
-    """
+def _stored_nowhere(config: dict[str, Any], max_tokens: int, vocabulary: int) -> Any:
+    """A text encoder without storage, built as if trained, which registers its parameters; raises ValueError if it can't be."""
     given = dict(config=config, max_tokens=max_tokens, trainable=True)
     try:
         with torch.device("meta"):
-            encoder = HuggingFaceTextEncoder(_Vocabulary(vocabulary), **given)  # pyright: ignore[reportArgumentType]
+            return HuggingFaceTextEncoder(_Vocabulary(vocabulary), **given)  # pyright: ignore[reportArgumentType]
     except ValueError:
         raise
     except Exception as error:  # whatever that network's code raises, such as for a configuration of images
         raise ValueError(f"{config['model_type']} cannot be built as a text encoder ({type(error).__name__}: {error})") from error
-    return encoder, text_flops(config, max_tokens, vocabulary)
 
 
 def _vocabulary_size(spec: Any, recipe: Recipe, unknown: list[str]) -> int:
