@@ -109,11 +109,11 @@ class DiffusersAutoencoder:
         if (pretrained is None) == (config is None):
             raise ValueError("autoencoder needs either `pretrained` (hub id or folder) or `config` (random weights).")
         if config is not None:
-            module = diffusers_module(config)
+            module: Any = diffusers_module(config)
         else:
             from diffusers.models.auto_model import AutoModel
 
-            module = AutoModel.from_pretrained(pretrained, subfolder=subfolder, revision=revision)
+            module: Any = AutoModel.from_pretrained(pretrained, subfolder=subfolder, revision=revision)
         self._frozen = Frozen(module, getattr(torch, dtype))
         self._dtype = getattr(torch, dtype)
         settings: Any = module.config

@@ -76,7 +76,8 @@ def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     Byte-level tokenizers such as CLIP's often name their end token here, which is in every text.
     """
     ends = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
-    return None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id
+    unknown: Any = tokenizer.unk_token_id
+    return None if unknown in ends else unknown
 
 
 def what_is_lost(found: Sequence[Reading], max_tokens: int) -> list[str]:

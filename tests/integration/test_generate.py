@@ -79,7 +79,8 @@ def test_an_image_depends_on_its_prompt_and_seed_and_not_on_its_batch(trained: P
     assert not (tmp_path / "all" / "grid.png").exists()
 
 
-def test_a_png_says_how_to_draw_it_again(trained: Path, tmp_path: Path) -> None:
+def test_a_png_says_how_to_draw_it_again(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.clear()
     prx(
         "generate",
         trained,
@@ -94,6 +95,7 @@ def test_a_png_says_how_to_draw_it_again(trained: Path, tmp_path: Path) -> None:
         "--output",
         tmp_path / "a",
     )
+    assert caplog.text.count("is not read whole") == 1 and "does not know 'ein', 'grüner', 'Kreis'" in caplog.text
     path = images_in(tmp_path / "a")[1]
     text: dict[str, str] = Image.open(path).text  # pyright: ignore[reportAttributeAccessIssue]
     facts = json.loads(text["prx"])

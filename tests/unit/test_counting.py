@@ -175,8 +175,9 @@ def test_mixed_shapes_that_become_squares_are_said_and_the_advice_keeps_them(
     advice = note.partition("keep more of them: ")[2].partition(" (multiple")[0].rstrip(".").split("; or ")
     assert advice and advice[0]
     for remedy in advice:
-        changes = {name: float(value) for name, value in (part.split(": ") for part in remedy.split(" with "))}
-        followed = FolderSource(folder, **options | {k: v if k == "max_aspect" else int(v) for k, v in changes.items()})
+        changes: dict[str, Any] = {name: float(value) for name, value in (part.split(": ") for part in remedy.split(" with "))}
+        whole: dict[str, Any] = {name: int(value) for name, value in changes.items() if name != "max_aspect"}
+        followed = FolderSource(folder, **options | changes | whole)
         assert 2 * cropped(followed) <= cropped(source)
 
 

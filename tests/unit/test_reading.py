@@ -23,6 +23,7 @@ from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.encoding.parts import encode_split
 from prx_composer.encoding.text import CaptionEncoder, text_column
 from prx_composer.errors import UserError
+from prx_composer.evaluation.features import ClipScore
 from prx_composer.evaluation.layouts import _dpg, _geneval
 from prx_composer.looking.split import open_split
 from prx_composer.looking.statistics import statistics
@@ -60,7 +61,8 @@ def tokenizers(kind: str) -> Any:
     if kind == "pieces":
         trainer = trainers.WordPieceTrainer(**special)
         return fast(models.WordPiece(unk_token="<unk>"), trainer, pre_tokenizers.BertPreTokenizer(), "<unk>")  # pyright: ignore[reportCallIssue]
-    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **special | {"vocab_size": 400})
+    special |= {"vocab_size": 400, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(**special)
     return fast(models.BPE(), trainer, pre_tokenizers.ByteLevel(), "</s>")  # its end stands for the unknown too, as CLIP's
 
 
@@ -164,6 +166,24 @@ def test_of_many_prompts_some_are_named_and_all_are_counted() -> None:
     assert said[20] == "So it is with 75 more of 100 prompts: 75 are cut, the others have unknown words." and len(said) == 22
 
 
+def test_clip_score_says_which_share_of_the_prompts_it_cuts(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    layers = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
+    text = dict(layers, vocab_size=len(tokenizer), max_position_embeddings=6, eos_token_id=1, bos_token_id=0)
+    vision = dict(layers, image_size=24, patch_size=8)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    score = ClipScore(str(tmp_path))
+    for _ in range(2):
+        score.say_what_is_cut(["a red circle", "a red circle on the left of a blue square", "a blue square on the left"])
+    assert [r.getMessage() for r in caplog.records] == [
+        f"clip_score: 2 of 3 prompts have more than 6 tokens; {tmp_path} compares images with their beginnings only."
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------- training
 
 
@@ -184,9 +204,20 @@ def test_a_run_says_once_how_many_captions_it_cuts(
     tiny_recipe: dict[str, Any], write_recipe: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny_recipe["model"]["text_encoder"]["max_tokens"] = 6
-    changes = {"algorithms": {}, "max_duration": "2ba", "save_interval": "2ba", "preflight": False}
+    images = {"prompts": ["a red zebra", "a red circle"], "interval": "1ba", "num_inference_steps": 1}
+    changes = {
+        "algorithms": {},
+        "max_duration": "2ba",
+        "save_interval": "2ba",
+        "preflight": False,
+        "callbacks": {"images": images},
+    }
     run(config.load([write_recipe(tiny_recipe | changes)]))
-    said = [record.getMessage() for record in caplog.records if "captions" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records]
+    zebra = [index for index, line in enumerate(lines) if "'a red zebra' is not read whole" in line]
+    drawn = [index for index, line in enumerate(lines) if line.startswith("Drew ")]
+    assert len(zebra) == 1 and zebra[0] < drawn[0] and len(drawn) == 2
+    said = [line for line in lines if "captions" in line]
     assert len(said) == 1 and re.match(r"train_loader: so far, \d+ of 96 captions \(\d", said[0])
 
 
@@ -194,7 +225,8 @@ def test_check_says_it_of_evenly_spaced_captions_and_nothing_of_whole_ones(
     tiny_recipe: dict[str, Any], write_recipe: Callable[..., str], shapes_data: Path
 ) -> None:
     captions = list(iterate_captions(shapes_data / "train", "caption"))
-    tokenizer, limit = train_tokenizer(captions), 9
+    tokenizer: Any = train_tokenizer(captions)
+    limit = 9
     tiny_recipe["model"]["text_encoder"]["max_tokens"] = limit
     (said,) = check_captions(config.load([write_recipe(tiny_recipe)]), Parts())
     cut = sum(len(tokenizer(text)["input_ids"]) > limit for text in captions)  # 240: all are looked at
@@ -206,9 +238,9 @@ def test_check_says_it_of_evenly_spaced_captions_and_nothing_of_whole_ones(
 
 def test_stats_count_unknown_words(shapes_data: Path) -> None:
     captions = list(iterate_captions(shapes_data / "train", "caption"))
-    few = train_tokenizer(captions, vocab_size=8)
+    few: Any = train_tokenizer(captions, vocab_size=8)
     found = statistics(open_split(str(shapes_data), "train"), tokenizer=few, max_tokens=30)["captions"]["caption"]
-    ids = [token for text in captions for token in few(text)["input_ids"]]  # pyright: ignore[reportCallIssue]
+    ids = [token for text in captions for token in few(text)["input_ids"]]
     assert (found["unknown"], found["tokens_together"]) == (ids.count(few.unk_token_id), len(ids)) and found["unknown"] > 0
 
 
