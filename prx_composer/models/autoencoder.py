@@ -1,5 +1,6 @@
 """Between uint8 images and what the backbone denoises: pixels themselves, or the latents of a frozen autoencoder."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -108,12 +109,13 @@ class DiffusersAutoencoder:
     ):
         if (pretrained is None) == (config is None):
             raise ValueError("autoencoder needs either `pretrained` (hub id or folder) or `config` (random weights).")
+        module: Any
         if config is not None:
-            module: Any = diffusers_module(config)
+            module = diffusers_module(config)
         else:
             from diffusers.models.auto_model import AutoModel
 
-            module: Any = AutoModel.from_pretrained(pretrained, subfolder=subfolder, revision=revision)
+            module = AutoModel.from_pretrained(pretrained, subfolder=subfolder, revision=revision)
         self._frozen = Frozen(module, getattr(torch, dtype))
         self._dtype = getattr(torch, dtype)
         settings: Any = module.config

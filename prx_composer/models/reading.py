@@ -9,6 +9,8 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from prx_composer.models.cleaning import cleaned
+
 __all__ = ["CaptionCounts", "Reading", "cut_off", "readings", "unknown_id", "what_is_lost"]
 
 NAMED = 20  # prompts that are named; the others are counted
@@ -20,14 +22,15 @@ class Reading:
     """What is read of a text.
 
     Args:
-        text: the whole of it.
+        text: the whole of it, as it was given. cleaned: as the tokenizer's cleaning leaves it.
         ids: the tokens that are read, special ones included.
         tokens: how many the whole text has, special ones included.
-        read: the part of the text that is read; None if that is all of it.
-        unknown: words in it that the tokenizer does not know, each once.
+        read: the part of the cleaned text that is read; None if that is all of it.
+        unknown: words in that that the tokenizer does not know, each once.
     """
 
     text: str
+    cleaned: str
     ids: tuple[int, ...]
     tokens: int
     read: str | None = None
@@ -38,10 +41,11 @@ def readings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
     """How each text is read when it is cut to `max_tokens`."""
     if not texts:
         return []
-    cut: Any = tokenizer(list(texts), max_length=max_tokens, truncation=True)
-    lost = cut_off(tokenizer, texts, cut)
+    clean = cleaned(tokenizer, list(texts))
+    cut: Any = tokenizer(clean, max_length=max_tokens, truncation=True)
+    lost = cut_off(tokenizer, clean, cut)
     found = []
-    for index, text in enumerate(texts):
+    for index, text in enumerate(clean):
         ids = cut["input_ids"][index]
         if cut.encodings is None:
             read = tokenizer.decode(ids, skip_special_tokens=True) if lost[index] else None
@@ -50,7 +54,7 @@ def readings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
             spans = _spans(cut.encodings[index])
             read = _part(tokenizer, text, spans) if lost[index] else None
             unknown = _unknown_words(tokenizer, text, spans)
-        found.append(Reading(text, tuple(ids), len(ids) + lost[index], read, tuple(dict.fromkeys(unknown))))
+        found.append(Reading(texts[index], text, tuple(ids), len(ids) + lost[index], read, tuple(dict.fromkeys(unknown))))
     return found
 
 
@@ -58,7 +62,7 @@ def cut_off(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: An
     """How many tokens of each text were cut off.
 
     Args:
-        tokens: what the tokenizer gave for `texts` with `truncation=True`, padded or not.
+        texts: cleaned. tokens: what the tokenizer gave for them with `truncation=True`, padded or not.
     """
     if tokens.encodings is not None:  # the fast ones keep what they cut off
         return [sum(part.special_tokens_mask.count(0) for part in encoding.overflowing) for encoding in tokens.encodings]
@@ -112,7 +116,7 @@ def _said(one: Reading, max_tokens: int) -> str:
         said.append(
             f"it has {one.tokens} tokens, and the model reads {max_tokens} (model.text_encoder.max_tokens): what follows "
             f"{'…' if len(last) < len(one.read.strip()) else ''}{last!r} is cut off and changes nothing"
-            if one.text.startswith(one.read)
+            if one.cleaned.startswith(one.read)
             else f"it has {one.tokens} tokens, and the model reads {max_tokens} (model.text_encoder.max_tokens): only {last!r}"
         )
     if one.unknown:
@@ -172,7 +176,7 @@ class CaptionCounts:
         """Counts a batch.
 
         Args:
-            tokens: what the tokenizer gave for `texts` with `truncation=True` and tensors.
+            texts: cleaned. tokens: what the tokenizer gave for them with `truncation=True` and tensors.
         """
         lost = cut_off(tokenizer, texts, tokens)
         mask, unknown = tokens["attention_mask"], unknown_id(tokenizer)

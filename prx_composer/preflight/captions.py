@@ -11,6 +11,7 @@ from prx_composer.config import Recipe, split
 from prx_composer.data.data_sets import data_sets
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import MANIFEST, Manifest
+from prx_composer.models.cleaning import clean_caption, with_cleaning
 from prx_composer.models.reading import CaptionCounts
 from prx_composer.models.text_encoder import load_tokenizer, tokenize, train_tokenizer
 from prx_composer.preflight.recipe import Parts
@@ -38,10 +39,12 @@ def check_captions(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     if not captions:  # remote, or still to be made
         return
     own = not isinstance(encoder.get("tokenizer", encoder.get("pretrained")), str)
-    tokenizer = _tokenizer(recipe, encoder, captions)
+    cleaning = encoder.get("clean", "none")
+    tokenizer = _tokenizer(recipe, encoder, [clean_caption(text, cleaning) for text in captions])
     if tokenizer is None:
         yield skipped("train_loader: captions", "their tokenizer is not on this machine")
         return
+    tokenizer = with_cleaning(tokenizer, cleaning)
     max_tokens, counts = int(encoder.get("max_tokens", MAX_TOKENS)), CaptionCounts()
     for start in range(0, len(captions), LOOKED_AT):
         tokenize(tokenizer, captions[start : start + LOOKED_AT], max_tokens, counts)

@@ -195,7 +195,7 @@ def test_what_is_wrong_is_one_clear_message(trained: Path, tmp_path: Path) -> No
     assert "trained with `tread`" in wrong(trained, "-p", "x", "--guidance", "self")
     assert "at least 1" in wrong(trained, "-p", "x", "--guidance-scale", "0.5")
     assert "cannot be read" in wrong(trained, "--prompts", tmp_path / "none.txt")
-    (tmp_path / "bad.jsonl").write_text(f"{json.dumps({'prompt': 'x'})}\n{json.dumps({'text': 'x'})}\n")
+    (tmp_path / "bad.jsonl").write_text(f"{json.dumps({'prompt': 'x'})}\n{json.dumps({'words': 'x'})}\n")
     assert 'line 2 must have a "prompt"' in wrong(trained, "--prompts", tmp_path / "bad.jsonl")
     if not torch.cuda.is_available():
         assert "use --device cpu" in wrong(trained, "-p", "x", "--device", "cuda")

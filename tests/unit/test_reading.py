@@ -28,6 +28,7 @@ from prx_composer.evaluation.layouts import _dpg, _geneval
 from prx_composer.looking.split import open_split
 from prx_composer.looking.statistics import statistics
 from prx_composer.models import HuggingFaceTextEncoder, TextToImage
+from prx_composer.models.cleaning import with_cleaning
 from prx_composer.models.reading import CaptionCounts, readings, what_is_lost
 from prx_composer.models.text_encoder import tokenize, train_tokenizer
 from prx_composer.planning.inputs import read_throughput
@@ -158,6 +159,15 @@ def test_prompts_that_differ_after_the_cut_draw_the_same_picture_and_are_named_o
     caplog.clear()
     model.generate(prompts, 16, 16, num_inference_steps=1)
     assert not caplog.records
+
+
+def test_prompts_are_read_as_they_are_cleaned() -> None:
+    pytest.importorskip("ftfy")
+    tokenizer = with_cleaning(tokenizers("words"), "prx")
+    first, second = readings(tokenizer, ["A RED (CIRCLE) on the left of a white background", "two squares"], 7)
+    assert first.text.startswith("A RED (") and first.read == "a red circle on the left" and second.read is None
+    assert list(first.ids) == tokenize(tokenizer, [first.text], 7)["input_ids"][0].tolist()
+    assert "'a red circle on the left' is cut off" in what_is_lost([first, second], 7)[0]
 
 
 def test_of_many_prompts_some_are_named_and_all_are_counted() -> None:
