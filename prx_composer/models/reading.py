@@ -97,10 +97,14 @@ def what_is_lost(found: Sequence[Reading], max_tokens: int) -> list[str]:
         said.append(
             f"So it is with {len(more):,} more of {len(found):,} prompts: {cut:,} are cut, the others have unknown words."
         )
+    if any(one.read is not None for one in partly):
+        said.append(f"What is cut off changes nothing in a picture; model.text_encoder.max_tokens is {max_tokens}.")
+    if any(one.unknown for one in partly):
+        said.append("Unknown words are all read as one and the same.")
     same: dict[tuple[int, ...], list[Reading]] = defaultdict(list)
     for one in found:
         same[one.ids].append(one)
-    groups = [group for group in same.values() if len(group) > 1 and any(one in partly for one in group)]
+    groups = [group for group in same.values() if len(group) > 1 and any(one.read is not None or one.unknown for one in group)]
     for group in groups[:NAMED]:
         names = ", ".join(_shown(one.text, from_end=one.read is not None) for one in group[:4])
         said.append(f"{len(group)} prompts are read alike and draw the same picture from the same seed: {names}.")
@@ -112,16 +116,12 @@ def what_is_lost(found: Sequence[Reading], max_tokens: int) -> list[str]:
 def _said(one: Reading, max_tokens: int) -> str:
     said = []
     if one.read is not None:
-        last = one.read.strip()[-_SHOWN:]
-        said.append(
-            f"it has {one.tokens} tokens, and the model reads {max_tokens} (model.text_encoder.max_tokens): what follows "
-            f"{'…' if len(last) < len(one.read.strip()) else ''}{last!r} is cut off and changes nothing"
-            if one.cleaned.startswith(one.read)
-            else f"it has {one.tokens} tokens, and the model reads {max_tokens} (model.text_encoder.max_tokens): only {last!r}"
-        )
+        read, last = one.read.strip(), one.read.strip()[-_SHOWN:]
+        how = "up to" if one.cleaned.startswith(one.read) else "only"
+        said.append(f"of its {one.tokens} tokens the model reads {max_tokens}, {how} {'…' if last != read else ''}{last!r}")
     if one.unknown:
         words = ", ".join(map(repr, one.unknown[:10])) + (f" and {len(one.unknown) - 10} more" if len(one.unknown) > 10 else "")
-        said.append(f"the tokenizer does not know {words} and reads every unknown word as the same")
+        said.append(f"the tokenizer does not know {words}")
     return f"The prompt {_shown(one.text)} is not read whole: {'; '.join(said)}."
 
 

@@ -154,8 +154,9 @@ def test_prompts_that_differ_after_the_cut_draw_the_same_picture_and_are_named_o
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
     said = [record.getMessage() for record in caplog.records]
     assert sum("is not read whole" in line for line in said) == 3 and not any("'a red circle'" in line for line in said)
-    assert all(f"{kept[-40:]}' is cut off" in line for line in said[:2])
-    assert "does not know 'zebra'" in said[2] and "2 prompts are read alike and draw the same picture" in said[3]
+    assert all(f"{kept[-40:]}'." in line for line in said[:2])
+    assert "does not know 'zebra'" in said[2] and "What is cut off changes nothing in a picture" in said[3]
+    assert said[4].startswith("Unknown words") and "2 prompts are read alike and draw the same picture" in said[5]
     caplog.clear()
     model.generate(prompts, 16, 16, num_inference_steps=1)
     assert not caplog.records
@@ -167,13 +168,13 @@ def test_prompts_are_read_as_they_are_cleaned() -> None:
     first, second = readings(tokenizer, ["A RED (CIRCLE) on the left of a white background", "two squares"], 7)
     assert first.text.startswith("A RED (") and first.read == "a red circle on the left" and second.read is None
     assert list(first.ids) == tokenize(tokenizer, [first.text], 7)["input_ids"][0].tolist()
-    assert "'a red circle on the left' is cut off" in what_is_lost([first, second], 7)[0]
+    assert "up to 'a red circle on the left'." in what_is_lost([first, second], 7)[0]
 
 
 def test_of_many_prompts_some_are_named_and_all_are_counted() -> None:
     found = readings(train_tokenizer(CORPUS), [f"a red circle {'on ' * index}" for index in range(100)], 8)
     said = what_is_lost(found, 8)
-    assert said[20] == "So it is with 75 more of 100 prompts: 75 are cut, the others have unknown words." and len(said) == 22
+    assert said[20] == "So it is with 75 more of 100 prompts: 75 are cut, the others have unknown words." and len(said) == 23
 
 
 def test_clip_score_says_which_share_of_the_prompts_it_cuts(
