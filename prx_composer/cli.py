@@ -92,7 +92,7 @@ def plan(
         ),
     ] = None,
     samples: Annotated[
-        str | None, typer.Option(help="Images in the data, such as 8.7M, where its manifest isn't here to tell.")
+        str | None, typer.Option(help="Images in the data, such as 8.7M. [default: as many as lie in train_loader.path]")
     ] = None,
     disk: Annotated[str, typer.Option(help="How fast a checkpoint is written, all ranks together.")] = "1GB/s",
     network: Annotated[
@@ -106,6 +106,14 @@ def plan(
     stored_text: Annotated[
         bool, typer.Option("--stored-text", help="Plan as if text embeddings came with the data: no text encoder runs.")
     ] = False,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Do not count this network, so that one of unknown size doesn't stop the plan: text_encoder, autoencoder, or an "
+            "algorithm with a teacher, such as repa. Repeatable.",
+        ),
+    ] = None,
     fit: Annotated[str | None, typer.Option(metavar="TIME", help="Propose a schedule that takes this long, such as 12h.")] = None,
     json_file: Annotated[
         str | None,
@@ -130,9 +138,11 @@ def plan(
     if mfu is not None and throughput is not None:
         raise UserError("--mfu and --throughput both say how fast training is; give one of them.")
     measured_on, speeds = (None, None) if throughput is None else plan_inputs.read_throughput(throughput)
-    kind = find_gpu(gpu or measured_on or "h200")
-    if measured_on is not None and find_gpu(measured_on) != kind:
-        raise UserError(f"--gpu: {throughput} was measured on {measured_on}, which says little of {kind.name}; measure there.")
+    kind = find_gpu(gpu) if gpu else measured_on or find_gpu("h200")
+    if measured_on is not None and measured_on != kind:
+        raise UserError(
+            f"--gpu: {throughput} was measured on {measured_on.name}, which says little of {kind.name}; measure there."
+        )
     loaded = config.load(recipe)
     config.import_code(loaded.code_paths)
     config.check(loaded)
@@ -148,6 +158,7 @@ def plan(
         stored_text,
         network,
         loader,
+        tuple(leave_out or ()),
     )
     fitted = None if fit is None else plan_fit.fit(loaded, conditions, planning.seconds(fit, "--fit"))
     made = fitted.plan if fitted else planning.make_plan(loaded, conditions)

@@ -78,6 +78,7 @@ class GenerationMetrics(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         check_size(state, self._image_size, self._image_size, "callbacks.generation_metrics.image_size")
+        unwrap(state).say_what_is_lost(self._prompts)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         device = next(unwrap(state).parameters()).device

@@ -106,6 +106,7 @@ class Images(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         check_size(state, self.height, self.width, "callbacks.images.height and width")
+        unwrap(state).say_what_is_lost(self.prompts)
 
     def batch_start(self, state: State, logger: Logger) -> None:  # later in the step the loader may be in the next stage already
         if (stage_size := getattr(state.train_dataloader, "image_size", None)) is not None:

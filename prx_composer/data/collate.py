@@ -10,6 +10,7 @@ from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer.errors import UserError
+from prx_composer.models.reading import CaptionCounts
 from prx_composer.models.text_encoder import tokenize
 
 __all__ = ["PACKED", "Collator", "channels_first", "split_batch"]
@@ -24,13 +25,17 @@ class Collator:
 
     Stored text embeddings come as `text_embedding` (V, C), those of the V valid tokens of all captions one after the other, and
     `text_position` int64 (V,), where each stands in the flattened (B, T).
+
+    Args:
+        max_workers: DataLoader workers that will share this object, for `counts` of captions that are cut.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, max_workers: int = 0):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.counts = CaptionCounts(max_workers)
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        tokens = tokenize(self.tokenizer, [sample["caption"] for sample in samples], self.max_tokens)
+        tokens = tokenize(self.tokenizer, [sample["caption"] for sample in samples], self.max_tokens, self.counts)
         seen = {name: _stack(name, [sample[name] for sample in samples]) for name in SEEN if name in samples[0]}
         features = {name: torch.stack([sample["features"][name] for sample in samples]) for name in samples[0]["features"]}
         batch = {**seen, **tokens, "sample_id": torch.tensor([sample["sample_id"] for sample in samples]), **features}

@@ -43,6 +43,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 ENCODED, IMAGE = "encoded", "image"
+RESULTS = ("error", "cut", "lost", "buckets")  # of a StoredColumn: what came of it, not what was asked for
 COLUMNS = {"shape": "str", "values": "bytes"}
 _MANIFEST = "manifest.json"
 _SAMPLED = 64  # values of every weight, for a fingerprint
@@ -65,6 +66,7 @@ class StoredColumn:
         scaling, shift: latents: (what the network gave − shift) × scaling is stored.
         data: of the column that it was made of; see `column_contents`. None: made by a version that didn't note it.
         error: int8: mean over the tokens of |stored − exact| / |exact|.
+        cut, lost: text: how many captions had more than `max_tokens`, and how many tokens those lost together.
         buckets: rows by bucket.
     """
 
@@ -82,13 +84,15 @@ class StoredColumn:
     shift: float | None = None
     data: str | None = None
     error: float | None = None
+    cut: int | None = None
+    lost: int | None = None
     buckets: dict[str, int] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the bytes that are stored; a run that goes on must have the same."""
         made = dataclasses.asdict(self)
-        return {key: made[key] for key in made if key not in ("error", "buckets")}
+        return {key: made[key] for key in made if key not in RESULTS}
 
     def to_json(self) -> str:
         return json.dumps({"version": 1, **dataclasses.asdict(self)}, indent=1) + "\n"

@@ -142,7 +142,7 @@ def build_loader(
     if shuffle and (problem := fewer_than_a_batch(len(dataset), global_batch_size)):
         raise UserError(problem)
     sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank, evaluation)
-    loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens), num_workers)
+    loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens, num_workers), num_workers)
     return DataSpec(
         loader,
         microbatch_transforms=channels_first,

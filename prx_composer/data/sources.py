@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 from prx_composer.data.buckets import Bucket, assign_bucket
 from prx_composer.data.contents import FileRecord
+from prx_composer.data.cropping import BucketSettings, cropping_note
 from prx_composer.data.decoding import IMAGE_REASONS, BadImageError, open_image, oriented_size
 from prx_composer.data.schema import BucketWriter, RawSample
+from prx_composer.text_files import read_lines
 
 __all__ = ["FolderSource", "Source", "is_made", "prepare"]
 
@@ -22,6 +24,7 @@ log = logging.getLogger(__name__)
 FINGERPRINT = "source.json"
 FILES = "source_files.json"  # what the source read, by name
 NAMED = 4  # changed files that are named; the others are counted
+CAPTION_NAMES = ("caption", "text", "prompt")
 
 
 class Source(Protocol):
@@ -32,6 +35,7 @@ class Source(Protocol):
     buckets: list[Bucket]
     identity: dict[str, Any]  # what decides the data beside the source's arguments, such as a checksum
     # and perhaps `files: dict[str, Path]`, what it reads, by name: data made of other contents are refused
+    # and perhaps `notes: list[str]`, what a person should know of how the data is made
 
     def samples(self) -> Iterator[tuple[str, RawSample]]:
         """Every sample with the name of its split."""
@@ -92,6 +96,8 @@ def prepare(path: Path, source: Source, spec: dict[str, Any], limit: int | None 
         return
     spec = spec | source.identity
     log.info("Making the data set in %s", path)
+    for note in getattr(source, "notes", ()):
+        log.warning("%s", note)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     writers: dict[str, BucketWriter] = {}
@@ -118,7 +124,8 @@ class FolderSource:
     """A folder of images and a JSON-lines file of captions.
 
     Every line of `captions.jsonl` is an object with the image's `file` (or `file_name`), relative to the folder, and one
-    or more caption columns: `{"file": "cat.jpg", "caption": "a sleeping cat"}`.
+    or more caption columns: `{"file": "cat.jpg", "caption": "a sleeping cat"}`. Of several, one called `caption`, `text` or
+    `prompt` comes first, which is what training takes unless `train_loader.captions` says otherwise.
 
     Args:
         folder: where images and captions are.
@@ -143,8 +150,6 @@ class FolderSource:
         min_bucket: int = 8,
         heldout: float = 0.0,
     ):
-        from prx_composer.data.buckets import make_buckets
-
         self._folder = Path(folder)
         self.image_size = image_size
         self._heldout = heldout
@@ -154,7 +159,9 @@ class FolderSource:
             raise ValueError(f"train_loader.source.folder: there is no folder {folder}.")
         captions = self._folder / captions_file
         if not captions.exists():
-            raise ValueError(f"train_loader.source.captions_file: there is no {captions}.")
+            there = ", ".join(sorted(file.name for file in self._folder.glob("*.jsonl")))
+            hint = f" There is {there}: set captions_file to it if that is what it holds." if there else ""
+            raise ValueError(f"train_loader.source.captions_file: there is no {captions}.{hint}")
         self.files: dict[str, Path] = {}
         left_out: Counter[str] = Counter()
         self._rows = list(self._read(captions, left_out))
@@ -163,16 +170,21 @@ class FolderSource:
             raise ValueError(f"{captions} names no image that can be opened: {reasons or 'it has no lines'}.")
         if left_out:
             log.warning("%d of %d images are left out: %s.", left_out.total(), left_out.total() + len(self._rows), reasons)
-        self.captions = tuple(self._rows[0][1])
+        self.captions = tuple(sorted(self._rows[0][1], key=lambda name: name not in CAPTION_NAMES))
         self.train_samples = len(self._rows) - int(len(self._rows) * heldout)
         self.identity = {"captions_sha256": hashlib.sha256(captions.read_bytes()).hexdigest()}
-        candidates = make_buckets(image_size, multiple, max_aspect)
-        sizes = Counter(assign_bucket(height, width, candidates) for _, _, height, width in self._rows)
-        fewest = min(min_bucket, max(sizes.values()))
-        self.buckets = sorted(bucket for bucket, count in sizes.items() if count >= fewest)
+        shapes = Counter((height, width) for _, _, height, width in self._rows)
+        settings = BucketSettings(image_size, multiple, max_aspect, min_bucket)
+        self.buckets = settings.buckets(shapes)
+        self.notes = [] if (note := cropping_note(shapes, settings, "train_loader.source")) is None else [note]
+        if len(self.captions) > 1:
+            self.notes.append(
+                f"{captions} has text in the columns {', '.join(self.captions)}, which all become caption columns; training "
+                f"takes {self.captions[0]} unless train_loader.captions names others."
+            )
 
     def _read(self, captions: Path, left_out: Counter[str]) -> Iterator[tuple[Path, dict[str, str], int, int]]:
-        for number, line in enumerate(captions.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_lines(captions), 1):
             if not line.strip():
                 continue
             where = f"{captions}, line {number}"

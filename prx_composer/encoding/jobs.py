@@ -48,7 +48,11 @@ def encode_text(arguments: list[str], name: str, split: str, storage: str, batch
             work = CaptionEncoder(encoder, caption, storage, batch_size, device)
             made = encode_split(part.split, target, column, work, part_size, batch_size=batch_size)
             error = "" if made.error is None else f", relative error of a token {made.error:.2%}"
-            yield f"{target}: {sum(made.buckets.values()):,} captions by {title}, {storage}{error}"
+            count = sum(made.buckets.values())
+            if made.cut and made.lost:
+                error += f"; {made.cut:,} ({made.cut / count:.1%}) were cut to model.text_encoder.max_tokens: {made.max_tokens}"
+                error += f" and lost {made.lost / made.cut:.1f} tokens on average"
+            yield f"{target}: {count:,} captions by {title}, {storage}{error}"
 
 
 def encode_features(

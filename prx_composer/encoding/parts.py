@@ -20,7 +20,7 @@ from composer.utils import dist
 from streaming import LocalDataset, MDSWriter
 
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.columns import COLUMNS, StoredColumn, is_whole, manifest_path
+from prx_composer.data.columns import COLUMNS, RESULTS, StoredColumn, is_whole, manifest_path
 from prx_composer.data.contents import column_contents
 from prx_composer.data.schema import Manifest
 from prx_composer.errors import UserError
@@ -42,12 +42,14 @@ class Encoded:
     Args:
         values: see `columns.pack`. shape: of the array. Both are empty for a sample that cannot be encoded.
         errors: sum of the relative errors of its tokens. tokens: how many they are.
+        cut: tokens of its caption that were cut off.
     """
 
     values: bytes = b""
     shape: tuple[int, ...] = ()
     errors: float = 0.0
     tokens: int = 0
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def encode_split(split: Path, folder: Path, column: StoredColumn, work: Work, pa
         if dist.get_global_rank() == 0:
             _finish(folder, column, parts, images)
         dist.barrier()
-    return replace(column, **{key: json.loads(manifest_path(folder).read_text())[key] for key in ("error", "buckets")})
+    return replace(column, **{key: json.loads(manifest_path(folder).read_text())[key] for key in RESULTS})
 
 
 def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -155,19 +157,22 @@ def _write_part(folder: Path, part: _Part, encoded: list[Encoded]) -> None:
         os.replace(file, target / f"{part.stem}.mds")
     entry["raw_data"]["basename"] = f"{part.stem}.mds"
     sums = {"errors": sum(row.errors for row in encoded), "tokens": sum(row.tokens for row in encoded)}
+    sums |= {"cut": sum(row.cut > 0 for row in encoded), "lost": sum(row.cut for row in encoded)}
     write_whole(_entry(folder, part), json.dumps({"shard": entry, **sums}).encode())
 
 
 def _finish(folder: Path, column: StoredColumn, parts: list[_Part], images: Manifest) -> None:
     """Indexes, then the manifest, then nothing else remains."""
-    errors, tokens = 0.0, 0
+    errors, tokens, cut, lost = 0.0, 0, 0, 0
     for bucket in images.buckets:
         entries = [json.loads(_entry(folder, part).read_text()) for part in parts if part.bucket == bucket]
         errors, tokens = errors + sum(e["errors"] for e in entries), tokens + sum(e["tokens"] for e in entries)
+        cut, lost = cut + sum(e.get("cut", 0) for e in entries), lost + sum(e.get("lost", 0) for e in entries)
         index = {"version": 2, "shards": [entry["shard"] for entry in entries]}
         write_whole(folder / str(bucket) / "index.json", json.dumps(index, sort_keys=True).encode())
     error = round(errors / tokens, 6) if column.storage == "int8" and tokens else None
     buckets = {str(bucket): count for bucket, count in sorted(images.buckets.items())}
-    write_whole(manifest_path(folder), replace(column, error=error, buckets=buckets).to_json().encode())
+    column = replace(column, error=error, buckets=buckets, cut=cut if column.kind == "text" else None, lost=lost if cut else None)
+    write_whole(manifest_path(folder), column.to_json().encode())
     for part in parts:
         _entry(folder, part).unlink()

@@ -1,6 +1,7 @@
 """Captions → embeddings of their valid tokens."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import StoredColumn, fingerprint, pack, unpack
 from prx_composer.encoding.parts import Encoded
 from prx_composer.errors import UserError
+from prx_composer.models.reading import readings
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, tokenize
 
 __all__ = ["CaptionEncoder", "text_column"]
@@ -38,7 +40,9 @@ class CaptionEncoder:
         self._batch_size, self._device = batch_size, device
 
     def __call__(self, bucket: Bucket, rows: Sequence[dict[str, Any]]) -> list[Encoded]:
-        tokens = tokenize(self._encoder.tokenizer, [row[self._caption] for row in rows], self._encoder.max_tokens)
+        captions = [row[self._caption] for row in rows]
+        tokens = tokenize(self._encoder.tokenizer, captions, self._encoder.max_tokens)
+        cut = [one.tokens - len(one.ids) for one in readings(self._encoder.tokenizer, captions, self._encoder.max_tokens)]
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         order = torch.argsort(mask.sum(1), stable=True).split(self._batch_size)
         encoded: dict[int, Encoded] = {}
@@ -46,7 +50,7 @@ class CaptionEncoder:
             used = mask[members].any(0)  # columns that are padding for none of them
             embedding = self._encoder(ids[members][:, used].to(self._device), mask[members][:, used].to(self._device)).cpu()
             for index, values, valid in zip(members.tolist(), embedding, mask[members][:, used], strict=True):
-                encoded[index] = self._stored(values[valid])
+                encoded[index] = replace(self._stored(values[valid]), cut=cut[index])
         return [encoded[index] for index in range(len(rows))]
 
     def _stored(self, values: Tensor) -> Encoded:

@@ -158,6 +158,7 @@ def sweep(
     device: torch.device,
 ) -> None:
     """Measures every combination with one kind of weights; those that the results have already are passed over."""
+    trained.model.say_what_is_lost(prompts)
     trained.model.to(device)
     choose_guidance(trained.model, base.guidance if base.guidance in ("cfg", "self") else "run")
     digest = from_rank_zero(weights_hash(trained.model) if dist.get_global_rank() == 0 else "")

@@ -1,18 +1,21 @@
 """What images are compared by: features of frozen networks, by hub id or folder."""
 
 import hashlib
+import logging
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from composer.utils import dist
 from torch import Tensor, nn
 
 from prx_composer.data.columns import fingerprint
 from prx_composer.errors import UserError
 from prx_composer.models.frozen import Frozen
 from prx_composer.models.huggingface import says_how_to_get
+from prx_composer.models.reading import cut_off
 from prx_composer.models.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = [
@@ -27,6 +30,8 @@ __all__ = [
     "inception_images",
     "square",
 ]
+
+log = logging.getLogger(__name__)
 
 CLIP = "openai/clip-vit-large-patch14-336"  # of CMMD
 CLIP_SCORE = "openai/clip-vit-large-patch14"  # torchmetrics' default
@@ -174,6 +179,18 @@ class ClipScore:
         self._max_tokens = int(module.config.text_config.max_position_embeddings)
         self.fingerprint = fingerprint(module, self._tokenizer)
         self._frozen = Frozen(module)
+        self._told = False
+
+    def say_what_is_cut(self, prompts: list[str]) -> None:
+        """Warns once of prompts that are too long for this network, if there are any."""
+        tokens = self._tokenizer(prompts, truncation=True, max_length=self._max_tokens)
+        cut = sum(count > 0 for count in cut_off(self._tokenizer, prompts, tokens))
+        if cut and not self._told and dist.get_global_rank() == 0:
+            log.warning(
+                "clip_score: %d of %d prompts have more than %d tokens; %s compares images with their beginnings only.",
+                cut, len(prompts), self._max_tokens, self.name,
+            )  # fmt: skip
+        self._told = self._told or cut > 0
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:

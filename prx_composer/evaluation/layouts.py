@@ -24,6 +24,7 @@ from prx_composer.errors import UserError
 from prx_composer.evaluation.evaluate import image_seeds
 from prx_composer.evaluation.ranks import from_rank_zero
 from prx_composer.files import write_whole
+from prx_composer.text_files import read_lines, read_text
 from prx_composer.trained.drawing import DrawingSettings, draw, metadata, save_png, weights_hash
 from prx_composer.trained.loading import Trained
 
@@ -70,6 +71,7 @@ def write_layout(
         raise UserError(f"--layout dpg: its scorer cuts squares; --size {settings.height}x{settings.width} is none.")
     if layout == "dpg" and images_per_prompt != _DPG_TILES:
         raise UserError(f"--layout dpg: a file holds {_DPG_TILES} images; leave --images-per-prompt out.")
+    trained.model.say_what_is_lost([item.prompt for item in items])
     trained.model.to(device)
     digest = from_rank_zero(weights_hash(trained.model) if dist.get_global_rank() == 0 else "")
     facts = metadata(trained, settings, digest, device) | {"seed": seed, "images_per_prompt": images_per_prompt, "layout": layout}
@@ -136,7 +138,7 @@ def _save_grid(folder: Path, item: _Item, images: list[Tensor], seeds: list[int]
 
 def _geneval(file: Path, images: int) -> list[_Item]:
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in read_lines(file) if line.strip()]
         read = [(line, json.loads(line)) for line in lines]
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts: {file} cannot be read: {error}. GenEval's is prompts/evaluation_metadata.jsonl.") from error
@@ -164,7 +166,7 @@ def _dpg(folder: Path) -> list[_Item]:
 def _dpg_items(folder: Path) -> Iterator[_Item]:
     for file in sorted(folder.glob("*.txt")):
         try:
-            prompt = file.read_text(encoding="utf-8").strip()
+            prompt = read_text(file).strip()
         except (OSError, ValueError) as error:
             raise UserError(f"--prompts: {file} cannot be read: {error}") from error
         yield _Item(prompt, (f"{file.stem}.png",))

@@ -128,6 +128,8 @@ class Scorer:
         """
         if self.extractors and len(prompts) < 2:
             raise UserError(f"A distance needs at least two prompts, not {len(prompts)}.")
+        if self.clip_score is not None:
+            self.clip_score.say_what_is_cut(prompts)
         made: dict[str, list[Tensor]] = {kind: [] for kind in self.extractors}
         scores: list[Tensor] = []
         mine = share(len(prompts))

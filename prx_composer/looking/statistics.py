@@ -16,9 +16,11 @@ from prx_composer.errors import UserError
 from prx_composer.looking.split import Split
 from prx_composer.looking.summaries import Distinct, Spread
 from prx_composer.models.cleaning import cleaned
+from prx_composer.models.reading import unknown_id
 
 __all__ = ["statistics"]
 
+_FACTS = ("kind", "encoder", "revision", "storage", "width", "max_tokens", "image_size", "cut")
 TOGETHER = 256  # captions that are tokenised at a time
 
 
@@ -135,7 +137,7 @@ def _stored(split: Split, name: str, source: str, found: dict[str, Any]) -> dict
         parts = sum(file.endswith(".json") and "/part." in file for file in found["files"])
         return {"name": name, "source": source, "whole": False, "parts": parts}
     buckets = {str(bucket): count for bucket, count in split.manifest.buckets.items()}
-    facts = {key: manifest.get(key) for key in ("kind", "encoder", "revision", "storage", "width", "max_tokens", "image_size")}
+    facts = {key: manifest.get(key) for key in _FACTS}
     stored = {"name": name, "source": source, "whole": True, **facts}
     stored |= {"samples": sum(manifest["buckets"].values()), "of_this_data": manifest["buckets"] == buckets}
     return stored | {"bytes": sum(split.stored_bytes(name, source, bucket) for bucket in manifest["buckets"])}
@@ -150,7 +152,8 @@ class _Columns:
         captions = split.manifest.captions
         self._characters = {name: Spread() for name in captions}
         self._tokens = {name: Spread() for name in captions}
-        self._empty, self._cut = dict.fromkeys(captions, 0), dict.fromkeys(captions, 0)
+        self._empty, self._cut, self._unknown = dict.fromkeys(captions, 0), dict.fromkeys(captions, 0), dict.fromkeys(captions, 0)
+        self._together = dict.fromkeys(captions, 0)  # tokens of all captions
         self._waiting: dict[str, list[str]] = {name: [] for name in captions}
         self._metadata: dict[str, Spread | Distinct] = {
             name: Distinct() if kind == "str" else Spread() for name, kind in split.manifest.metadata.items()
@@ -183,7 +186,9 @@ class _Columns:
         tokens: Any = self._tokenizer(cleaned(self._tokenizer, texts), verbose=False)
         for ids in tokens["input_ids"]:
             self._tokens[name].add(len(ids))
+            self._together[name] += len(ids)
             self._cut[name] += len(ids) > self._max_tokens
+            self._unknown[name] += ids.count(unknown_id(self._tokenizer))
 
     def finish(self) -> None:
         for name in self._waiting:
@@ -196,6 +201,7 @@ class _Columns:
         if self._tokenizer is not None:
             for name in captions:
                 captions[name] |= {"tokens": self._tokens[name].to_json(), "max_tokens": self._max_tokens, "cut": self._cut[name]}
+                captions[name] |= {"unknown": self._unknown[name], "tokens_together": self._together[name]}
         metadata = {name: summary.to_json() for name, summary in self._metadata.items()}
         images = {"bytes": self._image.to_json(), "smaller_than_bucket": self._smaller}
         return {"images": images, "captions": captions, "metadata": metadata}

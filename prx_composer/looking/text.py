@@ -70,6 +70,9 @@ def _captions(captions: dict[str, Any]) -> list[str]:
             cut, count = caption["cut"], caption["tokens"]["count"]
             lines.append(f"    tokens       {_spread(caption['tokens'])}")
             lines.append(f"    longer than {caption['max_tokens']} tokens, and cut: {cut:,} ({_share(cut, count)})")
+            if caption["unknown"]:
+                share = _share(caption["unknown"], caption["tokens_together"])
+                lines.append(f"    words that the tokenizer does not know: {caption['unknown']:,} ({share} of the tokens)")
         if caption["empty"]:
             lines.append(f"    empty: {caption['empty']:,} ({_share(caption['empty'], caption['characters']['count'])})")
     return [*lines, ""]
@@ -106,6 +109,7 @@ def _stored(stored: list[dict[str, Any]]) -> list[str]:
             lines.append(f"{name}only begun, {_count(column['parts'], 'part')} done; the same `prx encode` goes on")
             continue
         cut = f", up to {column['max_tokens']} tokens" if column["max_tokens"] else ""
+        cut += f" ({column['cut']:,} captions are cut)" if column["cut"] else ""
         cut += f", at {column['image_size']} px" if column["image_size"] else ""
         other = "" if column["of_this_data"] else "; ! made of other data than lies here: training refuses it"
         lines.append(

@@ -1,5 +1,6 @@
 """Between uint8 images and what the backbone denoises: pixels themselves, or the latents of a frozen autoencoder."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -34,6 +35,27 @@ def _to_uint8(image: Tensor) -> Tensor:
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def stored_config(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The configuration of a diffusers autoencoder by folder or hub id, if it is here: in the folder, or in the hub's cache.
+
+    Args:
+        arguments: of `DiffusersAutoencoder`.
+
+    Returns:
+        `_class_name` and settings, as its `config` takes them.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    if not arguments.get("pretrained"):
+        return None
+    options: dict[str, Any] = {key: arguments.get(key) for key in ("subfolder", "revision")}
+    try:
+        loaded: Any = AutoencoderKL.load_config(arguments["pretrained"], local_files_only=True, **options)
+    except (OSError, ValueError):
+        return None
+    return {key: value for key, value in loaded.items() if key == "_class_name" or not key.startswith("_")}
+
+
 class Pixels:
     """No autoencoder: RGB in [−1, 1]."""
 
@@ -45,6 +67,20 @@ class Pixels:
 
     def decode(self, latent: Tensor) -> Tensor:
         return _to_uint8(latent)
+
+
+def diffusers_module(config: Mapping[str, Any]) -> Any:
+    """An `AutoencoderKL` or `AutoencoderDC` with random weights; raises ValueError for another class, or arguments it hasn't."""
+    import diffusers
+
+    arguments = dict(config)
+    class_name = arguments.pop("_class_name", "AutoencoderKL")
+    if class_name not in ("AutoencoderKL", "AutoencoderDC"):
+        raise ValueError(f"_class_name must be AutoencoderKL or AutoencoderDC, not {class_name!r}.")
+    try:
+        return getattr(diffusers, class_name)(**arguments)
+    except TypeError as error:
+        raise ValueError(f"config: {error}") from error
 
 
 class DiffusersAutoencoder:
@@ -71,23 +107,15 @@ class DiffusersAutoencoder:
         revision: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ):
-        import diffusers
-
         if (pretrained is None) == (config is None):
             raise ValueError("autoencoder needs either `pretrained` (hub id or folder) or `config` (random weights).")
+        module: Any
         if config is not None:
-            arguments = dict(config)
-            class_name = arguments.pop("_class_name", "AutoencoderKL")
-            if class_name not in ("AutoencoderKL", "AutoencoderDC"):
-                raise ValueError(f"_class_name must be AutoencoderKL or AutoencoderDC, not {class_name!r}.")
-            try:
-                module = getattr(diffusers, class_name)(**arguments)
-            except TypeError as error:
-                raise ValueError(f"config: {error}") from error
+            module = diffusers_module(config)
         else:
             from diffusers.models.auto_model import AutoModel
 
-            module: Any = AutoModel.from_pretrained(pretrained, subfolder=subfolder, revision=revision)
+            module = AutoModel.from_pretrained(pretrained, subfolder=subfolder, revision=revision)
         self._frozen = Frozen(module, getattr(torch, dtype))
         self._dtype = getattr(torch, dtype)
         settings: Any = module.config

@@ -1,15 +1,21 @@
-"""How large a frozen encoder is, from its configuration alone: nothing is downloaded and no weight is allocated."""
+"""How large a frozen network is, from its configuration alone: nothing is downloaded and no weight is allocated."""
 
+import functools
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
 from prx_composer.models.huggingface import random_config
+from prx_composer.models.text_encoder import random_encoder
 
-__all__ = ["VisionSize", "known_config", "vision_size"]
+__all__ = ["VisionSize", "autoencoder_flops", "known_config", "text_flops", "vision_size"]
 
 
 def _vit(
@@ -51,10 +57,17 @@ _ENCODERS: dict[str, dict[str, Any]] = {
     "google/t5gemma-2b-2b-prefixlm": _t5gemma(2304, 9216, 26, 8, 4),
     "google/t5gemma-9b-9b-ul2": _t5gemma(3584, 14_336, 42, 16, 8),
     "google/t5gemma-9b-2b-ul2": _t5gemma(3584, 14_336, 42, 16, 8),
-    "google/flan-t5-xl": _t5(2048, 5120, 24, 32),
-    "google/flan-t5-xxl": _t5(4096, 10_240, 24, 64),
-    "google/t5-v1_1-xl": _t5(2048, 5120, 24, 32),
-    "google/t5-v1_1-xxl": _t5(4096, 10_240, 24, 64),
+    **{
+        f"google/{family}-{name}": _t5(*sizes)
+        for family in ("flan-t5", "t5-v1_1")
+        for name, sizes in (
+            ("small", (512, 1024, 8, 6)),
+            ("base", (768, 2048, 12, 12)),
+            ("large", (1024, 2816, 24, 16)),
+            ("xl", (2048, 5120, 24, 32)),
+            ("xxl", (4096, 10_240, 24, 64)),
+        )
+    },
     "Qwen/Qwen3-VL-2B-Instruct": _qwen3_vl_text(2048, 6144, 28, 16),
     "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl_text(2560, 9728, 36, 32),
     **{
@@ -81,18 +94,78 @@ _ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def known_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
+def known_config(name: str, revision: str | None = None, reads_text: bool = False) -> dict[str, Any] | None:
     """The configuration of an encoder by folder or hub id, if it is here: on disk, in the cache, or in the table above.
+
+    Args:
+        reads_text: what reads text is wanted, where the table knows the images' side of a network only.
 
     Returns:
         `model_type` and settings, as `random_config` takes them; None if nothing is known without asking the network.
     """
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=True)
+        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
-        return _ENCODERS.get(name)
+        known = _ENCODERS.get(name)
+        return None if reads_text and known is not None and "patch_size" in known else known
     defaults = type(config)().to_dict()
     return {"model_type": config.model_type} | {k: v for k, v in config.to_diff_dict().items() if k in defaults}
+
+
+def text_flops(config: dict[str, Any], max_tokens: int) -> int:
+    """Forward FLOPs of the part of a network that reads text, for one caption of `max_tokens` tokens, as torch counts them.
+
+    Args:
+        config: `model_type` and settings.
+
+    Raises:
+        ValueError: a configuration that transformers doesn't take, or a network that asks what its input holds, as those do that
+            choose among experts: then its work isn't known from its shape.
+    """
+    return _text_flops(json.dumps(config, sort_keys=True, default=str), max_tokens)
+
+
+@functools.lru_cache(maxsize=16)
+def _text_flops(config: str, max_tokens: int) -> int:
+    settings = random_config(json.loads(config))
+
+    def read() -> Any:
+        network = random_encoder(settings, attn_implementation="eager").eval()
+        one = torch.ones(1, max_tokens, dtype=torch.int64)
+        return network(input_ids=one, attention_mask=one)
+
+    return _counted(read, settings.model_type)
+
+
+def autoencoder_flops(config: dict[str, Any], image_size: int) -> int:
+    """Forward FLOPs of encoding one square image with diffusers' autoencoder of that configuration (with `_class_name`).
+
+    Raises:
+        ValueError: it cannot be built or counted.
+    """
+    return _autoencoder_flops(json.dumps(config, sort_keys=True, default=str), image_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _autoencoder_flops(config: str, image_size: int) -> int:
+    from prx_composer.models.autoencoder import diffusers_module
+
+    def encode() -> Any:
+        return diffusers_module(json.loads(config)).encode(torch.zeros(1, 3, image_size, image_size))
+
+    return _counted(encode, str(json.loads(config).get("_class_name", "AutoencoderKL")))
+
+
+def _counted(forward: Any, name: str) -> int:
+    """FLOPs of matrix products and convolutions; tensors have shapes and no content."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            with FlopCounterMode(display=False) as counter:
+                forward()
+    except Exception as error:  # whatever that network's code raises
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise ValueError(f"the FLOPs of {name} cannot be counted from its configuration ({reason}).") from error
+    return counter.get_total_flops()
 
 
 @dataclass(frozen=True)

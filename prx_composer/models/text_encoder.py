@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from prx_composer.models.cleaning import Cleaning, cleaned, with_cleaning
 from prx_composer.models.frozen import Frozen
 from prx_composer.models.huggingface import attend_without_reading, random_config, says_how_to_get
+from prx_composer.models.reading import CaptionCounts, Reading, readings
 
-__all__ = ["HuggingFaceTextEncoder", "load_tokenizer", "train_tokenizer"]
+__all__ = ["HuggingFaceTextEncoder", "load_tokenizer", "random_encoder", "train_tokenizer"]
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +43,10 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrain
     )
 
 
-def load_tokenizer(name_or_folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_folder: str, revision: str | None = None, local_files_only: bool = False) -> PreTrainedTokenizerBase:
     """A tokenizer by hub id or folder; one without a padding token pads with its end token."""
     with says_how_to_get(name_or_folder):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, revision=revision, local_files_only=local_files_only)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -69,12 +70,24 @@ def _build_encoder(pretrained: str | None, config: dict[str, Any] | None, revisi
             if hf_config.model_type == "t5gemma":  # diffusers' own PRX folders have the inner encoder's names
                 extra = {"is_encoder_decoder": False, "key_mapping": {r"^(embed_tokens|layers|norm)\.": r"encoder.\1."}}
             return _text_tower(cls.from_pretrained(pretrained, revision=revision, dtype=torch.float32, **extra))
-    hf_config = random_config(config or {}, vocab_size=vocab_size)
-    model_type = hf_config.model_type
-    cls = getattr(transformers, _ENCODER_CLASSES.get(model_type, ""), None)
-    if model_type == "t5gemma":
+    return random_encoder(random_config(config or {}, vocab_size=vocab_size))
+
+
+def random_encoder(hf_config: Any, **options: Any) -> nn.Module:
+    """The part of a transformers network that reads text, with random weights.
+
+    Args:
+        hf_config: transformers' configuration of the whole network.
+        options: of its construction, such as `attn_implementation`.
+    """
+    cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), None)
+    if hf_config.model_type == "t5gemma":
         hf_config.is_encoder_decoder = False
-    return _text_tower(cls(hf_config) if cls is not None else AutoModel.from_config(hf_config))
+    if cls is None:
+        return _text_tower(AutoModel.from_config(hf_config, **options))
+    if not isinstance(hf_config, cls.config_class):  # of a network that also sees
+        hf_config = hf_config.get_text_config()
+    return _text_tower(cls._from_config(hf_config, **options) if options else cls(hf_config))
 
 
 class HuggingFaceTextEncoder(nn.Module):
@@ -149,6 +162,10 @@ class HuggingFaceTextEncoder(nn.Module):
         """`input_ids` int64 and `attention_mask` bool, both (B, max_tokens)."""
         return tokenize(self.tokenizer, texts, self.max_tokens)
 
+    def readings(self, texts: list[str]) -> list[Reading]:
+        """What `tokenize` leaves of each text."""
+        return readings(self.tokenizer, texts, self.max_tokens)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T), (B, T) → embeddings (B, T, hidden_size), fp32 outside of autocast."""
         if self.trainable:
@@ -166,14 +183,23 @@ class HuggingFaceTextEncoder(nn.Module):
         self.tokenizer.save_pretrained(str(folder))
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> dict[str, Tensor]:
-    """Captions → `input_ids` int64 (B, max_tokens) and `attention_mask` bool (B, max_tokens); cleaned, if the tokenizer does."""
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int, counts: CaptionCounts | None = None
+) -> dict[str, Tensor]:
+    """Captions → `input_ids` int64 (B, max_tokens) and `attention_mask` bool (B, max_tokens); cleaned, if the tokenizer does.
+
+    Args:
+        counts: told how many were cut.
+    """
+    texts = cleaned(tokenizer, texts)
     tokens: Any = tokenizer(
-        cleaned(tokenizer, texts),
+        texts,
         padding="max_length",
         max_length=max_tokens,
         truncation=True,
         return_attention_mask=True,
         return_tensors="pt",
     )
+    if counts is not None:
+        counts.add(tokenizer, texts, tokens)
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"].bool()}

@@ -1,5 +1,6 @@
 """The ComposerModel: encode → noise → denoise → FlowOutput, and the losses, metrics and images that follow from it."""
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -7,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from composer.models import ComposerModel
+from composer.utils import dist
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -16,6 +18,7 @@ from prx_composer.models.flow import FlowMatching
 from prx_composer.models.frozen import returned_afterwards
 from prx_composer.models.losses import AuxiliaryLosses, FlowOutput
 from prx_composer.models.randomness import RandomStreams, seeded_generator
+from prx_composer.models.reading import what_is_lost
 from prx_composer.models.routing import Route, counted_pixels
 from prx_composer.models.sampling import (
     ClassifierFreeGuidance,
@@ -28,6 +31,8 @@ from prx_composer.models.sampling import (
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder
 
 __all__ = ["TextToImage", "TimestepMSE"]
+
+log = logging.getLogger(__name__)
 
 EVAL_TIMESTEP_BINS = 4
 
@@ -121,6 +126,7 @@ class TextToImage(ComposerModel):
         self.guidance: Guidance = ClassifierFreeGuidance()
         self.sampling_weights: Callable[[], AbstractContextManager[None]] = nullcontext
         self._null: Tensor | None = None
+        self._told: set[str] = set()
         edges = torch.linspace(0, 1, EVAL_TIMESTEP_BINS + 1).tolist()
         self._eval_metrics: dict[str, Metric] = {"mse": TimestepMSE(0.0, 1.01)}
         for low, high in pairwise(edges):
@@ -276,6 +282,7 @@ class TextToImage(ComposerModel):
         down = self.autoencoder.downsampling
         if height % (down * self.backbone.patch_size) or width % (down * self.backbone.patch_size):
             raise ValueError(f"height and width must be divisible by {down * self.backbone.patch_size}: {height}×{width}.")
+        self.say_what_is_lost(prompts)
         was_training = self.training
         self.eval()
         try:
@@ -294,6 +301,15 @@ class TextToImage(ComposerModel):
             return sample_flow(predict, self.flow, noise, num_inference_steps)
         finally:
             self.train(was_training)
+
+    def say_what_is_lost(self, prompts: list[str]) -> None:
+        """Warns, once of each prompt, of what the text encoder does not read of it: what is too long, and unknown words."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._told]
+        self._told.update(new)
+        encoder: Any = self.text_encoder
+        if dist.get_global_rank() == 0 and hasattr(encoder, "readings"):  # one's own encoder need not have it
+            for sentence in what_is_lost(encoder.readings(new), encoder.max_tokens):
+                log.warning("%s", sentence)
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> TextConditioning:
         tokens = self.text_encoder.tokenize(prompts)

@@ -34,11 +34,12 @@ class Conditions:
         utilisation: share of what a bf16 matrix product reaches on this GPU that training reaches on one of the GPUs if it sends
             nothing and waits for nothing; None with `throughput`.
         throughput: measured, by image size, instead.
-        samples: images in the data, where its manifest isn't here to tell.
+        samples: images in the data; None: as many as its manifest says, if that is here.
         disk: bytes per second at which a checkpoint is written, all ranks together.
         stored_text: text embeddings come with the data, though the recipe encodes captions during training.
         network: GB/s per GPU between nodes, in one direction; None: what is usual for the GPU.
         loader: images per second that the loaders of one node deliver; None: training never waits for them.
+        leave_out: what is not to be counted: text_encoder, autoencoder, or an algorithm with a teacher, by name.
     """
 
     gpu: GPU
@@ -52,6 +53,7 @@ class Conditions:
     stored_text: bool = False
     network: float | None = None
     loader: float | None = None
+    leave_out: tuple[str, ...] = ()
 
     @property
     def per_node(self) -> int:

@@ -9,6 +9,8 @@ from prx_composer.data.data_sets import data_sets
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.errors import UserError, at_path
 from prx_composer.planning.conditions import Measured
+from prx_composer.planning.hardware import GPU, GPUS, find_gpu
+from prx_composer.text_files import read_text
 
 __all__ = ["read_manifests", "read_throughput", "stored_bytes"]
 
@@ -48,30 +50,40 @@ def stored_bytes(manifests: dict[Path, Manifest] | None, largest: int) -> tuple[
     return size, f"read from disk: {size / 1e3:,.1f} kB per image, {JPEG_BYTES_PER_PIXEL} bytes a pixel (JPEG) at {largest} px"
 
 
-def read_throughput(path: str) -> tuple[str, dict[int, Measured]]:
-    """What `benchmarks/throughput.py` measured: the GPU's name, and the speed by image size.
+def read_throughput(path: str) -> tuple[GPU, dict[int, Measured]]:
+    """What `benchmarks/throughput.py` measured: the GPU, and the speed by image size.
 
     The file is JSON: `{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0, …}, …]}`; `gpus` and
     `batch_per_gpu` of a stage may be there. Of a sweep the point on most GPUs is taken, of several such the fastest.
 
     Raises:
-        UserError: no such file, or another content.
+        UserError: no such file, another content, or a device that no plan is made for.
     """
     try:
-        text = Path(path).read_text()
+        text = read_text(path)
     except OSError as error:
         raise UserError(f"--throughput: {path} cannot be read: {error.strerror}.") from error
     try:
         content = json.loads(text)
         found = [(int(stage["image_size"]), _measured(stage)) for stage in content["stages"] if "error" not in stage]
-        gpu = str(content["gpu"])
+        name = str(content["gpu"])
     except (ValueError, KeyError, TypeError) as error:
         form = '{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0}]}'
         raise UserError(f"--throughput: {path} is no file of the form {form} ({error!r}).") from error
     if not found or min(speed.images_per_second for _, speed in found) <= 0:
         raise UserError(f"--throughput: {path} has no stage with a positive images_per_second_per_gpu.")
     found.sort(key=lambda one: (one[1].gpus or 0, one[1].images_per_second))
-    return gpu, dict(found)  # the last of each size
+    return _gpu(path, name), dict(found)  # the last of each size
+
+
+def _gpu(path: str, name: str) -> GPU:
+    try:
+        return find_gpu(name)
+    except UserError as error:
+        raise UserError(
+            f"--throughput: {path} was measured on {name!r}, which is none of the GPUs that a plan is made for: "
+            f"{', '.join(sorted(GPUS))}. Measure on one of them; or leave --throughput out and give --mfu."
+        ) from error
 
 
 def _measured(stage: dict[str, Any]) -> Measured:

@@ -1,11 +1,13 @@
 """A recipe's model without storage: what is trained, by its real name, and what the parts beside the denoiser cost.
 
-Nothing is downloaded: encoders that are not on this machine are sized by the table in `models.encoder_sizes`.
+Nothing is downloaded: networks are counted from their configuration, which is in the recipe, in a folder, in the hub's cache, or
+in the table of `models.encoder_sizes`.
 """
 
 import dataclasses
 import inspect
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -31,13 +33,14 @@ from prx_composer.config import Recipe, build, entries, split
 from prx_composer.errors import UserError
 from prx_composer.models.activations import linear_activations
 from prx_composer.models.adapters import add_adapters
-from prx_composer.models.autoencoder import Pixels
+from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels, stored_config
 from prx_composer.models.backbone import PRXBackbone
-from prx_composer.models.encoder_sizes import known_config
+from prx_composer.models.encoder_sizes import autoencoder_flops, known_config, text_flops
 from prx_composer.models.routing import RandomRouter
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.planning.parts import BYTES, ImageShape, Part, loss_part
+from prx_composer.planning.uncounted import Uncounted, how_to_know
 from prx_composer.run_folder import TOKENIZER
 
 __all__ = ["PlannedModel", "plan_model"]
@@ -96,14 +99,15 @@ class PlannedModel:
         return flops
 
 
-def plan_model(recipe: Recipe, stored_text: bool = False) -> PlannedModel:
+def plan_model(recipe: Recipe, stored_text: bool = False, leave_out: Collection[str] | None = None) -> PlannedModel:
     """Builds the recipe's model on the meta device and attaches what its algorithms would.
 
     Args:
         stored_text: text embeddings come with the data, so that no text encoder runs.
+        leave_out: names of networks that are not to be counted; see `Uncounted`.
 
     Raises:
-        UserError: parts that don't fit together, or a model that isn't `text_to_image`.
+        UserError: parts that don't fit together, a model that isn't `text_to_image`, or a network that cannot be counted.
     """
     name, arguments = split(recipe.model, "model")
     if registry.models.get(name, "model") is not TextToImage or "backbone" not in arguments:
@@ -114,37 +118,55 @@ def plan_model(recipe: Recipe, stored_text: bool = False) -> PlannedModel:
     if not isinstance(backbone, PRXBackbone):
         raise UserError(f"model.backbone: prx plan counts PRX backbones, not {backbone_name!r}.")
 
-    unknown: list[str] = []
-    stored_latents = bool(recipe.train_loader.get("latent"))
-    autoencoder = _autoencoder(arguments.get("autoencoder"), backbone, stored_latents, unknown)
-    text_encoder, text, text_parts = _text_encoder(arguments.get("text_encoder"), backbone, recipe, stored_text, unknown)
+    uncounted = Uncounted(leave_out)
+    uncounted.check(["text_encoder", "autoencoder", *(name for name, _ in entries(recipe.algorithms, "algorithms"))])
+    autoencoder, image_parts = _autoencoder(arguments.get("autoencoder"), backbone, recipe, uncounted)
+    text_encoder, text, text_parts = _text_encoder(arguments.get("text_encoder"), backbone, recipe, stored_text, uncounted)
     try:
         model = TextToImage(backbone, text_encoder, autoencoder=autoencoder, seed=recipe.seed)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     amp = recipe.precision.startswith("amp")
-    planned = PlannedModel(model, autoencoder.downsampling, amp, text, text_parts, unknown=unknown)
+    planned = PlannedModel(model, autoencoder.downsampling, amp, text, text_parts + image_parts, unknown=uncounted.told)
     for name, arguments in entries(recipe.algorithms, "algorithms"):
-        _attach(planned, name, arguments)
+        if not uncounted.leaves(name, f"algorithms.{name}"):
+            _attach(planned, name, arguments, uncounted)
     return planned
 
 
 # ----------------------------------------------------------------------------------------------------- encoders
 
 
-def _autoencoder(spec: Any, backbone: PRXBackbone, stored: bool, unknown: list[str]) -> Any:
-    name, arguments = ("pixels", {}) if spec is None else split(spec, "model.autoencoder")
+def _autoencoder(spec: Any, backbone: PRXBackbone, recipe: Recipe, uncounted: Uncounted) -> tuple[Any, list[Part]]:
+    """It, and what encoding an image costs unless latents are stored."""
+    path, stored = "model.autoencoder", bool(recipe.train_loader.get("latent"))
+    name, arguments = ("pixels", {}) if spec is None else split(spec, path)
     if name == "pixels":
-        return Pixels()
-    if not stored:
-        unknown.append("model.autoencoder: FLOPs and memory of encoding images into latents are not counted")
-    if "config" in arguments:
-        with torch.device("meta"):
-            return build(registry.autoencoders, name, arguments, "model.autoencoder")
-    named = re.search(r"f(\d+)c\d+", str(arguments.get("pretrained")))  # as DC-AEs are called
-    downsampling = int(named[1]) if named else 8
-    unknown.append(f"model.autoencoder: taken to divide an image's sides by {downsampling}")
-    return SimpleNamespace(channels=backbone.in_channels, downsampling=downsampling)
+        return Pixels(), []
+    config = arguments.get("config") or (stored_config(arguments) if name == "diffusers" else None)
+    if config is None:
+        named = re.search(r"f(\d+)c\d+", str(arguments.get("pretrained")))  # as DC-AEs are called
+        downsampling = int(named[1]) if named else 8
+        if not stored and not uncounted.leaves("autoencoder", path):
+            uncounted.refuse("autoencoder", path, *how_to_know(str(arguments.get("pretrained") or name)))
+        uncounted.told.append(f"{path}: taken to divide an image's sides by {downsampling}")
+        return SimpleNamespace(channels=backbone.in_channels, downsampling=downsampling), []
+    given = {key: value for key, value in arguments.items() if key not in ("pretrained", "subfolder", "revision")}
+    with torch.device("meta"):
+        autoencoder: Any = build(registry.autoencoders, name, given | {"config": config}, path)
+    if stored or uncounted.leaves("autoencoder", path):
+        return autoencoder, []
+    if not isinstance(autoencoder, DiffusersAutoencoder):
+        uncounted.refuse("autoencoder", path, f"{name} is an autoencoder of one's own")
+        return autoencoder, []
+    frozen = sum(p.numel() for p in autoencoder.module.parameters()) * BYTES[arguments.get("dtype", "float32")]
+    try:
+        if uncounted.leave_out is not None:
+            autoencoder_flops(config, recipe.image_size)
+    except ValueError as error:
+        uncounted.refuse("autoencoder", path, str(error).removesuffix("."))
+        return autoencoder, []
+    return autoencoder, [Part("autoencoder", lambda shape: autoencoder_flops(config, shape.image_size), frozen=frozen)]
 
 
 class _Vocabulary:
@@ -169,7 +191,7 @@ class _UnknownTextEncoder(nn.Module):
 
 
 def _text_encoder(
-    spec: Any, backbone: PRXBackbone, recipe: Recipe, stored: bool, unknown: list[str]
+    spec: Any, backbone: PRXBackbone, recipe: Recipe, stored: bool, uncounted: Uncounted
 ) -> tuple[Any, str, list[Part]]:
     path = "model.text_encoder"
     name, arguments = split(spec, path)
@@ -178,17 +200,25 @@ def _text_encoder(
     max_tokens = int(arguments.get("max_tokens", default.default if default else 256))
     title, config = arguments.get("pretrained") or name, arguments.get("config")
     if cls is HuggingFaceTextEncoder and arguments.get("pretrained"):
-        config = known_config(arguments["pretrained"], arguments.get("revision"))
+        config = known_config(arguments["pretrained"], arguments.get("revision"), reads_text=True)
+    not_counted = _UnknownTextEncoder(backbone.context_in_dim, max_tokens), f"{title}, not counted", []
+    if not stored and uncounted.leaves("text_encoder", path):
+        return not_counted
     if cls is not HuggingFaceTextEncoder or config is None:
+        if not stored and cls is HuggingFaceTextEncoder:
+            uncounted.refuse("text_encoder", path, *how_to_know(title, " and not in the table of known encoders"))
+        elif not stored:
+            uncounted.refuse("text_encoder", path, f"{title} is a text encoder of one's own")
+        return not_counted
+    vocabulary = config.get("vocab_size") or _vocabulary_size(arguments.get("tokenizer"), recipe, uncounted.told)
+    try:
+        encoder = _stored_nowhere(config, max_tokens, vocabulary)
+        if uncounted.leave_out is not None:
+            text_flops(config, max_tokens)
+    except ValueError as error:
         if not stored:
-            unknown.append(f"{path}: {title} is not on this machine and not in the table of known encoders; it is not counted")
-        return _UnknownTextEncoder(backbone.context_in_dim, max_tokens), f"{title}, not counted", []
-
-    vocabulary = config.get("vocab_size") or _vocabulary_size(arguments.get("tokenizer"), recipe, unknown)
-    # Built as if trained, which registers its parameters; frozen ones then don't require gradients.
-    given = dict(config=config, max_tokens=max_tokens, trainable=True)
-    with torch.device("meta"):
-        encoder = build(registry.text_encoders, name, given, path, tokenizer=_Vocabulary(vocabulary))
+            uncounted.refuse("text_encoder", path, f"{title}: {str(error).removesuffix('.')}")
+        return not_counted
     encoder.trainable = bool(arguments.get("trainable", False))
     encoder.requires_grad_(encoder.trainable)
     if stored and encoder.trainable:
@@ -199,11 +229,23 @@ def _text_encoder(
     frozen = 0
     if not encoder.trainable:
         frozen = sum(p.numel() for p in encoder.parameters()) * BYTES[arguments.get("dtype", "float32")]
-    flops = encoder.flops(1, training=True)
     amp = recipe.precision.startswith("amp")
     kept = linear_activations(encoder, max_tokens, amp=amp) if encoder.trainable else 0
-    part = Part("text encoder", lambda shape: flops, lambda shape: kept, frozen)
+    times = 3 if encoder.trainable else 1
+    part = Part("text encoder", lambda shape: times * text_flops(config, max_tokens), lambda shape: kept, frozen)
     return encoder, f"{title}, {'trained along' if encoder.trainable else 'run online'}", [part]
+
+
+def _stored_nowhere(config: dict[str, Any], max_tokens: int, vocabulary: int) -> Any:
+    """A text encoder without storage, built as if trained, which registers its parameters; raises ValueError if it can't be."""
+    given = dict(config=config, max_tokens=max_tokens, trainable=True)
+    try:
+        with torch.device("meta"):
+            return HuggingFaceTextEncoder(_Vocabulary(vocabulary), **given)  # pyright: ignore[reportArgumentType]
+    except ValueError:
+        raise
+    except Exception as error:  # whatever that network's code raises, such as for a configuration of images
+        raise ValueError(f"{config['model_type']} cannot be built as a text encoder ({type(error).__name__}: {error})") from error
 
 
 def _vocabulary_size(spec: Any, recipe: Recipe, unknown: list[str]) -> int:
@@ -220,7 +262,7 @@ def _vocabulary_size(spec: Any, recipe: Recipe, unknown: list[str]) -> int:
 # --------------------------------------------------------------------------------------------------- algorithms
 
 
-def _attach(planned: PlannedModel, name: str, arguments: dict[str, Any]) -> None:
+def _attach(planned: PlannedModel, name: str, arguments: dict[str, Any], uncounted: Uncounted) -> None:
     path = f"algorithms.{name}"
     cls = registry.algorithms.get(name, path)
     if not inspect.isclass(cls) or not issubclass(
@@ -251,6 +293,6 @@ def _attach(planned: PlannedModel, name: str, arguments: dict[str, Any]) -> None
             algorithm.attach(state)
         planned.routing = (path, start, end)
     else:
-        part = loss_part(algorithm, path, model, planned.amp, planned.unknown)
+        part = loss_part(algorithm, path, model, planned.amp, uncounted)
         if part is not None:
             planned.parts.append(dataclasses.replace(part, path=path, start=start, end=end))

@@ -19,6 +19,7 @@ from prx_composer.models.flops import adapter_head_flops, lpips_flops, vision_fl
 from prx_composer.models.perceptual_nets import feature_maps
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.models.vision_encoder import TeacherSpec
+from prx_composer.planning.uncounted import Uncounted, how_to_know
 
 __all__ = ["BYTES", "ImageShape", "Part", "loss_part"]
 
@@ -65,7 +66,7 @@ class Part:
     end: str | None = None
 
 
-def loss_part(algorithm: Any, path: str, model: TextToImage, amp: bool, unknown: list[str]) -> Part | None:
+def loss_part(algorithm: Any, path: str, model: TextToImage, amp: bool, uncounted: Uncounted) -> Part | None:
     """Of an alignment (whose head joins the model), LPIPS or perceptual DINO; None if its teacher's size cannot be known.
 
     Args:
@@ -73,17 +74,17 @@ def loss_part(algorithm: Any, path: str, model: TextToImage, amp: bool, unknown:
         path: of it in the recipe.
         model: on the meta device.
         amp: autocast to 16 bits.
-        unknown: told, in words, what cannot be counted.
+        uncounted: told what cannot be counted.
 
     Raises:
         UserError: an algorithm that doesn't fit the model.
     """
     if isinstance(algorithm, AlignmentAlgorithm):
-        return _alignment(algorithm, path, model, amp, unknown)
+        return _alignment(algorithm, path, model, amp, uncounted)
     refuse_latents(model, algorithm.name)
     if isinstance(algorithm, LPIPS):
         return _lpips(algorithm, amp)
-    return _perceptual_dino(algorithm, path, unknown)
+    return _perceptual_dino(algorithm, path, uncounted)
 
 
 def _lpips(algorithm: LPIPS, amp: bool) -> Part:
@@ -100,8 +101,8 @@ def _lpips(algorithm: LPIPS, amp: bool) -> Part:
     )
 
 
-def _perceptual_dino(algorithm: PerceptualDINO, path: str, unknown: list[str]) -> Part | None:
-    known = _teacher(algorithm.teacher, f"{path}.teacher", unknown)
+def _perceptual_dino(algorithm: PerceptualDINO, path: str, uncounted: Uncounted) -> Part | None:
+    known = _teacher(algorithm.teacher, f"{path}.teacher", uncounted)
     if known is None:
         return None
     size, bytes_per_value = known
@@ -118,7 +119,7 @@ def _perceptual_dino(algorithm: PerceptualDINO, path: str, unknown: list[str]) -
     )
 
 
-def _alignment(algorithm: AlignmentAlgorithm, path: str, model: TextToImage, amp: bool, unknown: list[str]) -> Part | None:
+def _alignment(algorithm: AlignmentAlgorithm, path: str, model: TextToImage, amp: bool, uncounted: Uncounted) -> Part | None:
     config, depth, block = model.backbone.config, model.backbone.depth, algorithm.block
     if block >= depth:
         raise UserError(f"{path}.block: {block} is no block of model.backbone, which has {depth}, counted from 0 to {depth - 1}.")
@@ -127,7 +128,7 @@ def _alignment(algorithm: AlignmentAlgorithm, path: str, model: TextToImage, amp
         width = algorithm.features.width
     else:
         assert algorithm.teacher is not None
-        known = _teacher(algorithm.teacher, f"{path}.teacher", unknown)
+        known = _teacher(algorithm.teacher, f"{path}.teacher", uncounted)
         if known is None:
             return None
         size, bytes_per_value = known
@@ -157,12 +158,13 @@ def _alignment(algorithm: AlignmentAlgorithm, path: str, model: TextToImage, amp
     return Part(algorithm.name, flops, activations, frozen)
 
 
-def _teacher(teacher: str | TeacherSpec, path: str, unknown: list[str]) -> tuple[VisionSize, int] | None:
+def _teacher(teacher: str | TeacherSpec, path: str, uncounted: Uncounted) -> tuple[VisionSize, int] | None:
     """Its numbers and the bytes of one of its weights, or None if they cannot be known."""
     spec = TeacherSpec(pretrained=teacher) if isinstance(teacher, str) else teacher
     config = spec.config if spec.pretrained is None else known_config(spec.pretrained, spec.revision)
     if config is None:
-        unknown.append(f"{path}: {spec.pretrained} is not on this machine and not in the table of known encoders; not counted")
+        name = path.removeprefix("algorithms.").removesuffix(".teacher")
+        uncounted.refuse(name, path, *how_to_know(str(spec.pretrained), " and not in the table of known encoders"))
         return None
     try:
         return vision_size(config), BYTES[spec.dtype]

@@ -142,12 +142,15 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         UserError: a recipe that cannot be planned, at its YAML path, or a throughput that lacks one of its image sizes.
     """
     parallelism(recipe.parallelism_config, conditions.num_gpus)  # refuses what is not right
-    planned = plan_model(recipe, conditions.stored_text)
+    planned = plan_model(recipe, conditions.stored_text, conditions.leave_out)
     manifests = read_manifests(recipe)
     samples, source = conditions.samples, "--samples"
     if manifests is not None:
-        samples = sum(count for manifest in manifests.values() for count in manifest.buckets.values())
-        source = "train_loader.path"
+        there = sum(count for manifest in manifests.values() for count in manifest.buckets.values())
+        if samples is None:
+            samples, source = there, "train_loader.path"
+        elif samples != there:
+            source = f"--samples; train_loader.path has {there:,}"
     line = timeline(recipe, conditions.num_gpus, samples)
     largest = max(span.image_size for span in line.spans)
     read_bytes, read_from = stored_bytes(manifests, largest)

@@ -3,6 +3,7 @@
 config.py   names, arguments, types; what must divide
 weights.py  hub ids: a folder, in the cache, or answered for by the hub
 data.py     splits, columns, shards, buckets
+captions.py whether captions are read whole; a run says that itself, of all that it has seen
 storage.py  run folder and disk      loggers.py, gpus.py
 step.py     one forward and backward pass of every stage (probe.py: without a trace)
 """
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from prx_composer import config
 from prx_composer.config import Recipe
 from prx_composer.errors import UserError
+from prx_composer.preflight.captions import check_captions
 from prx_composer.preflight.data import check_data
 from prx_composer.preflight.gpus import check_gpus
 from prx_composer.preflight.loggers import check_loggers
@@ -60,7 +62,8 @@ def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Itera
     if parts is None:
         return
     right = all(result.mark != "✗" for result in results)
-    for result in [*check_surroundings(recipe, parts), *guarded(check_gpus(recipe, 0, num_ranks))]:
+    others = [*guarded(check_captions(recipe, parts)), *guarded(check_gpus(recipe, 0, num_ranks))]
+    for result in [*check_surroundings(recipe, parts), *others]:
         right = right and result.mark != "✗"
         yield result
     if step and right:

@@ -106,6 +106,8 @@ def _check_unmade(making: Making, spec: dict[str, Any], stages: list[PlannedStag
                 f"{making.key}.{stored}: nothing is stored beside data that {making.key}.source still has to make; leave it out."
             )
     yield skipped(making.key, f"the source {making.spec['name']!r} makes the data on first use, in {making.path}")
+    for note in getattr(making.source, "notes", ()):
+        yield warned(f"{making.key}.source", note)
     yield from _check_sizes(making.key, making.source.buckets, making.source.image_size, stages, multiple)
 
 

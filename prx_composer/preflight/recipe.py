@@ -246,20 +246,11 @@ def _downsampling(recipe: Recipe) -> int | None:
         return 1
     if name != "diffusers":
         return None
+    from prx_composer.models.autoencoder import stored_config
+
     settings = arguments.get("config")
     if settings is None and arguments.get("pretrained"):
-        settings = _stored_autoencoder_config(arguments)
+        settings = stored_config(arguments)
     if settings is None:
         return None
     return downsampling_of(settings)
-
-
-def _stored_autoencoder_config(arguments: dict[str, Any]) -> dict[str, Any] | None:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    options: dict[str, Any] = {key: arguments.get(key) for key in ("subfolder", "revision")}
-    try:
-        loaded: Any = AutoencoderKL.load_config(arguments["pretrained"], local_files_only=True, **options)
-    except (OSError, ValueError):
-        return None
-    return loaded

@@ -73,7 +73,8 @@ def generate(
     from prx_composer.trained.loading import choose_guidance, load_trained
 
     _quiet()
-    asked = [*(prompt or []), *(drawing.read_prompts(prompts) if prompts is not None else [])]
+    asked = [drawing.check_prompt(text, "--prompt") for text in prompt or []]
+    asked += drawing.read_prompts(prompts) if prompts is not None else []
     if not asked:
         raise UserError(
             'What is to be drawn? Give --prompt "…" (several times if you like), or --prompts FILE with one per line.'
@@ -94,6 +95,7 @@ def generate(
     texts = [text for text in asked for _ in range(images_per_prompt)]
     seeds = [seed + index for index in range(len(texts))]
     folder = made_folder(output)
+    trained.model.say_what_is_lost(asked)
     common = drawing.metadata(trained, settings, drawing.weights_hash(trained.model), place)
     trained.model.to(place)
     drawn, names = [], []

@@ -21,6 +21,7 @@ from prx_composer.contact_sheet import image_grid
 from prx_composer.errors import UserError
 from prx_composer.files import write_whole
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.text_files import read_lines
 from prx_composer.trained.loading import Trained
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "weights_hash",
 ]
 
+PROMPT_NAMES = ("prompt", "caption", "text")
 VERSIONS = ("torch", "diffusers", "transformers")
 
 
@@ -156,14 +158,15 @@ def file_name(index: int, seed: int, prompt: str) -> str:
 
 
 def read_prompts(path: str) -> list[str]:
-    """One prompt per line; a line of JSON may be a string, or a mapping with `prompt` or `caption`. Empty lines don't count.
+    """One prompt per line; a line of JSON may be a string, or a mapping with `prompt`, `caption` or `text`. Empty lines don't
+    count, nor do blanks around a line that is no JSON.
 
     Raises:
         UserError: no such file, or a line that cannot be read, by number.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
+        lines = read_lines(path)
+    except OSError as error:
         raise UserError(f"--prompts: {path} cannot be read: {error}") from error
     prompts = [
         _prompt_of(line.strip(), f"--prompts: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
@@ -181,8 +184,23 @@ def _prompt_of(line: str, where: str) -> str:
     except ValueError as error:
         if line.startswith('"'):
             return line
-        raise UserError(f"{where} is no JSON: {error}") from error
-    prompt = content.get("prompt", content.get("caption")) if isinstance(content, dict) else content
+        raise UserError(
+            f"{where} begins as JSON and is none: {error}. A prompt that is to begin with a brace: {json.dumps(line)}"
+        ) from error
+    if isinstance(content, dict):
+        content = next((content[name] for name in PROMPT_NAMES if name in content), None)
+    prompt = content
     if not isinstance(prompt, str):
-        raise UserError(f'{where} must have a "prompt", a string.')
+        raise UserError(f'{where} must have a "prompt", "caption" or "text", a string.')
+    return check_prompt(prompt, where)
+
+
+def check_prompt(prompt: str, where: str) -> str:
+    """The prompt; raises UserError if it cannot be written as UTF-8: half of a pair of surrogates, or bytes that were no text."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} is no Unicode text: {prompt!r} has {error.object[error.start]!r} at place {error.start}."
+        ) from error
     return prompt

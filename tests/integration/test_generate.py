@@ -79,7 +79,8 @@ def test_an_image_depends_on_its_prompt_and_seed_and_not_on_its_batch(trained: P
     assert not (tmp_path / "all" / "grid.png").exists()
 
 
-def test_a_png_says_how_to_draw_it_again(trained: Path, tmp_path: Path) -> None:
+def test_a_png_says_how_to_draw_it_again(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.clear()
     prx(
         "generate",
         trained,
@@ -94,6 +95,7 @@ def test_a_png_says_how_to_draw_it_again(trained: Path, tmp_path: Path) -> None:
         "--output",
         tmp_path / "a",
     )
+    assert caplog.text.count("is not read whole") == 1 and "does not know 'ein', 'grüner', 'Kreis'" in caplog.text
     path = images_in(tmp_path / "a")[1]
     text: dict[str, str] = Image.open(path).text  # pyright: ignore[reportAttributeAccessIssue]
     facts = json.loads(text["prx"])
@@ -193,7 +195,7 @@ def test_what_is_wrong_is_one_clear_message(trained: Path, tmp_path: Path) -> No
     assert "trained with `tread`" in wrong(trained, "-p", "x", "--guidance", "self")
     assert "at least 1" in wrong(trained, "-p", "x", "--guidance-scale", "0.5")
     assert "cannot be read" in wrong(trained, "--prompts", tmp_path / "none.txt")
-    (tmp_path / "bad.jsonl").write_text(f"{json.dumps({'prompt': 'x'})}\n{json.dumps({'text': 'x'})}\n")
+    (tmp_path / "bad.jsonl").write_text(f"{json.dumps({'prompt': 'x'})}\n{json.dumps({'words': 'x'})}\n")
     assert 'line 2 must have a "prompt"' in wrong(trained, "--prompts", tmp_path / "bad.jsonl")
     if not torch.cuda.is_available():
         assert "use --device cpu" in wrong(trained, "-p", "x", "--device", "cuda")

@@ -150,7 +150,9 @@ def trained(tiny_recipe: Recipe, write_recipe: Write) -> Path:
     return folder_of(tiny_recipe)
 
 
-def test_geneval_finds_its_metadata_and_four_samples_of_every_prompt(trained: Path, tmp_path: Path) -> None:
+def test_geneval_finds_its_metadata_and_four_samples_of_every_prompt(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As its evaluate_images.py looks for them."""
     entries = [
         {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -174,6 +176,7 @@ def test_geneval_finds_its_metadata_and_four_samples_of_every_prompt(trained: Pa
         "cpu",
     )
     prx(*arguments, "--output", tmp_path / "geneval")
+    assert caplog.text.count("is not read whole") == 3 and "does not know 'photo', 'bench'" in caplog.text
     assert sorted(path.name for path in (tmp_path / "geneval").iterdir()) == ["00000", "00001", "00002"]
     for number, entry in enumerate(entries):
         folder = tmp_path / "geneval" / f"{number:05d}"

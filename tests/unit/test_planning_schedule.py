@@ -19,7 +19,7 @@ from prx_composer.models.encoder_sizes import known_config, vision_size
 from prx_composer.planning.conditions import Measured
 from prx_composer.planning.fit import fit
 from prx_composer.planning.hardware import GPUS, find_gpu
-from prx_composer.planning.plan import Conditions, make_plan
+from prx_composer.planning.plan import Conditions, estimate_checkpoint_bytes, make_plan
 from prx_composer.planning.quantities import parse_count, parse_rate
 from prx_composer.planning.text import as_text
 from prx_composer.planning.timeline import timeline
@@ -74,7 +74,7 @@ def test_an_alternative_in_time_is_named_as_left_out() -> None:
 def test_the_data_on_disk_says_how_many_epochs_and_bytes(
     tiny_recipe: dict[str, Any], shapes_data: Path, write_recipe: Write
 ) -> None:
-    plan = make_plan(config.load([write_recipe(tiny_recipe)]), Conditions(H200, utilisation=1.0, samples=5))
+    plan = make_plan(config.load([write_recipe(tiny_recipe)]), Conditions(H200, utilisation=1.0))
     assert plan.samples == 240 and plan.samples_from == "train_loader.path"
     assert [stage.epochs for stage in plan.stages] == [4 * 48 / 240, 4 * 24 / 240]
     shards = sum(file.stat().st_size for file in (shapes_data / "train").rglob("*.mds"))
@@ -89,6 +89,20 @@ def test_the_data_on_disk_says_how_many_epochs_and_bytes(
     with pytest.raises(UserError, match=r"max_duration: 3ep .* --samples"):
         make_plan(epochs, Conditions(H200, utilisation=1.0))
     assert spans(epochs, samples=240) == [(0, 15)]
+
+
+def test_the_number_of_images_that_is_given_counts_and_the_other_is_said(
+    tiny_recipe: dict[str, Any], write_recipe: Write
+) -> None:
+    path = write_recipe(tiny_recipe)
+    found = prx(path, "--samples", "200k")
+    assert "200.0k images (--samples; train_loader.path has 240)" in found.output
+    written = json.loads(prx(path, "--samples", "96", "--json").output)
+    assert [stage["epochs"] for stage in written["stages"]] == [4 * 48 / 96, 4 * 24 / 96]
+    assert "(--samples)" in prx(path, "--samples", "240").output
+    tiny_recipe["algorithms"] = {}
+    epochs = config.load([write_recipe(tiny_recipe | {"max_duration": "3ep"})])
+    assert make_plan(epochs, Conditions(H200, utilisation=1.0, samples=96)).images == 3 * 96
 
 
 def test_batches_that_do_not_divide_over_the_gpus_are_refused_at_their_path() -> None:
@@ -198,6 +212,10 @@ def test_measured_speeds_must_cover_every_stage_and_be_of_the_same_gpu(tmp_path:
     file.write_text(json.dumps({"gpu": "h200", "stages": [{**stages[0], "gpus": 0}]}))
     none = prx(FULL, "--gpus", "32", "--throughput", str(file)).exception
     assert isinstance(none, UserError) and "gpus and batch_per_gpu must be at least 1" in str(none)
+    for options in ([], ["--gpu", "h200"]):
+        file.write_text(json.dumps({"gpu": "cpu", "stages": stages}))
+        cpu = prx(FULL, "--gpus", "32", "--throughput", str(file), *options).exception
+        assert isinstance(cpu, UserError) and str(cpu).startswith(f"--throughput: {file} was measured on 'cpu', which is none")
     file.write_text("[]")
     broken = prx(FULL, "--gpus", "32", "--throughput", str(file)).exception
     assert isinstance(broken, UserError) and "no file of the form" in str(broken)
@@ -234,12 +252,23 @@ def test_known_text_encoders_are_counted_as_wide_as_the_backbone_takes_them(name
     assert not plan.unknown and plan.stages[0].flops["text encoder"] > 5e11
 
 
-def test_an_encoder_that_nothing_is_known_of_is_named_and_not_counted() -> None:
-    recipe = full("algorithms.repa.teacher.pretrained=somebody/vit", "model.text_encoder.pretrained=somebody/llm")
-    plan = make_plan(recipe, dataclasses.replace(LIMIT, stored_text=False))
-    assert plan.stages[0].flops.keys() == {"denoiser", "lpips", "perceptual_dino"}
-    assert any(line.startswith("algorithms.repa.teacher: somebody/vit") for line in plan.unknown)
-    assert any(line.startswith("model.text_encoder: somebody/llm") for line in plan.unknown)
+def test_an_encoder_that_nothing_is_known_of_stops_the_plan_until_it_is_left_out() -> None:
+    llm, vit = "model.text_encoder.pretrained=somebody/llm", "algorithms.repa.teacher.pretrained=somebody/vit"
+    ways = r"Give its folder .* `hf download somebody/\w+ config.json` .* `config:`"
+    with pytest.raises(
+        UserError, match=rf"^model.text_encoder cannot be counted: somebody/llm .*{ways}.*--leave-out text_encoder"
+    ):
+        make_plan(full(llm), dataclasses.replace(LIMIT, stored_text=False))
+    with pytest.raises(UserError, match=rf"^algorithms.repa.teacher cannot be counted: somebody/vit .*{ways}.*--leave-out repa"):
+        make_plan(full(vit), LIMIT)
+    assert make_plan(full(llm), LIMIT).unknown == []  # nobody runs it
+    assert estimate_checkpoint_bytes(full(llm, vit)) > 1e10  # nobody asks for it
+    found = prx(FULL, llm, vit, "--gpus", "32", "--leave-out", "text_encoder", "--leave-out", "repa")
+    assert found.exit_code == 0 and "REPA" not in found.output
+    for line in ("model.text_encoder: left out, as --leave-out text_encoder says", "algorithms.repa: left out"):
+        assert line in found.output
+    with pytest.raises(UserError, match="--leave-out: the recipe has no 'repo' to leave out. Did you mean 'repa'?"):
+        make_plan(full(), dataclasses.replace(LIMIT, leave_out=("repo",)))
 
 
 def test_an_algorithm_of_ones_own_is_named_and_not_counted(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:

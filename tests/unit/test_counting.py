@@ -1,0 +1,194 @@
+"""What is counted of networks from their configuration, held against the real classes at work; and of images that are cropped."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from prx_composer import config
+from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
+from prx_composer.data.cropping import NOTICED, share_cropped
+from prx_composer.data.sources import FolderSource, prepare
+from prx_composer.errors import UserError
+from prx_composer.models import HuggingFaceTextEncoder
+from prx_composer.models.autoencoder import DiffusersAutoencoder
+from prx_composer.models.encoder_sizes import known_config, text_flops
+from prx_composer.models.huggingface import random_config
+from prx_composer.models.text_encoder import random_encoder
+from prx_composer.planning.hardware import find_gpu
+from prx_composer.planning.plan import Conditions, make_plan
+from prx_composer.preflight.data import check_data
+from prx_composer.preflight.recipe import Parts
+
+Write = Callable[..., str]
+CONDITIONS = Conditions(find_gpu("h200"), utilisation=1.0)
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+HALF = dict(SMALL, num_key_value_heads=1, head_dim=8, vocab_size=64)
+ARCHITECTURES: list[dict[str, Any]] = [
+    dict(model_type="t5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"),
+    dict(model_type="umt5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2),
+    dict(model_type="mt5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2),
+    dict(model_type="t5gemma", encoder=HALF, decoder=HALF, vocab_size=64),
+    dict(model_type="clip", text_config=dict(SMALL), vision_config=dict(SMALL)),
+    dict(model_type="clip_text_model", **SMALL),
+    dict(model_type="bert", **SMALL),
+    dict(model_type="xlm-roberta", **SMALL),
+    dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=2),  # its matrices are no Linear
+    dict(model_type="qwen2", num_key_value_heads=1, **SMALL),
+    dict(model_type="gemma3_text", **HALF),
+    dict(model_type="bart", d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=48),
+]
+
+
+@pytest.mark.parametrize("settings", ARCHITECTURES, ids=lambda settings: settings["model_type"])
+def test_flops_of_text_encoders_are_those_of_the_real_class_at_work(settings: dict[str, Any]) -> None:
+    network = random_encoder(random_config(settings)).eval()
+    ids = torch.ones(3, 20, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(input_ids=ids, attention_mask=ids)
+    # The angles of rotary embeddings are computed once for the batch.
+    assert 3 * text_flops(settings, 20) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["google/t5-v1_1-large", "google/flan-t5-large", "google/t5-v1_1-small"])
+def test_a_t5_encoder_is_counted_as_its_closed_form(
+    name: str, tiny_recipe: dict[str, Any], write_recipe: Write, tokenizer: Any, tmp_path: Path
+) -> None:
+    settings = known_config(name)
+    assert settings is not None
+    d, inner, ff, layers, heads, t = *(settings[k] for k in ("d_model",)), 64 * settings["num_heads"], *(
+        settings[k] for k in ("d_ff", "num_layers", "num_heads")
+    ), 100  # fmt: skip
+    flops = layers * (2 * t * 4 * d * inner + 2 * 2 * t * t * inner + 2 * t * 3 * d * ff)
+    parameters = settings["vocab_size"] * d + layers * (4 * d * inner + 3 * d * ff + 2 * d) + d + 32 * heads
+    assert text_flops(settings, t) == flops
+    tiny_recipe["model"]["backbone"]["context_in_dim"] = d
+    for number, given in enumerate(({"pretrained": name}, {"config": settings}, {"pretrained": str(tmp_path / "folder")})):
+        if number == 2:  # a folder with a configuration and nothing else
+            random_config(settings).save_pretrained(tmp_path / "folder")
+        tiny_recipe["model"]["text_encoder"] = {"name": "huggingface", "tokenizer": "some/words", "max_tokens": t, **given}
+        stage = make_plan(config.load([write_recipe(tiny_recipe)]), CONDITIONS).stages[0]
+        assert (stage.flops["text encoder"], stage.memory.frozen) == (flops, 4 * parameters)
+
+
+def test_a_step_counts_the_encoder_of_training_as_the_plan_does(tokenizer: Any) -> None:
+    settings = ARCHITECTURES[0] | {"vocab_size": 200}
+    encoder = HuggingFaceTextEncoder(tokenizer, config=settings, max_tokens=20)
+    assert encoder.flops(1, training=True) == text_flops(settings, 20)
+
+
+def test_what_chooses_its_work_by_what_it_reads_is_refused(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
+    experts = dict(model_type="mixtral", num_key_value_heads=1, num_local_experts=2, vocab_size=500, **SMALL)
+    tiny_recipe["model"]["text_encoder"] |= {"config": experts, "trainable": False}
+    tiny_recipe["model"]["backbone"]["context_in_dim"] = 32
+    recipe = config.load([write_recipe(tiny_recipe)])
+    with pytest.raises(UserError, match=r"model.text_encoder cannot be counted: .*FLOPs of mixtral .* --leave-out text_encoder"):
+        make_plan(recipe, CONDITIONS)
+
+
+def test_an_autoencoder_at_work_in_training_is_counted_as_the_real_one(
+    tiny_recipe: dict[str, Any], write_recipe: Write, tmp_path: Path
+) -> None:
+    settings = dict(
+        _class_name="AutoencoderKL", block_out_channels=[8, 16], latent_channels=4, norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    )  # fmt: skip
+    real = DiffusersAutoencoder(config=settings)
+    tiny_recipe["model"]["backbone"] |= {"in_channels": 4, "patch_size": 2}
+    real.module.save_config(tmp_path / "vae")
+    for given in ({"config": settings}, {"pretrained": str(tmp_path / "vae")}):
+        tiny_recipe["model"]["autoencoder"] = {"name": "diffusers", **given}
+        stages = make_plan(config.load([write_recipe(tiny_recipe)]), CONDITIONS).stages
+        for stage in stages:
+            image = torch.zeros(1, 3, stage.image_size, stage.image_size, dtype=torch.uint8)
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                real.encode(image)
+            assert stage.flops["autoencoder"] == counter.get_total_flops() > 0
+            assert stage.memory.frozen == 4 * sum(p.numel() for p in real.module.parameters())
+    tiny_recipe["model"]["autoencoder"] = {"name": "diffusers", "pretrained": "some/dc-ae-f2c4"}
+    recipe = config.load([write_recipe(tiny_recipe)])
+    with pytest.raises(UserError, match=r"model.autoencoder cannot be counted: some/dc-ae-f2c4 .* --leave-out autoencoder"):
+        make_plan(recipe, CONDITIONS)
+    tiny_recipe["train_loader"]["latent"] = "latent"  # it doesn't run then
+    plan = make_plan(config.load([write_recipe(tiny_recipe)]), CONDITIONS)
+    assert "autoencoder" not in plan.stages[0].flops and "taken to divide an image's sides by 2" in "".join(plan.unknown)
+
+
+# ------------------------------------------------------------------------------------------------------- cropping
+
+
+def test_the_share_cropped_is_what_a_scaled_image_has_outside_of_its_bucket() -> None:
+    rng = random.Random(0)
+    buckets = make_buckets(256, 32)
+    for _ in range(300):
+        height, width = rng.randint(20, 3000), rng.randint(20, 3000)
+        bucket = assign_bucket(height, width, buckets)
+        scale = max(bucket.height / height, bucket.width / width)
+        visible = (bucket.height / scale) * (bucket.width / scale)
+        assert share_cropped(height, width, bucket) == pytest.approx(1 - visible / (height * width))
+    assert share_cropped(100, 150, Bucket(64, 64)) == pytest.approx(1 / 3)
+
+
+def mixed(folder: Path, shapes: list[tuple[int, int]]) -> str:
+    folder.mkdir()
+    rows = []
+    for index, (width, height) in enumerate(shapes):
+        Image.new("RGB", (width, height)).save(folder / f"{index}.png")
+        rows.append(json.dumps({"file": f"{index}.png", "caption": "a picture"}))
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    return str(folder)
+
+
+def cropped(source: FolderSource) -> int:
+    rows = [(sample.height, sample.width) for _, sample in source.samples()]
+    return sum(share_cropped(*row, assign_bucket(*row, source.buckets)) > NOTICED for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"image_size": 64, "multiple": 32}, "64x64"),
+        ({"image_size": 64, "multiple": 64, "min_bucket": 1}, "64x64"),
+        ({"image_size": 256, "multiple": 8, "min_bucket": 30}, "more of them: min_bucket: 1"),
+        ({"image_size": 256, "multiple": 8, "min_bucket": 1, "max_aspect": 1.2}, "more of them: max_aspect: 1.5"),
+    ],
+)
+def test_mixed_shapes_that_become_squares_are_said_and_the_advice_keeps_them(
+    options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = mixed(tmp_path / "photos", [(96, 64), (64, 96), (90, 60), (64, 64)] * 10)
+    source = FolderSource(folder, **options)
+    (note,) = source.notes
+    lost = Counter(
+        round(share_cropped(s.height, s.width, assign_bucket(s.height, s.width, source.buckets)), 9) for _, s in source.samples()
+    )
+    assert note.startswith(f"{cropped(source)} of 40 images are cropped by more than 15% of their area") and said in note
+    assert f"{max(lost):.0%} at most" in note
+    advice = note.partition("keep more of them: ")[2].partition(" (multiple")[0].rstrip(".").split("; or ")
+    assert advice and advice[0]
+    for remedy in advice:
+        changes: dict[str, Any] = {name: float(value) for name, value in (part.split(": ") for part in remedy.split(" with "))}
+        whole: dict[str, Any] = {name: int(value) for name, value in changes.items() if name != "max_aspect"}
+        followed = FolderSource(folder, **options | changes | whole)
+        assert 2 * cropped(followed) <= cropped(source)
+
+
+def test_cropping_is_said_when_the_data_is_made_and_by_check(
+    tmp_path: Path, tiny_recipe: dict[str, Any], write_recipe: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = mixed(tmp_path / "photos", [(96, 64)] * 10)
+    spec = {"name": "folder", "folder": folder, "image_size": 16, "multiple": 16}
+    tiny_recipe["train_loader"] = {"name": "image_caption", "path": str(tmp_path / "data"), "source": spec}
+    found = list(check_data(config.load([write_recipe(tiny_recipe)]), Parts()))
+    assert any(result.mark == "!" and "10 of 10 images are cropped" in result.text for result in found)
+    prepare(tmp_path / "data", FolderSource(folder, image_size=16, multiple=16), {})
+    assert "10 of 10 images are cropped by more than 15%" in caplog.text
+    assert FolderSource(mixed(tmp_path / "squares", [(64, 64)] * 3), image_size=64, multiple=32).notes == []
