@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import catalogue
 
 from prx_composer.errors import UserError
-from prx_composer.foundry.lookup import INSTALL, foundry_component, foundry_names, is_installed
+from prx_composer.foundry.lookup import INSTALL, foundry_component, is_installed, may_have, spelt_names
 from prx_composer.outlines import CannotTell, outline
 
 __all__ = ["Registry", "nearest"]
@@ -86,7 +86,7 @@ class Registry:
             raise CannotTell(f"{name} is another package's")
         if name in self.builtin:
             return outline(*self.builtin[name].split(":"))
-        if self._foundry and is_installed():
+        if self._foundry and is_installed() and may_have(self.kind, name):
             raise CannotTell(f"llm-foundry may have {name}")
         return self.get(name, path)
 
@@ -100,13 +100,13 @@ class Registry:
         if not is_installed():
             raise UserError(f"{missing} llm-foundry's {self.kind} can be named too, but it isn't installed: {INSTALL}")
         try:
-            found = foundry_component(self.kind, name)
+            found = foundry_component(self.kind, name) if may_have(self.kind, name) else None
         except LookupError as error:
             raise UserError(f"{missing} {error.args[0]}") from error
         except ImportError as error:
             raise UserError(f"{missing} llm-foundry's could not be looked at, since it cannot be imported: {error}") from error
         if found is None:
-            raise UserError(f"{missing} llm-foundry has none either.{nearest(name, foundry_names(self.kind))}")
+            raise UserError(f"{missing} llm-foundry has none either.{nearest(name, spelt_names(self.kind))}")
         return found
 
 

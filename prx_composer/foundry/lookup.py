@@ -7,10 +7,11 @@ import functools
 import importlib
 import importlib.util
 import logging
+import re
+from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-__all__ = ["INSTALL", "OURS", "foundry_component", "foundry_names", "is_installed"]
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,26 @@ INSTALL = "uv sync --group foundry"
 
 def is_installed() -> bool:
     return importlib.util.find_spec("llmfoundry") is not None
+
+
+def may_have(kind: str, name: str) -> bool:
+    """Return whether llm-foundry, or a plug-in of it, spells a name anywhere; if not, it registers none. Imports nothing."""
+    if name.startswith(OURS) or any(entry.name == name for entry in entry_points(group=f"llmfoundry_{kind}")):
+        return True
+    return any(f"{quote}{name}{quote}" in text for text in _sources() for quote in "'\"")
+
+
+def spelt_names(kind: str) -> list[str]:
+    """Return the names of a kind that llm-foundry's source registers where one reads them, to suggest the nearest."""
+    call = re.compile(rf"\b{kind}\.register\(\s*['\"]([\w.]+)['\"]")
+    return sorted({name for text in _sources() for name in call.findall(text)})
+
+
+@functools.cache
+def _sources() -> list[str]:
+    found = importlib.util.find_spec("llmfoundry")
+    folders = [] if found is None else found.submodule_search_locations or []
+    return [file.read_text(encoding="utf-8", errors="replace") for folder in folders for file in Path(folder).rglob("*.py")]
 
 
 def foundry_component(kind: str, name: str) -> Any:
@@ -37,11 +58,6 @@ def foundry_component(kind: str, name: str) -> Any:
     if kind == "callbacks" and name in registries.callbacks_with_config:
         raise LookupError("llm-foundry's of that name reads llm-foundry's own configuration and runs in its trainer only.")
     return None
-
-
-def foundry_names(kind: str) -> list[str]:
-    """All that can be named."""
-    return [name for name in getattr(_registries(), kind).get_all() if not name.startswith(OURS)]
 
 
 @functools.cache

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -35,7 +34,13 @@ def as_parquet(folder: Path, data: list[dict[str, Any]]) -> dict[str, Any]:
     return {"source": "parquet"}
 
 
+def hugging_face() -> Any:
+    """The library `datasets`, which brings pandas; it is an outside oracle here and no part of a default environment."""
+    return pytest.importorskip("datasets", reason="`datasets` comes with the group foundry")
+
+
 def as_datasets(folder: Path, data: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    datasets = hugging_face()
     features = datasets.Features({"image": datasets.Image(), "txt": datasets.Value("string"), "score": datasets.Value("float64")})
     rows = [row | {"image": {"bytes": row["image"], "path": None}} for row in data]
     made = datasets.Dataset.from_list(rows, features=features)
@@ -158,6 +163,7 @@ def test_splits_are_told_apart_as_datasets_does_and_each_is_taken_by_the_option_
     for name in layout:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"image": [b"x"], "txt": [name]}), tmp_path / name)
+    datasets = hugging_face()
     patterns = datasets.data_files.get_data_patterns(str(tmp_path))
     theirs = datasets.data_files.DataFilesDict.from_patterns(patterns, base_path=str(tmp_path))
     expected = {split: {str(Path(file).relative_to(tmp_path)) for file in files} for split, files in theirs.items()}
