@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prx_composer import config, registry
 from prx_composer.arguments import check_arguments
@@ -20,7 +21,8 @@ from prx_composer.outlines import CannotTell, outline
 from prx_composer.preflight import check_config
 from prx_composer.schedule import for_composer
 from prx_composer.signatures import constructor
-from prx_composer.start import read_recipe
+from prx_composer.start import check_lines, read_recipe
+from prx_composer.train import build_trainer
 
 Write = Callable[..., str]
 COMPONENTS = [
@@ -273,6 +275,21 @@ def test_what_a_message_says_to_write_is_right(
     assert len(found([path, wrong])) == 1
     for remedy in remedies:
         assert not found([path, remedy]), remedy
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it needs a machine without a GPU")
+@pytest.mark.parametrize("precision", ["amp_bf16", "amp_fp16"])
+def test_a_precision_of_gpus_is_refused_on_a_cpu_beside_what_else_is_wrong(
+    precision: str, tiny_recipe: dict[str, Any], write_recipe: Write
+) -> None:
+    arguments = [write_recipe(tiny_recipe), f"precision={precision}", "algorithms.gradient_clipping.clipping_threshold=-1"]
+    with pytest.raises(UserError) as error:
+        build_trainer(read_recipe(arguments, 1))
+    clipping, refusal = problems_of(error.value)
+    assert clipping.startswith("algorithms.gradient_clipping: ")
+    assert refusal == f"precision: {precision} needs a GPU, and there is none here; use precision=fp32."
+    (line,) = [line for line in check_lines(arguments, 1, False, False) if line[2:].startswith("GPUs")]
+    assert line.startswith(f"– GPUs and precision: {precision}: not checked here") and "precision=fp32" in line
 
 
 # ------------------------------------------------------------------------------------------------- files and keys
