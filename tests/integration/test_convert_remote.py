@@ -104,7 +104,7 @@ def test_lines_parquet_and_shards_are_read_from_an_object_store(tmp_path: Path, 
         assert [row["caption"] for row in rows(tmp_path / f"out-{source}")] == ["0", "1", "2", "3"]
     assert contents(tmp_path / "out-parquet")
     dropped = json.loads((tmp_path / "out-jsonl" / "train" / "conversion.json").read_text())["dropped"]
-    assert dropped == {"outside_input": 2, "no_image": 1} and not statistics["dropped"]
+    assert dropped == {"outside_input": 1, "url": 1, "no_image": 1} and not statistics["dropped"]
 
 
 def test_data_in_an_object_store_are_looked_at_where_they_lie(tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
