@@ -111,6 +111,14 @@ def test_processes_and_an_interruption_change_no_byte(tmp_path: Path) -> None:
     assert not (other / ".train.work").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_progress_moves_inside_of_a_unit(workers: int) -> None:
+    seen: list[int] = []
+    done = list(run("local", workers, "slow_unit:slow_unit", [(20,), (20,)], seen=seen.append))
+    assert done == [20, 20] and seen == sorted(seen) and seen[-1] == 40
+    assert len({count for count in seen if 0 < count < 20}) >= 2
+
+
 def test_an_interrupted_last_step_goes_on(tmp_path: Path) -> None:
     source = write_tars(tmp_path / "in")
     convert("webdataset", source, tmp_path / "whole")

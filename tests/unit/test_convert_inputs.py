@@ -15,7 +15,7 @@ from conversions import contents, convert, jpeg, rows, sample, settings, write_t
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
-from prx_composer.data.convert import engine, job, units
+from prx_composer.data.convert import job, units
 from prx_composer.data.convert.inputs import as_stored, differences
 from prx_composer.data.convert.output import open_output
 from prx_composer.data.convert.records import Job
@@ -229,15 +229,6 @@ def test_links_to_folders_are_followed_when_it_is_asked_for_and_may_lead_back(tm
 
 
 # ------------------------------------------------------------------------------------------------ the bar
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_progress_moves_inside_of_a_unit(workers: int) -> None:
-    engine.prepare("local", workers)  # as a conversion does, so that what it preloads serves later tests, too
-    seen: list[int] = []
-    done = list(engine.run("local", workers, "slow_unit:slow_unit", [(20,), (20,)], seen=seen.append))
-    assert done == [20, 20] and seen == sorted(seen) and seen[-1] == 40
-    assert len({count for count in seen if 0 < count < 20}) >= 2
 
 
 def test_the_bar_shows_samples(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
