@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from prx_composer.errors import UserError
-from prx_composer.files import sync
+from prx_composer.files import inside, sync
+from prx_composer.own_code import NEEDS_CODE, needs_code
 
 __all__ = [
     "Checkpoint",
@@ -93,14 +94,16 @@ def damage(checkpoint: Checkpoint) -> str | None:
     except (OSError, ValueError) as error:
         return f"{INDEX} cannot be read ({error})"
     for name, expected in files.items():
-        path = checkpoint.path / name
         try:
+            path = inside(checkpoint.path, name)
             if (size := path.stat().st_size) != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
             if _crc32(path) != expected["crc32"]:
                 return f"{name} was changed: its CRC-32 is another"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
+        except ValueError as error:
+            return str(error)
     return None
 
 
@@ -188,6 +191,7 @@ def write_checkpoint(state: State, folder: Path, recipe: dict[str, Any], finite:
         files = {name: facts for part in mine for name, facts in part.items()}
         index = {"version": 1, "batch": batch, "ranks": dist.get_world_size(), "torch": torch.__version__}
         index |= {"finite": finite, "files": files}
+        index[NEEDS_CODE] = needs_code(recipe)
         _together(lambda: _publish(partial, path, index | {"recipe": recipe}) if rank == 0 else None)
     except OSError:
         if rank == 0:

@@ -20,7 +20,7 @@ from prx_composer.schedule import BUDGET, Moment, Point, names_budget, parse_dur
 from prx_composer.schedule_checks import schedule_problems
 from prx_composer.sizes import STAGES, batch_problems, downsampling_of, image_size_problems, stages_of
 
-__all__ = ["argument_problems", "check_parallelism", "first_look", "missing_code", "precisions", "setting_problems"]
+__all__ = ["argument_problems", "check_parallelism", "first_look", "missing_code", "precisions", "setting_problems", "strings"]
 
 Values = Mapping[str, Any]
 
@@ -191,23 +191,23 @@ def _check_time_budget(values: Values) -> None:
                 raise ValueError("a budget must be more than nothing.")
         return
     for key in ("scheduler", "algorithms", "callbacks"):
-        for path, text in _strings(values.get(key), key):
+        for path, text in strings(values.get(key), key):
             if names_budget(text):
                 raise UserError(
                     f"{path}: {text} is a part of the time budget, and the recipe has none; set time_budget=24h, say."
                 )
 
 
-def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
+def strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
     """Every string in a value of a recipe, with its path."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _strings(item, f"{path}.{key}")
+            yield from strings(item, f"{path}.{key}")
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _strings(item, f"{path}[{index}]")
+            yield from strings(item, f"{path}[{index}]")
 
 
 # --------------------------------------------------------------------------------------- precision, sharding, sizes

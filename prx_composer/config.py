@@ -11,6 +11,7 @@ import io
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,16 +211,21 @@ def _read(argument: str) -> DictConfig:
     return config
 
 
-def import_code(paths: list[str]) -> None:
+def import_code(paths: Sequence[str], option: str | None = None) -> None:
     """Imports a user's Python files, so that what they register is found.
+
+    Only files that the user names belong here: of their own recipe, or by `--code`. Never what a run folder or data name.
+
+    Args:
+        option: of the command line, that named them; by default they are the recipe's `code_paths`.
 
     Raises:
         UserError: a file that isn't there.
     """
     for index, name in enumerate(paths):
-        path = Path(name)
+        path = Path(name).expanduser()
         if not path.is_file():
-            raise UserError(f"code_paths[{index}]: there is no Python file {name}.")
+            raise UserError(f"{option or f'code_paths[{index}]'}: there is no Python file {name}.")
         module_name = f"prx_composer_user_{path.stem}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None

@@ -3,7 +3,18 @@
 import os
 from pathlib import Path
 
-__all__ = ["sync", "write_whole"]
+__all__ = ["inside", "sync", "write_whole"]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that an index in the folder names, which others may have written.
+
+    Raises:
+        ValueError: the name leads out of the folder.
+    """
+    if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
+        raise ValueError(f"{name!r}, named in an index of {folder}, leads out of that folder.")
+    return folder / name
 
 
 def sync(path: Path) -> None:

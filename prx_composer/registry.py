@@ -61,6 +61,14 @@ class Registry:
         registered = catalogue.Registry(("prx_composer", self.kind)).get_all()
         return sorted({*self.builtin, *registered, *self._entry_points()})
 
+    def is_added(self, name: str) -> bool:
+        """Return whether code of this process registered the name: not this package's, nor an installed one's entry point."""
+        return catalogue.check_exists("prx_composer", self.kind, name)
+
+    def is_packaged(self, name: str) -> bool:
+        """Return whether it is this package that has the name, or an entry point of an installed one."""
+        return not self.is_added(name) and (name in self.builtin or name in self._entry_points())
+
     def get(self, name: str, path: str) -> Any:
         """The class of that name. Raises UserError, naming the YAML path and the nearest name, if there is none."""
         if name in self._added:
@@ -80,7 +88,7 @@ class Registry:
             UserError: as `get`.
             CannotTell: it can't be known without importing something.
         """
-        if imports or self._was_registered(name):
+        if imports or self.is_added(name):
             return self.get(name, path)
         if name in self._entry_points():
             raise CannotTell(f"{name} is another package's")
@@ -89,9 +97,6 @@ class Registry:
         if self._foundry and is_installed() and may_have(self.kind, name):
             raise CannotTell(f"llm-foundry may have {name}")
         return self.get(name, path)
-
-    def _was_registered(self, name: str) -> bool:
-        return catalogue.check_exists("prx_composer", self.kind, name)
 
     def _entry_points(self) -> frozenset[str]:
         return _entry_points().get(f"prx_composer_{self.kind}", frozenset())

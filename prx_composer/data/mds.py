@@ -3,15 +3,49 @@
 The layout is the one that mosaicml-streaming's MDSReader reads.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prx_composer.data.storage import fetch, is_remote, join
+from prx_composer.errors import UserError, at_path
+from prx_composer.files import inside
 
-__all__ = ["LinkError", "RawShard", "encodings_of"]
+if TYPE_CHECKING:
+    from streaming import LocalDataset
+    from streaming.base.format import Reader
+
+__all__ = ["LinkError", "RawShard", "check_shards", "encodings_of", "open_local"]
+
+
+def open_local(folder: Path) -> "LocalDataset":
+    """Return the rows of a local MDS folder. Reading them executes nothing, whatever its index says.
+
+    Raises:
+        UserError: as `check_shards`.
+    """
+    from streaming import LocalDataset  # slow to import
+
+    dataset = LocalDataset(str(folder))
+    check_shards(folder, dataset.shards)
+    return dataset
+
+
+def check_shards(folder: Path, shards: "Iterable[Reader]") -> None:
+    """Raise UserError for a column of pickles, which would be executed, and for a file that lies outside of the folder."""
+    for shard in shards:
+        try:
+            shard.validate(allow_unsafe_types=False)
+        except ValueError as error:
+            raise UserError(
+                f"{folder} has a column of pickled objects, which could execute code and are not read. Convert the data anew, "
+                f"with text, numbers and bytes only. ({str(error).partition('. ')[0]})"
+            ) from error
+        with at_path(str(folder)):
+            for file in (file for pair in shard.file_pairs for file in pair if file is not None):
+                inside(folder, file.basename)
 
 
 def encodings_of(shard: dict[str, Any]) -> dict[str, str]:

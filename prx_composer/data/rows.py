@@ -6,11 +6,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from streaming import LocalDataset, Stream, StreamingDataset
+from streaming import Stream, StreamingDataset
 from streaming.base.format import Reader
 from streaming.base.world import World
 
 from prx_composer.data.buckets import Bucket
+from prx_composer.data.mds import check_shards, open_local
 
 __all__ = ["BucketRows", "WholeStream"]
 
@@ -30,7 +31,8 @@ class WholeStream(Stream):
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
         """As Stream's; what an earlier run left in the cache cut short is removed first."""
-        shards = super().get_shards(world, allow_unsafe_types)
+        shards = super().get_shards(world, True)
+        check_shards(Path(self.local, self.split), shards)
         files = [file for shard in shards for pair in shard.file_pairs for file in pair if file is not None]
         self._sizes = {file.basename: file.bytes for file in files}
         if world.is_local_leader:
@@ -68,7 +70,7 @@ class BucketRows:
     def __init__(self, folder: Path, buckets: list[Bucket], remote: str | None = None):
         self._streaming: StreamingDataset | None = None
         if remote is None:  # plain files: no shared memory, no threads
-            self._local = [LocalDataset(str(folder / str(bucket))) for bucket in buckets]
+            self._local = [open_local(folder / str(bucket)) for bucket in buckets]
             self.counts = [len(part) for part in self._local]
         else:
             streams = [WholeStream(local=str(folder / str(bucket)), remote=f"{remote}/{bucket}") for bucket in buckets]

@@ -129,9 +129,9 @@ class BucketWriter:
 
 def iterate_captions(folder: Path, column: str) -> Iterator[str]:
     """The captions of a local split, in order, read without decoding an image."""
-    from streaming import LocalDataset
+    from prx_composer.data.mds import open_local
 
     for bucket in Manifest.read(folder).buckets:
-        dataset = LocalDataset(str(folder / str(bucket)))
+        dataset = open_local(folder / str(bucket))
         for index in range(len(dataset)):
             yield dataset[index][column]

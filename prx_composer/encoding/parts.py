@@ -22,6 +22,7 @@ from streaming import LocalDataset, MDSWriter
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import COLUMNS, RESULTS, StoredColumn, is_whole, manifest_path
 from prx_composer.data.contents import column_contents
+from prx_composer.data.mds import open_local
 from prx_composer.data.schema import Manifest
 from prx_composer.errors import UserError
 from prx_composer.files import sync, write_whole
@@ -128,7 +129,7 @@ def _encode_parts(split: Path, folder: Path, missing: list[_Part], of: int, work
     told = time.monotonic()
     for done, part in enumerate(own):
         if part.bucket not in rows:
-            rows[part.bucket] = LocalDataset(str(split / str(part.bucket)))
+            rows[part.bucket] = open_local(split / str(part.bucket))
         first = part.number * part_size
         count = min(part_size, len(rows[part.bucket]) - first)
         _write_part(folder, part, work(part.bucket, [rows[part.bucket][first + index] for index in range(count)]))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from prx_composer.errors import UserError, at_path
+from prx_composer.trained.commands import CodeOption
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,7 @@ def evaluate(
     weights: Annotated[
         str | None, typer.Option(metavar="LIST", help="ema, raw, or ema,raw. [default: ema if the run has an average, else raw]")
     ] = None,
+    code: CodeOption = None,
     seeds: Annotated[str, typer.Option(metavar="LIST", help="Each draws all prompts anew; the interval is over them.")] = "0,1,2",
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Height x width in pixels, or one number. [default: as last trained]")
@@ -97,6 +99,7 @@ def evaluate(
     """
     from composer.utils import dist
 
+    from prx_composer.config import import_code
     from prx_composer.evaluation.evaluate import Results, Sweep, sweep
     from prx_composer.evaluation.image_sets import DataSet, open_images
     from prx_composer.evaluation.ranks import from_rank_zero
@@ -125,6 +128,7 @@ def evaluate(
     seed_list = _numbers(seeds, int, "--seeds", 0)
 
     place = _start(device)
+    import_code(code or [], "--code")
     trained = load_trained(model, kinds[0])  # pyright: ignore[reportArgumentType]
     _, defaults = sample_settings(trained)
     height, width = (defaults.height, defaults.width) if size is None else parse_size(size)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prx_composer.data.columns import fingerprint
 from prx_composer.errors import UserError
 from prx_composer.models.frozen import Frozen
-from prx_composer.models.huggingface import says_how_to_get
+from prx_composer.models.huggingface import load_config, says_how_to_get
 from prx_composer.models.reading import cut_off
 from prx_composer.models.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
 
@@ -90,11 +90,11 @@ def clip_images(name: str = CLIP) -> Extractor:
     Raises:
         OSError: it cannot be had. ValueError: it is no CLIP model.
     """
-    from transformers import AutoConfig, CLIPVisionModelWithProjection
+    from transformers import CLIPVisionModelWithProjection
     from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     with says_how_to_get(name):
-        _check_type(name, AutoConfig.from_pretrained(name).model_type, ("clip", "clip_vision_model"))
+        _check_type(name, load_config(name).model_type, ("clip", "clip_vision_model"))
         module = CLIPVisionModelWithProjection.from_pretrained(name, dtype=torch.float32)
 
     def extract(module: Any, images: Tensor) -> Tensor:
@@ -113,11 +113,11 @@ def dino_images(name: str = DINO) -> Extractor:
     Raises:
         OSError: it cannot be had. ValueError: it is no vision transformer with a class token.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     with says_how_to_get(name):
-        _check_type(name, AutoConfig.from_pretrained(name).model_type, ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit"))
-        module = AutoModel.from_pretrained(name, dtype=torch.float32)
+        _check_type(name, load_config(name).model_type, ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit"))
+        module = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     patch = int(module.config.patch_size)
     size = _DINO_SIZE // patch * patch if module.config.model_type != "vit" else int(module.config.image_size)
 
@@ -169,12 +169,12 @@ class ClipScore:
     """
 
     def __init__(self, name: str = CLIP_SCORE):
-        from transformers import AutoConfig, AutoTokenizer, CLIPModel
+        from transformers import AutoTokenizer, CLIPModel
 
         with says_how_to_get(name):
-            _check_type(name, AutoConfig.from_pretrained(name).model_type, ("clip",))
+            _check_type(name, load_config(name).model_type, ("clip",))
             module: Any = CLIPModel.from_pretrained(name, dtype=torch.float32)
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
+            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.name, self.image_size = name, int(module.config.vision_config.image_size)
         self._max_tokens = int(module.config.text_config.max_position_embeddings)
         self.fingerprint = fingerprint(module, self._tokenizer)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from prx_composer.models.frozen import Frozen
+from prx_composer.models.huggingface import refuse_outside, says_how_to_get
 from prx_composer.sizes import downsampling_of
 
 __all__ = ["Autoencoder", "DiffusersAutoencoder", "Pixels"]
@@ -54,6 +55,20 @@ def stored_config(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return {key: value for key, value in loaded.items() if key == "_class_name" or not key.startswith("_")}
+
+
+def _load(name: str, subfolder: str | None, revision: str | None) -> Any:
+    """A diffusers autoencoder. Its class is looked for in diffusers alone, not where a folder's model_index.json says."""
+    import diffusers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    with says_how_to_get(name):
+        refuse_outside(name, subfolder)
+        config: Any = AutoencoderKL.load_config(name, subfolder=subfolder, revision=revision)
+        class_name = str(config.get("_class_name"))
+        if not class_name.startswith("Autoencoder") or not hasattr(diffusers, class_name):
+            raise ValueError(f"{name} is a {class_name}, which is no autoencoder that diffusers has.")
+        return getattr(diffusers, class_name).from_pretrained(name, subfolder=subfolder, revision=revision)
 
 
 class Pixels:
@@ -113,9 +128,8 @@ class DiffusersAutoencoder:
         if config is not None:
             module = diffusers_module(config)
         else:
-            from diffusers.models.auto_model import AutoModel
-
-            module = AutoModel.from_pretrained(pretrained, subfolder=subfolder, revision=revision)
+            assert pretrained is not None
+            module = _load(pretrained, subfolder, revision)
         self._frozen = Frozen(module, getattr(torch, dtype))
         self._dtype = getattr(torch, dtype)
         settings: Any = module.config

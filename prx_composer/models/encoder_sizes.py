@@ -10,9 +10,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
-from prx_composer.models.huggingface import random_config
+from prx_composer.models.huggingface import load_config, random_config
 from prx_composer.models.text_encoder import random_encoder
 
 __all__ = ["VisionSize", "autoencoder_flops", "known_config", "text_flops", "vision_size"]
@@ -104,7 +104,7 @@ def known_config(name: str, revision: str | None = None, reads_text: bool = Fals
         `model_type` and settings, as `random_config` takes them; None if nothing is known without asking the network.
     """
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=True, trust_remote_code=False)
+        config = load_config(name, revision, local_files_only=True)
     except (OSError, ValueError):
         known = _ENCODERS.get(name)
         return None if reads_text and known is not None and "patch_size" in known else known
@@ -200,7 +200,7 @@ def vision_size(config: dict[str, Any]) -> VisionSize:
     settings = random_config(config)
     settings = getattr(settings, "vision_config", settings)  # of a model that also reads text
     with torch.device("meta"):
-        module: nn.Module = AutoModel.from_config(settings)
+        module: nn.Module = AutoModel.from_config(settings, trust_remote_code=False)
     patch_size, convolution = getattr(settings, "patch_size", None), _first(module, nn.Conv2d)
     if not isinstance(patch_size, int) or convolution is None:
         raise ValueError(f"{settings.model_type} is no vision transformer with square patches (patch_size is {patch_size}).")

@@ -1,16 +1,31 @@
-"""Configurations and weights from transformers, with errors that say which, why not, and what to do."""
+"""Configurations and weights from transformers, with errors that say which, why not, and what to do.
+
+Folders and repositories are others' data: none of them makes anything run that is not in transformers itself.
+"""
 
 import difflib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-__all__ = ["attend_without_reading", "random_config", "says_how_to_get"]
+from prx_composer.files import inside
+
+__all__ = ["attend_without_reading", "load_config", "random_config", "refuse_outside", "says_how_to_get"]
 
 _ATTENTION = "sdpa_with_every_mask"  # a name in transformers' registries
+_ATTENTIONS = (None, "eager", "sdpa", "flex_attention", _ATTENTION)  # others may be kernels, which are downloaded and run
 
 
 @contextmanager
@@ -18,12 +33,49 @@ def says_how_to_get(name: str) -> Iterator[None]:
     """Gives the hub's many errors one form: which weights, why not, and what to do."""
     try:
         yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} is defined by Python code of its own (auto_map in its configuration), which is not executed. Only "
+            "architectures and tokenizers that transformers has itself are opened."
+        ) from error
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise OSError(
             f"{name} cannot be loaded: {reason} If it is gated, accept its licence and run `hf auth login`; without a network, "
             "download it elsewhere and give its folder instead of the hub id."
         ) from error
+
+
+def load_config(name: str, revision: str | None = None, **options: Any) -> Any:
+    """Return a transformers configuration by hub id or folder.
+
+    Raises:
+        OSError: it cannot be had.
+        ValueError: it would have code executed that is not in transformers.
+    """
+    refuse_outside(name)
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **options)
+    _check_attention(config, name)
+    return config
+
+
+def _check_attention(config: PretrainedConfig, name: str) -> None:
+    for part in (config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))):
+        if (attention := getattr(part, "_attn_implementation", None)) not in _ATTENTIONS:
+            raise ValueError(
+                f"{name}: its configuration asks for the attention {attention!r}, for which transformers may download code and "
+                "run it. Delete _attn_implementation from its config.json."
+            )
+
+
+def refuse_outside(name: str, subfolder: str | None = None) -> None:
+    """Raise ValueError if an index of weights in a local folder names a file outside of it."""
+    folder = Path(name).expanduser() / (subfolder or "")
+    for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else []:
+        for file in json.loads(index.read_text()).get("weight_map", {}).values():
+            inside(folder, str(file))
 
 
 def random_config(arguments: dict[str, Any], **defaults: Any) -> Any:
@@ -52,7 +104,9 @@ def random_config(arguments: dict[str, Any], **defaults: Any) -> Any:
         raise ValueError(
             f"config.{unknown[0]}: {model_type} has no such setting." + (f" Did you mean {close[0]!r}?" if close else "")
         )
-    return AutoConfig.for_model(model_type, **arguments)
+    config = AutoConfig.for_model(model_type, **arguments)
+    _check_attention(config, "config")
+    return config
 
 
 def _every_mask(*arguments: Any, **options: Any) -> Any:

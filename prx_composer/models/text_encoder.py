@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prx_composer.models.cleaning import Cleaning, cleaned, with_cleaning
 from prx_composer.models.frozen import Frozen
-from prx_composer.models.huggingface import attend_without_reading, random_config, says_how_to_get
+from prx_composer.models.huggingface import attend_without_reading, load_config, random_config, says_how_to_get
 from prx_composer.models.reading import CaptionCounts, Reading, readings
 
 __all__ = ["HuggingFaceTextEncoder", "load_tokenizer", "random_encoder", "train_tokenizer"]
@@ -46,7 +46,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrain
 def load_tokenizer(name_or_folder: str, revision: str | None = None, local_files_only: bool = False) -> PreTrainedTokenizerBase:
     """A tokenizer by hub id or folder; one without a padding token pads with its end token."""
     with says_how_to_get(name_or_folder):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, revision=revision, local_files_only=local_files_only)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_folder, revision=revision, local_files_only=local_files_only, trust_remote_code=False
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -64,11 +66,11 @@ def _text_tower(model: nn.Module) -> nn.Module:
 def _build_encoder(pretrained: str | None, config: dict[str, Any] | None, revision: str | None, vocab_size: int) -> nn.Module:
     if pretrained is not None:
         with says_how_to_get(pretrained):
-            hf_config = AutoConfig.from_pretrained(pretrained, revision=revision)
+            hf_config = load_config(pretrained, revision)
             cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), AutoModel)
-            extra: dict[str, Any] = {}
+            extra: dict[str, Any] = {"trust_remote_code": False}
             if hf_config.model_type == "t5gemma":  # diffusers' own PRX folders have the inner encoder's names
-                extra = {"is_encoder_decoder": False, "key_mapping": {r"^(embed_tokens|layers|norm)\.": r"encoder.\1."}}
+                extra |= {"is_encoder_decoder": False, "key_mapping": {r"^(embed_tokens|layers|norm)\.": r"encoder.\1."}}
             return _text_tower(cls.from_pretrained(pretrained, revision=revision, dtype=torch.float32, **extra))
     return random_encoder(random_config(config or {}, vocab_size=vocab_size))
 
@@ -84,7 +86,7 @@ def random_encoder(hf_config: Any, **options: Any) -> nn.Module:
     if hf_config.model_type == "t5gemma":
         hf_config.is_encoder_decoder = False
     if cls is None:
-        return _text_tower(AutoModel.from_config(hf_config, **options))
+        return _text_tower(AutoModel.from_config(hf_config, trust_remote_code=False, **options))
     if not isinstance(hf_config, cls.config_class):  # of a network that also sees
         hf_config = hf_config.get_text_config()
     return _text_tower(cls._from_config(hf_config, **options) if options else cls(hf_config))

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.frozen import Frozen
-from prx_composer.models.huggingface import random_config, says_how_to_get
+from prx_composer.models.huggingface import load_config, random_config, says_how_to_get
 
 __all__ = ["TeacherSpec", "VisionEncoder", "resize_antialiased", "teacher_features"]
 
@@ -87,13 +87,15 @@ class VisionEncoder:
         if spec.pretrained is not None:
             self.name = spec.pretrained
             with says_how_to_get(spec.pretrained):
-                config = AutoConfig.from_pretrained(spec.pretrained, revision=spec.revision)
+                config = load_config(spec.pretrained, spec.revision)
                 cls = getattr(transformers, _VISION_CLASSES.get(config.model_type, "AutoModel"))
-                module = cls.from_pretrained(spec.pretrained, revision=spec.revision, dtype=torch.float32)
+                module = cls.from_pretrained(
+                    spec.pretrained, revision=spec.revision, dtype=torch.float32, trust_remote_code=False
+                )
                 processor = self._processor(spec.pretrained, spec.revision)
         else:
             config, processor = random_config(spec.config or {}), {}
-            module: Any = AutoModel.from_config(config)
+            module: Any = AutoModel.from_config(config, trust_remote_code=False)
             self.name = f"random {config.model_type}"
         patch_size = getattr(module.config, "patch_size", None)
         if not isinstance(patch_size, int):

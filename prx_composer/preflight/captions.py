@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from streaming import LocalDataset
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer.config import Recipe, split
 from prx_composer.data.data_sets import data_sets
 from prx_composer.data.dataset import read_manifest
+from prx_composer.data.mds import open_local
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.models.cleaning import clean_caption, with_cleaning
 from prx_composer.models.reading import CaptionCounts
@@ -67,7 +67,7 @@ def _some_captions(part: dict[str, Any]) -> Iterator[str]:
     total, first = sum(manifest.buckets.values()), 0
     step = max(1, -(-total // LOOKED_AT))
     for bucket, count in manifest.buckets.items():
-        rows = LocalDataset(str(folder / str(bucket)))
+        rows = open_local(folder / str(bucket))
         for index in range(-first % step, count, step):
             row = rows[index]
             yield from (row[column] for column in columns)

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from streaming import LocalDataset
-
 from prx_composer.config import Recipe
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.columns import IMAGE, StoredColumn, encoded_folder, read_column
 from prx_composer.data.data_sets import data_sets, weights_of
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.latents import names_of, size_problem
+from prx_composer.data.mds import open_local
 from prx_composer.data.sampler import fewer_than_a_batch
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.transforms import UNDECODABLE, decode_image
@@ -230,7 +229,7 @@ def _check_images(key: str, folder: Path, manifest: Manifest) -> Iterator[Result
     """Decodes the first image of every bucket."""
     undecodable = []
     for bucket, count in manifest.buckets.items():
-        samples = LocalDataset(str(folder / str(bucket)))
+        samples = open_local(folder / str(bucket))
         for index in range(min(count, LOOKED_AT)):
             row = samples[index]
             try:

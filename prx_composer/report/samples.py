@@ -44,7 +44,7 @@ def read_samples(run: Run) -> Samples | None:
     steps, tiles, sheets, unreadable = [], [], [], []
     for step in spread(list(run.grids), STEPS):
         try:
-            with Image.open(run.grids[step]) as file:
+            with Image.open(run.grids[step], formats=["PNG"]) as file:
                 sheet = file.convert("RGB")
         except (OSError, SyntaxError, ValueError):  # half written
             unreadable.append(run.grids[step].name)

@@ -20,6 +20,14 @@ Model = Annotated[
 WeightsOption = Annotated[
     str | None, typer.Option("--weights", help="ema (averaged) or raw. [default: ema if the run has an average, else raw]")
 ]
+CodeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--code",
+        metavar="FILE",
+        help="Python file that registers classes of your own which the model is made of; it is executed. May be given again.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -55,6 +63,7 @@ def generate(
     ] = "run",
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
     weights: WeightsOption = None,
+    code: CodeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: a GPU if there is one]")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, or bf16 (GPU). [default: bf16 on a GPU, fp32 on the CPU]")] = None,
     grid: Annotated[bool, typer.Option("--grid/--no-grid", help="Also one picture of all images with their prompts.")] = True,
@@ -68,6 +77,7 @@ def generate(
 
     prx generate runs/quickstart -p "a red circle on the left of a white background"
     """
+    from prx_composer.config import import_code
     from prx_composer.trained import drawing
     from prx_composer.trained.card import sample_settings
     from prx_composer.trained.loading import choose_guidance, load_trained
@@ -80,6 +90,7 @@ def generate(
             'What is to be drawn? Give --prompt "…" (several times if you like), or --prompts FILE with one per line.'
         )
     place = _device(device)
+    import_code(code or [], "--code")
     trained = load_trained(model, _weights(weights))
     _, defaults = sample_settings(trained)
     height, width = (defaults.height, defaults.width) if size is None else parse_size(size)
@@ -124,6 +135,7 @@ def export(
         str, typer.Option(help="diffusers: a whole pipeline. lora: of a run with algorithms.lora, its adapters alone.")
     ] = "diffusers",
     weights: WeightsOption = None,
+    code: CodeOption = None,
     text_encoder: Annotated[
         str, typer.Option(help="copy: its weights too, so that the folder stands alone. reference: only its hub id.")
     ] = "copy",
@@ -147,6 +159,7 @@ def export(
 
     prx export runs/quickstart --output exported --license apache-2.0
     """
+    from prx_composer.config import import_code
     from prx_composer.trained import drawing, lora_file
     from prx_composer.trained import export as exporting
     from prx_composer.trained.card import SAMPLES, Card, sample_settings, write_card
@@ -159,6 +172,7 @@ def export(
         raise UserError(f"--text-encoder must be copy or reference, not {text_encoder!r}.")
     target = Path(output).expanduser()
     exporting.check_output(target, overwrite)
+    import_code(code or [], "--code")
     trained = load_trained(model, _weights(weights), merge=format != "lora")
     title = name or str((trained.recipe or {}).get("run_name") or target.name)
     with _writing("--output"), exporting.written_aside(target) as partial:

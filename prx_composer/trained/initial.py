@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor, nn
 
 from prx_composer.algorithms.ema import clean_name
+from prx_composer.checks import strings
 from prx_composer.errors import UserError
 from prx_composer.files import write_whole
 from prx_composer.models.text_to_image import TextToImage
@@ -163,6 +164,12 @@ def write_fragment(folder: str, target: Path) -> None:
         "autoencoder": autoencoder,
         "init_from": str(path),
     }
+    for place, text in strings(model, "model"):
+        if "${" in text:
+            raise UserError(
+                f"{folder}: {place} would be {text!r}, which a recipe looks up where it is read, in the environment for example. "
+                "Nothing that a folder says is looked up; write the value itself into the folder."
+            )
     head = f"# Trains on from {path}: merge it over a recipe.\n"
     if not target.parent.is_dir():
         raise UserError(f"--output: there is no folder {target.parent}.")

@@ -12,7 +12,7 @@ from composer.devices import DeviceCPU
 from composer.loggers import Logger
 from torch import Tensor, nn
 
-from prx_composer import config, registry
+from prx_composer import registry
 from prx_composer.algorithms.ema import clean_name
 from prx_composer.callbacks.clock import TrainingClock
 from prx_composer.config import Recipe, build, entries, split
@@ -21,6 +21,7 @@ from prx_composer.models.adapters import merge_adapters
 from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.own_code import without_code
 from prx_composer.run_folder import TOKENIZER
 from prx_composer.schedule import parse_duration
 from prx_composer.trained.locate import Located, locate
@@ -60,6 +61,8 @@ class Trained:
 def load_trained(name: str, weights: Weights | None = None, merge: bool = True) -> Trained:
     """Opens a trained model. Nothing in its files is executed, and nothing is written.
 
+    A model of the user's own classes needs them registered before: by `config.import_code`, or in any other way.
+
     Args:
         name: run folder, checkpoint or diffusers folder.
         weights: averaged or plain; the average by default, if the run has one.
@@ -88,11 +91,11 @@ def load_trained(name: str, weights: Weights | None = None, merge: bool = True) 
 def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
     assert located.checkpoint is not None
     try:
-        saved_recipe = located.checkpoint.index()["recipe"]
-        recipe = _as_recipe(saved_recipe, located.path)
+        index = located.checkpoint.index()
+        saved_recipe = index["recipe"]
+        recipe = without_code(_as_recipe(saved_recipe, located.path), index, located.path)
     except (OSError, ValueError, LookupError) as error:
         raise error if isinstance(error, UserError) else UserError(f"{located.path} cannot be read: {error}") from error
-    config.import_code(recipe.code_paths)
     state = read_checkpoint(located.checkpoint)
     if weights == "ema" and not state.average:
         raise UserError(

@@ -82,7 +82,8 @@ def text_encoder_arguments(folder: Path) -> dict[str, Any]:
     if (folder / "text_encoder" / "config.json").exists():
         arguments: dict[str, Any] = {"pretrained": str(folder / "text_encoder")}
     elif reference.exists():
-        arguments = {key: value for key, value in read_json(reference).items() if value is not None}
+        named = read_json(reference)
+        arguments = {key: named[key] for key in ("pretrained", "revision") if named.get(key) is not None}
     else:
         raise UserError(f"{folder} has no text_encoder, and no {REFERENCE} that says which it is.")
     max_tokens = index.get("prompt_max_tokens") or _DEFAULTS[index["_class_name"]][1]

@@ -1,10 +1,12 @@
 """Weights as they lie on the disk: checkpoints of one file or in shards, and safetensors. Nothing that is read is executed."""
 
+import dataclasses
 import datetime
 import json
 import pickle
 import warnings
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch.torch_version import TorchVersion
 
 from prx_composer.checkpoints import MONOLITH, Checkpoint, damage
 from prx_composer.errors import UserError
+from prx_composer.files import inside
 from prx_composer.finite import bad_tensor
 
 __all__ = ["SavedState", "not_finite_in", "read_checkpoint", "read_safetensors", "safetensors_shapes"]
@@ -118,6 +121,8 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
+        for stored in (metadata.storage_data or {}).values():
+            inside(Path(self.path), str(stored.relative_path))
         if getattr(metadata, "storage_meta", None) is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -126,8 +131,12 @@ class _Reader(FileSystemReader):
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
-        if dtype or module_name in _METADATA_MODULES or (module_name, global_name) in _METADATA_NAMES:
+        if dtype or (module_name, global_name) in _METADATA_NAMES:
             return super().find_class(module_name, global_name)
+        if module_name in _METADATA_MODULES and "." not in global_name:  # with a dot it would be what they import: os.system
+            found = super().find_class(module_name, global_name)
+            if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, Enum)):
+                return found
         raise pickle.UnpicklingError(f"GLOBAL {module_name}.{global_name} in .metadata")
 
 
@@ -200,10 +209,14 @@ def _files(path: Path) -> list[Path]:
         return [path]
     indices = sorted(path.glob("*.safetensors.index.json"))
     if indices:
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        if missing := [name for name in names if not (path / name).exists()]:
+        try:
+            named = json.loads(indices[0].read_text())["weight_map"].values()
+            files = [inside(path, str(name)) for name in sorted(set(named))]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{indices[0]} is no index of weights that can be read: {error}") from error
+        if missing := [file.name for file in files if not file.exists()]:
             raise UserError(f"{path} lacks {', '.join(missing)}, of which {indices[0].name} speaks.")
-        return [path / name for name in names]
+        return files
     found = sorted(path.glob("*.safetensors"))
     if not found:
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))

@@ -1,0 +1,116 @@
+"""Folders as a stranger might hand them over. Whatever of them is executed leaves a file, `marker`."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from streaming import MDSWriter
+from typer.testing import CliRunner
+
+from prx_composer import config
+from prx_composer.checkpoints import INDEX, MONOLITH, _crc32
+from prx_composer.cli import app
+from prx_composer.data.schema import MANIFEST
+from prx_composer.errors import UserError
+from prx_composer.models import TextToImage
+from prx_composer.run_folder import as_saved
+
+
+class Leaves:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, marker: Path):
+        self._marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self._marker),)
+
+
+@dataclass
+class Place:
+    """Where a case lies, and what it may use.
+
+    Args:
+        path: an empty folder, the working directory too.
+        marker: what must not appear.
+        code: a Python file that creates it.
+        run: a folder of a run whose checkpoint opens, written by `write_run`.
+        exported: a folder that diffusers opens.
+    """
+
+    path: Path
+    marker: Path
+    code: Path
+    run: Path
+    exported: Path
+
+    def index(self) -> dict[str, Any]:
+        return json.loads((self.run / "checkpoints" / "ba1" / INDEX).read_text())
+
+    def change(self, change: Callable[[dict[str, Any]], Any]) -> None:
+        """Changes the checkpoint's index, of which the recipe is a part, and says it in config.yaml too."""
+        index = self.index()
+        change(index)
+        (self.run / "checkpoints" / "ba1" / INDEX).write_text(json.dumps(index))
+        (self.run / "config.yaml").write_text(yaml.safe_dump(index["recipe"]))
+
+    def executed(self) -> bool:
+        return self.marker.exists()
+
+
+def write_run(folder: Path, recipe: dict[str, Any], model: TextToImage, write_recipe: Callable[..., str]) -> Path:
+    """A run folder as training leaves it after a batch, without training."""
+    loaded = config.load([write_recipe(recipe | {"run_folder": str(folder)}, f"{folder.name}.yaml")])
+    checkpoint = folder / "checkpoints" / "ba1"
+    checkpoint.mkdir(parents=True)
+    timestamp = {"Timestamp": {"batch": 1, "epoch": 0, "sample": 8}}
+    torch.save({"state": {"model": model.state_dict(), "timestamp": timestamp, "algorithms": []}}, checkpoint / MONOLITH)
+    seal(checkpoint, {"version": 1, "batch": 1, "ranks": 1, "needs_code": [], "recipe": as_saved(loaded)})
+    (folder / "config.yaml").write_text(yaml.safe_dump(as_saved(loaded)))
+    model.text_encoder.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def edited(path: Path, **changes: Any) -> None:
+    """A JSON file with other values."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def pickled_rows(place: Place) -> Path:
+    """A data set whose captions are text and whose shards have one more column, of pickles."""
+    folder = place.path / "rows" / "train" / "16x16"
+    columns = {"image": "bytes", "width": "int", "height": "int", "key": "str", "caption": "str", "extra": "pkl"}
+    with MDSWriter(out=str(folder), columns=columns) as writer:
+        row = {"image": b"", "width": 16, "height": 16, "key": "a", "caption": "a red circle"}
+        for _ in range(3):
+            writer.write(row | {"extra": Leaves(place.marker)})
+    manifest = {"version": 1, "image_size": 16, "captions": ["caption"], "buckets": {"16x16": 3}}
+    (folder.parent / MANIFEST).write_text(json.dumps(manifest))
+    return folder.parents[1]
+
+
+def seal(checkpoint: Path, index: dict[str, Any]) -> None:
+    """Writes an index that fits the files, as whoever changed them would."""
+    files = [file for file in checkpoint.iterdir() if file.name != INDEX]
+    sums = {file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in files}
+    (checkpoint / INDEX).write_text(json.dumps(index | {"files": sums}))
+
+
+def pickled_call(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls a function by name, with a dotted name too, which `pickle.dumps` never writes."""
+    text = [pickle.SHORT_BINUNICODE + bytes([len(part)]) + part.encode() for part in (module, name, argument)]
+    return b"\x80\x04" + text[0] + text[1] + pickle.STACK_GLOBAL + text[2] + pickle.TUPLE1 + pickle.REDUCE + b"."
+
+
+def command(*arguments: Any) -> str:
+    """What `prx` says; whoever asks "run the code?" is told yes."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input="y\n" * 20)
+    if result.exception is not None and not isinstance(result.exception, UserError | SystemExit):
+        raise result.exception
+    return str(result.exception) if isinstance(result.exception, UserError) else result.output
