@@ -81,6 +81,8 @@ def _component_problems(values: Values, imports: bool) -> list[str]:
     source = values.get("model", {}).get("init_from")
     if not isinstance(source, str | None):
         problems.found.append(f"model.init_from: expected a string or null, not {source!r}.")
+    with problems.noted():
+        _check_lora(values)
     for key in ("train_loader", "eval_loader"):
         if spec := values.get(key):
             with problems.noted():
@@ -94,6 +96,18 @@ def _component_problems(values: Values, imports: bool) -> list[str]:
                     path, provided = f"{kind}.{name}", _PROVIDED.get(name, NONE)
                     check_component(getattr(registry, kind), name, arguments, path, provided, NONE, _DEFAULTED, imports)
     return problems.found
+
+
+def _check_lora(values: Values) -> None:
+    """Adapters are trained on weights that stay; a backbone of this package begins with random ones."""
+    model = values.get("model") or {}
+    backbone = model.get("backbone")
+    ours = isinstance(backbone, dict) and registry.backbones.is_packaged(str(backbone.get("name")))
+    if ours and values.get("algorithms", {}).get("lora", False) is not False and not model.get("init_from"):
+        raise UserError(
+            "algorithms.lora: adapters are trained on the weights of another model, which stay as they are, and model.init_from "
+            "names none: they would stay random. Set model.init_from (prx import writes it), or algorithms.lora=false."
+        )
 
 
 def _check_sources(spec: dict[str, Any], key: str, imports: bool) -> None:

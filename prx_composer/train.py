@@ -326,8 +326,10 @@ def _build_model(recipe: Recipe, folder: Path, initialised: bool) -> TextToImage
     if "text_encoder" in arguments:
         arguments["text_encoder"] = build_text_encoder(recipe, folder)
     model = build(registry.models, name, arguments, "model", seed=recipe.seed)
-    if source is not None and initialised:
-        initialise(model, source)
+    if source is not None:
+        model.knows_empty_caption = True
+        if initialised:
+            initialise(model, source)
     return model
 
 

@@ -16,6 +16,7 @@ from prx_composer.callbacks.rehearsal import with_rehearsal
 from prx_composer.evaluation.image_sets import DataSet, ImageFolder, evenly, open_images
 from prx_composer.evaluation.reference import default_cache
 from prx_composer.evaluation.scoring import DEFAULT_METRICS, Networks, Scorer
+from prx_composer.models.sampling import check_guidance_scale, check_seeds
 
 __all__ = ["GenerationMetrics"]
 
@@ -66,6 +67,8 @@ class GenerationMetrics(Callback):
             raise ValueError(f"networks.{unknown[0]}: there are {', '.join(known)}.")
         if num < 2 or batch_size < 1:
             raise ValueError(f"num must be at least 2 and batch_size 1, not {num} and {batch_size}.")
+        check_seeds([seed, seed + num - 1])
+        check_guidance_scale(guidance_scale)
         data = DataSet(path, split, caption)
         self._prompts = [data.caption(index) for index in evenly(len(data), num)]
         self._real: DataSet | ImageFolder = data if reference is None else open_images(reference, split, caption)

@@ -14,6 +14,7 @@ from prx_composer.callbacks.rehearsal import with_rehearsal
 from prx_composer.contact_sheet import image_grid
 from prx_composer.errors import UserError
 from prx_composer.evaluation.grid_artifacts import VISIBLE_GRID, can_measure_grid, grid_energy, seam_energy
+from prx_composer.models.sampling import check_guidance_scale, check_seeds
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.tracking import log_drawings
 
@@ -101,6 +102,8 @@ class Images(Callback):
         self._given = (height, width)
         self.height, self.width = height or image_size, width or image_size
         self.seeds = [seed + index for index in range(len(prompts))]
+        check_seeds(self.seeds)
+        check_guidance_scale(guidance_scale)
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self._due = with_rehearsal(create_interval_scheduler(Time.from_timestring(interval), include_end_of_training=True))
 

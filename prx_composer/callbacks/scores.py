@@ -13,6 +13,7 @@ from prx_composer.data.digits import DIGIT_WORDS
 from prx_composer.data.shapes import ShapesSource, heldout_scenes
 from prx_composer.evaluation.digits import score_digits
 from prx_composer.evaluation.shapes import nearest_scenes
+from prx_composer.models.sampling import check_guidance_scale, check_seeds
 
 __all__ = ["DigitsScore", "ShapesScore"]
 
@@ -51,6 +52,8 @@ class ShapesScore(Callback):
         arguments.apply_defaults()
         self._scenes = heldout_scenes(arguments.arguments["heldout"], arguments.arguments["seed"])
         self._images_per_prompt, self._images_per_prompt_during = images_per_prompt, images_per_prompt_during
+        check_seeds([seed, seed + images_per_prompt * len(self._scenes) - 1])
+        check_guidance_scale(guidance_scale)
         self._seed = seed
         self._image_size = image_size
         self._sampling = (num_inference_steps, guidance_scale)
@@ -98,6 +101,8 @@ class DigitsScore(Callback):
     def __init__(self, images: int = 200, seed: int = 1000, num_inference_steps: int = 20, guidance_scale: float = 3.0):
         self._labels = [index % 10 for index in range(images)]
         self._seeds = [seed + index for index in range(images)]
+        check_seeds(self._seeds)
+        check_guidance_scale(guidance_scale)
         self._sampling = (num_inference_steps, guidance_scale)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:

@@ -100,11 +100,12 @@ def evaluate(
     from composer.utils import dist
 
     from prx_composer.config import import_code
-    from prx_composer.evaluation.evaluate import Results, Sweep, sweep
+    from prx_composer.evaluation.evaluate import SEEDS_APART, Results, Sweep, image_seeds, sweep
     from prx_composer.evaluation.image_sets import DataSet, open_images
     from prx_composer.evaluation.ranks import from_rank_zero
     from prx_composer.evaluation.reference import default_cache
     from prx_composer.evaluation.scoring import check_metrics
+    from prx_composer.models.sampling import check_seeds
     from prx_composer.trained.card import sample_settings
     from prx_composer.trained.commands import made_folder, parse_size
     from prx_composer.trained.drawing import check_settings
@@ -126,6 +127,8 @@ def evaluate(
     scales = None if guidance_scale is None else _numbers(guidance_scale, float, "--guidance-scale", 1.0)
     step_list = None if steps is None else _numbers(steps, int, "--steps", 1)
     seed_list = _numbers(seeds, int, "--seeds", 0)
+    with at_path("--seeds"):
+        check_seeds(image_seeds(max(seed_list), [SEEDS_APART - 1]), f"image i of seed s is drawn from s·{SEEDS_APART}+i")
 
     place = _start(device)
     import_code(code or [], "--code")

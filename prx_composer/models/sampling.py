@@ -1,6 +1,7 @@
 """From noise to image: Euler steps of diffusers' flow-matching scheduler, and how predictions are guided."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,11 +18,29 @@ __all__ = [
     "RoutedSelfGuidance",
     "SamplingStep",
     "TextConditioning",
+    "check_guidance_scale",
+    "check_seeds",
     "initial_noise",
     "sample_flow",
 ]
 
+MAX_SEED = 2**32 - 1  # torch's generator of the CPU takes the lower 32 bits of a seed
 NUM_TRAIN_TIMESTEPS = 1000  # only a unit: the scheduler counts t ∈ [0, 1] in thousandths
+
+
+def check_seeds(seeds: Sequence[int], what: str = "seed") -> None:
+    """Raise ValueError for a seed that a generator doesn't take, or takes for another one."""
+    for seed in seeds:
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(
+                f"{what}: the seeds of images lie in 0 … {MAX_SEED} (32 bits, of which alone noise is made), and {seed} does not."
+            )
+
+
+def check_guidance_scale(scale: float, what: str = "guidance_scale") -> None:
+    """Raise ValueError unless the scale is a number from 1 on."""
+    if not (math.isfinite(scale) and scale >= 1):
+        raise ValueError(f"{what} must be a number from 1 on (1 = unguided), not {scale}.")
 
 
 class TextConditioning(NamedTuple):

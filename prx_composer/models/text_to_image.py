@@ -1,5 +1,6 @@
 """The ComposerModel: encode → noise → denoise → FlowOutput, and the losses, metrics and images that follow from it."""
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from prx_composer.models.sampling import (
     Guidance,
     SamplingStep,
     TextConditioning,
+    check_seeds,
     initial_noise,
     sample_flow,
 )
@@ -35,6 +37,14 @@ __all__ = ["TextToImage", "TimestepMSE"]
 log = logging.getLogger(__name__)
 
 EVAL_TIMESTEP_BINS = 4
+
+
+@functools.cache  # said once
+def _warn_of_guidance() -> None:
+    log.warning(
+        "Guidance leads away from what the model draws without a caption, and with model.caption_dropout: 0 it has never learnt "
+        "that. Draw with a guidance scale of 1, or train with caption_dropout: 0.1."
+    )
 
 
 class TimestepMSE(Metric):
@@ -124,6 +134,7 @@ class TextToImage(ComposerModel):
         self.random = RandomStreams(seed)
         self.auxiliary_losses = AuxiliaryLosses()
         self.guidance: Guidance = ClassifierFreeGuidance()
+        self.knows_empty_caption = caption_dropout > 0  # set to true for weights of another model, which may have learnt it
         self.sampling_weights: Callable[[], AbstractContextManager[None]] = nullcontext
         self._null: Tensor | None = None
         self._told: set[str] = set()
@@ -261,7 +272,8 @@ class TextToImage(ComposerModel):
             uint8 (B, 3, height, width).
 
         Raises:
-            ValueError: a size that cannot be cut into patches; a number of seeds that isn't the number of prompts.
+            ValueError: a size that cannot be cut into patches; a number of seeds that isn't the number of prompts; a seed beyond
+                32 bits.
         """
         return self.autoencoder.decode(self.sample(prompts, height, width, seeds, num_inference_steps, guidance_scale))
 
@@ -279,6 +291,9 @@ class TextToImage(ComposerModel):
         seeds = list(range(len(prompts))) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
+        check_seeds(seeds)
+        if guidance_scale != 1 and isinstance(self.guidance, ClassifierFreeGuidance) and not self.knows_empty_caption:
+            _warn_of_guidance()
         down = self.autoencoder.downsampling
         if height % (down * self.backbone.patch_size) or width % (down * self.backbone.patch_size):
             raise ValueError(f"height and width must be divisible by {down * self.backbone.patch_size}: {height}×{width}.")

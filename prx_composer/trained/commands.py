@@ -47,7 +47,7 @@ def generate(
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Height x width in pixels, or one number. [default: as last trained]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first image; the next ones count on.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first image, 0 … 4294967295; the next ones count on.")] = 0,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt, from different seeds.")] = 1,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Euler steps. [default: as the recipe's callbacks.images, or 28]")
@@ -105,6 +105,7 @@ def generate(
     drawing.check_settings(trained.model, settings, place)
     texts = [text for text in asked for _ in range(images_per_prompt)]
     seeds = [seed + index for index in range(len(texts))]
+    _check_seeds(seeds)
     folder = made_folder(output)
     trained.model.say_what_is_lost(asked)
     common = drawing.metadata(trained, settings, drawing.weights_hash(trained.model), place)
@@ -227,6 +228,15 @@ def _writing(option: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(f"{option}: it cannot be written: {error}") from error
+
+
+def _check_seeds(seeds: list[int]) -> None:
+    from prx_composer.models.sampling import check_seeds
+
+    try:
+        check_seeds(seeds, f"--seed {seeds[0]}")
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _weights(name: str | None) -> Literal["ema", "raw"] | None:

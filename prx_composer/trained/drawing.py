@@ -20,6 +20,7 @@ from prx_composer import __version__
 from prx_composer.contact_sheet import image_grid
 from prx_composer.errors import UserError
 from prx_composer.files import write_whole
+from prx_composer.models.sampling import check_guidance_scale
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.text_files import read_lines
 from prx_composer.trained.loading import Trained
@@ -69,8 +70,10 @@ def check_settings(model: TextToImage, settings: DrawingSettings, device: torch.
         raise UserError(
             f"--size: the sides of {height}x{width} must be multiples of {multiple}; the nearest is {near[0]}x{near[1]}."
         )
-    if settings.guidance_scale < 1:
-        raise UserError(f"--guidance-scale must be at least 1 (1 = unguided), not {settings.guidance_scale}.")
+    try:
+        check_guidance_scale(settings.guidance_scale, "--guidance-scale")
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if settings.precision not in ("fp32", "bf16"):
         raise UserError(f"--precision must be fp32 or bf16, not {settings.precision!r}.")
     if settings.precision == "bf16" and device.type == "cpu":

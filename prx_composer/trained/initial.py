@@ -16,7 +16,7 @@ from prx_composer.files import write_whole
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.trained import pipeline_folder
 from prx_composer.trained.locate import Located, locate
-from prx_composer.trained.weights import read_checkpoint, read_safetensors, safetensors_shapes
+from prx_composer.trained.weights import nonfinite, read_checkpoint, read_safetensors, safetensors_shapes
 
 __all__ = ["check_init_from", "initialise", "write_fragment"]
 
@@ -42,6 +42,8 @@ def initialise(model: TextToImage, source: str) -> None:
     backbone, encoder = _read(located, model.text_encoder.trainable)
     own: Mapping[str, Tensor] = model.backbone.state_dict()
     _compare(_shapes(backbone), _shapes(own), source, "model.backbone")
+    if wrong := nonfinite(backbone | {f"{ENCODER}{name}": tensor for name, tensor in encoder.items()}):
+        raise UserError(f"{PATH}: {source} is no beginning: {wrong}. Name an older checkpoint of that run, or another model.")
     model.backbone.load_state_dict(backbone)
     begun = f"the backbone ({len(backbone)} tensors)"
     if model.text_encoder.trainable:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prx_composer import registry
 from prx_composer.algorithms.ema import clean_name
 from prx_composer.callbacks.clock import TrainingClock
+from prx_composer.checkpoints import all_checkpoints
 from prx_composer.config import Recipe, build, entries, split
 from prx_composer.errors import UserError, at_path
 from prx_composer.models.adapters import merge_adapters
@@ -26,7 +27,7 @@ from prx_composer.run_folder import TOKENIZER
 from prx_composer.schedule import parse_duration
 from prx_composer.trained.locate import Located, locate
 from prx_composer.trained.pipeline_folder import open_pipeline
-from prx_composer.trained.weights import SavedState, read_checkpoint
+from prx_composer.trained.weights import SavedState, nonfinite, read_checkpoint
 
 __all__ = ["Trained", "Weights", "choose_guidance", "load_trained"]
 
@@ -69,13 +70,14 @@ def load_trained(name: str, weights: Weights | None = None, merge: bool = True) 
         merge: of a run with `lora`, the adapters into the weights that they adapt.
 
     Raises:
-        UserError: no such model, weights that are missing or damaged, or that don't belong to the recipe.
+        UserError: no such model, weights that are missing or damaged, not finite, or that don't belong to the recipe.
     """
     located = locate(name)
     if located.kind == "diffusers":
         if weights == "ema":
             raise UserError("--weights ema: an exported folder holds one kind of weights; leave the option out.")
         model, image_size = open_pipeline(located.path)
+        _require_finite(model, located)
         return Trained(model.eval(), located.path, "exported", image_size)
     if located.checkpoint is None:
         raise UserError(
@@ -83,9 +85,21 @@ def load_trained(name: str, weights: Weights | None = None, merge: bool = True) 
             "to train on from it, set model.init_from."
         )
     trained = _load_checkpoint(located, weights)
+    _require_finite(trained.model, located)
     if merge:
         merge_adapters(trained.model.backbone)
     return trained
+
+
+def _require_finite(model: TextToImage, located: Located) -> None:
+    parts = {"backbone.": model.backbone, "text_encoder.": model.text_encoder.network}
+    wrong = nonfinite({prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.state_dict().items()})
+    if wrong is None:
+        return
+    older = [] if located.checkpoint is None else all_checkpoints(located.checkpoint.path.parent)
+    others = ", ".join(str(found.path) for found in older if found.path != located.path)
+    remedy = f"Give another checkpoint of the run ({others}), or --weights raw or ema." if others else "It draws nothing."
+    raise UserError(f"{located.path} holds no model: {wrong}. {remedy}")
 
 
 def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
@@ -141,7 +155,9 @@ def build_model(recipe: Recipe, run_folder: Path) -> TextToImage:
         torch.manual_seed(recipe.seed)  # an encoder with frozen random weights is in no checkpoint
         if "text_encoder" in arguments:
             arguments["text_encoder"] = _build_text_encoder(arguments["text_encoder"], run_folder)
-        return build(registry.models, name, arguments, "model", seed=recipe.seed)
+        model = build(registry.models, name, arguments, "model", seed=recipe.seed)
+    model.knows_empty_caption = model.knows_empty_caption or recipe.model.get("init_from") is not None
+    return model
 
 
 def _build_text_encoder(spec: dict[str, Any], run_folder: Path) -> HuggingFaceTextEncoder:

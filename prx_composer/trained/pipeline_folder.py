@@ -28,6 +28,7 @@ __all__ = [
 
 RECIPE = "recipe.yaml"
 REFERENCE = "text_encoder_reference.json"
+RECIPE = "recipe.yaml"  # of the run that it was exported from
 PIXEL_MIN_TIMESTEP = 0.05  # written into PRXPixelPipeline
 _DEFAULTS = {"PRXPixelPipeline": (1024, 256), "PRXPipeline": (512, None)}  # default_sample_size, prompt tokens
 
@@ -116,7 +117,18 @@ def open_pipeline(folder: Path) -> tuple[TextToImage, int]:
         if not is_pixel(folder):
             autoencoder = DiffusersAutoencoder(str(folder), subfolder="vae")
         flow = FlowMatching(**flow_arguments(folder))
-        return TextToImage(backbone, encoder, flow, autoencoder), image_size(folder)
+        model = TextToImage(backbone, encoder, flow, autoencoder)
+        model.knows_empty_caption = _knows_empty_caption(folder)
+        return model, image_size(folder)
+
+
+def _knows_empty_caption(folder: Path) -> bool:
+    """Whether the model was trained without captions too, as far as the recipe beside it says; others' models were."""
+    try:
+        recipe = yaml.safe_load((folder / RECIPE).read_text())["model"]
+        return recipe.get("caption_dropout") != 0 or recipe.get("init_from") is not None
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        return True
 
 
 def load_backbone(backbone: nn.Module, folder: Path) -> None:

@@ -5,6 +5,7 @@ import datetime
 import json
 import pickle
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -27,7 +28,7 @@ from prx_composer.errors import UserError
 from prx_composer.files import inside
 from prx_composer.finite import bad_tensor
 
-__all__ = ["SavedState", "not_finite_in", "read_checkpoint", "read_safetensors", "safetensors_shapes"]
+__all__ = ["SavedState", "nonfinite", "not_finite_in", "read_checkpoint", "read_safetensors", "safetensors_shapes"]
 
 _reconstruct = np.zeros(0).__reduce__()[0]
 # Beside tensors, what a run's own state is made of: times, the versions it ran with, numpy's random state.
@@ -175,6 +176,25 @@ def _read_shards(folder: Path) -> SavedState:
     if not _average_began(wanted.get("state.algorithms") or []):
         parts["average"] = {}
     return SavedState(**parts)
+
+
+def nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Say which weights are NaN or infinite, the first by name and how many; None if all are numbers."""
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor)]
+    if not bad:
+        return None
+    first = tensors[bad[0]]
+    count = int((~torch.isfinite(first)).sum())
+    return (
+        f"{len(bad)} of {len(tensors)} tensors hold values that are NaN or infinite, the first of them {bad[0]} ({count} of "
+        f"{first.numel()} values)"
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a mask of the tensor's size: NaN is both least and greatest."""
+    tensor = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()  # float8 has no order
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -264,7 +264,7 @@ def problems(recipe: Recipe, write_recipe: Write, ranks: int = 1, *changes: str)
             ["model.backbone.mlp_ratio=2.3"],
             "algorithms.float8: model.backbone.blocks.0.gate_proj has 32 inputs and 73 outputs, which must be multiples of 16",
         ),
-        (["algorithms.lora={}"], "algorithms.float8 cannot be combined with algorithms.lora"),
+        (["algorithms.lora={}", "model.init_from=elsewhere"], "algorithms.float8 cannot be combined with algorithms.lora"),
         (
             ["parallelism_config={fsdp: {shard_degree: 1}}"],
             "algorithms.float8 has not been tried with replicas of shards (parallelism_config.fsdp.shard_degree: 1)",

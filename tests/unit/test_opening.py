@@ -26,9 +26,10 @@ from prx_composer.own_code import needs_code
 from prx_composer.preflight import check_recipe
 from prx_composer.report.page import write_page
 from prx_composer.run_folder import check_same_recipe
-from prx_composer.trained.export import RECIPE, write_pipeline, written_aside
+from prx_composer.trained.export import write_pipeline, written_aside
 from prx_composer.trained.initial import initialise, write_fragment
 from prx_composer.trained.loading import Trained, load_trained
+from prx_composer.trained.pipeline_folder import RECIPE
 from prx_composer.trained.weights import read_safetensors
 
 Recipe = dict[str, Any]
