@@ -1,6 +1,6 @@
 """A run's folder: who may use it, how a run is recognised again, and what it says in the end.
 
-runs/<run_name>/config.yaml  environment.jsonl  changes.jsonl  data.json  tokenizer/  checkpoints/  metrics.jsonl  images/
+runs/<run_name>/config.yaml  environment.jsonl  changes.jsonl  data.json  tokenizer/  frozen/  checkpoints/  metrics.jsonl  images/
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from prx_composer.resume import DATA, Change, changed, data_changed, differences
 
 __all__ = [
     "CHECKPOINTS",
+    "FROZEN",
     "TOKENIZER",
     "GoingOn",
     "as_saved",
@@ -47,9 +48,10 @@ CONFIG = "config.yaml"
 CHANGES = "changes.jsonl"
 DATA_FILE = "data.json"
 TOKENIZER = "tokenizer"
+FROZEN = "frozen"  # see frozen_parts.py
 
 
-_LEFTOVERS = frozenset({TOKENIZER, f".{TOKENIZER}.partial", f".{CONFIG}.partial", DATA_FILE, f".{DATA_FILE}.partial"})
+_LEFTOVERS = frozenset({TOKENIZER, FROZEN, f".{TOKENIZER}.partial", f".{CONFIG}.partial", DATA_FILE, f".{DATA_FILE}.partial"})
 
 
 def check_run_folder(recipe: Recipe, folder: Path) -> None:

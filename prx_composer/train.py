@@ -29,6 +29,7 @@ from prx_composer.data.latents import check_latent_column
 from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.distributed import GlooAverage
 from prx_composer.errors import TrainingInterrupted, UserError, at_path
+from prx_composer.frozen_parts import keep_frozen, with_kept
 from prx_composer.interruption import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
 from prx_composer.models.cleaning import cleaner, with_cleaning
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
@@ -118,6 +119,7 @@ def run(recipe: Recipe) -> str:
             try_steps_before_training(trainer, recipe, folder)
         with _first_on_rank_zero(), at_path("run_folder"):
             if dist.get_global_rank() == 0:
+                keep_frozen(recipe.model, folder)
                 save_recipe(recipe, folder)
                 record_changes(folder, int(state.timestamp.batch), trainer.resumed_changes)
                 if recipe.preflight:
@@ -321,7 +323,7 @@ def _build_evaluator(recipe: Recipe, model: TextToImage) -> Evaluator | None:
 
 def _build_model(recipe: Recipe, folder: Path, initialised: bool) -> TextToImage:
     """The recipe's model, with the weights of `model.init_from` unless a checkpoint is about to give it others."""
-    name, arguments = split(recipe.model, "model")
+    name, arguments = split(with_kept(recipe.model, folder), "model")
     source = arguments.pop("init_from", None)
     if "text_encoder" in arguments:
         arguments["text_encoder"] = build_text_encoder(recipe, folder)
@@ -340,7 +342,7 @@ def build_text_encoder(recipe: Recipe, folder: Path) -> HuggingFaceTextEncoder:
         UserError: weights or a tokenizer that cannot be had.
     """
     path = "model.text_encoder"
-    name, arguments = split(recipe.model["text_encoder"], path)
+    name, arguments = split(with_kept(recipe.model, folder)["text_encoder"], path)
     arguments.pop("tokenizer", None)
     return build(registry.text_encoders, name, arguments, path, tokenizer=build_tokenizer(recipe, folder))
 

@@ -16,7 +16,7 @@ __all__ = ["LoRA"]
 class LoRA(Algorithm):
     """Trains adapters instead of the backbone, usually from the weights of `model.init_from`.
 
-    Checkpoints hold the frozen weights too, so that a run goes on without `init_from`. `prx export` merges the adapters into the
+    Checkpoints hold the frozen weights too, so that a run goes on without `init_from` (see frozen_parts.py for the text encoder). `prx export` merges the adapters into the
     weights, or with `--format lora` writes them alone.
 
     Args:

@@ -12,6 +12,7 @@ import torch
 from prx_composer.config import Recipe, split
 from prx_composer.data.sources import prepare
 from prx_composer.errors import UserError
+from prx_composer.frozen_parts import with_kept
 from prx_composer.preflight.recipe import Parts, PlannedStage
 from prx_composer.preflight.result import Result, skipped
 from prx_composer.preflight.weights import is_here, references
@@ -79,6 +80,7 @@ def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:
         stage["global_train_batch_size"] //= num_ranks
     changes: dict[str, Any] = {
         "run_folder": str(folder / "run"),
+        "model": with_kept(recipe.model, Path(recipe.run_folder)),
         "global_train_batch_size": recipe.global_train_batch_size // num_ranks,
         "global_eval_batch_size": (recipe.global_eval_batch_size or recipe.global_train_batch_size) // num_ranks,
         "algorithms": algorithms,

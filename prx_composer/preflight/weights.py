@@ -24,6 +24,7 @@ from prx_composer.algorithms.lpips import LPIPS, torchvision_weights, weights_ar
 from prx_composer.checkpoints import newest_checkpoint
 from prx_composer.config import Recipe, split
 from prx_composer.errors import UserError
+from prx_composer.frozen_parts import with_kept
 from prx_composer.models.vision_encoder import TeacherSpec
 from prx_composer.preflight.recipe import Parts
 from prx_composer.preflight.result import Result, failed, passed, warned
@@ -71,7 +72,7 @@ def references(recipe: Recipe, algorithms: Iterable[Any], model: bool = True) ->
 
 def _of_model(recipe: Recipe) -> list[Reference]:
     found = []
-    _, model = split(recipe.model, "model")
+    _, model = split(with_kept(recipe.model, Path(recipe.run_folder)), "model")
     if isinstance(encoder := model.get("text_encoder"), dict):
         pretrained, revision = encoder.get("pretrained"), encoder.get("revision")
         tokenizer: Any = encoder.get("tokenizer", pretrained)

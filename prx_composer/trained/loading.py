@@ -18,6 +18,7 @@ from prx_composer.callbacks.clock import TrainingClock
 from prx_composer.checkpoints import all_checkpoints
 from prx_composer.config import Recipe, build, entries, split
 from prx_composer.errors import UserError, at_path
+from prx_composer.frozen_parts import with_kept
 from prx_composer.models.adapters import merge_adapters
 from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
@@ -149,7 +150,7 @@ def build_model(recipe: Recipe, run_folder: Path) -> TextToImage:
     Raises:
         UserError: weights or a tokenizer that cannot be had.
     """
-    name, arguments = split(recipe.model, "model")
+    name, arguments = split(with_kept(recipe.model, run_folder), "model")
     arguments = {key: value for key, value in arguments.items() if key not in _OF_TRAINING}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # an encoder with frozen random weights is in no checkpoint

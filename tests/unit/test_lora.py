@@ -1,6 +1,7 @@
 """LoRA: what is trained, what is written, and that peft and diffusers read it as it was trained."""
 
 import copy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from prx_composer.algorithms.sprint import SPRINT
 from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.cli import app
 from prx_composer.errors import UserError
+from prx_composer.frozen_parts import keep_frozen, with_kept
 from prx_composer.models import TextToImage
 from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters, merge_adapters
 from prx_composer.optim.groups import AdamW
@@ -30,6 +32,7 @@ from prx_composer.optim.muon import Muon
 from prx_composer.planning.model import plan_model
 from prx_composer.train import build_trainer, run
 from prx_composer.trained.export import write_pipeline, written_aside
+from prx_composer.trained.initial import write_fragment
 from prx_composer.trained.loading import Trained, load_trained
 
 Recipe = dict[str, Any]
@@ -190,6 +193,50 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_without_the_model_it_began_
     assert losses[0] == losses[1] and len(losses[0]) == 8
     ours, theirs = (load_trained(str(folder_of(r))).model.state_dict() for r in (recipe, parts))
     assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+def test_a_run_goes_on_and_is_opened_without_the_folder_that_was_imported(
+    tiny_recipe: Recipe, folder: Path, write_recipe: Write, tmp_path: Path
+) -> None:
+    """All of the folder: the backbone is in the checkpoints, text encoder and tokenizer lie with the run."""
+    write_fragment(str(folder), tmp_path / "base.yaml")
+    tiny_recipe["algorithms"] = {"lora": {"rank": 4, "alpha": 8}}
+    tiny_recipe["optimizer"]["lr"] = 0.02
+    tiny_recipe |= {"autoresume": True}
+    del tiny_recipe["model"]["text_encoder"]
+    whole, parts = tiny_recipe | {"run_name": "whole"}, tiny_recipe | {"run_name": "parts"}
+    run(config.load([write_recipe(whole), str(tmp_path / "base.yaml")]))
+    arguments = [write_recipe(parts, "parts.yaml"), str(tmp_path / "base.yaml")]
+    run(config.load([*arguments, "callbacks.stop_after.time=5ba"]))
+    expected = load_trained(str(folder_of(whole))).model.sample(["a red circle"], 16, 16, [1], 2)
+    (kept,) = (folder_of(whole) / "frozen" / "text_encoder").glob("*.safetensors")
+    assert kept.samefile(next((folder / "text_encoder").glob("*.safetensors"))), "a link, which costs no room"
+    shutil.rmtree(folder)
+    result = CliRunner().invoke(app, ["check", *arguments])
+    assert result.exit_code == 0, result.output
+    run(config.load(arguments))
+    losses = [[row["loss/train/total"] for row in read_metrics(folder_of(r) / "metrics.jsonl")] for r in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert torch.equal(load_trained(str(folder_of(parts))).model.sample(["a red circle"], 16, 16, [1], 2), expected)
+    opened = load_trained(str(exported(folder_of(whole), tmp_path / "merged", "--no-samples"))).model
+    torch.testing.assert_close(opened.sample(["a red circle"], 16, 16, [1], 2), expected, atol=1e-4, rtol=0)
+
+
+def test_an_autoencoder_in_a_folder_is_kept_with_the_run_and_one_of_the_hub_is_not(tmp_path: Path) -> None:
+    source, run_folder = tmp_path / "source", tmp_path / "run"
+    (source / "vae").mkdir(parents=True)
+    for name in ("config.json", "a.safetensors", "a.bin", "README.md", "model.onnx"):
+        (source / "vae" / name).write_text(name)
+    here = {"name": "diffusers", "pretrained": str(source), "subfolder": "vae", "dtype": "bfloat16"}
+    model = {"autoencoder": here, "text_encoder": {"name": "huggingface", "pretrained": "google/t5-small"}}
+    keep_frozen(model, run_folder)
+    keep_frozen(model, run_folder)
+    assert [file.name for file in sorted((run_folder / "frozen").rglob("*.*"))] == ["a.safetensors", "config.json"]
+    shutil.rmtree(source)
+    keep_frozen(model, run_folder)
+    kept = here | {"pretrained": str(run_folder / "frozen" / "autoencoder"), "subfolder": None}
+    assert with_kept(model, run_folder) == model | {"autoencoder": kept}
+    assert with_kept(model, tmp_path / "other") == model
 
 
 def test_a_plan_counts_what_a_run_trains(recipe: Recipe, write_recipe: Write) -> None:
