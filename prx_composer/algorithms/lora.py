@@ -16,8 +16,8 @@ __all__ = ["LoRA"]
 class LoRA(Algorithm):
     """Trains adapters instead of the backbone, usually from the weights of `model.init_from`.
 
-    Checkpoints hold the frozen weights too, so that a run goes on without `init_from` (see frozen_parts.py for the text encoder). `prx export` merges the adapters into the
-    weights, or with `--format lora` writes them alone.
+    Checkpoints hold the frozen weights too, so that a run goes on without `init_from` (frozen_parts.py keeps the text encoder).
+    `prx export` merges the adapters into the weights, or with `--format lora` writes them alone.
 
     Args:
         rank: of the adapters' products.

@@ -134,6 +134,7 @@ class TextToImage(ComposerModel):
         self.random = RandomStreams(seed)
         self.auxiliary_losses = AuxiliaryLosses()
         self.guidance: Guidance = ClassifierFreeGuidance()
+        self.clean_prompt: Callable[[str], str] = str  # what is done to prompts, and not to captions, before they are read
         self.knows_empty_caption = caption_dropout > 0  # set to true for weights of another model, which may have learnt it
         self.sampling_weights: Callable[[], AbstractContextManager[None]] = nullcontext
         self._null: Tensor | None = None
@@ -327,7 +328,7 @@ class TextToImage(ComposerModel):
                 log.warning("%s", sentence)
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> TextConditioning:
-        tokens = self.text_encoder.tokenize(prompts)
+        tokens = self.text_encoder.tokenize([self.clean_prompt(prompt) for prompt in prompts])
         input_ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         return TextConditioning(self.text_encoder(input_ids, mask), mask)
 

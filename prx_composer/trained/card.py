@@ -11,6 +11,8 @@ import yaml
 from prx_composer import __version__
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.cleaning import clean_caption, cleaning_of
+from prx_composer.redaction import redacted
+from prx_composer.trained.card_text import fenced, inline, public_name, without_places
 from prx_composer.trained.drawing import DrawingSettings
 from prx_composer.trained.loading import Trained
 from prx_composer.trained.pipeline_folder import RECIPE, REFERENCE
@@ -22,6 +24,10 @@ _CLEAN_FIRST = (
     " Clean a prompt first, with `diffusers.pipelines.prx.pipeline_prx.TextPreprocessor().clean_text`: the captions of training "
     "were, and this pipeline doesn't."
 )
+_MENDED = (
+    " The pipeline mends a prompt before it reads it: HTML entities become the characters that they stand for, curly quotes "
+    "straight ones, and what a wrong encoding has garbled is repaired."
+)
 VERSIONS = ("torch", "diffusers", "transformers", "mosaicml", "mosaicml-streaming")
 
 
@@ -32,7 +38,7 @@ class Card:
     Args:
         name: title.
         licence: an identifier of the hub (apache-2.0, cc-by-4.0, other …), or None: not stated.
-        command: that exported it.
+        command: that exported it, without paths of this machine.
         digest: SHA-256 of the weights.
         sampling: settings that suit the model.
         prompts: of the samples.
@@ -68,7 +74,7 @@ def write_card(trained: Trained, folder: Path, card: Card) -> None:
     if card.licence is not None:
         head["license"] = card.licence
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {card.name}",
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {inline(card.name)}",
         _about(trained, pixels),
         "## Use\n\n" + _usage(trained, folder, card, pixels),
         _samples(folder, card),
@@ -76,7 +82,7 @@ def write_card(trained: Trained, folder: Path, card: Card) -> None:
         "## Data\n\n" + _data(trained.recipe),
         "## Licence\n\n"
         + (
-            card.licence
+            inline(card.licence or "")
             or "Not stated. Data and text encoder have licences of their own; say which this model has before sharing it."
         ),
         _provenance(trained, card),
@@ -109,8 +115,11 @@ def _usage(trained: Trained, folder: Path, card: Card, pixels: bool) -> str:
         reference = json.loads((folder / REFERENCE).read_text())
         network = type(trained.model.text_encoder.network).__name__
         lines[1:1] = [f"from transformers import {network}"]
-        revision = "" if reference["revision"] is None else f", revision={reference['revision']!r}"
-        lines.append(f"text_encoder = {network}.from_pretrained({reference['pretrained']!r}{revision})  # not in this repository")
+        known, of_hub = public_name(reference["pretrained"])
+        of_hub = of_hub or known == reference["pretrained"]
+        revision = "" if reference["revision"] is None or not of_hub else f", revision={reference['revision']!r}"
+        name = known if of_hub else f"PATH_OF_{known}"  # a folder of the exporter's machine
+        lines.append(f"text_encoder = {network}.from_pretrained({name!r}{revision})  # not in this repository")
         load += ", text_encoder=text_encoder"
     cleaning = cleaning_of(trained.model.text_encoder.tokenizer)
     skip = "" if pixels or cleaning == "prx" else ", skip_text_cleaning=True"
@@ -123,9 +132,9 @@ def _usage(trained: Trained, folder: Path, card: Card, pixels: bool) -> str:
     ]
     code = "\n".join(lines)
     return (
-        f"```python\n{code}\n```\n\nIt needs `pip install diffusers transformers ftfy`. `use_resolution_binning=False` keeps "
+        f"{fenced(code, 'python')}\n\nIt needs `pip install diffusers transformers ftfy`. `use_resolution_binning=False` keeps "
         "the size that is asked for; one prompt at a time."
-    ) + (_CLEAN_FIRST if pixels and cleaning == "prx" else "")
+    ) + (_CLEAN_FIRST if pixels and cleaning == "prx" else "" if cleaning == "prx" else _MENDED)
 
 
 def _samples(folder: Path, card: Card) -> str:
@@ -150,7 +159,7 @@ def _training(trained: Trained) -> str:
         "algorithms": ", ".join(name for name, arguments in (recipe.get("algorithms") or {}).items() if arguments is not False),
         "seed": recipe.get("seed"),
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    table = "\n".join(f"| {name} | {inline(str(value)).replace('|', '/')} |" for name, value in rows.items())
     return f"## Recipe\n\nAll of it is in [{RECIPE}]({RECIPE}).\n\n| | |\n|---|---|\n{table}"
 
 
@@ -159,7 +168,7 @@ def _data(recipe: dict[str, Any] | None) -> str:
     facts = {key: loader[key] for key in ("source", "path", "remote", "mix", "split", "captions") if loader.get(key)}
     if not facts:
         return "Not known: the model was not exported from its run."
-    return f"```yaml\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}```"
+    return fenced(yaml.safe_dump(without_places(redacted(facts)), sort_keys=False, allow_unicode=True), "yaml")
 
 
 def _provenance(trained: Trained, card: Card) -> str:
@@ -170,4 +179,4 @@ def _provenance(trained: Trained, card: Card) -> str:
         "sampling": {k: v for k, v in asdict(card.sampling).items() if k not in ("precision", "guidance")},
         "flow": asdict(trained.model.flow),
     }
-    return f"## Made with\n\n```yaml\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}```"
+    return "## Made with\n\n" + fenced(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), "yaml")

@@ -164,7 +164,9 @@ def export(
     from prx_composer.trained import drawing, lora_file
     from prx_composer.trained import export as exporting
     from prx_composer.trained.card import SAMPLES, Card, sample_settings, write_card
+    from prx_composer.trained.card_text import public_command
     from prx_composer.trained.loading import choose_guidance, load_trained
+    from prx_composer.trained.pipeline_folder import mends_prompts, pipeline_prompt
 
     _quiet()
     if format not in ("diffusers", "lora"):
@@ -184,10 +186,13 @@ def export(
             prompts, settings = sample_settings(trained)
             prompts = list(prompt or prompts)[:12]
             choose_guidance(trained.model, "cfg")
+            if mends_prompts(trained.model):
+                trained.model.clean_prompt = pipeline_prompt  # the card's samples are what its code draws
+                _tell_of_cleaning(prompts)
             if prompts and not no_samples:
                 images = [image for _, image in drawing.draw(trained.model, prompts, list(range(len(prompts))), settings, 4)]
                 drawing.save_grid(images, prompts, partial / SAMPLES)
-            command = shlex.join(["prx", *sys.argv[1:]])
+            command = shlex.join(public_command(["prx", *sys.argv[1:]]))
             write_card(trained, partial, Card(title, license, command, drawing.weights_hash(trained.model), settings, prompts))
     typer.echo(f"{trained.weights} weights of {trained.source} · {target}")
     if license is None:
@@ -237,6 +242,20 @@ def _check_seeds(seeds: list[int]) -> None:
         check_seeds(seeds, f"--seed {seeds[0]}")
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _tell_of_cleaning(prompts: list[str]) -> None:
+    from prx_composer.trained.pipeline_folder import pipeline_prompt
+
+    if changed := [prompt for prompt in prompts if pipeline_prompt(prompt) != prompt]:
+        logging.getLogger(__name__).warning(
+            "%d of %d prompts of the samples are mended by diffusers' pipeline before it reads them, such as %r to %r. Samples "
+            "on the card are drawn so; `prx generate` of the run draws prompts as they are.",
+            len(changed),
+            len(prompts),
+            changed[0],
+            pipeline_prompt(changed[0]),
+        )
 
 
 def _weights(name: str | None) -> Literal["ema", "raw"] | None:

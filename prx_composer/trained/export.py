@@ -22,6 +22,8 @@ from prx_composer.files import sync
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.sampling import NUM_TRAIN_TIMESTEPS
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.redaction import redacted
+from prx_composer.trained.card_text import without_places
 from prx_composer.trained.loading import Trained
 from prx_composer.trained.pipeline_folder import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
 
@@ -158,7 +160,9 @@ def _write_parts(trained: Trained, folder: Path, referred: dict[str, Any] | None
         index["vae"] = ["diffusers", type(model.autoencoder.module).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     if trained.recipe is not None:
-        (folder / RECIPE).write_text(yaml.safe_dump(trained.recipe, sort_keys=False, allow_unicode=True))
+        recipe = without_places(redacted(trained.recipe))
+        head = "# Paths of the machine that trained it are cut to their last names.\n"
+        (folder / RECIPE).write_text(head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _rescaled(weights: dict[str, Tensor], scale: float, bottleneck: bool) -> dict[str, Tensor]:

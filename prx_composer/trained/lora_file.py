@@ -2,12 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import diffusers
+import yaml
+from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from safetensors.torch import save_file
 
 from prx_composer.errors import UserError
 from prx_composer.models.adapters import adapter_config, adapter_state, is_adapted
 from prx_composer.models.autoencoder import Pixels
+from prx_composer.trained.card_text import fenced, inline, public_name
 from prx_composer.trained.loading import Trained
 
 __all__ = ["write_adapters"]
@@ -28,7 +33,7 @@ def write_adapters(trained: Trained, folder: Path, title: str, licence: str | No
     """
     if not is_adapted(trained.model.backbone):
         raise UserError(f"--format lora: {trained.source} is not of a run with algorithms.lora; leave the option out.")
-    base = str(((trained.recipe or {}).get("model") or {}).get("init_from") or "the model that this run began with")
+    base, of_hub = public_name(str(((trained.recipe or {}).get("model") or {}).get("init_from") or "its base"))
     backbone = trained.model.backbone
     config = adapter_config(backbone)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(backbone).items()}
@@ -46,28 +51,39 @@ def write_adapters(trained: Trained, folder: Path, title: str, licence: str | No
         folder / DIFFUSERS,
         {"format": "pt", "lora_adapter_metadata": settings},
     )
-    (folder / "README.md").write_text(_card(trained, title, licence, base), encoding="utf-8")
+    (folder / "README.md").write_text(_card(trained, title, licence, base, of_hub), encoding="utf-8")
 
 
-def _card(trained: Trained, title: str, licence: str | None, base: str) -> str:
+def _card(trained: Trained, title: str, licence: str | None, base: str, of_hub: bool) -> str:
+    """The card.
+
+    Args:
+        base: name of what the run began with. of_hub: whether that is an id of the hub.
+    """
     pipeline = "PRXPixelPipeline" if isinstance(trained.model.autoencoder, Pixels) else "PRXPipeline"
     rank = adapter_config(trained.model.backbone).r
-    head = (
-        f"---\nlibrary_name: peft\npipeline_tag: text-to-image\ntags: [prx, prx-composer, lora]\nbase_model: {json.dumps(base)}\n"
-    )
-    return f"""{head}{"" if licence is None else f"license: {licence}" + chr(10)}---
-
-# {title}
-
-LoRA adapters of rank {rank} ({trained.weights} weights, batch {trained.batch}) for the PRX backbone of `{base}`.
-
-```python
-from diffusers import {pipeline}
+    head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer", "lora"]}
+    head |= ({"base_model": base} if of_hub else {}) | ({} if licence is None else {"license": licence})
+    code = f"""from diffusers import {pipeline}
 from peft import PeftModel
 
-pipe = {pipeline}.from_pretrained({base!r})
+pipe = {pipeline}.from_pretrained({base if of_hub else f"PATH_OR_HUB_ID_OF_{base}"!r})
 pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "THIS_FOLDER").merge_and_unload()
-```
-
-`{DIFFUSERS}` holds the same weights as diffusers names them, for what reads such files (`load_lora_adapter`).
 """
+    about = (
+        f"LoRA adapters of rank {rank} ({trained.weights} weights, batch {trained.batch}) for the PRX backbone of "
+        f"`{inline(base)}`, which training began with. diffusers opens it, or what `prx export` makes of it if it is a run."
+    )
+    reader = (
+        f"`pipe.transformer.load_lora_adapter(THIS_FOLDER, weight_name={DIFFUSERS!r})` reads them."
+        if hasattr(PRXTransformer2DModel, "load_lora_adapter")
+        else f"diffusers {diffusers.__version__} reads no adapters of PRX itself."
+    )
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {inline(title)}",
+        about,
+        fenced(code, "python"),
+        f"`{DIFFUSERS}` holds the same weights by the names that diffusers gives adapters. {reader}",
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -9,6 +9,7 @@ from torch import nn
 from prx_composer.errors import UserError, at_path
 from prx_composer.models.autoencoder import Autoencoder, DiffusersAutoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.cleaning import clean_caption, cleaning_of
 from prx_composer.models.flow import FlowMatching
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
@@ -22,15 +23,26 @@ __all__ = [
     "REFERENCE",
     "backbone_arguments",
     "flow_arguments",
+    "mends_prompts",
     "open_pipeline",
+    "pipeline_prompt",
     "text_encoder_arguments",
 ]
 
-RECIPE = "recipe.yaml"
 REFERENCE = "text_encoder_reference.json"
 RECIPE = "recipe.yaml"  # of the run that it was exported from
 PIXEL_MIN_TIMESTEP = 0.05  # written into PRXPixelPipeline
 _DEFAULTS = {"PRXPixelPipeline": (1024, 256), "PRXPipeline": (512, None)}  # default_sample_size, prompt tokens
+
+
+def pipeline_prompt(prompt: str) -> str:
+    """Return what diffusers' PRXPixelPipeline, and PRXPipeline with `skip_text_cleaning=True`, read instead of a prompt."""
+    return clean_caption(prompt, "basic")
+
+
+def mends_prompts(model: TextToImage) -> bool:
+    """Return whether diffusers' pipeline does that, and the model itself no cleaning of its own."""
+    return cleaning_of(model.text_encoder.tokenizer) == "none"
 
 
 def is_pixel(folder: Path) -> bool:
@@ -95,10 +107,24 @@ def text_encoder_arguments(folder: Path) -> dict[str, Any]:
 
 def _cleaning(folder: Path) -> str:
     """How a model's prompts are cleaned: as the recipe beside it says, if there is one; else as its pipeline does."""
-    if not (folder / RECIPE).exists():
+    model = _trained_as(folder)
+    if model is None:
         return "basic" if is_pixel(folder) else "prx"
-    recipe = yaml.safe_load(read_text(folder / RECIPE)) or {}
-    return ((recipe.get("model") or {}).get("text_encoder") or {}).get("clean", "none")
+    encoder = model.get("text_encoder")
+    return encoder.get("clean", "none") if isinstance(encoder, dict) else "none"
+
+
+def _trained_as(folder: Path) -> dict[str, Any] | None:
+    """The recipe's `model` that lies beside an export, if there is one."""
+    if not (folder / RECIPE).exists():
+        return None
+    try:
+        model = yaml.safe_load(read_text(folder / RECIPE))["model"]
+    except (OSError, yaml.YAMLError, LookupError, TypeError) as error:
+        raise UserError(f"{folder / RECIPE} is no recipe of a run; mend or delete it. ({error})") from error
+    if not isinstance(model, dict):
+        raise UserError(f"{folder / RECIPE} is no recipe of a run; mend or delete it. (model is {model!r})")
+    return model
 
 
 def open_pipeline(folder: Path) -> tuple[TextToImage, int]:
@@ -118,17 +144,16 @@ def open_pipeline(folder: Path) -> tuple[TextToImage, int]:
             autoencoder = DiffusersAutoencoder(str(folder), subfolder="vae")
         flow = FlowMatching(**flow_arguments(folder))
         model = TextToImage(backbone, encoder, flow, autoencoder)
+        if mends_prompts(model):
+            model.clean_prompt = pipeline_prompt
         model.knows_empty_caption = _knows_empty_caption(folder)
         return model, image_size(folder)
 
 
 def _knows_empty_caption(folder: Path) -> bool:
     """Whether the model was trained without captions too, as far as the recipe beside it says; others' models were."""
-    try:
-        recipe = yaml.safe_load((folder / RECIPE).read_text())["model"]
-        return recipe.get("caption_dropout") != 0 or recipe.get("init_from") is not None
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
-        return True
+    model = _trained_as(folder)
+    return model is None or model.get("caption_dropout") != 0 or model.get("init_from") is not None
 
 
 def load_backbone(backbone: nn.Module, folder: Path) -> None:

@@ -172,8 +172,13 @@ def test_peft_and_diffusers_read_what_was_trained(recipe: Recipe, folder: Path, 
     pipeline = PRXPixelPipeline.from_pretrained(merged)
     torch.testing.assert_close(predict(pipeline.transformer, trained), wanted, atol=1e-4, rtol=0)
     card = (lora / "README.md").read_text()
-    assert "license: apache-2.0" in card and str(folder) in card and "PeftModel" in card
-    code = card.split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", str(lora))
+    assert "license: apache-2.0" in card and str(folder.parent) not in card and "PeftModel" in card
+    code = (
+        card.split("```python\n")[1]
+        .split("```")[0]
+        .replace("THIS_FOLDER", str(lora))
+        .replace("PATH_OR_HUB_ID_OF_base", str(folder))
+    )
     scope: dict[str, Any] = {}
     exec(code, scope)
     torch.testing.assert_close(predict(scope["pipe"].transformer, trained), wanted, atol=1e-4, rtol=0)
