@@ -193,7 +193,7 @@ def test_what_is_wrong_is_one_clear_message(trained: Path, tmp_path: Path) -> No
     assert "no device" in wrong(trained, "-p", "x", "--device", "tpuu")
     assert "ema or raw" in wrong(trained, "-p", "x", "--weights", "best")
     assert "trained with `tread`" in wrong(trained, "-p", "x", "--guidance", "self")
-    assert "at least 1" in wrong(trained, "-p", "x", "--guidance-scale", "0.5")
+    assert "a number from 1 on" in wrong(trained, "-p", "x", "--guidance-scale", "0.5")
     assert "cannot be read" in wrong(trained, "--prompts", tmp_path / "none.txt")
     (tmp_path / "bad.jsonl").write_text(f"{json.dumps({'prompt': 'x'})}\n{json.dumps({'words': 'x'})}\n")
     assert 'line 2 must have a "prompt"' in wrong(trained, "--prompts", tmp_path / "bad.jsonl")

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 import yaml
-from diffusers import PRXPixelPipeline
+from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
+from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from hostile import command, write_run
 
 from prx_composer.models import TextToImage
@@ -57,9 +57,9 @@ def test_an_export_is_drawn_with_as_the_pipeline_draws_and_a_run_as_it_was_train
     run = write_run(tmp_path / "run", tiny_recipe, tiny_model(seed=3), write_recipe)
     said = command("export", run, "--output", tmp_path / "out")
     trained, opened = load_trained(str(run)).model, load_trained(str(tmp_path / "out")).model
-    pipeline = PRXPixelPipeline.from_pretrained(tmp_path / "out")
+    pipeline: Any = PRXPixelPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
+    theirs: Any = pipeline(
         prompt, height=16, width=16, num_inference_steps=2, guidance_scale=2.0, use_resolution_binning=False,
         output_type="pt", generator=torch.Generator().manual_seed(1),
     ).images  # fmt: skip
@@ -130,7 +130,7 @@ def test_the_card_of_adapters_runs_and_names_what_diffusers_has(tmp_path: Path, 
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["license"] == "other" and "base_model" not in head, "a name that the hub doesn't have is none of its ids"
     assert "\n# &lt;script&gt; # Title\n" in card and "load_lora" not in card.replace("load_lora_adapter(", "")
-    assert ("load_lora_adapter" in card) == hasattr(diffusers.PRXTransformer2DModel, "load_lora_adapter")
+    assert ("load_lora_adapter" in card) == hasattr(PRXTransformer2DModel, "load_lora_adapter")
     code = card.split("```python\n")[1].split("```")[0]
     scope: dict[str, Any] = {}
     exec(code.replace("PATH_OR_HUB_ID_OF_base", str(base)).replace("THIS_FOLDER", str(tmp_path / "lora")), scope)
