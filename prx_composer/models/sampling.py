@@ -24,7 +24,7 @@ __all__ = [
     "sample_flow",
 ]
 
-MAX_SEED = 2**32 - 1  # torch's generator of the CPU takes the lower 32 bits of a seed
+MAX_SEED = 2**64 - 1  # torch takes −1 for this one, and none beyond
 NUM_TRAIN_TIMESTEPS = 1000  # only a unit: the scheduler counts t ∈ [0, 1] in thousandths
 
 
@@ -32,9 +32,7 @@ def check_seeds(seeds: Sequence[int], what: str = "seed") -> None:
     """Raise ValueError for a seed that a generator doesn't take, or takes for another one."""
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
-            raise ValueError(
-                f"{what}: the seeds of images lie in 0 … {MAX_SEED} (32 bits, of which alone noise is made), and {seed} does not."
-            )
+            raise ValueError(f"{what}: the seeds of images lie in 0 … {MAX_SEED} (64 bits), and {seed} does not.")
 
 
 def check_guidance_scale(scale: float, what: str = "guidance_scale") -> None:

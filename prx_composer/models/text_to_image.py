@@ -274,7 +274,7 @@ class TextToImage(ComposerModel):
 
         Raises:
             ValueError: a size that cannot be cut into patches; a number of seeds that isn't the number of prompts; a seed beyond
-                32 bits.
+                64 bits.
         """
         return self.autoencoder.decode(self.sample(prompts, height, width, seeds, num_inference_steps, guidance_scale))
 

@@ -47,7 +47,7 @@ def generate(
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Height x width in pixels, or one number. [default: as last trained]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first image, 0 … 4294967295; the next ones count on.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first image, of 64 bits; the next ones count on.")] = 0,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt, from different seeds.")] = 1,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Euler steps. [default: as the recipe's callbacks.images, or 28]")
