@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 import yaml
+from hostile import place  # noqa: F401 -- a fixture
 
 from prx_composer.data.shapes import ShapesSource, all_scenes
 from prx_composer.data.sources import prepare

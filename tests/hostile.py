@@ -3,14 +3,15 @@
 import json
 import os
 import pickle
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
-from streaming import MDSWriter
 from typer.testing import CliRunner
 
 from prx_composer import config
@@ -20,6 +21,8 @@ from prx_composer.data.schema import MANIFEST
 from prx_composer.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.run_folder import as_saved
+from prx_composer.trained.export import write_pipeline, written_aside
+from prx_composer.trained.loading import Trained
 
 
 class Leaves:
@@ -84,6 +87,8 @@ def edited(path: Path, **changes: Any) -> None:
 
 def pickled_rows(place: Place) -> Path:
     """A data set whose captions are text and whose shards have one more column, of pickles."""
+    from streaming import MDSWriter  # slow to import, and this module is part of every test's
+
     folder = place.path / "rows" / "train" / "16x16"
     columns = {"image": "bytes", "width": "int", "height": "int", "key": "str", "caption": "str", "extra": "pkl"}
     with MDSWriter(out=str(folder), columns=columns) as writer:
@@ -114,3 +119,22 @@ def command(*arguments: Any) -> str:
     if result.exception is not None and not isinstance(result.exception, UserError | SystemExit):
         raise result.exception
     return str(result.exception) if isinstance(result.exception, UserError) else result.output
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path, tiny_recipe: dict[str, Any], tiny_model: Any, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
+    """A folder to work in that Python imports from, as it does from the working directory of `composer -m`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    marker, code = tmp_path / "executed", tmp_path / "evil.py"
+    code.write_text(f"import os\nos.makedirs({str(marker)!r}, exist_ok=True)\nclass Evil: pass\n")
+    (tmp_path / "alias.py").write_text(code.read_text())
+    recipe = tiny_recipe | {"algorithms": {}}
+    run = write_run(tmp_path / "run", recipe, tiny_model(seed=3), write_recipe)
+    with written_aside(tmp_path / "exported") as partial:
+        write_pipeline(Trained(tiny_model(seed=3).eval(), Path("nowhere"), "raw", 16), partial)
+    yield Place(tmp_path, marker, code, run, tmp_path / "exported")
+    for name in ("evil", "alias", "prx_composer_user_evil"):
+        sys.modules.pop(name, None)

@@ -257,11 +257,22 @@ def _data(trained: "Trained", data: str | None, split: str | None, caption: str 
     try:
         column = caption or next(iter(spec.get("captions") or {}), None)
         with at_path("the recipe's data; name others with --data DIR or --prompts FILE"):
-            return DataSet(spec["path"], split or spec.get("split", "train"), column, spec.get("remote"))
+            name, remote = split or spec.get("split", "train"), spec.get("remote")
+            return DataSet(_place(spec["path"], name, remote), name, column, remote)
     except UserError:
         if needed:
             raise
         return None
+
+
+def _place(path: str, split: str, remote: str | None) -> str:
+    """Where remote data of a run's recipe lie or are downloaded to: not wherever somebody's recipe says."""
+    from prx_composer.data.schema import MANIFEST
+    from prx_composer.evaluation.reference import default_cache
+
+    if remote is None or Path(path, split, MANIFEST).exists():
+        return path
+    return str(default_cache() / f"data-{_hash([remote])[:16]}")
 
 
 def _prompts(file: str | None, data: "DataSet | None", num: int | None) -> tuple[list[str], str]:

@@ -45,6 +45,7 @@ def initialise(model: TextToImage, source: str) -> None:
     if wrong := nonfinite(backbone | {f"{ENCODER}{name}": tensor for name, tensor in encoder.items()}):
         raise UserError(f"{PATH}: {source} is no beginning: {wrong}. Name an older checkpoint of that run, or another model.")
     model.backbone.load_state_dict(backbone)
+    model.knows_empty_caption = True  # what it was trained with is not known here
     begun = f"the backbone ({len(backbone)} tensors)"
     if model.text_encoder.trainable:
         if encoder:
