@@ -1,6 +1,7 @@
 """A run's folder: who may use it, how a run is recognised again, and what it says in the end.
 
-runs/<run_name>/config.yaml  environment.jsonl  changes.jsonl  data.json  tokenizer/  frozen/  checkpoints/  metrics.jsonl  images/
+runs/<run_name>/config.yaml  environment.jsonl  changes.jsonl  data.json  tokenizer/  frozen/  checkpoints/
+                 metrics.jsonl  images/
 """
 
 import dataclasses

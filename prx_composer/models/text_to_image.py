@@ -324,7 +324,7 @@ class TextToImage(ComposerModel):
         self._told.update(new)
         encoder: Any = self.text_encoder
         if dist.get_global_rank() == 0 and hasattr(encoder, "readings"):  # one's own encoder need not have it
-            for sentence in what_is_lost(encoder.readings(new), encoder.max_tokens):
+            for sentence in what_is_lost(encoder.readings([self.clean_prompt(text) for text in new]), encoder.max_tokens):
                 log.warning("%s", sentence)
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> TextConditioning:

@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 from hostile import Place, command, edited, pickled_rows
 
-from prx_composer import config
 from prx_composer.checkpoints import INDEX
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.errors import UserError
 from prx_composer.evaluation.commands import _data
 from prx_composer.report.page import write_page
-from prx_composer.run_folder import check_same_recipe
 from prx_composer.trained.initial import write_fragment
 from prx_composer.trained.loading import load_trained
 from prx_composer.trained.pipeline_folder import RECIPE
@@ -52,8 +50,6 @@ def test_a_stranger_s_recipe_reads_nothing_of_the_opener_s_environment(place: Pl
     place.change(lambda index: index["recipe"].update(run_name="${oc.env:SECRET}", variables={"x": "${oc.env:SECRET}"}))
     command("export", place.run, "--output", "out", "--no-samples")
     write_page(str(place.run))
-    with pytest.raises(UserError):  # another recipe
-        check_same_recipe(config.load([str(place.path / "run.yaml")]), place.index()["recipe"], "it")
     written = [file.read_text() for file in (place.path / "out" / RECIPE, place.path / "out" / "README.md")]
     written.append((place.run / "report.html").read_text())
     assert all("oc.env" in text and "of-the-opener" not in text for text in written)
