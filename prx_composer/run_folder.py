@@ -79,19 +79,19 @@ def holds_run(recipe: Recipe, folder: Path) -> bool:
         )
     if not saved.exists():
         raise UserError(f"run_folder: {folder} is not empty and holds no run; choose another run_name or run_folder.")
-    check_same_recipe(recipe, _recipe_of(folder), str(folder))
+    check_same_recipe(recipe, *_recipe_of(folder))
     return True
 
 
-def _recipe_of(folder: Path) -> dict[str, Any]:
-    """The recipe that a run goes on from: its newest checkpoint's, or before there is one, that of its last start."""
+def _recipe_of(folder: Path) -> tuple[dict[str, Any], str]:
+    """The recipe that a run goes on from, and what has it: its newest checkpoint, or before there is one, its last start."""
     newest = newest_checkpoint(folder)
     try:
         if newest is not None:
-            return newest.index()["recipe"]
+            return newest.index()["recipe"], str(newest.path)
     except (OSError, ValueError, KeyError):  # damaged, which is said when it is to be loaded
         pass
-    return yaml.safe_load((folder / CONFIG).read_text()) or {}
+    return yaml.safe_load((folder / CONFIG).read_text()) or {}, str(folder)
 
 
 def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str, ranks: int | None = None) -> list[Change]:
@@ -113,10 +113,19 @@ def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str, ranks: 
     allow = recipe.resume.get("allow", [])
     refused = [change for change in changes if not is_allowed(change, allow, known)]
     if refused:
-        file = folder / CONFIG
-        command = ["composer", "train.py", str(file), f"run_folder={folder}", "autoresume=true"]
-        raise UserError(refusal(refused, what, shlex.join(command) if file.exists() else None))
+        raise UserError(refusal(refused, what, _command_as_before(folder, before, refused, ranks)))
     return changes
+
+
+def _command_as_before(folder: Path, before: dict[str, Any], refused: list[Change], ranks: int) -> str | None:
+    """What goes on with the old recipe: the config.yaml of the last start, unless that has other values of these keys too."""
+    file = folder / CONFIG
+    if not file.exists():
+        return None
+    others = {change.key for change in recipe_changes(before, yaml.safe_load(file.read_text()) or {}, ranks)}
+    if others & {change.key for change in refused}:
+        return None
+    return shlex.join(["composer", "train.py", str(file), f"run_folder={folder}", "autoresume=true"])
 
 
 def recipe_changes(before: dict[str, Any], now: dict[str, Any], ranks: int) -> list[Change]:

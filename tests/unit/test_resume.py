@@ -406,6 +406,10 @@ def test_a_value_that_was_tried_and_not_kept_may_be_taken_back(started: str) -> 
     assert holds_run(config.load([started, "optimizer.lr=1e-4"]), folder) and holds_run(loaded, folder)
     with pytest.raises(UserError, match="optimizer.lr"):
         holds_run(config.load([started, "optimizer.lr=2e-4"]), folder)
+    with pytest.raises(UserError, match="ba4 was started with another recipe") as refused:
+        holds_run(config.load([started, "optimizer.lr=3e-4"]), folder)
+    old = shlex.split(_line(str(refused.value), "To go on with the old values: add  "))
+    assert old == ["optimizer.lr=0.001"] and holds_run(config.load([started, "optimizer.lr=3e-4", *old]), folder)
     (checkpoint / "checkpoint.json").write_text("{")
     with pytest.raises(UserError, match="optimizer.lr"):
         holds_run(loaded, folder)
