@@ -57,7 +57,7 @@ def loaders_of(
     samplers = [BucketBatchSampler(dataset, 16, batch, 4, False, 0, ranks, rank, evaluation=True) for rank in range(ranks)]
     for sampler in samplers:
         sampler.keeps_shape = keeps_shape
-    loaders = [ImageCaptionLoader(dataset, sampler, Collator(tokenizer, 14), workers) for sampler in samplers]
+    loaders = [ImageCaptionLoader(dataset, sampler, Collator(tokenizer, 14, workers), workers) for sampler in samplers]
     assert all(len(loader) == len(list(sampler)) for loader, sampler in zip(loaders, samplers, strict=True))
     return loaders
 
