@@ -63,6 +63,12 @@ def test_from_and_to_an_object_store_are_the_bytes_of_a_local_conversion(tmp_pat
     dataset = ImageCaptionDataset(str(tmp_path / "cache"), remote="s3://data/out")
     assert sorted(dataset[SampleRequest(i, 64, 64, 0)]["caption"] for i in range(len(dataset))) == near
     assert job.convert(chosen, "s3://data/out")["counts"]["kept"] == 15, "it is not done again"
+    s3.put_object(Bucket="data", Key="in/README.md", Body=b"not read")
+    assert job.convert(chosen, "s3://data/out")["input"]["read"] == 3
+    s3.upload_file(str(tmp_path / "in" / "0.tar"), "data", "in/2.tar")
+    s3.upload_file(str(tmp_path / "in" / "0.tar"), "data", "in/3.tar")
+    with pytest.raises(UserError, match=r"1 new \(such as 3.tar\), 1 changed in size or time \(such as 2.tar\)"):
+        job.convert(chosen, "s3://data/out")
 
 
 def test_a_conversion_in_an_object_store_goes_on_and_nobody_reads_it_before_it_is_whole(tmp_path: Path, s3: Any) -> None:
