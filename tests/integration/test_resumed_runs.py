@@ -328,7 +328,7 @@ def test_a_limit_of_undecodable_images_may_be_raised_as_its_message_says(
     dataset = ImageCaptionDataset(tiny_recipe["train_loader"]["path"], max_undecodable=0.0)
     dataset._count(seen=600)
     with pytest.raises(UndecodableError, match=r"more than (train_loader\.max_undecodable) = .* raise that limit") as said:
-        dataset._note_undecodable(0, "x", ValueError("bad"))
+        dataset._note_undecodable(0, "x", ValueError("bad"), "the next takes its place")
     key = re.search(r"train_loader\.\w+", str(said.value))
     assert key is not None and rule_of(key[0]).may == "logged"
 
