@@ -188,11 +188,11 @@ class CaptionCounts:
 
     @property
     def captions(self) -> int:
-        return int(self._counts[:, 0].sum())
+        return int(self._counts.numpy()[:, 0].sum())  # the host's own memory: numpy waits for no device
 
     def told(self, max_tokens: int) -> str | None:
         """What is lost of the captions so far, in words; None if nothing is."""
-        captions, cut, lost, tokens, unknown = self._counts.sum(0).tolist()
+        captions, cut, lost, tokens, unknown = self._counts.numpy().sum(0).tolist()
         return captions_told(captions, cut, lost, tokens, unknown, max_tokens)
 
 

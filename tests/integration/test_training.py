@@ -212,7 +212,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "clipping": ("algorithms.gradient_clipping.clipping_type", "nrm", "clipping_type: expected 'norm' or 'value' or 'adaptive'"),
     "score of other data": ("callbacks.shapes_score", {"image_size": 18}, "callbacks.shapes_score.image_size: 18×18"),
     "tokens": ("max_duration", "1000tok", "max_duration: 1000tok must be a number of batches, epochs or samples"),
-    "epochs with stages": ("max_duration", "3ep", "max_duration cannot be in epochs"),
+    "epochs with stages": ("max_duration", "3ep", "max_duration: 3ep cannot be in epochs"),
     "encoder setting": (
         "model.text_encoder.config.num_layrs",
         3,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_FILE_BYTES", "RESULT", "Job", "Record", "Source", "Unit", "damaged", "has", "is_damage", "lookup"]
 
 RESULT = "unit.json"  # beside the shards of a unit
+WORDS = 200  # characters of a reader's own message
 MAX_FILE_BYTES = 1 << 28  # of one encoded image or text: what is larger is not read
 
 
@@ -136,11 +137,12 @@ def damaged(label: str, error: Exception | str, read: int, promised: int | None)
 
     Args:
         label: the file and the part.
-        error: the reader's own words.
+        error: the reader's own words; a string of ours is kept whole.
         read: records that could be read.
         promised: how many there are by the file's own account; None if that is not known.
     """
-    words = " ".join((error if isinstance(error, str) else f"{type(error).__name__}: {error}").split())[:200].rstrip(".")
+    words = error if isinstance(error, str) else f"{type(error).__name__}: {error}"[:WORDS]  # ours may hold a remedy: not cut
+    words = " ".join(words.split()).rstrip(".")
     of = "records were read, how many it promised is not known" if promised is None else f"of the {promised} records it promised"
     return Record(label, None, {}, "damaged_input", f"{words}; {read} {of}" + (" were read" if promised is not None else ""))
 

@@ -12,7 +12,7 @@ __all__ = ["HISTOGRAMS", "Tally"]
 
 EXAMPLES = 5  # keys that are kept of every reason …
 FILES = 100  # … and of the one that stands for a whole file
-DETAIL = 300  # characters: messages of other libraries can be long
+DETAIL = 600  # characters: messages of other libraries can be long
 HISTOGRAMS = {"size": 64, "log2_aspect": 0.25, "caption_length": 50}  # widths of their bins
 
 
