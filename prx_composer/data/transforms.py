@@ -20,7 +20,8 @@ def decode_image(encoded: bytes, height: int, width: int) -> Tensor:
         BadImageError: the bytes are no image, or not one to open.
     """
     pixels = decode(encoded, open_image(encoded), (height, width))
-    return torch.from_numpy(np.ascontiguousarray(resize(pixels, Bucket(height, width)))).permute(2, 0, 1)
+    resized = resize(pixels, Bucket(height, width))
+    return torch.from_numpy(np.require(resized, requirements=["C", "W"])).permute(2, 0, 1)  # Pillow's pixels are read-only
 
 
 def resize(pixels: np.ndarray, bucket: Bucket) -> np.ndarray:

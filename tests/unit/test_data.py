@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,17 @@ def test_every_mode_becomes_rgb_of_the_bucket_size(mode: str) -> None:
 def test_an_image_of_the_bucket_size_is_left_as_it_is() -> None:
     image = gradient(16, 24)
     assert np.array_equal(decode_image(encode(image), 16, 24).permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+def test_an_image_of_the_bucket_s_size_is_read_without_a_warning() -> None:
+    """torch warned, in every run, of an array that is read-only, and said that writing to it is undefined."""
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # not only once in this process
+    try:
+        with warnings.catch_warnings(action="error"):
+            assert decode_image(encode(Image.new("RGB", (24, 16), (1, 2, 3))), 16, 24).add_(1).min() == 2
+    finally:
+        torch.set_warn_always(always)
 
 
 def test_resizing_keeps_the_aspect_ratio_and_crops_the_centre() -> None:
