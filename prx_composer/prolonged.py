@@ -8,6 +8,7 @@ from typing import Any
 from composer.core import State
 
 from prx_composer import config, registry
+from prx_composer.callbacks.resumed import NewValues
 from prx_composer.callbacks.time_budget import time_budget_of
 from prx_composer.checkpoints import Checkpoint
 from prx_composer.config import Recipe
@@ -18,6 +19,7 @@ __all__ = ["say_what_moves", "what_moves"]
 log = logging.getLogger(__name__)
 
 _KEYS = ("max_duration", "time_budget")
+_ALSO = ("optimizer", "scheduler")  # what else the rate depends on, where it was allowed to change
 _SAME = 0.01  # of a learning rate
 
 
@@ -41,7 +43,10 @@ def what_moves(state: State, recipe: Recipe, before: dict[str, Any]) -> list[str
     now = {"windows": _windows(state, recipe), "rate": _rate(state)}
     with _as_before(state, before):
         then = {"windows": _windows(state, recipe), "rate": _rate(state)}
-    by = " and ".join(f"{key} {before[key]} → {getattr(recipe, key)}" for key in changed)
+    by = " and ".join(
+        [f"{key} {before[key]} → {getattr(recipe, key)}" for key in changed]
+        + [f"another {key}" for key in _ALSO if key in before and before[key] != getattr(recipe, key)]
+    )
     batch = int(state.timestamp.batch)
     messages = []
     if abs(now["rate"] - then["rate"]) > _SAME * max(now["rate"], then["rate"]):
@@ -56,7 +61,8 @@ def what_moves(state: State, recipe: Recipe, before: dict[str, Any]) -> list[str
 
 def _about_rate(state: State, rate: float, by: str, folder: str) -> str:
     batch = int(state.timestamp.batch)
-    last = float(state.optimizers[0].param_groups[0]["lr"])
+    loaded = next((callback.loaded_rate for callback in state.callbacks if isinstance(callback, NewValues)), None)
+    last = float(state.optimizers[0].param_groups[0]["lr"]) if loaded is None else loaded
     return (
         f"The learning rate was {last:.3g} up to batch {batch} and goes to {rate:.3g} now ({by}): its schedule is a part of the "
         f"run's length. To go on without that jump, train these weights in another run: run_name=<another name> "

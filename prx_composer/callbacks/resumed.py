@@ -35,12 +35,14 @@ class NewValues(Callback):
         self._seed = any(part[0] == "seed" for part in parts)
         self._groups: list[list[dict[str, Any]]] = []  # as they were built, by optimizer
         self._built_seed = 0
+        self.loaded_rate: float | None = None  # the learning rate in the checkpoint, of the first group
 
     def before_load(self, state: State, logger: Logger) -> None:
         self._groups = [[_settings(group) for group in optimizer.param_groups] for optimizer in state.optimizers]
         self._built_seed = state.rank_zero_seed
 
     def after_load(self, state: State, logger: Logger) -> None:
+        self.loaded_rate = float(state.optimizers[0].param_groups[0]["lr"])
         if self._seed:
             state.rank_zero_seed = self._built_seed
         if not (self._arguments or self._schedule):

@@ -77,6 +77,21 @@ def test_a_rate_that_had_decayed_is_said_before_it_goes_up_again_and_the_advice_
     assert rates(folder_of(plain).with_name("another")) == pytest.approx([before] * 4)
 
 
+def test_the_rate_that_was_is_the_checkpoint_s_also_where_another_one_is_allowed(
+    plain: Recipe, write_recipe: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The message named what the new optimizer.lr would have given at the last step, as the rate that was."""
+    plain["scheduler"] = {"name": "linear_decay_with_warmup", "t_warmup": "2ba", "alpha_f": 0.0}
+    path = write_recipe(plain)
+    assert main([path, "max_duration=4ba"]) == 0
+    assert main([path, "max_duration=8ba", "optimizer.lr=4e-3", "resume.allow=[optimizer.lr]"]) == 0
+    (message,) = [record.message for record in caplog.records if "The learning rate was" in record.message]
+    before, after = rates(folder_of(plain))[3:5]
+    assert before == pytest.approx(1e-3 * (1 - 1 / 2)) and after == pytest.approx(4e-3 * (1 - 2 / 6))
+    assert f"was {before:.3g} up to batch 4 and goes to {after:.3g} now (max_duration 4ba → 8ba and another optimizer)" in message
+    assert f"optimizer.lr={before:.3g} " in message
+
+
 def test_a_run_that_decays_in_its_last_part_is_prolonged_without_a_jump(
     plain: Recipe, write_recipe: Write, caplog: pytest.LogCaptureFixture
 ) -> None:
