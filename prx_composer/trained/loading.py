@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from prx_composer import registry
 from prx_composer.algorithms.ema import clean_name
+from prx_composer.arguments import check_spec, check_type
 from prx_composer.callbacks.clock import TrainingClock
 from prx_composer.checkpoints import all_checkpoints
 from prx_composer.config import Recipe, build, entries, split
-from prx_composer.errors import UserError, at_path
+from prx_composer.errors import Problems, UserError, at_path
 from prx_composer.frozen_parts import with_kept
 from prx_composer.models.adapters import merge_adapters
 from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance
@@ -111,6 +113,7 @@ def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
         recipe = without_code(_as_recipe(saved_recipe, located.path), index, located.path)
     except (OSError, ValueError, LookupError) as error:
         raise error if isinstance(error, UserError) else UserError(f"{located.path} cannot be read: {error}") from error
+    check_spec(registry.models, recipe.model, f"{located.path}: recipe.model", frozenset({"seed"}), frozenset({"init_from"}))
     state = read_checkpoint(located.checkpoint)
     if weights == "ema" and not state.average:
         raise UserError(
@@ -133,6 +136,11 @@ def _as_recipe(saved: dict[str, Any], where: Path) -> Recipe:
         recipe = Recipe(**{key: value for key, value in saved.items() if key in known})
     except TypeError as error:
         raise UserError(f"{where} was written by another version of prx-composer: its recipe lacks a key ({error}).") from error
+    problems, hints = Problems(), typing.get_type_hints(Recipe)
+    for key, value in vars(recipe).items():
+        with problems.noted():
+            check_type(value, hints[key], f"{where}: recipe.{key}")
+    problems.raise_any()
     name, _ = split(recipe.model, "model")
     if name != "text_to_image":
         log.info("The model is %s, not text_to_image.", name)

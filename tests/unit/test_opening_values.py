@@ -1,6 +1,8 @@
 """What a stranger's run, export or data names leads nowhere else, looks nothing up and is no markup."""
 
+import functools
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,25 @@ def test_no_index_leads_out_of_its_folder(place: Place, name: str) -> None:
     (data / "train" / "16x16" / "index.json").write_text(json.dumps(shards))
     with pytest.raises(ValueError, match="leads out of that folder"):
         ImageCaptionDataset(str(data), "train")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("algorithms", 5), ("code_paths", 5), ("callbacks", [1]), ("image_size", "x"), ("seed", "x"), ("time_budget", [3]),
+        ("model.caption_dropout", "a"), ("model.flow", "z"), ("model.strange", 1), ("model.backbone.depth", "deep"),
+    ],
+)  # fmt: skip
+def test_a_recipe_in_a_checkpoint_that_is_none_is_said_with_its_key(place: Place, key: str, value: Any) -> None:
+    """It ended in a traceback."""
+
+    def changed(index: dict[str, Any]) -> None:
+        *above, last = key.split(".")
+        functools.reduce(operator.getitem, above, index["recipe"])[last] = value
+
+    place.change(changed)
+    with pytest.raises(UserError, match=rf"ba1: recipe\.{key}: "):
+        load_trained(str(place.run))
 
 
 def test_a_stranger_s_recipe_reads_nothing_of_the_opener_s_environment(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
