@@ -52,6 +52,8 @@ def batch_problems(values: Mapping[str, Any], num_ranks: int) -> list[str]:
     size = values.get("global_eval_batch_size") or values.get("global_train_batch_size")
     if values.get("eval_loader") is not None and size is not None:
         with problems.noted():
+            if size < 1:
+                raise UserError(f"global_eval_batch_size: {size} must be at least 1.")
             check_batch_sizes("global_eval_batch_size as ", size, size // num_ranks or 1, num_ranks)
     return list(dict.fromkeys(problems.found))
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_lines", "main", "read_recipe"]
 
+_NOT_YET = "– what only the components can tell: not checked here, because what is wrong above must be mended first"
+
 
 def main(arguments: list[str]) -> int:
     """Runs what the command line names; returns the exit code. What is the user's to mend is said without a traceback."""
@@ -53,11 +55,12 @@ def check_lines(arguments: list[str], num_ranks: int, config_only: bool, step: b
         problems = first_look(vars(recipe), num_ranks)
     except UserError as error:
         yield from (f"✗ {problem}" for problem in problems_of(error))
+        yield _NOT_YET
         return
     said = [f"✗ {problem}" for problem in problems]
     yield from said
     if config_only and problems:
-        yield "– what only the components can tell: not checked here, because what is wrong above must be mended first"
+        yield _NOT_YET
         return
     from prx_composer.preflight import check_config, check_recipe
 

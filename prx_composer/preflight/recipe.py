@@ -1,5 +1,6 @@
 """What is known from the recipe alone: names, arguments and types, and sizes that must divide one another."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -16,7 +17,7 @@ from prx_composer.errors import Problems, UserError, at_path
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.cleaning import Cleaning, cleaner
 from prx_composer.parallelism import parallelism
-from prx_composer.preflight.result import Result, failed, guarded, passed, skipped
+from prx_composer.preflight.result import Result, failed, guarded, passed, skipped, warned
 from prx_composer.schedule import ScheduleWindow
 from prx_composer.schedule_checks import schedule_problems
 from prx_composer.sizes import batch_problems, downsampling_of, image_size_problems
@@ -172,6 +173,16 @@ def check_callbacks(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     yield from map(failed, problems.found)
     if names:
         yield passed("callbacks", ", ".join(names))
+    if recipe.model.get("caption_dropout") == 0 and not recipe.model.get("init_from"):
+        for name, arguments in config.entries({name: recipe.callbacks[name] for name in names}, "callbacks"):
+            taken = inspect.signature(registry.callbacks.get(name, f"callbacks.{name}")).parameters.get("guidance_scale")
+            scale = arguments.get("guidance_scale", None if taken is None else taken.default)
+            if isinstance(scale, int | float) and scale != 1:
+                yield warned(
+                    f"callbacks.{name}.guidance_scale",
+                    f"{scale} leads away from what the model draws without a caption, and with model.caption_dropout: 0 it never "
+                    "learns that. Set it to 1, or model.caption_dropout to 0.1.",
+                )
 
 
 def _check_latents(recipe: Recipe, parts: Parts) -> Iterator[Result]:

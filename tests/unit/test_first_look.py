@@ -292,6 +292,19 @@ def test_a_precision_of_gpus_is_refused_on_a_cpu_beside_what_else_is_wrong(
     assert line.startswith(f"– GPUs and precision: {precision}: not checked here") and "precision=fp32" in line
 
 
+def test_a_check_says_what_it_has_not_looked_at(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
+    """With a wrong type it listed what it had found, as if that were all."""
+    for step, config_only in ((True, False), (False, True)):
+        *_, last = check_lines([write_recipe(tiny_recipe), "optimizer.lr=fast", "seed=2.5"], 1, config_only, step)
+        assert last.startswith("– what only the components can tell: not checked here")
+
+
+def test_a_batch_of_an_evaluation_is_named_by_its_own_key(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
+    path = write_recipe(tiny_recipe | {"eval_loader": tiny_recipe["train_loader"] | {"split": "heldout"}})
+    (line,) = found([path, "global_eval_batch_size=-4"])
+    assert "global_eval_batch_size: -4 must be at least 1" in line and "train" not in line
+
+
 # ------------------------------------------------------------------------------------------------- files and keys
 
 

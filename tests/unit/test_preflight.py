@@ -25,7 +25,7 @@ from prx_composer.preflight import check_config
 from prx_composer.preflight.data import check_data
 from prx_composer.preflight.gpus import check_gpus
 from prx_composer.preflight.loggers import check_loggers
-from prx_composer.preflight.recipe import Parts, examine
+from prx_composer.preflight.recipe import Parts, check_callbacks, examine
 from prx_composer.preflight.result import Result, require
 from prx_composer.preflight.step import extremes
 from prx_composer.preflight.storage import check_storage, checkpoints_to_keep
@@ -396,3 +396,16 @@ def test_a_machine_without_a_gpu_is_said_to_be_one(load: Load) -> None:
     recipe, _ = load()
     assert [result.mark for result in check_gpus(recipe, 1, 1)] == ["✓"]
     assert [result.mark for result in check_gpus(load("precision=amp_bf16")[0], 0, 8)] == ["–"]
+
+
+def test_guidance_that_is_never_learnt_is_known_before_training(load: Load) -> None:
+    """It was said with the first picture."""
+
+    def warnings(*changes: str) -> list[str]:
+        recipe, parts = load("callbacks.images={prompts: [a], interval: 1dur}", *changes)
+        return marked(check_callbacks(recipe, parts), "!")
+
+    (said,) = warnings("model.caption_dropout=0")
+    assert said.startswith("callbacks.images.guidance_scale: 3.5 leads away")
+    assert warnings("model.caption_dropout=0", "callbacks.images.guidance_scale=1") == []  # either remedy
+    assert warnings("model.caption_dropout=0.1") == []
