@@ -152,6 +152,12 @@ RULES = (
         _OWN_WEIGHTS,
         _FROM_WEIGHTS,
     ),
+    Rule(
+        "algorithms.ema",
+        "asked",
+        "What is drawn and exported is this average.",
+        "A new average begins with these weights; without one, the weights themselves are drawn and exported.",
+    ),
     Rule("algorithms.ema**", "asked", "What is drawn and exported is this average.", "The average goes on with the new value."),
     Rule("algorithms**", "asked", _RATE, _AT_ONCE),
     # ---- the step
