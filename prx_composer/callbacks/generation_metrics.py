@@ -17,6 +17,7 @@ from prx_composer.evaluation.image_sets import DataSet, ImageFolder, evenly, ope
 from prx_composer.evaluation.reference import default_cache
 from prx_composer.evaluation.scoring import DEFAULT_METRICS, Networks, Scorer
 from prx_composer.models.sampling import check_guidance_scale, check_seeds
+from prx_composer.schedule import Point
 
 __all__ = ["GenerationMetrics"]
 
@@ -77,6 +78,7 @@ class GenerationMetrics(Callback):
         self._cache = default_cache() if cache is None else Path(cache).expanduser()
         self._image_size, self._seed, self._batch_size = image_size, seed, batch_size
         self._sampling = (num_inference_steps, guidance_scale)
+        Point.parse_interval(interval)
         self._due = with_rehearsal(create_interval_scheduler(Time.from_timestring(interval), include_end_of_training=True))
 
     def init(self, state: State, logger: Logger) -> None:

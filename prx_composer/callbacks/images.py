@@ -16,6 +16,7 @@ from prx_composer.errors import UserError
 from prx_composer.evaluation.grid_artifacts import VISIBLE_GRID, can_measure_grid, grid_energy, seam_energy
 from prx_composer.models.sampling import check_guidance_scale, check_seeds
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.schedule import Point
 from prx_composer.tracking import log_drawings
 
 __all__ = ["Images", "check_size", "draw_images", "unwrap"]
@@ -105,6 +106,7 @@ class Images(Callback):
         check_seeds(self.seeds)
         check_guidance_scale(guidance_scale)
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        Point.parse_interval(interval)
         self._due = with_rehearsal(create_interval_scheduler(Time.from_timestring(interval), include_end_of_training=True))
 
     def init(self, state: State, logger: Logger) -> None:

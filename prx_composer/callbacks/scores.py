@@ -14,6 +14,7 @@ from prx_composer.data.shapes import ShapesSource, heldout_scenes
 from prx_composer.evaluation.digits import score_digits
 from prx_composer.evaluation.shapes import nearest_scenes
 from prx_composer.models.sampling import check_guidance_scale, check_seeds
+from prx_composer.schedule import Point
 
 __all__ = ["DigitsScore", "ShapesScore"]
 
@@ -59,6 +60,7 @@ class ShapesScore(Callback):
         self._sampling = (num_inference_steps, guidance_scale)
         self._due = None
         if interval is not None:
+            Point.parse_interval(interval)
             time = Time.from_timestring(interval)
             if time.unit not in (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.DURATION) or time.value <= 0:
                 raise ValueError(f"interval must be a time such as 100ba, 6400sp or 0.05dur, not {interval}.")

@@ -409,3 +409,13 @@ def test_guidance_that_is_never_learnt_is_known_before_training(load: Load) -> N
     assert said.startswith("callbacks.images.guidance_scale: 3.5 leads away")
     assert warnings("model.caption_dropout=0", "callbacks.images.guidance_scale=1") == []  # either remedy
     assert warnings("model.caption_dropout=0.1") == []
+
+
+@pytest.mark.parametrize("interval", ["0dur", "0ba", "-1ba"])
+@pytest.mark.parametrize("name", ["images", "shapes_score"])
+def test_pictures_at_every_nothing_are_refused_before_training(name: str, interval: str, load: Load) -> None:
+    """A division by zero ended the run at its first batch."""
+    prompts = {"prompts": ["a"]} if name == "images" else {}
+    recipe, parts = load(callbacks={name: prompts | {"interval": interval}})
+    (said,) = marked(check_callbacks(recipe, parts))
+    assert said.startswith(f"callbacks.{name}: ") and interval in said
