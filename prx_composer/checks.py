@@ -5,6 +5,7 @@
 """
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,12 @@ def first_look(values: Values, num_ranks: int) -> list[str]:
 
 def missing_code(paths: Sequence[str], option: str | None = None) -> list[str]:
     """Python files that aren't there, of `code_paths` or of a command's option."""
-    missing = [(index, name) for index, name in enumerate(paths) if not Path(name).expanduser().is_file()]
-    return [f"{option or f'code_paths[{index}]'}: there is no Python file {name}." for index, name in missing]
+    missing = [(index, name) for index, name in enumerate(paths) if not _is_python(Path(name).expanduser())]
+    return [f"{option or f'code_paths[{index}]'}: there is no Python file {name} (*.py)." for index, name in missing]
+
+
+def _is_python(path: Path) -> bool:
+    return path.is_file() and path.suffix == ".py"  # Python imports no file of another name
 
 
 def argument_problems(values: Values, imports: bool = True) -> list[str]:
@@ -148,6 +153,7 @@ def setting_problems(values: Values, num_ranks: int) -> list[str]:
         problems.found.append(
             f"save_num_checkpoints_to_keep: {kept} would leave none to go on from; give at least 1, or -1 to keep all."
         )
+    problems.found.extend(_number_problems(values))
     with problems.noted():
         check_allowed(values.get("resume", {}))
     with problems.noted():
@@ -160,6 +166,23 @@ def setting_problems(values: Values, num_ranks: int) -> list[str]:
             "parallelism_config=null."
         )
     return problems.found
+
+
+def _number_problems(values: Values) -> Iterator[str]:
+    """Numbers that mean nothing where they stand, though they are of the right type; of a wrong type is for others to say."""
+    for key, value in (values.get("optimizer") or {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"optimizer.{key}: {value} is no number to train with."
+    encoder = (values.get("model") or {}).get("text_encoder")
+    tokens = encoder.get("max_tokens") if isinstance(encoder, dict) else None
+    if isinstance(tokens, int) and tokens < 1:
+        yield f"model.text_encoder.max_tokens: {tokens} would leave nothing of any caption; give at least 1."
+    for key in ("train_loader", "eval_loader"):
+        share = (values.get(key) or {}).get("max_undecodable")
+        if isinstance(share, int | float) and not 0 <= share <= 1:
+            yield f"{key}.max_undecodable: {share} must be a share of the samples, 0 … 1, such as 0.05 for 5%."
+    if not values.get("dist_timeout", 1) > 0:
+        yield f"dist_timeout: {values['dist_timeout']} must be a number of seconds, more than 0."
 
 
 # ----------------------------------------------------------------------------------------------------------- times

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prx_composer.arguments import check_arguments, check_entries, check_type, entries, hints_of, split
-from prx_composer.checks import argument_problems, first_look
+from prx_composer.checks import argument_problems, first_look, missing_code
 from prx_composer.errors import Problems, UserError, raise_all
 from prx_composer.registry import NESTED, Registry, nearest
 from prx_composer.signatures import constructor
@@ -224,8 +224,8 @@ def import_code(paths: Sequence[str], option: str | None = None) -> None:
     """
     for index, name in enumerate(paths):
         path = Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(f"{option or f'code_paths[{index}]'}: there is no Python file {name}.")
+        if missing := missing_code([name], option or f"code_paths[{index}]"):
+            raise UserError(missing[0])
         module_name = f"prx_composer_user_{path.stem}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None

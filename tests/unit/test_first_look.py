@@ -299,6 +299,27 @@ def test_a_check_says_what_it_has_not_looked_at(tiny_recipe: dict[str, Any], wri
         assert last.startswith("– what only the components can tell: not checked here")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("optimizer.lr=.inf", "optimizer.lr=1e-3"),
+        ("model.text_encoder.max_tokens=0", "model.text_encoder.max_tokens=1"),
+        ("train_loader.max_undecodable=5", "train_loader.max_undecodable=1"),
+        ("dist_timeout=.nan", "dist_timeout=0.5"),
+        ("code_paths=[pyproject.toml]", "code_paths=[train.py]"),
+    ],
+)
+def test_a_number_that_means_nothing_is_refused(
+    wrong: str, right: str, tiny_recipe: dict[str, Any], write_recipe: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with them trained, failed at its second batch, or read no caption at all."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    path = write_recipe(tiny_recipe)
+    (said,) = found([path, wrong])
+    assert said.startswith((f"{wrong.partition('=')[0]}: ", "code_paths[0]: there is no Python file pyproject.toml (*.py)"))
+    assert found([path, right]) == []
+
+
 def test_a_batch_of_an_evaluation_is_named_by_its_own_key(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
     path = write_recipe(tiny_recipe | {"eval_loader": tiny_recipe["train_loader"] | {"split": "heldout"}})
     (line,) = found([path, "global_eval_batch_size=-4"])
