@@ -104,16 +104,17 @@ CASES: dict[str, list[Case]] = {
         picture(lambda: encoded(Image.new("RGB", (100, 100), "red")), "single_colour"),
         picture(lambda: encoded(Image.new("RGB", (100, 100), "red")), single_colour=True),
     ],
-    "caption missing, NaN, empty, a number": [
-        *(picture(lambda: GOOD, "no_caption", caption) for caption in (None, float("nan"), " \n", 7)),
+    "caption missing, NaN, empty, a number, several in a list or mapping": [
+        *(picture(lambda: GOOD, "no_caption", caption) for caption in (None, float("nan"), " \n", 7, ["a", "b"], {"a": "b"})),
         Case(
             lambda _: [Record("key", GOOD, {"long": "a long one"})],
             ("a long one",),
             options={"captions": {"short": "short", "long": "long"}},
         ),
     ],
-    "caption not UTF-8, or half a surrogate pair, nested or not": [
-        *(picture(lambda: GOOD, "caption_not_utf8", caption) for caption in (b"caf\xe9 on a table", "half a \ud83d pair"))
+    "caption not UTF-8 (nor with a mark of UTF-16), or half a surrogate pair, nested or not": [
+        picture(lambda: GOOD, "caption_not_utf8", caption="кот на диване".encode("utf-16-le")),
+        *(picture(lambda: GOOD, "caption_not_utf8", caption) for caption in (b"caf\xe9 on a table", "half a \ud83d pair")),
     ],
     "metadata NaN or missing": [
         *(picture(lambda: GOOD, metadata={"score": ("score", kind)}) for kind in ("float", "str")),

@@ -174,7 +174,7 @@ CASES: dict[str, list[Case]] = {
         Case(lambda folder: (folder / "a.jsonl").touch(), refused="a.jsonl .*zero bytes", source="jsonl"),
         Case(lambda folder: shards(folder, 0), refused="no shards", source="mds"),
     ],
-    "training, validation and test files (`train-…`, `test/…`) beside each other": [
+    "training, validation and test files (`train-…`, `test/…`) beside each other, or beside files of no such name": [
         Case(splits, refused="--include 'test/\\*', or --include 'train-\\*'", source="parquet"),
         Case(splits, ("test", "train"), source="parquet", options={"include": "**"}),
     ],

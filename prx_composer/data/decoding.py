@@ -9,6 +9,7 @@ import functools
 import io
 import math
 import re
+import zlib
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -29,6 +30,7 @@ IMAGE_REASONS = {
 }
 
 _ORIENTATION = 0x0112
+_BITS, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -119,6 +121,8 @@ def decode(encoded: bytes, image: Image.Image, least: tuple[int, int] | None = N
         if pixels is not None and turn is None and _transform(profile, image.mode) is None:
             return pixels
     if pixels is None:
+        if image.format == "PNG" and not _checksums_hold(encoded):
+            raise BadImageError("truncated_image")
         _load(image)
         if image.format in ("WEBP", "AVIF") and _ends_in_zeros(encoded, image.format):
             raise BadImageError("truncated_image")
@@ -179,6 +183,21 @@ def _decode_jpeg(encoded: bytes, image: Image.Image, least: tuple[int, int] | No
     return pixels if space == "RGB" else None  # Pillow knows how the writers of CMYK meant it
 
 
+def _checksums_hold(png: bytes) -> bool:
+    """Return whether a PNG's pixels are those that were written: Pillow doesn't look at the checksums of these chunks.
+
+    Without that, zeros or foreign bytes in data that are stored rather than compressed would pass for pixels.
+    """
+    place = 8
+    while place + 12 <= len(png):
+        size, kind = int.from_bytes(png[place : place + 4], "big"), png[place + 4 : place + 8]
+        end = place + 8 + size
+        if kind == b"IDAT" and zlib.crc32(memoryview(png)[place + 4 : end]) != int.from_bytes(png[end : end + 4], "big"):
+            return False
+        place = end + 4
+    return True
+
+
 def _ends_in_zeros(encoded: bytes, kind: str) -> bool:
     """Return whether a file was allocated but not written to its end, which the decoders of WebP and AVIF do not notice."""
     payload = encoded[: 8 + int.from_bytes(encoded[4:8], "little")] if kind == "WEBP" else encoded
@@ -198,10 +217,16 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey, which Pillow's own conversion would cut off at 255; other images have 8 bits already."""
+    """Scale grey of 12 or 16 bits, which Pillow's own conversion would cut off at 255; other images have 8 bits already."""
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).astype(np.int64).clip(0, 65535)
+    if image.format == "TIFF":
+        tags: Any = image.tag_v2  # pyright: ignore[reportAttributeAccessIssue]
+        if tags.get(_BITS) == (12,):
+            values = values * 65535 // 4095
+        if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds in 8 bits only
+            values = 65535 - values
     grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if isinstance(clear := image.info.get("transparency"), int):
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))

@@ -196,6 +196,11 @@ class FolderSource:
             texts = {key: value for key, value in row.items() if isinstance(value, str)}
             if not texts:
                 raise ValueError(f"{where}: no caption beside the file name.")
+            for key, text in texts.items():
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"{where}: {key} holds half a surrogate pair, which is no text: {error}.") from error
             image = (self._folder / name).resolve()
             if not image.is_file() or not image.is_relative_to(self._folder.resolve()):
                 raise ValueError(f"{where}: there is no image {name} in {self._folder}.")

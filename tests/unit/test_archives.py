@@ -137,6 +137,17 @@ def test_a_tar_that_is_cut_anywhere_gives_its_first_samples_and_is_counted(tmp_p
         assert not problems(read(path)[0])
 
 
+def test_a_tar_that_was_allocated_but_not_written_to_its_end_is_damaged_and_one_that_is_padded_is_not(tmp_path: Path) -> None:
+    whole, path = packed([("0.jpg", b"x"), ("0.txt", b"a")]), tmp_path / "a.tar"
+    path.write_bytes(whole + bytes(1 << 20))  # as `tar -b 2048` writes it
+    assert not problems(read(path)[0])
+    path.write_bytes(whole + bytes(5 << 20))
+    records, _ = read(path)
+    assert (
+        len(good(records)) == 1 and problems(records) == {"damaged_input": 1} and "not written to its end" in records[-1].detail
+    )
+
+
 @pytest.mark.parametrize("suffix", [name for name in PACKERS if name])
 def test_a_compressed_tar_that_is_cut_or_broken_gives_its_first_samples_and_is_counted(tmp_path: Path, suffix: str) -> None:
     rng = random.Random(2)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -115,3 +116,19 @@ def test_a_list_or_a_compressed_file_in_place_of_lines_is_said_with_what_to_type
     (tmp_path / "c.jsonl").write_bytes(b"")
     with pytest.raises(UserError, match=r"c\.jsonl .*zero bytes"):
         read("jsonl", tmp_path)
+
+
+@pytest.mark.parametrize("wrapped", [["1.jpg"], [{"path": "1.jpg"}], "bytes", {"bytes": None, "path": "1.jpg"}])
+def test_an_image_alone_in_a_list_is_found_without_being_named(tmp_path: Path, wrapped: Any) -> None:
+    (tmp_path / "1.jpg").write_bytes(GOOD)
+    value = list(GOOD) if wrapped == "bytes" else wrapped
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": value, "txt": "a"}))
+    for name in (None, "image"):
+        assert [(record.image, record.problem) for record in read("jsonl", tmp_path, image=name)] == [(GOOD, "")]
+
+
+@pytest.mark.parametrize("text", [json.dumps([{"file": "1.jpg", "txt": "a"}]), json.dumps({"file": "1.jpg"}, indent=1), "5"])
+def test_what_is_no_line_of_json_says_what_it_is(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(UserError, match=r"unreadable_record .*such as a\.jsonl@\d+: .*(jq -c|an? int in place)"):
+        convert("jsonl", tmp_path, tmp_path / "out")

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,15 @@ def test_files_that_name_one_split_or_none_are_read_together(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"--include 'train-\*', or --include 'val\[\[\]\*'"):
         read("jsonl", tmp_path)
     assert [record.columns["txt"] for record in read("jsonl", tmp_path, include="val[[]*")] == ["x"]
+
+
+@pytest.mark.parametrize("other", ["cats_test.jsonl", "val/cats.jsonl", "heldout.jsonl"])
+def test_a_file_of_no_split_is_not_mixed_with_those_to_test_on(tmp_path: Path, other: str) -> None:
+    for name in ("cats.jsonl", "dogs.jsonl", other):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"file": "no.jpg", "txt": name}))
+    with pytest.raises(UserError, match=r"the others: cats.jsonl, dogs.jsonl.*Give the files of the others a folder") as refused:
+        read("jsonl", tmp_path)
+    one, mixed = re.findall("--include '([^']*)'", str(refused.value))
+    assert [record.columns["txt"] for record in read("jsonl", tmp_path, include=one)] == [other]
+    assert len(read("jsonl", tmp_path, include=mixed)) == 3

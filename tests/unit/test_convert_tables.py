@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conversions import WORDS, asked, convert, jpeg, read, rows
+from conversions import WORDS, asked, convert, jpeg, read, rows, sample, write_tar
 
 from prx_composer.data.convert.job import as_text
 from prx_composer.data.convert.records import lookup
@@ -67,6 +68,42 @@ def test_metadata_that_is_not_utf8_is_a_reason_and_never_other_letters(tmp_path:
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     statistics = convert("parquet", tmp_path, tmp_path / "out", metadata={"by": ("by", "str")})
     assert [row["by"] for row in rows(tmp_path / "out")] == ["café"] and statistics["dropped"] == {"metadata": 1}
+
+
+@pytest.mark.parametrize("text", ["a cat", "кошка сидит", "猫 in a box"])
+def test_text_in_utf16_without_a_mark_is_never_other_letters(tmp_path: Path, text: str) -> None:
+    members = [*sample("0", GOOD), ("1.jpg", GOOD), ("1.txt", text.encode("utf-16-le"))]
+    statistics = convert("webdataset", write_tar(tmp_path / "a.tar", members), tmp_path / "out")
+    assert statistics["dropped"] == {"caption_not_utf8": 1} and statistics["counts"]["kept"] == 1
+
+
+def test_whole_numbers_of_64_bits_are_kept_to_the_last_digit(tmp_path: Path) -> None:
+    numbers = [2**60 + 1, -(2**63), 2**53 + 1, 0]
+    table = {"image": [GOOD] * 5, "txt": ["a"] * 5, "id": [*numbers, None], "text": [*map(str, numbers), "1.5"]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    statistics = convert("parquet", tmp_path, tmp_path / "out", metadata={"id": ("id", "int"), "text": ("text", "int")})
+    assert [row["id"] for row in rows(tmp_path / "out")] == [row["text"] for row in rows(tmp_path / "out")] == numbers
+    assert statistics["dropped"] == {"metadata": 1}
+    floats = {"image": [GOOD] * 2, "txt": ["a"] * 2, "id": [2.0, 2.5]}
+    pq.write_table(pa.table(floats), tmp_path / "a.parquet")
+    convert("parquet", tmp_path, tmp_path / "floats", metadata={"id": ("id", "int")})
+    assert [row["id"] for row in rows(tmp_path / "floats")] == [2]
+
+
+@pytest.mark.parametrize("value", [["one", "two"], {"en": "one"}, [{"role": "one"}], [{"from": "one"}, {"from": "two"}]])
+def test_a_caption_that_is_several_says_what_to_type_until_it_is_text(tmp_path: Path, value: Any) -> None:
+    pq.write_table(pa.table({"image": [GOOD], "txt": [value]}), tmp_path / "a.parquet")
+    column = "txt"
+    for _ in range(3):
+        try:
+            convert("parquet", tmp_path, tmp_path / "out", captions={"caption": column})
+            break
+        except UserError as error:
+            option = re.search("--caption (\\S+) takes", str(error))
+            inside = re.search(" holds (\\w+)", str(error))
+            assert option is not None
+            column = option[1].replace("NAME", inside[1] if inside else "")
+    assert [row["caption"] for row in rows(tmp_path / "out")] == ["one"] and column != "txt"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])

@@ -149,6 +149,16 @@ def test_a_file_that_was_allocated_but_not_written_to_its_end_is_left_out(kind: 
     assert outcome(content[:half] + bytes(len(content) - half)) == "truncated_image"
 
 
+@pytest.mark.parametrize("spread", [30, 60, 90])
+def test_a_png_whose_zeros_pass_for_pixels_with_pillow_is_left_out(spread: int) -> None:
+    noise = np.random.default_rng(0).normal(128, spread, (128, 128)).clip(0, 255).astype(np.uint8)
+    content = encoded(Image.fromarray(noise), "PNG")
+    half = len(content) // 2
+    broken = content[:half] + bytes(len(content) - half)
+    assert outcome(broken) == "truncated_image"
+    assert np.array_equal(seen(content + b"more")[..., 0], noise)
+
+
 # ---------------------------------------------------------------------------------------------- colours
 
 
@@ -234,11 +244,11 @@ def test_16_bits_become_8_by_their_scale_in_every_form(value: int) -> None:
     assert seen(png16([value], 0, (b"tRNS", struct.pack(">H", value)))).min() == 255, "the one transparent grey"
 
 
-def tiff(values: np.ndarray, sample_format: int) -> bytes:
-    """An uncompressed grey TIFF; sample format 1 unsigned, 2 signed, 3 floating-point."""
+def tiff(values: np.ndarray, sample_format: int, other: dict[int, int] | None = None) -> bytes:
+    """An uncompressed grey TIFF; sample format 1 unsigned, 2 signed, 3 floating-point; with some tags of other values."""
     bits = 8 * values.itemsize
     tags = {256: values.shape[1], 257: values.shape[0], 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: values.shape[0]}
-    tags |= {279: values.nbytes, 339: sample_format}
+    tags |= {279: values.nbytes, 339: sample_format, **(other or {})}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     head = struct.pack("<2sHI", b"II", 42, 8 + values.nbytes)
     return head + values.tobytes() + struct.pack("<H", len(tags)) + entries + bytes(4)
@@ -250,6 +260,13 @@ def test_pixels_without_an_agreed_range_are_left_out_by_that_name(kind: str, sam
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(tiff(values, sample_format)))), values), "a sound TIFF"
     assert outcome(tiff(values, sample_format)) == "unsupported_pixels"
     assert np.abs(seen(tiff(np.full((8, 8), 51400, "<u2"), 1)) - 200).max() == 0
+
+
+def test_grey_of_scanners_is_neither_dark_nor_negative() -> None:
+    packed = np.tile(np.array([0x33, 0x33, 0x33], np.uint8), (8, 4))  # two pixels of 12 bits in three bytes
+    assert np.abs(seen(tiff(packed, 1, {256: 8, 258: 12})) - 51).max() == 0
+    for values in (np.full((8, 8), 51, "<u1"), np.full((8, 8), 51 * 257, "<u2")):
+        assert np.abs(seen(tiff(values, 1, {262: 0})) - 204).max() == 0, "white is zero, as Pillow shows it in 8 bits"
 
 
 # ------------------------------------------------------------------------------ one way to see, everywhere

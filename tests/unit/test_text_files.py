@@ -1,10 +1,13 @@
 """Text files come from every editor: with marks, in UTF-16, with separators inside of a line."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from prx_composer.data.sources import FolderSource
 from prx_composer.errors import UserError
 from prx_composer.text_files import read_lines, read_text, split_lines
 
@@ -39,3 +42,11 @@ def test_a_file_in_another_encoding_is_refused_with_its_line_and_a_way_on(tmp_pa
     file.write_bytes("plain words".encode("utf-16-le"))
     with pytest.raises(UserError, match=r"zero bytes.*UTF-16LE"):
         read_text(file)
+
+
+def test_half_a_surrogate_pair_in_a_caption_is_refused_with_its_line(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
+    lines = [{"file": "1.png", "caption": text} for text in ("a smile \U0001f600", "half a smile \ud83d")]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"captions.jsonl, line 2: caption holds half a surrogate pair"):
+        FolderSource(str(tmp_path), 64)

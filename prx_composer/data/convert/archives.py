@@ -19,6 +19,7 @@ from prx_composer.errors import UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 CHUNK = 1 << 16
+MOST_ZEROS = 1 << 22  # bytes at a tar's end; what writes in blocks fills up the last one, and none is nearly as large
 UNPACKED_TIMES = 64  # as much may a compressed tar unpack to: images hardly shrink, and what does is made to fill a disk …
 UNPACKED_BYTES = 1 << 30  # … above this size
 
@@ -108,9 +109,14 @@ def _after_end(file: BinaryIO, offset: int, size: int, count: int) -> int:
         except tarfile.HeaderError as error:
             words = str(error)
         raise tarfile.ReadError(f"{words} after member {count}, at byte {offset:,} of {size:,}: what follows is not read")
+    end = offset
     while not block.strip(b"\0"):
         offset += len(block)
         block = file.read(CHUNK)
+        if not block and offset - end > MOST_ZEROS:
+            raise tarfile.ReadError(
+                f"after member {count} it is zeros, {offset - end:,} bytes of them: it was allocated and not written to its end"
+            )
         if not block:
             return size
     return offset + (len(block) - len(block.lstrip(b"\0"))) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE

@@ -113,15 +113,15 @@ class Lines:
                 if line is None:
                     yield f"{label}@{offset}", "file_too_large"
                 elif line.strip():
-                    yield f"{label}@{offset}", _parse(line)
+                    yield f"{label}@{offset}", _parse(f"{label}@{offset}", line)
                     count += 1
         if problem is not None:
             yield label, damaged(label, problem, count, None)
 
     def _record(self, key: str, row: dict[str, Any], path: str, folder: Path) -> Record:
         found = [self._settings.image] if self._settings.image else _candidates(row)
-        if not found or not usable(row.get(found[0])):
-            return Record(key, None, row, "no_image")
+        if not found:
+            return Record(key, None, row, "no_image", f"the line has {', '.join(row)}")
 
         def find(name: str) -> Found:
             if is_remote(path):
@@ -145,14 +145,17 @@ def _candidates(row: dict[str, Any]) -> list[str]:
     return [name for name in IMAGE_NAMES if usable(row.get(name))]
 
 
-def _parse(line: bytes) -> dict[str, Any] | str:
+def _parse(key: str, line: bytes) -> dict[str, Any] | Record:
     try:
         row = json.loads(line.decode("utf-8", "surrogatepass").removeprefix("\ufeff"))
-    except UnicodeDecodeError:
-        return "caption_not_utf8"
-    except (ValueError, RecursionError):
-        return "unreadable_record"
-    return row if isinstance(row, dict) else "unreadable_record"
+    except UnicodeDecodeError as error:
+        return Record(key, None, {}, "caption_not_utf8", str(error))
+    except (ValueError, RecursionError) as error:
+        return Record(key, None, {}, "unreadable_record", f"{error}. A line is a whole object; `jq -c . OLD > NEW` makes it so")
+    if isinstance(row, dict):
+        return row
+    more = "; `jq -c '.[]' OLD > NEW` makes lines of what is in it" if isinstance(row, list) else ""
+    return Record(key, None, {}, "unreadable_record", f"a {type(row).__name__} in place of an object{more}")
 
 
 def _encoding(path: Path, name: str) -> str:

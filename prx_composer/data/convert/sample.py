@@ -126,24 +126,35 @@ def clean_key(key: str) -> str:
 
 def _captions(columns: dict[str, Any], settings: Settings) -> tuple[dict[str, str], bool]:
     """Every caption column; one that is missing takes the first that is not. And whether there was one."""
-    found = {name: _text(lookup(columns, column)) for name, column in settings.captions.items()}
+    found = {name: _text(lookup(columns, column), column) for name, column in settings.captions.items()}
     there = [text for text in found.values() if text]
     if not there:
         raise _Drop("no_caption")
     return {name: text or there[0] for name, text in found.items()}, len(there) < len(found)
 
 
-def _text(value: Any) -> str:
+def _instead_of_text(value: Any, column: str) -> str:
+    """What stands where a caption should, and what to type to have it."""
+    if isinstance(value, dict):
+        return f"{column} holds {', '.join(map(str, value))}: --caption {column}.NAME takes one of them" if value else ""
+    if isinstance(value, list):
+        return f"{column} is a list of {len(value)}: --caption {column}.0 takes the first" if value else ""
+    return f"{column} is {value!r}, which is no text"
+
+
+def _text(value: Any, column: str) -> str:
     """Text without surrounding space; "" for none."""
     try:
         if isinstance(value, list) and len(value) == 1:
-            value = value[0]
+            value, column = value[0], f"{column}.0"
         if isinstance(value, bytes):
             value = value.decode(encoding_of(value))
+            if "\0" in value.rstrip("\0"):  # UTF-16 of any script, without its mark, is often valid UTF-8, but with zeros
+                raise _Drop("caption_not_utf8", "zero bytes, as in UTF-16 without a byte-order mark")
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return ""
         if not isinstance(value, str):
-            raise _Drop("no_caption")
+            raise _Drop("no_caption", _instead_of_text(value, column))
         value.encode()  # half a surrogate pair, as JSON can spell it, is no text
     except UnicodeError:
         raise _Drop("caption_not_utf8") from None
@@ -163,7 +174,7 @@ def _typed(value: Any, kind: str) -> Any:
             return float("nan") if value is None else float(value)
         if kind == "int":
             number = int(value)
-            if not -(2**63) <= number < 2**63 or number != float(value):
+            if not -(2**63) <= number < 2**63 or (not isinstance(value, str) and number != value):
                 raise ValueError
             return number
         text = "" if value is None else str(value)

@@ -63,6 +63,9 @@ def one_split(files: list[str], settings: Settings) -> None:
     for path, one in found.items():
         if one is not None:
             splits.setdefault(one.split, []).append(path)
+    others = [path for path, one in found.items() if one is None]
+    if splits and others and "train" not in splits:  # cats.parquet beside cats_test.parquet
+        splits["the others"] = others
     if len(splits) < 2:
         return
     counted = "; ".join(f"{split}: {first(members, 2)}" for split, members in sorted(splits.items()))
@@ -71,8 +74,10 @@ def one_split(files: list[str], settings: Settings) -> None:
         candidates = [pattern for member in members for pattern in (found[member] or Found("", ())).patterns]
         exact = (p for p in dict.fromkeys(candidates) if {path for path in paths if is_included(path, p)} == set(members))
         ways.append(next((f"--include '{pattern}'" for pattern in exact), ""))
-    advice = f"Take one of them: {', or '.join(ways)}." if all(ways) else "Give the files of one of them a folder of their own."
+    known = ", or ".join(filter(None, ways))
+    advice = [f"Take one of them: {known}."] if known else []
+    advice += [] if all(ways) else [f"Give the files of {'the others' if known else 'one of them'} a folder of their own."]
     raise UserError(
-        f"--input: {settings.input} holds several splits, and one data set would mix them ({counted}). {advice} "
+        f"--input: {settings.input} holds several splits, and one data set would mix them ({counted}). {' '.join(advice)} "
         f"To mix them all the same: --include '{ALL}'."
     )

@@ -59,7 +59,9 @@ def _of_text(value: str, find: Callable[[str], Found]) -> Found:
 
 
 def usable(value: Any) -> bool:
-    """Whether a value of JSON can hold or name an image: text, or a mapping of `bytes` and `path`. A number cannot."""
+    """Whether a value of JSON can hold or name an image: see `image_of`. A number cannot."""
+    if isinstance(value, list) and value:
+        return all(isinstance(one, int) for one in value) or all(usable(one) for one in value)
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     return isinstance(value, str) and bool(value)
