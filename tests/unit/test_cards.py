@@ -174,7 +174,7 @@ def test_a_card_holds_no_markup_of_the_run(tmp_path: Path, tiny_model: Build) ->
         ("file:///home/alice/x", ("x", False)),
         ("runs/x", ("runs/x", False)),
         ("Photoroom/prx-512-t2i", ("Photoroom/prx-512-t2i", False)),
-        ("/root/.cache/huggingface/hub/models--Photoroom--prx-512-t2i/snapshots/0a1b", ("Photoroom/prx-512-t2i", True)),
+        ("/home/me/.cache/huggingface/hub/models--Photoroom--prx-512-t2i/snapshots/0a1b", ("Photoroom/prx-512-t2i", True)),
         ("s3://bucket/x", ("s3://bucket/x", False)),
         ("/", ("/", False)),
     ],
