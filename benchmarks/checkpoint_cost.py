@@ -41,7 +41,14 @@ def write_times(width: int, repeats: int) -> dict[str, Any]:
     """Seconds and bytes of a checkpoint after one step."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"run_folder={folder}/run", "max_duration=1ba", f"model.backbone.hidden_size={width}", "callbacks={}"]
-        overrides += ["time_budget=24h", "save_interval=1dur", "eval_loader=null", "progress_bar=false", "preflight=false"]
+        overrides += [
+            "scheduler={name: constant}",
+            "time_budget=24h",
+            "save_interval=1dur",
+            "eval_loader=null",
+            "progress_bar=false",
+            "preflight=false",
+        ]
         trainer = build_trainer(config.load(["yamls/24h_mini.yaml", *overrides]))
         trainer.fit()
         seconds, size = [], 0

@@ -43,6 +43,7 @@ def one_stage(recipe: Recipe, line: Timeline, span: Span, batch_size: int, micro
         "preflight": False,
         "time_budget": "1000h",  # never reached, but what is given as a part of it keeps its meaning
         "max_duration": f"{steps}ba",
+        "scheduler": {"name": "constant"},  # a warm-up may be longer than these few steps, and is no part of what is measured
         "save_interval": "1000h",
         "progress_bar": False,
         "eval_loader": None,

@@ -13,7 +13,7 @@ from prx_composer.foundry.lookup import INSTALL, is_installed
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("recipes/**/*.md"), *REPOSITORY.glob("prx_composer/**/*.md")])
 SHORT = "max_duration=6ba eval_interval=6ba save_interval=3ba"
-SHORT_STAGES = "'algorithms.progressive_resolution.stages[0].until=3ba' algorithms.repa.end=3ba"
+SHORT_STAGES = "scheduler.t_warmup=2ba 'algorithms.progressive_resolution.stages[0].until=3ba' algorithms.repa.end=3ba"
 SHORT_SCORE = "callbacks.shapes_score.num_inference_steps=1 callbacks.shapes_score.images_per_prompt=1"
 SHORT_IMAGES = "callbacks.images.num_inference_steps=2"
 SHORT_CONCEPT = "callbacks.concept_score.num_inference_steps=1 callbacks.concept_score.images_per_prompt=1"
@@ -87,6 +87,7 @@ def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
         line = " ".join([line, SHORT_COST, *(f"--keep {name}" for name in kept)])
     elif "ablate.py" in line:
         line = f"{line} {SHORT} {SHORT_SCORE}"
+    line = re.sub(r"t_warmup: \d+ba", "t_warmup: 2ba", line)
     line = re.sub(r"max_duration=\d+ba", "max_duration=6ba", line).replace("uv run ", "uv run --no-sync ")
     environment = os.environ | {"UV_PROJECT": str(REPOSITORY), "WANDB_MODE": "offline"}
     finished = subprocess.run(line, shell=True, cwd=workshop, env=environment, capture_output=True, text=True, check=False)

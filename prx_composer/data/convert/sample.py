@@ -150,7 +150,9 @@ def _text(value: Any, column: str) -> str:
         if isinstance(value, bytes):
             encoding = encoding_of(value)
             value = value.decode(encoding)
-            if encoding == "utf-8" and "\0" in value.rstrip("\0"):  # UTF-16 of any script, without its mark, is often valid UTF-8, but with zeros
+            if encoding == "utf-8" and "\0" in value.rstrip(
+                "\0"
+            ):  # UTF-16 of any script, without its mark, is often valid UTF-8, but with zeros
                 raise _Drop("caption_not_utf8", "zero bytes, as in UTF-16 without a byte-order mark")
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return ""
