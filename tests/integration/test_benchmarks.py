@@ -76,8 +76,8 @@ def test_throughput_times_every_stage_of_a_recipe_and_the_plan_reads_it(tmp_path
     assert [stage["image_size"] for stage in found["stages"]] == [16, 32]
     assert "repa" in found["stages"][0]["gflop_per_image"] and "repa" not in found["stages"][1]["gflop_per_image"]
     for stage in found["stages"]:
-        parts = sum(stage["parts_ms"].values())
-        assert 0.5 * stage["step_ms"]["median"] < parts < 1.5 * stage["step_ms"]["median"]  # two steps: their median is no sum
+        assert {"loader", "text encoder", "forward", "losses", "backward", "optimizer", "rest"} == stage["parts_ms"].keys()
+        assert all(stage["parts_ms"][part] > 0 for part in ("forward", "losses", "backward", "optimizer"))
     gpu, speeds = read_throughput(str(output))
     assert gpu == "cpu" and {size: speed.images_per_second for size, speed in speeds.items()} == {
         stage["image_size"]: stage["images_per_second_per_gpu"] for stage in found["stages"]
