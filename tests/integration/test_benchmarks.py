@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from prx_composer.errors import UserError
 from prx_composer.planning.inputs import read_throughput
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -78,8 +79,11 @@ def test_throughput_times_every_stage_of_a_recipe_and_the_plan_reads_it(tmp_path
     for stage in found["stages"]:
         assert {"loader", "text encoder", "forward", "losses", "backward", "optimizer", "rest"} == stage["parts_ms"].keys()
         assert all(stage["parts_ms"][part] > 0 for part in ("forward", "losses", "backward", "optimizer"))
+    with pytest.raises(UserError, match="was measured on 'cpu', which is none of the GPUs"):
+        read_throughput(str(output))
+    output.write_text(json.dumps(found | {"gpu": "h200"}))
     gpu, speeds = read_throughput(str(output))
-    assert gpu == "cpu" and {size: speed.images_per_second for size, speed in speeds.items()} == {
+    assert gpu.name == "h200" and {size: speed.images_per_second for size, speed in speeds.items()} == {
         stage["image_size"]: stage["images_per_second_per_gpu"] for stage in found["stages"]
     }
     assert {size: (speed.gpus, speed.batch) for size, speed in speeds.items()} == {16: (1, 64), 32: (1, 32)}
