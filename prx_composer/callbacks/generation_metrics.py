@@ -13,13 +13,11 @@ from torch import Tensor
 
 from prx_composer.callbacks.images import check_size, unwrap
 from prx_composer.callbacks.rehearsal import with_rehearsal
-from prx_composer.evaluation.image_sets import DataSet, ImageFolder, evenly, open_images
-from prx_composer.evaluation.reference import default_cache
-from prx_composer.evaluation.scoring import DEFAULT_METRICS, Networks, Scorer
+from prx_composer.metrics.image_sets import DataSet, ImageFolder, evenly, open_images
+from prx_composer.metrics.reference import default_cache
+from prx_composer.metrics.scoring import DEFAULT_METRICS, Networks, Scorer
 from prx_composer.models.sampling import check_guidance_scale, check_seeds
-from prx_composer.schedule import Point
-
-__all__ = ["GenerationMetrics"]
+from prx_composer.schedule.moments import Point
 
 
 class GenerationMetrics(Callback):

@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 from composer.core import Event, State
 
-__all__ = ["Due", "once_per_batch", "rehearsing", "with_rehearsal"]
-
 Due = Callable[[State, Event], bool]
 
 

@@ -11,12 +11,10 @@ from prx_composer.callbacks.images import check_size, draw_images
 from prx_composer.callbacks.rehearsal import rehearsing
 from prx_composer.data.digits import DIGIT_WORDS
 from prx_composer.data.shapes import ShapesSource, heldout_scenes
-from prx_composer.evaluation.digits import score_digits
-from prx_composer.evaluation.shapes import nearest_scenes
+from prx_composer.metrics.digits_score import score_digits
+from prx_composer.metrics.shapes_score import nearest_scenes
 from prx_composer.models.sampling import check_guidance_scale, check_seeds
-from prx_composer.schedule import Point
-
-__all__ = ["DigitsScore", "ShapesScore"]
+from prx_composer.schedule.moments import Point
 
 
 class ShapesScore(Callback):

@@ -11,8 +11,6 @@ import urllib.parse
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-__all__ = ["Cleaning", "clean_caption", "cleaned", "cleaner", "cleaning_of", "with_cleaning"]
-
 Cleaning = Literal["none", "basic", "prx"]
 T = TypeVar("T")
 

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Frozen", "returned_afterwards"]
-
 _moves: "list[list[tuple[Frozen, torch.device | None]]]" = []  # one list per open `returned_afterwards`
 
 

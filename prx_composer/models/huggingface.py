@@ -20,9 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from prx_composer.files import inside
-
-__all__ = ["attend_without_reading", "load_config", "random_config", "refuse_outside", "says_how_to_get"]
+from prx_composer.common.files import inside
 
 _ATTENTION = "sdpa_with_every_mask"  # a name in transformers' registries
 _ATTENTIONS = (None, "eager", "sdpa", "flex_attention", _ATTENTION)  # others may be kernels, which are downloaded and run

@@ -12,18 +12,6 @@ from torch import Tensor, nn
 from prx_composer.models.attention import KeyMask, attend
 from prx_composer.models.pointwise import RMSNorm, add_scaled, gated_gelu
 
-__all__ = [
-    "FinalLayer",
-    "MLPEmbedder",
-    "PRXBlock",
-    "TextAdapterBlock",
-    "apply_rope",
-    "patchify",
-    "rope_table",
-    "sinusoid",
-    "unpatchify",
-]
-
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
     """Cuts an image into flattened patches: (B, C, H, W) → (B, H/p · W/p, C·p·p), row-major, channels outermost."""

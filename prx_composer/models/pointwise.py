@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["RMSNorm", "add_scaled", "gated_gelu"]
-
 
 class _AddScaled(torch.autograd.Function):
     """`torch.addcmul`, whose own backward first makes a copy of `value` times 1."""

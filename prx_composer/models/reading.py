@@ -11,8 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from prx_composer.models.cleaning import cleaned
 
-__all__ = ["CaptionCounts", "Reading", "cut_off", "readings", "unknown_id", "what_is_lost"]
-
 NAMED = 20  # prompts that are named; the others are counted
 _SHOWN = 60  # characters of a text
 

@@ -15,8 +15,6 @@ from prx_composer.models.frozen import Frozen
 from prx_composer.models.huggingface import attend_without_reading, load_config, random_config, says_how_to_get
 from prx_composer.models.reading import CaptionCounts, Reading, readings
 
-__all__ = ["HuggingFaceTextEncoder", "load_tokenizer", "random_encoder", "train_tokenizer"]
-
 log = logging.getLogger(__name__)
 
 # Encoder-only classes, so that a decoder's weights are never loaded only to be thrown away.

@@ -32,8 +32,6 @@ from prx_composer.models.sampling import (
 )
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder
 
-__all__ = ["TextToImage", "TimestepMSE"]
-
 log = logging.getLogger(__name__)
 
 EVAL_TIMESTEP_BINS = 4

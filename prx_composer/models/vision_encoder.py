@@ -17,8 +17,6 @@ from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.frozen import Frozen
 from prx_composer.models.huggingface import load_config, random_config, says_how_to_get
 
-__all__ = ["TeacherSpec", "VisionEncoder", "resize_antialiased", "teacher_features"]
-
 # The image towers of models that also read text.
 _VISION_CLASSES = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

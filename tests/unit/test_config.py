@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from prx_composer import config, registry
-from prx_composer.errors import UserError
+from prx_composer import registry
+from prx_composer.common.errors import UserError
+from prx_composer.recipe import config
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
