@@ -35,7 +35,8 @@ from one_stage import (
 from prx_composer.commands.plan.timeline import Span, Timeline, timeline
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.recipe import config
-from prx_composer.recipe.config import Recipe, entries
+from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.config import Recipe
 
 BARE, WHOLE = "bare", "whole"
 

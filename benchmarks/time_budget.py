@@ -27,7 +27,7 @@ from record import circumstances
 
 from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import main as train
+from prx_composer.training.start import main as train
 
 TOLERANCE = 0.02
 KINDS = ("undisturbed", "SIGTERM", "stop_after")

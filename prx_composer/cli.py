@@ -127,6 +127,7 @@ def plan(
     from prx_composer.commands.plan import fit as plan_fit
     from prx_composer.commands.plan import plan as planning
     from prx_composer.commands.plan import plan_inputs, plan_text
+    from prx_composer.commands.plan.conditions import Conditions
     from prx_composer.commands.plan.hardware import find_gpu
     from prx_composer.commands.plan.quantities import parse_count, parse_rate
     from prx_composer.common.errors import UserError
@@ -143,7 +144,7 @@ def plan(
     loaded = config.load(recipe)
     config.import_code(loaded.code_paths)
     config.check(loaded)
-    conditions = planning.Conditions(
+    conditions = Conditions(
         kind,
         gpus or planning.least_gpus(loaded),
         gpus_per_node,

@@ -12,7 +12,7 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
 from prx_composer.common.errors import TrainingInterrupted, UserError
-from prx_composer.loggers import log_checkpoint
+from prx_composer.loggers.tracker import log_checkpoint
 from prx_composer.runs.checkpoints import clean_up, keep_newest, newest_checkpoint, write_checkpoint
 from prx_composer.schedule.clock import clock_of
 from prx_composer.schedule.moments import SECONDS, Point

@@ -12,7 +12,8 @@ from typing import Any
 
 from prx_composer import registry
 from prx_composer.common.errors import UserError
-from prx_composer.recipe.config import Recipe, entries
+from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.config import Recipe
 from prx_composer.registry import NESTED, Registry
 
 NEEDS_CODE = "needs_code"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prx_composer.common.distributed import clean_name
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
+from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.checks import strings
 from prx_composer.runs import diffusers_folder as pipeline_folder
@@ -153,7 +154,7 @@ def write_fragment(folder: str, target: Path) -> None:
     path = located.path.resolve()
     backbone = pipeline_folder.backbone_arguments(path)
     with torch.device("meta"):
-        check_init_from(str(path), pipeline_folder.PRXBackbone(**backbone))
+        check_init_from(str(path), PRXBackbone(**backbone))
     nothing_else = {"config": None, "revision": None}  # what a recipe below may have said instead
     autoencoder: dict[str, Any] = {"name": "pixels"}
     if not pipeline_folder.is_pixel(path):

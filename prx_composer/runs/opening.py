@@ -20,8 +20,8 @@ from prx_composer.models.adapters import merge_adapters
 from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.arguments import check_spec, check_type
-from prx_composer.recipe.config import Recipe, build, entries, split
+from prx_composer.recipe.arguments import check_spec, check_type, entries, split
+from prx_composer.recipe.config import Recipe, build
 from prx_composer.recipe.own_code import without_code
 from prx_composer.runs.checkpoints import all_checkpoints
 from prx_composer.runs.diffusers_folder import open_pipeline

@@ -31,8 +31,9 @@ from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokeni
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.optim.groups import parameter_groups
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import split
 from prx_composer.recipe.checks import precisions
-from prx_composer.recipe.config import Recipe, build, build_all, split
+from prx_composer.recipe.config import Recipe, build, build_all
 from prx_composer.recipe.resume import Change
 from prx_composer.recipe.sizes import check_batch_sizes
 from prx_composer.runs import environment

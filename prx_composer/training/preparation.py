@@ -14,7 +14,8 @@ from prx_composer.data.dataset import read_manifest
 from prx_composer.data.schema import Manifest, iterate_captions
 from prx_composer.data.sources import is_made, prepare
 from prx_composer.models.text_encoder import train_tokenizer
-from prx_composer.recipe.config import build, split
+from prx_composer.recipe.arguments import split
+from prx_composer.recipe.config import build
 from prx_composer.recipe.data_sets import data_sets
 
 

@@ -9,7 +9,7 @@ from composer.core import State
 
 from prx_composer import registry
 from prx_composer.callbacks.resumed import NewValues
-from prx_composer.recipe import config
+from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.checkpoints import Checkpoint
 from prx_composer.schedule.moments import ScheduleWindow
@@ -79,7 +79,7 @@ def _rate(state: State) -> float:
 
 def _windows(state: State, recipe: Recipe) -> dict[str, tuple[ScheduleWindow, str]]:
     """By name, the window of every algorithm that has one, and whether it is not begun, open or over."""
-    names = {registry.algorithms.get(name, ""): name for name, _ in config.entries(recipe.algorithms, "algorithms")}
+    names = {registry.algorithms.get(name, ""): name for name, _ in entries(recipe.algorithms, "algorithms")}
     found = {}
     for algorithm in state.algorithms:
         window = getattr(algorithm, "window", None)

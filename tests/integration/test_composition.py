@@ -22,7 +22,8 @@ from prx_composer.models import TextToImage
 from prx_composer.recipe import config
 from prx_composer.recipe.config import build, build_all
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import main, run
+from prx_composer.training.build import run
+from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

@@ -19,7 +19,8 @@ from prx_composer.common.secrets import HIDDEN
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import Checkpoint, damage
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import main, run
+from prx_composer.training.build import run
+from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

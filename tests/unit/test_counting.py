@@ -13,8 +13,9 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from prx_composer.commands.plan.conditions import Conditions
 from prx_composer.commands.plan.hardware import find_gpu
-from prx_composer.commands.plan.plan import Conditions, make_plan
+from prx_composer.commands.plan.plan import make_plan
 from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.cropping import NOTICED, share_cropped

@@ -15,10 +15,10 @@ from transformers import AutoModel
 
 from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
 from prx_composer.algorithms.lpips import build_network
-from prx_composer.commands.plan.conditions import Measured
+from prx_composer.commands.plan.conditions import Conditions, Measured
 from prx_composer.commands.plan.hardware import GPUS, find_gpu
 from prx_composer.commands.plan.memory import training_state
-from prx_composer.commands.plan.plan import Conditions, estimate_checkpoint_bytes, make_plan
+from prx_composer.commands.plan.plan import estimate_checkpoint_bytes, make_plan
 from prx_composer.commands.plan.plan_text import as_text
 from prx_composer.commands.plan.planned_model import plan_model
 from prx_composer.models.activations import backbone_activations

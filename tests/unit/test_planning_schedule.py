@@ -12,10 +12,10 @@ from stacks import REPOSITORY
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
-from prx_composer.commands.plan.conditions import Measured
+from prx_composer.commands.plan.conditions import Conditions, Measured
 from prx_composer.commands.plan.fit import fit
 from prx_composer.commands.plan.hardware import GPUS, find_gpu
-from prx_composer.commands.plan.plan import Conditions, estimate_checkpoint_bytes, make_plan
+from prx_composer.commands.plan.plan import estimate_checkpoint_bytes, make_plan
 from prx_composer.commands.plan.plan_text import as_text
 from prx_composer.commands.plan.quantities import parse_count, parse_rate
 from prx_composer.commands.plan.timeline import timeline

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from prx_composer.commands.data.split import open_split
 from prx_composer.common.errors import UserError, raise_all
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import split as split_spec
 from prx_composer.recipe.data_sets import data_sets
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.training.build import build_tokenizer
@@ -71,7 +72,7 @@ def subject_of(arguments: list[str], split: str | None) -> Subject:
     raise_all(parts.problems)
     own = [key for key in ("train_loader", "eval_loader") if getattr(recipe, key)]
     key = next((key for key in own if split in (None, getattr(recipe, key).get("split", "train"))), "train_loader")
-    name, loader = config.split(getattr(recipe, key), key)
+    name, loader = split_spec(getattr(recipe, key), key)
     if name != "image_caption":
         raise UserError(f"{key}: the loader {name!r} is not of this package; name the folder of its data instead.")
     for made in own:

@@ -21,6 +21,7 @@ from prx_composer.data.schema import Manifest
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, fingerprint
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import split as split_spec
 from prx_composer.recipe.config import Recipe, build
 from prx_composer.recipe.data_sets import data_sets
 from prx_composer.training.build import build_text_encoder
@@ -154,5 +155,5 @@ def _data(recipe: Recipe, split: str) -> list[_DataSet]:
 
 def _autoencoder(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     """The recipe's, and its arguments."""
-    name, given = config.split(recipe.model.get("autoencoder") or {"name": "pixels"}, "model.autoencoder")
+    name, given = split_spec(recipe.model.get("autoencoder") or {"name": "pixels"}, "model.autoencoder")
     return build(registry.autoencoders, name, given, "model.autoencoder"), given

@@ -28,7 +28,8 @@ from prx_composer.commands.plan.memory import muon_matrices, sharding
 from prx_composer.commands.plan.planned_model import PlannedModel
 from prx_composer.models.layers import PRXBlock
 from prx_composer.optim.exchange import Plan, plan_for
-from prx_composer.recipe.config import Recipe, build, split
+from prx_composer.recipe.arguments import split
+from prx_composer.recipe.config import Recipe, build
 
 FP32, BF16 = 4, 2
 BACKWARD = 2 / 3  # of the time of a microbatch

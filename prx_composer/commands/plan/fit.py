@@ -5,10 +5,12 @@ import dataclasses
 import math
 from typing import Any
 
-from prx_composer.commands.plan.plan import Conditions, Plan, make_plan
+from prx_composer.commands.plan.conditions import Conditions
+from prx_composer.commands.plan.plan import Plan, make_plan
 from prx_composer.commands.plan.timeline import STAGES, Span, stages, timeline
 from prx_composer.common.errors import UserError
-from prx_composer.recipe.config import Recipe, entries
+from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import Moment, Point, duration_string, parse_duration
 
 _DIGITS = 3  # of a number of steps; rounded down

@@ -14,7 +14,8 @@ from prx_composer.common.errors import UserError
 from prx_composer.models.activations import backbone_activations
 from prx_composer.models.layers import PRXBlock
 from prx_composer.optim.muon import Muon, muon_parameters
-from prx_composer.recipe.config import Recipe, entries, split
+from prx_composer.recipe.arguments import entries, split
+from prx_composer.recipe.config import Recipe
 
 FP32 = 4
 RESERVE = 0.1  # of a GPU's memory: CUDA's context, communication buffers, fragments, what runs without gradients

@@ -40,7 +40,8 @@ from prx_composer.models.encoder_sizes import autoencoder_flops, known_config, t
 from prx_composer.models.routing import RandomRouter
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.config import Recipe, build, entries, split
+from prx_composer.recipe.arguments import entries, split
+from prx_composer.recipe.config import Recipe, build
 from prx_composer.runs.folder import TOKENIZER
 
 _FREE = (EMA, Float8, GradientClipping, LowPrecisionNorm, ProgressiveResolution, ContrastiveFlowMatching, SkipNonfinite)

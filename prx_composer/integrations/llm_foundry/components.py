@@ -30,7 +30,8 @@ from prx_composer.models.cleaning import cleaning_of
 from prx_composer.models.randomness import RandomStreams
 from prx_composer.models.text_encoder import load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.config import build, check_arguments, split
+from prx_composer.recipe.arguments import check_arguments, split
+from prx_composer.recipe.config import build
 from prx_composer.recipe.data_sets import data_sets
 from prx_composer.runs.init_from import initialise
 from prx_composer.training.preparation import keep_tokenizer, make_data, read_manifests, trained_tokenizer, unmade_sources

@@ -13,7 +13,8 @@ from prx_composer import registry
 from prx_composer.common.errors import UserError
 from prx_composer.integrations.llm_foundry.components import model_with
 from prx_composer.integrations.llm_foundry.lookup import OURS
-from prx_composer.recipe.config import build, check_arguments
+from prx_composer.recipe.arguments import check_arguments
+from prx_composer.recipe.config import build
 from prx_composer.registry import Registry
 
 _ELSEWHERE_PROVIDED = ("folder", "source")  # our train.py passes these; here they are arguments like others

@@ -12,7 +12,8 @@ from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.models.cleaning import clean_caption, with_cleaning
 from prx_composer.models.reading import CaptionCounts
 from prx_composer.models.text_encoder import load_tokenizer, tokenize, train_tokenizer
-from prx_composer.recipe.config import Recipe, split
+from prx_composer.recipe.arguments import split
+from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.data_sets import data_sets
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.training.preflight.examine import Parts

@@ -15,8 +15,9 @@ from prx_composer.common.errors import Problems, UserError, at_path
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.cleaning import Cleaning, cleaner
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import entries, split
 from prx_composer.recipe.checks import setting_problems
-from prx_composer.recipe.config import Recipe, build, split
+from prx_composer.recipe.config import Recipe, build
 from prx_composer.recipe.schedule_checks import schedule_problems
 from prx_composer.recipe.sizes import batch_problems, downsampling_of, image_size_problems
 from prx_composer.schedule.moments import ScheduleWindow
@@ -100,7 +101,7 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Parts]:
     parts = Parts(problems=problems.found)
     results = [failed(problem) for problem in problems.found]
     if not problems.found:
-        counts = [f"{len(list(config.entries(getattr(recipe, kind), kind)))} {kind}" for kind in ("algorithms", "callbacks")]
+        counts = [f"{len(list(entries(getattr(recipe, kind), kind)))} {kind}" for kind in ("algorithms", "callbacks")]
         results.append(passed("names, arguments and types", f"model, optimizer, scheduler, {', '.join(counts)}"))
     if not parts.is_wrong("model"):
         results.extend(guarded(_check_backbone(recipe, parts)))
@@ -109,7 +110,7 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Parts]:
     if not parts.is_wrong("scheduler"):
         results.extend(guarded(_check_scheduler(recipe)))
     built = Problems()
-    for name, arguments in config.entries(recipe.algorithms, "algorithms"):
+    for name, arguments in entries(recipe.algorithms, "algorithms"):
         path = f"algorithms.{name}"
         if not parts.is_wrong(path):
             with built.noted():
@@ -163,7 +164,7 @@ def check_callbacks(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     }  # fmt: skip
     names = []
     problems = Problems()
-    for name, arguments in config.entries(recipe.callbacks, "callbacks"):
+    for name, arguments in entries(recipe.callbacks, "callbacks"):
         path = f"callbacks.{name}"
         if not parts.is_wrong(path):
             with problems.noted():
@@ -173,7 +174,7 @@ def check_callbacks(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     if names:
         yield passed("callbacks", ", ".join(names))
     if recipe.model.get("caption_dropout") == 0 and not recipe.model.get("init_from"):
-        for name, arguments in config.entries({name: recipe.callbacks[name] for name in names}, "callbacks"):
+        for name, arguments in entries({name: recipe.callbacks[name] for name in names}, "callbacks"):
             taken = inspect.signature(registry.callbacks.get(name, f"callbacks.{name}")).parameters.get("guidance_scale")
             scale = arguments.get("guidance_scale", None if taken is None else taken.default)
             if isinstance(scale, int | float) and scale != 1:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 
 from prx_composer.algorithms.float8 import hardware_problem
-from prx_composer.recipe.config import Recipe, entries
+from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.config import Recipe
 from prx_composer.training.preflight.result import Result, failed, passed, skipped, warned
 
 FOREIGN_MEMORY = 2e9  # bytes in use on a GPU that cannot be this process's own context

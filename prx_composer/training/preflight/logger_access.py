@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 from prx_composer.common.secrets import redacted
 from prx_composer.loggers.wandb import wandb_mode
-from prx_composer.recipe import config
+from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.preflight.disk import why_not_writable
 from prx_composer.training.preflight.examine import Parts
@@ -25,7 +25,7 @@ TIMEOUT = 5.0  # seconds for a host to answer
 def check_loggers(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     """Whether what metrics are sent to is installed, writable, logged in and reachable."""
     checks = {"wandb": _check_wandb, "mlflow": _check_mlflow, "tensorboard": _check_tensorboard}
-    for name, arguments in config.entries(recipe.loggers, "loggers"):
+    for name, arguments in entries(recipe.loggers, "loggers"):
         if name in checks and not parts.is_wrong(f"loggers.{name}"):
             yield from guarded(checks[name](arguments))
 

@@ -23,7 +23,8 @@ from huggingface_hub.errors import (
 from prx_composer.algorithms.lpips import LPIPS, torchvision_weights, weights_are_missing
 from prx_composer.common.errors import UserError
 from prx_composer.models.vision_encoder import TeacherSpec
-from prx_composer.recipe.config import Recipe, split
+from prx_composer.recipe.arguments import split
+from prx_composer.recipe.config import Recipe
 from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.frozen_parts import with_kept

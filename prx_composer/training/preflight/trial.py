@@ -11,7 +11,8 @@ import torch
 
 from prx_composer.common.errors import UserError
 from prx_composer.data.sources import prepare
-from prx_composer.recipe.config import Recipe, split
+from prx_composer.recipe.arguments import split
+from prx_composer.recipe.config import Recipe
 from prx_composer.runs.frozen_parts import with_kept
 from prx_composer.training.preflight.examine import Parts, PlannedStage
 from prx_composer.training.preflight.pretrained import is_here, references
