@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
         print(f"\nerror: {error}\nMore may come to light when components are built: `prx check` says it all.", file=sys.stderr)
         return 1
     _set_up_logging()
-    from prx_composer.training import build as train
+    from prx_composer.training import run as train
 
     return train.report(recipe)
 

@@ -22,7 +22,7 @@ from prx_composer.models import TextToImage
 from prx_composer.recipe import config
 from prx_composer.recipe.config import build
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 from prx_composer.training.start import main
 
 Write = Callable[..., str]

@@ -24,7 +24,7 @@ from prx_composer.metrics.image_sets import DataSet, ImageFolder, read_square
 from prx_composer.metrics.reference import reference_features
 from prx_composer.metrics.scoring import Networks, Scorer, interval_95
 from prx_composer.recipe import config
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

@@ -21,7 +21,7 @@ from prx_composer.metrics.features import inception_images
 from prx_composer.metrics.image_sets import DataSet, read_square
 from prx_composer.metrics.scoring import Networks, Scorer
 from prx_composer.recipe import config
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
