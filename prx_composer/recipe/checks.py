@@ -13,22 +13,21 @@ from typing import Any
 from prx_composer import registry
 from prx_composer.common.errors import Problems, UserError, at_path, nearest
 from prx_composer.common.outlines import CannotTell, constants, outline
-from prx_composer.recipe.arguments import NONE, check_component, check_spec, entries
+from prx_composer.recipe.arguments import NONE, check_component, check_spec, entries, provided_by
 from prx_composer.recipe.data_sets import data_sets
 from prx_composer.recipe.resume import check_allowed
 from prx_composer.recipe.schedule_checks import schedule_problems
 from prx_composer.recipe.sizes import STAGES, batch_problems, downsampling_of, image_size_problems, stages_of
+from prx_composer.registry import Registry
 from prx_composer.schedule.moments import BUDGET, Moment, Point, names_budget, parse_duration
 
 Values = Mapping[str, Any]
 
-# What the program passes to a component, beside the recipe's arguments.
-_LOADER_PROVIDED = frozenset({"tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed", "evaluation"})
-_PROVIDED = {
-    name: frozenset({"folder", "source"})
-    for name in ("metrics_file", "images", "shapes_score", "loss_spikes", "watchdog", "skip_nonfinite")
-}
-_DEFAULTED = frozenset({"image_size"})  # taken from the recipe unless it is given
+# What every component of a kind is called with, which a recipe cannot give.
+OF_MODELS = frozenset({"seed"})
+OF_OPTIMIZERS = frozenset({"model", "params"})
+OF_LOADERS = frozenset({"tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed", "evaluation"})
+_OF_OURS = frozenset({"folder", "source"})  # a stranger's component may have settings of these names
 _SCHEDULE = {"scheduler", "max_duration", "time_budget", "algorithms", "global_train_batch_size"}
 _SEEDS = 2**32  # NumPy takes no others, nor does Composer
 _PRECISIONS = {  # what others call Composer's
@@ -73,8 +72,8 @@ def argument_problems(values: Values, imports: bool = True) -> list[str]:
 def _component_problems(values: Values, imports: bool) -> list[str]:
     problems = Problems()
     for components, key, provided, also in (
-        (registry.models, "model", frozenset({"seed"}), frozenset({"init_from"})),
-        (registry.optimizers, "optimizer", frozenset({"model", "params"}), NONE),
+        (registry.models, "model", OF_MODELS, frozenset({"init_from"})),
+        (registry.optimizers, "optimizer", OF_OPTIMIZERS, NONE),
         (registry.schedulers, "scheduler", NONE, NONE),
     ):
         if key in values:
@@ -88,15 +87,17 @@ def _component_problems(values: Values, imports: bool) -> list[str]:
     for key in ("train_loader", "eval_loader"):
         if spec := values.get(key):
             with problems.noted():
-                check_spec(registry.loaders, spec, key, _LOADER_PROVIDED, frozenset({"source"}), imports)
+                check_spec(registry.loaders, spec, key, OF_LOADERS, frozenset({"source"}), imports)
             with problems.noted():
                 _check_sources(spec, key, imports)
+    filled = frozenset(provided_by(values))
     for kind in ("algorithms", "callbacks", "loggers"):
+        components: Registry = getattr(registry, kind)
         for name, given in values.get(kind, {}).items():
             with problems.noted():
                 for _, arguments in entries({name: given}, kind):
-                    path, provided = f"{kind}.{name}", _PROVIDED.get(name, NONE)
-                    check_component(getattr(registry, kind), name, arguments, path, provided, NONE, _DEFAULTED, imports)
+                    reserved = _OF_OURS if name in components.builtin else NONE
+                    check_component(components, name, arguments, f"{kind}.{name}", reserved, NONE, filled, imports)
     return problems.found
 
 

@@ -22,7 +22,7 @@ from prx_composer.recipe.checks import first_look
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import for_composer
 from prx_composer.training.build import build_trainer
-from prx_composer.training.preflight import check_config
+from prx_composer.training.check import check_config
 from prx_composer.training.start import check_lines, read_recipe
 
 Write = Callable[..., str]

@@ -34,7 +34,8 @@ from prx_composer.recipe.arguments import check_arguments, split
 from prx_composer.recipe.config import build
 from prx_composer.recipe.data_sets import data_sets
 from prx_composer.runs.init_from import initialise
-from prx_composer.training.preparation import keep_tokenizer, make_data, read_manifests, trained_tokenizer, unmade_sources
+from prx_composer.runs.tokenizer import keep_tokenizer, trained_tokenizer
+from prx_composer.training.source_data import make_data, read_manifests, unmade_sources
 
 _MADE_OF = "made_of.json"  # beside a tokenizer: its captions
 LOADER = "prx_image_caption"  # whether it is train_loader or eval_loader, llm-foundry doesn't say

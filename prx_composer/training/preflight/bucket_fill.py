@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from prx_composer.data.batches import epoch_steps
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.shares import Shares
-from prx_composer.training.preflight.examine import PlannedStage
+from prx_composer.training.components import PlannedStage
 from prx_composer.training.preflight.result import Result, passed, warned
 
 _NAMED = 4  # buckets that are named; the others are counted

@@ -20,17 +20,17 @@ from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.data_sets import data_sets, weights_of
 from prx_composer.recipe.schedule_checks import schedule_problems
 from prx_composer.schedule.moments import ScheduleWindow
+from prx_composer.training.components import Components, PlannedStage
 from prx_composer.training.preflight.bucket_fill import check_buckets, counted, some
-from prx_composer.training.preflight.examine import Parts, PlannedStage
 from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped, warned
-from prx_composer.training.preparation import Making, unmade_sources
+from prx_composer.training.source_data import Making, unmade_sources
 
 REMOTE_TIMEOUT = 20.0  # seconds for a manifest of a few kilobytes
 LOOKED_AT = 10  # samples of a bucket, if the first cannot be decoded
 NAMED = 4  # broken files that are named; the others are counted
 
 
-def check_data(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+def check_data(recipe: Recipe, parts: Components) -> Iterator[Result]:
     """The splits of both loaders; `parts.stages` and `parts.multiple` may be unknown, and what needs them is then left out."""
     to_be_made: set[str] = set()
     for key in ("train_loader", "eval_loader"):
@@ -41,7 +41,7 @@ def check_data(recipe: Recipe, parts: Parts) -> Iterator[Result]:
             yield from guarded(_check_loader(recipe, key, parts, to_be_made))
 
 
-def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) -> Iterator[Result]:
+def _check_loader(recipe: Recipe, key: str, parts: Components, to_be_made: set[str]) -> Iterator[Result]:
     spec = getattr(recipe, key)
     if spec.get("name") != "image_caption":
         yield skipped(key, f"the loader {spec.get('name')!r} is not of this package")
