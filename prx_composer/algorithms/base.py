@@ -56,6 +56,7 @@ class Trick(Algorithm):
         active: whether the window was open when the last step began. Before the first step: whether it opens with the run.
         needs_image: whether it looks at `batch["image"]`, which stored latents leave out unless train_loader.images is true.
         shapes_sampling: whether it changes how the model draws, so that `generate` and `export` must attach it too.
+        instead_of_images: for the message that says so, what else could be done: begins with ", or".
         experimental: whether nobody has measured yet what it is good for. A run says so once; nothing is refused for it.
         next_switch: when the run goes over to other image sizes, if the trick says so; a time budget tells it.
     """
@@ -64,6 +65,7 @@ class Trick(Algorithm):
     needs_image: bool = False
     shapes_sampling: bool = False
     experimental: bool = False
+    instead_of_images: str = ""
 
     def __init__(self, start: str = "0ba", end: str | None = None):
         self.window = ScheduleWindow(start, end)
@@ -74,12 +76,14 @@ class Trick(Algorithm):
     def next_switch(self) -> Moment | None:
         return None
 
-    def check(self, recipe: Recipe | None, others: list[Algorithm]) -> None:
-        """Raise UserError for what the trick cannot be combined with, before a network is built or loaded.
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+        """Raise UserError for what the trick cannot be combined with, before anything is attached or loaded.
 
         Args:
             recipe: of the run; None in a Trainer of one's own, which has none.
             others: the other algorithms of the run, this one left out.
+            backbone: on any device, meta too; None if it isn't known.
+            sharding: of the weights, Composer's configuration of FSDP2; None: not at all.
         """
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
@@ -105,6 +109,19 @@ class Trick(Algorithm):
     def release(self) -> None:
         """Let go of what is needed no more, such as a teacher, when the window has closed for good."""
 
+    def find_weights(self, timeout: float) -> str | None:
+        """Return where the weights are that the trick downloads by itself, for `prx check`; None if it downloads none.
+
+        What `teacher` names, a vision encoder by hub id or folder or as a `TeacherSpec`, is looked for without it.
+
+        Args:
+            timeout: in seconds, of one answer.
+
+        Raises:
+            UserError: they cannot be had.
+        """
+        return None
+
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.BATCH_START)
 
@@ -117,7 +134,8 @@ class Trick(Algorithm):
     def attach_to(self, state: State) -> None:
         """Check and attach, at Event.INIT."""
         model = unwrapped(state.model)
-        self.check(None, [other for other in state.algorithms if other is not self])
+        others = [other for other in state.algorithms if other is not self]
+        self.check(None, others, getattr(model, "backbone", None), state.fsdp_config)
         try:
             self.attach(model, state.optimizers[0] if state.optimizers else None)
         except UserError:

@@ -35,6 +35,7 @@ class ResolutionAware(Trick):
 
     name = "resolution_aware"
     shapes_sampling = True
+    experimental = True
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         if not isinstance(getattr(model, "backbone", None), PRXBackbone):
