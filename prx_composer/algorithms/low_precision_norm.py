@@ -11,7 +11,7 @@ from composer.core import Precision, State
 from torch import Tensor, nn
 
 from prx_composer.algorithms.base import Trick
-from prx_composer.models.pointwise import RMSNorm
+from prx_composer.models.layers import RMSNorm
 
 log = logging.getLogger(__name__)
 

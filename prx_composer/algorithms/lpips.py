@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.pixel_prediction import PixelLoss
 from prx_composer.common.errors import UserError
-from prx_composer.models.frozen import Frozen
+from prx_composer.models.huggingface import Frozen
 from prx_composer.models.vision_encoder import resize_antialiased
 
 Net = Literal["vgg", "alex", "squeeze"]

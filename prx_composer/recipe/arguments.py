@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prx_composer.common.errors import Problems, UserError, nearest
-from prx_composer.common.outlines import CannotTell
-from prx_composer.common.signatures import constructor
+from prx_composer.common.outlines import CannotTell, constructor
 from prx_composer.registry import NESTED, Registry
 from prx_composer.schedule.moments import Moment
 

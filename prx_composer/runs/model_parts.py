@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prx_composer import registry
 from prx_composer.common.errors import UserError
-from prx_composer.common.signatures import constructor
+from prx_composer.common.outlines import constructor
 from prx_composer.models.autoencoder import Pixels, stored_config
 from prx_composer.models.encoder_sizes import known_config
 from prx_composer.models.text_encoder import load_tokenizer

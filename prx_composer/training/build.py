@@ -14,7 +14,6 @@ from prx_composer.callbacks.checkpointing import Checkpointing, due_every
 from prx_composer.callbacks.data_monitor import DataMonitor
 from prx_composer.callbacks.finite_guard import FiniteGuard
 from prx_composer.callbacks.random_step import RandomStep
-from prx_composer.callbacks.rehearsal import with_rehearsal
 from prx_composer.callbacks.resumed import NewValues
 from prx_composer.common.distributed import GlooAverage
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path
@@ -42,7 +41,7 @@ from prx_composer.runs.init_from import initialise
 from prx_composer.runs.weights import not_finite_in
 from prx_composer.schedule.clock import ClockStop, TrainingClock, clock_of
 from prx_composer.schedule.moments import duration_string, for_composer, parse_duration
-from prx_composer.schedule.time_budget import TimeBudget, time_budget_of
+from prx_composer.schedule.time_budget import TimeBudget, time_budget_of, with_rehearsal
 from prx_composer.training.components import Components, build_components
 from prx_composer.training.parallelism import parallelism
 from prx_composer.training.preflight import check_surroundings

@@ -14,8 +14,7 @@ import torch
 
 from prx_composer import registry
 from prx_composer.common.errors import UserError, problems_of
-from prx_composer.common.outlines import CannotTell, outline
-from prx_composer.common.signatures import constructor
+from prx_composer.common.outlines import CannotTell, constructor, outline
 from prx_composer.recipe import config
 from prx_composer.recipe.arguments import check_arguments
 from prx_composer.recipe.checks import first_look

@@ -21,7 +21,7 @@ from prx_composer.algorithms.lpips import LPIPS, Net, build_network, lpips_dista
 from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
-from prx_composer.models.frozen import Frozen
+from prx_composer.models.huggingface import Frozen
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training.build import run

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from prx_composer import registry
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import Problems, UserError, at_path
-from prx_composer.models.cleaning import Cleaning, cleaner
+from prx_composer.models.prompts import Cleaning, cleaner
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.checks import argument_problems, setting_problems
 from prx_composer.recipe.config import Recipe

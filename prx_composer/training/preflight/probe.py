@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from prx_composer.algorithms.base import Trick
 from prx_composer.algorithms.token_routing import TokenRouting
 from prx_composer.common.distributed import unwrapped
-from prx_composer.models.frozen import returned_afterwards
+from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.schedule.moments import ScheduleWindow
 
 
