@@ -246,7 +246,7 @@ class MaskedTransformerAdapter(nn.Module):
         c = backbone.config
         hidden_size: int = c["hidden_size"]
         self.mask_rate, self._generator = mask_rate, generator
-        self._rotation = partial(cached_rotation, axes_dim=tuple(c["axes_dim"]), theta=c["theta"])
+        self._turns = tuple(c["axes_dim"]), c["theta"]
         self._time_features = partial(sinusoid, dim=256, max_period=c["time_max_period"], scale=c["time_factor"])
         self.mask_token = nn.Parameter(0.02 * torch.randn(hidden_size))
         self.time_in = MLPEmbedder(256, hidden_size)
@@ -264,7 +264,7 @@ class MaskedTransformerAdapter(nn.Module):
         hidden_BK = torch.rand(shape, generator=self._generator(device), device=device) < self.mask_rate
         x_BKD = torch.where(hidden_BK[..., None], self.mask_token.to(x_BKD.dtype), x_BKD)
 
-        rotation = self._rotation(tapped.rows, tapped.columns, device=device)
+        rotation = cached_rotation(tapped.rows, tapped.columns, *self._turns, device)
         if kept is not None:
             rotation = rotation[kept][:, None]
         key_mask = F.pad(tapped.text.mask, (0, shape[1]), value=True)[:, None, None, :]
