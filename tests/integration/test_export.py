@@ -19,7 +19,7 @@ from conftest import QWEN3_VL_TEXT, T5GEMMA_HALF, TINY_BACKBONE
 from diffusers import PRXPipeline, PRXPixelPipeline
 from PIL import Image
 
-from prx_composer.commands.export.export import push, write_pipeline, written_aside
+from prx_composer.commands.export.pipeline import push, write_pipeline, written_aside
 from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder

@@ -20,8 +20,8 @@ from composer.utils import dist
 from PIL import Image
 from torch import Tensor
 
-from prx_composer.commands.evaluate.evaluate import image_seeds
-from prx_composer.commands.generate import DrawingSettings, draw, metadata, save_png, weights_hash
+from prx_composer.commands.drawing import DrawingSettings, draw, metadata, save_png, weights_hash
+from prx_composer.commands.evaluate.sweep import image_seeds
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
 from prx_composer.common.text_files import read_lines, read_text

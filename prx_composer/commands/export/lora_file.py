@@ -9,7 +9,7 @@ import yaml
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from safetensors.torch import save_file
 
-from prx_composer.commands.export.card_text import fenced, inline, public_name
+from prx_composer.commands.export.card import fenced, inline, public_name
 from prx_composer.common.errors import UserError
 from prx_composer.models.adapters import adapter_config, adapter_state, is_adapted
 from prx_composer.models.autoencoder import Pixels

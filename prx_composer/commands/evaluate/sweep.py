@@ -15,7 +15,7 @@ import torch
 from composer.utils import dist
 from torch import Tensor
 
-from prx_composer.commands.generate import DrawingSettings, check_settings, draw, metadata, weights_hash
+from prx_composer.commands.drawing import DrawingSettings, check_settings, draw, metadata, weights_hash
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
 from prx_composer.metrics.ranks import from_rank_zero

@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from prx_composer.commands.export.card_text import without_places
+from prx_composer.commands.export.card import without_places
 from prx_composer.common.errors import UserError, raise_all
 from prx_composer.common.files import sync
 from prx_composer.common.secrets import redacted
