@@ -110,7 +110,7 @@ def test_it_says_before_training_what_is_wrong(
     recipe["callbacks"]["generation_metrics"] |= arguments
     with pytest.raises(UserError, match=said) as error:
         run(config.load([write_recipe(recipe)]))
-    assert "callbacks.generation_metrics" in str(error.value)
+    assert "callbacks.scores" in str(error.value)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from prx_composer.data.latents import check_latent_column
 from prx_composer.data.loader import ImageCaptionLoader, build_loader
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.stored import check_text_column
-from prx_composer.models.cleaning import cleaning_of
+from prx_composer.models.prompts import cleaning_of
 from prx_composer.models.randomness import RandomStreams
 from prx_composer.models.text_encoder import load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
