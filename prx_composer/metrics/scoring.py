@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor
 
+from prx_composer.common.distributed import from_rank_zero, gathered, share
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.metrics.distances import SCALE, frechet_distance, mean_kernel, moments
 from prx_composer.metrics.features import (
@@ -26,9 +27,7 @@ from prx_composer.metrics.features import (
     dino_images,
     inception_images,
 )
-from prx_composer.metrics.image_sets import ImageSet
-from prx_composer.metrics.ranks import from_rank_zero, gathered, share
-from prx_composer.metrics.reference import Reference, reference_features
+from prx_composer.metrics.real_images import ImageSet, Reference, reference_features
 from prx_composer.models.huggingface import returned_afterwards
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from prx_composer.commands.report.history import History
 from prx_composer.commands.report.page import make_page, write_page
 from prx_composer.commands.report.reported_run import read_run
 from prx_composer.commands.report.stages import gpu_hours, stage_rows
-from prx_composer.common.contact_sheet import cut, image_grid
 from prx_composer.common.errors import UserError
+from prx_composer.common.pages import cut, image_grid
 from prx_composer.runs.environment import record
 
 PROMPTS = [

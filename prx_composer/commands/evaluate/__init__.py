@@ -153,7 +153,7 @@ def _measure(
 
     from prx_composer.commands.evaluate import evaluation_inputs as inputs
     from prx_composer.commands.evaluate.sweep import Results, sweep
-    from prx_composer.metrics.reference import default_cache
+    from prx_composer.metrics.real_images import default_cache
     from prx_composer.runs.opening import choose_guidance, load_trained
 
     o = options

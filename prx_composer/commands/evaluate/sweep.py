@@ -16,9 +16,9 @@ from composer.utils import dist
 from torch import Tensor
 
 from prx_composer.commands.drawing import DrawingSettings, check_settings, draw, metadata, weights_hash
+from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
-from prx_composer.metrics.ranks import from_rank_zero
 from prx_composer.metrics.scoring import METRICS, Scorer, interval_95
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.opening import Trained, choose_guidance

@@ -11,7 +11,7 @@ from prx_composer.commands.report.reported_run import Run, read_run
 from prx_composer.commands.report.samples import read_samples
 from prx_composer.commands.report.stages import gpu_hours, stage_rows
 from prx_composer.common.errors import UserError
-from prx_composer.common.html_page import render
+from prx_composer.common.pages import render
 from prx_composer.schedule.moments import duration_string
 
 

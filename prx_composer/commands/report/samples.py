@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from prx_composer.commands.report.reported_run import Run
-from prx_composer.common.contact_sheet import cut
-from prx_composer.common.html_page import data_uri
+from prx_composer.common.pages import cut, data_uri
 
 STEPS, PROMPTS = 8, 12
 SIDE = 192  # pixels of one image
