@@ -31,7 +31,7 @@ VERSIONS = ("torch", "diffusers", "transformers")
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """How images are drawn.
+    """Settings of drawing.
 
     Args:
         height, width: pixels.
@@ -110,7 +110,7 @@ def seeds_from(first: int, count: int) -> list[int]:
 
 
 def check_settings(model: TextToImage, settings: DrawingSettings, device: torch.device) -> None:
-    """Raises UserError, naming the option, for what the model or the device cannot do."""
+    """Raise UserError, naming the option, for what the model or the device cannot do."""
     multiple = model.backbone.patch_size * model.autoencoder.downsampling
     height, width = settings.height, settings.width
     if height < 1 or width < 1 or height % multiple or width % multiple:
@@ -131,7 +131,7 @@ def check_settings(model: TextToImage, settings: DrawingSettings, device: torch.
 def draw(
     model: TextToImage, prompts: list[str], seeds: list[int], settings: DrawingSettings, batch_size: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Draws in batches; yields index and image, uint8 (3, height, width) on the CPU, as soon as a batch is done."""
+    """Draw in batches; yield index and image, uint8 (3, height, width) on the CPU, as soon as a batch is done."""
     device = next(model.parameters()).device
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -148,7 +148,7 @@ def draw(
 
 
 def weights_hash(model: TextToImage) -> str:
-    """SHA-256 over names and values of the backbone's weights, the same wherever they were opened."""
+    """Return the SHA-256 over names and values of the backbone's weights, the same wherever they were opened."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.backbone.state_dict().items()):
         digest.update(name.encode())
@@ -157,7 +157,7 @@ def weights_hash(model: TextToImage) -> str:
 
 
 def metadata(trained: Trained, settings: DrawingSettings, digest: str, device: torch.device) -> dict[str, Any]:
-    """What all images of a call have in common: model, weights, settings, versions."""
+    """Return what all images of a call have in common: model, weights, settings, versions."""
     return {
         "model": str(trained.source),
         "weights": trained.weights,
@@ -175,7 +175,7 @@ def metadata(trained: Trained, settings: DrawingSettings, digest: str, device: t
 
 
 def save_png(image: Tensor, path: Path, facts: dict[str, Any]) -> None:
-    """Writes uint8 (3, H, W) whole or not at all; `facts` become a text chunk named prx (JSON), and prompt and seed their own."""
+    """Write uint8 (3, H, W) whole or not at all; `facts` become a text chunk named prx (JSON), prompt and seed their own."""
     chunks = PngInfo()
     for key in ("prompt", "seed"):
         if key in facts:
@@ -187,7 +187,7 @@ def save_png(image: Tensor, path: Path, facts: dict[str, Any]) -> None:
 
 
 def save_grid(images: list[Tensor], prompts: list[str], path: Path) -> None:
-    """One picture of all of them, with their prompts."""
+    """Write one picture of all images, with their prompts."""
     content = BytesIO()
     columns = min(6, max(1, round(len(images) ** 0.5)))
     image_grid(torch.stack(images), prompts, columns).save(content, "PNG")
@@ -195,7 +195,7 @@ def save_grid(images: list[Tensor], prompts: list[str], path: Path) -> None:
 
 
 def save_captions(names: list[str], prompts: list[str], path: Path) -> None:
-    """A line of JSON for every image: what `FolderSource` reads, and Hugging Face's image folders too."""
+    """Write a line of JSON for every image, as `FolderSource` and Hugging Face's image folders read it."""
     lines = [
         json.dumps({"file_name": name, "caption": prompt}, ensure_ascii=False)
         for name, prompt in zip(names, prompts, strict=True)
@@ -204,13 +204,15 @@ def save_captions(names: list[str], prompts: list[str], path: Path) -> None:
 
 
 def file_name(index: int, seed: int, prompt: str) -> str:
+    """Return the name of an image's file: its number, seed, and the beginning of its prompt."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
     return f"{index:04d}-seed{seed}-{words}.png".replace("-.png", ".png")
 
 
 def read_prompts(path: str) -> list[str]:
-    """One prompt per line; a line of JSON may be a string, or a mapping with `prompt`, `caption` or `text`. Empty lines don't
-    count, nor do blanks around a line that is no JSON.
+    """Read one prompt per line; a line of JSON may be a string, or a mapping with `prompt`, `caption` or `text`.
+
+    Empty lines don't count, nor do blanks around a line that is no JSON.
 
     Raises:
         UserError: no such file, or a line that cannot be read, by number.
@@ -247,7 +249,11 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def check_prompt(prompt: str, where: str) -> str:
-    """The prompt; raises UserError if it cannot be written as UTF-8: half of a pair of surrogates, or bytes that were no text."""
+    """Return the prompt.
+
+    Raises:
+        UserError: it cannot be written as UTF-8: half of a pair of surrogates, or bytes that were no text.
+    """
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

@@ -35,18 +35,18 @@ _LOOKED_AT = 16  # images of a remote set whose bytes are part of its identity
 
 
 class ImageSet(Protocol):
-    """Images by number."""
+    """A set of images, by number."""
 
     name: str
 
     def __len__(self) -> int: ...
 
     def encoded(self, index: int) -> bytes:
-        """The image's file."""
+        """Return the image's file."""
         ...
 
     def identity(self, cache: Path) -> str:
-        """Tells sets apart by what they hold, wherever they lie; what was read of files is kept in `cache`."""
+        """Return a hash of what the set holds, wherever it lies; what was read of files is kept in `cache`."""
         ...
 
 
@@ -54,7 +54,8 @@ class DataSet:
     """A split in MDS shards, with its captions.
 
     Args:
-        path: folder of the data set. split: of it.
+        path: folder of the data set.
+        split: of it.
         caption: column; the first by default.
         remote: where it lies remotely; `path` is its cache then.
 
@@ -147,7 +148,7 @@ def read_square(images: ImageSet, index: int, size: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Reference:
-    """What distances are measured to.
+    """The features that distances are measured to.
 
     Args:
         features: fp32 (N, D) of the images that could be decoded.
@@ -174,6 +175,7 @@ class Reference:
 
 
 def default_cache() -> Path:
+    """Return the folder that features are kept in."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "prx-composer" / "evaluation"
 

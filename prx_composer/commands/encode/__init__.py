@@ -83,7 +83,7 @@ def store_latents(options: LatentsOptions) -> None:
 
 
 def _tell(lines: Iterable[str]) -> None:
-    """Do the job, which yields a line about each thing that it stored, and print those."""
+    """Print the lines of a job, which it yields as it stores things."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("prx_composer").setLevel(logging.INFO)
     for line in lines:

@@ -34,7 +34,7 @@ _CACHED = re.compile(r"models--([^/]+?)--([^/]+)(?:/|$)")  # in the hub's cache
 
 @dataclass(frozen=True)
 class Card:
-    """What the exporter says of a model.
+    """What the exporter says of a model on its card.
 
     Args:
         name: title.
@@ -54,7 +54,7 @@ class Card:
 
 
 def write_card(trained: Trained, folder: Path, card: Card) -> None:
-    """Writes README.md beside what `write_pipeline` wrote."""
+    """Write README.md beside what `write_pipeline` wrote."""
     pixels = isinstance(trained.model.autoencoder, Pixels)
     head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer"]}
     if card.licence is not None:
@@ -200,7 +200,7 @@ def without_places(value: Any) -> Any:
 
 
 def public_command(arguments: list[str]) -> list[str]:
-    """Return a command line likewise."""
+    """Return a command line with nothing but the name of every such path."""
     shown = []
     for argument in arguments:
         option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
