@@ -70,14 +70,14 @@ def argument_problems(values: Values, imports: bool = True) -> list[str]:
 
 def _component_problems(values: Values, imports: bool) -> list[str]:
     problems, filled = Problems(), frozenset(provided_by(values))
-    for components, key, provided, also in (
-        (registry.models, "model", OF_MODELS, frozenset({"init_from"})),
-        (registry.optimizers, "optimizer", OF_OPTIMIZERS, NONE),
-        (registry.schedulers, "scheduler", NONE, NONE),
+    for components, key, provided, also, defaulted in (
+        (registry.models, "model", OF_MODELS, frozenset({"init_from"}), NONE),
+        (registry.optimizers, "optimizer", OF_OPTIMIZERS, NONE, filled),
+        (registry.schedulers, "scheduler", NONE, NONE, filled),
     ):
         if key in values:
             with problems.noted():
-                check_spec(components, values[key], key, provided, also, filled, imports)
+                check_spec(components, values[key], key, provided, also, defaulted, imports)
     source = values.get("model", {}).get("init_from")
     if not isinstance(source, str | None):
         problems.found.append(f"model.init_from: expected a string or null, not {source!r}.")
