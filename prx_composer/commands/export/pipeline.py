@@ -111,7 +111,7 @@ def is_diffusers(model: TextToImage) -> bool:
 
 
 def write_weights(trained: Trained, folder: Path) -> None:
-    """Write the weights of a model that diffusers has no class for, under the model's own names, with its tokenizer and recipe."""
+    """Write the weights of a model that diffusers has no class for, under its own names, with tokenizer and recipe."""
     weights = {name: tensor.detach().cpu().clone() for name, tensor in trained.model.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
     trained.model.text_encoder.tokenizer.save_pretrained(str(folder / "tokenizer"))
