@@ -25,11 +25,10 @@ import ablate_cost
 from common import ROOT, by_turn, circumstances, heading, parse, percentile, save, says_errors, subplots
 from turns import Run, Stack, fresh_folder, publish, train
 
-from prx_composer import config
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.config import Recipe
-from prx_composer.errors import UserError
-from prx_composer.registry import nearest
+from prx_composer.common.errors import UserError, nearest
+from prx_composer.recipe import config
+from prx_composer.recipe.config import Recipe
+from prx_composer.runs.folder import read_metrics
 
 ABLATIONS = ROOT / "yamls" / "ablations"
 PART = re.compile(r"\+(?P<path>[^+]+?\.ya?ml)|\+(?P<name>\w+)|-(?P<without>\w+)")

@@ -26,11 +26,11 @@ from common import by_turn, circumstances, heading, middle_half, parse, save, sa
 from stages import SHAPE, batch_of_share, closed_algorithms, one_stage, with_random_weights, with_synthetic_batches, write_recipe
 from turns import REFUSED, Run, Stack, fresh_folder, publish, train
 
-from prx_composer import config
-from prx_composer.config import Recipe, entries
-from prx_composer.errors import UserError
-from prx_composer.planning.timeline import Timeline, timeline
-from prx_composer.registry import nearest
+from prx_composer.commands.plan.timeline import Timeline, timeline
+from prx_composer.common.errors import UserError, nearest
+from prx_composer.recipe import config
+from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.config import Recipe
 
 BARE, WHOLE = "bare", "whole"
 

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "diffusers", "transformers")

@@ -26,13 +26,13 @@ from quality import PlainMuon
 from torch import Tensor, nn
 
 from prx_composer.algorithms.ema import WeightAverage
+from prx_composer.commands.export.export import write_pipeline, written_aside
 from prx_composer.data.shapes import all_scenes
 from prx_composer.models import HuggingFaceTextEncoder, PRXBackbone, TextToImage
 from prx_composer.models.routing import RandomRouter
 from prx_composer.models.text_encoder import train_tokenizer
 from prx_composer.optim.muon import Muon, muon_parameters
-from prx_composer.trained.export import write_pipeline, written_aside
-from prx_composer.trained.loading import Trained, load_trained
+from prx_composer.runs.opening import Trained, load_trained
 
 TOLERANCE = 1e-4
 

@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from transformers import PreTrainedTokenizerFast
 
+from prx_composer.commands.convert import job
+from prx_composer.commands.convert.settings import Settings
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
-from prx_composer.data.convert import job
-from prx_composer.data.convert.settings import Settings
 from prx_composer.data.loader import build_loader
 from prx_composer.data.schema import BucketWriter, RawSample
 
@@ -56,8 +56,8 @@ def add_to_tar(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 MEMORY = """
 import json, sys
-from prx_composer.data.convert import job, units
-from prx_composer.data.convert.settings import Settings
+from prx_composer.commands.convert import job, units
+from prx_composer.commands.convert.settings import Settings
 
 def peak():
     return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -27,15 +27,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prx_composer import config, registry
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.checkpoints import write_checkpoint
-from prx_composer.errors import UserError
-from prx_composer.planning.communication import DDP, GATHER, MUON, MUON_REPLICAS, REDUCE, muon_plan, traffic
-from prx_composer.planning.model import plan_model
-from prx_composer.planning.plan import estimate_checkpoint_bytes
-from prx_composer.schedule import Point
-from prx_composer.train import build_trainer
+from prx_composer import registry
+from prx_composer.commands.plan.communication import DDP, GATHER, MUON, MUON_REPLICAS, REDUCE, muon_plan, traffic
+from prx_composer.commands.plan.plan import estimate_checkpoint_bytes
+from prx_composer.commands.plan.planned_model import plan_model
+from prx_composer.common.errors import UserError
+from prx_composer.recipe import config
+from prx_composer.runs.checkpoints import write_checkpoint
+from prx_composer.runs.folder import read_metrics
+from prx_composer.schedule.moments import Point
+from prx_composer.training.build import build_trainer
 
 # ------------------------------------------------------------------------------------------- counting collectives
 

@@ -20,12 +20,13 @@ from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from torch import Tensor, nn
 from torch.optim.adamw import adamw  # pyright: ignore[reportPrivateImportUsage]
 
-from prx_composer import config, registry
-from prx_composer import train as train_module
-from prx_composer.callbacks.metrics_file import read_metrics
+from prx_composer import registry
 from prx_composer.models import PRXBackbone
 from prx_composer.optim.groups import parameter_groups
 from prx_composer.optim.muon import muon_parameters
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training import build as train_module
 
 # ------------------------------------------------------------------------------------------------------ plain path
 

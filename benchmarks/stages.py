@@ -25,11 +25,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer import registry
-from prx_composer.config import Recipe, entries
-from prx_composer.errors import UserError
+from prx_composer.commands.plan.timeline import Span, Timeline
+from prx_composer.common.errors import UserError
 from prx_composer.models.encoder_sizes import known_config
 from prx_composer.models.text_encoder import train_tokenizer
-from prx_composer.planning.timeline import Span, Timeline
+from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.config import Recipe
 
 SHAPE = "progressive_resolution"  # the algorithm that is the stages
 ALWAYS: dict[str, Any] = {"start": "0ba", "end": None}

@@ -218,7 +218,7 @@ def numerics(
 ) -> dict[str, Any]:
     """Errors of fast paths in bf16 against eager fp32; how much larger than eager bf16's they are.
 
-    The reference is the eager backbone in fp32 (no TF32) with a mask, half of the tokens routed past its inner blocks. An error is
+    The reference is the eager backbone in fp32 (no TF32) with a mask, half the tokens routed past its inner blocks. An error is
     ‖ours − reference‖ / ‖reference‖, of the gradients all in one vector. bf16 is the least that training rounds. A path that only
     computes the same otherwise (compiled, FlexAttention) may be off by no more than 1.5 times as much. Paths that round more on
     purpose (low_precision_norm, float8) are reported beside it.

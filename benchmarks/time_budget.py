@@ -27,8 +27,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from prx_composer import registry
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.checkpoints import newest_checkpoint
+from prx_composer.runs.checkpoints import newest_checkpoint
+from prx_composer.runs.folder import read_metrics
 
 TOLERANCE = 0.02
 KINDS = ("undisturbed", "SIGTERM", "stop_after")

@@ -24,8 +24,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from prx_composer import registry
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
+from prx_composer.runs.folder import read_metrics
 
 WAITING, GO = b"w", b"g"
 POLL_SECONDS = 0.2
