@@ -78,7 +78,7 @@ def main(document: str | None, *questions: Callable[..., dict[str, Any]]) -> int
     what = " ".join((inspect.getdoc(question) or "").split("\n\n")[0].split())
     head = {"what": what} | circumstances()  # before it, for the load
     found = question(**options)
-    result = head | {"threads": torch.get_num_threads()} | found
+    result: dict[str, Any] = head | {"threads": torch.get_num_threads()} | found
     sys.stdout.write(as_json(result))
     if output is not None:
         write(output, as_json(result))
