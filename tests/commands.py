@@ -5,9 +5,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
-from prx_composer.errors import UserError
-
-__all__ = ["prx"]
+from prx_composer.common.errors import UserError
 
 
 def prx(*arguments: Any, code: int = 0) -> str:
