@@ -14,6 +14,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+import warm
 import yaml
 from hostile import place  # noqa: F401 -- a fixture
 
@@ -36,6 +37,16 @@ SOURCE = {"name": "shapes", "image_size": 16, "images_per_scene": 1, "heldout": 
 
 
 logging.getLogger("prx_composer").setLevel(logging.INFO)  # as `main` has it: no test hangs on another having called that
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """While this process has one thread and has computed nothing, what it has imported is kept for the commands of tests."""
+    if hasattr(session.config, "workerinput") or not session.config.option.numprocesses:
+        warm.open_folder()
+
+
+def pytest_sessionfinish() -> None:
+    warm.close_folder()
 
 
 @pytest.fixture(scope="session")
