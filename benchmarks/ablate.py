@@ -21,11 +21,10 @@ import ablate_cost
 from ablate_report import plot, report, summarise, table
 from ablate_runs import Run, Stack, fresh_folder, head, outputs, say, train, write_json
 
-from prx_composer import config
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.config import Recipe
-from prx_composer.errors import UserError
-from prx_composer.registry import nearest
+from prx_composer.common.errors import UserError, nearest
+from prx_composer.recipe import config
+from prx_composer.recipe.config import Recipe
+from prx_composer.runs.folder import read_metrics
 
 ABLATIONS = Path(__file__).resolve().parents[1] / "yamls" / "ablations"
 PART = re.compile(r"\+(?P<path>[^+]+?\.ya?ml)|\+(?P<name>\w+)|-(?P<without>\w+)")

@@ -32,11 +32,11 @@ from one_stage import (
     write_recipe,
 )
 
-from prx_composer import config
-from prx_composer.config import Recipe, entries
-from prx_composer.errors import UserError
-from prx_composer.planning.timeline import Span, Timeline, timeline
-from prx_composer.registry import nearest
+from prx_composer.commands.plan.timeline import Span, Timeline, timeline
+from prx_composer.common.errors import UserError, nearest
+from prx_composer.recipe import config
+from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.config import Recipe
 
 BARE, WHOLE = "bare", "whole"
 

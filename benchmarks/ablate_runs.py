@@ -16,8 +16,8 @@ import torch
 from record import circumstances
 from turns import Player, take_turns
 
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
+from prx_composer.runs.folder import read_metrics
 
 __all__ = ["REFUSED", "Run", "Stack", "fresh_folder", "head", "outputs", "say", "train", "write_json"]
 

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from record import circumstances
 
-from prx_composer import config
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.checkpoints import write_checkpoint
-from prx_composer.planning.plan import estimate_checkpoint_bytes
-from prx_composer.schedule import Point
-from prx_composer.train import build_trainer
+from prx_composer.commands.plan.plan import estimate_checkpoint_bytes
+from prx_composer.recipe import config
+from prx_composer.runs.checkpoints import write_checkpoint
+from prx_composer.runs.folder import read_metrics
+from prx_composer.schedule.moments import Point
+from prx_composer.training.build import build_trainer
 
 WIDTHS = (96, 256, 512, 1024)  # of the mini recipe's model
 

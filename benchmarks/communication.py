@@ -18,9 +18,9 @@ from typing import Any
 from count_collectives import SMALL
 from record import circumstances
 
-from prx_composer import config
-from prx_composer.planning.communication import muon_plan, traffic
-from prx_composer.planning.model import plan_model
+from prx_composer.commands.plan.communication import muon_plan, traffic
+from prx_composer.commands.plan.planned_model import plan_model
+from prx_composer.recipe import config
 
 HERE = Path(__file__).parent
 MICROBATCHES = 2

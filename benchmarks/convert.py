@@ -25,14 +25,14 @@ from interleaved import ratio, summary, time_in_turns
 from PIL import Image
 from record import circumstances
 
+from prx_composer.commands.convert import job
+from prx_composer.commands.convert.settings import Settings
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
-from prx_composer.data.convert import job
-from prx_composer.data.convert.settings import Settings
 
 MEMORY = """
 import json, sys
-from prx_composer.data.convert import job, units
-from prx_composer.data.convert.settings import Settings
+from prx_composer.commands.convert import job, units
+from prx_composer.commands.convert.settings import Settings
 
 def peak():
     return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prx_composer import registry
-from prx_composer.planning.communication import DDP, GATHER, MUON, MUON_REPLICAS, REDUCE
+from prx_composer.commands.plan.communication import DDP, GATHER, MUON, MUON_REPLICAS, REDUCE
 
 SMALL = "all else"
 

@@ -17,11 +17,11 @@ from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from interleaved import ratio, summary, time_in_turns
 from record import circumstances
 
+from prx_composer.commands.export.export import write_pipeline, written_aside
 from prx_composer.data.shapes import all_scenes
 from prx_composer.models import HuggingFaceTextEncoder, PRXBackbone, TextToImage
 from prx_composer.models.text_encoder import train_tokenizer
-from prx_composer.trained.export import write_pipeline, written_aside
-from prx_composer.trained.loading import Trained, load_trained
+from prx_composer.runs.opening import Trained, load_trained
 
 PROMPT = "a red circle on the left of a white background"
 TOLERANCE = 1e-4

@@ -24,8 +24,8 @@ import torch
 from record import circumstances
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.checkpoints import all_checkpoints, newest_checkpoint
+from prx_composer.runs.checkpoints import all_checkpoints, newest_checkpoint
+from prx_composer.runs.folder import read_metrics
 
 KINDS = ("training", "writing", "switch", "start-up", "writing", "training")  # in turn
 LONGEST = 900.0  # seconds that a run may take to its moment

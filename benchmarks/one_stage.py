@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 
 from prx_composer import registry
-from prx_composer.config import Recipe, entries
-from prx_composer.errors import UserError
+from prx_composer.commands.plan.timeline import Span, Timeline
+from prx_composer.common.errors import UserError
 from prx_composer.models.encoder_sizes import known_config
 from prx_composer.models.text_encoder import train_tokenizer
-from prx_composer.planning.timeline import Span, Timeline
+from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.config import Recipe
 
 __all__ = ["batch_of_share", "closed_algorithms", "one_stage", "with_random_weights", "with_synthetic_batches", "write_recipe"]
 

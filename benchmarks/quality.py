@@ -18,8 +18,8 @@ from typing import Any
 from composer import Trainer
 from record import circumstances
 
-from prx_composer import config
-from prx_composer import train as train_module
+from prx_composer.recipe import config
+from prx_composer.training import build as train_module
 
 RECIPE = ["yamls/quickstart.yaml", "yamls/ablations/muon.yaml", "progress_bar=false", "callbacks.images=false"]
 PATHS = {

@@ -24,12 +24,13 @@ from one_stage import batch_of_share, one_stage, with_random_weights, with_synth
 from record import circumstances
 from step_times import PARTS
 
-from prx_composer import config
-from prx_composer.config import Recipe
-from prx_composer.errors import UserError
-from prx_composer.planning.hardware import GPUS
-from prx_composer.planning.plan import DENOISER, Conditions, make_plan
-from prx_composer.planning.timeline import Span, timeline
+from prx_composer.commands.plan.conditions import Conditions
+from prx_composer.commands.plan.hardware import GPUS
+from prx_composer.commands.plan.plan import DENOISER, make_plan
+from prx_composer.commands.plan.timeline import Span, timeline
+from prx_composer.common.errors import UserError
+from prx_composer.recipe import config
+from prx_composer.recipe.config import Recipe
 
 HERE = Path(__file__).parent
 

@@ -25,9 +25,9 @@ import torch
 from composer import Trainer
 from record import circumstances
 
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.checkpoints import newest_checkpoint
-from prx_composer.train import main as train
+from prx_composer.runs.checkpoints import newest_checkpoint
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.start import main as train
 
 TOLERANCE = 0.02
 KINDS = ("undisturbed", "SIGTERM", "stop_after")

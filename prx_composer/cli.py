@@ -7,13 +7,11 @@ from typing import Annotated
 import typer
 import typer.core
 
-from prx_composer.data import commands as data_commands
-from prx_composer.encoding import commands as encode_commands
-from prx_composer.evaluation import commands as evaluation_commands
-from prx_composer.report import commands as report_commands
-from prx_composer.trained import commands as trained_commands
-
-__all__ = ["app", "main"]
+from prx_composer.commands import data_cli as data_commands
+from prx_composer.commands import encode_cli as encode_commands
+from prx_composer.commands import evaluate_cli as evaluation_commands
+from prx_composer.commands import model_cli as trained_commands
+from prx_composer.commands import report_cli as report_commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -46,7 +44,7 @@ def check(
     What the recipe itself tells comes within a second; with --config-only a mistake in it ends the check there.
     Nothing is written, downloaded or trained. train.py makes the same checks when it starts.
     """
-    from prx_composer.start import check_lines
+    from prx_composer.training.start import check_lines
 
     wrong = False
     for line in check_lines(recipe, ranks, config_only, step=not no_step):
@@ -126,14 +124,14 @@ def plan(
 
     Nothing is downloaded or trained. How to read it, and what is assumed: recipes/speedrun_24h/PLAN.md
     """
-    from prx_composer import config
-    from prx_composer.errors import UserError
-    from prx_composer.planning import fit as plan_fit
-    from prx_composer.planning import inputs as plan_inputs
-    from prx_composer.planning import plan as planning
-    from prx_composer.planning import text as plan_text
-    from prx_composer.planning.hardware import find_gpu
-    from prx_composer.planning.quantities import parse_count, parse_rate
+    from prx_composer.commands.plan import fit as plan_fit
+    from prx_composer.commands.plan import plan as planning
+    from prx_composer.commands.plan import plan_inputs, plan_text
+    from prx_composer.commands.plan.conditions import Conditions
+    from prx_composer.commands.plan.hardware import find_gpu
+    from prx_composer.commands.plan.quantities import parse_count, parse_rate
+    from prx_composer.common.errors import UserError
+    from prx_composer.recipe import config
 
     if mfu is not None and throughput is not None:
         raise UserError("--mfu and --throughput both say how fast training is; give one of them.")
@@ -146,7 +144,7 @@ def plan(
     loaded = config.load(recipe)
     config.import_code(loaded.code_paths)
     config.check(loaded)
-    conditions = planning.Conditions(
+    conditions = Conditions(
         kind,
         gpus or planning.least_gpus(loaded),
         gpus_per_node,
@@ -170,7 +168,7 @@ def plan(
 
 def main() -> None:
     """Entry point: what is the user's to mend is said without a traceback."""
-    from prx_composer.errors import UserError
+    from prx_composer.common.errors import UserError
 
     warnings.filterwarnings("ignore")
     try:

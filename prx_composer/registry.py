@@ -6,7 +6,6 @@ from prx_composer import registry
 class Mine(composer.Algorithm): ...
 """
 
-import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -15,20 +14,11 @@ from typing import Any, TypeVar
 
 import catalogue
 
-from prx_composer.errors import UserError
-from prx_composer.foundry.lookup import INSTALL, foundry_component, is_installed, may_have, spelt_names
-from prx_composer.outlines import CannotTell, outline
-
-__all__ = ["Registry", "nearest"]
+from prx_composer.common.errors import UserError, nearest
+from prx_composer.common.outlines import CannotTell, outline
+from prx_composer.integrations.llm_foundry.lookup import INSTALL, foundry_component, is_installed, may_have, spelt_names
 
 T = TypeVar("T")
-
-
-def nearest(name: str, allowed: list[str]) -> str:
-    """ " Did you mean …?" if something is close, and all that is allowed."""
-    close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Allowed: {', '.join(sorted(allowed))}."
 
 
 @functools.cache
@@ -161,7 +151,7 @@ callbacks = Registry(
     {
         "digits_score": "prx_composer.callbacks.scores:DigitsScore",
         "garbage_collection": "prx_composer.callbacks.garbage_collection:GarbageCollection",
-        "generation_metrics": "prx_composer.callbacks.generation_metrics:GenerationMetrics",
+        "generation_metrics": "prx_composer.callbacks.scores:GenerationMetrics",
         "images": "prx_composer.callbacks.images:Images",
         "loss_spikes": "prx_composer.callbacks.loss_spikes:LossSpikes",
         "lr_monitor": "composer.callbacks:LRMonitor",
@@ -179,10 +169,10 @@ loggers = Registry(
     "loggers",
     {
         "file": "composer.loggers:FileLogger",
-        "metrics_file": "prx_composer.callbacks.metrics_file:MetricsFile",
-        "mlflow": "prx_composer.tracking.mlflow:MLflow",
-        "tensorboard": "prx_composer.tracking.tensorboard:TensorBoard",
-        "wandb": "prx_composer.tracking.wandb:WandB",
+        "metrics_file": "prx_composer.loggers.metrics_file:MetricsFile",
+        "mlflow": "prx_composer.loggers.mlflow:MLflow",
+        "tensorboard": "prx_composer.loggers.tensorboard:TensorBoard",
+        "wandb": "prx_composer.loggers.wandb:WandB",
     },
     foundry=True,
 )

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from conversions import jpeg, settings
 
-from prx_composer.data.convert.job import check_columns
-from prx_composer.data.convert.reasons import REASONS
-from prx_composer.data.convert.records import Record
-from prx_composer.data.convert.sample import Dropped
-from prx_composer.data.convert.sample import convert as convert_sample
-from prx_composer.data.convert.sources import open_source
-from prx_composer.errors import UserError
+from prx_composer.commands.convert.input_kinds import open_source
+from prx_composer.commands.convert.job import check_columns
+from prx_composer.commands.convert.reasons import REASONS
+from prx_composer.commands.convert.records import Record
+from prx_composer.commands.convert.sample import Dropped
+from prx_composer.commands.convert.sample import convert as convert_sample
+from prx_composer.common.errors import UserError
 
 README = Path(__file__).parents[1] / "recipes" / "data" / "README.md"
 GOOD = jpeg(100, 100)

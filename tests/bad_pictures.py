@@ -10,7 +10,7 @@ from conversions import picture as drawn
 from icc import P3, SRGB, profile
 from PIL import Image, ImageCms
 
-from prx_composer.data.convert.records import Record
+from prx_composer.commands.convert.records import Record
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(/tmp/owned) (w) file closefile showpage\n"
 

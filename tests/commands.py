@@ -9,9 +9,7 @@ import warm
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
-from prx_composer.errors import UserError
-
-__all__ = ["path_of", "prx", "run", "start"]
+from prx_composer.common.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -28,8 +26,8 @@ def prx(*arguments: Any, code: int = 0) -> str:
 
 def path_of(program: str, real: bool = False) -> str:
     """Return where `python`, `composer`, `prx` or another program of the environment lies, or its warm twin (see warm.py)."""
-    twin = Path(warm.FOLDER or "") / program
-    return str(twin if warm.FOLDER and twin.exists() and not real else Path(sys.executable).with_name(program))
+    twin = Path(warm.folder()) / program
+    return str(twin if warm.folder() and twin.exists() and not real else Path(sys.executable).with_name(program))
 
 
 def start(program: str, *arguments: Any, real: bool = False, **options: Any) -> "subprocess.Popen[str]":

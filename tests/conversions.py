@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 from streaming import LocalDataset
 
-from prx_composer.data.convert import job
-from prx_composer.data.convert.records import Record
-from prx_composer.data.convert.settings import Settings
-from prx_composer.data.convert.sources import open_source
+from prx_composer.commands.convert import job
+from prx_composer.commands.convert.input_kinds import open_source
+from prx_composer.commands.convert.records import Record
+from prx_composer.commands.convert.settings import Settings
 from prx_composer.data.schema import Manifest
 
 

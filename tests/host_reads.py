@@ -7,8 +7,6 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["HostReads"]
-
 _READS = {
     "_local_scalar_dense",
     "is_nonzero",

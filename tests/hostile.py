@@ -14,15 +14,15 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from prx_composer import config
-from prx_composer.checkpoints import INDEX, MONOLITH, _crc32
 from prx_composer.cli import app
+from prx_composer.commands.export.export import write_pipeline, written_aside
+from prx_composer.common.errors import UserError
 from prx_composer.data.schema import MANIFEST
-from prx_composer.errors import UserError
 from prx_composer.models import TextToImage
-from prx_composer.run_folder import as_saved
-from prx_composer.trained.export import write_pipeline, written_aside
-from prx_composer.trained.loading import Trained
+from prx_composer.recipe import config
+from prx_composer.runs.checkpoints import INDEX, MONOLITH, _crc32
+from prx_composer.runs.folder import as_saved
+from prx_composer.runs.opening import Trained
 
 
 class Leaves:

@@ -6,8 +6,6 @@ import socket
 import struct
 import threading
 
-__all__ = ["UnreliableProxy"]
-
 
 class UnreliableProxy:
     """Passes TCP connections on to a server on this machine, and resets some: before an answer, or in the midst of it.

@@ -10,6 +10,7 @@ server's), hashes of strings are the same in all forks, and the parent of a fork
 things start real processes: `commands.start(…, real=True)`.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -19,9 +20,16 @@ import struct
 import sys
 from typing import Any
 
-FOLDER = ""  # of the small programs, while there is a server
-_lifeline = -1
+_open: list[tuple[str, int]] = []  # the folder of the small programs, and what ends the server when it is closed
 PROGRAMS = ("python", "composer", "prx", "llmfoundry")
+IMPORTED = (
+    "composer.cli.launcher",
+    "diffusers.pipelines.prx",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.t5.modeling_t5",
+    "prx_composer.cli",
+    "prx_composer.training.build",
+)
 WARM_MODULES = ("prx_composer.", "composer.cli", "torch.distributed.run")  # of `python -m`
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -43,7 +51,9 @@ def deputy(address: str, program: str, arguments: list[str], real: str) -> None:
     opened = [int(name) for name in os.listdir("/proc/self/fd")]
     opened = sorted(number for number in opened if number != connection.fileno() and os.path.exists(f"/proc/self/fd/{number}"))
     connection.connect(address)
-    asked = dict(program=program, arguments=rest, folder=os.getcwd(), environment=dict(os.environ), numbers=opened, name=sys.argv[0])
+    asked = dict(
+        program=program, arguments=rest, folder=os.getcwd(), environment=dict(os.environ), numbers=opened, name=sys.argv[0]
+    )
     content = json.dumps(asked).encode()
     socket.send_fds(connection, [struct.pack("q", len(content))], opened)
     connection.sendall(content)
@@ -58,10 +68,8 @@ def deputy(address: str, program: str, arguments: list[str], real: str) -> None:
 
 
 def _kill(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
@@ -87,23 +95,23 @@ deputy({address!r}, {program!r}, sys.argv[1:], {real!r})
 
 def open_folder() -> None:
     """Fork a server of this process as it is now, which should have one thread and have computed nothing."""
-    global FOLDER, _lifeline
     if sys.platform != "linux":
         return
     import tempfile
 
-    FOLDER = folder = tempfile.mkdtemp(prefix="warm")
-    address = os.path.join(folder, "socket")
+    home = tempfile.mkdtemp(prefix="warm")
+    address = os.path.join(home, "socket")
     for program in PROGRAMS:
-        path = os.path.join(folder, program)
+        path = os.path.join(home, program)
         with open(path, "w") as file:
             file.write(DEPUTY.format(real=sys.executable, here=os.path.dirname(__file__), address=address, program=program))
         os.chmod(path, 0o755)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
-    lifeline, _lifeline = os.pipe()  # the server ends when this process does
+    lifeline, held = os.pipe()  # this process holds it open as long as it lives
     if os.fork():
+        _open.append((home, held))
         listener.close()
         os.close(lifeline)
         return
@@ -119,7 +127,7 @@ def open_folder() -> None:
             if not os.fork():
                 listener.close()
                 os.close(lifeline)
-                _keep(connection, folder)
+                _keep(connection, home)
             connection.close()
     finally:
         os._exit(0)
@@ -127,13 +135,17 @@ def open_folder() -> None:
 
 def close_folder() -> None:
     """End the server."""
-    global FOLDER
     import shutil
 
-    if FOLDER:
-        os.close(_lifeline)
-        shutil.rmtree(FOLDER)
-        FOLDER = ""
+    while _open:
+        path, held = _open.pop()
+        os.close(held)
+        shutil.rmtree(path)
+
+
+def folder() -> str:
+    """Return the folder of the small programs, or nothing where there is no server."""
+    return _open[0][0] if _open else ""
 
 
 def _forget_the_tests(kept: set[int]) -> None:
@@ -161,17 +173,13 @@ def _forget_the_tests(kept: set[int]) -> None:
 
 def _warm_up() -> None:
     import gc
+    import importlib
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import composer.cli.launcher
-        import diffusers.pipelines.prx  # noqa: F401
-        import transformers.models.auto.modeling_auto
-        import transformers.models.t5.modeling_t5  # noqa: F401
-
-        import prx_composer.cli
-        import prx_composer.train
+        for name in IMPORTED:
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()
 
@@ -256,7 +264,7 @@ def _exit_code_of(run: Any) -> int:
         run()
     except SystemExit as ending:
         if isinstance(ending.code, str):
-            print(ending.code, file=sys.stderr)
+            sys.stderr.write(f"{ending.code}\n")
             return 1
         return int(ending.code or 0) & 255
     except KeyboardInterrupt:
@@ -269,15 +277,13 @@ def _exit_code_of(run: Any) -> int:
 
 
 def _open_standard_streams() -> None:
-    sys.stdin = sys.__stdin__ = open(0, closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
 
 
 def _close_all_but(kept: set[int]) -> None:
     for number in map(int, os.listdir("/proc/self/fd")):
         if number not in kept:
-            try:
+            with contextlib.suppress(OSError):  # the one that listed them
                 os.close(number)
-            except OSError:  # the one that listed them
-                pass

@@ -14,22 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models.losses import AuxiliaryLoss, FlowOutput
 from prx_composer.models.routing import select_tokens
 from prx_composer.models.sampling import TextConditioning
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder, teacher_features
-
-__all__ = [
-    "AlignmentAlgorithm",
-    "AlignmentLoss",
-    "FeatureSource",
-    "StoredFeatures",
-    "TappedTokens",
-    "alignment_loss",
-    "initialise_linears",
-    "stored_features",
-]
 
 FeatureSource = Callable[[Mapping[str, Any], int, int], Tensor]  # batch, rows, columns → (B, rows · columns, C)
 

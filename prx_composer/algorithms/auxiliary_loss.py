@@ -6,13 +6,11 @@ from typing import Any
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models.losses import AuxiliaryLoss
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.optim.groups import add_parameters
-from prx_composer.schedule import ScheduleWindow
-
-__all__ = ["AuxiliaryLossAlgorithm"]
+from prx_composer.schedule.moments import ScheduleWindow
 
 
 class AuxiliaryLossAlgorithm(Algorithm):

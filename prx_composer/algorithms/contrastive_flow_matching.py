@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models.flow import FlowMatching
 from prx_composer.models.losses import AuxiliaryLoss, FlowOutput
-
-__all__ = ["ContrastiveFlowMatching", "ContrastiveFlowMatchingLoss", "contrastive_error"]
 
 
 def contrastive_error(flow: FlowMatching, outputs: FlowOutput) -> Tensor:

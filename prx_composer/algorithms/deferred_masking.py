@@ -7,9 +7,7 @@ from composer.loggers import Logger
 
 from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
 from prx_composer.algorithms.token_routing import TokenRoutingAlgorithm
-from prx_composer.errors import UserError
-
-__all__ = ["DeferredMasking"]
+from prx_composer.common.errors import UserError
 
 
 class DeferredMasking(TokenRoutingAlgorithm):

@@ -11,17 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from prx_composer.errors import UserError
-from prx_composer.schedule import ScheduleWindow
-
-__all__ = ["EMA", "WeightAverage", "clean_name"]
-
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what DDP, FSDP, compile or checkpointing put around it."""
-    return ".".join(part for part in name.removeprefix("module.").split(".") if part not in _WRAPPERS)
+from prx_composer.common.distributed import clean_name
+from prx_composer.common.errors import UserError
+from prx_composer.schedule.moments import ScheduleWindow
 
 
 def _local(tensor: Tensor) -> Tensor:

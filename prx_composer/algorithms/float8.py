@@ -14,10 +14,8 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torch import nn
 
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models.adapters import BLOCK_LAYERS, is_adapted
-
-__all__ = ["Float8", "apply_float8", "float8_layers", "hardware_problem"]
 
 log = logging.getLogger(__name__)
 

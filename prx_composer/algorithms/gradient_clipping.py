@@ -5,9 +5,7 @@ from typing import Literal
 import composer.algorithms
 from composer.core import Event, State
 
-from prx_composer.schedule import ScheduleWindow
-
-__all__ = ["GradientClipping"]
+from prx_composer.schedule.moments import ScheduleWindow
 
 
 class GradientClipping(composer.algorithms.GradientClipping):

@@ -13,8 +13,6 @@ from prx_composer.algorithms.alignment import AlignmentAlgorithm, StoredFeatures
 from prx_composer.models.routing import merge_tokens, select_tokens
 from prx_composer.models.vision_encoder import TeacherSpec
 
-__all__ = ["IREPA", "ConvProjector", "normalise_over_space"]
-
 EPSILON = 1e-6
 
 

@@ -5,12 +5,10 @@ from typing import Any
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.optim.groups import add_parameters, drop_frozen
-
-__all__ = ["LoRA"]
 
 
 class LoRA(Algorithm):

@@ -11,10 +11,8 @@ from composer.core import Algorithm, Event, Precision, State
 from composer.loggers import Logger
 from torch import Tensor, nn
 
-from prx_composer.models.pointwise import RMSNorm
-from prx_composer.schedule import ScheduleWindow
-
-__all__ = ["LowPrecisionLayerNorm", "LowPrecisionNorm", "LowPrecisionRMSNorm", "apply_low_precision_norm"]
+from prx_composer.models.layers import RMSNorm
+from prx_composer.schedule.moments import ScheduleWindow
 
 log = logging.getLogger(__name__)
 

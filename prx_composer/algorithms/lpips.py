@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
 from prx_composer.algorithms.pixel_prediction import PixelLoss, refuse_latents
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models.flow import FlowMatching
-from prx_composer.models.frozen import Frozen
+from prx_composer.models.huggingface import Frozen
 from prx_composer.models.vision_encoder import resize_antialiased
-
-__all__ = ["LPIPS", "LPIPSLoss", "Net", "build_network", "lpips_distance", "torchvision_weights", "weights_are_missing"]
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
 from prx_composer.algorithms.pixel_prediction import PixelLoss, refuse_latents
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models.flow import FlowMatching
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder, resize_antialiased
-
-__all__ = ["PerceptualDINO", "PerceptualDINOLoss", "fit_size", "patch_dissimilarity"]
 
 
 def fit_size(height: int, width: int, image_size: int, multiple: int) -> tuple[int, int]:

@@ -6,11 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models.flow import FlowMatching
 from prx_composer.models.losses import AuxiliaryLoss, FlowOutput
-
-__all__ = ["PixelLoss", "refuse_latents"]
 
 
 def refuse_latents(model: Any, name: str) -> None:

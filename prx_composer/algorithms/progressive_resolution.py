@@ -9,11 +9,9 @@ from composer.core import Algorithm, Event, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
-from prx_composer.errors import UserError, at_path
-from prx_composer.schedule import Moment
-from prx_composer.sizes import check_batch_sizes
-
-__all__ = ["ProgressiveResolution", "Stage", "StagedLoader"]
+from prx_composer.common.errors import UserError, at_path
+from prx_composer.recipe.sizes import check_batch_sizes
+from prx_composer.schedule.moments import Moment
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,6 @@ from prx_composer.models.backbone import PRXBackbone, cached_rotation
 from prx_composer.models.layers import MLPEmbedder, Modulation, PRXBlock, sinusoid
 from prx_composer.models.vision_encoder import TeacherSpec
 
-__all__ = ["REPA", "Adapter", "MLPProjector", "MaskedTransformerAdapter"]
-
 
 class MLPProjector(nn.Module):
     """REPA's head: three linear layers with SiLU between them, token by token, (B, K, D) → (B, K, C)."""

@@ -8,13 +8,11 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torch import nn
 
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models.backbone import PRXBackbone, ResolutionEmbedder
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.optim.groups import add_parameters
-from prx_composer.schedule import ScheduleWindow
-
-__all__ = ["ResolutionAware", "add_resolution_embedder"]
+from prx_composer.schedule.moments import ScheduleWindow
 
 
 def add_resolution_embedder(backbone: PRXBackbone) -> ResolutionEmbedder:

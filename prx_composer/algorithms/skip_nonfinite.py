@@ -11,12 +11,11 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-from prx_composer.errors import UserError
-from prx_composer.finite import not_finite, trained
-from prx_composer.optim.shares import local
-from prx_composer.resume import against_what_is_not_finite
-
-__all__ = ["SkipNonfinite"]
+from prx_composer.common.errors import UserError
+from prx_composer.optim.exchange import local
+from prx_composer.optim.finite import not_finite, trained
+from prx_composer.recipe.resume import against_what_is_not_finite
+from prx_composer.runs.checkpoints import newest_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -128,8 +127,6 @@ class SkipNonfinite(Algorithm):
         """Where to look, and where the run could go on."""
         if self._folder is None:
             return "Look at the terms of the loss before it."
-        from prx_composer.checkpoints import newest_checkpoint
-
         folder = Path(self._folder)
         newest = newest_checkpoint(folder)
         checkpoint = f"its newest checkpoint is {newest.path}" if newest is not None else "it has no checkpoint yet"

@@ -12,8 +12,6 @@ from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.models.routing import TokenFusion, merge_tokens
 from prx_composer.optim.groups import add_parameters
 
-__all__ = ["SPRINT", "SprintFusion"]
-
 
 class SprintFusion(TokenFusion):
     """W·[early; deep] + b, with a learned mask token where a token was not among the deep ones.

@@ -5,12 +5,10 @@ from typing import Any
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.routing import RandomRouter
-from prx_composer.schedule import ScheduleWindow
-
-__all__ = ["TokenRoutingAlgorithm"]
+from prx_composer.schedule.moments import ScheduleWindow
 
 
 class TokenRoutingAlgorithm(Algorithm):

@@ -8,8 +8,6 @@ from composer.loggers import Logger
 from prx_composer.algorithms.token_routing import TokenRoutingAlgorithm
 from prx_composer.models.sampling import Guidance, RoutedSelfGuidance
 
-__all__ = ["TREAD"]
-
 
 class TREAD(TokenRoutingAlgorithm):
     """Sends a random share of the image tokens past blocks `start_block` … `end_block`, where they come back unchanged.

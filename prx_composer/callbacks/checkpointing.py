@@ -11,13 +11,11 @@ from composer.core import Event, State, Time
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
-from prx_composer.callbacks.clock import clock_of
-from prx_composer.checkpoints import clean_up, keep_newest, newest_checkpoint, write_checkpoint
-from prx_composer.errors import TrainingInterrupted, UserError
-from prx_composer.schedule import SECONDS, Point
-from prx_composer.tracking import log_checkpoint
-
-__all__ = ["Checkpointing", "due_every"]
+from prx_composer.common.errors import TrainingInterrupted, UserError
+from prx_composer.loggers.tracker import log_checkpoint
+from prx_composer.runs.checkpoints import clean_up, keep_newest, newest_checkpoint, write_checkpoint
+from prx_composer.schedule.clock import clock_of
+from prx_composer.schedule.moments import SECONDS, Point
 
 log = logging.getLogger(__name__)
 

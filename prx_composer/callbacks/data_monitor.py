@@ -6,8 +6,6 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-__all__ = ["DataMonitor"]
-
 log = logging.getLogger(__name__)
 
 FIRST_LOOK = 1000  # captions after which it is said how many of them were cut

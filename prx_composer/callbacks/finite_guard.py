@@ -9,13 +9,11 @@ from composer.core import Callback, Event, Precision, State
 from composer.loggers import Logger
 from torch import Tensor, nn
 
-from prx_composer.checkpoints import newest_checkpoint
-from prx_composer.errors import UserError
-from prx_composer.finite import bad_state, first_of_ranks, magnitudes, plain_names, trained
-from prx_composer.optim.shares import local
-from prx_composer.resume import against_what_is_not_finite
-
-__all__ = ["FiniteGuard", "ways_on"]
+from prx_composer.common.errors import UserError
+from prx_composer.optim.exchange import local
+from prx_composer.optim.finite import bad_state, first_of_ranks, magnitudes, plain_names, trained
+from prx_composer.recipe.resume import against_what_is_not_finite
+from prx_composer.runs.checkpoints import newest_checkpoint
 
 TOTAL = "loss/train/total"
 _GRADIENT = "finite_guard/gradient"

@@ -6,8 +6,6 @@ from multiprocessing.util import register_after_fork
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-__all__ = ["GarbageCollection"]
-
 
 class GarbageCollection(Callback):
     """Turns the automatic collection off while training, and collects every so many batches.

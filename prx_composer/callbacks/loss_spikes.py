@@ -14,9 +14,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-from prx_composer.callbacks.metrics_file import read_metrics
-
-__all__ = ["LossSpikes", "robust_score"]
+from prx_composer.runs.folder import read_metrics
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,6 @@ from composer.utils import dist
 
 from prx_composer.models.randomness import RandomStreams, derive_seed
 
-__all__ = ["RandomStep"]
-
 
 class RandomStep(Callback):
     """Tells the model's `RandomStreams` which step it is, and reseeds the global generators.

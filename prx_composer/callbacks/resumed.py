@@ -9,9 +9,7 @@ from composer.core import Callback, State, Timestamp
 from composer.loggers import Logger
 from torch.optim import Optimizer
 
-from prx_composer.resume import Change
-
-__all__ = ["NewValues"]
+from prx_composer.recipe.resume import Change
 
 log = logging.getLogger(__name__)
 

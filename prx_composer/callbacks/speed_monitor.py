@@ -5,8 +5,6 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
-__all__ = ["SpeedMonitor"]
-
 
 class SpeedMonitor(composer.callbacks.SpeedMonitor):
     """Logs `throughput/…` and, where the GPU's peak is known, `throughput/device/mfu`, under Composer's names.

@@ -3,9 +3,7 @@
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from prx_composer.schedule import Moment
-
-__all__ = ["StopAfter"]
+from prx_composer.schedule.moments import Moment
 
 
 class StopAfter(Callback):

@@ -12,9 +12,7 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from prx_composer.schedule import parse_duration
-
-__all__ = ["STALLED_EXIT_CODE", "Watchdog"]
+from prx_composer.schedule.moments import parse_duration
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.columns import StoredColumn
-from prx_composer.errors import UserError
-from prx_composer.resume import DATA, advice
-
-__all__ = ["BucketedDataset", "SampleRequest"]
+from prx_composer.data.stored import StoredColumn
+from prx_composer.recipe.resume import DATA, advice
 
 
 class SampleRequest(NamedTuple):

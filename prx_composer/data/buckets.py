@@ -3,8 +3,6 @@
 import math
 from typing import NamedTuple
 
-__all__ = ["Bucket", "assign_bucket", "make_buckets"]
-
 
 class Bucket(NamedTuple):
     """Height and width in pixels."""

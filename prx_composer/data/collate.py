@@ -9,11 +9,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
-from prx_composer.errors import UserError
-from prx_composer.models.reading import CaptionCounts
+from prx_composer.common.errors import UserError
+from prx_composer.models.prompts import CaptionCounts
 from prx_composer.models.text_encoder import tokenize
-
-__all__ = ["PACKED", "Collator", "channels_first", "split_batch"]
 
 PACKED = ("text_embedding", "text_position")
 SEEN = ("image", "latent")

@@ -12,12 +12,10 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from prx_composer.common.errors import UserError
+from prx_composer.common.files import write_whole
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.storage import join
-from prx_composer.errors import UserError
-from prx_composer.files import write_whole
-
-__all__ = ["FileRecord", "check_copy", "column_contents"]
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 
-__all__ = ["BucketSettings", "cropping_note", "share_cropped"]
-
 NOTICED = 0.15  # share of an image's area that is more than the rounding of a bucket's sides
 _LOOKED_AT = 500  # shapes of images with which other settings are tried
 Shapes = Mapping[tuple[int, int], int]  # height and width → images

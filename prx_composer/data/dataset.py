@@ -9,19 +9,17 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
+from prx_composer.common.errors import UserError
 from prx_composer.data.batches import epoch_steps
 from prx_composer.data.bucketed import BucketedDataset, SampleRequest
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.columns import ENCODED, IMAGE, StoredColumn, encoded_folder, manifest_path, read_column, unpack
 from prx_composer.data.contents import check_copy
 from prx_composer.data.latents import StoredLatents, names_of
 from prx_composer.data.rows import BucketRows
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.storage import download
+from prx_composer.data.stored import ENCODED, IMAGE, StoredColumn, encoded_folder, manifest_path, read_column, unpack
 from prx_composer.data.transforms import UNDECODABLE, decode_image
-from prx_composer.errors import UserError
-
-__all__ = ["ImageCaptionDataset", "UndecodableError", "read_manifest"]
 
 log = logging.getLogger(__name__)
 

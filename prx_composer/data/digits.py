@@ -11,8 +11,6 @@ from PIL import Image
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.schema import RawSample
 
-__all__ = ["DIGIT_WORDS", "DigitsSource", "load_digit_scans"]
-
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELDOUT = 600  # the last scans, of other writers than the first
 

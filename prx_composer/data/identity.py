@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prx_composer.data.data_sets import data_sets
+from prx_composer.common.errors import UserError
 from prx_composer.data.schema import MANIFEST
-from prx_composer.errors import UserError
-
-__all__ = ["loader_identity", "split_identity"]
+from prx_composer.recipe.data_sets import data_sets
 
 _SHARDS = 64  # that are looked into, evenly spaced
 _BYTES = 1 << 16  # at the beginning and at the end of each

@@ -4,12 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
+from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.columns import StoredColumn, fingerprint, unpack
 from prx_composer.data.rows import BucketRows
-from prx_composer.errors import UserError
-
-__all__ = ["StoredLatents", "check_latent_column", "latent_column", "names_of", "size_problem", "sizes_of"]
+from prx_composer.data.stored import StoredColumn, fingerprint, unpack
 
 
 def names_of(latent: str | list[str] | None) -> list[str]:

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prx_composer.common.errors import UserError, at_path
+from prx_composer.common.files import inside
 from prx_composer.data.storage import fetch, is_remote, join
-from prx_composer.errors import UserError, at_path
-from prx_composer.files import inside
 
 if TYPE_CHECKING:
     from streaming import LocalDataset
     from streaming.base.format import Reader
-
-__all__ = ["LinkError", "RawShard", "check_shards", "encodings_of", "open_local"]
 
 
 def open_local(folder: Path) -> "LocalDataset":

@@ -5,13 +5,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prx_composer.common.errors import UserError
 from prx_composer.data.bucketed import BucketedDataset, SampleRequest
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.shares import Shares
-from prx_composer.errors import UserError
-
-__all__ = ["MixedDataset"]
 
 
 class MixedDataset(BucketedDataset):

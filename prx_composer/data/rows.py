@@ -13,8 +13,6 @@ from streaming.base.world import World
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.mds import check_shards, open_local
 
-__all__ = ["BucketRows", "WholeStream"]
-
 # Of a shard's download. A connection that is lost now and then must not end a run of a day, as streaming's two retries would.
 _RETRIES, _TIMEOUT = 7, 120.0  # seconds
 

@@ -10,8 +10,6 @@ from prx_composer.data.batches import epoch_batches, epoch_steps, evaluation_bat
 from prx_composer.data.bucketed import BucketedDataset, SampleRequest
 from prx_composer.data.buckets import Bucket
 
-__all__ = ["BucketBatchSampler", "fewer_than_a_batch"]
-
 
 def fewer_than_a_batch(samples: int, batch_size: int, path: str = "") -> str | None:
     """What is to be said of a batch that is larger than the data set, in which the same image would be several times.

@@ -23,7 +23,6 @@ from prx_composer.data.buckets import Bucket
 if TYPE_CHECKING:
     from streaming import MDSWriter
 
-__all__ = ["MANIFEST", "BucketWriter", "Manifest", "RawSample"]
 
 MANIFEST = "manifest.json"
 COLUMNS = {"image": "bytes", "width": "int", "height": "int", "key": "str"}

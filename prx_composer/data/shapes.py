@@ -15,8 +15,6 @@ from PIL import Image, ImageDraw
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.schema import RawSample
 
-__all__ = ["Scene", "ShapesSource", "all_scenes", "heldout_scenes", "render"]
-
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 160, 50), "blue": (30, 70, 220), "yellow": (245, 210, 20),
     "purple": (140, 40, 170), "orange": (250, 130, 20),

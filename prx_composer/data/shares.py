@@ -10,8 +10,6 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
-__all__ = ["EpochPlan", "Shares", "apportion"]
-
 
 class EpochPlan(NamedTuple):
     """By data set, then by bucket: how many samples were drawn in the epochs before this one, and how many this one draws."""

@@ -11,21 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlparse
 
-from prx_composer.errors import UserError
-
-__all__ = [
-    "Entry",
-    "download",
-    "fetch",
-    "is_included",
-    "is_remote",
-    "join",
-    "list_files",
-    "relative_name",
-    "remote_keys",
-    "survey",
-    "upload",
-]
+from prx_composer.common.errors import UserError
 
 log = logging.getLogger(__name__)
 

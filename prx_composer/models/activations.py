@@ -13,7 +13,6 @@ from prx_composer.models.perceptual_nets import feature_maps
 if TYPE_CHECKING:
     from prx_composer.models.encoder_sizes import VisionSize
 
-__all__ = ["backbone_activations", "block_activations", "linear_activations", "lpips_activations", "vision_activations"]
 
 FP32 = 4
 

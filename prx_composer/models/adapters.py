@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 
 if TYPE_CHECKING:
     from prx_composer.models.backbone import PRXBackbone
 
-__all__ = ["BLOCK_LAYERS", "AdapterCost", "adapter_config", "adapter_state", "add_adapters", "is_adapted", "merge_adapters"]
 
 BLOCK_LAYERS = (
     *("attention.img_qkv_proj", "attention.txt_kv_proj", "attention.to_out.0"),

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-__all__ = ["KeyMask", "attend", "key_blocks", "key_mask"]
-
 KeyMask = Tensor | BlockMask | None  # bool (B, 1, 1, S), or a `key_blocks`; None: every key is valid
 
 _BLOCK = 128  # keys and queries, FlexAttention's default

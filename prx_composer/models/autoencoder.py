@@ -6,11 +6,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from prx_composer.models.frozen import Frozen
-from prx_composer.models.huggingface import refuse_outside, says_how_to_get
-from prx_composer.sizes import downsampling_of
-
-__all__ = ["Autoencoder", "DiffusersAutoencoder", "Pixels"]
+from prx_composer.models.huggingface import Frozen, refuse_outside, says_how_to_get
+from prx_composer.recipe.sizes import downsampling_of
 
 
 class Autoencoder(Protocol):

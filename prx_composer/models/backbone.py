@@ -26,8 +26,6 @@ from prx_composer.models.layers import (
 )
 from prx_composer.models.routing import Route, Router, TokenFusion, merge_tokens, select_tokens
 
-__all__ = ["Conditioning", "PRXBackbone", "ResolutionEmbedder"]
-
 
 @torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=256)

@@ -15,8 +15,6 @@ from transformers import AutoModel
 from prx_composer.models.huggingface import load_config, random_config
 from prx_composer.models.text_encoder import random_encoder
 
-__all__ = ["VisionSize", "autoencoder_flops", "known_config", "text_flops", "vision_size"]
-
 
 def _vit(
     model_type: str, hidden_size: int, layers: int, heads: int, patch_size: int, image_size: int, **more: Any

@@ -10,8 +10,6 @@ from prx_composer.models.perceptual_nets import feature_maps
 if TYPE_CHECKING:
     from prx_composer.models.encoder_sizes import VisionSize  # it imports transformers, which a count doesn't need
 
-__all__ = ["adapter_head_flops", "backbone_flops", "lpips_flops", "newton_schulz_flops", "text_adapter_flops", "vision_flops"]
-
 
 def backbone_flops(
     config: dict[str, Any],

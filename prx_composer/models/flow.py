@@ -9,8 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["FlowMatching", "shift_timesteps"]
-
 
 def shift_timesteps(t: Tensor, shift: float) -> Tensor:
     """Moves timesteps towards noise for larger images: t ← k·t / (1 + (k − 1)·t) (SD3, arXiv:2403.03206, eq. 23)."""

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from prx_composer.models.routing import Route
 from prx_composer.models.sampling import TextConditioning
 
-__all__ = ["AuxiliaryLoss", "AuxiliaryLosses", "FlowOutput"]
-
 
 @dataclass
 class FlowOutput:

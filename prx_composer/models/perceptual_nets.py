@@ -6,8 +6,6 @@ torchvision's VGG-16, AlexNet and SqueezeNet 1.1, cut where `lpips` cuts them.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["CONVOLUTIONAL_NETS", "FeatureMap", "feature_maps"]
-
 
 class Conv(NamedTuple):
     """A square convolution and its ReLU, which works in place."""

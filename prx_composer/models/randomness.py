@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from composer.utils import dist
 
-__all__ = ["RandomStreams", "derive_seed", "generator_from", "seeded_generator", "seeded_initialisation"]
-
 _WORDS = slice(24, 24 + 8 * 624)  # of a CPU generator's state: the Mersenne Twister's 624 words, 8 bytes each
 _twister = np.random.RandomState(0)  # to be seeded again costs half of making one
 

@@ -11,17 +11,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "RandomRouter",
-    "Route",
-    "Router",
-    "TokenFusion",
-    "counted_pixels",
-    "draw_kept_indices",
-    "merge_tokens",
-    "select_tokens",
-]
-
 
 @dataclass(frozen=True)
 class Route:

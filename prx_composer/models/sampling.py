@@ -12,18 +12,6 @@ from prx_composer.models.flow import FlowMatching
 from prx_composer.models.randomness import generator_from, seeded_generator
 from prx_composer.models.routing import Route, Router
 
-__all__ = [
-    "ClassifierFreeGuidance",
-    "Guidance",
-    "RoutedSelfGuidance",
-    "SamplingStep",
-    "TextConditioning",
-    "check_guidance_scale",
-    "check_seeds",
-    "initial_noise",
-    "sample_flow",
-]
-
 MAX_SEED = 2**64 - 1  # torch takes −1 for this one, and none beyond
 NUM_TRAIN_TIMESTEPS = 1000  # only a unit: the scheduler counts t ∈ [0, 1] in thousandths
 

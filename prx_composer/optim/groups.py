@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["AdamW", "add_parameters", "drop_frozen", "parameter_groups"]
-
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups of trained parameters: matrices with `weight_decay`; biases, gains and embeddings without."""

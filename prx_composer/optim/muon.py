@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from prx_composer.optim.exchange import Exchange, Plan, Stack, local, make_plans
 from prx_composer.optim.groups import parameter_groups
-from prx_composer.optim.shares import Exchange, Plan, Stack, local, make_plans
-
-__all__ = ["Muon", "muon_parameters", "newton_schulz"]
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _WIDE = 1.5  # long side / short side from which iterating on XXᵀ is less work, at five steps
@@ -120,7 +118,7 @@ class Muon(torch.optim.Optimizer):
     rows makes no sense; and the first and last layers face pixels, text features and noise, whose coordinates differ in scale for
     a reason. Those get AdamW, and so does a group added later without `"algorithm"`.
 
-    Every rank iterates its share of the matrices (`prx_composer.optim.shares`), in bf16, on the CPU in fp32; momentum and
+    Every rank iterates its share of the matrices (`prx_composer.optim.exchange`), in bf16, on the CPU in fp32; momentum and
     moments are sharded as the parameters are. No step waits for the device.
 
     Args:

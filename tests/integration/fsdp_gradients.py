@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from prx_composer.distributed import average_on_gloo
+from prx_composer.common.distributed import average_on_gloo
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch.distributed as torch_dist
 from composer.utils import dist
 
-from prx_composer import config
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.preflight.step import RECORD
-from prx_composer.train import run
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import run
+from prx_composer.training.preflight.step import RECORD
 
 recipe, folder = sys.argv[1], Path(sys.argv[2])
 

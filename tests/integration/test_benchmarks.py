@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from prx_composer.errors import UserError
-from prx_composer.planning.inputs import read_throughput
+from prx_composer.commands.plan.plan_inputs import read_throughput
+from prx_composer.common.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -94,7 +94,7 @@ NEEDY = """
 from composer.core import Algorithm, Event
 from prx_composer import registry
 from prx_composer.algorithms.ema import EMA
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 
 @registry.algorithms.register("needy")
 class Needy(Algorithm):

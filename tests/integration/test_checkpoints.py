@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from prx_composer import checkpoints, config
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.checkpoints import all_checkpoints, newest_whole_checkpoint
-from prx_composer.interruption import INTERRUPTED_EXIT_CODE
-from prx_composer.train import main, run
+from prx_composer.recipe import config
+from prx_composer.runs import checkpoints
+from prx_composer.runs.checkpoints import all_checkpoints, newest_whole_checkpoint
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import run
+from prx_composer.training.signals import INTERRUPTED_EXIT_CODE
+from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
@@ -295,7 +297,7 @@ def test_checkpoints_come_at_an_interval_of_training_time(tiny_recipe: Recipe, w
     (tmp_path / "three_seconds.py").write_text(
         "from composer.core import Callback\n"
         "from prx_composer import registry\n"
-        "from prx_composer.callbacks.clock import clock_of\n"
+        "from prx_composer.schedule.clock import clock_of\n"
         "@registry.callbacks.register('three_seconds')\n"
         "class ThreeSeconds(Callback):\n"
         "    def batch_end(self, state, logger): clock_of(state).elapsed = 3.0 * int(state.timestamp.batch)\n"

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.checkpoints import all_checkpoints
+from prx_composer.runs.checkpoints import all_checkpoints
+from prx_composer.runs.folder import read_metrics
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

@@ -15,13 +15,15 @@ from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
 from stacks import TEACHER, stack_of_24h
 
-from prx_composer import config, registry
-from prx_composer.callbacks.metrics_file import read_metrics
+from prx_composer import registry
 from prx_composer.callbacks.random_step import RandomStep
-from prx_composer.config import build, build_all
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
-from prx_composer.train import main, run
+from prx_composer.recipe import config
+from prx_composer.recipe.config import build, build_all
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import run
+from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
@@ -242,7 +244,7 @@ def test_the_24h_recipe_passes_the_check_and_a_mistake_in_it_does_not() -> None:
 
 
 def test_ablations_merge_over_the_quickstart() -> None:
-    from prx_composer.preflight import check_config
+    from prx_composer.training.preflight import check_config
 
     files = sorted((REPOSITORY / "yamls" / "ablations").glob("*.yaml"))
     assert len(files) >= 14

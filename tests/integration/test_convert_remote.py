@@ -10,17 +10,17 @@ import pytest
 import torch
 from conversions import contents, convert, fetch_all, jpeg, rows, sample, settings, write_tar
 
+from prx_composer.commands.convert import job, units
+from prx_composer.commands.convert.input_kinds import open_source
+from prx_composer.commands.convert.output import open_output
+from prx_composer.commands.convert.records import Job
+from prx_composer.commands.data.split import open_split
+from prx_composer.commands.data.statistics import statistics
+from prx_composer.commands.data.subject import Subject
+from prx_composer.commands.data.view import look
+from prx_composer.common.errors import UserError
 from prx_composer.data.bucketed import SampleRequest
-from prx_composer.data.convert import job, units
-from prx_composer.data.convert.output import open_output
-from prx_composer.data.convert.records import Job
-from prx_composer.data.convert.sources import open_source
 from prx_composer.data.dataset import ImageCaptionDataset
-from prx_composer.errors import UserError
-from prx_composer.looking.split import open_split
-from prx_composer.looking.statistics import statistics
-from prx_composer.looking.subject import Subject
-from prx_composer.looking.view import look
 
 pytestmark = pytest.mark.slow
 

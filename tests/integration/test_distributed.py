@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from stacks import stack_of_24h
 
-from prx_composer.callbacks.metrics_file import read_metrics
+from prx_composer.runs.folder import read_metrics
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

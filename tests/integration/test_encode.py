@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from prx_composer import config
 from prx_composer.cli import app
-from prx_composer.data.columns import encoded_folder, pack, unpack
-from prx_composer.errors import UserError
-from prx_composer.train import build_trainer, run
+from prx_composer.common.errors import UserError
+from prx_composer.data.stored import encoded_folder, pack, unpack
+from prx_composer.recipe import config
+from prx_composer.training.build import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

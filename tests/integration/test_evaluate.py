@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
 
-from prx_composer import config
-from prx_composer.evaluation.distances import frechet_distance, mmd, moments
-from prx_composer.evaluation.features import ClipScore, clip_images, dino_images, square
-from prx_composer.evaluation.image_sets import DataSet, ImageFolder, read_square
-from prx_composer.evaluation.reference import reference_features
-from prx_composer.evaluation.scoring import Networks, Scorer, interval_95
-from prx_composer.train import run
+from prx_composer.metrics.distances import frechet_distance, mmd, moments
+from prx_composer.metrics.features import ClipScore, clip_images, dino_images, square
+from prx_composer.metrics.image_sets import DataSet, ImageFolder, read_square
+from prx_composer.metrics.reference import reference_features
+from prx_composer.metrics.scoring import Networks, Scorer, interval_95
+from prx_composer.recipe import config
+from prx_composer.training.build import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

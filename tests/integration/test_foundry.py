@@ -14,11 +14,12 @@ from commands import prx
 from conftest import SOURCE
 from omegaconf import OmegaConf
 
-from prx_composer import config, registry
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.errors import UserError
-from prx_composer.foundry.lookup import INSTALL
-from prx_composer.train import build_trainer, run
+from prx_composer import registry
+from prx_composer.common.errors import UserError
+from prx_composer.integrations.llm_foundry.lookup import INSTALL
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -152,7 +153,7 @@ def test_every_component_that_llm_foundry_lacks_is_published(foundry: Any) -> No
     }  # fmt: skip
     for kind, base in kinds.items():
         theirs = getattr(foundry.registry, kind).get_all()
-        plain = ("composer.", "prx_composer.tracking.")  # Composer's trackers are there; ours belong to a run folder
+        plain = ("composer.", "prx_composer.loggers.")  # Composer's trackers are there; ours belong to a run folder
         composers = {name for name, where in getattr(registry, kind).builtin.items() if where.startswith(plain)}
         missing = [
             name
@@ -314,9 +315,9 @@ def test_a_value_that_llm_foundry_refuses_is_the_users_to_mend(
 WITHOUT = """
 import sys
 from prx_composer import config
-from prx_composer.errors import UserError
-from prx_composer.foundry.lookup import INSTALL
-from prx_composer.preflight.recipe import examine
+from prx_composer.common.errors import UserError
+from prx_composer.integrations.llm_foundry.lookup import INSTALL
+from prx_composer.training.preflight.examine import examine
 _, parts = examine(config.load(["yamls/quickstart.yaml"]), 1)
 assert not parts.problems
 assert "llmfoundry" not in sys.modules

@@ -19,12 +19,12 @@ from commands import prx
 from PIL import Image
 from stacks import stack_of_24h
 
-from prx_composer import config
-from prx_composer.checkpoints import INDEX, MONOLITH
 from prx_composer.cli import app
 from prx_composer.models.sampling import RoutedSelfGuidance
-from prx_composer.train import build_trainer, run
-from prx_composer.trained.loading import choose_guidance, load_trained
+from prx_composer.recipe import config
+from prx_composer.runs.checkpoints import INDEX, MONOLITH
+from prx_composer.runs.opening import choose_guidance, load_trained
+from prx_composer.training.build import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -160,7 +160,7 @@ class Malicious:
 
 
 def test_nothing_in_a_checkpoint_is_executed(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prx_composer.checkpoints import _crc32
+    from prx_composer.runs.checkpoints import _crc32
 
     monkeypatch.chdir(tmp_path)
     theirs = tmp_path / "theirs"

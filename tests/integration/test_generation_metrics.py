@@ -16,12 +16,12 @@ from PIL import Image
 from test_evaluate import CPU, REPOSITORY, networks, numbers, prx  # noqa: F401  (a fixture)
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
-from prx_composer import config
-from prx_composer.errors import UserError
-from prx_composer.evaluation.features import inception_images
-from prx_composer.evaluation.image_sets import DataSet, read_square
-from prx_composer.evaluation.scoring import Networks, Scorer
-from prx_composer.train import run
+from prx_composer.common.errors import UserError
+from prx_composer.metrics.features import inception_images
+from prx_composer.metrics.image_sets import DataSet, read_square
+from prx_composer.metrics.scoring import Networks, Scorer
+from prx_composer.recipe import config
+from prx_composer.training.build import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -110,7 +110,7 @@ def test_it_says_before_training_what_is_wrong(
     recipe["callbacks"]["generation_metrics"] |= arguments
     with pytest.raises(UserError, match=said) as error:
         run(config.load([write_recipe(recipe)]))
-    assert "callbacks.generation_metrics" in str(error.value)
+    assert "callbacks.scores" in str(error.value)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from integration.test_distributed import launch
 
-from prx_composer.callbacks.metrics_file import read_metrics
+from prx_composer.runs.folder import read_metrics
 
 POISON = str(Path(__file__).parents[1] / "poison.py")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prx_composer.errors import UserError
-from prx_composer.parallelism import parallelism
+from prx_composer.common.errors import UserError
+from prx_composer.training.parallelism import parallelism
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ import torch
 from stacks import stack_of_24h
 from typer.testing import CliRunner
 
-from prx_composer import config
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.cli import app
-from prx_composer.preflight.step import RECORD, try_steps
-from prx_composer.train import build_trainer, main, run
+from prx_composer.cli import app, main
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import build_trainer, run
+from prx_composer.training.preflight.step import RECORD, try_steps
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
@@ -123,7 +123,11 @@ def test_what_is_wrong_in_different_places_is_on_one_page(stack: Recipe, write_r
         assert any(line.startswith(f"✗ {path}: ") for line in wrong), path
     assert lines[-1].startswith("– step: "), "which needs all of it"
     code, lines = check(write_recipe(stack), "sead=1", "image_size=large")
-    assert code == 1 and [line.split(":")[0] for line in lines] == ["✗ sead", "✗ image_size", "– what only the components can tell"]
+    assert code == 1 and [line.split(":")[0] for line in lines] == [
+        "✗ sead",
+        "✗ image_size",
+        "– what only the components can tell",
+    ]
 
 
 def test_the_step_is_tried_on_data_that_are_not_made_yet(tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:

@@ -15,12 +15,11 @@ import yaml
 from composer.core import Timestamp
 from conftest import TINY_BACKBONE, TINY_T5
 
-from prx_composer import config
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.errors import UserError
-from prx_composer.run_folder import read_changes
-from prx_composer.start import main
-from prx_composer.train import build_trainer, run
+from prx_composer.common.errors import UserError
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_changes, read_metrics
+from prx_composer.training.build import build_trainer, run
+from prx_composer.training.start import main
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -241,7 +240,7 @@ def test_an_average_that_is_new_to_a_run_begins_with_its_weights(begun: tuple[Re
     content["state"]["algorithms"] = [a for a in content["state"]["algorithms"] if a[0] != "EMA"]
     torch.save(content, saved)
     index = yaml.safe_load((saved.parent / "checkpoint.json").read_text())
-    from prx_composer.checkpoints import _crc32
+    from prx_composer.runs.checkpoints import _crc32
 
     index["files"]["rank0.pt"] = {"bytes": saved.stat().st_size, "crc32": _crc32(saved)}
     for target in (index["recipe"], content := yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())):
@@ -323,7 +322,7 @@ def test_a_limit_of_undecodable_images_may_be_raised_as_its_message_says(
 ) -> None:
     """The message is taken from the data set itself; what it says to raise is a key that may change."""
     from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
-    from prx_composer.resume import rule_of
+    from prx_composer.recipe.resume import rule_of
 
     dataset = ImageCaptionDataset(tiny_recipe["train_loader"]["path"], max_undecodable=0.0)
     dataset._count(seen=600)

@@ -15,13 +15,13 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from prx_composer import config
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
-from prx_composer.callbacks import clock as clock_module
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.run_folder import save_recipe
-from prx_composer.schedule import ScheduleWindow
-from prx_composer.train import build_trainer, main, run
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics, save_recipe
+from prx_composer.schedule import clock as clock_module
+from prx_composer.schedule.moments import ScheduleWindow
+from prx_composer.training.build import build_trainer, run
+from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
@@ -140,7 +140,7 @@ import json, os, time
 from composer.core import Callback
 from composer.utils import dist
 from prx_composer import registry
-from prx_composer.callbacks.clock import clock_of
+from prx_composer.schedule.clock import clock_of
 
 @registry.callbacks.register("uneven")
 class Uneven(Callback):

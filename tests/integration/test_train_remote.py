@@ -16,12 +16,12 @@ from conversions import fetch_all, jpeg, sample, settings, write_tar
 from typer.testing import CliRunner
 from unreliable import UnreliableProxy
 
-from prx_composer import config
-from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.cli import app
-from prx_composer.data.convert import job
+from prx_composer.commands.convert import job
 from prx_composer.data.shapes import all_scenes
-from prx_composer.train import run
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import run
 
 pytestmark = pytest.mark.slow
 

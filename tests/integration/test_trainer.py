@@ -14,11 +14,11 @@ from composer.loggers import Logger
 from host_reads import HostReads
 from stacks import stack_of_24h
 
-from prx_composer import config
-from prx_composer import train as train_module
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.train import build_trainer, run
-from prx_composer.trainer import _READ, Trainer
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training import build as train_module
+from prx_composer.training.build import build_trainer, run
+from prx_composer.training.trainer import _READ, Trainer
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -134,6 +134,6 @@ def test_the_overridden_methods_of_composer_are_those_that_were_read() -> None:
 def test_another_composer_gets_its_own_step(
     tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("prx_composer.trainer._READ", ("0.31.0",))
+    monkeypatch.setattr("prx_composer.training.trainer._READ", ("0.31.0",))
     reads = reads_of(full_stack(tiny_recipe, tmp_path), write_recipe)
     assert sum(reads.values()) >= 9 and "its own step is used" in caplog.text

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from prx_composer import config
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.train import build_trainer, main, run
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import build_trainer, run
+from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
@@ -99,7 +100,7 @@ def test_images_are_drawn_from_the_averaged_weights(tiny_recipe: Recipe, write_r
     with model.sampling_weights():
         averaged = model.generate(prompts, 16, 16, [0], 2, 2.0)
     trainer.close()
-    from prx_composer.contact_sheet import image_grid
+    from prx_composer.common.contact_sheet import image_grid
 
     drawn = list(Image.open(folder_of(tiny_recipe) / "images" / "ba000008.png").getdata())
     assert drawn == list(image_grid(averaged, prompts).getdata()) != list(image_grid(raw, prompts).getdata())

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from prx_composer import config
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
+from prx_composer.recipe import config
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))

@@ -11,13 +11,14 @@ from composer.core import Event, State
 from composer.devices import DeviceCPU
 from torch import nn
 
-from prx_composer.algorithms.ema import EMA, WeightAverage, clean_name
+from prx_composer.algorithms.ema import EMA, WeightAverage
 from prx_composer.algorithms.low_precision_norm import LowPrecisionNorm, apply_low_precision_norm
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution, Stage
-from prx_composer.errors import UserError
+from prx_composer.common.distributed import clean_name
+from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
-from prx_composer.schedule import ScheduleWindow
-from prx_composer.sizes import check_batch_sizes
+from prx_composer.recipe.sizes import check_batch_sizes
+from prx_composer.schedule.moments import ScheduleWindow
 
 Build = Callable[..., TextToImage]
 

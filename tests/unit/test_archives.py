@@ -17,9 +17,9 @@ import pytest
 from conversions import settings, write_tar
 from webdataset.tariterators import group_by_keys, tar_file_iterator  # the outside oracle
 
-from prx_composer.data.convert.archives import members, open_tar
-from prx_composer.data.convert.records import Passed, Record
-from prx_composer.data.convert.sources import open_source
+from prx_composer.commands.convert.archives import members, open_tar
+from prx_composer.commands.convert.input_kinds import open_source
+from prx_composer.commands.convert.records import Passed, Record
 
 Members = list[tuple[str, bytes]]
 

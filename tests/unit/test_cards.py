@@ -15,14 +15,14 @@ from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from hostile import command, write_run
 
+from prx_composer.commands.export.card import Card, sample_settings, write_card
+from prx_composer.commands.export.card_text import fenced, inline, public_command, public_name, without_places
+from prx_composer.commands.export.export import write_pipeline
+from prx_composer.commands.export.lora_file import write_adapters
 from prx_composer.models import TextToImage
 from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters
-from prx_composer.trained.card import Card, sample_settings, write_card
-from prx_composer.trained.card_text import fenced, inline, public_command, public_name, without_places
-from prx_composer.trained.export import write_pipeline
-from prx_composer.trained.loading import Trained, load_trained
-from prx_composer.trained.lora_file import write_adapters
-from prx_composer.trained.pipeline_folder import pipeline_prompt
+from prx_composer.runs.diffusers_folder import pipeline_prompt
+from prx_composer.runs.opening import Trained, load_trained
 
 Recipe = dict[str, Any]
 Build = Callable[..., TextToImage]

@@ -10,14 +10,14 @@ import pytest
 import torch
 from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 
-from prx_composer import config
 from prx_composer.data.collate import Collator
-from prx_composer.data.columns import fingerprint
+from prx_composer.data.stored import fingerprint
 from prx_composer.models import HuggingFaceTextEncoder
-from prx_composer.models.cleaning import cleaned, cleaner, with_cleaning
+from prx_composer.models.prompts import cleaned, cleaner, with_cleaning
 from prx_composer.models.text_encoder import tokenize
-from prx_composer.preflight.recipe import examine
-from prx_composer.train import build_text_encoder
+from prx_composer.recipe import config
+from prx_composer.training.build import build_text_encoder
+from prx_composer.training.preflight.examine import examine
 
 TABLE = [
     "A Photo of a CAT",

@@ -13,10 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prx_composer import config
-from prx_composer.config import Recipe
-from prx_composer.optim.shares import Exchange, Plan, _Layout, _Ranks, plan_for
-from prx_composer.planning.communication import (
+from prx_composer.commands.plan.communication import (
     DDP,
     GATHER,
     MUON,
@@ -27,11 +24,14 @@ from prx_composer.planning.communication import (
     muon_plan,
     traffic,
 )
-from prx_composer.planning.conditions import Conditions, Measured
-from prx_composer.planning.hardware import GPUS, find_gpu
-from prx_composer.planning.model import PlannedModel, plan_model
-from prx_composer.planning.plan import StagePlan, make_plan
-from prx_composer.planning.step_time import LINK_SHARE, Links, StepTime, uncovered
+from prx_composer.commands.plan.conditions import Conditions, Measured
+from prx_composer.commands.plan.hardware import GPUS, find_gpu
+from prx_composer.commands.plan.plan import StagePlan, make_plan
+from prx_composer.commands.plan.planned_model import PlannedModel, plan_model
+from prx_composer.commands.plan.step_time import LINK_SHARE, Links, StepTime, uncovered
+from prx_composer.optim.exchange import Exchange, Plan, _Layout, _Ranks, plan_for
+from prx_composer.recipe import config
+from prx_composer.recipe.config import Recipe
 
 FULL = str(REPOSITORY / "yamls" / "24h.yaml")
 INFINITE = float("inf")

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from prx_composer import config, registry
-from prx_composer.errors import UserError
+from prx_composer import registry
+from prx_composer.common.errors import UserError
+from prx_composer.recipe import config
+from prx_composer.recipe.arguments import entries
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
@@ -19,7 +21,7 @@ def test_recipes_merge_left_to_right_and_arguments_win(tiny_recipe: Recipe, writ
     recipe = config.load([write_recipe(tiny_recipe), second, "optimizer.lr=1e-4", "algorithms.ema=false", "seed=6"])
     assert recipe.seed == 6 and recipe.optimizer["lr"] == 1e-4 and recipe.model["backbone"]["depth"] == 3
     assert recipe.model["backbone"]["hidden_size"] == 32, "what a later file doesn't name stays"
-    assert [name for name, _ in config.entries(recipe.algorithms, "algorithms")] == [
+    assert [name for name, _ in entries(recipe.algorithms, "algorithms")] == [
         "gradient_clipping",
         "progressive_resolution",
     ]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from prx_composer import config
 from prx_composer.algorithms.contrastive_flow_matching import ContrastiveFlowMatchingLoss, contrastive_error
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput
-from prx_composer.train import run
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

@@ -13,18 +13,18 @@ from streaming import StreamingDataset
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
+from prx_composer.commands.convert import job, units
+from prx_composer.commands.convert.engine import run
+from prx_composer.commands.convert.input_kinds import open_source
+from prx_composer.commands.convert.output import open_output
+from prx_composer.commands.convert.records import Job
+from prx_composer.commands.convert.settings import parse_captions, parse_metadata, parse_range
+from prx_composer.common.errors import UserError
 from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
-from prx_composer.data.convert import job, units
-from prx_composer.data.convert.engine import run
-from prx_composer.data.convert.output import open_output
-from prx_composer.data.convert.records import Job
-from prx_composer.data.convert.settings import parse_captions, parse_metadata, parse_range
-from prx_composer.data.convert.sources import open_source
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.decoding import decode, open_image
 from prx_composer.data.transforms import resize
-from prx_composer.errors import UserError
 
 # ------------------------------------------------------------------------------------------- what is written
 

@@ -15,14 +15,14 @@ from conversions import contents, convert, jpeg, rows, sample, settings, write_t
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
-from prx_composer.data.convert import job, units
-from prx_composer.data.convert.inputs import as_stored, differences
-from prx_composer.data.convert.output import open_output
-from prx_composer.data.convert.records import Job
-from prx_composer.data.convert.sources import open_source
-from prx_composer.data.convert.tally import Tally
+from prx_composer.commands.convert import job, units
+from prx_composer.commands.convert.input_kinds import open_source
+from prx_composer.commands.convert.inputs import as_stored, differences
+from prx_composer.commands.convert.output import open_output
+from prx_composer.commands.convert.records import Job
+from prx_composer.commands.convert.tally import Tally
+from prx_composer.common.errors import UserError
 from prx_composer.data.storage import list_files, survey
-from prx_composer.errors import UserError
 
 
 def test_the_summary_names_every_file_and_member_that_is_passed_over(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from conversions import WORDS, asked, convert, jpeg, read, rows, settings
 
-from prx_composer.data.convert.columns import look
-from prx_composer.data.convert.job import as_text
-from prx_composer.errors import UserError
+from prx_composer.commands.convert.job import as_text
+from prx_composer.commands.convert.source_columns import look
+from prx_composer.common.errors import UserError
 
 GOOD = jpeg(64, 64)
 

@@ -13,10 +13,10 @@ from streaming import LocalDataset, MDSWriter
 from streaming.base.compression import decompress
 from streaming.base.util import merge_index
 
-from prx_composer.data.convert.job import as_text
-from prx_composer.data.convert.records import lookup
-from prx_composer.data.convert.splits import split_of
-from prx_composer.errors import UserError
+from prx_composer.commands.convert.job import as_text
+from prx_composer.commands.convert.records import lookup
+from prx_composer.commands.convert.splits import split_of
+from prx_composer.common.errors import UserError
 
 GOOD = jpeg(64, 64)
 TEXT = base64.b64encode(GOOD).decode()

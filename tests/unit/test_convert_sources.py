@@ -11,10 +11,10 @@ import pytest
 from conversions import convert, jpeg, rows, sample, settings, write_tar, write_tars
 from streaming import MDSWriter
 
-from prx_composer.data.convert.settings import parse_captions, parse_metadata
-from prx_composer.data.convert.sources import open_source
-from prx_composer.data.convert.splits import split_of
-from prx_composer.errors import UserError
+from prx_composer.commands.convert.input_kinds import open_source
+from prx_composer.commands.convert.settings import parse_captions, parse_metadata
+from prx_composer.commands.convert.splits import split_of
+from prx_composer.common.errors import UserError
 
 
 def as_tar(folder: Path, data: list[dict[str, Any]]) -> dict[str, Any]:

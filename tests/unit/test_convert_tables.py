@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from conversions import WORDS, asked, convert, jpeg, read, rows, sample, write_tar
 
-from prx_composer.data.convert.job import as_text
-from prx_composer.data.convert.records import lookup
-from prx_composer.errors import UserError
+from prx_composer.commands.convert.job import as_text
+from prx_composer.commands.convert.records import lookup
+from prx_composer.common.errors import UserError
 
 GOOD = jpeg(64, 64)
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -13,20 +13,21 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prx_composer import config
+from prx_composer.commands.plan.conditions import Conditions
+from prx_composer.commands.plan.hardware import find_gpu
+from prx_composer.commands.plan.plan import make_plan
+from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.cropping import NOTICED, share_cropped
 from prx_composer.data.sources import FolderSource, prepare
-from prx_composer.errors import UserError
 from prx_composer.models import HuggingFaceTextEncoder
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.encoder_sizes import known_config, text_flops
 from prx_composer.models.huggingface import random_config
 from prx_composer.models.text_encoder import random_encoder
-from prx_composer.planning.hardware import find_gpu
-from prx_composer.planning.plan import Conditions, make_plan
-from prx_composer.preflight.data import check_data
-from prx_composer.preflight.recipe import Parts
+from prx_composer.recipe import config
+from prx_composer.training.preflight.data_fit import check_data
+from prx_composer.training.preflight.examine import Parts
 
 Write = Callable[..., str]
 CONDITIONS = Conditions(find_gpu("h200"), utilisation=1.0)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conversions import convert, encoded, jpeg, picture, rows, sample, write_tar
 
-from prx_composer.data.convert.duplicates import near_duplicates
-from prx_composer.data.convert.expressions import check_where, is_wanted
-from prx_composer.errors import UserError
+from prx_composer.commands.convert.duplicates import near_duplicates
+from prx_composer.commands.convert.expressions import check_where, is_wanted
+from prx_composer.common.errors import UserError
 
 
 def test_near_duplicates_are_those_of_a_plain_comparison_of_all_with_all() -> None:

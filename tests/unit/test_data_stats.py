@@ -11,15 +11,15 @@ from conversions import convert, jpeg, rows, sample, write_tar
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
+from prx_composer.commands.data.split import open_split
+from prx_composer.commands.data.statistics import statistics
+from prx_composer.commands.data.statistics_text import as_text
+from prx_composer.commands.data.summaries import Distinct, Spread
+from prx_composer.commands.encode.encoded_parts import Encoded, encode_split
+from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.columns import StoredColumn, encoded_folder
 from prx_composer.data.schema import BucketWriter, RawSample
-from prx_composer.encoding.parts import Encoded, encode_split
-from prx_composer.errors import UserError
-from prx_composer.looking.split import open_split
-from prx_composer.looking.statistics import statistics
-from prx_composer.looking.summaries import Distinct, Spread
-from prx_composer.looking.text import as_text
+from prx_composer.data.stored import StoredColumn, encoded_folder
 
 SIZES = [(100, 100), (90, 160), (160, 90), (40, 40), (300, 200)]
 

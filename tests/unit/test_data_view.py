@@ -14,16 +14,16 @@ from conversions import encoded, picture
 from PIL import Image
 from typer.testing import CliRunner
 
-from prx_composer import contact_sheet
 from prx_composer.cli import app
+from prx_composer.commands.data import sheet
+from prx_composer.commands.data.split import open_split
+from prx_composer.commands.data.subject import subject_of
+from prx_composer.commands.data.view import View, cut, look
+from prx_composer.common import contact_sheet
+from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.loader import build_loader
 from prx_composer.data.schema import BucketWriter, RawSample
-from prx_composer.errors import UserError
-from prx_composer.looking import sheet
-from prx_composer.looking.split import open_split
-from prx_composer.looking.subject import subject_of
-from prx_composer.looking.view import View, cut, look
 from prx_composer.models.text_encoder import tokenize
 
 SQUARE, WIDE = Bucket(32, 32), Bucket(24, 40)

@@ -14,14 +14,15 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from prx_composer import config
 from prx_composer.algorithms.ema import AverageState
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.checkpoints import Checkpoint, _sealed, newest_whole_checkpoint
-from prx_composer.errors import UserError
-from prx_composer.finite import bad_tensor
-from prx_composer.train import build_trainer, main
-from prx_composer.trained.weights import not_finite_in
+from prx_composer.common.errors import UserError
+from prx_composer.optim.finite import bad_tensor
+from prx_composer.recipe import config
+from prx_composer.runs.checkpoints import Checkpoint, _sealed, newest_whole_checkpoint
+from prx_composer.runs.folder import read_metrics
+from prx_composer.runs.weights import not_finite_in
+from prx_composer.training.build import build_trainer
+from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from prx_composer import config, registry
-from prx_composer.arguments import check_arguments
-from prx_composer.checks import first_look
-from prx_composer.config import Recipe
-from prx_composer.errors import UserError, problems_of
-from prx_composer.outlines import CannotTell, outline
-from prx_composer.preflight import check_config
-from prx_composer.schedule import for_composer
-from prx_composer.signatures import constructor
-from prx_composer.start import check_lines, read_recipe
-from prx_composer.train import build_trainer
+from prx_composer import registry
+from prx_composer.common.errors import UserError, problems_of
+from prx_composer.common.outlines import CannotTell, outline
+from prx_composer.common.signatures import constructor
+from prx_composer.recipe import config
+from prx_composer.recipe.arguments import check_arguments
+from prx_composer.recipe.checks import first_look
+from prx_composer.recipe.config import Recipe
+from prx_composer.schedule.moments import for_composer
+from prx_composer.training.build import build_trainer
+from prx_composer.training.preflight import check_config
+from prx_composer.training.start import check_lines, read_recipe
 
 Write = Callable[..., str]
 COMPONENTS = [
@@ -103,7 +104,7 @@ def test_neither_torch_nor_composer_is_imported_to_find_a_mistake(tiny_recipe: d
     path = write_recipe(tiny_recipe)
     program = (
         "import sys\n"
-        "from prx_composer.start import check_lines, main\n"
+        "from prx_composer.training.start import check_lines, main\n"
         f"assert main([{path!r}, 'sead=3', 'algorithms.emma={{}}', 'image_size=18', 'optimizer.lrr=1']) == 1\n"
         f"assert list(check_lines([{path!r}, 'optimizer.lr=fast'], 1, True, True))[0].startswith('✗ optimizer.lr: expected')\n"
         "heavy = {'torch', 'composer', 'transformers', 'diffusers', 'numpy', 'streaming'} & sys.modules.keys()\n"
@@ -114,7 +115,7 @@ def test_neither_torch_nor_composer_is_imported_to_find_a_mistake(tiny_recipe: d
     for path in ("sead", "algorithms.emma", "image_size", "optimizer.lrr"):
         assert f"✗ {path}: " in done.stderr or f"✗ {path} " in done.stderr
     script = (Path(__file__).parents[2] / "train.py").read_text()
-    assert "from prx_composer.start import main" in script
+    assert "from prx_composer.training.start import main" in script
 
 
 # ------------------------------------------------------------------------------------------------- broken recipes

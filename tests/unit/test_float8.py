@@ -16,22 +16,22 @@ from diffusers import PRXPixelPipeline
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from prx_composer import config
 from prx_composer.algorithms.float8 import Float8, apply_float8, float8_layers, hardware_problem
 from prx_composer.algorithms.lora import LoRA
-from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.cli import app
-from prx_composer.errors import UserError
+from prx_composer.commands.plan.planned_model import plan_model
+from prx_composer.common.errors import UserError
 from prx_composer.models import PRXBackbone, TextToImage
 from prx_composer.models.adapters import BLOCK_LAYERS
 from prx_composer.optim.groups import AdamW
 from prx_composer.optim.muon import Muon
-from prx_composer.parallelism import parallelism
-from prx_composer.planning.model import plan_model
-from prx_composer.preflight import check_config
-from prx_composer.preflight.gpus import check_gpus
-from prx_composer.train import build_trainer, run
-from prx_composer.trained.loading import load_trained
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.runs.opening import load_trained
+from prx_composer.training.build import build_trainer, run
+from prx_composer.training.parallelism import parallelism
+from prx_composer.training.preflight import check_config
+from prx_composer.training.preflight.gpus import check_gpus
 
 pytest.importorskip("torchao", reason="the extra float8, which CI has")
 

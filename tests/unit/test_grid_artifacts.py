@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prx_composer import config
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.evaluation.grid_artifacts import VISIBLE_GRID, can_measure_grid, grid_energy, seam_energy
-from prx_composer.train import run
+from prx_composer.metrics.grid_artifacts import VISIBLE_GRID, can_measure_grid, grid_energy, seam_energy
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import run
 
 Measure = Callable[[Tensor, int], Tensor]
 Write = Callable[..., str]

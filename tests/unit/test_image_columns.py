@@ -14,9 +14,9 @@ import pytest
 from conversions import convert, encoded, jpeg, picture, read, rows
 from PIL import Image
 
-from prx_composer.data.convert.job import as_text
-from prx_composer.data.convert.values import image_of
-from prx_composer.errors import UserError
+from prx_composer.commands.convert.job import as_text
+from prx_composer.commands.convert.values import image_of
+from prx_composer.common.errors import UserError
 
 GOOD = jpeg(64, 64)
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -14,15 +14,15 @@ from diffusers import PRXTransformer2DModel
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from prx_composer import config
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.cli import app
-from prx_composer.errors import UserError
+from prx_composer.cli import app, main
+from prx_composer.commands.export.export import write_pipeline, written_aside
+from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
-from prx_composer.train import build_trainer, main, run
-from prx_composer.trained.export import write_pipeline, written_aside
-from prx_composer.trained.initial import initialise
-from prx_composer.trained.loading import Trained, load_trained
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.runs.init_from import initialise
+from prx_composer.runs.opening import Trained, load_trained
+from prx_composer.training.build import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

@@ -18,22 +18,22 @@ from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from prx_composer import config
 from prx_composer.algorithms.lora import LoRA
 from prx_composer.algorithms.sprint import SPRINT
-from prx_composer.callbacks.metrics_file import read_metrics
 from prx_composer.cli import app
-from prx_composer.errors import UserError
-from prx_composer.frozen_parts import keep_frozen, with_kept
+from prx_composer.commands.export.export import write_pipeline, written_aside
+from prx_composer.commands.plan.planned_model import plan_model
+from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters, merge_adapters
 from prx_composer.optim.groups import AdamW
 from prx_composer.optim.muon import Muon
-from prx_composer.planning.model import plan_model
-from prx_composer.train import build_trainer, run
-from prx_composer.trained.export import write_pipeline, written_aside
-from prx_composer.trained.initial import write_fragment
-from prx_composer.trained.loading import Trained, load_trained
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.runs.frozen_parts import keep_frozen, with_kept
+from prx_composer.runs.init_from import write_fragment
+from prx_composer.runs.opening import Trained, load_trained
+from prx_composer.training.build import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

@@ -16,14 +16,15 @@ import torchvision
 from composer.core import Event, State
 from composer.devices import DeviceCPU
 
-from prx_composer import config
 from prx_composer.algorithms import lpips as algorithm_module
 from prx_composer.algorithms.lpips import LPIPS, LPIPSLoss, Net, build_network, lpips_distance
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
-from prx_composer.train import main, run
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import run
+from prx_composer.training.start import main
 
 Build = Callable[..., TextToImage]
 Recipe = dict[str, Any]

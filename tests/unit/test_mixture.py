@@ -11,17 +11,17 @@ import pytest
 from PIL import Image
 from test_data import encode
 
-from prx_composer import config
+from prx_composer.common.errors import UserError
 from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.data_sets import data_sets
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler
 from prx_composer.data.schema import BucketWriter, RawSample
-from prx_composer.errors import UserError
-from prx_composer.preflight import check_recipe
-from prx_composer.train import run
+from prx_composer.recipe import config
+from prx_composer.recipe.data_sets import data_sets
+from prx_composer.training.build import run
+from prx_composer.training.preflight import check_recipe
 
 SQUARE, WIDE, TALL = Bucket(16, 16), Bucket(12, 20), Bucket(20, 12)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from prx_composer.models import PRXBackbone
-from prx_composer.optim import shares
+from prx_composer.optim import exchange as shares
 from prx_composer.optim.groups import add_parameters
 from prx_composer.optim.muon import Muon, muon_parameters, newton_schulz
 

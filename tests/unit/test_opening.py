@@ -13,22 +13,23 @@ import yaml
 from hostile import Leaves, Place, command, edited, pickled_call, pickled_rows, seal
 from PIL import EpsImagePlugin
 
-from prx_composer import config, registry
-from prx_composer.checkpoints import MONOLITH
+from prx_composer import registry
+from prx_composer.commands.report.page import write_page
+from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.schema import iterate_captions
 from prx_composer.data.sources import FolderSource
 from prx_composer.data.transforms import UNDECODABLE, decode_image
-from prx_composer.errors import UserError
 from prx_composer.models import PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.encoder_sizes import known_config
 from prx_composer.models.vision_encoder import VisionEncoder
-from prx_composer.own_code import needs_code
-from prx_composer.preflight import check_recipe
-from prx_composer.report.page import write_page
-from prx_composer.trained.initial import initialise
-from prx_composer.trained.loading import load_trained
+from prx_composer.recipe import config
+from prx_composer.recipe.own_code import needs_code
+from prx_composer.runs.checkpoints import MONOLITH
+from prx_composer.runs.init_from import initialise
+from prx_composer.runs.opening import load_trained
+from prx_composer.training.preflight import check_recipe
 
 Recipe = dict[str, Any]
 Build = Callable[..., TextToImage]

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from hostile import Place, command, edited, pickled_rows
 
-from prx_composer.checkpoints import INDEX
+from prx_composer.commands.evaluate_cli import _data
+from prx_composer.commands.report.page import write_page
+from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset
-from prx_composer.errors import UserError
-from prx_composer.evaluation.commands import _data
-from prx_composer.report.page import write_page
-from prx_composer.trained.initial import write_fragment
-from prx_composer.trained.loading import load_trained
-from prx_composer.trained.pipeline_folder import RECIPE
-from prx_composer.trained.weights import read_safetensors
+from prx_composer.runs.checkpoints import INDEX
+from prx_composer.runs.diffusers_folder import RECIPE
+from prx_composer.runs.init_from import write_fragment
+from prx_composer.runs.opening import load_trained
+from prx_composer.runs.weights import read_safetensors
 
 Recipe = dict[str, Any]
 

@@ -17,13 +17,14 @@ from composer.core import Event, State
 from composer.devices import DeviceCPU
 from scipy.spatial.distance import cosine
 
-from prx_composer import config
 from prx_composer.algorithms.perceptual_dino import PerceptualDINO, PerceptualDINOLoss, fit_size, patch_dissimilarity
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput, TextToImage
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
-from prx_composer.train import main, run
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import run
+from prx_composer.training.start import main
 
 Build = Callable[..., TextToImage]
 Recipe = dict[str, Any]

@@ -13,21 +13,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # the counter knows no f
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
-from prx_composer import config
 from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
 from prx_composer.algorithms.lpips import build_network
-from prx_composer.config import Recipe
+from prx_composer.commands.plan.conditions import Conditions, Measured
+from prx_composer.commands.plan.hardware import GPUS, find_gpu
+from prx_composer.commands.plan.memory import training_state
+from prx_composer.commands.plan.plan import estimate_checkpoint_bytes, make_plan
+from prx_composer.commands.plan.plan_text import as_text
+from prx_composer.commands.plan.planned_model import plan_model
 from prx_composer.models.activations import backbone_activations
 from prx_composer.models.encoder_sizes import vision_size
 from prx_composer.models.flops import lpips_flops, vision_flops
 from prx_composer.models.huggingface import random_config
-from prx_composer.planning.conditions import Measured
-from prx_composer.planning.hardware import GPUS, find_gpu
-from prx_composer.planning.memory import training_state
-from prx_composer.planning.model import plan_model
-from prx_composer.planning.plan import Conditions, estimate_checkpoint_bytes, make_plan
-from prx_composer.planning.text import as_text
-from prx_composer.train import build_trainer
+from prx_composer.recipe import config
+from prx_composer.recipe.config import Recipe
+from prx_composer.training.build import build_trainer
 
 Write = Callable[..., str]
 H200 = find_gpu("h200")

@@ -11,18 +11,18 @@ import pytest
 from stacks import REPOSITORY
 from typer.testing import CliRunner
 
-from prx_composer import config
 from prx_composer.cli import app
-from prx_composer.config import Recipe
-from prx_composer.errors import UserError
+from prx_composer.commands.plan.conditions import Conditions, Measured
+from prx_composer.commands.plan.fit import fit
+from prx_composer.commands.plan.hardware import GPUS, find_gpu
+from prx_composer.commands.plan.plan import estimate_checkpoint_bytes, make_plan
+from prx_composer.commands.plan.plan_text import as_text
+from prx_composer.commands.plan.quantities import parse_count, parse_rate
+from prx_composer.commands.plan.timeline import timeline
+from prx_composer.common.errors import UserError
 from prx_composer.models.encoder_sizes import known_config, vision_size
-from prx_composer.planning.conditions import Measured
-from prx_composer.planning.fit import fit
-from prx_composer.planning.hardware import GPUS, find_gpu
-from prx_composer.planning.plan import Conditions, estimate_checkpoint_bytes, make_plan
-from prx_composer.planning.quantities import parse_count, parse_rate
-from prx_composer.planning.text import as_text
-from prx_composer.planning.timeline import timeline
+from prx_composer.recipe import config
+from prx_composer.recipe.config import Recipe
 
 Write = Callable[..., str]
 H200 = find_gpu("h200")

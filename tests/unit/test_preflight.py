@@ -15,21 +15,21 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from stacks import TEACHER
 
-from prx_composer import config
-from prx_composer.config import Recipe
+from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.schema import BucketWriter, RawSample
 from prx_composer.data.shapes import ShapesSource
-from prx_composer.errors import UserError
-from prx_composer.preflight import check_config
-from prx_composer.preflight.data import check_data
-from prx_composer.preflight.gpus import check_gpus
-from prx_composer.preflight.loggers import check_loggers
-from prx_composer.preflight.recipe import Parts, check_callbacks, examine
-from prx_composer.preflight.result import Result, require
-from prx_composer.preflight.step import extremes
-from prx_composer.preflight.storage import check_storage, checkpoints_to_keep
-from prx_composer.preflight.weights import check_weights
+from prx_composer.recipe import config
+from prx_composer.recipe.config import Recipe
+from prx_composer.training.preflight import check_config
+from prx_composer.training.preflight.data_fit import check_data
+from prx_composer.training.preflight.disk import check_storage, checkpoints_to_keep
+from prx_composer.training.preflight.examine import Parts, check_callbacks, examine
+from prx_composer.training.preflight.gpus import check_gpus
+from prx_composer.training.preflight.logger_access import check_loggers
+from prx_composer.training.preflight.pretrained import check_weights
+from prx_composer.training.preflight.result import Result, require
+from prx_composer.training.preflight.step import extremes
 
 Load = Callable[..., tuple[Recipe, Parts]]
 
@@ -324,7 +324,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_room_for_one_checkpoint_more_than_is_kept_is_asked_for(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prx_composer.planning.plan import estimate_checkpoint_bytes
+    from prx_composer.commands.plan.plan import estimate_checkpoint_bytes
 
     recipe, _ = load("save_num_checkpoints_to_keep=3")
     size = estimate_checkpoint_bytes(recipe)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from prx_composer import config
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.preflight import check_config, check_recipe
-from prx_composer.train import main
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.preflight import check_config, check_recipe
+from prx_composer.training.start import main
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

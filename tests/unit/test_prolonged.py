@@ -13,10 +13,11 @@ import pytest
 import torch
 from composer.core import Time
 
-from prx_composer import config
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.prolonged import what_moves
-from prx_composer.train import build_trainer, main
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import build_trainer
+from prx_composer.training.prolonged import what_moves
+from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

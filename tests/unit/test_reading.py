@@ -15,27 +15,26 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from prx_composer import config
+from prx_composer.commands.data.split import open_split
+from prx_composer.commands.data.statistics import statistics
+from prx_composer.commands.encode.encode_text import CaptionEncoder, text_column
+from prx_composer.commands.encode.encoded_parts import encode_split
+from prx_composer.commands.evaluate.layouts import _dpg, _geneval
+from prx_composer.commands.generate import check_prompt, read_prompts, save_captions
+from prx_composer.commands.plan.plan_inputs import read_throughput
+from prx_composer.common.errors import UserError
 from prx_composer.data.collate import Collator
-from prx_composer.data.columns import encoded_folder, read_column
 from prx_composer.data.schema import Manifest, iterate_captions
 from prx_composer.data.sources import FolderSource, prepare
-from prx_composer.encoding.parts import encode_split
-from prx_composer.encoding.text import CaptionEncoder, text_column
-from prx_composer.errors import UserError
-from prx_composer.evaluation.features import ClipScore
-from prx_composer.evaluation.layouts import _dpg, _geneval
-from prx_composer.looking.split import open_split
-from prx_composer.looking.statistics import statistics
+from prx_composer.data.stored import encoded_folder, read_column
+from prx_composer.metrics.features import ClipScore
 from prx_composer.models import HuggingFaceTextEncoder, TextToImage
-from prx_composer.models.cleaning import with_cleaning
-from prx_composer.models.reading import CaptionCounts, readings, what_is_lost
+from prx_composer.models.prompts import CaptionCounts, readings, what_is_lost, with_cleaning
 from prx_composer.models.text_encoder import tokenize, train_tokenizer
-from prx_composer.planning.inputs import read_throughput
-from prx_composer.preflight.captions import check_captions
-from prx_composer.preflight.recipe import Parts
-from prx_composer.train import run
-from prx_composer.trained.drawing import check_prompt, read_prompts, save_captions
+from prx_composer.recipe import config
+from prx_composer.training.build import run
+from prx_composer.training.preflight.captions import check_captions
+from prx_composer.training.preflight.examine import Parts
 
 CORPUS = ["a red circle on the left of a white background", "two blue squares, and a small dot", "playing players play"] * 3
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from prx_composer.commands.convert.settings import Settings
 from prx_composer.data.buckets import make_buckets
-from prx_composer.data.convert.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = REPOSITORY / "yamls"

@@ -14,17 +14,18 @@ import torch.nn.functional as F
 from alignment import COLUMNS, DINO, ROWS, SIZES, Batch, Build, attach, loss_of, make_teacher, repa, transformers_features
 from PIL import Image
 
-from prx_composer import config
 from prx_composer.algorithms.alignment import AlignmentAlgorithm, StoredFeatures
 from prx_composer.algorithms.irepa import IREPA
 from prx_composer.algorithms.repa import REPA, Adapter
-from prx_composer.callbacks.metrics_file import read_metrics
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models import PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.routing import RandomRouter
 from prx_composer.models.vision_encoder import TeacherSpec, resize_antialiased
-from prx_composer.train import build_trainer, main, run
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import build_trainer, run
+from prx_composer.training.start import main
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

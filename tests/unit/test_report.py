@@ -14,15 +14,15 @@ import torch
 import yaml
 from PIL import Image
 
-from prx_composer.contact_sheet import cut, image_grid
-from prx_composer.environment import record
-from prx_composer.errors import UserError
-from prx_composer.report import metrics
-from prx_composer.report.charts import POINTS, thinned
-from prx_composer.report.history import History
-from prx_composer.report.page import make_page, write_page
-from prx_composer.report.run import read_run
-from prx_composer.report.stages import gpu_hours, stage_rows
+from prx_composer.commands.report import metrics_section as metrics
+from prx_composer.commands.report.charts import POINTS, thinned
+from prx_composer.commands.report.history import History
+from prx_composer.commands.report.page import make_page, write_page
+from prx_composer.commands.report.reported_run import read_run
+from prx_composer.commands.report.stages import gpu_hours, stage_rows
+from prx_composer.common.contact_sheet import cut, image_grid
+from prx_composer.common.errors import UserError
+from prx_composer.runs.environment import record
 
 PROMPTS = [
     "a red circle",

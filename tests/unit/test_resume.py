@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
-from prx_composer import config, registry
+from prx_composer import registry
+from prx_composer.common.errors import UserError
+from prx_composer.common.signatures import constructor
 from prx_composer.data.identity import loader_identity, same, split_identity
-from prx_composer.errors import UserError
+from prx_composer.recipe import config
+from prx_composer.recipe.resume import RULES, Change, advice, check_allowed, differences, is_allowed, rule_of, table
 from prx_composer.registry import Registry
-from prx_composer.resume import RULES, Change, advice, check_allowed, differences, is_allowed, rule_of, table
-from prx_composer.run_folder import (
+from prx_composer.runs.folder import (
     as_saved,
     check_same_recipe,
     holds_run,
@@ -27,7 +29,6 @@ from prx_composer.run_folder import (
     record_changes,
     save_recipe,
 )
-from prx_composer.signatures import constructor
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -57,7 +58,7 @@ def _arguments(components: Registry) -> list[str]:
 
 
 def test_the_documents_have_the_table() -> None:
-    assert table() in README.read_text(), "print(prx_composer.resume.table()) is what belongs there"
+    assert table() in README.read_text(), "print(prx_composer.recipe.resume.table()) is what belongs there"
 
 
 def test_a_rule_says_why_and_what_follows_in_whole_sentences() -> None:

@@ -15,7 +15,7 @@ from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
 from prx_composer.algorithms.deferred_masking import DeferredMasking
 from prx_composer.algorithms.sprint import SPRINT, SprintFusion
 from prx_composer.algorithms.tread import TREAD
-from prx_composer.errors import UserError
+from prx_composer.common.errors import UserError
 from prx_composer.models import AuxiliaryLoss, TextToImage
 from prx_composer.models.routing import RandomRouter, Route, draw_kept_indices
 from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance, SamplingStep, TextConditioning

@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 from test_data import SQUARE, encode
 
+from prx_composer.commands.encode.encoded_parts import Encoded, encode_split
+from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.columns import StoredColumn, encoded_folder, manifest_path, read_column
 from prx_composer.data.contents import check_copy, column_contents
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.schema import BucketWriter, RawSample
 from prx_composer.data.sources import FolderSource, prepare
-from prx_composer.encoding.parts import Encoded, encode_split
-from prx_composer.errors import UserError
-from prx_composer.evaluation.image_sets import DataSet, ImageFolder, open_images
-from prx_composer.evaluation.reference import reference_features
-from prx_composer.foundry.parts import caption_tokenizer
+from prx_composer.data.stored import StoredColumn, encoded_folder, manifest_path, read_column
+from prx_composer.integrations.llm_foundry.components import caption_tokenizer
+from prx_composer.metrics.image_sets import DataSet, ImageFolder, open_images
+from prx_composer.metrics.reference import reference_features
 
 Change = Callable[[Path], Path]  # of a folder of images: where it is afterwards
 COUNT, SPEC = 6, {"name": "folder"}

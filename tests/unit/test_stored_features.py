@@ -10,16 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from prx_composer import config
 from prx_composer.algorithms.alignment import StoredFeatures, stored_features
-from prx_composer.callbacks.metrics_file import read_metrics
+from prx_composer.common.errors import UserError
 from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset, read_manifest
 from prx_composer.data.loader import build_loader
 from prx_composer.data.schema import MANIFEST, BucketWriter, Manifest, RawSample
-from prx_composer.errors import UserError
-from prx_composer.train import main, run
+from prx_composer.recipe import config
+from prx_composer.runs.folder import read_metrics
+from prx_composer.training.build import run
+from prx_composer.training.start import main
 
 SQUARE, WIDE = Bucket(16, 16), Bucket(12, 20)
 GRIDS = {SQUARE: (8, 8), WIDE: (6, 10)}

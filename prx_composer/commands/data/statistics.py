@@ -1,0 +1,212 @@
+"""Counts over a split: buckets from its indexes, columns from its samples one by one. No image is decoded or even read."""
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from prx_composer.commands.data.split import Split
+from prx_composer.commands.data.summaries import Distinct, Spread
+from prx_composer.common.errors import UserError
+from prx_composer.data.buckets import Bucket
+from prx_composer.data.mds import RawShard, encodings_of
+from prx_composer.data.storage import is_remote, join
+from prx_composer.models.prompts import cleaned, unknown_id
+
+_FACTS = ("kind", "encoder", "revision", "storage", "width", "max_tokens", "image_size", "cut")
+TOGETHER = 256  # captions that are tokenised at a time
+
+
+def statistics(
+    split: Split,
+    samples: int | None = None,
+    batch_sizes: Sequence[int] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_tokens: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """What a split holds, as JSON stores it.
+
+    Args:
+        samples: look at no more than about so many, evenly spaced; of an object store, whole shards, evenly spaced.
+        batch_sizes: global batches that every bucket should fill.
+        tokenizer, max_tokens: with which captions are counted in tokens and cut.
+
+    Raises:
+        UserError: an index or a shard that is missing or broken.
+    """
+    total = sum(split.manifest.buckets.values())
+    buckets = [_bucket(split, bucket, total, batch_sizes) for bucket in sorted(split.manifest.buckets)]
+    columns = _Columns(split, tokenizer, max_tokens)
+    shards = [(bucket, shard) for bucket, listed in split.shards.items() for shard in listed]
+    looked_at = shards
+    if samples is not None and samples < total and is_remote(split.path):
+        number = min(math.ceil(samples * len(shards) / total), len(shards))
+        looked_at = [shards[index * len(shards) // number] for index in range(number)]
+    seen = first = 0
+    with tqdm(total=len(looked_at), desc="Reading", unit="shard", leave=False, disable=None if progress else True) as bar:
+        for bucket, shard in looked_at:
+            count = int(shard["samples"])
+            chosen: Sequence[int] = range(count)
+            if samples is not None and samples < total and not is_remote(split.path):
+                chosen = _evenly_spaced(first, count, total, samples)
+            first, seen = first + count, seen + len(chosen)
+            for row, sizes in _rows(split, bucket, shard, chosen, columns.read):
+                columns.add(bucket, row, sizes, encodings_of(shard))
+            bar.update()
+    columns.finish()
+    conversion = split.conversion()
+    return {
+        "path": split.path,
+        "split": split.name,
+        "samples": total,
+        "image_size": split.manifest.image_size,
+        "bytes": sum(bucket["bytes"] for bucket in buckets),
+        "looked_at": {"samples": seen, "shards": len(looked_at), "of_shards": len(shards)},
+        "batch_sizes": sorted(set(batch_sizes)),
+        "buckets": buckets,
+        **columns.to_json(),
+        "features": _features(split),
+        "stored": [_stored(split, name, source, found) for (name, source), found in sorted(split.encoded().items())],
+        "conversion": conversion and {key: conversion.get(key) for key in ("settings", "counts", "dropped")},
+    }
+
+
+def _bucket(split: Split, bucket: Bucket, total: int, batch_sizes: Sequence[int]) -> dict[str, Any]:
+    shards, count = split.shards[bucket], split.manifest.buckets[bucket]
+    listed = sum(int(shard["samples"]) for shard in shards)
+    if listed != count:
+        raise UserError(
+            f"{split.folder}: the index of bucket {bucket} lists {listed:,} samples, the manifest {count:,}; copy or convert the "
+            "data again."
+        )
+    return {
+        "name": str(bucket),
+        "aspect": round(bucket.width / bucket.height, 4),
+        "samples": count,
+        "share": count / total,
+        "shards": len(shards),
+        "bytes": sum(int(shard["raw_data"]["bytes"]) for shard in shards),
+        "smaller_than": sorted({size for size in batch_sizes if count < size}),
+    }
+
+
+def _evenly_spaced(first: int, count: int, total: int, samples: int) -> list[int]:
+    """Which of the samples `first` … `first + count` are among the `samples` evenly spaced ones of `total`; from 0 on."""
+    start, stop = -(-first * samples // total), -(-(first + count) * samples // total)
+    return [index * total // samples - first for index in range(start, stop)]
+
+
+def _rows(
+    split: Split, bucket: Bucket, shard: dict[str, Any], chosen: Sequence[int], columns: set[str]
+) -> Iterator[tuple[dict[str, bytes], dict[str, int]]]:
+    """Columns of the chosen samples of a shard, and the sizes of all of theirs."""
+    if not chosen:
+        return
+    folder = join(split.folder, str(bucket))
+    with tempfile.TemporaryDirectory(prefix="prx-look.") as cache:
+        try:
+            content = RawShard(folder, shard, Path(cache))
+            for index in chosen:
+                yield content.read(index, columns), content.sizes(index)
+        except (OSError, ValueError) as error:
+            name = join(folder, shard["raw_data"]["basename"])
+            raise UserError(
+                f"{name} cannot be read ({error}); copy or convert it again. `prx check` names every such file."
+            ) from error
+
+
+def _features(split: Split) -> list[dict[str, Any]]:
+    encodings = {bucket: encodings_of(shards[0]) for bucket, shards in split.shards.items() if shards}
+    return [
+        {"name": name, "channels": channels, "arrays": {str(b): kinds.get(name, "") for b, kinds in encodings.items()}}
+        for name, channels in split.manifest.features.items()
+    ]
+
+
+def _stored(split: Split, name: str, source: str, found: dict[str, Any]) -> dict[str, Any]:
+    manifest = found["manifest"]
+    if manifest is None:
+        parts = sum(file.endswith(".json") and "/part." in file for file in found["files"])
+        return {"name": name, "source": source, "whole": False, "parts": parts}
+    buckets = {str(bucket): count for bucket, count in split.manifest.buckets.items()}
+    facts = {key: manifest.get(key) for key in _FACTS}
+    stored = {"name": name, "source": source, "whole": True, **facts}
+    stored |= {"samples": sum(manifest["buckets"].values()), "of_this_data": manifest["buckets"] == buckets}
+    return stored | {"bytes": sum(split.stored_bytes(name, source, bucket) for bucket in manifest["buckets"])}
+
+
+class _Columns:
+    """What is counted of the samples, column by column."""
+
+    def __init__(self, split: Split, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int):
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._image, self._smaller = Spread(), 0
+        captions = split.manifest.captions
+        self._characters = {name: Spread() for name in captions}
+        self._tokens = {name: Spread() for name in captions}
+        self._empty, self._cut, self._unknown = dict.fromkeys(captions, 0), dict.fromkeys(captions, 0), dict.fromkeys(captions, 0)
+        self._together = dict.fromkeys(captions, 0)  # tokens of all captions
+        self._waiting: dict[str, list[str]] = {name: [] for name in captions}
+        self._metadata: dict[str, Spread | Distinct] = {
+            name: Distinct() if kind == "str" else Spread() for name, kind in split.manifest.metadata.items()
+        }
+        self.read = {"width", "height", *captions, *self._metadata}
+
+    def add(self, bucket: Bucket, row: dict[str, bytes], sizes: dict[str, int], encodings: dict[str, str]) -> None:
+        self._image.add(sizes["image"])
+        if "width" in row and "height" in row:
+            height, width = (_number(row[side], encodings[side]) for side in ("height", "width"))
+            self._smaller += height < bucket.height or width < bucket.width
+        for name in self._characters:
+            text = row[name].decode(errors="replace")
+            self._characters[name].add(len(text))
+            self._empty[name] += not text.strip()
+            if self._tokenizer is not None:
+                self._waiting[name].append(text)
+                if len(self._waiting[name]) == TOGETHER:
+                    self._count_tokens(name)
+        for name, summary in self._metadata.items():
+            if isinstance(summary, Distinct):
+                summary.add(row[name].decode(errors="replace"))
+            else:
+                summary.add(_number(row[name], encodings[name]))
+
+    def _count_tokens(self, name: str) -> None:
+        texts, self._waiting[name] = self._waiting[name], []
+        if not texts or self._tokenizer is None:
+            return
+        tokens: Any = self._tokenizer(cleaned(self._tokenizer, texts), verbose=False)
+        for ids in tokens["input_ids"]:
+            self._tokens[name].add(len(ids))
+            self._together[name] += len(ids)
+            self._cut[name] += len(ids) > self._max_tokens
+            self._unknown[name] += ids.count(unknown_id(self._tokenizer))
+
+    def finish(self) -> None:
+        for name in self._waiting:
+            self._count_tokens(name)
+
+    def to_json(self) -> dict[str, Any]:
+        captions = {
+            name: {"characters": spread.to_json(), "empty": self._empty[name]} for name, spread in self._characters.items()
+        }
+        if self._tokenizer is not None:
+            for name in captions:
+                captions[name] |= {"tokens": self._tokens[name].to_json(), "max_tokens": self._max_tokens, "cut": self._cut[name]}
+                captions[name] |= {"unknown": self._unknown[name], "tokens_together": self._together[name]}
+        metadata = {name: summary.to_json() for name, summary in self._metadata.items()}
+        images = {"bytes": self._image.to_json(), "smaller_than_bucket": self._smaller}
+        return {"images": images, "captions": captions, "metadata": metadata}
+
+
+def _number(content: bytes, encoding: str) -> float:
+    from streaming.base.format.mds.encodings import mds_decode
+
+    if encoding.rstrip("0123456789") not in ("int", "uint", "float") and encoding not in ("str_int", "str_float"):
+        return math.nan
+    return float(mds_decode(encoding, content))

@@ -1,0 +1,180 @@
+"""The model card of an exported model: how to use it, samples, recipe, data, licence, and how the weights are recognised."""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prx_composer import __version__
+from prx_composer.commands.export.card_text import fenced, inline, public_name, without_places
+from prx_composer.commands.generate import DrawingSettings
+from prx_composer.common.secrets import redacted
+from prx_composer.models.autoencoder import Pixels
+from prx_composer.models.prompts import clean_caption, cleaning_of
+from prx_composer.runs.diffusers_folder import RECIPE, REFERENCE
+from prx_composer.runs.opening import Trained
+
+SAMPLES = "samples.png"
+_CLEAN_FIRST = (
+    " Clean a prompt first, with `diffusers.pipelines.prx.pipeline_prx.TextPreprocessor().clean_text`: the captions of training "
+    "were, and this pipeline doesn't."
+)
+_MENDED = (
+    " The pipeline mends a prompt before it reads it: HTML entities become the characters that they stand for, curly quotes "
+    "straight ones, and what a wrong encoding has garbled is repaired."
+)
+VERSIONS = ("torch", "diffusers", "transformers", "mosaicml", "mosaicml-streaming")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the exporter says of a model.
+
+    Args:
+        name: title.
+        licence: an identifier of the hub (apache-2.0, cc-by-4.0, other …), or None: not stated.
+        command: that exported it, without paths of this machine.
+        digest: SHA-256 of the weights.
+        sampling: settings that suit the model.
+        prompts: of the samples.
+    """
+
+    name: str
+    licence: str | None
+    command: str
+    digest: str
+    sampling: DrawingSettings
+    prompts: list[str]
+
+
+def sample_settings(trained: Trained) -> tuple[list[str], DrawingSettings]:
+    """Prompts and settings of the recipe's `images` callback; without one, no prompts and the defaults."""
+    images = ((trained.recipe or {}).get("callbacks") or {}).get("images") or {}
+    images = images if isinstance(images, dict) else {}
+    multiple = trained.model.backbone.patch_size * trained.model.autoencoder.downsampling
+    side = max(multiple, round(trained.image_size / multiple) * multiple)
+    settings = DrawingSettings(
+        height=int(images.get("height") or side),
+        width=int(images.get("width") or side),
+        num_inference_steps=int(images.get("num_inference_steps", 28)),
+        guidance_scale=float(images.get("guidance_scale", 3.5)),
+    )
+    return [str(prompt) for prompt in images.get("prompts", [])], settings
+
+
+def write_card(trained: Trained, folder: Path, card: Card) -> None:
+    """Writes README.md beside what `write_pipeline` wrote."""
+    pixels = isinstance(trained.model.autoencoder, Pixels)
+    head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer"]}
+    if card.licence is not None:
+        head["license"] = card.licence
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {inline(card.name)}",
+        _about(trained, pixels),
+        "## Use\n\n" + _usage(trained, folder, card, pixels),
+        _samples(folder, card),
+        _training(trained),
+        "## Data\n\n" + _data(trained.recipe),
+        "## Licence\n\n"
+        + (
+            inline(card.licence or "")
+            or "Not stated. Data and text encoder have licences of their own; say which this model has before sharing it."
+        ),
+        _provenance(trained, card),
+    ]
+    (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _about(trained: Trained, pixels: bool) -> str:
+    model = trained.model
+    parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
+    sizes = model.backbone.config
+    space = "pixels" if pixels else f"latents of a {type(model.autoencoder.module).__name__}"  # pyright: ignore[reportAttributeAccessIssue]
+    return (
+        f"A PRX text-to-image diffusion transformer with {parameters / 1e6:,.1f}M parameters (hidden size "
+        f"{sizes['hidden_size']}, depth {sizes['depth']}, patch {sizes['patch_size']}) that works on {space}, trained at "
+        f"{trained.image_size} px with [MosaicML Composer](https://github.com/mosaicml/composer)."
+    )
+
+
+def _usage(trained: Trained, folder: Path, card: Card, pixels: bool) -> str:
+    pipeline = "PRXPixelPipeline" if pixels else "PRXPipeline"
+    prompt = card.prompts[0] if card.prompts else "a red circle"
+    s = card.sampling
+    arguments = (
+        f"height={s.height}, width={s.width}, num_inference_steps={s.num_inference_steps}, guidance_scale={s.guidance_scale}"
+    )
+    lines = ["import torch", f"from diffusers import {pipeline}", ""]
+    load = '"PATH_OR_HUB_ID"'
+    if (folder / REFERENCE).exists():
+        reference = json.loads((folder / REFERENCE).read_text())
+        network = type(trained.model.text_encoder.network).__name__
+        lines[1:1] = [f"from transformers import {network}"]
+        known, of_hub = public_name(reference["pretrained"])
+        of_hub = of_hub or known == reference["pretrained"]
+        revision = "" if reference["revision"] is None or not of_hub else f", revision={reference['revision']!r}"
+        name = known if of_hub else f"PATH_OF_{known}"  # a folder of the exporter's machine
+        lines.append(f"text_encoder = {network}.from_pretrained({name!r}{revision})  # not in this repository")
+        load += ", text_encoder=text_encoder"
+    cleaning = cleaning_of(trained.model.text_encoder.tokenizer)
+    skip = "" if pixels or cleaning == "prx" else ", skip_text_cleaning=True"
+    if pixels and cleaning == "prx":
+        prompt = clean_caption(prompt, "prx")
+    lines += [
+        f"pipe = {pipeline}.from_pretrained({load})",
+        f"image = pipe({prompt!r}, {arguments},",
+        f"    use_resolution_binning=False{skip}, generator=torch.Generator().manual_seed(0)).images[0]",
+    ]
+    code = "\n".join(lines)
+    return (
+        f"{fenced(code, 'python')}\n\nIt needs `pip install diffusers transformers ftfy`. `use_resolution_binning=False` keeps "
+        "the size that is asked for; one prompt at a time."
+    ) + (_CLEAN_FIRST if pixels and cleaning == "prx" else "" if cleaning == "prx" else _MENDED)
+
+
+def _samples(folder: Path, card: Card) -> str:
+    if not (folder / SAMPLES).exists():
+        return ""
+    s = card.sampling
+    return (
+        f"## Samples\n\n![Samples]({SAMPLES})\n\nSeeds 0 to {len(card.prompts) - 1}, {s.num_inference_steps} Euler steps, "
+        f"classifier-free guidance {s.guidance_scale}, {s.height}×{s.width}, the first drawing of each prompt."
+    )
+
+
+def _training(trained: Trained) -> str:
+    if trained.recipe is None:
+        return ""
+    recipe = trained.recipe
+    rows = {
+        "weights": {"ema": "averaged (EMA)", "raw": "plain"}.get(trained.weights, trained.weights),
+        "batches": trained.batch,
+        "batch size": recipe.get("global_train_batch_size"),
+        "optimizer": (recipe.get("optimizer") or {}).get("name"),
+        "algorithms": ", ".join(name for name, arguments in (recipe.get("algorithms") or {}).items() if arguments is not False),
+        "seed": recipe.get("seed"),
+    }
+    table = "\n".join(f"| {name} | {inline(str(value)).replace('|', '/')} |" for name, value in rows.items())
+    return f"## Recipe\n\nAll of it is in [{RECIPE}]({RECIPE}).\n\n| | |\n|---|---|\n{table}"
+
+
+def _data(recipe: dict[str, Any] | None) -> str:
+    loader = (recipe or {}).get("train_loader") or {}
+    facts = {key: loader[key] for key in ("source", "path", "remote", "mix", "split", "captions") if loader.get(key)}
+    if not facts:
+        return "Not known: the model was not exported from its run."
+    return fenced(yaml.safe_dump(without_places(redacted(facts)), sort_keys=False, allow_unicode=True), "yaml")
+
+
+def _provenance(trained: Trained, card: Card) -> str:
+    facts = {
+        "weights_sha256": card.digest,
+        "command": card.command,
+        "versions": {"prx-composer": __version__} | {name: version(name) for name in VERSIONS},
+        "sampling": {k: v for k, v in asdict(card.sampling).items() if k not in ("precision", "guidance")},
+        "flow": asdict(trained.model.flow),
+    }
+    return "## Made with\n\n" + fenced(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), "yaml")

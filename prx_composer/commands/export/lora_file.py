@@ -1,0 +1,87 @@
+"""The adapters of a LoRA run, alone: a folder that peft opens, with the file that diffusers reads adapters from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import yaml
+from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
+from safetensors.torch import save_file
+
+from prx_composer.commands.export.card_text import fenced, inline, public_name
+from prx_composer.common.errors import UserError
+from prx_composer.models.adapters import adapter_config, adapter_state, is_adapted
+from prx_composer.models.autoencoder import Pixels
+from prx_composer.runs.opening import Trained
+
+PEFT, DIFFUSERS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+_PREFIX = "transformer"  # of a pipeline's part, as diffusers names it in its own files
+
+
+def write_adapters(trained: Trained, folder: Path, title: str, licence: str | None) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors (peft), pytorch_lora_weights.safetensors (diffusers), README.md.
+
+    Args:
+        folder: empty.
+        title, licence: of the card; a licence of None is left open.
+
+    Raises:
+        UserError: the model has no adapters.
+    """
+    if not is_adapted(trained.model.backbone):
+        raise UserError(f"--format lora: {trained.source} is not of a run with algorithms.lora; leave the option out.")
+    base, of_hub = public_name(str(((trained.recipe or {}).get("model") or {}).get("init_from") or "its base"))
+    backbone = trained.model.backbone
+    config = adapter_config(backbone)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(backbone).items()}
+    kept = config.base_model_name_or_path, config.inference_mode
+    config.base_model_name_or_path, config.inference_mode = base, True
+    try:
+        config.save_pretrained(str(folder))
+        facts = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    finally:
+        config.base_model_name_or_path, config.inference_mode = kept
+    save_file({f"base_model.model.{name}": tensor for name, tensor in state.items()}, folder / PEFT, {"format": "pt"})
+    settings = json.dumps({f"{_PREFIX}.{key}": value for key, value in facts.items()}, indent=2, sort_keys=True, default=str)
+    save_file(
+        {f"{_PREFIX}.{name}": tensor for name, tensor in state.items()},
+        folder / DIFFUSERS,
+        {"format": "pt", "lora_adapter_metadata": settings},
+    )
+    (folder / "README.md").write_text(_card(trained, title, licence, base, of_hub), encoding="utf-8")
+
+
+def _card(trained: Trained, title: str, licence: str | None, base: str, of_hub: bool) -> str:
+    """The card.
+
+    Args:
+        base: name of what the run began with. of_hub: whether that is an id of the hub.
+    """
+    pipeline = "PRXPixelPipeline" if isinstance(trained.model.autoencoder, Pixels) else "PRXPipeline"
+    rank = adapter_config(trained.model.backbone).r
+    head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer", "lora"]}
+    head |= ({"base_model": base} if of_hub else {}) | ({} if licence is None else {"license": licence})
+    code = f"""from diffusers import {pipeline}
+from peft import PeftModel
+
+pipe = {pipeline}.from_pretrained({base if of_hub else f"PATH_OR_HUB_ID_OF_{base}"!r})
+pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "THIS_FOLDER").merge_and_unload()
+"""
+    about = (
+        f"LoRA adapters of rank {rank} ({trained.weights} weights, batch {trained.batch}) for the PRX backbone of "
+        f"`{inline(base)}`, which training began with. diffusers opens it, or what `prx export` makes of it if it is a run."
+    )
+    reader = (
+        f"`pipe.transformer.load_lora_adapter(THIS_FOLDER, weight_name={DIFFUSERS!r})` reads them."
+        if hasattr(PRXTransformer2DModel, "load_lora_adapter")
+        else f"diffusers {diffusers.__version__} reads no adapters of PRX itself."
+    )
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {inline(title)}",
+        about,
+        fenced(code, "python"),
+        f"`{DIFFUSERS}` holds the same weights by the names that diffusers gives adapters. {reader}",
+    ]
+    return "\n\n".join(parts) + "\n"

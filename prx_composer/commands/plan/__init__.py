@@ -1,0 +1,1 @@
+"""`prx plan`: what a recipe costs before it runs: time, money, memory, disk."""

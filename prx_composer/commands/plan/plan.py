@@ -1,0 +1,303 @@
+"""What a run will take, before anything is rented: time, money, memory, disk and data, from one count of FLOPs.
+
+`make_plan` computes, `plan_text` prints, `plan_fit` moves a schedule until it fits a given time.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from prx_composer.commands.plan.checkpoint_sizes import CheckpointPlan, plan_checkpoints
+from prx_composer.commands.plan.conditions import Conditions
+from prx_composer.commands.plan.cost_parts import ImageShape, Part
+from prx_composer.commands.plan.memory import RESERVE, Memory, memory, sharding, training_state
+from prx_composer.commands.plan.plan_inputs import read_manifests, stored_bytes
+from prx_composer.commands.plan.planned_model import PlannedModel, plan_model
+from prx_composer.commands.plan.step_time import LINK_SHARE, StepTime, StepTimes
+from prx_composer.commands.plan.timeline import Span, Timeline, timeline
+from prx_composer.common.errors import UserError
+from prx_composer.recipe.config import Recipe
+from prx_composer.schedule.moments import parse_duration
+from prx_composer.training.parallelism import parallelism
+
+DENOISER = "denoiser"
+VALID_TEXT = 0.4  # share of the padded tokens that are real ones in long captions, which is what is stored of them
+LANDED_TOKEN_BYTES = 9  # id (int64) and mask (bool)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage.
+
+    Args:
+        image_size: side in pixels. batch_size, microbatch_size: images per step over all GPUs, and per pass of one.
+        start, end: first step, and first step after it. images: trained in it.
+        image_tokens, text_tokens: per image, padding included.
+        flops: training FLOPs per image by component, averaged over the stage where a window opens or closes inside of it.
+        optimizer_flops: per image, for Muon's orthogonalisation; not part of the work that utilisation is counted against.
+        utilisation: share of what a bf16 matrix product reaches, with all that the step takes.
+        images_per_second: per GPU. step: where its time goes. hours: of the stage's steps. dollars: None without a price.
+        epochs: passes over the data, if its size is known.
+        read_bytes, device_bytes: per image, as it lies on disk, and as it goes to the GPU.
+        memory: of one GPU. fits: with a tenth of the GPU to spare. fitting_microbatch: the largest divisor of the GPU's share of
+            the batch that fits, 0 if none does.
+    """
+
+    image_size: int
+    batch_size: int
+    microbatch_size: int
+    start: int
+    end: int
+    images: int
+    image_tokens: int
+    text_tokens: int
+    flops: dict[str, float]
+    optimizer_flops: float
+    utilisation: float
+    images_per_second: float
+    step: StepTime
+    hours: float
+    dollars: float | None
+    epochs: float | None
+    read_bytes: float
+    device_bytes: float
+    memory: Memory
+    fits: bool
+    fitting_microbatch: int
+
+    @property
+    def total_flops(self) -> float:
+        """Training FLOPs per image."""
+        return sum(self.flops.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of a whole run.
+
+    Args:
+        run_name: of the recipe.
+        conditions: what it was planned for.
+        parameters: of the backbone, and trained_parameters: those with heads and text encoder that are trained along.
+        text: how the text embeddings come about. parallelism: how the state lies on the GPUs.
+        samples: images in the data, if known. samples_from: who says so.
+        stages, checkpoints: see there.
+        hours: of training and of writing checkpoints. dollars: None without a price.
+        time_budget: of the recipe, in hours, if it has one.
+        assumptions: what a reader must know of how the numbers came about.
+        unknown: what is not counted.
+    """
+
+    run_name: str
+    conditions: Conditions
+    parameters: int
+    trained_parameters: int
+    text: str
+    parallelism: str
+    samples: int | None
+    samples_from: str
+    stages: list[StagePlan]
+    checkpoints: CheckpointPlan
+    hours: float
+    dollars: float | None
+    time_budget: float | None
+    assumptions: list[str]
+    unknown: list[str]
+
+    @property
+    def training_hours(self) -> float:
+        return sum(stage.hours for stage in self.stages)
+
+    @property
+    def images(self) -> int:
+        return sum(stage.images for stage in self.stages)
+
+    @property
+    def fits_budget(self) -> bool | None:
+        """Whether it ends inside of the recipe's time budget; None if there is none."""
+        return None if self.time_budget is None else self.hours <= self.time_budget
+
+
+def estimate_checkpoint_bytes(recipe: Recipe) -> int:
+    """Size of one checkpoint of the full state: weights, EMA and optimizer state, over all ranks.
+
+    Raises:
+        UserError: a model that the recipe doesn't describe rightly.
+    """
+    return training_state(plan_model(recipe), recipe).checkpoint
+
+
+def least_gpus(recipe: Recipe) -> int:
+    """That can train it: its `shard_degree`, or one. What is wrong with the configuration is for `make_plan` to say."""
+    fsdp = (recipe.parallelism_config or {}).get("fsdp")
+    degree = fsdp.get("shard_degree") if isinstance(fsdp, dict) else None
+    return degree if isinstance(degree, int) and degree > 0 else 1
+
+
+def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
+    """Computes the plan of a recipe; see `Plan` and, for what is assumed, recipes/speedrun_24h/PLAN.md.
+
+    Raises:
+        UserError: a recipe that cannot be planned, at its YAML path, or a throughput that lacks one of its image sizes.
+    """
+    parallelism(recipe.parallelism_config, conditions.num_gpus)  # refuses what is not right
+    planned = plan_model(recipe, conditions.stored_text, conditions.leave_out)
+    manifests = read_manifests(recipe)
+    samples, source = conditions.samples, "--samples"
+    if manifests is not None:
+        there = sum(count for manifest in manifests.values() for count in manifest.buckets.values())
+        if samples is None:
+            samples, source = there, "train_loader.path"
+        elif samples != there:
+            source = f"--samples; train_loader.path has {there:,}"
+    line = timeline(recipe, conditions.num_gpus, samples)
+    largest = max(span.image_size for span in line.spans)
+    read_bytes, read_from = stored_bytes(manifests, largest)
+    times = StepTimes(planned, recipe, conditions)
+    stages = [_stage(planned, recipe, conditions, line, span, samples, read_bytes, times) for span in line.spans]
+
+    training = sum(stage.hours for stage in stages)
+    checkpoints = plan_checkpoints(training_state(planned, recipe).checkpoint, recipe, line, training, conditions.disk)
+    hours = training + checkpoints.count * checkpoints.seconds / 3600
+    budget = recipe.time_budget
+    return Plan(
+        run_name=recipe.run_name,
+        conditions=conditions,
+        parameters=sum(p.numel() for p in planned.model.backbone.parameters()),
+        trained_parameters=sum(p.numel() for p in planned.trained.values()),
+        text=planned.text,
+        parallelism="DDP, whole"
+        if recipe.parallelism_config is None
+        else f"FSDP2, sharded over {sharding(recipe, conditions.num_gpus)}",
+        samples=samples,
+        samples_from=source,
+        stages=stages,
+        checkpoints=checkpoints,
+        hours=hours,
+        dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
+        time_budget=None if budget is None else seconds(budget, "time_budget") / 3600,
+        assumptions=[*line.notes, read_from, *_assumptions(planned, recipe), *_step_assumptions(conditions)],
+        unknown=planned.unknown,
+    )
+
+
+def _assumptions(planned: PlannedModel, recipe: Recipe) -> list[str]:
+    assumed = ["left out of the hours: start, compilation, evaluation, drawing images"]
+    if not planned.amp:
+        assumed.append(f"precision: {recipe.precision} does not come near the peak, which is bf16's; --mfu has to allow for it")
+    if recipe.model.get("compile"):
+        assumed.append("activations: as eager PyTorch keeps them; a compiled model keeps fewer")
+    return assumed
+
+
+def _step_assumptions(c: Conditions) -> list[str]:
+    assumed = []
+    for size, measured in sorted((c.throughput or {}).items()):
+        gpus, batch = measured.gpus or c.num_gpus, f" with {measured.batch} images each" if measured.batch else ""
+        on = f"{gpus} GPU{'s' if gpus > 1 else ''}{batch}" + ("" if measured.gpus else ": the file doesn't say otherwise")
+        assumed.append(f"speed at {size} px: {measured.images_per_second:,.1f} images per second and GPU, measured on {on}")
+    if c.num_gpus > 1:
+        network = c.gpu.network if c.network is None else c.network
+        between = f", {network:g} between nodes" if c.num_gpus > c.per_node else ""
+        assumed.append(
+            f"links: {c.gpu.link:g} GB/s per GPU and direction in a node{between}, used to {LINK_SHARE:.0%}, no latency"
+        )
+        assumed.append(
+            "sending runs beside the passes it belongs to, kinds one after the other; Muon's exchange as if nothing ran beside it"
+        )
+    deliver = "fast enough" if c.loader is None else f"{c.loader:,.0f} images per second and node"
+    return [*assumed, f"loaders deliver: {deliver}"]
+
+
+def seconds(text: str, path: str) -> float:
+    """ "24h", "1h30m", "90m" or "86400s"; raises UserError, at `path`, for anything else or nothing."""
+    try:
+        length = parse_duration(text)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    if length <= 0:
+        raise UserError(f"{path}: {text} is no time to train in.")
+    return length
+
+
+# ------------------------------------------------------------------------------------------------------- stages
+
+
+def _stage(
+    planned: PlannedModel,
+    recipe: Recipe,
+    conditions: Conditions,
+    line: Timeline,
+    span: Span,
+    samples: int | None,
+    read_bytes: float,
+    times: StepTimes,
+) -> StagePlan:
+    segments = _segments(planned, line, span)
+    flops: dict[str, float] = {}
+    for share, shape, parts in segments:
+        counts = {DENOISER: planned.denoiser_flops(shape)} | {part.name: part.flops(shape) for part in parts}
+        for name, count in counts.items():
+            flops[name] = flops.get(name, 0.0) + share * count
+    own_batch = span.batch_size // conditions.num_gpus
+    step = times.of(span, sum(flops.values()))
+    hours = span.steps * step.total / 3600
+    speed = own_batch / step.total
+
+    def memory_of(microbatch_size: int) -> Memory:
+        shapes = [(shape, parts) for _, shape, parts in segments]
+        return memory(planned, recipe, conditions.num_gpus, own_batch, microbatch_size, shapes)
+
+    room = (1 - RESERVE) * conditions.gpu.memory_gib * 2**30
+    divisors = [size for size in range(1, own_batch + 1) if own_batch % size == 0]
+    needed, shape = memory_of(span.microbatch_size), segments[0][1]
+    return StagePlan(
+        image_size=span.image_size,
+        batch_size=span.batch_size,
+        microbatch_size=span.microbatch_size,
+        start=span.start,
+        end=span.end,
+        images=span.samples,
+        image_tokens=shape.image_tokens,
+        text_tokens=shape.text_tokens,
+        flops=flops,
+        optimizer_flops=times.muon_flops / span.batch_size,
+        utilisation=speed * sum(flops.values()) / (conditions.gpu.reachable_tflops * 1e12),
+        images_per_second=speed,
+        step=step,
+        hours=hours,
+        dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
+        epochs=None if samples is None else span.samples / samples,
+        read_bytes=read_bytes,
+        device_bytes=_device_bytes(planned, recipe, conditions, span.image_size),
+        memory=needed,
+        fits=needed.peak <= room,
+        fitting_microbatch=max((size for size in divisors if memory_of(size).peak <= room), default=0),
+    )
+
+
+def _segments(planned: PlannedModel, line: Timeline, span: Span) -> list[tuple[float, ImageShape, list[Part]]]:
+    """A stage cut where a window opens or closes: share of its steps, what an image is then, which parts are active."""
+    windows = [(part, line.window(part.start, part.end, part.path)) for part in planned.parts]
+    path, start, end = planned.routing
+    routing = line.window(start, end, path) if path else (0, 0)
+    edges = {span.start, span.end, *routing, *(edge for _, window in windows for edge in window)}
+    cuts = sorted(edge for edge in edges if span.start <= edge <= span.end)
+    segments = []
+    for first, last in pairwise(cuts):
+        shape = planned.shape(span.image_size, routing[0] <= first < routing[1], f"{span.path}image_size")
+        parts = [part for part, window in windows if window[0] <= first < window[1]]
+        segments.append(((last - first) / span.steps, shape, parts))
+    return segments
+
+
+def _device_bytes(planned: PlannedModel, recipe: Recipe, conditions: Conditions, image_size: int) -> float:
+    encoder = planned.model.text_encoder
+    text = encoder.max_tokens * LANDED_TOKEN_BYTES
+    if conditions.stored_text:
+        text += VALID_TEXT * encoder.max_tokens * 2 * encoder.hidden_size
+    seen = 0.0
+    if latent := recipe.train_loader.get("latent"):  # in 16 bits
+        seen += 2 * planned.model.autoencoder.channels * (image_size / planned.downsampling) ** 2
+    if not latent or recipe.train_loader.get("images"):
+        seen += 3 * image_size**2
+    return seen + text

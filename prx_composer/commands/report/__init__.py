@@ -1,0 +1,1 @@
+"""`prx report`: a run as one page of charts, samples and stages."""

@@ -1,0 +1,85 @@
+"""What ranks agree on without their devices, and what a backend gets wrong, met where PyTorch lets one."""
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+
+class HostGroup:
+    """Lets the hosts of all ranks agree on numbers, while their devices compute; made on all ranks at once.
+
+    Args:
+        timeout: seconds that a rank waits for the others.
+    """
+
+    def __init__(self, timeout: float):
+        self._group: Any = None
+        # The default group of a run on GPUs is NCCL alone, which cannot reduce on the CPU.
+        if dist.get_world_size() > 1 and torch_dist.get_backend() != "gloo":
+            self._group = torch_dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Of every rank's values, one by one."""
+        return self._reduced(values, torch_dist.ReduceOp.MAX)
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Over all ranks; whole numbers are exact up to 2⁵³."""
+        return self._reduced(values, torch_dist.ReduceOp.SUM)
+
+    def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
+        if dist.get_world_size() == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64)
+        torch_dist.all_reduce(tensor, operation, group=self._group)
+        return tensor.tolist()
+
+    def close(self) -> None:
+        if self._group is not None:
+            torch_dist.destroy_process_group(self._group)
+            self._group = None
+
+
+def average_on_gloo(model: nn.Module) -> bool:
+    """Makes FSDP2 average gradients over CPU ranks; returns whether that was needed.
+
+    On torch 2.7 gloo's reduce-scatter takes AVG for SUM, so every gradient is world_size times too large. Adam hides it,
+    but gradient clipping doesn't. Whether it is so is asked of the backend, not read off a version.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not units or not torch_dist.is_initialized() or torch_dist.get_backend() != "gloo":
+        return False
+    ranks = torch_dist.get_world_size()
+    answer = torch.empty(1)
+    torch_dist.reduce_scatter_tensor(answer, torch.ones(ranks), op=torch_dist.ReduceOp.AVG)
+    if answer.item() == 1:
+        return False
+
+    def divide(reduced: Tensor) -> None:
+        reduced.div_(ranks)
+
+    for unit in units:
+        unit.set_all_reduce_hook(divide)  # despite its name it is called after a reduce-scatter too
+    return True
+
+
+class GlooAverage(Callback):
+    """Applies `average_on_gloo` once the model is sharded."""
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        average_on_gloo(state.model)
+
+
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what DDP, FSDP, compile or checkpointing put around it."""
+    return ".".join(part for part in name.removeprefix("module.").split(".") if part not in _WRAPPERS)

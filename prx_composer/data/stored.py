@@ -1,0 +1,195 @@
+"""Stored columns: what was computed from samples beforehand and lies beside them, not in their shards.
+
+<path>/<split>/encoded/<name>/<source>/manifest.json          written last: who made it, of what, how
+<path>/<split>/encoded/<name>/<source>/512x512/index.json …   MDS shards; row i belongs to row i of the bucket's images
+
+`source` is a caption column, or `image`. A row has `shape`, such as 57x2304, and `values`, the bytes of an array of that shape;
+both are empty if the sample could not be encoded.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prx_composer.common.errors import UserError, nearest
+from prx_composer.data.contents import column_contents
+from prx_composer.models.prompts import cleaning_of
+from prx_composer.models.text_encoder import HuggingFaceTextEncoder
+
+log = logging.getLogger(__name__)
+
+ENCODED, IMAGE = "encoded", "image"
+RESULTS = ("error", "cut", "lost", "buckets")  # of a StoredColumn: what came of it, not what was asked for
+COLUMNS = {"shape": "str", "values": "bytes"}
+_MANIFEST = "manifest.json"
+_SAMPLED = 64  # values of every weight, for a fingerprint
+
+
+@dataclass(frozen=True)
+class StoredColumn:
+    """What a stored column is.
+
+    Args:
+        kind: text, features or latents.
+        encoder: hub id, folder or description of what made it. revision: of the hub id.
+        fingerprint: of its weights and tokenizer; see `fingerprint`.
+        width: channels of an embedding, a feature or a latent.
+        storage: bfloat16, float16, float32, or int8 with one fp32 scale per token.
+        max_tokens: text: captions were cut to so many.
+        image_size: features, latents: side of the square whose area the images had.
+        multiple: latents: sides of the images were multiples of this (patch size × downsampling).
+        downsampling: latents: image side / latent side.
+        scaling, shift: latents: (what the network gave − shift) × scaling is stored.
+        data: of the column that it was made of; see `column_contents`. None: made by a version that didn't note it.
+        error: int8: mean over the tokens of |stored − exact| / |exact|.
+        cut, lost: text: how many captions had more than `max_tokens`, and how many tokens those lost together.
+        buckets: rows by bucket.
+    """
+
+    kind: str
+    encoder: str
+    revision: str | None
+    fingerprint: str
+    width: int
+    storage: str
+    max_tokens: int | None = None
+    image_size: int | None = None
+    multiple: int | None = None
+    downsampling: int | None = None
+    scaling: float | None = None
+    shift: float | None = None
+    data: str | None = None
+    error: float | None = None
+    cut: int | None = None
+    lost: int | None = None
+    buckets: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the bytes that are stored; a run that goes on must have the same."""
+        made = dataclasses.asdict(self)
+        return {key: made[key] for key in made if key not in RESULTS}
+
+    def to_json(self) -> str:
+        return json.dumps({"version": 1, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+
+def encoded_folder(path: str | Path, split: str, name: str, source: str) -> Path:
+    return Path(path) / split / ENCODED / name / source
+
+
+def read_column(folder: Path, kind: str, path: str, remote: bool = False) -> StoredColumn:
+    """The manifest in a folder of `encoded_folder`.
+
+    Args:
+        path: YAML path that named it, for messages.
+        remote: the data that it was made of are elsewhere, and not compared.
+
+    Raises:
+        UserError: none there (yet), another kind, newer than this package, or made of other data than lies beside it.
+    """
+    file = folder / _MANIFEST
+    if not file.exists():
+        others = sorted({p.parents[1].name for p in folder.parents[1].glob(f"*/*/{_MANIFEST}")})
+        begun = f" It was begun: the same `prx encode {kind}` goes on." if folder.exists() else ""
+        there = f" There is: {', '.join(others)}.{nearest(folder.parent.name, others)}" if others else ""
+        raise UserError(f"{path}: nothing is stored in {folder}; make it with `prx encode {kind}`.{begun}{there}")
+    raw = json.loads(file.read_text())
+    if raw.pop("version", None) != 1:
+        raise UserError(f"{path}: {file} was written by a newer version of this package.")
+    column = StoredColumn(**raw)
+    if column.kind != kind:
+        raise UserError(f"{path}: {folder} holds {column.kind}, not {kind}.")
+    if column.data is None:
+        log.warning("%s doesn't say of which data it was made. If they may have changed since, encode them again.", folder)
+    elif not remote and column.data != column_contents(folder.parents[2], folder.name):
+        raise UserError(
+            f"{path}: {folder} was made of other data than lies beside it: its column {folder.name!r} has changed. Delete that "
+            f"folder and encode again with `prx encode {kind}`."
+        )
+    return column
+
+
+def is_whole(folder: Path) -> bool:
+    return (folder / _MANIFEST).exists()
+
+
+def manifest_path(folder: Path) -> Path:
+    return folder / _MANIFEST
+
+
+def fingerprint(module: nn.Module, tokenizer: Any = None) -> str:
+    """Tells encoders apart: SHA-256 of some values of every weight and statistic, rounded to bf16, and of what a tokenizer knows
+    and how it cleans captions.
+
+    The dtype that weights are stored in makes no difference. Weights that were trained further differ nearly everywhere.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):  # buffers: statistics of batch norms
+        if not tensor.is_floating_point():
+            continue
+        flat = tensor.detach().flatten()
+        step = max(len(flat) // _SAMPLED, 1)
+        values = flat[::step][:_SAMPLED].to("cpu", torch.float32).to(torch.bfloat16)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    if tokenizer is not None:
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        digest.update(json.dumps([vocabulary, tokenizer.padding_side]).encode())
+        if (cleaning := cleaning_of(tokenizer)) != "none":
+            digest.update(cleaning.encode())
+    return digest.hexdigest()
+
+
+def pack(values: Tensor, storage: str) -> bytes:
+    """A tensor as bytes; int8 takes (tokens, width) alone."""
+    if storage == "int8":
+        scale = values.float().abs().amax(-1).clamp(min=1e-12) / 127
+        whole = (values.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        return scale.numpy().tobytes() + whole.numpy().tobytes()
+    stored = values.to(getattr(torch, storage)).contiguous()
+    return (stored.view(torch.int16) if storage == "bfloat16" else stored).numpy().tobytes()
+
+
+def unpack(row: dict[str, Any], storage: str) -> Tensor:
+    """What `pack` was given, rounded; bf16 for bfloat16 and int8."""
+    shape, stored = [int(side) for side in row["shape"].split("x")], row["values"]
+    if storage == "int8":
+        tokens = shape[0]
+        scale = torch.from_numpy(np.frombuffer(stored, np.float32, tokens).copy())
+        whole = torch.from_numpy(np.frombuffer(stored, np.int8, offset=4 * tokens).copy())
+        return (whole.view(shape) * scale[:, None]).to(torch.bfloat16)
+    kind = {"bfloat16": np.int16, "float16": np.float16, "float32": np.float32}[storage]
+    flat = torch.from_numpy(np.frombuffer(stored, kind).copy())
+    return (flat.view(torch.bfloat16) if storage == "bfloat16" else flat).view(shape)
+
+
+def check_text_column(column: StoredColumn, encoder: HuggingFaceTextEncoder, path: str) -> None:
+    """Whether stored embeddings are those that the model's encoder would make.
+
+    Raises:
+        UserError: they are of another encoder, another tokenizer or another length, by name.
+    """
+    if encoder.trainable:
+        raise UserError(
+            f"{path}: model.text_encoder is trained along, and stored embeddings would not follow it; leave {path} out."
+        )
+    if column.max_tokens != encoder.max_tokens or column.width != encoder.hidden_size:
+        raise UserError(
+            f"{path}: stored are up to {column.max_tokens} tokens, {column.width} wide, made by {column.encoder}; "
+            f"model.text_encoder makes up to {encoder.max_tokens}, {encoder.hidden_size} wide. Set max_tokens, or encode again."
+        )
+    if column.fingerprint != fingerprint(encoder.network, encoder.tokenizer):
+        raise UserError(
+            f"{path}: the stored embeddings were made by {column.encoder} (revision {column.revision or 'not said'}), whose "
+            "weights or tokenizer, or the cleaning of whose captions (clean), are not those of model.text_encoder. Name the same "
+            "encoder and cleaning, or run `prx encode text` again."
+        )

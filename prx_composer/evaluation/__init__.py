@@ -1,1 +1,0 @@
-"""What a model's images are worth."""

@@ -1,0 +1,1 @@
+"""llm-foundry: its components in our recipes, ours in its trainer."""

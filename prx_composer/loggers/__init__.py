@@ -1,0 +1,1 @@
+"""Where numbers and pictures go: `metrics.jsonl`, wandb, TensorBoard, MLflow."""

@@ -1,0 +1,128 @@
+"""What the trackers share: steps that are batches, one run over all restarts, and failures that don't stop training."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+from torch import Tensor
+
+from prx_composer.common.files import write_whole
+from prx_composer.runs.checkpoints import Checkpoint
+from prx_composer.schedule.clock import clock_of
+
+log = logging.getLogger(__name__)
+
+
+def log_drawings(logger: Logger, images: Tensor, prompts: list[str], step: int) -> None:
+    """Gives images with their prompts to every logger; one that knows no prompts gets the images alone.
+
+    Args:
+        images: uint8 (len(prompts), 3, height, width), on the CPU.
+    """
+    for destination in logger.destinations:
+        if isinstance(destination, Tracker):
+            destination.log_drawings(images, prompts, step)
+        else:
+            destination.log_images(images.float().div(255), name="images", step=step, use_table=False)
+
+
+def log_checkpoint(logger: Logger, checkpoint: Checkpoint) -> None:
+    """Tells every tracker that a checkpoint is complete. On rank 0."""
+    for destination in logger.destinations:
+        if isinstance(destination, Tracker):
+            destination.log_checkpoint(checkpoint)
+
+
+def run_folder_of(state: State) -> Path:
+    return clock_of(state).path.parent
+
+
+class Tracker(LoggerDestination):
+    """To be mixed into one of Composer's loggers.
+
+    Step n is the n-th batch and all that comes after it, its evaluation say, as in metrics.jsonl. (Composer counts the batches
+    that are complete, by which a batch's own loss is at n − 1 and what is said about it at n.) A run that goes on from the
+    checkpoint of batch n therefore has nothing more to say about step n.
+    """
+
+    name: str  # in the registry
+    _batch = 0  # the one in hand
+    _failed: frozenset[str] = frozenset()
+
+    @property
+    def tracked_run(self) -> str | None:
+        """The tracker's id of this run, if it has ids and knows it."""
+        return None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._batch = int(state.timestamp.batch) + 1
+        if self.tracked_run and dist.get_global_rank() == 0:
+            remember_run(run_folder_of(state), self.name, self.tracked_run)
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        self._batch = int(state.timestamp.batch) + 1
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self._batch = int(state.timestamp.batch) + 1
+
+    def log_drawings(self, images: Tensor, prompts: list[str], step: int) -> None:
+        """See the function of this name."""
+
+    def log_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """See the function of this name."""
+
+    def post_close(self) -> None:
+        with self._without_stopping("the run's end"):
+            super().post_close()
+
+    def _step(self, step: int | None) -> int:
+        return max(step or 0, self._batch)
+
+    @contextmanager
+    def _without_stopping(self, what: str) -> Iterator[None]:
+        """Whatever fails inside of this context is a warning, once for each `what`, and training goes on."""
+        try:
+            yield
+        except Exception as error:  # of the tracker's own classes, its server's and the system's
+            if what not in self._failed:
+                self._failed |= {what}
+                log.warning(
+                    "loggers.%s: %s could not be logged (%s: %s). Training goes on; this is said once.",
+                    self.name, what, type(error).__name__, str(error).strip().partition("\n")[0],
+                )  # fmt: skip
+
+
+TRACKING = "tracking.json"
+
+
+def remembered_run(folder: Path, tracker: str) -> str | None:
+    """The id of this run at a tracker, if it has been there before."""
+    run_id = _read(folder).get(tracker)
+    return run_id if isinstance(run_id, str) and run_id else None
+
+
+def remember_run(folder: Path, tracker: str, run_id: str) -> None:
+    """On rank 0. A disk that is full is no reason not to train."""
+    known = _read(folder)
+    if known.get(tracker) == run_id:
+        return
+    try:
+        write_whole(folder / TRACKING, (json.dumps(known | {tracker: run_id}, indent=1) + "\n").encode())
+    except OSError as error:
+        log.warning("%s cannot be written (%s): a resumed run will be another one at %s.", folder / TRACKING, error, tracker)
+
+
+def _read(folder: Path) -> dict[str, object]:
+    try:
+        content = json.loads((folder / TRACKING).read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s): trackers begin another run.", folder / TRACKING, error)
+        return {}
+    return content if isinstance(content, dict) else {}

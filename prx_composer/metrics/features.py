@@ -1,0 +1,200 @@
+"""What images are compared by: features of frozen networks, by hub id or folder."""
+
+import hashlib
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from composer.utils import dist
+from torch import Tensor, nn
+
+from prx_composer.common.errors import UserError
+from prx_composer.data.stored import fingerprint
+from prx_composer.models.huggingface import Frozen, load_config, says_how_to_get
+from prx_composer.models.prompts import cut_off
+from prx_composer.models.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
+
+log = logging.getLogger(__name__)
+
+CLIP = "openai/clip-vit-large-patch14-336"  # of CMMD
+CLIP_SCORE = "openai/clip-vit-large-patch14"  # torchmetrics' default
+DINO = "facebook/dinov2-large"  # of FD-DINOv2 (arXiv:2306.04675)
+INCEPTION = "torch-fidelity"
+_INCEPTION_SIZE = 299
+_DINO_SIZE = 224
+
+
+def square(images: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, H, W) → the centred square, uint8 (B, 3, size, size), bicubic and antialiased: as real images are read."""
+    side = min(images.shape[-2:])
+    top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
+    images = images[..., top : top + side, left : left + side]
+    if side == size:
+        return images
+    return F.interpolate(images.cpu(), (size, size), mode="bicubic", antialias=True).to(images.device)
+
+
+class Extractor:
+    """One vector per image, from a frozen network.
+
+    Args:
+        name: hub id, folder or description.
+        module: the network, which a fingerprint is taken of.
+        image_size: side of the squares that it reads.
+        extract: module, uint8 (B, 3, image_size, image_size) on its device → (B, D).
+        recipe: how images become features, in a word; part of what cached features are recognised by.
+    """
+
+    def __init__(self, name: str, module: nn.Module, image_size: int, extract: Callable[[Any, Tensor], Tensor], recipe: str):
+        self.name, self.image_size = name, image_size
+        said = f"{recipe} {image_size} {fingerprint(module)}"
+        self.fingerprint = hashlib.sha256(said.encode()).hexdigest()
+        self._frozen = Frozen(module, torch.float32)
+        self._extract = extract
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features fp32 (B, D) of uint8 images (B, 3, H, W), on their device; the centred square alone is seen."""
+        images = square(images, self.image_size)
+        return self._extract(self._frozen.on(images.device), images).float()
+
+
+def _normalised(images: Tensor, mean: Any, std: Any) -> Tensor:
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
+    return (images.float() / 255 - mean) / std
+
+
+def clip_images(name: str = CLIP) -> Extractor:
+    """CLIP's image embeddings, of length 1: CMMD's features.
+
+    Args:
+        name: hub id or folder of a CLIP model.
+
+    Raises:
+        OSError: it cannot be had. ValueError: it is no CLIP model.
+    """
+    from transformers import CLIPVisionModelWithProjection
+    from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    with says_how_to_get(name):
+        _check_type(name, load_config(name).model_type, ("clip", "clip_vision_model"))
+        module = CLIPVisionModelWithProjection.from_pretrained(name, dtype=torch.float32)
+
+    def extract(module: Any, images: Tensor) -> Tensor:
+        embedded = module(pixel_values=_normalised(images, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)).image_embeds
+        return F.normalize(embedded, dim=-1)
+
+    return Extractor(name, module, int(module.config.image_size), extract, "clip image_embeds, length 1")
+
+
+def dino_images(name: str = DINO) -> Extractor:
+    """The class token of a DINOv2 or DINOv3 (or any ViT of transformers that has one) after its last norm.
+
+    Args:
+        name: hub id or folder.
+
+    Raises:
+        OSError: it cannot be had. ValueError: it is no vision transformer with a class token.
+    """
+    from transformers import AutoModel
+
+    with says_how_to_get(name):
+        _check_type(name, load_config(name).model_type, ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit"))
+        module = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    patch = int(module.config.patch_size)
+    size = _DINO_SIZE // patch * patch if module.config.model_type != "vit" else int(module.config.image_size)
+
+    def extract(module: Any, images: Tensor) -> Tensor:
+        return module(pixel_values=_normalised(images, IMAGENET_MEAN, IMAGENET_STD)).last_hidden_state[:, 0]
+
+    return Extractor(name, module, size, extract, "class token")
+
+
+def inception_images(weights: str = INCEPTION) -> Extractor:
+    """FID's InceptionV3, as torchmetrics runs it, on images brought to 299 × 299 with antialiasing (clean-fid, arXiv:2104.11222).
+
+    Args:
+        weights: a file of torch-fidelity's weights, or "torch-fidelity": it downloads them.
+
+    Raises:
+        ValueError: torch-fidelity isn't installed. OSError: the weights cannot be had.
+    """
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    path = None if weights == INCEPTION else weights
+    try:
+        if path is not None:
+            torch.load(path, weights_only=True, mmap=True)  # torch-fidelity would execute what else is in it
+        module = NoTrainInceptionV3("inception-v3-compat", ["2048"], path)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "fid needs torch-fidelity: pip install torch-fidelity. cmmd and fd_dino need nothing more, and agree better with "
+            "what people see."
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise OSError(
+            f"FID's InceptionV3 cannot be loaded ({str(error).strip().splitlines()[0]}). Without a network, give the file "
+            "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases by its path."
+        ) from error
+    return Extractor("InceptionV3, torch-fidelity", module, _INCEPTION_SIZE, lambda module, images: module(images), "pool3")
+
+
+class ClipScore:
+    """100 · cos of a CLIP model's embeddings of image and prompt, 0 where it is negative (CLIPScore, arXiv:2104.08718).
+
+    Prompts are cut to what the model reads (77 tokens), as torchmetrics does.
+
+    Args:
+        name: hub id or folder, with its tokenizer.
+
+    Raises:
+        OSError: it cannot be had. ValueError: it is no CLIP model.
+    """
+
+    def __init__(self, name: str = CLIP_SCORE):
+        from transformers import AutoTokenizer, CLIPModel
+
+        with says_how_to_get(name):
+            _check_type(name, load_config(name).model_type, ("clip",))
+            module: Any = CLIPModel.from_pretrained(name, dtype=torch.float32)
+            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        self.name, self.image_size = name, int(module.config.vision_config.image_size)
+        self._max_tokens = int(module.config.text_config.max_position_embeddings)
+        self.fingerprint = fingerprint(module, self._tokenizer)
+        self._frozen = Frozen(module)
+        self._told = False
+
+    def say_what_is_cut(self, prompts: list[str]) -> None:
+        """Warns once of prompts that are too long for this network, if there are any."""
+        tokens = self._tokenizer(prompts, truncation=True, max_length=self._max_tokens)
+        cut = sum(count > 0 for count in cut_off(self._tokenizer, prompts, tokens))
+        if cut and not self._told and dist.get_global_rank() == 0:
+            log.warning(
+                "clip_score: %d of %d prompts have more than %d tokens; %s compares images with their beginnings only.",
+                cut, len(prompts), self._max_tokens, self.name,
+            )  # fmt: skip
+        self._told = self._told or cut > 0
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,) for uint8 images (B, 3, H, W) and their prompts."""
+        from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+        module = self._frozen.on(images.device)
+        tokens = self._tokenizer(prompts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
+        pixels = _normalised(square(images, self.image_size), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        made = module(
+            input_ids=tokens["input_ids"].to(images.device),
+            attention_mask=tokens["attention_mask"].to(images.device),
+            pixel_values=pixels,
+        )
+        cosine = (F.normalize(made.image_embeds, dim=-1) * F.normalize(made.text_embeds, dim=-1)).sum(-1)
+        return 100 * cosine.clamp(min=0)
+
+
+def _check_type(name: str, model_type: str, allowed: tuple[str, ...]) -> None:
+    if model_type not in allowed:
+        raise ValueError(f"{name} is a {model_type}; what is needed here is one of: {', '.join(allowed)}.")

@@ -1,0 +1,274 @@
+"""Whole matrices for a function of whole matrices, when every rank has all of them (DDP) or a shard of each (FSDP2, HSDP).
+
+Every rank works on a share that is balanced by FLOPs. Ranks form a grid: `replicas` hold equal shards, `shards` different ones.
+Matrices travel in a few parts, so that one part is worked on while others are on their way. Of a part, a replica's matrices lie
+in one flat buffer, shard by shard. One all-to-all brings each owner its matrices, the second takes the results back, and an
+all-gather passes them to the other replicas: three collectives, whatever the number of matrices.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+_PARTS = 4  # of an exchange: what of it nothing runs beside is one part there and one back
+
+
+def local(tensor: Tensor | None) -> Tensor:
+    """What this rank holds of a tensor, not a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else cast(Tensor, tensor)
+
+
+class _Ranks(NamedTuple):
+    """One dimension of the grid."""
+
+    group: Any
+    size: int
+    rank: int
+
+
+class _Layout(NamedTuple):
+    """What weights must have in common to travel together."""
+
+    replicas: _Ranks
+    shards: _Ranks
+    dtype: torch.dtype  # on the wire and of the work: bf16, on the CPU at least fp32
+    device: torch.device
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "_Layout":
+        alone = _Ranks(None, 1, 0)
+        dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else torch.bfloat16
+        if not isinstance(weight, DTensor):
+            distributed = dist.is_available() and dist.is_initialized()
+            world = _Ranks(dist.group.WORLD, dist.get_world_size(), dist.get_rank()) if distributed else alone
+            return cls(world, alone, dtype, weight.device)
+        mesh, placements = weight.device_mesh, weight.placements
+        kinds = [type(p) for p in placements]
+        if kinds not in ([Replicate], [Shard], [Replicate, Shard]) or any(isinstance(p, Shard) and p.dim for p in placements):
+            raise ValueError(f"Weights must be placed as Shard(0), Replicate or (Replicate, Shard(0)), not {placements}.")
+        ranks = [_Ranks(mesh.get_group(i), mesh.size(i), mesh.get_local_rank(i)) for i in range(mesh.ndim)]
+        return cls(ranks[0] if Replicate in kinds else alone, ranks[-1] if Shard in kinds else alone, dtype, weight.device)
+
+
+@dataclass
+class Stack:
+    """Weights of one group and one shape, each `pieces` matrices on top of each other."""
+
+    group: int
+    pieces: int
+    rows: int
+    columns: int
+    chunk: int  # rows of a shard; a shorter last one travels at this size too
+    weights: list[nn.Parameter] = field(default_factory=list)
+
+    def cost(self) -> int:
+        """FLOPs of a Newton–Schulz iteration on one weight."""
+        short, long = sorted((self.rows // self.pieces, self.columns))
+        return self.pieces * (4 * short**2 * long + 2 * short**3)
+
+
+class _Block(NamedTuple):
+    """Weights of a stack with one owner; their shards lie one after the other in their replica's buffer."""
+
+    stack: Stack
+    replica: int
+    shard: int
+    members: list[int]
+    start: int
+
+    @property
+    def size(self) -> int:
+        return len(self.members) * self.stack.chunk * self.stack.columns
+
+    def shards(self, buffer: Tensor) -> Tensor:
+        """(k, rows of this rank's shard, columns): where its shards of the k members lie in their replica's buffer."""
+        rows = len(local(self.stack.weights[0]))
+        return buffer[self.start : self.start + self.size].view(-1, self.stack.chunk, self.stack.columns)[:, :rows]
+
+
+class Part:
+    """What travels together.
+
+    Args:
+        layout: that of all weights.
+        owned: owner, as (replica, shard), → the members of each stack that it works on.
+    """
+
+    def __init__(self, layout: _Layout, owned: dict[tuple[int, int], list[tuple[Stack, list[int]]]]):
+        self.layout = layout
+        self.blocks: list[_Block] = []
+        self.sizes = [[0] * layout.shards.size for _ in range(layout.replicas.size)]  # elements per replica and shard
+        for (replica, shard), stacks in owned.items():
+            for stack, members in stacks:
+                self.blocks.append(_Block(stack, replica, shard, members, sum(self.sizes[replica])))
+                self.sizes[replica][shard] += self.blocks[-1].size
+        self.width = max(map(sum, self.sizes))
+
+    def of(self, stack: Stack) -> list[_Block]:
+        return [block for block in self.blocks if block.stack is stack]
+
+
+class Exchange:
+    """One part on its way, in four steps. They wait for no more than they need: others' steps may come between them.
+
+    Nothing but the last step's results may be used before they are all done.
+    """
+
+    def __init__(self, part: Part):
+        self._part, self._layout = part, part.layout
+        self._pending: Any = None
+        self._flat = torch.empty(part.width, dtype=part.layout.dtype, device=part.layout.device)
+        self._sizes = part.sizes[part.layout.replicas.rank]
+        self._row = self._owned = self._flat[: sum(self._sizes)]
+
+    def to_send(self, stack: Stack) -> tuple[list[int], list[Tensor]]:
+        """Indices of the weights that this replica works on, and where their shards of this rank are to be written."""
+        mine = [block for block in self._part.of(stack) if block.replica == self._layout.replicas.rank]
+        return _members(mine), [place for block in mine for place in block.shards(self._flat)]
+
+    def send(self) -> None:
+        """Shards to their owners."""
+        shards = self._layout.shards
+        if shards.size > 1:
+            own = self._sizes[shards.rank]
+            self._owned = self._flat.new_empty(shards.size * own)
+            self._pending = dist.all_to_all_single(
+                self._owned, self._row, [own] * shards.size, self._sizes, group=shards.group, async_op=True
+            )
+
+    def work(self, function: Callable[[Stack, Tensor], Tensor]) -> None:
+        """Calls it with (k, rows, columns) for the k weights of each stack that this rank owns, and sends the results back.
+
+        Args:
+            function: must return the shape that it got, in memory of its own.
+        """
+        self._wait()
+        replicas, shards = self._layout.replicas, self._layout.shards
+        own, before = self._sizes[shards.rank], sum(self._sizes[: shards.rank])
+        for block in self._part.blocks:
+            if (block.replica, block.shard) == (replicas.rank, shards.rank):
+                stack = block.stack
+                parts = self._owned.view(shards.size, own)[:, block.start - before :][:, : block.size]
+                parts = parts.unflatten(1, (len(block.members), stack.chunk, stack.columns)).transpose(0, 1)
+                result = function(stack, parts.flatten(1, 2)[:, : stack.rows])
+                if padding := shards.size * stack.chunk - stack.rows:
+                    result = F.pad(result, (0, 0, 0, padding))
+                parts.copy_(result.view(parts.shape))
+        if shards.size > 1:
+            self._pending = dist.all_to_all_single(
+                self._row, self._owned, self._sizes, [own] * shards.size, group=shards.group, async_op=True
+            )
+
+    def pass_on(self) -> None:
+        """Results to the other replicas."""
+        self._wait()
+        replicas = self._layout.replicas
+        self._results = self._flat
+        if replicas.size > 1:
+            self._results = self._flat.new_empty(replicas.size * self._part.width)
+            self._pending = dist.all_gather_into_tensor(self._results, self._flat, group=replicas.group, async_op=True)
+
+    def received(self, stack: Stack) -> tuple[list[int], list[Tensor]]:
+        """Indices of all weights of the part, and this rank's shards of their results in the weights' dtype."""
+        self._wait()
+        buffers = self._results.view(self._layout.replicas.size, -1)
+        blocks, dtype = self._part.of(stack), stack.weights[0].dtype
+        return _members(blocks), [shard for block in blocks for shard in block.shards(buffers[block.replica]).to(dtype)]
+
+    def _wait(self) -> None:
+        """On a GPU its stream does; the host goes on."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+
+
+def _members(blocks: list[_Block]) -> list[int]:
+    return [member for block in blocks for member in block.members]
+
+
+class Plan:
+    """Which rank works on which weight, and in which part it travels; all ranks make the same plan.
+
+    Args:
+        layout: that of all weights.
+        weights: (group, pieces, weight), in the same order on all ranks.
+
+    `cost` is the FLOPs of one Newton–Schulz iteration over all ranks, `largest_share` the part of the rank with most to do.
+    """
+
+    def __init__(self, layout: _Layout, weights: list[tuple[int, int, nn.Parameter]]):
+        self._shards, self._replicas = layout.shards.size, layout.replicas.size
+        stacks: dict[tuple[int, torch.Size], Stack] = {}
+        for group, pieces, weight in weights:
+            rows, columns = weight.shape
+            stack = stacks.setdefault((group, weight.shape), Stack(group, pieces, rows, columns, -(-rows // self._shards)))
+            stack.weights.append(weight)
+        self.stacks = sorted(stacks.values(), key=Stack.cost, reverse=True)
+
+        owners = [(replica, shard) for replica in range(self._replicas) for shard in range(self._shards)]
+        load = dict.fromkeys(owners, 0)
+        owned: dict[tuple[int, int], list[tuple[Stack, int]]] = {owner: [] for owner in owners}
+        for stack in self.stacks:  # longest first, each to who has least to do
+            for index in range(len(stack.weights)):
+                owner = min(owners, key=load.__getitem__)
+                owned[owner].append((stack, index))
+                load[owner] += stack.cost()
+        self.cost = sum(load.values())
+        self.largest_share = max(load.values()) / max(self.cost, 1)
+
+        count = min(_PARTS, max(map(len, owned.values()))) if len(owners) > 1 else 1
+        self.parts = [
+            Part(layout, {owner: _share(each, index, count) for owner, each in owned.items()}) for index in range(count)
+        ]
+
+    def elements_sent(self) -> tuple[int, int]:
+        """By the rank that sends most in one exchange: to other shards, there and back, and to other replicas.
+
+        An all-gather is counted as a ring sends it: every rank all parts but one.
+        """
+        sent = torch.zeros(self._replicas, self._shards, dtype=torch.int64)
+        for part in self.parts:
+            sizes = torch.tensor(part.sizes)
+            sent += sizes.sum(1, keepdim=True) - sizes + (self._shards - 1) * sizes
+        to_replicas = (self._replicas - 1) * sum(part.width for part in self.parts)
+        return int(sent.max()) if self._shards > 1 else 0, to_replicas
+
+
+def _share(owned: list[tuple[Stack, int]], index: int, count: int) -> list[tuple[Stack, list[int]]]:
+    """Part `index` of `count` of an owner's weights, neighbours together: those of a stack are worked on at once."""
+    found: dict[int, tuple[Stack, list[int]]] = {}
+    for stack, member in owned[index * len(owned) // count : (index + 1) * len(owned) // count]:
+        found.setdefault(id(stack), (stack, []))[1].append(member)
+    return list(found.values())
+
+
+def make_plans(weights: list[tuple[int, int, nn.Parameter]]) -> list[Plan]:
+    """One plan per layout.
+
+    Args:
+        weights: (index of a group, number of matrices in the rows of the weight, weight). Plain tensors are taken to be equal
+            on all ranks, as DDP keeps them.
+
+    Raises:
+        ValueError: a DTensor that is sharded in another way than FSDP2 and HSDP do by default.
+    """
+    layouts: dict[_Layout, list[tuple[int, int, nn.Parameter]]] = {}
+    for entry in weights:
+        layouts.setdefault(_Layout.of(entry[2]), []).append(entry)
+    return [Plan(layout, members) for layout, members in layouts.items()]
+
+
+def plan_for(weights: list[tuple[int, int, nn.Parameter]], replicas: int, shards: int) -> Plan:
+    """The plan of ranks that aren't there, to ask what they would do; it has no groups to exchange anything in.
+
+    Args:
+        weights: as for `make_plans`, whole; their storage isn't touched.
+        replicas, shards: of the grid of ranks.
+    """
+    return Plan(_Layout(_Ranks(None, replicas, 0), _Ranks(None, shards, 0), torch.bfloat16, torch.device("meta")), weights)

@@ -1,1 +1,0 @@
-"""What a recipe costs, said before anything is rented."""

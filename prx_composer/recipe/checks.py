@@ -1,0 +1,325 @@
+"""What a recipe itself tells of its mistakes: all of them, at once, before anything is imported.
+
+`first_look` reads constructors from their source (`outlines.py`); the same checks run again, over the imported classes, in
+`preflight`, which then builds what it can.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prx_composer import registry
+from prx_composer.common.errors import Problems, UserError, at_path, nearest
+from prx_composer.common.outlines import CannotTell, constants, outline
+from prx_composer.recipe.arguments import NONE, check_component, check_spec, entries
+from prx_composer.recipe.data_sets import data_sets
+from prx_composer.recipe.resume import check_allowed
+from prx_composer.recipe.schedule_checks import schedule_problems
+from prx_composer.recipe.sizes import STAGES, batch_problems, downsampling_of, image_size_problems, stages_of
+from prx_composer.schedule.moments import BUDGET, Moment, Point, names_budget, parse_duration
+
+Values = Mapping[str, Any]
+
+# What the program passes to a component, beside the recipe's arguments.
+_LOADER_PROVIDED = frozenset({"tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed", "evaluation"})
+_PROVIDED = {
+    name: frozenset({"folder", "source"})
+    for name in ("metrics_file", "images", "shapes_score", "loss_spikes", "watchdog", "skip_nonfinite")
+}
+_DEFAULTED = frozenset({"image_size"})  # taken from the recipe unless it is given
+_SCHEDULE = {"scheduler", "max_duration", "time_budget", "algorithms", "global_train_batch_size"}
+_SEEDS = 2**32  # NumPy takes no others, nor does Composer
+_PRECISIONS = {  # what others call Composer's
+    "bf16": "amp_bf16", "bfloat16": "amp_bf16", "amp_bfloat16": "amp_bf16", "bf16-mixed": "amp_bf16",
+    "fp16": "amp_fp16", "float16": "amp_fp16", "half": "amp_fp16", "16": "amp_fp16", "amp": "amp_fp16", "16-mixed": "amp_fp16",
+    "float32": "fp32", "float": "fp32", "32": "fp32", "full": "fp32", "no": "fp32", "fp8": "amp_fp8", "float8": "amp_fp8",
+}  # fmt: skip
+
+
+def first_look(values: Values, num_ranks: int) -> list[str]:
+    """Return all that is wrong, as far as it can be known without importing torch or Composer; each begins with its path.
+
+    Args:
+        values: keys of a recipe whose values are of the right type; others may be left out.
+    """
+    readable = not values.get("code_paths")  # which may add components, and put others in the place of ours
+    problems = argument_problems(values, imports=False) if readable else _time_problems(values)
+    problems += missing_code(values.get("code_paths", []))
+    if not any(problem.startswith("scheduler") for problem in problems) and values.keys() >= _SCHEDULE:
+        problems += schedule_problems(values)
+    problems += setting_problems(values, num_ranks) + batch_problems(values, num_ranks)
+    return list(dict.fromkeys(problems + (_image_sizes(values) if readable else [])))
+
+
+def missing_code(paths: Sequence[str], option: str | None = None) -> list[str]:
+    """Python files that aren't there, of `code_paths` or of a command's option."""
+    missing = [(index, name) for index, name in enumerate(paths) if not _is_python(Path(name).expanduser())]
+    return [f"{option or f'code_paths[{index}]'}: there is no Python file {name} (*.py)." for index, name in missing]
+
+
+def _is_python(path: Path) -> bool:
+    return path.is_file() and path.suffix == ".py"  # Python imports no file of another name
+
+
+def argument_problems(values: Values, imports: bool = True) -> list[str]:
+    """Names and arguments of every component, and times; what the program supplies counts as given."""
+    found = _component_problems(values, imports)
+    said = {problem.partition(": ")[0] for problem in found}  # a number for a time is of a wrong type, and no time either
+    return found + [problem for problem in _time_problems(values) if problem.partition(": ")[0] not in said]
+
+
+def _component_problems(values: Values, imports: bool) -> list[str]:
+    problems = Problems()
+    for components, key, provided, also in (
+        (registry.models, "model", frozenset({"seed"}), frozenset({"init_from"})),
+        (registry.optimizers, "optimizer", frozenset({"model", "params"}), NONE),
+        (registry.schedulers, "scheduler", NONE, NONE),
+    ):
+        if key in values:
+            with problems.noted():
+                check_spec(components, values[key], key, provided, also, imports)
+    source = values.get("model", {}).get("init_from")
+    if not isinstance(source, str | None):
+        problems.found.append(f"model.init_from: expected a string or null, not {source!r}.")
+    with problems.noted():
+        _check_lora(values)
+    for key in ("train_loader", "eval_loader"):
+        if spec := values.get(key):
+            with problems.noted():
+                check_spec(registry.loaders, spec, key, _LOADER_PROVIDED, frozenset({"source"}), imports)
+            with problems.noted():
+                _check_sources(spec, key, imports)
+    for kind in ("algorithms", "callbacks", "loggers"):
+        for name, given in values.get(kind, {}).items():
+            with problems.noted():
+                for _, arguments in entries({name: given}, kind):
+                    path, provided = f"{kind}.{name}", _PROVIDED.get(name, NONE)
+                    check_component(getattr(registry, kind), name, arguments, path, provided, NONE, _DEFAULTED, imports)
+    return problems.found
+
+
+def _check_lora(values: Values) -> None:
+    """Adapters are trained on weights that stay; a backbone of this package begins with random ones."""
+    model = values.get("model") or {}
+    backbone = model.get("backbone")
+    ours = isinstance(backbone, dict) and registry.backbones.is_packaged(str(backbone.get("name")))
+    if ours and values.get("algorithms", {}).get("lora", False) is not False and not model.get("init_from"):
+        raise UserError(
+            "algorithms.lora: adapters are trained on the weights of another model, which stay as they are, and model.init_from "
+            "names none: they would stay random. Set model.init_from (prx import writes it), or algorithms.lora=false."
+        )
+
+
+def _check_sources(spec: dict[str, Any], key: str, imports: bool) -> None:
+    if spec.get("name") != "image_caption":
+        return
+    try:
+        found = data_sets(spec)
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from error
+    problems = Problems()
+    for where, part in found.items():
+        if where and part.get("source"):
+            with problems.noted():
+                check_spec(registry.sources, part["source"], f"{key}.{where}.source", imports=imports)
+    problems.raise_any()
+
+
+def _time_problems(values: Values) -> list[str]:
+    """Durations and intervals, and the budget."""
+    problems = Problems()
+    for path, time in _times(values):
+        with problems.noted(), at_path(path):
+            _check_time(time, path)
+            stages = len(stages_of(values)) - 1
+            if path == "max_duration" and stages > 1 and Point.parse(time).unit == "ep":
+                raise ValueError(f"{time} cannot be in epochs with {STAGES}, whose switch begins one; use ba.")
+    with problems.noted():
+        _check_time_budget(values)
+    return problems.found
+
+
+def setting_problems(values: Values, num_ranks: int) -> list[str]:
+    """What else needs no component: the seed, the number of checkpoints, precision and sharding."""
+    problems = Problems()
+    if not 0 <= (seed := values.get("seed", 0)) < _SEEDS:
+        problems.found.append(f"seed: {seed} lies outside of 0 … {_SEEDS - 1}, which are the seeds there are.")
+    if (kept := values.get("save_num_checkpoints_to_keep", -1)) < 1 and kept != -1:
+        problems.found.append(
+            f"save_num_checkpoints_to_keep: {kept} would leave none to go on from; give at least 1, or -1 to keep all."
+        )
+    problems.found.extend(_number_problems(values))
+    with problems.noted():
+        check_allowed(values.get("resume", {}))
+    with problems.noted():
+        check_precision(values.get("precision", "fp32"))
+    with problems.noted():
+        check_parallelism(values.get("parallelism_config"), num_ranks)
+    if values.get("parallelism_config") is not None and values.get("model", {}).get("compile") is True:
+        problems.found.append(
+            "model.compile: true compiles the backbone as one graph, which FSDP2 cannot shard; use model.compile=blocks, or "
+            "parallelism_config=null."
+        )
+    return problems.found
+
+
+def _number_problems(values: Values) -> Iterator[str]:
+    """Numbers that mean nothing where they stand, though they are of the right type; of a wrong type is for others to say."""
+    for key, value in (values.get("optimizer") or {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"optimizer.{key}: {value} is no number to train with."
+    encoder = (values.get("model") or {}).get("text_encoder")
+    tokens = encoder.get("max_tokens") if isinstance(encoder, dict) else None
+    if isinstance(tokens, int) and tokens < 1:
+        yield f"model.text_encoder.max_tokens: {tokens} would leave nothing of any caption; give at least 1."
+    for key in ("train_loader", "eval_loader"):
+        share = (values.get(key) or {}).get("max_undecodable")
+        if isinstance(share, int | float) and not 0 <= share <= 1:
+            yield f"{key}.max_undecodable: {share} must be a share of the samples, 0 … 1, such as 0.05 for 5%."
+    if not values.get("dist_timeout", 1) > 0:
+        yield f"dist_timeout: {values['dist_timeout']} must be a number of seconds, more than 0."
+
+
+# ----------------------------------------------------------------------------------------------------------- times
+
+
+def _times(values: Values) -> Iterator[tuple[str, Any]]:
+    yield from ((key, values[key]) for key in ("save_interval", "max_duration", "eval_interval") if key in values)
+    for key, value in values.get("scheduler", {}).items():
+        if key.startswith("t_"):
+            yield f"scheduler.{key}", value
+
+
+def _check_time(text: Any, path: str) -> None:
+    """Raises ValueError for what is no time, or none that can stand at that path."""
+    if path.startswith("scheduler."):
+        Moment(text)
+        return
+    if path == "save_interval":
+        Point.parse_interval(text)
+        return
+    given = str(text).strip()
+    point = Point.parse(given.removeprefix("-"))
+    unit = point.unit
+    if path == "max_duration" and unit not in ("ba", "ep", "sp"):
+        hours = " For a length in hours, give it as time_budget, and a max_duration that is long enough." if unit == "sec" else ""
+        raise ValueError(f"{text} must be a number of batches, epochs or samples, such as 1000ba.{hours}")
+    if unit == "tok":
+        raise ValueError(f"{text}: images have no tokens to count; use ba, ep, sp or dur.")
+    if point.value <= 0 or given.startswith("-"):
+        raise ValueError(f"{text} must be positive, such as {'1000ba or 3ep' if path == 'max_duration' else '0.25dur'}.")
+    if unit == BUDGET:
+        raise ValueError(f"{text}: evaluation comes at batches, epochs, samples, times or parts of the run; use 0.1dur, say.")
+
+
+def _check_time_budget(values: Values) -> None:
+    """The budget is a time, and without one nothing is a part of it."""
+    if "time_budget" not in values:
+        return
+    budget = values["time_budget"]
+    if budget is not None:
+        with at_path("time_budget"):
+            if parse_duration(budget) <= 0:
+                raise ValueError("a budget must be more than nothing.")
+        return
+    for key in ("scheduler", "algorithms", "callbacks"):
+        for path, text in strings(values.get(key), key):
+            if names_budget(text):
+                raise UserError(
+                    f"{path}: {text} is a part of the time budget, and the recipe has none; set time_budget=24h, say."
+                )
+
+
+def strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Every string in a value of a recipe, with its path."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from strings(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from strings(item, f"{path}[{index}]")
+
+
+# --------------------------------------------------------------------------------------- precision, sharding, sizes
+
+
+def precisions() -> list[str]:
+    """Composer's; none if its source is written in another way than it was."""
+    try:
+        return list(constants("composer.core.precision", "Precision").values())
+    except CannotTell:
+        return []
+
+
+def check_precision(precision: str) -> None:
+    """Raises UserError for none of Composer's, with the spelling that is meant."""
+    allowed = precisions()
+    if precision in allowed or not allowed:
+        return
+    meant = _PRECISIONS.get(precision.lower(), precision.lower())
+    hint = f" Write precision={meant}." if meant in allowed else ""
+    if meant == "amp_fp8":
+        hint = " For matrix products in 8 bits: precision=amp_bf16 and algorithms.float8={}."
+    raise UserError(f"precision: {precision!r} is none of {', '.join(allowed)}.{hint}")
+
+
+# The mesh follows from `shard_degree`: Composer makes it. load_monolith_rank0_only wraps the model after loading, when algorithms
+# have taken hold of its parameters.
+_NOT_OURS = frozenset({"device_mesh", "load_monolith_rank0_only"})
+
+
+def check_parallelism(config: dict[str, Any] | None, num_ranks: int) -> None:
+    """Raises UserError for an unknown key of `parallelism_config`, and for shards that the ranks don't divide into."""
+    if config is None:
+        return
+    path = "parallelism_config"
+    problems = Problems()
+    problems.found.extend(f"{path}.{key}: only fsdp is supported." for key in sorted(config.keys() - {"fsdp"}, key=str))
+    arguments = config.get("fsdp") or {}
+    if not isinstance(arguments, dict):
+        problems.found.append(f"{path}.fsdp must be a mapping of arguments, such as {{}}, not {arguments!r}.")
+        arguments = {}
+    allowed = _settable()
+    for key in arguments:
+        if allowed and key not in allowed:
+            problems.found.append(f"{path}.fsdp.{key}: no such argument.{nearest(key, allowed)}")
+    degree = arguments.get("shard_degree", -1)
+    if not isinstance(degree, int) or isinstance(degree, bool) or (degree != -1 and (degree < 1 or num_ranks % degree)):
+        fitting = ", ".join(str(d) for d in range(1, num_ranks + 1) if num_ranks % d == 0)
+        problems.found.append(
+            f"{path}.fsdp.shard_degree: {degree!r} must divide the {num_ranks} ranks ({fitting}), or be -1 for all of them."
+        )
+    problems.raise_any()
+
+
+def _settable() -> list[str]:
+    """What `parallelism_config.fsdp` takes."""
+    try:
+        return sorted(
+            inspect.signature(outline("prx_composer.training.parallelism", "HybridConfig")).parameters.keys() - _NOT_OURS
+        )
+    except CannotTell:
+        return []
+
+
+def _image_sizes(values: Values) -> list[str]:
+    """Image sizes that don't divide into patches, where the recipe alone tells the patches' size."""
+    model = values.get("model", {})
+    backbone, autoencoder = model.get("backbone"), model.get("autoencoder") or {"name": "pixels"}
+    if not isinstance(backbone, dict) or backbone.get("name") != "prx" or not isinstance(autoencoder, dict):
+        return []
+    try:
+        parameters = inspect.signature(registry.backbones.described("prx", "model.backbone", imports=False)).parameters
+    except CannotTell:
+        return []
+    patch_size, config = backbone.get("patch_size", parameters["patch_size"].default), autoencoder.get("config")
+    downsampling = 1 if autoencoder.get("name") == "pixels" else None
+    if autoencoder.get("name") == "diffusers" and isinstance(config, dict):
+        downsampling = downsampling_of(config)
+    if not isinstance(patch_size, int) or patch_size < 1 or downsampling is None:
+        return []
+    return image_size_problems(values, patch_size, downsampling)

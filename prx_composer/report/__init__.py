@@ -1,1 +1,0 @@
-"""`prx report`: what became of a run, as one page."""

@@ -1,0 +1,276 @@
+"""Checkpoints that are whole or not there: written aside, renamed when complete, and verified before they are read.
+
+<run folder>/checkpoints/ba2000/checkpoint.json     batch, ranks, recipe, finite, and size and CRC-32 of every file
+                                rank0.pt             full state of the run; or, when it is sharded,
+                                .metadata __0_0.distcp …
+<run folder>/checkpoints/.ba4000.partial/            being written; what a kill left of it is deleted
+"""
+
+import json
+import logging
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.utils import dist, reproducibility
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+
+from prx_composer.common.errors import UserError
+from prx_composer.common.files import inside, sync
+from prx_composer.recipe.own_code import NEEDS_CODE, needs_code
+
+log = logging.getLogger(__name__)
+
+INDEX = "checkpoint.json"
+MONOLITH = "rank0.pt"
+_NAME = re.compile(r"ba(\d+)")
+_LEFTOVER = re.compile(r"\.ba\d+\.(partial|old)")
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint's folder."""
+
+    path: Path
+    batch: int
+
+    @property
+    def load_path(self) -> str:
+        """What Composer's Trainer takes as `load_path`: the file, or the folder of a sharded one."""
+        monolith = self.path / MONOLITH
+        return str(monolith if monolith.exists() else self.path)
+
+    def index(self) -> dict[str, Any]:
+        """`batch`, `ranks`, `recipe`, `files`. Raises ValueError or OSError if it can't be read."""
+        index = json.loads((self.path / INDEX).read_text())
+        if not isinstance(index, dict) or not isinstance(index.get("files"), dict):
+            raise ValueError(f"{self.path / INDEX} is not a checkpoint's index.")
+        return index
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def all_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The complete checkpoints in `<run folder>/checkpoints`, oldest first, unverified."""
+    if not folder.is_dir():
+        return []
+    named = [(path, _NAME.fullmatch(path.name)) for path in folder.iterdir()]
+    found = [Checkpoint(path, int(match[1])) for path, match in named if match and path.is_dir()]
+    return sorted(found, key=lambda checkpoint: checkpoint.batch)
+
+
+def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
+    """The newest one of a run, unverified: for messages."""
+    found = all_checkpoints(run_folder / "checkpoints")
+    return found[-1] if found else None
+
+
+def damage(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint, by its index: a file missing, cut short or changed; None if it is whole."""
+    try:
+        files = checkpoint.index()["files"]
+    except (OSError, ValueError) as error:
+        return f"{INDEX} cannot be read ({error})"
+    for name, expected in files.items():
+        try:
+            path = inside(checkpoint.path, name)
+            if (size := path.stat().st_size) != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            if _crc32(path) != expected["crc32"]:
+                return f"{name} was changed: its CRC-32 is another"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def newest_whole_checkpoint(
+    folder: Path, unfit: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+) -> Checkpoint | None:
+    """The newest checkpoint that is whole; damaged ones before it are named in the log and renamed `ba<n>.damaged`.
+
+    Args:
+        unfit: says what else is wrong with one, if anything is.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole: going on from nothing would silently lose the run.
+    """
+    for checkpoint in reversed(all_checkpoints(folder)):
+        wrong = damage(checkpoint) or unfit(checkpoint)
+        if wrong is None:
+            log.info("Going on from %s", checkpoint.path)
+            return checkpoint
+        aside = checkpoint.path.with_name(f"{checkpoint.path.name}.damaged")
+        log.warning("Checkpoint %s is damaged: %s. It is kept as %s.", checkpoint.path, wrong, aside.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.path.rename(aside)
+    if damaged := sorted(folder.glob("ba*.damaged")):
+        raise UserError(
+            f"autoresume: no checkpoint in {folder} is whole: {', '.join(path.name for path in damaged)}. Delete these to train "
+            "from the beginning, or start another run with run_name=<another name>."
+        )
+    return None
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def without_new_callbacks(load_path: str) -> Callable[[dict[str, Any]], None]:
+    """For Composer's `load_ignore_keys`: a sharded checkpoint is read key by key, and a callback that is new to the run has none.
+
+    Returns:
+        A function that takes them out of the state that is about to be read. Everything else must be there.
+    """
+
+    def forget(content: dict[str, Any]) -> None:
+        if not Path(load_path).is_dir():
+            return
+        saved = FileSystemReader(load_path).read_metadata().planner_data.values()
+        known = {path[2] for path in saved if path[:2] == ("state", "callbacks")}
+        callbacks = content["state"].get("callbacks", {})
+        for name in [name for name, state in callbacks.items() if state and name not in known]:
+            log.info("%s begins anew: the checkpoint has none.", name)
+            del callbacks[name]
+
+    return forget
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def write_checkpoint(state: State, folder: Path, recipe: dict[str, Any], finite: bool = False) -> Checkpoint:
+    """Writes the full state of a run on all ranks (a collective); it is there under its name only when it is complete.
+
+    A sharded state (FSDP2) is written shard by shard, each rank its own; otherwise rank 0 writes all. Files are flushed to the
+    disk before the rename, so that a machine that loses power leaves the checkpoint before this one.
+
+    Args:
+        state: Composer's.
+        folder: `<run folder>/checkpoints`, on a file system that all ranks share.
+        recipe: of the run, kept beside it.
+        finite: the state was looked at, and all of it is.
+
+    Raises:
+        OSError: on all ranks, if one of them could not write. What was written is deleted.
+    """
+    batch, rank = int(state.timestamp.batch), dist.get_global_rank()
+    path = folder / f"ba{batch}"
+    partial = folder / f".ba{batch}.partial"
+    _together(lambda: _make_anew(partial) if rank == 0 else None)
+    try:
+        _write_state(state, partial)
+        mine = _together(lambda: {file.name: _sealed(file) for file in _files_of(rank, partial)})
+        files = {name: facts for part in mine for name, facts in part.items()}
+        index = {"version": 1, "batch": batch, "ranks": dist.get_world_size(), "torch": torch.__version__}
+        index |= {"finite": finite, "files": files}
+        index[NEEDS_CODE] = needs_code(recipe)
+        _together(lambda: _publish(partial, path, index | {"recipe": recipe}) if rank == 0 else None)
+    except OSError:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Checkpoint(path, batch)
+
+
+def _write_state(state: State, folder: Path) -> None:
+    content: dict[str, Any] = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
+    if state.fsdp_sharded_state_dict_enabled:
+        if dist.get_global_rank() != 0:
+            del content["rng"]  # of all ranks, gathered; Composer reads rank 0's
+        try:
+            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+            save_sharded(content, storage_writer=FileSystemWriter(folder), planner=planner)
+        except CheckpointException as error:  # raised on all ranks
+            raise OSError("; ".join(str(failure[0]) for failure in error.failures.values())) from error
+    else:
+        _together(lambda: _save(content, folder / MONOLITH) if dist.get_global_rank() == 0 else None)
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's word for a write that the system refused
+        raise OSError(str(error).strip().partition("\n")[0]) from error
+
+
+def _files_of(rank: int, folder: Path) -> list[Path]:
+    """The files that this rank wrote."""
+    mine = sorted(folder.glob(f"__{rank}_*.distcp"))
+    return [*mine, *(folder / name for name in (MONOLITH, ".metadata") if (folder / name).exists())] if rank == 0 else mine
+
+
+def _sealed(path: Path) -> dict[str, int]:
+    """Flushes a file to the disk; returns what it is recognised by."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+
+
+def _publish(partial: Path, path: Path, index: dict[str, Any]) -> None:
+    (partial / INDEX).write_text(json.dumps(index, indent=1, default=str) + "\n")
+    sync(partial / INDEX)
+    sync(partial)
+    if path.exists():  # of a run that went on from an older one
+        _delete(path)
+    partial.rename(path)
+    sync(path.parent)
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _together(work: Any) -> list[Any]:
+    """Calls `work` on every rank and gathers what it returns; if it fails on one, OSError is raised on all."""
+    result, failure = None, None
+    try:
+        result = work()
+    except OSError as error:
+        failure = f"rank {dist.get_global_rank()}: {error}"
+    results = dist.all_gather_object((result, failure))
+    if failures := [failed for _, failed in results if failed is not None]:
+        raise OSError("; ".join(failures))
+    return [done for done, _ in results]
+
+
+# ------------------------------------------------------------------------------------------------------ deleting
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Deletes all checkpoints but the newest `count`; −1 keeps all. On one rank."""
+    found = all_checkpoints(folder)
+    for checkpoint in found[: max(len(found) - count, 0)] if count >= 0 else []:
+        _delete(checkpoint.path)
+
+
+def clean_up(folder: Path) -> None:
+    """Deletes what a kill left half-written or half-deleted. On one rank, while nobody writes."""
+    for path in folder.iterdir() if folder.is_dir() else []:
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _delete(path: Path) -> None:
+    """At once by name, so that a kill leaves no half of it under a checkpoint's name."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)

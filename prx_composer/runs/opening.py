@@ -1,0 +1,290 @@
+"""A trained model, opened for drawing: from a run folder, a checkpoint, or a folder that diffusers opens."""
+
+import dataclasses
+import logging
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from composer.core import Algorithm, Event, State, Time, Timestamp
+from composer.devices import DeviceCPU
+from composer.loggers import Logger
+from torch import Tensor, nn
+
+from prx_composer import registry
+from prx_composer.common.distributed import clean_name
+from prx_composer.common.errors import Problems, UserError, at_path
+from prx_composer.models.adapters import merge_adapters
+from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance
+from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
+from prx_composer.models.text_to_image import TextToImage
+from prx_composer.recipe.arguments import check_spec, check_type, entries, split
+from prx_composer.recipe.config import Recipe, build
+from prx_composer.recipe.own_code import without_code
+from prx_composer.runs.checkpoints import all_checkpoints
+from prx_composer.runs.diffusers_folder import open_pipeline
+from prx_composer.runs.folder import TOKENIZER
+from prx_composer.runs.frozen_parts import with_kept
+from prx_composer.runs.locate import Located, locate
+from prx_composer.runs.weights import SavedState, nonfinite, read_checkpoint
+from prx_composer.schedule.clock import TrainingClock
+from prx_composer.schedule.moments import parse_duration
+
+log = logging.getLogger(__name__)
+
+Weights = Literal["ema", "raw"]
+# Arguments of `model` that don't change what it draws.
+_OF_TRAINING = ("compile", "activation_memory_budget", "attention", "init_from")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its trained weights.
+
+    Args:
+        model: in eval mode, on the CPU, fp32.
+        source: where it comes from.
+        weights: "ema" (averaged) or "raw"; "exported" of a diffusers folder, which holds one kind.
+        image_size: pixels that it was last trained at: the side of the square of a bucket's area.
+        batch: after how many it was saved, if that is known.
+        recipe: of the run, as its YAML gives it, if there is one.
+    """
+
+    model: TextToImage
+    source: Path
+    weights: str
+    image_size: int
+    batch: int | None = None
+    recipe: dict[str, Any] | None = None
+
+
+def load_trained(name: str, weights: Weights | None = None, merge: bool = True) -> Trained:
+    """Opens a trained model. Nothing in its files is executed, and nothing is written.
+
+    A model of the user's own classes needs them registered before: by `config.import_code`, or in any other way.
+
+    Args:
+        name: run folder, checkpoint or diffusers folder.
+        weights: averaged or plain; the average by default, if the run has one.
+        merge: of a run with `lora`, the adapters into the weights that they adapt.
+
+    Raises:
+        UserError: no such model, weights that are missing or damaged, not finite, or that don't belong to the recipe.
+    """
+    located = locate(name)
+    if located.kind == "diffusers":
+        if weights == "ema":
+            raise UserError("--weights ema: an exported folder holds one kind of weights; leave the option out.")
+        model, image_size = open_pipeline(located.path)
+        _require_finite(model, located)
+        return Trained(model.eval(), located.path, "exported", image_size)
+    if located.checkpoint is None:
+        raise UserError(
+            f"{name} holds weights without the sizes of their model. Give the run folder or the exported folder that it is from; "
+            "to train on from it, set model.init_from."
+        )
+    trained = _load_checkpoint(located, weights)
+    _require_finite(trained.model, located)
+    if merge:
+        merge_adapters(trained.model.backbone)
+    return trained
+
+
+def _require_finite(model: TextToImage, located: Located) -> None:
+    parts = {"backbone.": model.backbone, "text_encoder.": model.text_encoder.network}
+    wrong = nonfinite({prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.state_dict().items()})
+    if wrong is None:
+        return
+    older = [] if located.checkpoint is None else all_checkpoints(located.checkpoint.path.parent)
+    others = ", ".join(str(found.path) for found in older if found.path != located.path)
+    remedy = f"Give another checkpoint of the run ({others}), or --weights raw or ema." if others else "It draws nothing."
+    raise UserError(f"{located.path} holds no model: {wrong}. {remedy}")
+
+
+def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
+    assert located.checkpoint is not None
+    try:
+        index = located.checkpoint.index()
+        saved_recipe = index["recipe"]
+        recipe = without_code(_as_recipe(saved_recipe, located.path), index, located.path)
+    except (OSError, ValueError, LookupError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"{located.path} cannot be read: {error}") from error
+    check_spec(registry.models, recipe.model, f"{located.path}: recipe.model", frozenset({"seed"}), frozenset({"init_from"}))
+    state = read_checkpoint(located.checkpoint)
+    if weights == "ema" and not state.average:
+        raise UserError(
+            f"{located.path} has no averaged weights: the recipe has no `ema`, or it had not begun. Use --weights raw."
+        )
+    model = build_model(recipe, located.run_folder)
+    attach_algorithms(model, recipe, state, located.run_folder)
+    fill(model, state.model, str(located.path))
+    chosen = weights or ("ema" if state.average else "raw")
+    if chosen == "ema":
+        _fill_average(model, state.average, str(located.path))
+    return Trained(model.eval(), located.path, chosen, _last_image_size(recipe), located.checkpoint.batch, saved_recipe)
+
+
+def _as_recipe(saved: dict[str, Any], where: Path) -> Recipe:
+    known = {f.name for f in dataclasses.fields(Recipe)}
+    if unknown := sorted(saved.keys() - known):
+        log.warning("%s: this version has no recipe key %s; it is passed over.", where, ", ".join(unknown))
+    try:
+        recipe = Recipe(**{key: value for key, value in saved.items() if key in known})
+    except TypeError as error:
+        raise UserError(f"{where} was written by another version of prx-composer: its recipe lacks a key ({error}).") from error
+    problems, hints = Problems(), typing.get_type_hints(Recipe)
+    for key, value in vars(recipe).items():
+        with problems.noted():
+            check_type(value, hints[key], f"{where}: recipe.{key}")
+    problems.raise_any()
+    name, _ = split(recipe.model, "model")
+    if name != "text_to_image":
+        log.info("The model is %s, not text_to_image.", name)
+    return recipe
+
+
+def _last_image_size(recipe: Recipe) -> int:
+    stages = (recipe.algorithms.get("progressive_resolution") or {}).get("stages") or []
+    return int(stages[-1].get("image_size", recipe.image_size)) if stages else recipe.image_size
+
+
+def build_model(recipe: Recipe, run_folder: Path) -> TextToImage:
+    """The recipe's model before its first step, not compiled, with the run's tokenizer; random numbers are those of the run.
+
+    Raises:
+        UserError: weights or a tokenizer that cannot be had.
+    """
+    name, arguments = split(with_kept(recipe.model, run_folder), "model")
+    arguments = {key: value for key, value in arguments.items() if key not in _OF_TRAINING}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # an encoder with frozen random weights is in no checkpoint
+        if "text_encoder" in arguments:
+            arguments["text_encoder"] = _build_text_encoder(arguments["text_encoder"], run_folder)
+        model = build(registry.models, name, arguments, "model", seed=recipe.seed)
+    model.knows_empty_caption = model.knows_empty_caption or recipe.model.get("init_from") is not None
+    return model
+
+
+def _build_text_encoder(spec: dict[str, Any], run_folder: Path) -> HuggingFaceTextEncoder:
+    path = "model.text_encoder"
+    name, arguments = split(spec, path)
+    named = arguments.pop("tokenizer", arguments.get("pretrained"))
+    with at_path(f"{path}.tokenizer"):
+        if (run_folder / TOKENIZER).exists():
+            tokenizer = load_tokenizer(str(run_folder / TOKENIZER))
+        elif isinstance(named, str):
+            tokenizer = load_tokenizer(named, arguments.get("revision"))
+        else:
+            raise UserError(
+                f"{path}.tokenizer: it was trained with the run and lies in its folder; there is no {run_folder / TOKENIZER}. "
+                "Put the checkpoint where the run wrote it: <run folder>/checkpoints/."
+            )
+    return build(registry.text_encoders, name, arguments, path, tokenizer=tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------ algorithms
+
+
+def attach_algorithms(model: TextToImage, recipe: Recipe, saved: SavedState, run_folder: Path) -> None:
+    """Attaches those algorithms that change what the model draws (`shapes_sampling`), as they were at the checkpoint."""
+    shaping: list[Algorithm] = []
+    for name, arguments in entries(recipe.algorithms, "algorithms"):
+        path = f"algorithms.{name}"
+        if getattr(registry.algorithms.get(name, path), "shapes_sampling", False):
+            shaping.append(build(registry.algorithms, name, arguments, path, folder=str(run_folder)))
+    if not shaping:
+        return
+    clock = TrainingClock(run_folder, None if recipe.time_budget is None else parse_duration(recipe.time_budget))
+    clock.elapsed, clock.fraction = (float(saved.clock.get(name, 0.0)) for name in ("elapsed", "fraction"))
+    state = State(
+        rank_zero_seed=recipe.seed,
+        run_name=recipe.run_name,
+        model=model,
+        device=DeviceCPU(),
+        max_duration=Time.from_timestring(recipe.max_duration),
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.0),
+        callbacks=[clock],
+        algorithms=shaping,
+    )
+    logger = Logger(state)
+    for algorithm in shaping:
+        if algorithm.match(Event.INIT, state):
+            algorithm.apply(Event.INIT, state, logger)
+    batch = int(saved.timestamp.get("batch", 0))
+    epoch, sample = (int(saved.timestamp.get(unit, 0)) for unit in ("epoch", "sample"))
+    # Of the last step's beginning, which windows go by.
+    state.timestamp = Timestamp(batch=max(batch - 1, 0), epoch=epoch, sample=sample)
+    for algorithm in shaping:
+        if algorithm.match(Event.BATCH_START, state):
+            algorithm.apply(Event.BATCH_START, state, logger)
+
+
+def choose_guidance(model: TextToImage, name: str) -> str:
+    """Sets `model.guidance`; returns its name.
+
+    Args:
+        name: "cfg", "self", or "run" for what the run drew with.
+
+    Raises:
+        UserError: routed self-guidance for a model that was not trained with routed tokens, or no such name.
+    """
+    if name == "cfg":
+        model.guidance = ClassifierFreeGuidance()
+    elif name == "self":
+        router: Any = model.backbone.router
+        if router is None:
+            raise UserError(
+                "--guidance self: routed self-guidance is for models trained with `tread`, opened from their run folder or "
+                "checkpoint; use --guidance cfg."
+            )
+        router.active = True
+        model.guidance = RoutedSelfGuidance(router)
+    elif name != "run":
+        raise UserError(f"--guidance: {name!r} is none of run, cfg, self.")
+    return {"ClassifierFreeGuidance": "cfg", "RoutedSelfGuidance": "self"}.get(
+        type(model.guidance).__name__, type(model.guidance).__name__
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- weights
+
+
+def fill(module: nn.Module, saved: dict[str, Tensor], source: str) -> None:
+    """Gives a module the weights of the same names. What only training needs (auxiliary losses, teachers) is passed over.
+
+    Raises:
+        UserError: names or shapes that differ, by name.
+    """
+    saved = {clean_name(name): tensor for name, tensor in saved.items()}
+    own = module.state_dict()
+    if wrong := [
+        f"{name} is {tuple(saved[name].shape)} there and {tuple(own[name].shape)} here"
+        for name in own
+        if name in saved and saved[name].shape != own[name].shape
+    ]:
+        raise UserError(f"{source} does not fit the model: {_some(wrong)}.")
+    strange = [name for name in saved if name not in own and name.startswith(("backbone.", "text_encoder."))]
+    missing = [name for name in own if name not in saved and not name.startswith("auxiliary_losses.")]
+    if strange or missing:
+        said = [*(f"{name} is not in the model" for name in strange), *(f"{name} is not there" for name in missing)]
+        raise UserError(
+            f"{source} does not fit the model: {_some(said)}. If an algorithm of the recipe adds them, its class must say "
+            "shapes_sampling = True, so that it is attached here too."
+        )
+    module.load_state_dict({name: saved[name] for name in own if name in saved}, strict=False)
+
+
+def _some(said: list[str]) -> str:
+    return "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
+
+
+@torch.no_grad()
+def _fill_average(model: nn.Module, average: dict[str, Tensor], source: str) -> None:
+    average = {name: tensor for name, tensor in average.items() if not name.startswith("auxiliary_losses.")}
+    parameters = {clean_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    if different := sorted(name for name in average.keys() ^ parameters.keys() if not name.startswith("auxiliary_losses.")):
+        raise UserError(f"{source}: the averaged weights are of another model; names that differ: {_some(different)}.")
+    for name, tensor in average.items():
+        parameters[name].copy_(tensor)

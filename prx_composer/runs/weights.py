@@ -1,0 +1,244 @@
+"""Weights as they lie on the disk: checkpoints of one file or in shards, and safetensors. Nothing that is read is executed."""
+
+import dataclasses
+import datetime
+import json
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.torch_version import TorchVersion
+
+from prx_composer.common.errors import UserError
+from prx_composer.common.files import inside
+from prx_composer.optim.finite import bad_tensor
+from prx_composer.runs.checkpoints import MONOLITH, Checkpoint, damage
+
+_reconstruct = np.zeros(0).__reduce__()[0]
+# Beside tensors, what a run's own state is made of: times, the versions it ran with, numpy's random state.
+_HARMLESS: list[Any] = [
+    datetime.timedelta,
+    TorchVersion,
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ("u4", "u8", "i4", "i8", "f4", "f8")},
+    *((_reconstruct, f"{module}._reconstruct") for module in ("numpy._core.multiarray", "numpy.core.multiarray")),
+]
+_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_METADATA_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+}
+_METADATA_NAMES |= {("pathlib._local", name) for _, name in _METADATA_NAMES if name.endswith("Path")}
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """Of a checkpoint, what sampling needs.
+
+    Args:
+        model: parameter and buffer names → plain weights.
+        average: names → averaged weights; empty before EMA began, or without it.
+        timestamp: Composer's, as it saves it: `batch`, `sample`, `epoch` …
+        clock: `elapsed` seconds and `fraction` of the time budget.
+    """
+
+    model: dict[str, Tensor]
+    average: dict[str, Tensor] = field(default_factory=dict)
+    timestamp: dict[str, Any] = field(default_factory=dict)
+    clock: dict[str, float] = field(default_factory=dict)
+
+
+def read_checkpoint(checkpoint: Checkpoint) -> SavedState:
+    """Reads a checkpoint of any number of ranks in this process alone, after comparing it with its checksums.
+
+    Raises:
+        UserError: it is damaged, or holds objects that could execute code.
+    """
+    if wrong := damage(checkpoint):
+        raise UserError(f"{checkpoint.path} is damaged: {wrong}. Give another checkpoint of that run.")
+    monolith = checkpoint.path / MONOLITH
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return _read_file(monolith) if monolith.exists() else _read_shards(checkpoint.path)
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        message = str(error).replace("\n", " ")
+        culprit = message.partition("GLOBAL ")[2].partition(" ")[0] or message[:200]
+        raise UserError(
+            f"{checkpoint.path} is not read: it holds {culprit}, and only tensors, numbers and text are loaded from checkpoints, "
+            "since anything else could execute code. An algorithm or callback of that run saves it."
+        ) from error
+
+
+def not_finite_in(checkpoint: Checkpoint) -> str | None:
+    """What of a checkpoint's weights or average isn't finite, in words; None if all is, or if they cannot be read.
+
+    One that was looked at when it was written says so in its index, and isn't read again.
+    """
+    try:
+        if checkpoint.index().get("finite"):
+            return None
+        saved = read_checkpoint(checkpoint)
+    except (UserError, OSError, ValueError):
+        return None
+    named = [(f"the weight {name}", tensor) for name, tensor in saved.model.items()]
+    bad = bad_tensor([*named, *((f"the average of {name}", tensor) for name, tensor in saved.average.items())])
+    return None if bad is None else f"{bad} is not finite"
+
+
+def _read_file(path: Path) -> SavedState:
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
+    callbacks = state.get("callbacks", {})
+    average = callbacks.get("AverageState", {}).get("average", {}) if _average_began(state.get("algorithms", [])) else {}
+    timestamp = state.get("timestamp", {}).get("Timestamp", {})
+    return SavedState(state["model"], average, timestamp, callbacks.get("TrainingClock", {}))
+
+
+def _average_began(algorithms: Any) -> bool:
+    return any(name == "EMA" and state.get("started") for name, state in algorithms)
+
+
+class _Reader(FileSystemReader):
+    """Reads the index of the shards, a pickle, without calling anything but what such an index is made of."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        for stored in (metadata.storage_data or {}).values():
+            inside(Path(self.path), str(stored.relative_path))
+        if getattr(metadata, "storage_meta", None) is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
+        if dtype or (module_name, global_name) in _METADATA_NAMES:
+            return super().find_class(module_name, global_name)
+        if module_name in _METADATA_MODULES and "." not in global_name:  # with a dot it would be what they import: os.system
+            found = super().find_class(module_name, global_name)
+            if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, Enum)):
+                return found
+        raise pickle.UnpicklingError(f"GLOBAL {module_name}.{global_name} in .metadata")
+
+
+class _Planner(DefaultLoadPlanner):
+    """Reads plain values, as well as tensors, without executing anything."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+_PARTS = {
+    "model": "state.model.",
+    "average": "state.callbacks.AverageState.average.",
+    "timestamp": "state.timestamp.Timestamp.",
+    "clock": "state.callbacks.TrainingClock.",
+}
+
+
+def _read_shards(folder: Path) -> SavedState:
+    stored = _Reader(folder).read_metadata().state_dict_metadata
+    wanted: dict[str, Any] = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
+        for key, entry in stored.items()
+        if key.startswith(tuple(_PARTS.values())) or key == "state.algorithms"
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no process group is used, which is what is asked for
+        load_sharded(wanted, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
+    parts: dict[str, dict[str, Any]] = {
+        part: {key.removeprefix(prefix): value for key, value in wanted.items() if key.startswith(prefix)}
+        for part, prefix in _PARTS.items()
+    }
+    if not _average_began(wanted.get("state.algorithms") or []):
+        parts["average"] = {}
+    return SavedState(**parts)
+
+
+def nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Say which weights are NaN or infinite, the first by name and how many; None if all are numbers."""
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor)]
+    if not bad:
+        return None
+    first = tensors[bad[0]]
+    count = int((~torch.isfinite(first)).sum())
+    return (
+        f"{len(bad)} of {len(tensors)} tensors hold values that are NaN or infinite, the first of them {bad[0]} ({count} of "
+        f"{first.numel()} values)"
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a mask of the tensor's size: NaN is both least and greatest."""
+    tensor = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()  # float8 has no order
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Of one file, or of a folder's file or files.
+
+    Raises:
+        UserError: there are none, or one is damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _files(path):
+        try:
+            tensors |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+    return tensors
+
+
+def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, from the files' headers alone. Raises UserError as `read_safetensors`."""
+    shapes = {}
+    for file in _files(path):
+        try:
+            with safe_open(file, "pt") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+    return shapes
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if indices:
+        try:
+            named = json.loads(indices[0].read_text())["weight_map"].values()
+            files = [inside(path, str(name)) for name in sorted(set(named))]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{indices[0]} is no index of weights that can be read: {error}") from error
+        if missing := [file.name for file in files if not file.exists()]:
+            raise UserError(f"{path} lacks {', '.join(missing)}, of which {indices[0].name} speaks.")
+        return files
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+        instead = f" It has {', '.join(others[:3])}, which could execute code and are not read." if others else ""
+        raise UserError(f"{path} has no weights (*.safetensors).{instead}")
+    whole = [file for file in found if "-of-" not in file.name]
+    return whole[:1] or found

@@ -1,0 +1,251 @@
+"""Points and spans of training time: in Composer's units, in hours of training, or as a part of the time budget."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prx_composer.common.errors import UserError
+
+if TYPE_CHECKING:  # a recipe's times are checked before Composer is imported
+    from composer.core import State
+
+    from prx_composer.schedule.clock import TrainingClock
+
+
+BUDGET, SECONDS = "budget", "sec"
+BATCH, EPOCH, DURATION, TOKEN = "ba", "ep", "dur", "tok"  # Composer's TimeUnits
+_NUMBER = r"(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)"
+_UNITS = {86400: "d|days?", 3600: "h|hrs?|hours?", 60: "m|mins?|minutes?", 1: "s|secs?|seconds?"}
+_DURATION = re.compile(r" ?".join(rf"(?:{_NUMBER} ?(?:{names}))?" for names in _UNITS.values()), re.IGNORECASE)
+_COUNT = re.compile(rf"{_NUMBER} ?(iter|ep|ba|sp|tok|dur|budget)", re.IGNORECASE)
+
+
+def parse_duration(text: str) -> float:
+    """ "3d", "24h", "90m", "1h30m", "1.5h", "86400s", "86400sec", "2 hours", "1d 12h" → seconds.
+
+    Raises:
+        ValueError: anything else, and nothing at all.
+    """
+    text = str(text).strip()
+    match = _DURATION.fullmatch(text)
+    if match is None or not match[0]:
+        raise ValueError(f"{text!r} is no duration such as 24h, 90m, 1h30m, 3d or 86400s.")
+    return sum(length * float(number or 0) for length, number in zip(_UNITS, match.groups(), strict=True))
+
+
+def for_composer(text: str) -> str:
+    """A time as Composer's `Time` takes it, which knows no days, and of the day no more than 23 hours."""
+    point = Point.parse(text)
+    return f"{math.ceil(point.value)}sec" if point.unit == SECONDS else point.text
+
+
+def duration_string(seconds: float) -> str:
+    """Seconds as people say them: "23h05m", "4m10s", "12s"."""
+    whole = round(max(seconds, 0))
+    if whole >= 3600:
+        minutes = round(whole / 60)
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of training time in one unit.
+
+    Args:
+        value: of `unit`.
+        unit: Composer's "ba", "sp", "ep", "tok" and "dur"; "sec", seconds of training by `TrainingClock`; or "budget", a part of
+            the time budget.
+        text: as it was given.
+    """
+
+    value: float
+    unit: str
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Point:
+        """Raises ValueError for what is no time."""
+        text = str(text).strip()
+        match = _COUNT.fullmatch(text)
+        if match is None:
+            try:
+                return cls(parse_duration(text), SECONDS, text)
+            except ValueError:
+                allowed = "1000ba, 3ep, 64000sp, 0.5dur, 2h, 1h30m or 0.83budget"
+                raise ValueError(f"{text!r} is no time such as {allowed}.") from None
+        value, unit = float(match[1]), match[2].lower()
+        if unit == BUDGET and value > 1:
+            raise ValueError(f"{text!r}: a part of the budget lies between 0 and 1, such as 0.83budget.")
+        if unit not in (BUDGET, DURATION) and not value.is_integer():
+            raise ValueError(f"{text!r}: these are counted in whole numbers.")
+        return cls(value, unit, text)
+
+    @classmethod
+    def parse_interval(cls, text: str) -> Point:
+        """Raises ValueError for what nothing can be repeated at."""
+        point = cls.parse(text)
+        if point.value <= 0 or point.unit in (BUDGET, TOKEN):
+            raise ValueError(f"an interval must be a positive time such as 2000ba, 0.1dur or 30m, not {text}.")
+        return point
+
+    def reached(self, state: State) -> float:
+        """How much of `value` has passed, in its unit."""
+        if self.unit == BUDGET:
+            return _budgeted_clock(state, self.text).fraction
+        if self.unit == SECONDS:
+            return _clock(state, self.text).elapsed if self.value else 0.0
+        if self.unit == DURATION:
+            elapsed = state.get_elapsed_duration()
+            return -math.inf if elapsed is None else elapsed.value
+        return state.timestamp.get(self.unit).value
+
+    def progress(self, state: State) -> float:
+        """How much of the way there is done after the step in hand, from 0 to 1: what a scheduler, asked during a step, needs."""
+        if self.value == 0:
+            return 1.0
+        if self.unit in (BUDGET, SECONDS):
+            done = self.reached(state)
+        elif self.unit == DURATION:
+            assert state.max_duration is not None
+            done = count_after_step(state, state.max_duration.unit.value) / state.max_duration.value
+        else:
+            done = count_after_step(state, self.unit)
+        return min(done / self.value, 1.0)
+
+    def seconds_left(self, state: State, seconds_per_batch: float) -> float:
+        """Estimate of the training time until then, at the present pace; inf if it can't be known."""
+        if self.unit == SECONDS:
+            return self.value - _clock(state, self.text).elapsed
+        if self.unit == BUDGET:
+            clock = _budgeted_clock(state, self.text)
+            assert clock.budget is not None
+            return self.value * clock.budget - clock.elapsed
+        reached = self.reached(state)
+        batches_per_unit = int(state.timestamp.batch) / reached if reached > 0 else math.inf
+        return (self.value - reached) * batches_per_unit * seconds_per_batch
+
+
+def count_after_step(state: State, unit: str) -> float:
+    """Batches, samples or (parts of) epochs at the end of the step in hand, whose `timestamp` is still that of its beginning."""
+    now, before = state.timestamp, state.previous_timestamp
+    count = now.get(unit).value
+    if unit == BATCH:
+        return count + 1
+    if unit == EPOCH:
+        return count + (int(now.batch_in_epoch) + 1) / int(state.dataloader_len) if state.dataloader_len else count
+    return count + max(count - before.get(unit).value, 0) if before is not None else count  # as many as in the step before
+
+
+def _clock(state: State, text: str) -> TrainingClock:
+    from prx_composer.schedule.clock import clock_of
+
+    try:
+        return clock_of(state)
+    except RuntimeError as error:
+        raise UserError(f"{text}: time is measured by train.py only; here, give batches, samples, epochs or dur.") from error
+
+
+def _budgeted_clock(state: State, text: str) -> TrainingClock:
+    clock = _clock(state, text)
+    if clock.budget is None:
+        raise UserError(f"{text} is a part of the time budget, and the run has none; set time_budget=24h, say.")
+    return clock
+
+
+class Moment:
+    """The first of one or several points of time: "100000ba", "2h", "100000ba or 0.83budget".
+
+    Seconds and parts of the budget are of training over all restarts (`TrainingClock`), and the same on all ranks. A moment that
+    has come stays come: batches and training time only grow, and the clock remembers the largest part of the budget that was
+    reached, also when the budget is raised. (Only a longer `max_duration` moves "dur"s that have passed.)
+
+    Args:
+        text: alternatives, separated by " or ".
+
+    Raises:
+        ValueError: one of them is no time.
+    """
+
+    def __init__(self, text: str):
+        self.text = " ".join(str(text).split())
+        self.points = tuple(Point.parse(part) for part in self.text.split(" or "))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"Moment({self.text!r})"
+
+    def has_come(self, state: State) -> bool:
+        return any(point.reached(state) >= point.value for point in self.points)
+
+    def progress(self, state: State) -> float:
+        """How much of the way there is done after the step in hand, from 0 to 1."""
+        return max(point.progress(state) for point in self.points)
+
+    def seconds_left(self, state: State, seconds_per_batch: float) -> float:
+        """Estimate of the training time until then, at the present pace; inf if it can't be known."""
+        return max(min(point.seconds_left(state, seconds_per_batch) for point in self.points), 0.0)
+
+    @property
+    def is_beginning(self) -> bool:
+        """Whether it has come before the first step."""
+        return any(point.value == 0 for point in self.points)
+
+    def surely_by(self, other: Moment) -> bool:
+        """Whether it is certain not to come later than `other`; points in different units can't be compared."""
+        return self.is_beginning or all(any(_not_later(mine, theirs) for mine in self.points) for theirs in other.points)
+
+    def may_precede(self, other: Moment) -> bool:
+        """Whether it comes no later than `other` whenever the same unit decides about both."""
+        return any(_not_later(mine, theirs) for mine in self.points for theirs in other.points)
+
+
+def names_budget(text: str) -> bool:
+    """Whether a string is a moment one of whose alternatives is a part of the time budget."""
+    try:
+        return any(point.unit == BUDGET for point in Moment(text).points)
+    except ValueError:
+        return False
+
+
+def _not_later(first: Point, second: Point) -> bool:
+    return first.unit == second.unit and first.value <= second.value
+
+
+class ScheduleWindow:
+    """start ≤ now < end.
+
+    Args:
+        start: a `Moment`, such as "1000ba", "0.1dur" or "2h or 0.1budget".
+        end: likewise, or None for the end of training.
+
+    Raises:
+        ValueError: not a time string.
+    """
+
+    def __init__(self, start: str = "0ba", end: str | None = None):
+        self.start = Moment(start)
+        self.end = None if end is None else Moment(end)
+
+    def contains(self, state: State) -> bool:
+        return self.start.has_come(state) and not self.is_over(state)
+
+    def is_over(self, state: State) -> bool:
+        """Whether the window has closed for good."""
+        return self.end is not None and self.end.has_come(state)
+
+    def is_open_throughout(self) -> bool:
+        """Whether it has neither a start nor an end."""
+        return self.start.is_beginning and self.end is None
+
+    def is_disjoint_from(self, other: ScheduleWindow) -> bool:
+        """Whether the two are certain never to be open at once; times in different units can't be compared."""
+        return self._ends_before(other) or other._ends_before(self)
+
+    def _ends_before(self, other: ScheduleWindow) -> bool:
+        return self.end is not None and self.end.surely_by(other.start)

@@ -1,0 +1,281 @@
+"""Whether the data can serve every stage: splits, columns, shards, buckets and a first look at the images."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prx_composer.common.errors import UserError, at_path, raise_all
+from prx_composer.data.buckets import Bucket
+from prx_composer.data.dataset import read_manifest
+from prx_composer.data.latents import names_of, size_problem
+from prx_composer.data.mds import open_local
+from prx_composer.data.sampler import fewer_than_a_batch
+from prx_composer.data.schema import MANIFEST, Manifest
+from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, read_column
+from prx_composer.data.transforms import UNDECODABLE, decode_image
+from prx_composer.recipe.config import Recipe
+from prx_composer.recipe.data_sets import data_sets, weights_of
+from prx_composer.recipe.schedule_checks import schedule_problems
+from prx_composer.schedule.moments import ScheduleWindow
+from prx_composer.training.preflight.bucket_fill import check_buckets, counted, some
+from prx_composer.training.preflight.examine import Parts, PlannedStage
+from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped, warned
+from prx_composer.training.preparation import Making, unmade_sources
+
+REMOTE_TIMEOUT = 20.0  # seconds for a manifest of a few kilobytes
+LOOKED_AT = 10  # samples of a bucket, if the first cannot be decoded
+NAMED = 4  # broken files that are named; the others are counted
+
+
+def check_data(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+    """The splits of both loaders; `parts.stages` and `parts.multiple` may be unknown, and what needs them is then left out."""
+    to_be_made: set[str] = set()
+    for key in ("train_loader", "eval_loader"):
+        spec = getattr(recipe, key)
+        if spec is not None and parts.is_wrong(key):
+            yield skipped(key, "its arguments must be right first")
+        elif spec is not None:
+            yield from guarded(_check_loader(recipe, key, parts, to_be_made))
+
+
+def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) -> Iterator[Result]:
+    spec = getattr(recipe, key)
+    if spec.get("name") != "image_caption":
+        yield skipped(key, f"the loader {spec.get('name')!r} is not of this package")
+        return
+    if key == "train_loader":
+        stages = parts.stages
+    else:  # it stays at one size
+        size = recipe.global_eval_batch_size or recipe.global_train_batch_size
+        stages = [PlannedStage("", recipe.image_size, size, size, 1, ScheduleWindow())]
+    unmade = {making.key: making for making in unmade_sources(spec, key)}
+    to_be_made.update(str(making.path) for making in unmade.values())
+    with at_path(key):
+        found = data_sets(spec)
+    tables: list[dict[Bucket, int]] = []
+    trained = {f"{stage.path}image_size": stage.image_size for stage in parts.stages}  # evaluation follows the stages
+    for where, arguments in found.items():
+        name = f"{key}.{where}" if where else key
+        if name in unmade:
+            yield from _check_unmade(unmade[name], arguments, stages, parts.multiple)
+            if name == "train_loader" and (known := getattr(unmade[name].source, "train_samples", None)) is not None:
+                yield from _check_enough(recipe, known, stages)
+            continue
+        if arguments["path"] in to_be_made:
+            yield skipped(name, f"train_loader.source makes {arguments['path']} on first use")
+            continue
+        manifest = _remote_manifest(name, arguments) if arguments.get("remote") else _local_manifest(name, arguments)
+        tables.append(manifest.buckets)
+        yield from _check_data_set(name, arguments, manifest, stages, parts.multiple, {"image_size": recipe.image_size} | trained)
+    if key == "train_loader" and tables and len(tables) == len(found):
+        mix = spec.get("mix")
+        yield from check_buckets(key, tables, weights_of(mix or {}), stages, mixed=mix is not None)
+        samples = sum(sum(table.values()) for table in tables)
+        yield from _check_enough(recipe, samples, stages)
+        yield from _check_epochs(recipe, samples)
+
+
+def _check_enough(recipe: Recipe, samples: int, stages: list[PlannedStage]) -> Iterator[Result]:
+    """Whether the batch that the loader begins with, and that of every stage, are at most what there is to train on."""
+    sizes = {"": recipe.global_train_batch_size} | {stage.path: stage.global_batch_size for stage in stages}
+    for path, size in sizes.items():
+        if problem := fewer_than_a_batch(samples, size, path):
+            yield failed(problem)
+
+
+def _check_epochs(recipe: Recipe, samples: int) -> Iterator[Result]:
+    """What the recipe says in epochs, now that it is known how long one is; all but what could be said without."""
+    if recipe.algorithms.get("progressive_resolution"):
+        return
+    known = set(schedule_problems(vars(recipe)))
+    for problem in schedule_problems(vars(recipe), samples / recipe.global_train_batch_size):
+        if problem not in known:
+            yield failed(problem)
+
+
+def _check_unmade(making: Making, spec: dict[str, Any], stages: list[PlannedStage], multiple: int | None) -> Iterator[Result]:
+    for stored in ("text_embedding", "latent"):
+        if spec.get(stored):
+            yield failed(
+                f"{making.key}.{stored}: nothing is stored beside data that {making.key}.source still has to make; leave it out."
+            )
+    yield skipped(making.key, f"the source {making.spec['name']!r} makes the data on first use, in {making.path}")
+    for note in getattr(making.source, "notes", ()):
+        yield warned(f"{making.key}.source", note)
+    yield from _check_sizes(making.key, making.source.buckets, making.source.image_size, stages, multiple)
+
+
+def _check_data_set(
+    key: str,
+    spec: dict[str, Any],
+    manifest: Manifest,
+    stages: list[PlannedStage],
+    multiple: int | None,
+    image_sizes: dict[str, int],
+) -> Iterator[Result]:
+    path, name = spec["path"], spec.get("split", "train")
+    folder = Path(path) / name
+    facts = [f"{sum(manifest.buckets.values()):,} samples in {counted(len(manifest.buckets), 'bucket')}"]
+    if not spec.get("remote"):
+        facts.append(_check_shards(key, folder, manifest, spec))
+    captions = spec.get("captions") or {manifest.captions[0]: 1}
+    facts.append(f"captions: {', '.join(captions)}")
+    if (stored := spec.get("text_embedding")) and not spec.get("remote"):
+        for caption in captions:
+            column = read_column(encoded_folder(path, name, stored, caption), "text", f"{key}.text_embedding")
+            facts.append(f"embeddings of {caption} by {column.encoder}, {column.storage}")
+    latents = {}
+    if not spec.get("remote"):
+        for column_name in names_of(spec.get("latent")):
+            made = encoded_folder(path, name, column_name, IMAGE)
+            latents[column_name] = column = read_column(made, "latents", f"{key}.latent")
+            facts.append(f"latents of {column.image_size} px by {column.encoder}, {column.storage}")
+    yield passed(key, f"{spec.get('remote') or path}/{name}: {'; '.join(facts)}")
+    yield from _check_sizes(key, list(manifest.buckets), manifest.image_size, stages, multiple)
+    if latents and multiple is not None:
+        yield from _check_latents(key, latents, manifest, image_sizes, multiple)
+    if spec.get("remote"):
+        yield skipped(f"{key}: shards and images", f"they lie on {spec['remote']}")
+    else:
+        yield from _check_images(key, folder, manifest)
+
+
+# ------------------------------------------------------------------------------------------------------- manifests
+
+
+def _local_manifest(key: str, spec: dict[str, Any]) -> Manifest:
+    with at_path(key, TypeError, AttributeError):
+        if "path" not in spec:
+            raise UserError(f"{key}.path is missing: the folder of the data set.")
+        return read_manifest(spec["path"], spec.get("split", "train"), spec.get("captions"), spec.get("features"))
+
+
+def _remote_manifest(key: str, spec: dict[str, Any]) -> Manifest:
+    from streaming.base.storage import CloudDownloader
+
+    name = spec.get("split", "train")
+    source = f"{spec['remote']}/{name}/{MANIFEST}"
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / name).mkdir()
+        try:
+            CloudDownloader.get(source).download(source, f"{temporary}/{name}/{MANIFEST}", timeout=REMOTE_TIMEOUT)
+        except Exception as error:  # every cloud's SDK has its own, and one that is missing
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise UserError(
+                f"{key}.remote: {source} cannot be fetched ({reason}); check the address and your credentials."
+            ) from error
+        with at_path(f"{key}.remote", TypeError, AttributeError):
+            return read_manifest(temporary, name, spec.get("captions"), spec.get("features"))
+
+
+# ---------------------------------------------------------------------------------------------------------- shards
+
+
+def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, Any]) -> str:
+    """Compares what lies in the folder with the index of every bucket, by name and size; returns what was looked at.
+
+    Raises:
+        UserError: files that are missing or cut short, an index with other samples or columns than the manifest's.
+    """
+    problems, broken, shards = [], [], 0
+    wanted = {"image", *(spec.get("captions") or manifest.captions), *manifest.features.keys() & {*(spec.get("features") or [])}}
+    for bucket, count in manifest.buckets.items():
+        index = folder / str(bucket) / "index.json"
+        try:
+            listed = json.loads(index.read_text())["shards"]
+            files = [(shard["raw_data"]["basename"], int(shard["raw_data"]["bytes"])) for shard in listed]
+            sizes = _sizes(index.parent, {str(Path(name).parent) for name, _ in files})
+            samples = sum(int(shard["samples"]) for shard in listed)
+            columns = set(listed[0]["column_names"]) if listed else set()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problems.append(f"{key}: {index} cannot be read ({error}); copy or convert bucket {bucket} again.")
+            continue
+        shards += len(files)
+        for name, size in files:
+            if sizes.get(name) != size:
+                state = f"{sizes[name]:,} of {size:,} bytes" if name in sizes else "missing"
+                broken.append(f"{bucket}/{name} ({state})")
+        if samples != count:
+            problems.append(
+                f"{key}: {index} lists {samples:,} samples, but {folder / MANIFEST} {count:,}; convert the data again."
+            )
+        if lacking := sorted(wanted - columns):
+            problems.append(f"{key}: the shards of bucket {bucket} have no column {', '.join(lacking)}; convert the data again.")
+    if broken:
+        named = ", ".join(broken[:NAMED]) + (f" and {len(broken) - NAMED} more" if len(broken) > NAMED else "")
+        problems.append(
+            f"{key}: {len(broken)} of {counted(shards, 'shard file')} in {folder} missing or cut short: {named}. Copy or convert "
+            "them again."
+        )
+    raise_all(problems)
+    return f"{counted(shards, 'shard file')}, all there and whole by size"
+
+
+def _sizes(folder: Path, below: set[str]) -> dict[str, int]:
+    """Bytes of every file in some folders below one, by the name that an index gives them."""
+    sizes: dict[str, int] = {}
+    for part in below:
+        if (folder / part).is_dir():
+            sizes |= {str(Path(part, entry.name)): entry.stat().st_size for entry in os.scandir(folder / part)}
+    return sizes
+
+
+def _check_images(key: str, folder: Path, manifest: Manifest) -> Iterator[Result]:
+    """Decodes the first image of every bucket."""
+    undecodable = []
+    for bucket, count in manifest.buckets.items():
+        samples = open_local(folder / str(bucket))
+        for index in range(min(count, LOOKED_AT)):
+            row = samples[index]
+            try:
+                decode_image(row["image"], *bucket)
+                break
+            except UNDECODABLE as error:
+                undecodable.append(f"{bucket}: {row.get('key') or f'sample {index}'} ({error})")
+        else:
+            yield failed(
+                f"{key}: none of the first {min(count, LOOKED_AT)} images of bucket {bucket} in {folder} can be decoded, such as "
+                f"{undecodable[-1]}. Convert the data again."
+            )
+            return
+    if undecodable:
+        named = ", ".join(undecodable[:NAMED])
+        yield warned(key, f"{counted(len(undecodable), 'image')} at the beginning of a bucket cannot be decoded: {named}")
+    else:
+        each = "the first image of every bucket decodes" if len(manifest.buckets) > 1 else "the first image decodes"
+        yield passed(key, each)
+
+
+# --------------------------------------------------------------------------------------------------------- buckets
+
+
+def _check_sizes(
+    key: str, buckets: list[Bucket], base_size: int, stages: list[PlannedStage], multiple: int | None
+) -> Iterator[Result]:
+    if multiple is None:
+        return
+    uneven = sorted({bucket for bucket in buckets for stage in stages if _is_uneven(bucket, stage, base_size, multiple)})
+    if uneven:
+        yield failed(
+            f"{key}: {counted(len(uneven), 'bucket')} cannot be cut into patches of {multiple}: {some(uneven)}. Convert the data "
+            "with that multiple, or change model.backbone.patch_size."
+        )
+
+
+def _check_latents(
+    key: str, latents: dict[str, StoredColumn], manifest: Manifest, image_sizes: dict[str, int], multiple: int
+) -> Iterator[Result]:
+    """Whether there are some of every image size, which are given by YAML path."""
+    buckets = sorted(manifest.buckets)
+    for image_size in sorted(set(image_sizes.values())):
+        sizes = [bucket.at(image_size, manifest.image_size, multiple) for bucket in buckets]
+        if problem := size_problem(latents, buckets, manifest.image_size, image_size, sizes):
+            path = next(path for path, size in image_sizes.items() if size == image_size)
+            yield failed(f"{key}.latent: {path}: {problem}")
+
+
+def _is_uneven(bucket: Bucket, stage: PlannedStage, base_size: int, multiple: int) -> bool:
+    return any(side % multiple for side in bucket.at(stage.image_size, base_size, multiple))

@@ -1,0 +1,264 @@
+"""Whether the weights that a recipe names can be had: a folder, the local cache, or a hub that answers. Nothing is downloaded."""
+
+import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from prx_composer.algorithms.lpips import LPIPS, torchvision_weights, weights_are_missing
+from prx_composer.common.errors import UserError
+from prx_composer.models.vision_encoder import TeacherSpec
+from prx_composer.recipe.arguments import split
+from prx_composer.recipe.config import Recipe
+from prx_composer.runs.checkpoints import newest_checkpoint
+from prx_composer.runs.folder import TOKENIZER
+from prx_composer.runs.frozen_parts import with_kept
+from prx_composer.runs.init_from import check_init_from
+from prx_composer.training.preflight.examine import Parts
+from prx_composer.training.preflight.result import Result, failed, passed, warned
+
+TIMEOUT = 5.0  # seconds for one answer
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Something that a recipe loads by name.
+
+    Args:
+        path: in the YAML.
+        name: hub id or folder.
+        revision, subfolder: where in the repository.
+        weights, tokenizer: what of it is loaded.
+    """
+
+    path: str
+    name: str
+    revision: str | None = None
+    subfolder: str | None = None
+    weights: bool = True
+    tokenizer: bool = False
+
+
+def references(recipe: Recipe, algorithms: Iterable[Any], model: bool = True) -> list[Reference]:
+    """What a recipe loads through transformers and diffusers: its model's encoder and tokenizer, an autoencoder, teachers."""
+    found = _of_model(recipe) if model else []
+    for algorithm in algorithms:
+        teacher = getattr(algorithm, "teacher", None)
+        path = f"algorithms.{getattr(algorithm, 'name', type(algorithm).__name__)}.teacher"
+        if isinstance(teacher, str):
+            found.append(Reference(path, teacher))
+        elif isinstance(teacher, TeacherSpec) and teacher.pretrained is not None:
+            found.append(Reference(path, teacher.pretrained, teacher.revision))
+    return found
+
+
+def _of_model(recipe: Recipe) -> list[Reference]:
+    found = []
+    _, model = split(with_kept(recipe.model, Path(recipe.run_folder)), "model")
+    if isinstance(encoder := model.get("text_encoder"), dict):
+        pretrained, revision = encoder.get("pretrained"), encoder.get("revision")
+        tokenizer: Any = encoder.get("tokenizer", pretrained)
+        if (Path(recipe.run_folder) / TOKENIZER).exists() or not isinstance(tokenizer, str):  # a run keeps its own
+            tokenizer = None
+        if pretrained:
+            found.append(Reference("model.text_encoder", pretrained, revision, tokenizer=tokenizer == pretrained))
+        if tokenizer not in (None, pretrained):
+            found.append(Reference("model.text_encoder.tokenizer", tokenizer, revision, weights=False, tokenizer=True))
+    autoencoder = model.get("autoencoder")
+    if isinstance(autoencoder, dict) and autoencoder.get("pretrained"):
+        where = autoencoder.get("revision"), autoencoder.get("subfolder")
+        found.append(Reference("model.autoencoder", autoencoder["pretrained"], *where))
+    return found
+
+
+def check_weights(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+    """One result per reference; those that must be asked for are asked for at once."""
+    algorithms = list(parts.algorithms.values())
+    if source := recipe.model.get("init_from"):
+        yield from _check_init_from(recipe, source, parts)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(_answer, references(recipe, algorithms, model=not parts.is_wrong("model"))))
+    yield from (result for result, _ in answers)
+    if download := sum(size for _, size in answers):
+        yield from _check_cache(download)
+    for algorithm in algorithms:
+        if isinstance(algorithm, LPIPS) and not algorithm.random_weights:
+            yield _answer_torchvision(algorithm)
+
+
+def _check_init_from(recipe: Recipe, source: Any, parts: Parts) -> Iterator[Result]:
+    newest = newest_checkpoint(Path(recipe.run_folder)) if recipe.autoresume else None
+    if parts.is_wrong("model"):
+        return
+    if newest is not None:
+        yield passed("model.init_from", f"is not read again: the run goes on from {newest.path}")
+        return
+    try:
+        yield passed("model.init_from", check_init_from(source, parts.backbone))
+    except UserError as error:
+        yield failed(str(error))
+
+
+def _answer(reference: Reference) -> tuple[Result, int]:
+    """The result, and how many bytes will be downloaded."""
+    try:
+        fact, size = _look_up(reference)
+        return passed(reference.path, f"{reference.name} {fact}"), size
+    except UserError as error:
+        return failed(f"{reference.path}: {reference.name} cannot be loaded: {error}"), 0
+
+
+def _look_up(reference: Reference) -> tuple[str, int]:
+    folder = Path(reference.name).expanduser()
+    if folder.is_dir():
+        if missing := _what_is_missing(folder, reference):
+            raise UserError(f"the folder has no {missing}.")
+        return "is a folder", 0
+    cached = _cached(reference)
+    missing = None if cached is None else _what_is_missing(cached, reference)
+    if cached is not None and missing is None:
+        return "is in the local cache", 0
+    cache = f"the local cache, {constants.HF_HUB_CACHE},"
+    there = f"it is not in {cache}" if cached is None else f"{cache} lacks its {missing},"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{there} and HF_HUB_OFFLINE is set. {_elsewhere(reference)}")
+    return _ask_hub(reference, there)
+
+
+def _elsewhere(reference: Reference) -> str:
+    return (
+        f"Run `hf download {reference.name}` where there is a network (if it is gated, accept its licence and `hf auth login` "
+        "first), and give its folder instead of the hub id."
+    )
+
+
+def _cached(reference: Reference) -> Path | None:
+    try:
+        return Path(snapshot_download(reference.name, revision=reference.revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:  # a path, not an id
+        raise UserError("there is no such folder, and it is no hub id either.") from error
+
+
+def is_here(reference: Reference) -> bool:
+    """Whether nothing of it must be downloaded."""
+    folder: Path | None = Path(reference.name).expanduser()
+    try:
+        folder = folder if folder.is_dir() else _cached(reference)
+    except UserError:
+        return False
+    return folder is not None and _what_is_missing(folder, reference) is None
+
+
+def _what_is_missing(folder: Path, reference: Reference) -> str | None:
+    """What a folder lacks of what is loaded from it, in words; None if all is there."""
+    if reference.tokenizer and not any((folder / name).exists() for name in _TOKENIZERS):
+        return f"tokenizer ({_TOKENIZERS[0]} or the like)"
+    if not reference.weights:
+        return None
+    folder = folder / (reference.subfolder or "")
+    if not (folder / "config.json").exists():
+        return "config.json"
+    lacking = []
+    for index in folder.glob("*.index.json"):
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        if absent := sorted(shard for shard in shards if not (folder / shard).exists()):
+            lacking.append(f"{len(absent)} of {len(shards)} shards of the weights")
+        else:
+            return None
+    if lacking:
+        return lacking[0]
+    return None if any(path.exists() for pattern in _WEIGHTS for path in folder.glob(pattern)) else "weights (*.safetensors)"
+
+
+def _ask_hub(reference: Reference, there: str) -> tuple[str, int]:
+    api = HfApi()
+    try:
+        info = api.model_info(reference.name, revision=reference.revision, files_metadata=True, timeout=TIMEOUT)
+        if info.gated or info.private:  # its description may be public
+            api.auth_check(reference.name)
+    except GatedRepoError as error:
+        page = f"{constants.ENDPOINT}/{reference.name}"
+        raise UserError(f"it is gated. Accept its licence on {page} and run `hf auth login`.") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"it has no revision {reference.revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{constants.ENDPOINT} has none of that name, or it is private. Mend the name, or `hf auth login`."
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(f"{there} and {constants.ENDPOINT} answers: {_first_line(error)}") from error
+    except Exception as error:  # the many ways in which requests and httpx say that nobody is there
+        silence = f"{constants.ENDPOINT} does not answer ({_first_line(error)})"
+        raise UserError(f"{there} and {silence}. {_elsewhere(reference)}") from error
+    files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    needed = f"{reference.subfolder}/config.json" if reference.subfolder else "config.json"
+    if reference.weights and needed not in files:
+        raise UserError(f"the repository has no {needed}; mend `pretrained` or `subfolder`.")
+    size = _download_size(files, reference) if reference.weights else 0
+    return f"is downloaded on first use ({size / 1e9:.1f} GB)" if size else "is downloaded on first use", size
+
+
+def _download_size(files: dict[str, int], reference: Reference) -> int:
+    """Of the weights in one format, which are nearly all of it."""
+    prefix = f"{reference.subfolder}/" if reference.subfolder else ""
+    here = [name for name in files if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
+    for ending in (".safetensors", ".bin"):
+        if size := sum(files[name] for name in here if name.endswith(ending)):
+            return size
+    return 0
+
+
+def _check_cache(download: int) -> Iterator[Result]:
+    """Only a warning: a repository may hold the weights more than once."""
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+    if free < 1.2 * download:
+        yield warned(
+            "HF_HUB_CACHE",
+            f"{cache} has {free / 1e9:.1f} GB free, and about {download / 1e9:.1f} GB will be downloaded; set it to a folder "
+            "with more room",
+        )
+
+
+def _answer_torchvision(algorithm: LPIPS) -> Result:
+    path = "algorithms.lpips"
+    if algorithm.weights is not None:
+        if Path(algorithm.weights).is_file():
+            return passed(path, f"weights are in {algorithm.weights}")
+        return failed(f"{path}.weights: there is no file {algorithm.weights}.")
+    title, url, file = torchvision_weights(algorithm.net)
+    if file.is_file():
+        return passed(path, f"torchvision's {title} is in {file}")
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+    except (OSError, ValueError) as error:
+        return failed(weights_are_missing(algorithm.net, _first_line(error)))
+    return passed(path, f"torchvision's {title} is downloaded on first use ({size / 1e6:.0f} MB)")
+
+
+def _first_line(error: BaseException) -> str:
+    """What is at the bottom of an error, in one line: requests and urllib wrap the reason in what they were doing."""
+    inner = getattr(error, "reason", None) or next((a for a in error.args if isinstance(a, BaseException)), None)
+    if isinstance(inner, BaseException):
+        return _first_line(inner)
+    return (str(error).strip().partition("\n")[0].rpartition("): ")[2] or type(error).__name__)[:200]

@@ -1,0 +1,54 @@
+"""What a check found: one line of the page."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from prx_composer.common.errors import UserError, problems_of, raise_all
+
+
+@dataclass(frozen=True)
+class Result:
+    """✓ is right, ! will train but should be known, ✗ must be mended, – could not be checked here."""
+
+    mark: Literal["✓", "!", "✗", "–"]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.mark} {self.text}"
+
+
+def passed(what: str, fact: str) -> Result:
+    return Result("✓", f"{what}: {fact}")
+
+
+def warned(what: str, fact: str) -> Result:
+    return Result("!", f"{what}: {fact}")
+
+
+def failed(problem: str) -> Result:
+    """`problem` begins with the YAML path, as the message of every UserError does."""
+    return Result("✗", problem)
+
+
+def skipped(what: str, reason: str) -> Result:
+    return Result("–", f"{what}: not checked here, because {reason}")
+
+
+def guarded(results: Iterable[Result]) -> Iterable[Result]:
+    """The results of a check, as they come; a UserError ends it and becomes one more for everything that it names."""
+    try:
+        yield from results
+    except UserError as error:
+        yield from map(failed, problems_of(error))
+
+
+def require(results: Iterable[Result]) -> list[Result]:
+    """Returns all results.
+
+    Raises:
+        UserError: with everything that must be mended, if anything must.
+    """
+    results = list(results)
+    raise_all([result.text for result in results if result.mark == "✗"])
+    return results

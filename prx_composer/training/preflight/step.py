@@ -1,0 +1,259 @@
+"""The steps that a run will make, tried before the first: every stage, with the extreme image sizes, at its microbatch.
+
+So that what fits no GPU, and what an auxiliary loss cannot do with images of a later stage, is said in the first minute.
+"""
+
+import gc
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import State
+from composer.utils import dist
+
+from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
+from prx_composer.common.errors import UserError, problems_of
+from prx_composer.data.bucketed import SampleRequest
+from prx_composer.data.buckets import Bucket
+from prx_composer.data.collate import channels_first
+from prx_composer.data.loader import ImageCaptionLoader
+from prx_composer.models.huggingface import returned_afterwards
+from prx_composer.recipe.config import Recipe
+from prx_composer.training.preflight.examine import PlannedStage, planned_stages
+from prx_composer.training.preflight.probe import (
+    forward_and_backward,
+    is_sharded,
+    is_sometimes_dense,
+    optimizer_state_bytes,
+    switched,
+    undisturbed,
+    unwrapped,
+)
+from prx_composer.training.preflight.result import Result, failed, passed, require, skipped
+
+log = logging.getLogger(__name__)
+
+RECORD = "preflight.json"
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # what cuDNN and cuBLAS say has no exception of its own
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step to be tried.
+
+    Args:
+        stage: of the run.
+        bucket: index in the data set.
+        size: of its images in this stage.
+        dense: without routing, which is off in a part of the stage.
+    """
+
+    stage: PlannedStage
+    bucket: int
+    size: Bucket
+    dense: bool
+
+    def __str__(self) -> str:
+        return f"{self.stage.microbatch_size} × {self.size}" + (" without routing" if self.dense else "")
+
+
+def extremes(sizes: list[Bucket]) -> list[int]:
+    """Indices of the sizes with most and with fewest pixels, of the widest and the tallest; each size once."""
+    pixels: Callable[[int], float] = lambda index: sizes[index].height * sizes[index].width  # noqa: E731
+    aspect: Callable[[int], float] = lambda index: sizes[index].width / sizes[index].height  # noqa: E731
+    every = range(len(sizes))
+    chosen = [max(every, key=pixels), min(every, key=pixels), max(every, key=aspect), min(every, key=aspect)]
+    return list({sizes[index]: index for index in reversed(chosen)}.values())[::-1]
+
+
+def try_steps(trainer: Trainer, recipe: Recipe) -> list[Result]:
+    """Makes one forward and backward pass for every stage that is to come and every extreme image size; on all ranks alike.
+
+    Afterwards nothing is different (see `undisturbed`). On a GPU a step is tried at its peak: beside what the optimizer will
+    keep, and, where a batch has several microbatches, beside the gradients of the one before.
+    """
+    state = trainer.state
+    if not isinstance(state.train_dataloader, ImageCaptionLoader):
+        return [skipped("step", "the train_loader is not of this package")]
+    loader, results, tried, peak = state.train_dataloader, [], [], 0
+    with undisturbed(state), ExitStack() as stage_context:
+        stage = None
+        for step in _steps(state, recipe, loader):
+            if step.stage is not stage:  # a teacher of one stage does not lie on the GPU in another
+                stage_context.close()
+                stage_context.enter_context(returned_afterwards())
+                stage = step.stage
+            try:
+                step_peak = _try(state, step, loader)
+            except UserError as error:
+                results.extend(map(failed, problems_of(error)))
+                if is_sharded(state):  # the ranks may be at different collectives
+                    break
+                continue
+            tried.append(str(step))
+            peak = max(peak, step_peak)
+            if step_peak:
+                results.append(passed("step", f"{step}: peak {_of_memory(step_peak)}"))
+    if tried and not peak:
+        results.append(passed("step", f"forward and backward pass of {', '.join(dict.fromkeys(tried))}"))
+    elif peak:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        results.append(passed("memory", f"the largest step takes {_of_memory(peak)}"))
+    return results
+
+
+def _steps(state: State, recipe: Recipe, loader: ImageCaptionLoader) -> Iterator[_Step]:
+    dataset, model = loader.dataset, unwrapped(state)
+    multiple = model.backbone.patch_size * model.autoencoder.downsampling
+    for stage in planned_stages(recipe, list(state.algorithms), dist.get_world_size())[_first_stage(state) :]:
+        sizes = [bucket.at(stage.image_size, dataset.image_size, multiple) for bucket in dataset.buckets]
+        for number, index in enumerate(extremes(sizes)):
+            yield _Step(stage, index, sizes[index], dense=False)
+            if number == 0 and is_sometimes_dense(state, stage.window):
+                yield _Step(stage, index, sizes[index], dense=True)
+
+
+def _first_stage(state: State) -> int:
+    """The stage that a resumed run is in."""
+    for algorithm in state.algorithms:
+        if isinstance(algorithm, ProgressiveResolution):
+            return next(i for i, stage in enumerate(algorithm.stages) if stage is algorithm.stage)
+    return 0
+
+
+def _try(state: State, step: _Step, loader: ImageCaptionLoader) -> int:
+    """Returns the peak of memory in bytes, 0 without a GPU.
+
+    Raises:
+        UserError: whatever went wrong.
+    """
+    try:
+        with switched(state, step.stage.window, step.dense):
+            return _run(state, step, channels_first(state.device.batch_to_device(_microbatch(loader, step))))
+    except UserError:
+        raise
+    except Exception as error:  # of anybody's loss
+        if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+            problem = _out_of_memory(step)
+        elif isinstance(error, KeyError) and error.args == ("image",) and not loader.dataset.images:
+            problem = (
+                "train_loader.images: an algorithm looks at the batch's images, which train_loader.latent leaves out; set "
+                "train_loader.images: true."
+            )
+        else:
+            log.warning("A step of %s failed", step, exc_info=True)
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            problem = f"{step.stage.path}image_size: a step of {step} fails with {reason}"
+    finally:
+        for parameter in state.model.parameters():
+            parameter.grad = None
+    if state.device.name == "gpu":
+        gc.collect()  # the traceback, which is gone now, held the activations
+        torch.cuda.empty_cache()
+    raise UserError(problem)
+
+
+def _run(state: State, step: _Step, batch: Any) -> int:
+    on_gpu = state.device.name == "gpu"
+    passes = 1
+    ballast: list[torch.Tensor] = []
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        passes += step.stage.device_batch_size > step.stage.microbatch_size
+        for optimizer in state.optimizers:
+            ballast.append(torch.empty(optimizer_state_bytes(optimizer), dtype=torch.uint8, device=torch.cuda.current_device()))
+    losses = {}
+    for _ in range(passes):
+        losses = forward_and_backward(state, batch)
+    if wrong := [name for name, loss in losses.items() if not math.isfinite(loss.float().mean().item())]:
+        raise UserError(f"{step.stage.path}image_size: the loss is not finite ({', '.join(wrong)}) in a step of {step}.")
+    ballast.clear()
+    return torch.cuda.max_memory_allocated() if on_gpu else 0
+
+
+def _microbatch(loader: ImageCaptionLoader, step: _Step) -> Any:
+    """The first sample of the bucket, as often as a microbatch needs it, with captions of full length."""
+    dataset = loader.dataset
+    sample = dataset.look_at(SampleRequest(dataset.first_of(step.bucket), *step.size, epoch=0))
+    batch: dict[str, torch.Tensor] = loader.collate_fn([sample] * step.stage.microbatch_size)
+    if "attention_mask" in batch:
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+        if "text_position" in batch:  # stored embeddings of valid tokens: of all of them now
+            places = batch["attention_mask"].numel()
+            batch["text_embedding"] = torch.zeros(places, batch["text_embedding"].shape[1], dtype=batch["text_embedding"].dtype)
+            batch["text_position"] = torch.arange(places)
+    return batch
+
+
+def _out_of_memory(step: _Step) -> str:
+    stage = step.stage
+    smaller = [size for size in range(1, stage.microbatch_size) if stage.device_batch_size % size == 0]
+    remedy = (
+        f"Set it to {smaller[-1]}"
+        if smaller
+        else "Shard the weights (parallelism_config: {fsdp: {}}), or take smaller images or a smaller model"
+    )
+    return (
+        f"{stage.path}device_train_microbatch_size: out of memory in a step of {step} ({stage.image_size} px): it does not fit "
+        f"{_device()}. {remedy}."
+    )
+
+
+def _of_memory(peak: int) -> str:
+    return f"{peak / 1e9:.1f} GB of {_device()}"
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "this machine"
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return f"the {total / 1e9:.1f} GB of a {torch.cuda.get_device_name()}"
+
+
+# ------------------------------------------------------------------------------------------------- before training
+
+
+def try_steps_before_training(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
+    """`try_steps`, unless this run goes on where the same steps were tried before: as many ranks on the same kind of device.
+
+    Raises:
+        UserError: with everything that failed; where the weights are sharded, with what failed on this rank.
+    """
+    already = int(trainer.state.timestamp.batch) > 0 and _record(folder) == _circumstances()
+    decisions = [already]
+    dist.broadcast_object_list(decisions, src=0)
+    if decisions[0]:
+        return
+    results = try_steps(trainer, recipe)
+    if not is_sharded(trainer.state):  # else a rank that failed may have left the others in a collective
+        every: list[list[Result]] = dist.all_gather_object(results)
+        results += [result for of_rank in every for result in of_rank if result.mark == "✗"]
+    require(results)
+    if dist.get_global_rank() == 0:
+        for result in results:
+            log.info("Preflight: %s", result)
+
+
+def remember_steps(folder: Path) -> None:
+    """Says in the run folder on what the steps were tried."""
+    (folder / RECORD).write_text(json.dumps(_circumstances()) + "\n")
+
+
+def _record(folder: Path) -> Any:
+    try:
+        return json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _circumstances() -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"ranks": dist.get_world_size(), "device": device, "torch": torch.__version__}

@@ -1,0 +1,139 @@
+"""Composer's Trainer with a step during which the host waits for the device once, and late."""
+
+import datetime
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import composer
+import torch
+from composer.core import Event, Precision
+from composer.utils import dist
+from torch import Tensor
+
+from prx_composer.callbacks.finite_guard import FiniteGuard
+from prx_composer.common.distributed import HostGroup
+from prx_composer.recipe.resume import Change
+
+log = logging.getLogger(__name__)
+
+_READ = ("0.32.1",)  # the versions of Composer whose step is known here
+
+
+class LateRead:
+    """Numbers on the device, on their way to the host: the copy is asked for at once and waited for when it is needed.
+
+    Args:
+        tensors: of one element each, by name. They are summed over the ranks.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._names = list(tensors)
+        stacked = torch.cat([tensor.detach().reshape(1) for tensor in tensors.values()])
+        dist.all_reduce(stacked)
+        self._ready: Any = None
+        if stacked.is_cuda:
+            self._values = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            self._values.copy_(stacked, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._values = stacked
+
+    def wait(self) -> dict[str, float]:
+        """Waits for what the device was given before this object was made, and for nothing after it."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return dict(zip(self._names, self._values.tolist(), strict=True))
+
+
+class Trainer(composer.Trainer):
+    """Composer's Trainer, whose own step waits for the device at four places: for the size of the batch over all ranks, for the
+    loss that the optimizer's closure returns, for every logged loss, and for the count of samples.
+
+    Here sizes and counts are agreed on by the hosts, over gloo; there is no closure; and the losses, summed over the ranks by one
+    collective, are read when the optimizer has been handed to the device, which has its update to work on while the host goes on
+    to the next step. What is learned and logged is the same to the last bit.
+
+    With another version of Composer than those that were read for this, with amp_fp16 or with automatic microbatches, it is
+    Composer's own step.
+    """
+
+    resumed_changes: Sequence[Change] = ()
+    """What differs from the recipe in the checkpoint that was loaded."""
+
+    _losses: LateRead | None = None
+    _hosts: HostGroup | None = None
+
+    def __init__(self, *args: Any, **options: Any):
+        self._known = composer.__version__ in _READ
+        if not self._known:
+            log.warning("Composer %s: its own step is used, which waits for the device more often.", composer.__version__)
+        super().__init__(*args, **options)
+        self._hosts = HostGroup(float(options.get("dist_timeout", 600.0)))
+
+    @property
+    def _ours(self) -> bool:
+        fp16 = self.state.precision == Precision.AMP_FP16
+        return self._known and not (fp16 or self.state.auto_microbatching or self.accumulate_train_batch_on_tokens)
+
+    def _use_closures(self) -> bool:
+        return not self._ours and super()._use_closures()
+
+    def _train_batch(self, use_grad_scaling: bool) -> Any:
+        losses = super()._train_batch(use_grad_scaling)
+        if self._losses is None:  # it was Composer's own step
+            for guard in self._guards:
+                guard.take_answers(self.state, LateRead(losses | guard.questions(self.state)).wait())
+            return losses
+        read, self._losses = self._losses, None
+        values = read.wait()
+        for guard in self._guards:
+            values = guard.take_answers(self.state, values)
+        self.state.total_loss_dict = {name: value / dist.get_world_size() for name, value in values.items()}
+        self.logger.log_metrics(self.state.total_loss_dict)
+        return None  # nothing is left for the Trainer's loop to read
+
+    @property
+    def _guards(self) -> list[FiniteGuard]:
+        """The run's, if it has one."""
+        return [callback for callback in self.state.callbacks if isinstance(callback, FiniteGuard)]
+
+    def _train_microbatches(
+        self, microbatches: Sequence[Any], total_loss_dict: dict[str, Tensor], ddp_sync: bool = True
+    ) -> Tensor:
+        if not self._ours or not ddp_sync:
+            return super()._train_microbatches(microbatches, total_loss_dict, ddp_sync)
+        self.engine.run_event(Event.BEFORE_TRAIN_BATCH)
+        for optimizer in self.state.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        assert self._train_data_spec is not None and self._hosts is not None
+        own = sum(self._train_data_spec.get_num_samples_in_batch(microbatch) for microbatch in microbatches)
+        average_size = self._hosts.sums([own])[0] / dist.get_world_size()
+
+        whole_batch = self.state.batch
+        for index, microbatch in enumerate(microbatches):
+            self.state.batch = self._train_data_spec.microbatch_transforms(self.state.device.batch_to_device(microbatch))
+            losses = self._train_microbatch(False, average_size, index + 1 == len(microbatches))
+            for name, loss in losses.items():
+                name = f"loss/train/{name}"
+                total_loss_dict[name] = total_loss_dict[name] + loss if name in total_loss_dict else loss.reshape(1)
+        self.state.batch = whole_batch
+        questions = [guard.questions(self.state) for guard in self._guards]
+        self._losses = LateRead(total_loss_dict | (questions[0] if questions else {}))
+        self.engine.run_event(Event.AFTER_TRAIN_BATCH)
+        return total_loss_dict["loss/train/total"]
+
+    def _accumulate_time_across_ranks(
+        self, num_samples: int | float, num_tokens: int, batch_time: datetime.timedelta
+    ) -> tuple[int, int, datetime.timedelta]:
+        if not self._ours or isinstance(num_samples, float) or self._hosts is None:
+            return super()._accumulate_time_across_ranks(num_samples, num_tokens, batch_time)
+        seconds = batch_time.total_seconds() if dist.get_global_rank() == 0 else 0.0
+        samples, tokens, seconds = self._hosts.sums([num_samples, num_tokens, seconds])
+        return int(samples), int(tokens), datetime.timedelta(seconds=seconds)
+
+    def close(self) -> None:
+        super().close()
+        if self._hosts is not None:
+            self._hosts.close()
