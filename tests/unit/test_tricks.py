@@ -17,10 +17,10 @@ from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.optim.groups import AdamW
 from prx_composer.recipe import config
-from prx_composer.training.check import check_config
 from prx_composer.training.components import build_components
 from prx_composer.training.preflight.examine import examine
 from prx_composer.training.preflight.pretrained import check_weights
+from prx_composer.training.trial import check_config
 
 Build = Callable[..., TextToImage]
 Recipe = dict[str, Any]
