@@ -1,6 +1,5 @@
 """Vision encoders as teachers: any transformers one, frozen, from images to a grid of patch features."""
 
-import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from transformers import AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prx_composer.models.autoencoder import Pixels
+from prx_composer.models.constants import cached_tensor
 from prx_composer.models.frozen import Frozen
 from prx_composer.models.huggingface import load_config, random_config, says_how_to_get
 
@@ -48,7 +48,7 @@ class TeacherSpec:
             raise ValueError("a teacher needs either `pretrained` (hub id or folder) or `config` (random weights).")
 
 
-@functools.lru_cache(maxsize=64)
+@cached_tensor
 def _resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
     """(target, source): what torch's antialiased bicubic interpolation does to one side."""
     with torch.inference_mode(False), torch.no_grad():
