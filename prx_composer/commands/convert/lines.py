@@ -19,7 +19,7 @@ from prx_composer.commands.convert.splits import one_split
 from prx_composer.commands.convert.tables import image_inside
 from prx_composer.commands.convert.values import Found, image_of, usable
 from prx_composer.common.errors import UserError
-from prx_composer.common.text_files import encoding_of
+from prx_composer.common.files import encoding_of
 from prx_composer.data.storage import fetch, is_remote, join, list_files, relative_name
 
 SUFFIXES = (".jsonl", ".ndjson")

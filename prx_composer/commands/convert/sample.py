@@ -11,7 +11,7 @@ from prx_composer.commands.convert import pixels
 from prx_composer.commands.convert.expressions import is_wanted
 from prx_composer.commands.convert.records import Record, lookup
 from prx_composer.commands.convert.settings import CHROMA, Settings
-from prx_composer.common.text_files import encoding_of
+from prx_composer.common.files import encoding_of
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.decoding import BadImageError, decode, open_image, oriented_size
 from prx_composer.data.transforms import resize

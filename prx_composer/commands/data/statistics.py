@@ -15,8 +15,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.mds import RawShard, encodings_of
 from prx_composer.data.storage import is_remote, join
-from prx_composer.models.cleaning import cleaned
-from prx_composer.models.reading import unknown_id
+from prx_composer.models.prompts import cleaned, unknown_id
 
 _FACTS = ("kind", "encoder", "revision", "storage", "width", "max_tokens", "image_size", "cut")
 TOGETHER = 256  # captions that are tokenised at a time

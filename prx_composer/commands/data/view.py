@@ -20,7 +20,7 @@ from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.sampler import BucketBatchSampler
 from prx_composer.data.storage import is_remote
 from prx_composer.data.transforms import UNDECODABLE, decode_image
-from prx_composer.models.cleaning import cleaned
+from prx_composer.models.prompts import cleaned
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from prx_composer.commands.encode.encoded_parts import Encoded
 from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.stored import StoredColumn, fingerprint, pack, unpack
-from prx_composer.models.reading import readings
+from prx_composer.models.prompts import readings
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, tokenize
 
 
