@@ -109,6 +109,10 @@ class Trick(Algorithm):
     def release(self) -> None:
         """Let go of what is needed no more, such as a teacher, when the window has closed for good."""
 
+    def hardware_problem(self) -> str | None:
+        """Return why the GPU that this process uses cannot run the trick, in words; None if it can."""
+        return None
+
     def find_weights(self, timeout: float) -> str | None:
         """Return where the weights are that the trick downloads by itself, for `prx check`; None if it downloads none.
 

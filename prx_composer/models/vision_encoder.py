@@ -15,7 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.encoder_sizes import known_config
-from prx_composer.models.huggingface import Frozen, load_config, random_config, says_how_to_get
+from prx_composer.models.huggingface import Frozen, load_config, makes_no_storage, random_config, says_how_to_get
 
 # The image towers of models that also read text.
 _VISION_CLASSES = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}
@@ -91,7 +91,7 @@ class VisionEncoder:
 
     def __init__(self, spec: TeacherSpec | str):
         spec = TeacherSpec(pretrained=spec) if isinstance(spec, str) else spec
-        on_meta = torch.get_default_device().type == "meta"
+        on_meta = makes_no_storage()
         if on_meta and spec.pretrained is not None:
             spec = TeacherSpec(config=_known(spec.pretrained, spec.revision), dtype=spec.dtype)
         if spec.pretrained is not None:

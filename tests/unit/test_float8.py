@@ -297,8 +297,8 @@ def test_without_a_gpu_that_has_float8_only_emulation_trains(
     emulated = config.load([write_recipe(recipe)])
     real = config.load([write_recipe(recipe), "algorithms.float8.emulate=false"])
     if not torch.cuda.is_available():
-        assert [result.mark for result in check_gpus(emulated, 1, 1)] == ["✓"]
-        (found,) = check_gpus(real, 1, 1)
+        assert [result.mark for result in check_gpus(emulated, [Float8(emulate=True)], 1, 1)] == ["✓"]
+        (found,) = check_gpus(real, [Float8()], 1, 1)
         assert found.mark == "✗" and "capability 8.9 or more" in found.text and "emulate=true" in found.text
         with pytest.raises(UserError, match="there is no CUDA device here"):
             build_trainer(real)

@@ -395,8 +395,8 @@ def test_a_machine_without_a_gpu_is_said_to_be_one(load: Load) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     recipe, _ = load()
-    assert [result.mark for result in check_gpus(recipe, 1, 1)] == ["✓"]
-    assert [result.mark for result in check_gpus(load("precision=amp_bf16")[0], 0, 8)] == ["–"]
+    assert [result.mark for result in check_gpus(recipe, [], 1, 1)] == ["✓"]
+    assert [result.mark for result in check_gpus(load("precision=amp_bf16")[0], [], 0, 8)] == ["–"]
 
 
 def test_guidance_that_is_never_learnt_is_known_before_training(load: Load) -> None:
