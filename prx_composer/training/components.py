@@ -2,19 +2,22 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from composer.core import Algorithm, Callback, DataSpec
 from composer.loggers import LoggerDestination
+from composer.utils import FSDP2Config, ParallelismConfig
 from torch.optim import Optimizer
 
 from prx_composer import registry
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
-from prx_composer.common.errors import Problems
+from prx_composer.common.errors import Problems, UserError
 from prx_composer.data.latents import check_latent_column
 from prx_composer.data.stored import check_text_column
 from prx_composer.optim.groups import parameter_groups
 from prx_composer.recipe.arguments import entries, provided_by, split
+from prx_composer.recipe.checks import check_parallelism
 from prx_composer.recipe.config import Recipe, build
 from prx_composer.registry import Registry
 from prx_composer.runs.model_parts import ModelParts
@@ -28,7 +31,7 @@ def build_components(recipe: Recipe, *, meta: bool, num_ranks: int = 1) -> "Comp
         meta: whether networks are made without storage; nothing is loaded or downloaded then.
         num_ranks: that share a batch.
     """
-    return Components(recipe, meta=meta, training=not meta, num_ranks=num_ranks)
+    return Components(recipe, meta, num_ranks)
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,9 @@ class Components(ModelParts):
     Every property raises a UserError that names all that is wrong with what it makes.
     """
 
-    def __init__(self, recipe: Recipe, *, meta: bool = False, training: bool = False, num_ranks: int = 1):
-        super().__init__(recipe, meta=meta, training=training)
-        self.num_ranks = num_ranks
+    def __init__(self, recipe: Recipe, meta: bool, num_ranks: int):
+        super().__init__(recipe.model, recipe.seed, Path(recipe.run_folder), loader=recipe.train_loader, meta=meta, compiled=True)
+        self.recipe, self.num_ranks = recipe, num_ranks
         self.problems: list[str] = []
         self.provided = provided_by(vars(recipe))
 
@@ -178,3 +181,58 @@ def _stage(path: str, sizes: Any, num_ranks: int, window: ScheduleWindow) -> Pla
     batch_size: int = sizes.global_train_batch_size
     microbatch_size = sizes.device_train_microbatch_size or max(batch_size // num_ranks, 1)
     return PlannedStage(path, sizes.image_size, batch_size, microbatch_size, num_ranks, window)
+
+
+# ------------------------------------------------------------------------------------------- how weights lie on the ranks
+
+
+@dataclass
+class HybridConfig(FSDP2Config):
+    """FSDP2Config that can also ask for hybrid sharding, which Composer's own answers with "all ranks" whatever it is given.
+
+    Args:
+        shard_degree: ranks that share one copy of the weights; −1: all.
+    """
+
+    shard_degree: int = -1
+
+    @property
+    def data_parallel_shard_degree(self) -> int:
+        return self.shard_degree
+
+    @property
+    def data_parallel_replicate_degree(self) -> int | None:
+        return None if self.shard_degree == -1 else -1
+
+
+def parallelism(config: dict[str, Any] | None, num_ranks: int, on_gpu: bool = True) -> ParallelismConfig | None:
+    """Return Composer's configuration, or None for DDP.
+
+    (left out)                    DDP: every rank has all weights
+    {fsdp: {}}                    FSDP2: every rank has a shard
+    {fsdp: {shard_degree: 8}}     HSDP: shards over 8 ranks, such as those of a node, and replicas of that over the others
+
+    Args:
+        config: the recipe's `parallelism_config`.
+        num_ranks: of the run.
+        on_gpu: replicas average their gradients over NCCL; gloo has no such operation.
+
+    Raises:
+        UserError: an unknown key, shards that the ranks don't divide into, replicas on CPUs.
+    """
+    if config is None:
+        return None
+    check_parallelism(config, num_ranks)
+    arguments = config.get("fsdp") or {}
+    degree, path = arguments.get("shard_degree", -1), "parallelism_config"
+    if degree not in (-1, num_ranks) and not on_gpu:
+        raise UserError(
+            f"{path}.fsdp.shard_degree: replicas of shards need GPUs (gloo averages over no replicas); on {num_ranks} CPU "
+            f"processes use {path}.fsdp.shard_degree=-1, which shards over all of them."
+        )
+    # Under amp, autocast chooses dtypes op by op. Composer's default would also round every block's and the backbone's inputs
+    # to bf16, timesteps and rotary tables among them.
+    settings: dict[str, Any] = {"mixed_precision": "FULL"} | arguments
+    if degree == num_ranks:
+        settings["shard_degree"] = -1
+    return ParallelismConfig(fsdp2=HybridConfig(**settings))

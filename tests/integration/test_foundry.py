@@ -19,7 +19,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.integrations.foundry_names import INSTALL
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import build_trainer, run
+from prx_composer.training.run import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

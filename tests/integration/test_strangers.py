@@ -71,7 +71,8 @@ class Greys:
         for index in range(self.count):
             encoded = io.BytesIO()
             Image.new("RGB", (self.image_size, self.image_size), (index % 256,) * 3).save(encoded, format="PNG")
-            yield "train", RawSample(encoded.getvalue(), self.image_size, self.image_size, {"caption": f"grey {index}"}, str(index))
+            captions = {"caption": f"grey {index}"}
+            yield "train", RawSample(encoded.getvalue(), self.image_size, self.image_size, captions, str(index))
 
 
 @registry.optimizers.register("momentum")

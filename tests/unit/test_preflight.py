@@ -21,7 +21,6 @@ from prx_composer.data.schema import BucketWriter, RawSample
 from prx_composer.data.shapes import ShapesSource
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.check import check_config
 from prx_composer.training.components import Components, build_components
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.disk import check_storage, checkpoints_to_keep
@@ -31,6 +30,7 @@ from prx_composer.training.preflight.logger_access import check_loggers
 from prx_composer.training.preflight.pretrained import check_weights
 from prx_composer.training.preflight.result import Result, require
 from prx_composer.training.preflight.step import extremes
+from prx_composer.training.trial import check_config
 
 Load = Callable[..., tuple[Recipe, Components]]
 

@@ -42,8 +42,7 @@ from prx_composer.runs.weights import not_finite_in
 from prx_composer.schedule.clock import ClockStop, TrainingClock, clock_of
 from prx_composer.schedule.moments import duration_string, for_composer, parse_duration
 from prx_composer.schedule.time_budget import TimeBudget, time_budget_of, with_rehearsal
-from prx_composer.training.components import Components, build_components
-from prx_composer.training.parallelism import parallelism
+from prx_composer.training.components import Components, build_components, parallelism
 from prx_composer.training.preflight import check_surroundings
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.examine import examine
