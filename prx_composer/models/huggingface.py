@@ -48,6 +48,11 @@ def says_how_to_get(name: str) -> Iterator[None]:
         ) from error
 
 
+def makes_no_storage() -> bool:
+    """Return whether tensors are made on the meta device here: then networks are made from their configuration alone."""
+    return torch.empty(0).is_meta
+
+
 def load_config(name: str, revision: str | None = None, **options: Any) -> Any:
     """Return a transformers configuration by hub id or folder.
 

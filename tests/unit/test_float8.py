@@ -28,10 +28,10 @@ from prx_composer.optim.muon import Muon
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.opening import load_trained
-from prx_composer.training.check import check_config
 from prx_composer.training.components import parallelism
 from prx_composer.training.preflight.gpus import check_gpus
 from prx_composer.training.run import build_trainer, run
+from prx_composer.training.trial import check_config
 
 pytest.importorskip("torchao", reason="the extra float8, which CI has")
 
@@ -297,8 +297,8 @@ def test_without_a_gpu_that_has_float8_only_emulation_trains(
     emulated = config.load([write_recipe(recipe)])
     real = config.load([write_recipe(recipe), "algorithms.float8.emulate=false"])
     if not torch.cuda.is_available():
-        assert [result.mark for result in check_gpus(emulated, 1, 1)] == ["✓"]
-        (found,) = check_gpus(real, 1, 1)
+        assert [result.mark for result in check_gpus(emulated, [Float8(emulate=True)], 1, 1)] == ["✓"]
+        (found,) = check_gpus(real, [Float8()], 1, 1)
         assert found.mark == "✗" and "capability 8.9 or more" in found.text and "emulate=true" in found.text
         with pytest.raises(UserError, match="there is no CUDA device here"):
             build_trainer(real)
@@ -324,8 +324,8 @@ def test_at_the_start_of_a_run_lora_and_replicas_are_refused_in_either_order(tin
     hybrid: Any = parallelism({"fsdp": {"shard_degree": 2}}, 4)
     whole: Any = parallelism({"fsdp": {"shard_degree": 4}}, 4)
     with pytest.raises(UserError, match=r"replicas of shards"):
-        Float8(emulate=True).check_fit(model.backbone, [], hybrid.fsdp2)
-    Float8(emulate=True).check_fit(tiny_model().backbone, [], whole.fsdp2)
+        Float8(emulate=True).check(None, [], model.backbone, hybrid.fsdp2)
+    Float8(emulate=True).check(None, [], tiny_model().backbone, whole.fsdp2)
     other: Any = State(0, "test", nn.Linear(1, 1), DeviceCPU())  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"needs a model with a `backbone`"):
         Float8(emulate=True).apply(Event.INIT, other, Logger(other))

@@ -21,7 +21,6 @@ from prx_composer.data.schema import BucketWriter, RawSample
 from prx_composer.data.shapes import ShapesSource
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.check import check_config
 from prx_composer.training.components import Components, build_components
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.disk import check_storage, checkpoints_to_keep
@@ -31,6 +30,7 @@ from prx_composer.training.preflight.logger_access import check_loggers
 from prx_composer.training.preflight.pretrained import check_weights
 from prx_composer.training.preflight.result import Result, require
 from prx_composer.training.preflight.step import extremes
+from prx_composer.training.trial import check_config
 
 Load = Callable[..., tuple[Recipe, Components]]
 
@@ -395,8 +395,8 @@ def test_a_machine_without_a_gpu_is_said_to_be_one(load: Load) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     recipe, _ = load()
-    assert [result.mark for result in check_gpus(recipe, 1, 1)] == ["✓"]
-    assert [result.mark for result in check_gpus(load("precision=amp_bf16")[0], 0, 8)] == ["–"]
+    assert [result.mark for result in check_gpus(recipe, [], 1, 1)] == ["✓"]
+    assert [result.mark for result in check_gpus(load("precision=amp_bf16")[0], [], 0, 8)] == ["–"]
 
 
 def test_guidance_that_is_never_learnt_is_known_before_training(load: Load) -> None:

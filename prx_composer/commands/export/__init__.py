@@ -78,6 +78,12 @@ def export_model(options: ExportOptions) -> None:
     with writing_output(), pipeline.written_aside(target) as partial:
         if options.format == "lora":
             lora_file.write_adapters(trained, partial, title, options.license)
+        elif not pipeline.is_diffusers(trained.model):
+            pipeline.write_weights(trained, partial)
+            typer.echo(
+                "diffusers has no class for the backbone: model.safetensors has the weights, with which a recipe can begin "
+                "(model.init_from), and tokenizer/ the text encoder's words. `prx generate` draws from the run."
+            )
         else:
             pipeline.write_pipeline(trained, partial, options.text_encoder == "reference")
             _write_card(trained, partial, title, options)

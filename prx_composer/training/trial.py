@@ -70,7 +70,7 @@ def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Itera
     if parts is None:
         return
     right = all(result.mark != "✗" for result in results)
-    others = [*guarded(check_captions(recipe, parts)), *guarded(check_gpus(recipe, 0, num_ranks))]
+    others = [*guarded(check_captions(recipe, parts)), *guarded(check_gpus(recipe, parts.algorithms.values(), 0, num_ranks))]
     for result in [*check_surroundings(recipe, parts), *others]:
         right = right and result.mark != "✗"
         yield result
