@@ -144,6 +144,7 @@ class Float8(Trick):
     """
 
     name = "float8"
+    not_counted = "what it saves is not known to the plan: time and memory are those of a run without it"
     experimental = True
 
     def __init__(self, recipe: Recipe = "tensorwise", emulate: bool = False, exclude: list[str] | None = None):

@@ -1,6 +1,6 @@
 """What a training step costs, counted on the model's own modules: FLOPs by part, and bytes kept for the backward pass.
 
-A copy of the model whose tensors have shapes and no content takes a step, forward and backward, under torch's own counters.
+A copy of the model whose tensors have shapes and no content takes a step, forward and backward, under torch's own formulas.
 Nothing is derived by hand: what a trick puts into the model is counted because it runs.
 """
 
@@ -16,11 +16,25 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
+
+from prx_composer.common.errors import UserError
 
 DENOISER, TEXT_ENCODER, AUTOENCODER = "denoiser", "text encoder", "autoencoder"
 
 BatchShape = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # column → shape, with the batch first, and dtype
+
+
+class CannotCount(Exception):
+    """A network asks what its input holds, as those do that choose among experts: its work isn't known from shapes.
+
+    Args:
+        part: as in `StepCount.flops`.
+    """
+
+    def __init__(self, part: str, reason: str):
+        super().__init__(reason)
+        self.part = part
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ class StepCounter:
         self._fake, self._amp = FakeTensorMode(allow_non_fake_inputs=True), amp
         tokenizer = getattr(getattr(model, "text_encoder", None), "tokenizer", None)  # large, and has nothing to count
         self._model, self._tricks = _copied((model, tuple(tricks)), self._fake, {id(tokenizer): tokenizer})
+        self._model.caption_dropout = 0.0  # the empty caption is encoded once, not in every step
         self._counts: dict[Any, StepCount] = {}
 
     def count(self, batch: BatchShape, active: Collection[str] = ()) -> StepCount:
@@ -109,61 +124,62 @@ def flops_of_backbone(backbone: Any, height: int, width: int, text_tokens: int) 
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     copied, _ = _copied((backbone, ()), fake)
-    with fake, torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=_CPU) as counter:
+    with fake, torch.compiler.set_stance("force_eager"), _Counter() as counter:
         image, text = torch.zeros(1, copied.in_channels, height, width), torch.zeros(1, text_tokens, copied.context_in_dim)
         route = None
         if copied.router is not None:
             route = copied.router.draw(1, copied.num_tokens(height, width), torch.Generator())
         prediction = copied(image, torch.zeros(1), text, torch.ones(1, text_tokens, dtype=torch.bool), route)
         _gradients([prediction], list(copied.parameters()))
-    return counter.get_total_flops()
-
-
-def count_forward(call: Any, *arguments: Any) -> int:
-    """Return the FLOPs of a call, whose tensors are made without content."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), FlopCounterMode(False, custom_mapping=_CPU) as counter:
-        call(*arguments)
-    return counter.get_total_flops()
+    return counter.flops
 
 
 # ------------------------------------------------------------------------------------------------------ the pass
 
 
-def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of softmax(q·kᵀ)·v; the arguments are shapes."""
-    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Of softmax(q·kᵀ)·v."""
+    return 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-def _attention_backward_flops(
-    gradient: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
-) -> int:
+def _attention_backward_flops(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
     """Of the gradients of both factors of both products; what a kernel computes again is not counted."""
     return 2 * _attention_flops(query, key, value)
 
 
-_CPU: dict[Any, Any] = {  # torch's counter knows the kernels of GPUs alone
+_CPU: dict[Any, Any] = {  # torch's formulas are of the kernels of GPUs alone
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
 
 
-class _Made(TorchDispatchMode):
-    """Knows which tensors' storage was made since, and which of it holds a copy of a weight."""
+class _Counter(TorchDispatchMode):
+    """Adds up FLOPs by torch's formulas, and knows which storage was made since and which of it holds a copy of a weight.
 
-    def __init__(self, given: Mapping[str, Tensor]):
+    It is what torch's `FlopCounterMode` is, but for the modules, which that follows with hooks that `autograd.grad` cannot bear.
+    """
+
+    def __init__(self, given: Mapping[str, Tensor] | None = None):
         super().__init__()
-        self._given = {tensor.untyped_storage()._cdata for tensor in given.values()}
+        self._given = {tensor.untyped_storage()._cdata for tensor in (given or {}).values()}
+        self._formulas = flop_registry | _CPU
+        self.flops = 0
         self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes its place
         self.copies: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        known = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)} - self.storages.keys()
+        made = func(*args, **kwargs)
+        if (formula := self._formulas.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=made)
         for tensor in made if isinstance(made, tuple | list) else (made,):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                self.storages.setdefault(storage._cdata, storage)
                 if func is torch.ops.aten._to_copy.default and self._is_weight(args[0]):
                     self.copies.add(storage._cdata)
+                if storage._cdata not in known:  # but for views of what was there before
+                    self.storages.setdefault(storage._cdata, storage)
         return made
 
     def _is_weight(self, tensor: Tensor) -> bool:
@@ -176,20 +192,20 @@ class _Step:
 
     def __init__(self, model: Any, batch: Mapping[str, Tensor]):
         self._model, self._batch, self._images = model, batch, len(batch["input_ids"])
-        self._counter = FlopCounterMode(display=False, custom_mapping=_CPU)
-        self._made = _Made(batch)
-        self._flops: dict[str, int] = {}
+        self._counter = _Counter(batch)
+        self._flops = {DENOISER: 0}
         self._kept: dict[int, int | None] = {}  # storage → the block that first kept it
+        self._part = ""  # that was begun last
         self._block: int | None = None
         self._inputs: list[int] = []
 
     def count(self) -> StepCount:
         model, parts = self._model, {DENOISER: self._model.backbone, TEXT_ENCODER: self._model.text_encoder}
         losses = model.auxiliary_losses.named()
-        with self._counter, self._made, self._hooked(parts | losses):
+        with self._counter, self._hooked(parts | losses):
             with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
                 with self._counted(AUTOENCODER):  # what is neither of the others
-                    outputs = model(self._batch)
+                    outputs = self._run()
                 cut = dataclasses.replace(
                     outputs, prediction=_leaf(outputs.prediction), taps={i: _leaf(tap) for i, tap in outputs.taps.items()}
                 )
@@ -197,7 +213,7 @@ class _Step:
             for tensor in (outputs.prediction, outputs.clean, outputs.noise, outputs.noised, outputs.text.embedding):
                 self._keep(tensor)
             self._backward(outputs, cut, {name: terms[name] for name in losses if name in terms})
-        storages, copies = self._made.storages, self._made.copies
+        storages, copies = self._counter.storages, self._counter.copies
         sizes = {one: (storages[one].nbytes(), block) for one, block in self._kept.items() if one not in copies}
         inside = [sum(size for size, block in sizes.values() if block == index) for index in range(len(self._inputs))]
         return StepCount(
@@ -220,12 +236,23 @@ class _Step:
         with self._counted(TEXT_ENCODER):
             _gradients([text], list(model.text_encoder.parameters()))
 
+    def _run(self) -> Any:
+        try:
+            return self._model(self._batch)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a network's code raises
+            network = getattr(getattr(self._model, self._part.replace(" ", "_"), None), "network", None)
+            name = getattr(getattr(network, "config", None), "model_type", self._part)
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise CannotCount(self._part, f"the FLOPs of {name} cannot be counted from its configuration ({reason})") from error
+
     @contextmanager
     def _counted(self, part: str) -> Iterator[None]:
         """What is counted inside of this context, and of no other part meanwhile, is that part's."""
-        before = self._counter.get_total_flops() - sum(self._flops.values())
+        before, self._part = self._counter.flops - sum(self._flops.values()), part
         yield
-        counted = self._counter.get_total_flops() - sum(self._flops.values()) - before
+        counted = self._counter.flops - sum(self._flops.values()) - before
         self._flops[part] = self._flops.get(part, 0) + counted
 
     @contextmanager
@@ -264,7 +291,7 @@ class _Step:
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()._cdata
-        if storage in self._made.storages:  # weights and the batch were there before
+        if storage in self._counter.storages:  # weights and the batch were there before
             self._kept.setdefault(storage, self._block)
         return tensor
 

@@ -14,8 +14,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.constants import cached_tensor
-from prx_composer.models.encoder_sizes import known_config
 from prx_composer.models.huggingface import Frozen, load_config, makes_no_storage, random_config, says_how_to_get
+from prx_composer.models.known_configs import UnknownConfiguration, known_config
 
 # The image towers of models that also read text.
 _VISION_CLASSES = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}
@@ -72,7 +72,7 @@ def resize_antialiased(image: Tensor, height: int, width: int) -> Tensor:
 def _known(name: str, revision: str | None) -> dict[str, Any]:
     config = known_config(name, revision)
     if config is None:
-        raise OSError(f"the sizes of {name} are not known here; give a folder with its config.json.")
+        raise UnknownConfiguration(name)
     return config
 
 

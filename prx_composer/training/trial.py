@@ -15,6 +15,7 @@ import torch
 
 from prx_composer.common.errors import UserError
 from prx_composer.data.sources import prepare
+from prx_composer.models.counting import flops_of_backbone
 from prx_composer.recipe import config
 from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
@@ -122,7 +123,7 @@ def _flops(stage: PlannedStage, recipe: Recipe, parts: Components) -> float:
     assert parts.multiple is not None
     side = stage.image_size * parts.backbone.patch_size // parts.multiple
     text_tokens = int(split(recipe.model, "model")[1].get("text_encoder", {}).get("max_tokens", 256))
-    return stage.microbatch_size * parts.backbone.flops(parts.backbone.num_tokens(side, side), text_tokens, training=True)
+    return stage.microbatch_size * flops_of_backbone(parts.backbone, side, side, text_tokens)
 
 
 def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:

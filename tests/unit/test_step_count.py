@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
-from prx_composer.models.backbone import PRXBackbone, cached_rotation
+from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.counting import StepCounter, flops_of_backbone, flops_of_batch, shape_of
 from prx_composer.models.text_to_image import TextToImage
 
@@ -35,7 +35,9 @@ def test_a_small_backbone_is_counted_as_its_closed_form() -> None:
 
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16 autocast"])
 @pytest.mark.parametrize("trained_text", [False, True])
-@pytest.mark.parametrize("backbone", [{}, dict(hidden_size=64, mlp_ratio=3.5, bottleneck_size=16, resolution_embeds=True)], ids=str)
+@pytest.mark.parametrize(
+    "backbone", [{}, dict(hidden_size=64, mlp_ratio=3.5, bottleneck_size=16, resolution_embeds=True)], ids=str
+)
 def test_a_step_is_counted_as_it_is_taken(
     backbone: dict[str, Any], trained_text: bool, amp: bool, tiny_model: Build, tiny_batch: Batch, kept_bytes: Any
 ) -> None:
@@ -60,7 +62,6 @@ def test_a_step_is_counted_as_it_is_taken(
 
 def test_counting_leaves_the_model_its_draws_and_what_is_cached_as_they_were(tiny_model: Build, tiny_batch: Batch) -> None:
     model, same = tiny_model(), tiny_model()
-    cached_rotation.__wrapped__  # a cache, which must not keep what has no content
     assert flops_of_batch(model, tiny_batch) > 0
     losses = [one.loss(one(tiny_batch), tiny_batch)["total"] for one in (model, same)]
     assert torch.equal(*losses) and all(p.grad is None for p in model.parameters())

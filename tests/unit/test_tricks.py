@@ -10,6 +10,7 @@ import pytest
 import torch
 from composer.core import Event, State
 from composer.devices import DeviceCPU
+from prx_composer.training.check import check_config
 
 from prx_composer import registry
 from prx_composer.algorithms.base import LossTrick, Trick
@@ -17,7 +18,6 @@ from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.optim.groups import AdamW
 from prx_composer.recipe import config
-from prx_composer.training.check import check_config
 from prx_composer.training.components import build_components
 from prx_composer.training.preflight.examine import examine
 from prx_composer.training.preflight.pretrained import check_weights
