@@ -58,6 +58,9 @@ class Trick(Algorithm):
         shapes_sampling: whether it changes how the model draws, so that `generate` and `export` must attach it too.
         instead_of_images: for the message that says so, what else could be done: begins with ", or".
         experimental: whether nobody has measured yet what it is good for. A run says so once; nothing is refused for it.
+        weight_copies: how many copies of the trained weights it keeps, on the device and in checkpoints.
+        columns: what it reads of a batch beside images, captions and latents: column → channels of a grid (h, w, channels).
+        not_counted: for `prx plan`: what the count of a step cannot tell of it, in words.
         next_switch: when the run goes over to other image sizes, if the trick says so; a time budget tells it.
     """
 
@@ -66,6 +69,9 @@ class Trick(Algorithm):
     shapes_sampling: bool = False
     experimental: bool = False
     instead_of_images: str = ""
+    weight_copies: int = 0
+    columns: Mapping[str, int] = {}
+    not_counted: str = ""
 
     def __init__(self, start: str = "0ba", end: str | None = None):
         self.window = ScheduleWindow(start, end)
@@ -108,6 +114,10 @@ class Trick(Algorithm):
 
     def release(self) -> None:
         """Let go of what is needed no more, such as a teacher, when the window has closed for good."""
+
+    def hardware_problem(self) -> str | None:
+        """Return why the GPU that this process uses cannot run the trick, in words; None if it can."""
+        return None
 
     def find_weights(self, timeout: float) -> str | None:
         """Return where the weights are that the trick downloads by itself, for `prx check`; None if it downloads none.

@@ -152,7 +152,7 @@ def _check(recipe: Recipe, on_cpu: bool) -> Components:
         results.append(failed(f"precision: {recipe.precision} needs a GPU, and there is none here; use precision=fp32."))
     require(results)
     if recipe.preflight:
-        _warn(check_gpus(recipe, dist.get_local_world_size(), dist.get_world_size()))
+        _warn(check_gpus(recipe, components.algorithms.values(), dist.get_local_world_size(), dist.get_world_size()))
     return components
 
 

@@ -22,7 +22,7 @@ from prx_composer.data.sources import FolderSource
 from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.models import PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
-from prx_composer.models.encoder_sizes import known_config
+from prx_composer.models.known_configs import known_config
 from prx_composer.models.vision_encoder import VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.recipe.own_code import needs_code

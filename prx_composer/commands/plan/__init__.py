@@ -77,17 +77,16 @@ def plan_recipe(options: PlanOptions) -> None:
 
     Nothing is downloaded or trained. How to read it, and what is assumed: recipes/speedrun_24h/PLAN.md
     """
+    from prx_composer.commands.plan import conditions as given
     from prx_composer.commands.plan import fit as plan_fit
     from prx_composer.commands.plan import plan as planning
-    from prx_composer.commands.plan import plan_inputs, plan_text
-    from prx_composer.commands.plan.conditions import Conditions
-    from prx_composer.commands.plan.hardware import find_gpu
-    from prx_composer.commands.plan.quantities import parse_count, parse_rate
+    from prx_composer.commands.plan import plan_text
+    from prx_composer.commands.plan.conditions import Conditions, find_gpu, parse_count, parse_rate
     from prx_composer.recipe import config
 
     if options.mfu is not None and options.throughput is not None:
         raise UserError("--mfu and --throughput both say how fast training is; give one of them.")
-    measured_on, speeds = (None, None) if options.throughput is None else plan_inputs.read_throughput(options.throughput)
+    measured_on, speeds = (None, None) if options.throughput is None else given.read_throughput(options.throughput)
     kind = find_gpu(options.gpu) if options.gpu else measured_on or find_gpu("h200")
     if measured_on is not None and measured_on != kind:
         raise UserError(
