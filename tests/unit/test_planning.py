@@ -19,7 +19,6 @@ from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
 from prx_composer.algorithms.lpips import LPIPS, build_network
 from prx_composer.algorithms.perceptual_dino import PerceptualDINO
 from prx_composer.commands.plan.conditions import GPUS, Conditions, Measured, find_gpu
-from prx_composer.commands.plan.memory import training_state
 from prx_composer.commands.plan.plan import make_plan
 from prx_composer.commands.plan.plan_text import as_text
 from prx_composer.models.huggingface import random_config
@@ -28,7 +27,7 @@ from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.meta_model import MetaModel
 from prx_composer.training.run import build_trainer
-from prx_composer.training.state_bytes import checkpoint_bytes
+from prx_composer.training.state_bytes import checkpoint_bytes, training_state
 
 Write = Callable[..., str]
 H200 = find_gpu("h200")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from composer.core import Event, State
 from composer.devices import DeviceCPU
-from prx_composer.training.check import check_config
 
 from prx_composer import registry
 from prx_composer.algorithms.base import LossTrick, Trick
