@@ -19,7 +19,7 @@ from composer import Trainer
 from record import circumstances
 
 from prx_composer.recipe import config
-from prx_composer.training import build as train_module
+from prx_composer.training import run as train_module
 
 RECIPE = ["yamls/quickstart.yaml", "yamls/ablations/muon.yaml", "progress_bar=false", "callbacks.images=false"]
 PATHS = {

@@ -23,7 +23,7 @@ from prx_composer.metrics.features import ClipScore, clip_images, dino_images, s
 from prx_composer.metrics.real_images import DataSet, ImageFolder, read_square, reference_features
 from prx_composer.metrics.scoring import Networks, Scorer, interval_95
 from prx_composer.recipe import config
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
