@@ -19,6 +19,7 @@ from composer.core import State
 from composer.utils import dist
 
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
+from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError, problems_of
 from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
@@ -228,9 +229,7 @@ def try_steps_before_training(trainer: Trainer, recipe: Recipe, folder: Path) ->
         UserError: with everything that failed; where the weights are sharded, with what failed on this rank.
     """
     already = int(trainer.state.timestamp.batch) > 0 and _record(folder) == _circumstances()
-    decisions = [already]
-    dist.broadcast_object_list(decisions, src=0)
-    if decisions[0]:
+    if from_rank_zero(already):
         return
     results = try_steps(trainer, recipe)
     if not is_sharded(trainer.state):  # else a rank that failed may have left the others in a collective
