@@ -77,10 +77,8 @@ class WandB(Tracker, WandBLogger):
 
         given = self._init_kwargs
         if not given.get("id") and not os.environ.get("WANDB_RUN_ID"):
-            run_id, rank = (
-                from_rank_zero(remembered_run(run_folder_of(state), self.name) or generate_id()),
-                dist.get_global_rank(),
-            )
+            run_id = from_rank_zero(remembered_run(run_folder_of(state), self.name) or generate_id())
+            rank = dist.get_global_rank()
             given["id"] = run_id if rank == 0 else f"{run_id}-rank{rank}"
         mode = wandb_mode(given)
         if mode == "online" and not os.environ.get("WANDB_RESUME"):
