@@ -31,7 +31,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def test_a_killed_conversion_writes_the_bytes_of_an_undisturbed_one(tmp_path: Path, engine: str) -> None:
     if engine == "ray":
         pytest.importorskip("ray")
-    command = [sys.executable, str(BENCHMARKS / "convert_kills.py"), "--engine", engine, "--kills", "2", "--tars", "8"]
+    command = [sys.executable, str(BENCHMARKS / "kills.py"), "convert", "--engine", engine, "--kills", "2", "--tars", "8"]
     result = tmp_path / "result.json"
     options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 280}
     done = subprocess.run([*command, "--samples", "8", "--output", str(result)], check=False, **options)
