@@ -9,20 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
-import typer
+from typer import Argument, Option
 
 from prx_composer.common.errors import UserError
 
-RecipeArgument = Annotated[list[str], typer.Argument(help="One or more YAML files, then key=value pairs, as for train.py.")]
+RecipeArgument = Annotated[list[str], Argument(help="One or more YAML files, then key=value pairs, as for train.py.")]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Run folder (runs/<run_name>), one of its checkpoints, or an exported folder.")
+    str, Argument(metavar="MODEL", help="Run folder (runs/<run_name>), one of its checkpoints, or an exported folder.")
 ]
 WeightsOption = Annotated[
-    str | None, typer.Option("--weights", help="ema (averaged) or raw. [default: ema if the run has an average, else raw]")
+    str | None, Option("--weights", help="ema (averaged) or raw. [default: ema if the run has an average, else raw]")
 ]
 CodeOption = Annotated[
     list[str],
-    typer.Option(
+    Option(
         "--code",
         metavar="FILE",
         help="Python file that registers classes of your own which the model is made of; it is executed. May be given again.",
@@ -35,7 +35,7 @@ def command(verb: Callable[[Any], None]) -> Callable[..., None]:
 
     Args:
         verb: takes one dataclass, whose fields are annotated as typer wants its parameters to be: `name: Annotated[type,
-            typer.Option(help=…)] = default`. Its docstring is the command's help.
+            Option(help=…)] = default`. Its docstring is the command's help.
     """
     ((_, options),) = ((name, hint) for name, hint in get_type_hints(verb).items() if name != "return")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Option, echo
 
 from prx_composer.commands.options import CodeOption, ModelArgument, made_folder, show_log
 from prx_composer.common.errors import UserError
@@ -28,56 +28,52 @@ class EvaluateOptions:
     model: ModelArgument
     data: Annotated[
         str | None,
-        typer.Option(
-            metavar="DIR", help="Data set for prompts and real images. [default: the recipe's eval_loader or train_loader]"
-        ),
+        Option(metavar="DIR", help="Data set for prompts and real images. [default: the recipe's eval_loader or train_loader]"),
     ] = None
-    split: Annotated[str | None, typer.Option(help="Of --data and --reference. [default: the recipe's, or train]")] = None
-    caption: Annotated[str | None, typer.Option(help="Caption column of the data set. [default: its first]")] = None
+    split: Annotated[str | None, Option(help="Of --data and --reference. [default: the recipe's, or train]")] = None
+    caption: Annotated[str | None, Option(help="Caption column of the data set. [default: its first]")] = None
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help='Prompts instead: one per line, or JSON lines with a "prompt". Layouts: see below.'),
+        Option(metavar="FILE", help='Prompts instead: one per line, or JSON lines with a "prompt". Layouts: see below.'),
     ] = None
-    num: Annotated[int | None, typer.Option("--num", min=2, help="Prompts, evenly spaced. [default: all, at most 5000]")] = None
+    num: Annotated[int | None, Option("--num", min=2, help="Prompts, evenly spaced. [default: all, at most 5000]")] = None
     reference: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Real images: a data set, or a folder of images. [default: the data]")
+        str | None, Option(metavar="DIR", help="Real images: a data set, or a folder of images. [default: the data]")
     ] = None
-    reference_num: Annotated[int | None, typer.Option(min=2, help="Real images, evenly spaced. [default: all]")] = None
-    metrics: Annotated[str, typer.Option(help="Of cmmd, dino_mmd, fd_dino, clip_score, fid.")] = (
-        "cmmd,dino_mmd,fd_dino,clip_score"
-    )
+    reference_num: Annotated[int | None, Option(min=2, help="Real images, evenly spaced. [default: all]")] = None
+    metrics: Annotated[str, Option(help="Of cmmd, dino_mmd, fd_dino, clip_score, fid.")] = "cmmd,dino_mmd,fd_dino,clip_score"
     guidance_scale: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Such as 1,2.5,5. [default: as the recipe's callbacks.images, or 3.5]")
+        str | None, Option(metavar="LIST", help="Such as 1,2.5,5. [default: as the recipe's callbacks.images, or 3.5]")
     ] = None
     steps: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Such as 10,28,50. [default: as the recipe's callbacks.images, or 28]")
+        str | None, Option(metavar="LIST", help="Such as 10,28,50. [default: as the recipe's callbacks.images, or 28]")
     ] = None
     weights: Annotated[
-        str | None, typer.Option(metavar="LIST", help="ema, raw, or ema,raw. [default: ema if the run has an average, else raw]")
+        str | None, Option(metavar="LIST", help="ema, raw, or ema,raw. [default: ema if the run has an average, else raw]")
     ] = None
     code: CodeOption = field(default_factory=list)
-    seeds: Annotated[str, typer.Option(metavar="LIST", help="Each draws all prompts anew; the interval is over them.")] = _SEEDS
+    seeds: Annotated[str, Option(metavar="LIST", help="Each draws all prompts anew; the interval is over them.")] = _SEEDS
     size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Height x width in pixels, or one number. [default: as last trained]")
+        str | None, Option(metavar="HxW", help="Height x width in pixels, or one number. [default: as last trained]")
     ] = None
-    guidance: Annotated[str, typer.Option(help="cfg, self (routed self-guidance), or run: as the run drew.")] = "run"
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, per GPU.")] = 16
-    device: Annotated[str | None, typer.Option(help="cpu, or gpu. [default: a GPU if there is one]")] = None
-    precision: Annotated[str | None, typer.Option(help="fp32, or bf16 (GPU). [default: bf16 on a GPU, fp32 on the CPU]")] = None
-    clip: Annotated[str | None, typer.Option(metavar="ID", help="Of cmmd: hub id or folder.")] = None
-    dino: Annotated[str | None, typer.Option(metavar="ID", help="Of dino_mmd and fd_dino: hub id or folder.")] = None
-    clip_score: Annotated[str | None, typer.Option(metavar="ID", help="Of clip_score: hub id or folder.")] = None
-    inception: Annotated[str | None, typer.Option(metavar="FILE", help="Of fid: weights of torch-fidelity.")] = None
+    guidance: Annotated[str, Option(help="cfg, self (routed self-guidance), or run: as the run drew.")] = "run"
+    batch_size: Annotated[int, Option(min=1, help="Images at a time, per GPU.")] = 16
+    device: Annotated[str | None, Option(help="cpu, or gpu. [default: a GPU if there is one]")] = None
+    precision: Annotated[str | None, Option(help="fp32, or bf16 (GPU). [default: bf16 on a GPU, fp32 on the CPU]")] = None
+    clip: Annotated[str | None, Option(metavar="ID", help="Of cmmd: hub id or folder.")] = None
+    dino: Annotated[str | None, Option(metavar="ID", help="Of dino_mmd and fd_dino: hub id or folder.")] = None
+    clip_score: Annotated[str | None, Option(metavar="ID", help="Of clip_score: hub id or folder.")] = None
+    inception: Annotated[str | None, Option(metavar="FILE", help="Of fid: weights of torch-fidelity.")] = None
     cache: Annotated[
-        str | None, typer.Option(metavar="DIR", help="For features of real images. [default: ~/.cache/prx-composer/evaluation]")
+        str | None, Option(metavar="DIR", help="For features of real images. [default: ~/.cache/prx-composer/evaluation]")
     ] = None
     output: Annotated[
-        str | None, typer.Option(metavar="PATH", help="JSON to write, with a table beside it as .md. Layouts: the folder.")
+        str | None, Option(metavar="PATH", help="JSON to write, with a table beside it as .md. Layouts: the folder.")
     ] = None
     layout: Annotated[
-        str | None, typer.Option(help="geneval or dpg: measure nothing, write the folder that the benchmark's own scorer reads.")
+        str | None, Option(help="geneval or dpg: measure nothing, write the folder that the benchmark's own scorer reads.")
     ] = None
-    images_per_prompt: Annotated[int, typer.Option(min=1, help="Of a layout; both benchmarks take 4.")] = 4
+    images_per_prompt: Annotated[int, Option(min=1, help="Of a layout; both benchmarks take 4.")] = 4
 
 
 def evaluate_model(options: EvaluateOptions) -> None:
@@ -131,7 +127,7 @@ def _draw_layout(
         raise UserError(f"--layout {options.layout} needs --prompts (of the benchmark) and --output (the folder to write).")
     one = replace(base, guidance_scale=plan.guidance_scales[0], num_inference_steps=plan.steps[0])
     folder, images = Path(options.output).expanduser(), options.images_per_prompt
-    typer.echo(
+    echo(
         write_layout(
             options.layout, trained, options.prompts, folder, one, images, plan.seeds[0], plan.batch_size, command, device
         )
@@ -173,4 +169,4 @@ def _measure(
         choose_guidance(trained.model, o.guidance)
         sweep(trained, plan, base, prompts, scorer, results, command, device)
     if dist.get_global_rank() == 0:
-        typer.echo(results.table() + f"\n{results.path}")
+        echo(results.table() + f"\n{results.path}")
