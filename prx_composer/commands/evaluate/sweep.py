@@ -15,7 +15,7 @@ import torch
 from composer.utils import dist
 from torch import Tensor
 
-from prx_composer.commands.drawing import DrawingSettings, check_settings, draw, metadata, weights_hash
+from prx_composer.commands.drawing import DrawingSettings, draw, metadata, weights_hash
 from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
@@ -163,7 +163,6 @@ def sweep(
     choose_guidance(trained.model, base.guidance if base.guidance in ("cfg", "self") else "run")
     digest = from_rank_zero(weights_hash(trained.model) if dist.get_global_rank() == 0 else "")
     for settings in plan.settings(base):
-        check_settings(trained.model, settings, device)
         facts = metadata(trained, settings, digest, device)
         wanted = {key: facts[key] for key in ("weights_sha256", "guidance_scale", "num_inference_steps")}
         wanted |= {"weights": trained.weights, "seeds": list(plan.seeds)}
