@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from record import circumstances
+from common import circumstances
 
 Result = dict[str, Any]
 Case = list[list[Any]]  # runs in one folder, each of recipes, mappings that are merged over them, and key=value
