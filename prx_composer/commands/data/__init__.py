@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option, echo
+import typer
 
 from prx_composer.common.errors import UserError
 
@@ -14,9 +14,9 @@ HELP = "Data sets: convert what you have into what is trained on, and look at it
 
 What = Annotated[
     list[str],
-    Argument(help="Folder of a data set, local or s3://…; or a recipe, YAML files and key=value, whose data it then is."),
+    typer.Argument(help="Folder of a data set, local or s3://…; or a recipe, YAML files and key=value, whose data it then is."),
 ]
-SplitName = Annotated[str | None, Option(help="Split to look at. [default: the recipe's, or train]")]
+SplitName = Annotated[str | None, typer.Option(help="Split to look at. [default: the recipe's, or train]")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +25,16 @@ class StatsOptions:
 
     what: What
     split: SplitName = None
-    samples: Annotated[int | None, Option(min=1, help="Look at about so many samples, evenly spaced. [default: every one]")] = (
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Look at about so many samples, evenly spaced. [default: every one]")
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Global batch that every bucket should fill. [default: those of the recipe's stages]"),
+    ] = None
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write it as JSON too; - prints only that.")] = (
         None
     )
-    batch_size: Annotated[
-        int | None, Option(min=1, help="Global batch that every bucket should fill. [default: those of the recipe's stages]")
-    ] = None
-    json_file: Annotated[str | None, Option("--json", metavar="FILE", help="Write it as JSON too; - prints only that.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +42,14 @@ class ViewOptions:
     """Options of `prx data view`."""
 
     what: What
-    output: Annotated[str, Option(help="File to write: a picture (.png) or a page (.html).")]
-    n: Annotated[int, Option("--n", min=1, help="Samples to show.")] = 32
+    output: Annotated[str, typer.Option(help="File to write: a picture (.png) or a page (.html).")]
+    n: Annotated[int, typer.Option("--n", min=1, help="Samples to show.")] = 32
     split: SplitName = None
-    seed: Annotated[int, Option(min=0, help="Of the draw of samples.")] = 0
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of samples.")] = 0
     image_size: Annotated[
-        int | None, Option(min=1, help="Side of the square whose area images have. [default: the recipe's, or as stored]")
+        int | None, typer.Option(min=1, help="Side of the square whose area images have. [default: the recipe's, or as stored]")
     ] = None
-    bucket: Annotated[str | None, Option(help="Only of this bucket, such as 512x512.")] = None
+    bucket: Annotated[str | None, typer.Option(help="Only of this bucket, such as 512x512.")] = None
 
 
 def print_statistics(options: StatsOptions) -> None:
@@ -65,11 +68,11 @@ def print_statistics(options: StatsOptions) -> None:
     data = open_split(subject.path, subject.split)
     found = statistics(data, options.samples, batch_sizes, subject.tokenizer, subject.max_tokens, progress=True)
     if file != "-":
-        echo(as_text(found))
+        typer.echo(as_text(found))
     if file is not None:
         content = json.dumps(found, indent=1)
         try:
-            echo(content) if file == "-" else Path(file).write_text(content + "\n")
+            typer.echo(content) if file == "-" else Path(file).write_text(content + "\n")
         except OSError as error:
             raise UserError(f"--json {file} cannot be written: {error}") from error
 
@@ -91,4 +94,4 @@ def draw_samples(options: ViewOptions) -> None:
     data = open_split(subject.path, subject.split)
     seen = look(subject, data, options.n, options.seed, options.image_size, options.bucket)
     sheet.write(seen, options.output)
-    echo(f"{options.output}: {sheet.title(seen)}")
+    typer.echo(f"{options.output}: {sheet.title(seen)}")
