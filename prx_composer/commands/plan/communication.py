@@ -1,4 +1,4 @@
-"""Bytes that a GPU sends in one optimizer step, by what they are for; `benchmarks/communication.py` counts them on real ranks.
+"""Bytes that a GPU sends in one optimizer step, by what they are for; `benchmarks/distributed.py` counts them on real ranks.
 
 What Composer 0.32 and torch's `fully_shard` do with our models:
 
