@@ -36,7 +36,7 @@ from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import write_checkpoint
 from prx_composer.runs.folder import read_metrics
 from prx_composer.schedule.moments import Point
-from prx_composer.training.build import build_trainer
+from prx_composer.training.run import build_trainer
 
 # ------------------------------------------------------------------------------------------- counting collectives
 

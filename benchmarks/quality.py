@@ -26,7 +26,7 @@ from prx_composer.optim.groups import parameter_groups
 from prx_composer.optim.muon import muon_parameters
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training import build as train_module
+from prx_composer.training import run as train_module
 
 # ------------------------------------------------------------------------------------------------------ plain path
 

@@ -21,7 +21,7 @@ from prx_composer.recipe import config
 from prx_composer.runs import checkpoints
 from prx_composer.runs.checkpoints import all_checkpoints, newest_whole_checkpoint
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 from prx_composer.training.signals import INTERRUPTED_EXIT_CODE
 from prx_composer.training.start import main
 

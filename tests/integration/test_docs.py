@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prx_composer.integrations.llm_foundry.lookup import INSTALL, is_installed
+from prx_composer.integrations.foundry_names import INSTALL, is_installed
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("recipes/**/*.md"), *REPOSITORY.glob("prx_composer/**/*.md")])

@@ -18,7 +18,7 @@ from prx_composer.cli import app
 from prx_composer.common.errors import UserError
 from prx_composer.data.stored import encoded_folder, pack, unpack
 from prx_composer.recipe import config
-from prx_composer.training.build import build_trainer, run
+from prx_composer.training.run import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 
 from prx_composer import registry
 from prx_composer.common.errors import UserError
-from prx_composer.integrations.llm_foundry.lookup import INSTALL
+from prx_composer.integrations.foundry_names import INSTALL
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import build_trainer, run
+from prx_composer.training.run import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -316,7 +316,7 @@ WITHOUT = """
 import sys
 from prx_composer import config
 from prx_composer.common.errors import UserError
-from prx_composer.integrations.llm_foundry.lookup import INSTALL
+from prx_composer.integrations.foundry_names import INSTALL
 from prx_composer.training.preflight.examine import examine
 _, parts = examine(config.load(["yamls/quickstart.yaml"]), 1)
 assert not parts.problems

@@ -24,7 +24,7 @@ from prx_composer.models.sampling import RoutedSelfGuidance
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import INDEX, MONOLITH
 from prx_composer.runs.opening import choose_guidance, load_trained
-from prx_composer.training.build import build_trainer, run
+from prx_composer.training.run import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

@@ -18,10 +18,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
 from prx_composer.common.errors import UserError
 from prx_composer.metrics.features import inception_images
-from prx_composer.metrics.image_sets import DataSet, read_square
+from prx_composer.metrics.real_images import DataSet, read_square
 from prx_composer.metrics.scoring import Networks, Scorer
 from prx_composer.recipe import config
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -110,7 +110,7 @@ def test_it_says_before_training_what_is_wrong(
     recipe["callbacks"]["generation_metrics"] |= arguments
     with pytest.raises(UserError, match=said) as error:
         run(config.load([write_recipe(recipe)]))
-    assert "callbacks.scores" in str(error.value)
+    assert "callbacks.generation_metrics" in str(error.value)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prx_composer.common.errors import UserError
-from prx_composer.training.parallelism import parallelism
+from prx_composer.training.components import parallelism
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from prx_composer.commands.convert import job
 from prx_composer.data.shapes import all_scenes
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 
 pytestmark = pytest.mark.slow
 

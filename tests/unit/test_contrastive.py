@@ -14,7 +14,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

@@ -28,10 +28,10 @@ from prx_composer.optim.muon import Muon
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.opening import load_trained
-from prx_composer.training.build import build_trainer, run
-from prx_composer.training.parallelism import parallelism
-from prx_composer.training.preflight import check_config
+from prx_composer.training.check import check_config
+from prx_composer.training.components import parallelism
 from prx_composer.training.preflight.gpus import check_gpus
+from prx_composer.training.run import build_trainer, run
 
 pytest.importorskip("torchao", reason="the extra float8, which CI has")
 

@@ -23,7 +23,7 @@ from prx_composer.models import FlowMatching, FlowOutput, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 from prx_composer.training.start import main
 
 Build = Callable[..., TextToImage]

@@ -27,7 +27,7 @@ from prx_composer.models.flops import lpips_flops, vision_flops
 from prx_composer.models.huggingface import random_config
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.build import build_trainer
+from prx_composer.training.run import build_trainer
 
 Write = Callable[..., str]
 H200 = find_gpu("h200")

@@ -29,7 +29,7 @@ from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.frozen_parts import with_kept
 from prx_composer.runs.init_from import check_init_from
-from prx_composer.training.preflight.examine import Parts
+from prx_composer.training.components import Components
 from prx_composer.training.preflight.result import Result, failed, passed, warned
 
 TIMEOUT = 5.0  # seconds for one answer
@@ -88,7 +88,7 @@ def _of_model(recipe: Recipe) -> list[Reference]:
     return found
 
 
-def check_weights(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+def check_weights(recipe: Recipe, parts: Components) -> Iterator[Result]:
     """One result per reference; those that must be asked for are asked for at once."""
     algorithms = list(parts.algorithms.values())
     if source := recipe.model.get("init_from"):
@@ -103,7 +103,7 @@ def check_weights(recipe: Recipe, parts: Parts) -> Iterator[Result]:
             yield _answer_torchvision(algorithm)
 
 
-def _check_init_from(recipe: Recipe, source: Any, parts: Parts) -> Iterator[Result]:
+def _check_init_from(recipe: Recipe, source: Any, parts: Components) -> Iterator[Result]:
     newest = newest_checkpoint(Path(recipe.run_folder)) if recipe.autoresume else None
     if parts.is_wrong("model"):
         return

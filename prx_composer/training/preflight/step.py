@@ -26,7 +26,7 @@ from prx_composer.data.collate import channels_first
 from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.preflight.examine import PlannedStage, planned_stages
+from prx_composer.training.components import PlannedStage, planned_stages
 from prx_composer.training.preflight.probe import (
     forward_and_backward,
     is_sharded,

@@ -1,10 +1,12 @@
-"""Whether the times of a recipe's scheduler fit its duration: what Composer's schedulers cannot compare, or never reach."""
+"""Whether a recipe's times are times, and its scheduler's fit the duration: what Composer cannot compare, or never reaches."""
 
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prx_composer.schedule.moments import BUDGET, SECONDS, Point, parse_duration
+from prx_composer.common.errors import Problems, UserError, at_path
+from prx_composer.recipe.sizes import STAGES, stages_of
+from prx_composer.schedule.moments import BUDGET, SECONDS, Moment, Point, names_budget, parse_duration
 
 Values = Mapping[str, Any]
 
@@ -16,6 +18,82 @@ _AS_OURS = {
 }
 _COUNTED = {"ba": "batches", "sp": "samples", "ep": "epochs", "dur": "parts of max_duration"}
 _SAME_AS = {"ep": "ba"}  # Composer turns epochs into batches
+
+
+def time_problems(values: Values) -> list[str]:
+    """Return what is wrong with durations and intervals, and with the budget."""
+    problems = Problems()
+    for path, time in _times(values):
+        with problems.noted(), at_path(path):
+            _check_time(time, path)
+            stages = len(stages_of(values)) - 1
+            if path == "max_duration" and stages > 1 and Point.parse(time).unit == "ep":
+                raise ValueError(f"{time} cannot be in epochs with {STAGES}, whose switch begins one; use ba.")
+    with problems.noted():
+        _check_time_budget(values)
+    return problems.found
+
+
+def _times(values: Values) -> Iterator[tuple[str, Any]]:
+    yield from ((key, values[key]) for key in ("save_interval", "max_duration", "eval_interval") if key in values)
+    for key, value in values.get("scheduler", {}).items():
+        if key.startswith("t_"):
+            yield f"scheduler.{key}", value
+
+
+def _check_time(text: Any, path: str) -> None:
+    """Raises ValueError for what is no time, or none that can stand at that path."""
+    if path.startswith("scheduler."):
+        Moment(text)
+        return
+    if path == "save_interval":
+        Point.parse_interval(text)
+        return
+    given = str(text).strip()
+    point = Point.parse(given.removeprefix("-"))
+    unit = point.unit
+    if path == "max_duration" and unit not in ("ba", "ep", "sp"):
+        hours = " For a length in hours, give it as time_budget, and a max_duration that is long enough." if unit == "sec" else ""
+        raise ValueError(f"{text} must be a number of batches, epochs or samples, such as 1000ba.{hours}")
+    if unit == "tok":
+        raise ValueError(f"{text}: images have no tokens to count; use ba, ep, sp or dur.")
+    if point.value <= 0 or given.startswith("-"):
+        raise ValueError(f"{text} must be positive, such as {'1000ba or 3ep' if path == 'max_duration' else '0.25dur'}.")
+    if unit == BUDGET:
+        raise ValueError(f"{text}: evaluation comes at batches, epochs, samples, times or parts of the run; use 0.1dur, say.")
+
+
+def _check_time_budget(values: Values) -> None:
+    """The budget is a time, and without one nothing is a part of it."""
+    if "time_budget" not in values:
+        return
+    budget = values["time_budget"]
+    if budget is not None:
+        with at_path("time_budget"):
+            if parse_duration(budget) <= 0:
+                raise ValueError("a budget must be more than nothing.")
+        return
+    for key in ("scheduler", "algorithms", "callbacks"):
+        for path, text in strings(values.get(key), key):
+            if names_budget(text):
+                raise UserError(
+                    f"{path}: {text} is a part of the time budget, and the recipe has none; set time_budget=24h, say."
+                )
+
+
+def strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Every string in a value of a recipe, with its path."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from strings(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from strings(item, f"{path}[{index}]")
+
+
+# ------------------------------------------------------------------------------------------- the scheduler's times
 
 
 def schedule_problems(values: Values, batches_per_epoch: float | None = None) -> Iterator[str]:

@@ -1,21 +1,15 @@
-"""What a recipe's loader and tokenizer are made of on first use: data by its source, a tokenizer from its captions."""
+"""The data sets that a recipe's `source` makes on first use."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composer.utils import dist
-from transformers import PreTrainedTokenizerBase
-
 from prx_composer import registry
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.data.dataset import read_manifest
-from prx_composer.data.schema import Manifest, iterate_captions
 from prx_composer.data.sources import is_made, prepare
-from prx_composer.models.text_encoder import train_tokenizer
 from prx_composer.recipe.arguments import split
-from prx_composer.recipe.config import build
+from prx_composer.recipe.config import Recipe, build
 from prx_composer.recipe.data_sets import data_sets
 
 
@@ -94,21 +88,10 @@ def read_manifests(spec: dict[str, Any], key: str) -> None:
                 read_manifest(part["path"], part.get("split", "train"), part.get("captions"))
 
 
-def trained_tokenizer(spec: dict[str, Any], vocab_size: int = 4096, clean: Callable[[str], str] = str) -> PreTrainedTokenizerBase:
-    """A word-level tokenizer of the captions that a loader trains on, as they are cleaned."""
-    return train_tokenizer(map(clean, _training_captions(spec)), vocab_size)
-
-
-def _training_captions(spec: dict[str, Any]) -> Iterator[str]:
-    for part in data_sets(spec).values():
-        folder = Path(part["path"]) / part.get("split", "train")
-        for column in part.get("captions") or [Manifest.read(folder).captions[0]]:
-            yield from iterate_captions(folder, column)
-
-
-def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes it to a new folder, whole or not at all, on rank 0."""
-    if dist.get_global_rank() == 0:
-        partial = folder.with_name(f".{folder.name}.partial")
-        tokenizer.save_pretrained(str(partial))
-        partial.rename(folder)
+def make_recipe_data(recipe: Recipe) -> None:
+    """Make what a recipe's sources make, and see that all of its data are there. Raises UserError as the functions above."""
+    for key in ("train_loader", "eval_loader"):
+        spec = getattr(recipe, key)
+        make_data(spec, key)
+        if spec and spec["name"] == "image_caption":
+            read_manifests(spec, key)

@@ -1,7 +1,11 @@
-"""The step that `prx check` tries: a trainer of one rank's share, built in a temporary folder, that never trains."""
+"""What `prx check` looks at: the recipe, what it needs, and a step of every stage.
+
+For the steps a trainer of one rank's share is built in a temporary folder, which never trains.
+"""
 
 import copy
 import dataclasses
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,27 +15,76 @@ import torch
 
 from prx_composer.common.errors import UserError
 from prx_composer.data.sources import prepare
+from prx_composer.recipe import config
 from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.frozen_parts import with_kept
-from prx_composer.training.preflight.examine import Parts, PlannedStage
+from prx_composer.training.components import Components, PlannedStage
+from prx_composer.training.preflight import check_surroundings
+from prx_composer.training.preflight.captions import check_captions
+from prx_composer.training.preflight.examine import check_callbacks, examine
+from prx_composer.training.preflight.gpus import check_gpus
 from prx_composer.training.preflight.pretrained import is_here, references
-from prx_composer.training.preflight.result import Result, skipped
-from prx_composer.training.preparation import Making, unmade_sources
+from prx_composer.training.preflight.result import Result, failed, guarded, skipped
+from prx_composer.training.preflight.step import try_steps
+from prx_composer.training.run import build_trainer
+from prx_composer.training.source_data import Making, unmade_sources
+
+log = logging.getLogger(__name__)
 
 MOST_PARAMETERS = 100e6  # that are tried without a GPU …
 MOST_FLOPS = 2e12  # … and work of one step of every stage: half a minute on a laptop
 SAMPLES = 256  # of a data set that is still to be made
 
 
-def try_out(recipe: Recipe, parts: Parts, num_ranks: int) -> Iterator[Result]:
+def check_config(recipe: Recipe, num_ranks: int = 1) -> list[Result]:
+    """Checks a recipe without data, weights or a network; finds all that is wrong.
+
+    Every name and argument is bound against its constructor, and what costs nothing is built: the backbone without storage,
+    the scheduler, algorithms and callbacks. Batches must divide over `num_ranks`, and image sizes into patches.
+    """
+    return _examine(recipe, num_ranks)[0]
+
+
+def _examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components | None]:
+    try:
+        config.import_code(recipe.code_paths)
+    except Exception as error:  # whatever the user's code raises; what it registers may be named anywhere
+        if not isinstance(error, UserError):
+            log.warning("code_paths cannot be imported", exc_info=True)
+        problem = str(error) if isinstance(error, UserError) else f"code_paths: importing them fails with {error!r}."
+        return [failed(problem), skipped("the rest", "it may need that code")], None
+    results, parts = examine(recipe, num_ranks)
+    return [*results, *check_callbacks(recipe, parts)], parts
+
+
+def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Iterator[Result]:
+    """All checks, as `prx check` makes them, one after the other; nothing is written, trained or downloaded.
+
+    Args:
+        num_ranks: GPUs that will train it.
+        step: also make one forward and backward pass of every stage, if this machine can.
+    """
+    results, parts = _examine(recipe, num_ranks)
+    yield from results
+    if parts is None:
+        return
+    right = all(result.mark != "✗" for result in results)
+    others = [*guarded(check_captions(recipe, parts)), *guarded(check_gpus(recipe, 0, num_ranks))]
+    for result in [*check_surroundings(recipe, parts), *others]:
+        right = right and result.mark != "✗"
+        yield result
+    if step and right:
+        yield from guarded(_try_out(recipe, parts, num_ranks))
+    elif step:
+        yield skipped("step", "what is wrong above must be mended first")
+
+
+def _try_out(recipe: Recipe, parts: Components, num_ranks: int) -> Iterator[Result]:
     """Builds the model and makes one forward and backward pass of every stage, if this machine can do that in moderate time."""
     if (reason := _why_not(recipe, parts)) is not None:
         yield skipped("step", reason)
         return
-    from prx_composer.training.build import build_trainer
-    from prx_composer.training.preflight.step import try_steps
-
     with tempfile.TemporaryDirectory(prefix="prx-check-") as temporary:
         reduced = _one_rank(recipe, num_ranks, Path(temporary))
         trainer = build_trainer(reduced)
@@ -44,7 +97,7 @@ def try_out(recipe: Recipe, parts: Parts, num_ranks: int) -> Iterator[Result]:
             trainer.close()
 
 
-def _why_not(recipe: Recipe, parts: Parts) -> str | None:
+def _why_not(recipe: Recipe, parts: Components) -> str | None:
     wanted = references(recipe, parts.algorithms.values())
     if torch.cuda.is_available():
         away = [reference.name for reference in wanted if not is_here(reference)]
@@ -53,7 +106,7 @@ def _why_not(recipe: Recipe, parts: Parts) -> str | None:
         what = "it needs a GPU"
     elif wanted:
         what = f"without a GPU {wanted[0].name} takes too long"
-    elif parts.backbone is None:
+    elif parts.multiple is None or not hasattr(parts.backbone, "flops"):
         return "the backbone is not of this package"
     else:
         parameters = sum(parameter.numel() for parameter in parts.backbone.parameters())
@@ -64,7 +117,7 @@ def _why_not(recipe: Recipe, parts: Parts) -> str | None:
     return f"{what}; train.py tries it before the first step"
 
 
-def _flops(stage: PlannedStage, recipe: Recipe, parts: Parts) -> float:
+def _flops(stage: PlannedStage, recipe: Recipe, parts: Components) -> float:
     """Of the backbone for one microbatch of square images."""
     assert parts.multiple is not None
     side = stage.image_size * parts.backbone.patch_size // parts.multiple

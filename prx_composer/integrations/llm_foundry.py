@@ -1,4 +1,4 @@
-"""Model, loader and tokenizer as llm-foundry calls them, and the callback that its trainer needs to train them as ours does.
+"""This package's components as llm-foundry finds and calls them, and the callback that its trainer needs to train as ours does.
 
 llm-foundry makes one tokenizer, named at the top of its YAML, and gives it to loader and model. What else the loader must know
 of the model (`max_tokens`, `multiple`) its YAML takes from there: `${model.text_encoder.max_tokens}`.
@@ -6,6 +6,7 @@ of the model (`max_tokens`, `multiple`) its YAML takes from there: `${model.text
 
 import json
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from prx_composer.data.latents import check_latent_column
 from prx_composer.data.loader import ImageCaptionLoader, build_loader
 from prx_composer.data.schema import MANIFEST, Manifest
 from prx_composer.data.stored import check_text_column
+from prx_composer.integrations.foundry_names import OURS
 from prx_composer.models.prompts import cleaning_of
 from prx_composer.models.randomness import RandomStreams
 from prx_composer.models.text_encoder import load_tokenizer
@@ -33,8 +35,10 @@ from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.arguments import check_arguments, split
 from prx_composer.recipe.config import build
 from prx_composer.recipe.data_sets import data_sets
+from prx_composer.registry import Registry
 from prx_composer.runs.init_from import initialise
-from prx_composer.training.preparation import keep_tokenizer, make_data, read_manifests, trained_tokenizer, unmade_sources
+from prx_composer.runs.tokenizer import keep_tokenizer, trained_tokenizer
+from prx_composer.training.source_data import make_data, read_manifests, unmade_sources
 
 _MADE_OF = "made_of.json"  # beside a tokenizer: its captions
 LOADER = "prx_image_caption"  # whether it is train_loader or eval_loader, llm-foundry doesn't say
@@ -42,7 +46,7 @@ LOADER = "prx_image_caption"  # whether it is train_loader or eval_loader, llm-f
 _models: "weakref.WeakSet[TextToImage]" = weakref.WeakSet()
 
 
-def model_with(parameter: torch.Tensor) -> TextToImage | None:
+def _model_with(parameter: torch.Tensor) -> TextToImage | None:
     """The model built here that has this parameter: llm-foundry gives optimizers no more than parameters."""
     return next((model for model in _models if any(own is parameter for own in model.parameters())), None)
 
@@ -221,3 +225,56 @@ def _one_node_makes(spec: dict[str, Any]) -> None:
         return
     for making in unmade_sources(spec, "train_loader"):
         raise UserError(f"{making.key}.source: make {making.path} on one node first; several would get in each other's way.")
+
+
+# ------------------------------------------------------------------ algorithms, callbacks, loggers, optimizers, schedulers
+# llm-foundry asks an entry point for a class of Composer's kind and calls it with what its YAML says. A class here makes no
+# object of its own: calling it checks and builds the component as a recipe's is, so that wrong arguments are answered alike.
+
+_ELSEWHERE_PROVIDED = ("folder", "source")  # a recipe has these for every component; here they are arguments like others
+
+
+class _Published:
+    """Components of one kind by name, as attributes."""
+
+    def __init__(self, components: Registry, path: str):
+        self._components, self._path = components, path
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._components.builtin:
+            raise AttributeError(name)
+        target = self._components.get(name, name)
+        path = self._path.format(name=OURS + name)
+
+        def build_instead(cls: type, **arguments: Any) -> Any:
+            provided = {key: arguments.pop(key) for key in _ELSEWHERE_PROVIDED if key in arguments}
+            return self._build(target, name, arguments, path, provided)
+
+        return type(target)(target.__name__, (target,), {"__new__": build_instead, "__doc__": target.__doc__})
+
+    def _build(self, target: Any, name: str, arguments: dict[str, Any], path: str, provided: dict[str, Any]) -> Any:
+        check_arguments(target, arguments, path, frozenset(provided))
+        return build(self._components, name, arguments, path, **provided)
+
+
+class _PublishedOptimizers(_Published):
+    """llm-foundry hands an optimizer parameters; ours ask the model which of them decay, or are matrices for Muon."""
+
+    def _build(self, target: Any, name: str, arguments: dict[str, Any], path: str, provided: dict[str, Any]) -> Any:
+        params: Iterable[Any] = arguments.pop("params")
+        first = next(iter(params), None)
+        if isinstance(first, dict):
+            raise UserError(
+                f"{path}.param_groups: {OURS}{name} makes its own; leave them out, or name an optimizer of llm-foundry's."
+            )
+        model = _model_with(first) if isinstance(first, torch.Tensor) else None
+        if model is None:
+            raise UserError(f"{path}.name: {OURS}{name} trains {OURS}text_to_image; name an optimizer of llm-foundry's.")
+        return super()._build(target, name, arguments, path, {"model": model})
+
+
+algorithms = _Published(registry.algorithms, "algorithms.{name}")
+callbacks = _Published(registry.callbacks, "callbacks.{name}")
+loggers = _Published(registry.loggers, "loggers.{name}")
+optimizers = _PublishedOptimizers(registry.optimizers, "optimizer")
+schedulers = _Published(registry.schedulers, "scheduler")
