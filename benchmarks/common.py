@@ -165,7 +165,7 @@ def heading(result: Mapping[str, Any]) -> list[str]:
 def as_json(result: Mapping[str, Any]) -> str:
     """Indent, but keep lists of numbers on one line."""
     text = json.dumps(result, indent=1)
-    return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: " ".join(found.group().split()), text) + "\n"
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: f"[{' '.join(found.group()[1:-1].split())}]", text) + "\n"
 
 
 def write(path: Path, text: str) -> None:
