@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 
 from prx_composer.commands.plan.plan_inputs import read_throughput
@@ -18,8 +19,7 @@ sys.path.append(str(BENCHMARKS))
 
 
 def benchmark(name: str, *arguments: Any, folder: Path = BENCHMARKS.parent) -> str:
-    command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
-    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    finished = commands.run("python", BENCHMARKS / name, *arguments, cwd=folder)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-3000:]
     return finished.stdout
 
