@@ -34,7 +34,6 @@ def questions(script: Path) -> list[str]:
 
 
 SCRIPTS = {path.name: questions(path) for path in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
-SCRIPTS.pop("same_behaviour.py", None)  # a proof, no measurement
 
 
 def test_every_line_of_the_table_is_a_question_with_a_command_and_a_result() -> None:
