@@ -25,15 +25,16 @@ TABLE = (BENCHMARKS / "README.md").read_text()
 ROWS = [found.groupdict() for found in ROW.finditer(TABLE)]
 
 
-def questions(script: Path) -> list[str]:
-    """Return the names by which a script is asked: those of the functions that it gives to `main`; "" if it has one question."""
+def questions(script: Path) -> list[str] | None:
+    """Return the names by which a script is asked, those of the functions that it gives to `main`; [] if it has one question."""
     calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
     asked = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "main"]
     names = [[argument.id.replace("_", "-") for argument in call.args if isinstance(argument, ast.Name)][1:] for call in asked]
-    return max(names, key=len, default=[])
+    return max(names, key=len, default=None)
 
 
-SCRIPTS = {path.name: questions(path) for path in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+FOUND = {path.name: questions(path) for path in BENCHMARKS.glob("*.py")}
+SCRIPTS = {script: names for script, names in FOUND.items() if names is not None}
 
 
 def test_every_line_of_the_table_is_a_question_with_a_command_and_a_result() -> None:
