@@ -68,13 +68,10 @@ def main(document: str | None, *questions: Callable[..., dict[str, Any]], argv: 
     question = named[name]
     prog = f"{Path(script).name} {name}" if len(named) > 1 else None
     parser = make_parser(question, f"{inspect.getdoc(question)}\n\n{inspect.cleandoc(document or '')}", prog)
+    parser.add_argument("--output", type=Path, help="result file, JSON")
     parser.add_argument("--json", action="store_true", help="print the medians of all ratios as the last line")
-    if "output" not in inspect.signature(question).parameters:
-        parser.add_argument("--output", type=Path, help="result file, JSON")
     options = vars(parser.parse_intermixed_args(arguments[1:] if arguments[:1] == [name] else arguments))
-    output, last_line = options["output"], options.pop("json")
-    if "output" not in inspect.signature(question).parameters:
-        del options["output"]
+    output, last_line = options.pop("output"), options.pop("json")
     what = " ".join((inspect.getdoc(question) or "").split("\n\n")[0].split())
     head = {"what": what} | circumstances([script, *arguments])  # before it, for the load
     found = question(**options)

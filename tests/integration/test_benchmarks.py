@@ -68,7 +68,7 @@ def test_drawing_is_timed_against_diffusers_after_the_images_agree() -> None:
 
 @pytest.mark.slow
 def test_the_cost_over_images_and_tokens_is_measured_and_drawn(tmp_path: Path) -> None:
-    found = question("step", "linear_cost", hidden_size=64, depth=1, rounds=2, output=tmp_path / "cost.json")
+    found = question("step", "linear_cost", hidden_size=64, depth=1, rounds=2, plot=tmp_path / "cost.png")
     assert found["exponents"].keys() == {"images", "tokens"}
     assert (tmp_path / "cost.png").stat().st_size > 1000
 
