@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import yaml
 from record import circumstances
 
 Result = dict[str, Any]
-Case = list[list[Any]]  # runs in one folder, each of recipes, mappings that are merged over them, and key=value
+Cases = dict[str, list[str]]
 
 INSIDE = Path(__file__).with_name("inside_checkout.py")
 
@@ -46,7 +47,7 @@ def differences(before: Result, after: Result) -> list[str]:
     if found:
         more = f"; {len(found)} of {len(rows[0])} batches differ" if len(found) > 1 else ""
         said.append(f"batch {found[0][0]}: {_listed(found[0][1])}{more}")
-    for what in ("tensors", "pictures"):
+    for what in ("tensors", "pictures", "files"):
         old, new = before[what], after[what]
         if wrong := [key for key in old | new if old.get(key) != new.get(key)]:
             marks = [key + ("" if key in old and key in new else f" only {'before' if key in old else 'after'}") for key in wrong]
@@ -59,88 +60,103 @@ def _listed(names: list[str], shown: int = 3) -> str:
 
 
 class Checkout:
-    """A folder with its own .venv, and the folder in `work_folder` where what it holds trains.
+    """A folder with its own .venv, which may be of another commit than this file."""
 
-    Results lie under a name for what train.py and the package are, committed or not.
-    """
-
-    def __init__(self, path: Path, work_folder: Path):
+    def __init__(self, path: Path):
         self.path = path.resolve()
         self.commit = self._git("log", "-1", "--format=%h %s")
+
+    def contents(self) -> str:
+        """Return a name for what train.py and the package are, committed or not."""
         with tempfile.TemporaryDirectory() as folder:
             index = {"GIT_INDEX_FILE": f"{folder}/index"}
             self._git("add", "--all", "--", "train.py", "prx_composer", **index)
-            self.contents = self._git("write-tree", **index)[:12]
-        self.folder = work_folder.resolve() / self.contents
-        self.folder.mkdir(parents=True, exist_ok=True)
+            return self._git("write-tree", **index)[:12]
 
     def _git(self, *command: str, **environment: str) -> str:
         git = ["git", "-C", str(self.path), *command]
         return subprocess.run(git, check=True, capture_output=True, text=True, env=os.environ | environment).stdout.strip()
 
-    def run(self, *command: str, check: bool = True) -> str:
-        """Run a command of this checkout's .venv in its folder of results and return what it prints."""
+    def start(self, folder: Path, *command: str) -> "subprocess.Popen[str]":
+        """Start a program of this checkout's .venv in a folder; what it prints can be read."""
         same = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         environment = os.environ | same | {"PYTHONPATH": str(self.path)}
         program = [str(self.path / ".venv" / "bin" / command[0]), *command[1:]]
-        return subprocess.run(program, cwd=self.folder, env=environment, stdout=subprocess.PIPE, text=True, check=check).stdout
+        return subprocess.Popen(program, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
     def algorithms(self) -> set[str]:
         code = "from prx_composer import registry; print(*registry.algorithms.names())"
-        return set(self.run("python", "-c", code).split())
+        return set(self.start(self.path, "python", "-c", code).communicate()[0].split())
 
-    def results(self, cases: dict[str, Case], two_ranks: list[str], shared: Path) -> dict[str, Result]:
-        """Train the cases that this checkout's contents have not yet trained, and return the results of all."""
-        jobs = {name: self._job(name, runs, shared) for name, runs in cases.items()}
-        files = {name: self.folder / f"{name}.json" for name in cases}
-        due = [
-            name for name in cases if not files[name].exists() or json.loads(files[name].read_text())["key"] != jobs[name]["key"]
+    def command(self, name: str, line: str) -> list[str]:
+        """Return the program and arguments of a line of same_behaviour.yaml."""
+        if line.startswith("prx "):
+            return [str(self.path / ".venv" / "bin" / "prx"), *line.split()[1:]]
+        return [
+            str(self.path / "train.py"),
+            *line.split(),
+            f"run_name={name}",
+            "run_folder=runs/${run_name}",
+            "progress_bar=false",
         ]
-        for launcher, names in (
-            (["python"], [name for name in due if name not in two_ranks]),
-            (["composer", "-n", "2"], [name for name in due if name in two_ranks]),
-        ):
-            listed = self.folder / "jobs.json"
-            listed.write_text(json.dumps([jobs[name] for name in names]))
-            if names:
-                self.run(*launcher, str(INSIDE), "train", str(self.path / "train.py"), check=False)
+
+    def results(self, folder: Path, cases: Cases, two_ranks: list[str]) -> dict[str, Result]:
+        """Run what this folder has no result of yet, and return the results of all.
+
+        Args:
+            folder: with the files that the commands name.
+        """
+        files, keys = {name: folder / f"{name}.json" for name in cases}, dict[str, str]()
+        for name, lines in cases.items():
+            named = [folder / word for line in lines for word in line.split() if word.endswith(".yaml")]
+            texts = [*lines, *(file.read_text() for file in named if file.exists())]
+            keys[name] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        due = [name for name in cases if not files[name].exists() or json.loads(files[name].read_text())["key"] != keys[name]]
+        for ranks in (1, 2):
+            jobs = [
+                {
+                    "name": name,
+                    "key": keys[name],
+                    "commands": [self.command(name, line) for line in cases[name]],
+                    "folder": f"runs/{name}" if not cases[name][-1].startswith("prx ") else name,
+                }
+                for name in due
+                if (name in two_ranks) == (ranks == 2)
+            ]
+            if jobs:
+                listed = folder / f"jobs.{ranks}"
+                listed.write_text(json.dumps(jobs))
+                launcher = ["python"] if ranks == 1 else ["composer", "-n", "2"]
+                self.start(folder, *launcher, str(INSIDE), listed.name).communicate()
         found: dict[str, Result] = {}
         for name, file in files.items():
-            found[name] = json.loads(file.read_text()) if file.exists() else {"error": f"see {file.with_suffix('.rank0.log')}"}
+            found[name] = json.loads(file.read_text()) if file.exists() else {"error": f"see {folder / name}.rank0.log"}
             if "error" in found[name]:
                 file.unlink(missing_ok=True)
         return found
 
-    def _job(self, name: str, runs: Case, shared: Path) -> dict[str, Any]:
-        """Write what is merged over the recipes, and return what `work` needs to know."""
-        texts = [[argument.read_text() if isinstance(argument, Path) else argument for argument in run] for run in runs]
-        listed: list[list[str]] = []
-        for number, run in enumerate(runs):
-            listed.append([])
-            for place, argument in enumerate(run):
-                if isinstance(argument, dict):
-                    file = self.folder / "parts" / f"{name}-{number}-{place}.yaml"
-                    file.parent.mkdir(exist_ok=True)
-                    file.write_text(yaml.safe_dump(argument, sort_keys=False).replace("{shared}", str(shared)))
-                    argument = file
-                listed[-1].append(str(argument))
-            listed[-1] += [f"run_name={name}", "run_folder=runs/${run_name}", "progress_bar=false"]
-        return {"name": name, "key": hashlib.sha256(json.dumps(texts).encode()).hexdigest(), "runs": listed}
+
+def prepare(folder: Path, before: Checkout, algorithms: set[str], settings: dict[str, Any]) -> None:
+    """Write the files that the commands of same_behaviour.yaml name, the same for every checkout."""
+    shutil.copytree(before.path / "yamls", folder / "yamls", dirs_exist_ok=True)
+    (folder / "parts").mkdir(exist_ok=True)
+    for name, part in ({name: {"algorithms": {name: {}}} for name in algorithms} | settings["parts"]).items():
+        (folder / "parts" / f"{name}.yaml").write_text(yaml.safe_dump(part, sort_keys=False))
+    shared = folder.parent / "shared"
+    if not shared.exists():
+        before.start(folder, "python", str(INSIDE), "make", str(shared)).communicate()
+    if not (folder / "shared").exists():
+        (folder / "shared").symlink_to(shared)
 
 
-def all_cases(yamls: Path, algorithms: set[str], settings: dict[str, Any]) -> dict[str, Case]:
-    """Return every case of same_behaviour.yaml, of yamls/ablations and of the registry."""
-    parts: dict[str, Any] = settings["parts"]
-    bare = [yamls / "quickstart.yaml", parts["small"], parts["bare"]]
-    made, covered = dict[str, Case](), set[str]()
-    for file in sorted((yamls / "ablations").glob("*.yaml")):
-        made[file.stem] = [[*bare, file]]
-        covered |= set(yaml.safe_load(file.read_text()).get("algorithms") or {})
-    for name in sorted(algorithms - covered):
-        made[name] = [[*bare, settings["alone"].get(name, {"algorithms": {name: {}}})]]
-    for name, runs in settings["cases"].items():
-        made[name] = [[yamls / item if item.endswith(".yaml") else parts.get(item, item) for item in run] for run in runs]
-    return made
+def all_cases(yamls: Path, algorithms: set[str], settings: dict[str, Any]) -> Cases:
+    """Return the cases of same_behaviour.yaml, of yamls/ablations and of the registry."""
+    files = sorted((yamls / "ablations").glob("*.yaml"))
+    covered = {name for file in files for name in yaml.safe_load(file.read_text()).get("algorithms") or {}}
+    alone = {file.stem: f"yamls/ablations/{file.name}" for file in files}
+    alone |= {name: f"parts/{name}.yaml" for name in sorted(algorithms - covered)}
+    small = "yamls/quickstart.yaml parts/small.yaml parts/bare.yaml"
+    return {name: [f"{small} {file}"] for name, file in alone.items()} | settings["cases"]
 
 
 def changed_recipes(before: Path, after: Path) -> list[str]:
@@ -162,24 +178,25 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
     settings = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+    before, after = Checkout(asked.before), Checkout(asked.after)
+    known = before.algorithms()
+    cases = all_cases(before.path / "yamls", known, settings)
+    if asked.only:
+        if unknown := set(asked.only) - set(cases):
+            parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(cases)}")
+        cases = {name: cases[name] for name in asked.only}
     with tempfile.TemporaryDirectory() as temporary:
-        work_folder = asked.work or Path(temporary)
-        before, after = (Checkout(path, work_folder) for path in (asked.before, asked.after))
-        known = before.algorithms()
-        cases = all_cases(before.path / "yamls", known, settings)
-        if asked.only:
-            if unknown := set(asked.only) - set(cases):
-                parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(cases)}")
-            cases = {name: cases[name] for name in asked.only}
-        shared = work_folder.resolve() / "shared"
-        if not shared.exists():
-            before.run("python", str(INSIDE), "make", str(shared))
-        sides = {checkout.contents: checkout for checkout in (before, after)}
+        sides = {checkout.contents(): checkout for checkout in (before, after)}
+        folders = [(asked.work or Path(temporary)).resolve() / contents for contents in sides]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            prepare(folder, before, known, settings)
+            shutil.rmtree(folder / "runs", ignore_errors=True)
         with ThreadPoolExecutor(2) as pool:
-            trained = dict(
-                zip(sides, pool.map(lambda side: side.results(cases, settings["two_ranks"], shared), sides.values()), strict=True)
-            )
-    old, new = trained[before.contents], trained[after.contents]
+            trained = list(pool.map(lambda c, f: c.results(f, cases, settings["two_ranks"]), sides.values(), folders))
+        for folder in folders:
+            shutil.rmtree(folder / "runs", ignore_errors=True)
+    old, new = trained[0], trained[-1]
     found = {name: differences(old[name], new[name]) for name in cases}
     report = {
         "what": "the same recipes by two checkouts: every logged number, the last checkpoint's tensors and the pictures",
