@@ -77,8 +77,9 @@ def collect(folder: Path) -> Result:
 def _read(checkpoint: Path) -> Any:
     """Return what a checkpoint of one file or in shards holds; this process has written it."""
     import torch
-    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     if not (checkpoint / ".metadata").exists():
         return {file.name: torch.load(file, map_location="cpu", weights_only=False) for file in sorted(checkpoint.glob("*.pt"))}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from record import circumstances
+from common import circumstances
 
 Result = dict[str, Any]
 Cases = dict[str, list[str]]

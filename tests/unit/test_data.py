@@ -27,7 +27,7 @@ from prx_composer.data.schema import BucketWriter, Manifest, RawSample
 from prx_composer.data.shapes import ShapesSource, all_scenes, heldout_scenes, render
 from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.data.transforms import decode_image
-from prx_composer.metrics.shapes_score import nearest_scenes
+from prx_composer.metrics.recognition import nearest_scenes
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prx_composer.algorithms.alignment import StoredFeatures, stored_features
+from prx_composer.algorithms.repa import StoredFeatures, stored_features
 from prx_composer.common.errors import UserError
 from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
@@ -19,7 +19,7 @@ from prx_composer.data.loader import build_loader
 from prx_composer.data.schema import MANIFEST, BucketWriter, Manifest, RawSample
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 from prx_composer.training.start import main
 
 SQUARE, WIDE = Bucket(16, 16), Bucket(12, 20)

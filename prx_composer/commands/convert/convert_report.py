@@ -11,7 +11,7 @@ from prx_composer.commands.convert import inputs
 from prx_composer.commands.convert import source_columns as columns
 from prx_composer.commands.convert.reasons import REASONS
 from prx_composer.commands.convert.tally import HISTOGRAMS
-from prx_composer.common.html_page import render
+from prx_composer.common.pages import render
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.decoding import PIXELS_OPENED, decode, open_image
 from prx_composer.data.storage import fetch, is_remote, join

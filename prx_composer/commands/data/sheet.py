@@ -7,9 +7,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from prx_composer.commands.data.view import Seen, View
-from prx_composer.common.contact_sheet import Text, Tile, contact_sheet, picture, shown_factor
 from prx_composer.common.errors import UserError
-from prx_composer.common.html_page import render
+from prx_composer.common.pages import Text, Tile, contact_sheet, picture, render, shown_factor
 
 COLUMNS = 8
 PROBLEM = (190, 30, 30)

@@ -1,0 +1,192 @@
+"""A trained model's numbers over a sweep of settings, each with all that is needed to get it again."""
+
+import datetime
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.utils import dist
+from torch import Tensor
+
+from prx_composer.commands.drawing import DrawingSettings, check_settings, draw, metadata, weights_hash
+from prx_composer.common.distributed import from_rank_zero
+from prx_composer.common.errors import UserError
+from prx_composer.common.files import write_whole
+from prx_composer.metrics.scoring import METRICS, Scorer, interval_95
+from prx_composer.models.text_to_image import TextToImage
+from prx_composer.runs.opening import Trained, choose_guidance
+
+log = logging.getLogger(__name__)
+
+SEEDS_APART = 1_000_000
+"""Image i of seed s is what `prx generate --seed s·1000000+i` draws of its prompt."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The settings of a sweep, of which every combination is measured.
+
+    Args:
+        guidance_scales, steps: values.
+        seeds: each is a set of images of its own; two or more give an interval.
+        batch_size: images at a time.
+    """
+
+    guidance_scales: tuple[float, ...]
+    steps: tuple[int, ...]
+    seeds: tuple[int, ...] = (0,)
+    batch_size: int = 16
+
+    def settings(self, base: DrawingSettings) -> list[DrawingSettings]:
+        """Return the settings of every combination; what is not swept is as in `base`."""
+        pairs = product(self.guidance_scales, self.steps)
+        return [replace(base, guidance_scale=scale, num_inference_steps=steps) for scale, steps in pairs]
+
+
+def image_seeds(seed: int, indices: Sequence[int]) -> list[int]:
+    """Return the seeds of the images of prompts with these numbers."""
+    return [seed * SEEDS_APART + index for index in indices]
+
+
+def drawer(model: TextToImage, prompts: list[str], seed: int, settings: DrawingSettings) -> Callable[[list[int]], Tensor]:
+    """Return a function from numbers of prompts to their images, uint8 (B, 3, H, W)."""
+
+    def draw_them(indices: list[int]) -> Tensor:
+        asked = [prompts[index] for index in indices]
+        drawn = draw(model, asked, image_seeds(seed, indices), settings, len(indices))
+        return torch.stack([image for _, image in drawn])
+
+    return draw_them
+
+
+@dataclass
+class Results:
+    """What was measured: a JSON file, and a Markdown table beside it, written anew after every row.
+
+    Args:
+        path: of the JSON file.
+        conditions: what all rows have in common and must, to be compared: prompts, reference, networks, image size.
+        rows: one per combination of settings.
+    """
+
+    path: Path
+    conditions: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Go on with a file of the same conditions, if rank 0 finds one.
+
+        Raises:
+            UserError: it is there and holds something else.
+        """
+        self.conditions = json.loads(json.dumps(self.conditions))
+        problem: str | None = None
+        if dist.get_global_rank() == 0 and self.path.exists():
+            try:
+                found = json.loads(self.path.read_text())
+                self.rows = found["rows"]
+                different = [key for key in self.conditions if found["conditions"].get(key) != self.conditions[key]]
+                if different:
+                    problem = f"other numbers: its {', '.join(different)} {'is' if len(different) == 1 else 'are'} different"
+            except (OSError, ValueError, LookupError, AttributeError, TypeError):
+                problem = "something else"
+        problem, self.rows = from_rank_zero((problem, self.rows))
+        if problem is not None:
+            raise UserError(f"--output: {self.path} holds {problem}. Name another file, or remove it.")
+
+    def find(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the row with these values, if it was measured already."""
+        return next((row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row, and write both files on rank 0."""
+        self.rows.append(row)
+        if dist.get_global_rank() == 0:
+            content = json.dumps({"conditions": self.conditions, "rows": self.rows}, indent=1, ensure_ascii=False)
+            write_whole(self.path, f"{content}\n".encode())
+            write_whole(self.path.with_suffix(".md"), self.table().encode())
+
+    def table(self) -> str:
+        """Return Markdown: a row per combination, then what makes it repeatable."""
+        names = list(self.conditions["metrics"])
+        head = ["weights", "guidance scale", "steps", *(f"{name} {METRICS[name].better}" for name in names)]
+        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for row in self.rows:
+            cells = [row["weights"], f"{row['guidance_scale']:g}", str(row["num_inference_steps"])]
+            lines.append(f"| {' | '.join([*cells, *(_cell(row['metrics'][name]) for name in names)])} |")
+        return "\n".join([*lines, "", *(f"- {line}" for line in self._notes())]) + "\n"
+
+    def _notes(self) -> list[str]:
+        conditions = self.conditions
+        notes = [f"{conditions['prompts']['count']} prompts of {conditions['prompts']['source']}, one image each per seed."]
+        if reference := conditions.get("reference"):
+            notes.append(f"Compared with {reference['count']} images of {reference['source']}.")
+        size, guidance = f"{conditions['height']}×{conditions['width']}", conditions["guidance"]
+        notes.append(f"Images of {size}, guidance {guidance}, {conditions['precision']}.")
+        for seeds in sorted({tuple(row["seeds"]) for row in self.rows}):
+            interval = "; ± is the 95% t-interval over them" if len(seeds) > 1 else "; a single one says nothing of the spread"
+            notes.append(f"Seeds {', '.join(map(str, seeds))}{interval}.")
+        for kind, network in conditions["networks"].items():
+            notes.append(f"{kind}: {network['name']} at {network['image_size']}, {network['fingerprint'][:12]}.")
+        for weights, batch, digest in sorted({(r["weights"], r["batch"] or 0, r["weights_sha256"]) for r in self.rows}):
+            notes.append(f"Weights {weights} of batch {batch}: SHA-256 {digest}.")
+        for command, versions in sorted({(r["command"], json.dumps(r["versions"])) for r in self.rows}):
+            said = ", ".join(f"{name} {number}" for name, number in json.loads(versions).items())
+            notes.append(f"`{command}` with {said}.")
+        return notes
+
+
+def _cell(metric: dict[str, Any]) -> str:
+    return f"{metric['mean']:.4g}" + ("" if metric["interval_95"] is None else f" ± {metric['interval_95']:.2g}")
+
+
+def sweep(
+    trained: Trained,
+    plan: Sweep,
+    base: DrawingSettings,
+    prompts: list[str],
+    scorer: Scorer,
+    results: Results,
+    command: str,
+    device: torch.device,
+) -> None:
+    """Measure every combination with one kind of weights; pass over those that the results have already."""
+    trained.model.say_what_is_lost(prompts)
+    trained.model.to(device)
+    choose_guidance(trained.model, base.guidance if base.guidance in ("cfg", "self") else "run")
+    digest = from_rank_zero(weights_hash(trained.model) if dist.get_global_rank() == 0 else "")
+    for settings in plan.settings(base):
+        check_settings(trained.model, settings, device)
+        facts = metadata(trained, settings, digest, device)
+        wanted = {key: facts[key] for key in ("weights_sha256", "guidance_scale", "num_inference_steps")}
+        wanted |= {"weights": trained.weights, "seeds": list(plan.seeds)}
+        said = f"{trained.weights}, guidance scale {settings.guidance_scale:g}, {settings.num_inference_steps} steps"
+        if results.find(wanted) is not None:
+            log.info("%s: measured already.", said)
+            continue
+        begun = datetime.datetime.now(datetime.UTC)
+        per_seed = []
+        for seed in plan.seeds:
+            draw_them = drawer(trained.model, prompts, seed, settings)
+            per_seed.append(scorer.score(draw_them, prompts, plan.batch_size, device))
+            log.info("%s, seed %d: %s", said, seed, ", ".join(f"{name} {value:.4g}" for name, value in per_seed[-1].items()))
+        measured = {name: _summary([scores[name] for scores in per_seed]) for name in scorer.metrics}
+        took = (datetime.datetime.now(datetime.UTC) - begun).total_seconds()
+        facts["versions"] |= {name: version(name) for name in ("torchvision", "mosaicml")}
+        results.add(
+            facts
+            | wanted
+            | {"metrics": measured, "command": command, "ranks": dist.get_world_size()}
+            | {"date": begun.isoformat(timespec="seconds"), "seconds": round(took, 1)}
+        )
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    return {"mean": math.fsum(values) / len(values), "interval_95": interval_95(values), "per_seed": values}

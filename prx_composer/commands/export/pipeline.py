@@ -1,0 +1,221 @@
+"""A trained model as a folder that diffusers' PRXPixelPipeline or PRXPipeline opens, and that draws what this package draws."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+import yaml
+from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from prx_composer.commands.export.card import without_places
+from prx_composer.common.errors import UserError, raise_all
+from prx_composer.common.files import sync
+from prx_composer.common.secrets import redacted
+from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
+from prx_composer.models.sampling import NUM_TRAIN_TIMESTEPS
+from prx_composer.models.text_to_image import TextToImage
+from prx_composer.runs.diffusers_folder import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
+from prx_composer.runs.opening import Trained
+
+log = logging.getLogger(__name__)
+
+
+def check_exportable(model: TextToImage) -> None:
+    """Check that diffusers' pipelines can draw what the model draws.
+
+    Raises:
+        UserError: naming everything that they have no place for.
+    """
+    backbone, flow, problems = model.backbone, model.flow, []
+    if len(backbone.text_adapter):
+        problems.append("model.backbone.text_adapter_depth: diffusers' PRX has no text adapter.")
+    if backbone.fusion is not None:
+        problems.append("algorithms.sprint: diffusers' PRX has no place for its fusion.")
+    if len(backbone.conditioners):
+        problems.append(f"backbone.conditioners: diffusers' PRX has no place for {', '.join(backbone.conditioners)}.")
+    pixels = isinstance(model.autoencoder, Pixels)
+    if pixels and flow.prediction != "x":
+        problems.append("model.flow.prediction: v on pixels: diffusers' PRXPixelPipeline takes predictions for x.")
+    if pixels and flow.min_timestep != PIXEL_MIN_TIMESTEP:
+        problems.append(
+            f"model.flow.min_timestep: {flow.min_timestep}: diffusers' PRXPixelPipeline has {PIXEL_MIN_TIMESTEP}, and would draw "
+            "other images. The weights can go on with model.init_from and that value."
+        )
+    if not pixels and flow.prediction != "v":
+        problems.append("model.flow.prediction: x on latents: diffusers' PRXPipeline takes predictions for v.")
+    if not pixels and not isinstance(model.autoencoder, DiffusersAutoencoder):
+        problems.append("model.autoencoder: only pixels and diffusers autoencoders are known to diffusers.")
+    network = type(model.text_encoder.network).__name__
+    if getattr(transformers, network, None) is not type(model.text_encoder.network):
+        problems.append(
+            f"model.text_encoder: transformers has no class {network} by that name, with which diffusers would load it."
+        )
+    raise_all(problems)
+
+
+def write_pipeline(trained: Trained, folder: Path, reference: bool = False) -> None:
+    """Write the pipeline into an empty folder.
+
+    Args:
+        trained: the model.
+        folder: such as `written_aside` gives.
+        reference: name the text encoder instead of copying it.
+
+    Raises:
+        UserError: diffusers has no place for a part of the model, or the encoder cannot be referred to.
+    """
+    check_exportable(trained.model)
+    _write_parts(trained, folder, _reference(trained) if reference else None)
+
+
+@contextmanager
+def written_aside(output: Path) -> Iterator[Path]:
+    """Give a folder to write in, which gets its name `output` when all that is done inside of this context has succeeded.
+
+    What was there goes only then.
+    """
+    partial = output.with_name(f".{output.name}.partial.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        old = output.with_name(f".{output.name}.old.{os.getpid()}")
+        if output.exists():
+            output.rename(old)
+        partial.rename(output)
+        sync(output.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise UserError for a place where no export can be written."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file; give a folder.")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise UserError(f"--output: {output} is not empty; give another folder, or --overwrite to replace an export.")
+        if not any((output / name).exists() for name in ("model_index.json", "adapter_config.json")):
+            raise UserError(f"--output: {output} holds something else than an export (no model_index.json); give another folder.")
+
+
+def _write_parts(trained: Trained, folder: Path, referred: dict[str, Any] | None) -> None:
+    model = trained.model
+    pixels = isinstance(model.autoencoder, Pixels)
+    scale = 1.0 if pixels else model.flow.noise_scale  # PRXPipeline begins with unit noise: the scale goes into the weights
+    index: dict[str, Any] = {
+        "_class_name": "PRXPixelPipeline" if pixels else "PRXPipeline",
+        "_diffusers_version": diffusers.__version__,
+    }
+    index["default_sample_size"] = trained.image_size
+    if pixels:
+        index |= {"prompt_max_tokens": model.text_encoder.max_tokens, "noise_scale": model.flow.noise_scale}
+
+    transformer_config = dict(model.backbone.config)
+    weights = {name: tensor.detach().cpu() for name, tensor in model.backbone.state_dict().items()}
+    embedder = model.backbone.resolution_embedder
+    if embedder is not None and not embedder.active:
+        transformer_config["resolution_embeds"] = False
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("resolution_embedder.")}
+    with torch.device("meta"):
+        transformer = PRXTransformer2DModel(**transformer_config)
+    transformer.load_state_dict(_rescaled(weights, scale, transformer_config["bottleneck_size"] is not None), assign=True)
+    transformer.save_pretrained(folder / "transformer")
+    index["transformer"] = ["diffusers", "PRXTransformer2DModel"]
+
+    FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=model.flow.timestep_shift).save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+
+    tokenizer: Any = model.text_encoder.tokenizer
+    length = tokenizer.model_max_length
+    tokenizer.model_max_length = model.text_encoder.max_tokens  # to which PRXPipeline pads
+    try:
+        tokenizer.save_pretrained(str(folder / "tokenizer"))
+    finally:
+        tokenizer.model_max_length = length
+    index["tokenizer"] = ["transformers", type(tokenizer).__name__]
+
+    network: Any = model.text_encoder.network
+    index["text_encoder"] = ["transformers", type(network).__name__]
+    if referred is None:
+        network.save_pretrained(str(folder / "text_encoder"))
+    else:
+        (folder / REFERENCE).write_text(json.dumps(referred, indent=2) + "\n")
+    if isinstance(model.autoencoder, DiffusersAutoencoder):
+        _write_autoencoder(model.autoencoder, folder / "vae", scale)
+        index["vae"] = ["diffusers", type(model.autoencoder.module).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if trained.recipe is not None:
+        recipe = without_places(redacted(trained.recipe))
+        head = "# Paths of the machine that trained it are cut to their last names.\n"
+        (folder / RECIPE).write_text(head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _rescaled(weights: dict[str, Tensor], scale: float, bottleneck: bool) -> dict[str, Tensor]:
+    """Return weights of the same velocity field in units of the noise: x = s·x′ enters, and v′ = v / s comes out."""
+    if scale == 1.0:
+        return weights
+    first = "img_in.0.weight" if bottleneck else "img_in.weight"
+    factors = {first: scale, "final_layer.linear.weight": 1 / scale, "final_layer.linear.bias": 1 / scale}
+    return weights | {name: weights[name] * factor for name, factor in factors.items() if name in weights}
+
+
+def _write_autoencoder(autoencoder: DiffusersAutoencoder, folder: Path, scale: float) -> None:
+    """Write the autoencoder, with numbers where its configuration has none: PRXPipeline computes with them."""
+    network: Any = autoencoder.module
+    network.save_pretrained(str(folder))
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    settings["scaling_factor"] = autoencoder.scaling / scale
+    if "shift_factor" in settings or autoencoder.shift:
+        settings["shift_factor"] = autoencoder.shift
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _reference(trained: Trained) -> dict[str, Any]:
+    encoder = (trained.recipe or {}).get("model", {}).get("text_encoder", {})
+    pretrained = encoder.get("pretrained")
+    if trained.model.text_encoder.trainable:
+        raise UserError(
+            "--text-encoder reference: the text encoder was trained with the model; there is nothing else to refer to."
+        )
+    if not pretrained:
+        raise UserError("--text-encoder reference: the recipe's text encoder is none from the hub; leave the option out.")
+    if Path(pretrained).expanduser().exists():
+        log.warning("The text encoder is the folder %s, which only this machine has.", pretrained)
+    return {"pretrained": pretrained, "revision": encoder.get("revision")}
+
+
+def push(folder: Path, repository: str, private: bool = False) -> str:
+    """Upload an exported folder to the hub; return its address.
+
+    Raises:
+        UserError: no permission, no network, or no such namespace.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Exported from prx-composer")
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"--push {repository}: {reason} The export itself is in {folder}. Log in with `hf auth login`, and push again with "
+            f"`hf upload {repository} {folder}`."
+        ) from error
+    return f"{api.endpoint}/{repository}"
