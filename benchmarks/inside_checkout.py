@@ -1,4 +1,4 @@
-"""What same_behaviour.py and old_runs.py run by a checkout's own Python, in a folder of results.
+"""What same_behaviour.py runs by a checkout's own Python, in a folder of results.
 
 python inside_checkout.py JOBS.json      # commands, one after another in one process; or by `composer -n 2`
 python inside_checkout.py make FOLDER    # frozen parts of random weights, for recipes that name some by folder

@@ -1,33 +1,40 @@
-"""Does a change keep what is computed? The same recipes through `train.py` of two checkouts, compared bit for bit.
+"""Does a change keep what is computed? Two checkouts, each a folder with its own .venv, do the same; what comes out is compared.
 
     python benchmarks/same_behaviour.py BEFORE AFTER [--only CASE …] [--work DIR] [--output FILE.json]
+    python benchmarks/same_behaviour.py make-old-runs FOLDER BEFORE
+    python benchmarks/same_behaviour.py open-old-runs FOLDER AFTER [--output FILE.json]
 
-BEFORE and AFTER are folders, each with its own .venv. Every logged number but times and memory, every tensor of the last
-checkpoint and every drawn picture are compared. The cases are those of same_behaviour.yaml, and every algorithm alone;
-recipes are BEFORE's. Results are kept in DIR by what `train.py` and `prx_composer/` hold, so that BEFORE runs once and AFTER
-as often as it changes. The exit code is 1 if anything differs.
+What is done are the command lines of same_behaviour.yaml, with BEFORE's recipes. Every logged number but times, every tensor of
+the last checkpoint or export and every picture must be equal to the last bit.
 """
 
-import argparse
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from common import circumstances
+from common import main, say
+
+from prx_composer.common.errors import UserError
 
 Result = dict[str, Any]
 Cases = dict[str, list[str]]
 
 INSIDE = Path(__file__).with_name("inside_checkout.py")
+SETTINGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+OLD_RUNS: dict[str, Any] = SETTINGS["old_runs"]
+PROMPTS = "a red circle on the left of a white background\na blue square on the right of a black background\n"
 
 # Logged numbers that two runs of the same code do not share.
 MEASURED = re.compile(r"seconds|^budget/|^time/(train|val|total)$|^(throughput|memory)/")
@@ -41,9 +48,9 @@ def differences(before: Result, after: Result) -> list[str]:
     found: list[tuple[int, list[str]]] = []
     for batch in sorted(rows[0].keys() | rows[1].keys()):
         old, new = (side.get(batch, {}) for side in rows)
-        keys = [key for key in old | new if not MEASURED.search(key) and old.get(key, "–") != new.get(key, "–")]
+        keys = [key for key in old | new if not MEASURED.search(key) and old.get(key, "absent") != new.get(key, "absent")]
         if keys:
-            found.append((batch, [f"{key} {old.get(key, '–')} → {new.get(key, '–')}" for key in keys]))
+            found.append((batch, [f"{key} was {old.get(key, 'absent')}, is {new.get(key, 'absent')}" for key in keys]))
     if found:
         more = f"; {len(found)} of {len(rows[0])} batches differ" if len(found) > 1 else ""
         said.append(f"batch {found[0][0]}: {_listed(found[0][1])}{more}")
@@ -56,7 +63,7 @@ def differences(before: Result, after: Result) -> list[str]:
 
 
 def _listed(names: list[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    return "; ".join(names[:shown]) + (f"; and {len(names) - shown} more" if len(names) > shown else "")
 
 
 class Checkout:
@@ -136,27 +143,26 @@ class Checkout:
         return found
 
 
-def prepare(folder: Path, before: Checkout, algorithms: set[str], settings: dict[str, Any]) -> None:
+def prepare(folder: Path, before: Checkout, algorithms: set[str]) -> None:
     """Write the files that the commands of same_behaviour.yaml name, the same for every checkout."""
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(before.path / "yamls", folder / "yamls", dirs_exist_ok=True)
     (folder / "parts").mkdir(exist_ok=True)
-    for name, part in ({name: {"algorithms": {name: {}}} for name in algorithms} | settings["parts"]).items():
+    for name, part in ({name: {"algorithms": {name: {}}} for name in algorithms} | SETTINGS["parts"]).items():
         (folder / "parts" / f"{name}.yaml").write_text(yaml.safe_dump(part, sort_keys=False))
-    shared = folder.parent / "shared"
-    if not shared.exists():
-        before.start(folder, "python", str(INSIDE), "make", str(shared)).communicate()
+    (folder / "prompts.txt").write_text(PROMPTS)
     if not (folder / "shared").exists():
-        (folder / "shared").symlink_to(shared)
+        before.start(folder, "python", str(INSIDE), "make", "shared").communicate()
 
 
-def all_cases(yamls: Path, algorithms: set[str], settings: dict[str, Any]) -> Cases:
+def all_cases(yamls: Path, algorithms: set[str]) -> Cases:
     """Return the cases of same_behaviour.yaml, of yamls/ablations and of the registry."""
     files = sorted((yamls / "ablations").glob("*.yaml"))
     covered = {name for file in files for name in yaml.safe_load(file.read_text()).get("algorithms") or {}}
     alone = {file.stem: f"yamls/ablations/{file.name}" for file in files}
     alone |= {name: f"parts/{name}.yaml" for name in sorted(algorithms - covered)}
     small = "yamls/quickstart.yaml parts/small.yaml parts/bare.yaml"
-    return {name: [f"{small} {file}"] for name, file in alone.items()} | settings["cases"]
+    return {name: [f"{small} {file}"] for name, file in alone.items()} | SETTINGS["cases"]
 
 
 def changed_recipes(before: Path, after: Path) -> list[str]:
@@ -169,50 +175,80 @@ def changed_recipes(before: Path, after: Path) -> list[str]:
     return said
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
-    parser.add_argument("--only", nargs="+", metavar="CASE")
-    parser.add_argument("--work", type=Path, help="folder that keeps results. [default: a temporary one]")
-    parser.add_argument("--output", type=Path)
-    asked = parser.parse_args()
-    settings = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
-    before, after = Checkout(asked.before), Checkout(asked.after)
-    known = before.algorithms()
-    cases = all_cases(before.path / "yamls", known, settings)
-    if asked.only:
-        if unknown := set(asked.only) - set(cases):
-            parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(cases)}")
-        cases = {name: cases[name] for name in asked.only}
+def verdict(before: str, after: str, old: dict[str, Result], new: dict[str, Result]) -> dict[str, Any]:
+    found = {name: differences(result, new[name]) for name, result in old.items()}
+    for name, said in found.items():
+        say(f"{name}: {' | '.join(said) or 'equal'}")
+    failed = [name for name, said in found.items() if said]
+    return {"before": before, "after": after, "failed": failed, "cases": {name: said or "equal" for name, said in found.items()}}
+
+
+def same_behaviour(
+    before: Path,
+    after: Path,
+    *,
+    only: Annotated[Sequence[str], "cases"] = ("all",),
+    work: Annotated[Path | None, "folder that keeps results by what a checkout holds; a temporary one by default"] = None,
+) -> dict[str, Any]:
+    """Do two checkouts train the same, bit for bit: every algorithm alone, and the recipes of this repository?"""
+    old, new = Checkout(before), Checkout(after)
+    known = old.algorithms()
+    cases = all_cases(old.path / "yamls", known)
+    if unknown := set(only) - {"all", *cases}:
+        raise UserError(f"--only: there is no case {', '.join(sorted(unknown))}; there are {', '.join(cases)}.")
+    cases = {name: lines for name, lines in cases.items() if name in only or "all" in only}
     with tempfile.TemporaryDirectory() as temporary:
-        sides = {checkout.contents(): checkout for checkout in (before, after)}
-        folders = [(asked.work or Path(temporary)).resolve() / contents for contents in sides]
+        sides = {checkout.contents(): checkout for checkout in (old, new)}
+        folders = [(work or Path(temporary)).resolve() / contents for contents in sides]
         for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            prepare(folder, before, known, settings)
+            prepare(folder, old, known)
             shutil.rmtree(folder / "runs", ignore_errors=True)
         with ThreadPoolExecutor(2) as pool:
-            trained = list(pool.map(lambda c, f: c.results(f, cases, settings["two_ranks"]), sides.values(), folders))
+            trained = list(pool.map(lambda c, f: c.results(f, cases, SETTINGS["two_ranks"]), sides.values(), folders))
         for folder in folders:
             shutil.rmtree(folder / "runs", ignore_errors=True)
-    old, new = trained[0], trained[-1]
-    found = {name: differences(old[name], new[name]) for name in cases}
-    report = {
-        "what": "the same recipes by two checkouts: every logged number, the last checkpoint's tensors and the pictures",
-        **circumstances(),
-        "before": before.commit,
-        "after": after.commit,
-        "new_without_a_case": sorted(after.algorithms() - known),
-        "changed_recipes": changed_recipes(before.path / "yamls", after.path / "yamls"),
-        "cases": {name: said or "equal" for name, said in found.items()},
+    found = verdict(old.commit, new.commit, trained[0], trained[-1])
+    changed = changed_recipes(old.path / "yamls", new.path / "yamls")
+    return found | {
+        "failed": [*found["failed"], *changed],
+        "changed_recipes": changed,
+        "new_without_a_case": sorted(new.algorithms() - known),
     }
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    if asked.output:
-        asked.output.write_text(text + "\n")
-    sys.stdout.write(text + "\n")
-    return int(any(found.values()) or bool(report["changed_recipes"]))
+
+
+def make_old_runs(folder: Path, before: Path) -> dict[str, Any]:
+    """Have BEFORE train, export, and be killed in the middle of a run; keep beside that what BEFORE itself then makes of it."""
+    checkout, folder = Checkout(before), folder.resolve()
+    prepare(folder, checkout, checkout.algorithms())
+    made = checkout.results(folder, OLD_RUNS["made"], OLD_RUNS["two_ranks"])
+    for name, lines in OLD_RUNS["killed"].items():
+        kill(checkout, folder, checkout.command(name, lines[0]), folder / "runs" / name / "metrics.jsonl")
+    expected = opened(folder, checkout)
+    (folder / "expected.json").write_text(json.dumps({"by": checkout.commit, "opened": expected}))
+    return {"before": checkout.commit, "failed": {n: r["error"] for n, r in (made | expected).items() if "error" in r}}
+
+
+def kill(checkout: Checkout, folder: Path, command: list[str], metrics: Path, batch: int = 6) -> None:
+    """Train until a batch is logged, and end the run as the system would."""
+    process = checkout.start(folder, "python", *command)
+    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < batch):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def opened(folder: Path, checkout: Checkout) -> dict[str, Result]:
+    """Return what a checkout makes of a copy of the folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = shutil.copytree(folder, Path(temporary) / "copy")
+        return checkout.results(copy, OLD_RUNS["opened"], OLD_RUNS["two_ranks"])
+
+
+def open_old_runs(folder: Path, after: Path) -> dict[str, Any]:
+    """Do run folders and exports of an older commit still open, draw the same, and go on as they would have?"""
+    checkout, expected = Checkout(after), json.loads((folder / "expected.json").read_text())
+    return verdict(expected["by"], checkout.commit, expected["opened"], opened(folder.resolve(), checkout))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, same_behaviour, make_old_runs, open_old_runs))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))
@@ -38,15 +37,15 @@ def test_the_first_batch_that_differs_is_named_with_key_and_both_values() -> Non
     other["rows"][1]["loss/train/total"] = 0.5000000000000001
     other["rows"][2]["loss/train/total"] = 0.3
     assert same.differences(RESULT, other) == [
-        "batch 2: loss/train/total 0.5 → 0.5000000000000001; 2 of 3 batches differ",
+        "batch 2: loss/train/total was 0.5, is 0.5000000000000001; 2 of 3 batches differ",
     ]
 
 
-@pytest.mark.parametrize(("key", "before", "after"), [("loss/train/new", "–", "2.0"), ("stage/index", "0", "–")])
+@pytest.mark.parametrize(("key", "before", "after"), [("loss/train/new", "absent", "2.0"), ("stage/index", "0", "absent")])
 def test_a_number_that_only_one_side_logs_is_a_difference(key: str, before: str, after: str) -> None:
     other = changed()
-    other["rows"][0].pop("stage/index") if after == "–" else other["rows"][0].update({key: 2.0})
-    assert same.differences(RESULT, other) == [f"batch 1: {key} {before} → {after}"]
+    other["rows"][0].pop("stage/index") if after == "absent" else other["rows"][0].update({key: 2.0})
+    assert same.differences(RESULT, other) == [f"batch 1: {key} was {before}, is {after}"]
 
 
 def test_a_batch_that_is_missing_is_a_difference() -> None:
@@ -60,7 +59,7 @@ def test_tensors_and_pictures_are_named_and_those_of_one_side_alone_are_said_to_
     other["tensors"] = {"state.model.weight": "float32 [2] ff", "state.averages.weight": "float32 [2] 02"}
     other["pictures"]["ba3.png"] = "ff"
     assert same.differences(RESULT, other) == [
-        "tensors: state.model.weight, state.average.weight only before, state.averages.weight only after; 3 of 2 differ",
+        "tensors: state.model.weight; state.average.weight only before; state.averages.weight only after; 3 of 2 differ",
         "pictures: ba3.png; 1 of 1 differ",
     ]
 
@@ -81,12 +80,11 @@ def test_a_fingerprint_changes_with_the_last_bit_and_with_the_dtype() -> None:
 
 
 def test_an_algorithm_that_is_new_is_a_case_by_itself_and_every_part_that_is_named_is_there() -> None:
-    settings = yaml.safe_load((REPOSITORY / "benchmarks" / "same_behaviour.yaml").read_text())
-    cases = same.all_cases(REPOSITORY / "yamls", {"tread", "lora", "brand_new"}, settings)
+    cases = same.all_cases(REPOSITORY / "yamls", {"tread", "lora", "brand_new"})
     assert cases["brand_new"] == ["yamls/quickstart.yaml parts/small.yaml parts/bare.yaml parts/brand_new.yaml"]
     assert cases["tread"][0].endswith("yamls/ablations/tread.yaml") and cases["lora"][0].endswith("parts/lora.yaml")
-    old = settings["old_runs"]
+    old = same.OLD_RUNS
     lines = [line for runs in (cases, old["made"], old["killed"], old["opened"]) for listed in runs.values() for line in listed]
     named = {word for line in lines for word in line.split() if word.startswith(("parts/", "yamls/"))}
-    known = {f"parts/{name}.yaml" for name in (*settings["parts"], "brand_new")}
+    known = {f"parts/{name}.yaml" for name in (*same.SETTINGS["parts"], "brand_new")}
     assert not [word for word in named if word not in known and not (REPOSITORY / word).is_file()]
