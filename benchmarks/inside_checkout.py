@@ -1,6 +1,6 @@
 """What same_behaviour.py runs by a checkout's own Python, in a folder of results.
 
-python inside_checkout.py JOBS.json      # commands, one after another in one process; or by `composer -n 2`
+python inside_checkout.py JOBS           # JSON: commands, one after another in one process; or by `composer -n 2`
 python inside_checkout.py make FOLDER    # frozen parts of random weights, for recipes that name some by folder
 """
 
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import runpy
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ Result = dict[str, Any]
 def work(jobs: list[dict[str, Any]]) -> None:
     """Run the commands of job after job in this process, and write into NAME.json what came out."""
     rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        for job in jobs:
+            _remove(job)
     for job in jobs:
         log = Path(f"{job['name']}.rank{rank}.log")
         with _said_in(log):
@@ -31,6 +35,12 @@ def work(jobs: list[dict[str, Any]]) -> None:
             said = [line for line in log.read_text().splitlines() if line.strip()]
             found = {"error": " / ".join(said[-3:])} if failed else collect(Path(job["folder"]))
             Path(f"{job['name']}.json").write_text(json.dumps({"key": job["key"]} | found))
+            _remove(job)
+
+
+def _remove(job: dict[str, Any]) -> None:
+    if job["clean"]:
+        shutil.rmtree(job["folder"], ignore_errors=True)
 
 
 def _run(command: list[str]) -> int:
@@ -140,4 +150,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "make":
         make_shared(Path(sys.argv[2]))
     else:
-        work(json.loads(Path(sys.argv[1]).read_text()))
+        work(json.loads(sys.argv[1]))

@@ -107,11 +107,12 @@ class Checkout:
             "progress_bar=false",
         ]
 
-    def results(self, folder: Path, cases: Cases, two_ranks: list[str]) -> dict[str, Result]:
+    def results(self, folder: Path, cases: Cases, two_ranks: list[str], clean: bool = False) -> dict[str, Result]:
         """Run what this folder has no result of yet, and return the results of all.
 
         Args:
             folder: with the files that the commands name.
+            clean: a run begins anew, and its folder goes when its result is written.
         """
         files, keys = {name: folder / f"{name}.json" for name in cases}, dict[str, str]()
         for name, lines in cases.items():
@@ -125,16 +126,15 @@ class Checkout:
                     "name": name,
                     "key": keys[name],
                     "commands": [self.command(name, line) for line in cases[name]],
+                    "clean": clean,
                     "folder": f"runs/{name}" if not cases[name][-1].startswith("prx ") else name,
                 }
                 for name in due
                 if (name in two_ranks) == (ranks == 2)
             ]
             if jobs:
-                listed = folder / f"jobs.{ranks}"
-                listed.write_text(json.dumps(jobs))
                 launcher = ["python"] if ranks == 1 else ["composer", "-n", "2"]
-                self.start(folder, *launcher, str(INSIDE), listed.name).communicate()
+                self.start(folder, *launcher, str(INSIDE), json.dumps(jobs)).communicate()
         found: dict[str, Result] = {}
         for name, file in files.items():
             found[name] = json.loads(file.read_text()) if file.exists() else {"error": f"see {folder / name}.rank0.log"}
@@ -202,11 +202,8 @@ def same_behaviour(
         folders = [(work or Path(temporary)).resolve() / contents for contents in sides]
         for folder in folders:
             prepare(folder, old, known)
-            shutil.rmtree(folder / "runs", ignore_errors=True)
         with ThreadPoolExecutor(2) as pool:
-            trained = list(pool.map(lambda c, f: c.results(f, cases, SETTINGS["two_ranks"]), sides.values(), folders))
-        for folder in folders:
-            shutil.rmtree(folder / "runs", ignore_errors=True)
+            trained = list(pool.map(lambda c, f: c.results(f, cases, SETTINGS["two_ranks"], clean=True), sides.values(), folders))
     found = verdict(old.commit, new.commit, trained[0], trained[-1])
     changed = changed_recipes(old.path / "yamls", new.path / "yamls")
     return found | {
