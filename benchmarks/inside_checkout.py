@@ -80,7 +80,8 @@ def collect(folder: Path) -> Result:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     pictures = {path.name: _hashed(Image.open(path).tobytes()) for path in sorted(folder.rglob("*.png"))}
     texts = [] if rows else [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".yaml", ".html")]
-    files = {path.name: "a page" if path.suffix == ".html" else _hashed(path.read_bytes()) for path in texts}
+    here = os.getcwd()  # which is named in what `prx import` writes
+    files = {p.name: "a page" if p.suffix == ".html" else _hashed(p.read_text().replace(here, "").encode()) for p in texts}
     return {"rows": rows, "tensors": dict(_fingerprints(weights, "")), "pictures": pictures, "files": files}
 
 

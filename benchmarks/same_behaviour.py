@@ -120,6 +120,8 @@ class Checkout:
             texts = [*lines, *(file.read_text() for file in named if file.exists())]
             keys[name] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
         due = [name for name in cases if not files[name].exists() or json.loads(files[name].read_text())["key"] != keys[name]]
+        for line in (line for name in due for line in cases[name] if "--output" in line):
+            (folder / line.split()[-1]).parent.mkdir(exist_ok=True)
         for ranks in (1, 2):
             jobs = [
                 {
