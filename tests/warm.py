@@ -28,7 +28,7 @@ IMPORTED = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.t5.modeling_t5",
     "prx_composer.cli",
-    "prx_composer.training.build",
+    "prx_composer.training.run",
 )
 WARM_MODULES = ("prx_composer.", "composer.cli", "torch.distributed.run")  # of `python -m`
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
