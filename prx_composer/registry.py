@@ -134,11 +134,11 @@ algorithms = Registry(
     "algorithms",
     {
         "contrastive_flow_matching": "prx_composer.algorithms.contrastive_flow_matching:ContrastiveFlowMatching",
-        "deferred_masking": "prx_composer.algorithms.deferred_masking:DeferredMasking",
+        "deferred_masking": "prx_composer.algorithms.token_routing:DeferredMasking",
         "ema": "prx_composer.algorithms.ema:EMA",
         "float8": "prx_composer.algorithms.float8:Float8",
         "gradient_clipping": "prx_composer.algorithms.gradient_clipping:GradientClipping",
-        "irepa": "prx_composer.algorithms.irepa:IREPA",
+        "irepa": "prx_composer.algorithms.repa:IREPA",
         "lora": "prx_composer.algorithms.lora:LoRA",
         "low_precision_norm": "prx_composer.algorithms.low_precision_norm:LowPrecisionNorm",
         "lpips": "prx_composer.algorithms.lpips:LPIPS",
@@ -147,8 +147,8 @@ algorithms = Registry(
         "repa": "prx_composer.algorithms.repa:REPA",
         "resolution_aware": "prx_composer.algorithms.resolution_aware:ResolutionAware",
         "skip_nonfinite": "prx_composer.algorithms.skip_nonfinite:SkipNonfinite",
-        "sprint": "prx_composer.algorithms.sprint:SPRINT",
-        "tread": "prx_composer.algorithms.tread:TREAD",
+        "sprint": "prx_composer.algorithms.token_routing:SPRINT",
+        "tread": "prx_composer.algorithms.token_routing:TREAD",
     },
 )
 callbacks = Registry(

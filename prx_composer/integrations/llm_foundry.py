@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from prx_composer import registry
 from prx_composer.callbacks.data_monitor import DataMonitor
 from prx_composer.callbacks.random_step import RandomStep
-from prx_composer.common.distributed import GlooAverage
+from prx_composer.common.distributed import GlooAverage, unwrapped
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import write_whole
 from prx_composer.data.contents import column_contents
@@ -167,7 +167,7 @@ class TrainingRun(GlooAverage, RandomStep, DataMonitor):
     """
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        model = getattr(state.model, "module", state.model)
+        model = unwrapped(state.model)
         if isinstance(model, TextToImage):
             _check_loader("train_loader", state.train_dataloader, model)
             for evaluator in state.evaluators:

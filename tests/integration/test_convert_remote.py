@@ -32,7 +32,7 @@ def test_a_killed_conversion_writes_the_bytes_of_an_undisturbed_one(tmp_path: Pa
         pytest.importorskip("ray")
     kills = ("--engine", engine, "--kills", 2, "--tars", 8, "--samples", 8)  # of processes that it looks up in /proc: real ones
     result = tmp_path / "result.json"
-    done = commands.run("python", BENCHMARKS / "convert_kills.py", *kills, "--output", result, real=True, timeout=280)
+    done = commands.run("python", BENCHMARKS / "kills.py", "convert", *kills, "--output", result, real=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(result.read_text())
     assert found["kills"] == 2 and found["equal"] and found["left_behind"] == [".train.work.lock"]

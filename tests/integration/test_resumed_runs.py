@@ -161,7 +161,7 @@ HOLDS: dict[str, tuple[list[str], Callable[[Any], Any], Any]] = {
     "algorithms.ema.half_life": (["algorithms.ema.half_life=1ba"], lambda t: algorithm(t, "EMA").smoothing, 0.5),
     "algorithms.contrastive_flow_matching.weight": (
         ["algorithms.contrastive_flow_matching.weight=0.01"],
-        lambda t: algorithm(t, "ContrastiveFlowMatching").loss.weight,
+        lambda t: algorithm(t, "ContrastiveFlowMatching").term.weight,
         0.01,
     ),
     "algorithms.contrastive_flow_matching.end": (

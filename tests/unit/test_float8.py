@@ -324,8 +324,8 @@ def test_at_the_start_of_a_run_lora_and_replicas_are_refused_in_either_order(tin
     hybrid: Any = parallelism({"fsdp": {"shard_degree": 2}}, 4)
     whole: Any = parallelism({"fsdp": {"shard_degree": 4}}, 4)
     with pytest.raises(UserError, match=r"replicas of shards"):
-        Float8(emulate=True).check_fit(model.backbone, [], hybrid.fsdp2)
-    Float8(emulate=True).check_fit(tiny_model().backbone, [], whole.fsdp2)
+        Float8(emulate=True).check(None, [], model.backbone, hybrid.fsdp2)
+    Float8(emulate=True).check(None, [], tiny_model().backbone, whole.fsdp2)
     other: Any = State(0, "test", nn.Linear(1, 1), DeviceCPU())  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"needs a model with a `backbone`"):
         Float8(emulate=True).apply(Event.INIT, other, Logger(other))

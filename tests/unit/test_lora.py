@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from prx_composer.algorithms.lora import LoRA
-from prx_composer.algorithms.sprint import SPRINT
+from prx_composer.algorithms.token_routing import SPRINT
 from prx_composer.cli import app
 from prx_composer.commands.export.pipeline import write_pipeline, written_aside
 from prx_composer.commands.plan.planned_model import plan_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prx_composer.algorithms.alignment import StoredFeatures, stored_features
+from prx_composer.algorithms.repa import StoredFeatures, stored_features
 from prx_composer.common.errors import UserError
 from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket

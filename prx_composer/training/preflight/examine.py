@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from prx_composer import registry
-from prx_composer.algorithms.alignment import AlignmentAlgorithm
+from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import Problems, UserError, at_path
 from prx_composer.models.prompts import Cleaning, cleaner
 from prx_composer.recipe.arguments import entries
@@ -101,26 +101,25 @@ def _check_latents(recipe: Recipe, parts: Components) -> Iterator[Result]:
     if not recipe.train_loader.get("latent") or recipe.train_loader.get("images"):
         return
     for name, algorithm in parts.algorithms.items():
-        if getattr(algorithm, "needs_image", False):
-            stored = ", or name features that `prx encode features` stored" if isinstance(algorithm, AlignmentAlgorithm) else ""
+        if isinstance(algorithm, Trick) and algorithm.needs_image:
             yield failed(
                 f"algorithms.{name} looks at images, which train_loader.latent leaves out; set train_loader.images: true to have "
-                f"them decoded beside the latents{stored}."
+                f"them decoded beside the latents{algorithm.instead_of_images}."
             )
 
 
 def _check_fit(recipe: Recipe, parts: Components, num_ranks: int) -> Iterator[Result]:
-    """Asks algorithms that can tell, by `check_fit`, whether they go with the backbone, the others, and the sharding."""
+    """Ask tricks whether they go with the recipe, the others, the backbone and the sharding."""
     try:
         wrapped = parallelism(recipe.parallelism_config, num_ranks)
     except UserError:  # said by `setting_problems`
         wrapped = None
-    problems = Problems()
-    for algorithm in parts.algorithms.values():
-        check = getattr(algorithm, "check_fit", None)
-        if check is not None and parts.backbone is not None:
+    problems, algorithms = Problems(), list(parts.algorithms.values())
+    for trick in algorithms:
+        if isinstance(trick, Trick):
+            others = [other for other in algorithms if other is not trick]
             with problems.noted():
-                check(parts.backbone, parts.algorithms.values(), None if wrapped is None else wrapped.fsdp2)
+                trick.check(recipe, others, parts.backbone, None if wrapped is None else wrapped.fsdp2)
     yield from map(failed, problems.found)
 
 

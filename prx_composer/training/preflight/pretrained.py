@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from prx_composer.algorithms.lpips import LPIPS, torchvision_weights, weights_are_missing
+from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
 from prx_composer.models.vision_encoder import TeacherSpec
 from prx_composer.recipe.arguments import split
@@ -99,8 +97,12 @@ def check_weights(recipe: Recipe, parts: Components) -> Iterator[Result]:
     if download := sum(size for _, size in answers):
         yield from _check_cache(download)
     for algorithm in algorithms:
-        if isinstance(algorithm, LPIPS) and not algorithm.random_weights:
-            yield _answer_torchvision(algorithm)
+        if isinstance(algorithm, Trick):
+            try:
+                if (fact := algorithm.find_weights(TIMEOUT)) is not None:
+                    yield passed(f"algorithms.{algorithm.name}", fact)
+            except UserError as error:
+                yield failed(str(error))
 
 
 def _check_init_from(recipe: Recipe, source: Any, parts: Components) -> Iterator[Result]:
@@ -237,23 +239,6 @@ def _check_cache(download: int) -> Iterator[Result]:
             f"{cache} has {free / 1e9:.1f} GB free, and about {download / 1e9:.1f} GB will be downloaded; set it to a folder "
             "with more room",
         )
-
-
-def _answer_torchvision(algorithm: LPIPS) -> Result:
-    path = "algorithms.lpips"
-    if algorithm.weights is not None:
-        if Path(algorithm.weights).is_file():
-            return passed(path, f"weights are in {algorithm.weights}")
-        return failed(f"{path}.weights: there is no file {algorithm.weights}.")
-    title, url, file = torchvision_weights(algorithm.net)
-    if file.is_file():
-        return passed(path, f"torchvision's {title} is in {file}")
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as answer:
-            size = int(answer.headers.get("Content-Length") or 0)
-    except (OSError, ValueError) as error:
-        return failed(weights_are_missing(algorithm.net, _first_line(error)))
-    return passed(path, f"torchvision's {title} is downloaded on first use ({size / 1e6:.0f} MB)")
 
 
 def _first_line(error: BaseException) -> str:
