@@ -179,7 +179,8 @@ def _warm_up() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in IMPORTED:
-            importlib.import_module(name)
+            with contextlib.suppress(ImportError):  # the commands will say it
+                importlib.import_module(name)
     gc.collect()
     gc.freeze()
 

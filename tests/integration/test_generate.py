@@ -1,6 +1,5 @@
 """`prx generate`: what it draws, what its files say, and what it says when something is missing."""
 
-import copy
 import json
 import os
 import pickle
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from commands import prx
+from conftest import train_once
 from PIL import Image
 from stacks import stack_of_24h
 
@@ -41,13 +41,16 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.png") if path.name != "grid.png")
 
 
-@pytest.fixture
-def trained(tiny_recipe: Recipe, write_recipe: Write) -> Path:
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path) -> Path:
     """A run with an average, which its own callback drew with at its end."""
     images = {"prompts": PROMPTS, "num_inference_steps": 3, "guidance_scale": 2.0, "interval": "1dur"}
-    recipe = copy.deepcopy(tiny_recipe) | {"callbacks": {"images": images}, "run_name": "drawn"}
-    run(config.load([write_recipe(recipe, "drawn.yaml")]))
-    return folder_of(recipe)
+    return train_once(tmp_path_factory, shapes_data, callbacks={"images": images}, run_name="drawn")
+
+
+@pytest.fixture
+def trained(drawn: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(drawn, tmp_path / "runs" / "drawn")
 
 
 def test_it_draws_what_the_run_itself_drew_last(trained: Path, tmp_path: Path) -> None:
