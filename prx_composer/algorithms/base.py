@@ -62,7 +62,6 @@ class Trick(Algorithm):
         instead_of_images: what else could be done then, for the message that says so; begins with ", or".
         shapes_sampling: whether it changes how the model draws, so that `generate` and `export` must attach it too.
         experimental: whether nobody has measured yet what it is good for. A run says so once; nothing is refused for it.
-        next_switch: when the run goes over to other image sizes, if the trick says so; a time budget tells it.
     """
 
     name: str
@@ -77,7 +76,13 @@ class Trick(Algorithm):
         self._released = False
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it has begun for good: then it goes on, also when a longer run puts its `start` off."""
+        return False
+
+    @property
     def next_switch(self) -> Moment | None:
+        """When the run goes over to another image size, which a time budget tells; None if the trick knows of no such moment."""
         return None
 
     def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
