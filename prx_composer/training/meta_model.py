@@ -4,6 +4,7 @@ Nothing is downloaded: networks are made from their configuration, which is in t
 the table of `models.known_configs`.
 """
 
+import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from prx_composer.runs.model_parts import UnknownNetwork
 from prx_composer.training.components import Components, build_components
 
 OPTION = "--leave-out"
+_counts: dict[
+    tuple[Any, ...], StepCount
+] = {}  # a schedule that is moved until it fits is planned often, and its steps cost the same
 _IMAGES = 2  # of the step that is counted: a loss may need an image's neighbour
 
 
@@ -127,6 +131,17 @@ class MetaModel:
         self._counter: StepCounter | None = None
 
     @property
+    def _identity(self) -> tuple[Any, ...]:
+        """All that the cost of a step follows from, but for the image's size and what is active."""
+        untimed = {
+            name: {key: value for key, value in arguments.items() if key not in ("start", "end", "stages")}
+            for name, arguments in entries(self._recipe.algorithms, "algorithms")
+            if name in self.tricks
+        }
+        given = [self._recipe.model, untimed, self._recipe.train_loader, self._stores_text, self._stores_latents, self.amp]
+        return json.dumps(given, sort_keys=True, default=str), *(type(trick) for trick in self.tricks.values())
+
+    @property
     def amp(self) -> bool:
         return self._recipe.precision.startswith("amp")
 
@@ -156,10 +171,14 @@ class MetaModel:
         Raises:
             UserError: a network whose work cannot be told from its shapes.
         """
+        key = (*self._identity, image_size, frozenset(active))
+        if key in _counts:
+            return _counts[key]
         if self._counter is None:
             self._counter = StepCounter(self.model, list(self.tricks.values()), self.amp)
         try:
-            return self._counter.count(self._batch(image_size), active)
+            _counts[key] = self._counter.count(self._batch(image_size), active)
+            return _counts[key]
         except CannotCount as error:
             part = {TEXT_ENCODER: "text_encoder", AUTOENCODER: "autoencoder"}.get(error.part, error.part)
             path = f"algorithms.{part}" if part == error.part else f"model.{part}"
@@ -169,7 +188,10 @@ class MetaModel:
     def _batch(self, image_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         encoder, autoencoder, loader = self.model.text_encoder, self.model.autoencoder, self._recipe.train_loader
         tokens, side = encoder.max_tokens, image_size // autoencoder.downsampling
-        batch = {"input_ids": ((tokens,), torch.int64), "attention_mask": ((tokens,), torch.bool)}
+        batch: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "input_ids": ((tokens,), torch.int64),
+            "attention_mask": ((tokens,), torch.bool),
+        }
         if self._stores_text:
             batch["text_embedding"] = ((tokens, encoder.hidden_size), torch.bfloat16)
         if self._stores_latents:
@@ -210,30 +232,24 @@ class MetaModel:
         path = "model.text_encoder"
         name, arguments = split(self._recipe.model.get("text_encoder"), path)
         title = arguments.get("pretrained") or name
-        stored, left_out = self._stores_text, False
-        encoder: Any = None
+        left_out = not self._stores_text and self.uncounted.leaves("text_encoder", path)
         try:
             with frozen_inside() as made:
-                encoder = components.text_encoder
-            config = arguments.get("config") or {}
-            title = arguments.get("pretrained") or f"random {config.get('model_type', name)}"
+                encoder: Any = components.text_encoder
         except UnknownNetwork:
-            made = []
-            if not stored and not (left_out := self.uncounted.leaves("text_encoder", path)):
+            if not self._stores_text and not left_out:
                 self.uncounted.refuse_unknown("text_encoder", path, title)
-        else:
-            if not stored:
-                left_out = self.uncounted.leaves("text_encoder", path)
-        if encoder is None:
             max_tokens = int(arguments.get("max_tokens", 256))
             components.text_encoder = _StandIn(hidden_size=components.backbone.context_in_dim, max_tokens=max_tokens)
-        elif stored and encoder.trainable:
+            self.text, self._stores_text = f"{title}, not counted", True
+            return
+        if self._stores_text and encoder.trainable:
             raise UserError(f"--stored-text: {path} is trained along, so that its embeddings cannot be stored.")
-        if left_out or (encoder is None and not stored):
-            self.text = f"{title}, not counted"
-            self._stores_text = True
-        elif stored:
-            self.text = f"embeddings of {title} stored with the data" if encoder is not None else f"{title}, not counted"
+        title = arguments.get("pretrained") or f"random {(arguments.get('config') or {}).get('model_type', name)}"
+        if left_out:
+            self.text, self._stores_text = f"{title}, not counted", True
+        elif self._stores_text:
+            self.text = f"embeddings of {title} stored with the data"
         else:
             self.text = f"{title}, {'trained along' if encoder.trainable else 'run online'}"
             self.frozen["text_encoder"] = _bytes(made)
