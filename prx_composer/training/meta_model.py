@@ -196,7 +196,7 @@ class MetaModel:
             batch["text_embedding"] = ((tokens, encoder.hidden_size), torch.bfloat16)
         if self._stores_latents:
             batch["latent"] = ((autoencoder.channels, side, side), torch.bfloat16)
-        if not self._stores_latents or loader.get("images"):
+        if not loader.get("latent") or loader.get("images"):
             batch["image"] = ((3, image_size, image_size), torch.uint8)
         grid = side // self.model.backbone.patch_size
         for trick in self.tricks.values():
@@ -205,40 +205,50 @@ class MetaModel:
 
     # ------------------------------------------------------------------------------------------------------ parts
 
+    def _make(self, part: str, title: str, needed: bool) -> tuple[Any, int]:
+        """Return a part of the model and the bytes that are frozen in it; None if it cannot be made and isn't needed.
+
+        Raises:
+            UserError: it is needed and cannot be made, or the recipe is wrong there.
+        """
+        path = f"model.{part}"
+        left_out = needed and self.uncounted.leaves(part, path)
+        try:
+            with frozen_inside() as made:
+                return getattr(self._components, part), _bytes(made)
+        except Exception as error:  # whatever a network's code raises
+            if isinstance(error, UserError) and not isinstance(error, UnknownNetwork) and needed and not left_out:
+                raise
+            if needed and not left_out:
+                if isinstance(error, UnknownNetwork):
+                    self.uncounted.refuse_unknown(part, path, title)
+                else:
+                    self.uncounted.refuse(part, path, f"{title} cannot be made without storage ({error})")
+            return None, 0
+
     def _add_autoencoder(self, components: Components) -> None:
         """Make it; where it cannot be made or is left out, the step that is counted begins with latents."""
         path, spec = "model.autoencoder", self._recipe.model.get("autoencoder")
         name, arguments = ("pixels", {}) if spec is None else split(spec, path)
-        left_out = not self._stores_latents and self.uncounted.leaves("autoencoder", path)
-        try:
-            with frozen_inside() as made:
-                autoencoder = components.autoencoder
-            if not self._stores_latents and not left_out:
-                self.frozen["autoencoder"] = _bytes(made)
-        except UnknownNetwork:
-            if not self._stores_latents and not left_out:
-                pretrained = str(arguments.get("pretrained") or name)
-                self.uncounted.refuse_unknown("autoencoder", path, pretrained, also="")
-            named = re.search(r"f(\d+)c\d+", str(arguments.get("pretrained")))  # as DC-AEs are called
+        pretrained = str(arguments.get("pretrained") or name)
+        autoencoder, frozen = self._make("autoencoder", pretrained, needed=not self._stores_latents)
+        if autoencoder is None:
+            named = re.search(r"f(\d+)c\d+", pretrained)  # as DC-AEs are called
             downsampling = int(named[1]) if named else 8
             self.uncounted.told.append(f"{path}: taken to divide an image's sides by {downsampling}")
-            autoencoder = _StandIn(channels=components.backbone.in_channels, downsampling=downsampling)
-            components.autoencoder = autoencoder
-            left_out = True
-        self._stores_latents = self._stores_latents or left_out
+            components.autoencoder = _StandIn(channels=components.backbone.in_channels, downsampling=downsampling)
+        if autoencoder is None or "autoencoder" in (self.uncounted.leave_out or ()):
+            self._stores_latents = True
+        elif not self._stores_latents:
+            self.frozen["autoencoder"] = frozen
 
     def _add_text_encoder(self, components: Components) -> None:
         """Make it; where it cannot be made or is left out, the step that is counted begins with embeddings."""
         path = "model.text_encoder"
         name, arguments = split(self._recipe.model.get("text_encoder"), path)
         title = arguments.get("pretrained") or name
-        left_out = not self._stores_text and self.uncounted.leaves("text_encoder", path)
-        try:
-            with frozen_inside() as made:
-                encoder: Any = components.text_encoder
-        except UnknownNetwork:
-            if not self._stores_text and not left_out:
-                self.uncounted.refuse_unknown("text_encoder", path, title)
+        encoder, frozen = self._make("text_encoder", title, needed=not self._stores_text)
+        if encoder is None:
             max_tokens = int(arguments.get("max_tokens", 256))
             components.text_encoder = _StandIn(hidden_size=components.backbone.context_in_dim, max_tokens=max_tokens)
             self.text, self._stores_text = f"{title}, not counted", True
@@ -246,13 +256,13 @@ class MetaModel:
         if self._stores_text and encoder.trainable:
             raise UserError(f"--stored-text: {path} is trained along, so that its embeddings cannot be stored.")
         title = arguments.get("pretrained") or f"random {(arguments.get('config') or {}).get('model_type', name)}"
-        if left_out:
-            self.text, self._stores_text = f"{title}, not counted", True
-        elif self._stores_text:
+        if self._stores_text:
             self.text = f"embeddings of {title} stored with the data"
+        elif "text_encoder" in (self.uncounted.leave_out or ()):
+            self.text, self._stores_text = f"{title}, not counted", True
         else:
             self.text = f"{title}, {'trained along' if encoder.trainable else 'run online'}"
-            self.frozen["text_encoder"] = _bytes(made)
+            self.frozen["text_encoder"] = frozen
 
     def _attach(self, name: str, algorithm: Algorithm) -> None:
         path = f"algorithms.{name}"
