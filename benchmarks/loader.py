@@ -32,8 +32,8 @@ from torchvision.transforms import v2
 from transformers import PreTrainedTokenizerFast
 
 from prx_composer.data.buckets import Bucket
+from prx_composer.data.format import BucketWriter, RawSample
 from prx_composer.data.loader import build_loader
-from prx_composer.data.schema import BucketWriter, RawSample
 
 STORED = 1024
 CAPTION = "a photograph of a small harbour town in winter with a red boat and an old man who mends his nets number"

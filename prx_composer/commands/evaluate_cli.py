@@ -266,7 +266,7 @@ def _data(trained: "Trained", data: str | None, split: str | None, caption: str 
 
 def _place(path: str, split: str, remote: str | None) -> str:
     """Where remote data of a run's recipe lie or are downloaded to: not wherever somebody's recipe says."""
-    from prx_composer.data.schema import MANIFEST
+    from prx_composer.data.format import MANIFEST
     from prx_composer.metrics.reference import default_cache
 
     if remote is None or Path(path, split, MANIFEST).exists():

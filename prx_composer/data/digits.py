@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.schema import RawSample
+from prx_composer.data.format import RawSample
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELDOUT = 600  # the last scans, of other writers than the first

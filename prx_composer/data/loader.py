@@ -10,11 +10,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.bucketed import BucketedDataset
 from prx_composer.data.collate import Collator, channels_first, split_batch
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.mixture import MixedDataset
-from prx_composer.data.sampler import BucketBatchSampler, fewer_than_a_batch
+from prx_composer.data.sampler import BucketBatchSampler, BucketedDataset, fewer_than_a_batch
 from prx_composer.recipe.data_sets import data_sets, weights_of
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.schema import RawSample
+from prx_composer.data.format import RawSample
 
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 160, 50), "blue": (30, 70, 220), "yellow": (245, 210, 20),

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prx_composer.common.text_files import read_lines
-from prx_composer.data.buckets import Bucket, assign_bucket
+from prx_composer.data.buckets import Bucket, BucketSettings, assign_bucket, cropping_note
 from prx_composer.data.contents import FileRecord
-from prx_composer.data.cropping import BucketSettings, cropping_note
 from prx_composer.data.decoding import IMAGE_REASONS, BadImageError, open_image, oriented_size
-from prx_composer.data.schema import BucketWriter, RawSample
+from prx_composer.data.format import BucketWriter, RawSample
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 """Files by name, local or remote (`s3://…`, and whatever else mosaicml-streaming downloads from and uploads to)."""
 
+import contextlib
 import fnmatch
 import logging
 import os
@@ -50,6 +51,13 @@ def fetch(path: str, into: Path) -> Path:
     if not local.exists():
         download(path, local)
     return local
+
+
+@contextlib.contextmanager
+def fetched(path: str) -> Iterator[Path]:
+    """The local file itself, or a copy of the remote one that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="prx-fetch.") if is_remote(path) else contextlib.nullcontext("") as folder:
+        yield fetch(path, Path(folder))
 
 
 def download(source: str, target: Path) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from prx_composer.data.contents import FileRecord, column_contents
 from prx_composer.data.dataset import ImageCaptionDataset
-from prx_composer.data.schema import MANIFEST
-from prx_composer.data.transforms import UNDECODABLE, decode_image
+from prx_composer.data.decoding import UNDECODABLE, decode_image
+from prx_composer.data.format import MANIFEST
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _LOOKED_AT = 16  # images of a remote set whose bytes are part of its identity

@@ -23,9 +23,8 @@ from prx_composer.common.distributed import GlooAverage
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path
 from prx_composer.common.secrets import redacted
 from prx_composer.common.signatures import constructor
-from prx_composer.data.latents import check_latent_column
 from prx_composer.data.loader import ImageCaptionLoader
-from prx_composer.data.stored import check_text_column
+from prx_composer.data.stored import check_latent_column, check_text_column
 from prx_composer.models.cleaning import cleaner, with_cleaning
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from prx_composer import registry
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.data.dataset import read_manifest
-from prx_composer.data.schema import Manifest, iterate_captions
+from prx_composer.data.format import Manifest, iterate_captions
 from prx_composer.data.sources import is_made, prepare
 from prx_composer.models.text_encoder import train_tokenizer
 from prx_composer.recipe.arguments import split

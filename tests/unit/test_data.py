@@ -15,18 +15,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from streaming import StreamingDataset
 
-from prx_composer.data.batches import epoch_batches, epoch_steps, evaluation_batches
-from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
-from prx_composer.data.decoding import BadImageError
+from prx_composer.data.decoding import BadImageError, decode_image
+from prx_composer.data.format import BucketWriter, Manifest, RawSample
 from prx_composer.data.loader import build_loader
 from prx_composer.data.rows import BucketRows, WholeStream
-from prx_composer.data.sampler import BucketBatchSampler
-from prx_composer.data.schema import BucketWriter, Manifest, RawSample
+from prx_composer.data.sampler import BucketBatchSampler, SampleRequest, epoch_batches, epoch_steps, evaluation_batches
 from prx_composer.data.shapes import ShapesSource, all_scenes, heldout_scenes, render
 from prx_composer.data.sources import FolderSource, prepare
-from prx_composer.data.transforms import decode_image
 from prx_composer.metrics.shapes_score import nearest_scenes
 
 

@@ -16,7 +16,7 @@ import yaml
 from prx_composer import registry
 from prx_composer.common.errors import UserError
 from prx_composer.common.signatures import constructor
-from prx_composer.data.identity import loader_identity, same, split_identity
+from prx_composer.data.contents import loader_identity, same, split_identity
 from prx_composer.recipe import config
 from prx_composer.recipe.resume import RULES, Change, advice, check_allowed, differences, is_allowed, rule_of, table
 from prx_composer.registry import Registry

@@ -18,7 +18,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.contents import check_copy, column_contents
 from prx_composer.data.dataset import ImageCaptionDataset
-from prx_composer.data.schema import BucketWriter, RawSample
+from prx_composer.data.format import BucketWriter, RawSample
 from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.data.stored import StoredColumn, encoded_folder, manifest_path, read_column
 from prx_composer.integrations.llm_foundry.components import caption_tokenizer

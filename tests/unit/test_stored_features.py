@@ -12,11 +12,11 @@ from PIL import Image
 
 from prx_composer.algorithms.alignment import StoredFeatures, stored_features
 from prx_composer.common.errors import UserError
-from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset, read_manifest
+from prx_composer.data.format import MANIFEST, BucketWriter, Manifest, RawSample
 from prx_composer.data.loader import build_loader
-from prx_composer.data.schema import MANIFEST, BucketWriter, Manifest, RawSample
+from prx_composer.data.sampler import SampleRequest
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training.build import run

@@ -4,15 +4,15 @@ Only samples that pass every other check compete, so that a duplicate is never l
 """
 
 import hashlib
+import io
 from collections.abc import Iterable
 
 import imagehash
 import numpy as np
 from PIL import Image
 
-from prx_composer.commands.convert import pixels
 from prx_composer.commands.convert.records import Record
-from prx_composer.commands.convert.sample import Dropped, check
+from prx_composer.commands.convert.sample import Dropped, check, is_one_colour
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.data.decoding import BadImageError, decode
 
@@ -22,7 +22,7 @@ PAIRS = 1 << 22  # compared at a time
 
 
 def hash_records(records: Iterable[Record], settings: Settings) -> np.ndarray:
-    """One HASHES per record: 128 bits of the bytes' SHA-256, and imagehash's phash of the pixels, if it is asked for."""
+    """Return one HASHES per record: 128 bits of the bytes' SHA-256, and imagehash's phash of the pixels, if it is asked for."""
     return np.array([_hash(record, settings) for record in records], dtype=HASHES)
 
 
@@ -34,7 +34,7 @@ def _hash(record: Record, settings: Settings) -> tuple[bool, bytes, int]:
         decoded = decode(checked.encoded, checked.image, (2 * HASHED_SIDE, 2 * HASHED_SIDE))
     except BadImageError:
         return False, b"", 0
-    if not settings.single_colour and pixels.is_one_colour(decoded):
+    if not settings.single_colour and is_one_colour(decoded):
         return False, b"", 0
     perceptual = 0
     if settings.duplicates == "perceptual":
@@ -43,8 +43,20 @@ def _hash(record: Record, settings: Settings) -> tuple[bool, bytes, int]:
     return True, hashlib.sha256(checked.encoded).digest()[:16], perceptual
 
 
-def decide(hashes: list[np.ndarray], settings: Settings) -> list[dict[int, str]]:
-    """Per unit: number of a record → reason, of those that are left out. The first of any group stays."""
+def to_bytes(hashes: np.ndarray) -> bytes:
+    """Return hashes as they are stored."""
+    file = io.BytesIO()
+    np.save(file, hashes, allow_pickle=False)
+    return file.getvalue()
+
+
+def decide(stored: list[bytes], settings: Settings) -> list[dict[int, str]]:
+    """Return per unit: number of a record → reason, of those that are left out. The first of any group stays.
+
+    Args:
+        stored: hashes of every unit, as `to_bytes` returned them.
+    """
+    hashes = [np.load(io.BytesIO(content), allow_pickle=False) for content in stored]
     joined = np.concatenate(hashes) if hashes else np.empty(0, HASHES)
     rows = np.flatnonzero(joined["competes"])
     reasons: dict[int, str] = {}
@@ -64,7 +76,7 @@ def decide(hashes: list[np.ndarray], settings: Settings) -> list[dict[int, str]]
 
 
 def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """Which hashes lie within `distance` bits of an earlier one that is kept, going through them in order.
+    """Return which hashes lie within `distance` bits of an earlier one that is kept, going through them in order.
 
     Two hashes that differ in at most d bits agree in one of d + 1 bands of bits, so only those that share a band are compared.
 
@@ -90,7 +102,7 @@ def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
 
 
 def _close_pairs(hashes: np.ndarray, distance: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Pairs (earlier, later) of distinct hashes within the distance; a pair may come more than once."""
+    """Yield pairs (earlier, later) of distinct hashes within the distance; a pair may come more than once."""
     edges = np.linspace(0, 64, distance + 2).astype(int)
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         band = hashes >> np.uint64(low) & np.uint64((1 << (high - low)) - 1)

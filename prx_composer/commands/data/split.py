@@ -9,8 +9,8 @@ from typing import Any
 
 from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.schema import MANIFEST, Manifest
-from prx_composer.data.storage import fetch, is_remote, join, remote_keys
+from prx_composer.data.format import MANIFEST, Manifest
+from prx_composer.data.storage import fetch, fetched, is_remote, join, remote_keys
 from prx_composer.data.stored import ENCODED
 
 INDEX, CONVERSION = "index.json", "conversion.json"
@@ -34,7 +34,7 @@ class Split:
 
     @cached_property
     def shards(self) -> dict[Bucket, list[dict[str, Any]]]:
-        """The shards of every bucket, as its index lists them. Raises UserError for an index that cannot be read."""
+        """The shards of every bucket, as its index lists them. Raise UserError for an index that cannot be read."""
         return {bucket: self._listed(str(bucket)) for bucket in sorted(self.manifest.buckets)}
 
     def _listed(self, below: str) -> list[dict[str, Any]]:
@@ -49,12 +49,12 @@ class Split:
         return shards
 
     def conversion(self) -> dict[str, Any] | None:
-        """The statistics that `prx data convert` leaves beside the data, if it made them."""
+        """Return the statistics that `prx data convert` leaves beside the data, if it made them."""
         found = _json(join(self.folder, CONVERSION))
         return found if isinstance(found, dict) and "counts" in found else None
 
     def encoded(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Stored columns by name and source: `manifest`, None if it was only begun; `files` by name below the column's folder."""
+        """Return stored columns by name and source: `manifest`, None if it was only begun; `files`, named from its folder."""
         if is_remote(self.path):
             keys = remote_keys(join(self.folder, ENCODED))
             names = [key.partition(f"/{self.name}/{ENCODED}/")[2] for key in keys]
@@ -72,12 +72,12 @@ class Split:
         return found
 
     def stored_bytes(self, name: str, source: str, bucket: str) -> int:
-        """Bytes of a bucket of a stored column."""
+        """Return the bytes of a bucket of a stored column."""
         return sum(int(shard["raw_data"]["bytes"]) for shard in self._listed(join(ENCODED, name, source, bucket)))
 
 
 def open_split(path: str, name: str) -> Split:
-    """The split `name` of the data set in `path`.
+    """Open the split `name` of the data set in `path`.
 
     Raises:
         UserError: there is none; says what is there instead, and what to do.
@@ -106,7 +106,7 @@ def open_split(path: str, name: str) -> Split:
 
 
 def _what_is_there(path: Path, name: str) -> str:
-    """Why there is no such split, for a person who has named something else."""
+    """Say why there is no such split, to a person who has named something else."""
     if path.is_file():
         return f"{path} is a file; name the folder of a data set, or a recipe (.yaml)."
     if not path.is_dir():
@@ -132,18 +132,18 @@ def _what_is_there(path: Path, name: str) -> str:
 
 
 def _json(path: str) -> Any:
-    """The content of a small file, None if it is not there or no JSON."""
-    with tempfile.TemporaryDirectory(prefix="prx-look.") as cache:
-        try:
-            return json.loads(fetch(path, Path(cache)).read_text())
-        except (UserError, ImportError):
-            raise
-        except (OSError, ValueError):
+    """Return the content of a small file, None if it is not there or no JSON."""
+    try:
+        with fetched(path) as file:
+            return json.loads(file.read_text())
+    except (UserError, ImportError):
+        raise
+    except (OSError, ValueError):
+        return None
+    except Exception as error:
+        if "not found" in str(error).lower():
             return None
-        except Exception as error:
-            if "not found" in str(error).lower():
-                return None
-            raise UserError(f"{path} cannot be fetched ({_first_line(error)}).") from error
+        raise UserError(f"{path} cannot be fetched ({_first_line(error)}).") from error
 
 
 def _first_line(error: Exception) -> str:

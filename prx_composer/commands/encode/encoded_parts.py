@@ -23,8 +23,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.common.files import sync, write_whole
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.contents import column_contents
-from prx_composer.data.mds import open_local
-from prx_composer.data.schema import Manifest
+from prx_composer.data.format import Manifest, open_local
 from prx_composer.data.stored import COLUMNS, RESULTS, StoredColumn, is_whole, manifest_path
 
 log = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ class Encoded:
     """One row.
 
     Args:
-        values: see `columns.pack`. shape: of the array. Both are empty for a sample that cannot be encoded.
+        values: see `stored.pack`. shape: of the array. Both are empty for a sample that cannot be encoded.
         errors: sum of the relative errors of its tokens. tokens: how many they are.
         cut: tokens of its caption that were cut off.
     """

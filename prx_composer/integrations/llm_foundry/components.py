@@ -22,10 +22,9 @@ from prx_composer.common.distributed import GlooAverage
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import write_whole
 from prx_composer.data.contents import column_contents
-from prx_composer.data.latents import check_latent_column
+from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.data.loader import ImageCaptionLoader, build_loader
-from prx_composer.data.schema import MANIFEST, Manifest
-from prx_composer.data.stored import check_text_column
+from prx_composer.data.stored import check_latent_column, check_text_column
 from prx_composer.models.cleaning import cleaning_of
 from prx_composer.models.randomness import RandomStreams
 from prx_composer.models.text_encoder import load_tokenizer

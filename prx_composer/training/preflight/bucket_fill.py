@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from prx_composer.data.batches import epoch_steps
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.shares import Shares
+from prx_composer.data.mixture import Shares
+from prx_composer.data.sampler import epoch_steps
 from prx_composer.training.preflight.examine import PlannedStage
 from prx_composer.training.preflight.result import Result, passed, warned
 
