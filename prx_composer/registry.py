@@ -151,7 +151,7 @@ callbacks = Registry(
     {
         "digits_score": "prx_composer.callbacks.scores:DigitsScore",
         "garbage_collection": "prx_composer.callbacks.garbage_collection:GarbageCollection",
-        "generation_metrics": "prx_composer.callbacks.generation_metrics:GenerationMetrics",
+        "generation_metrics": "prx_composer.callbacks.scores:GenerationMetrics",
         "images": "prx_composer.callbacks.images:Images",
         "loss_spikes": "prx_composer.callbacks.loss_spikes:LossSpikes",
         "lr_monitor": "composer.callbacks:LRMonitor",

@@ -11,7 +11,7 @@ from composer.core import Algorithm, Event, Precision, State
 from composer.loggers import Logger
 from torch import Tensor, nn
 
-from prx_composer.models.pointwise import RMSNorm
+from prx_composer.models.layers import RMSNorm
 from prx_composer.schedule.moments import ScheduleWindow
 
 log = logging.getLogger(__name__)

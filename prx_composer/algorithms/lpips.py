@@ -19,7 +19,7 @@ from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
 from prx_composer.algorithms.pixel_prediction import PixelLoss, refuse_latents
 from prx_composer.common.errors import UserError
 from prx_composer.models.flow import FlowMatching
-from prx_composer.models.frozen import Frozen
+from prx_composer.models.huggingface import Frozen
 from prx_composer.models.vision_encoder import resize_antialiased
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
-from prx_composer.callbacks.rehearsal import with_rehearsal
 from prx_composer.common.contact_sheet import image_grid
 from prx_composer.common.errors import UserError
 from prx_composer.loggers.tracker import log_drawings
@@ -18,6 +17,7 @@ from prx_composer.metrics.grid_artifacts import VISIBLE_GRID, can_measure_grid, 
 from prx_composer.models.sampling import check_guidance_scale, check_seeds
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.schedule.moments import Point
+from prx_composer.schedule.time_budget import with_rehearsal
 
 log = logging.getLogger(__name__)
 

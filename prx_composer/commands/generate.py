@@ -19,8 +19,7 @@ from torch import Tensor
 from prx_composer import __version__
 from prx_composer.common.contact_sheet import image_grid
 from prx_composer.common.errors import UserError
-from prx_composer.common.files import write_whole
-from prx_composer.common.text_files import read_lines
+from prx_composer.common.files import read_lines, write_whole
 from prx_composer.models.sampling import check_guidance_scale
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.opening import Trained

@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer.common.errors import UserError
-from prx_composer.models.reading import CaptionCounts
+from prx_composer.models.prompts import CaptionCounts
 from prx_composer.models.text_encoder import tokenize
 
 PACKED = ("text_embedding", "text_position")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from prx_composer.common.text_files import read_lines
+from prx_composer.common.files import read_lines
 from prx_composer.data.buckets import Bucket, BucketSettings, assign_bucket, cropping_note
 from prx_composer.data.contents import FileRecord
 from prx_composer.data.decoding import IMAGE_REASONS, BadImageError, open_image, oriented_size

@@ -13,8 +13,7 @@ from composer.loggers import Logger, MLFlowLogger
 from torch import Tensor
 
 from prx_composer.common.contact_sheet import picture
-from prx_composer.loggers.tracked_runs import remembered_run
-from prx_composer.loggers.tracker import Tracker, run_folder_of
+from prx_composer.loggers.tracker import Tracker, remembered_run, run_folder_of
 
 log = logging.getLogger(__name__)
 

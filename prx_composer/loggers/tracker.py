@@ -1,5 +1,6 @@
-"""What the trackers have in common: steps that are batches, and failures that don't stop training."""
+"""What the trackers share: steps that are batches, one run over all restarts, and failures that don't stop training."""
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 from torch import Tensor
 
-from prx_composer.loggers.tracked_runs import remember_run
+from prx_composer.common.files import write_whole
 from prx_composer.runs.checkpoints import Checkpoint
 from prx_composer.schedule.clock import clock_of
 
@@ -94,3 +95,34 @@ class Tracker(LoggerDestination):
                     "loggers.%s: %s could not be logged (%s: %s). Training goes on; this is said once.",
                     self.name, what, type(error).__name__, str(error).strip().partition("\n")[0],
                 )  # fmt: skip
+
+
+TRACKING = "tracking.json"
+
+
+def remembered_run(folder: Path, tracker: str) -> str | None:
+    """The id of this run at a tracker, if it has been there before."""
+    run_id = _read(folder).get(tracker)
+    return run_id if isinstance(run_id, str) and run_id else None
+
+
+def remember_run(folder: Path, tracker: str, run_id: str) -> None:
+    """On rank 0. A disk that is full is no reason not to train."""
+    known = _read(folder)
+    if known.get(tracker) == run_id:
+        return
+    try:
+        write_whole(folder / TRACKING, (json.dumps(known | {tracker: run_id}, indent=1) + "\n").encode())
+    except OSError as error:
+        log.warning("%s cannot be written (%s): a resumed run will be another one at %s.", folder / TRACKING, error, tracker)
+
+
+def _read(folder: Path) -> dict[str, object]:
+    try:
+        content = json.loads((folder / TRACKING).read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s): trackers begin another run.", folder / TRACKING, error)
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -16,8 +16,7 @@ from torch import Tensor
 from prx_composer.common.contact_sheet import picture
 from prx_composer.common.errors import UserError
 from prx_composer.common.secrets import redacted, redacted_text
-from prx_composer.loggers.tracked_runs import remembered_run
-from prx_composer.loggers.tracker import Tracker, run_folder_of
+from prx_composer.loggers.tracker import Tracker, remembered_run, run_folder_of
 from prx_composer.runs.checkpoints import INDEX, Checkpoint
 
 _ASKS_NO_SERVER = Version("0.19.4")  # before, a table waits minutes for the server even offline (wandb/wandb#8957)

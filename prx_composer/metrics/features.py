@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from prx_composer.common.errors import UserError
 from prx_composer.data.stored import fingerprint
-from prx_composer.models.frozen import Frozen
-from prx_composer.models.huggingface import load_config, says_how_to_get
-from prx_composer.models.reading import cut_off
+from prx_composer.models.huggingface import Frozen, load_config, says_how_to_get
+from prx_composer.models.prompts import cut_off
 from prx_composer.models.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
 
 log = logging.getLogger(__name__)

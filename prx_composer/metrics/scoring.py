@@ -29,7 +29,7 @@ from prx_composer.metrics.features import (
 from prx_composer.metrics.image_sets import ImageSet
 from prx_composer.metrics.ranks import from_rank_zero, gathered, share
 from prx_composer.metrics.reference import Reference, reference_features
-from prx_composer.models.frozen import returned_afterwards
+from prx_composer.models.huggingface import returned_afterwards
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from prx_composer.models.frozen import Frozen
-from prx_composer.models.huggingface import refuse_outside, says_how_to_get
+from prx_composer.models.huggingface import Frozen, refuse_outside, says_how_to_get
 from prx_composer.recipe.sizes import downsampling_of
 
 

@@ -62,6 +62,19 @@ class ResolutionEmbedder(nn.Module):
         return embedding if self.active else 0.0 * embedding
 
 
+def _channels_per_axis(given: list[int] | tuple[int, ...] | None, hidden_size: int, num_heads: int) -> tuple[int, int]:
+    """Return how many channels of a head turn with the row and with the column; raise ValueError if they don't fit."""
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of num_heads ({num_heads}).")
+    head_dim = hidden_size // num_heads
+    axes_dim = (head_dim // 2, head_dim // 2) if given is None else tuple(given)
+    if len(axes_dim) != 2 or sum(axes_dim) != head_dim or any(dim % 2 for dim in axes_dim):
+        raise ValueError(
+            f"axes_dim ({list(axes_dim)}) must be two even numbers that sum to hidden_size / num_heads = {head_dim}."
+        )
+    return axes_dim
+
+
 class PRXBackbone(nn.Module):
     """Denoises image tokens that attend to text tokens, modulated by the time step.
 
@@ -111,15 +124,7 @@ class PRXBackbone(nn.Module):
         text_adapter_depth: int = 0,
     ):
         super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of num_heads ({num_heads}).")
-        head_dim = hidden_size // num_heads
-        if axes_dim is None:
-            axes_dim = (head_dim // 2, head_dim // 2)
-        if len(axes_dim) != 2 or sum(axes_dim) != head_dim or any(dim % 2 for dim in axes_dim):
-            raise ValueError(
-                f"axes_dim ({list(axes_dim)}) must be two even numbers that sum to hidden_size / num_heads = {head_dim}."
-            )
+        axes_dim = _channels_per_axis(axes_dim, hidden_size, num_heads)
         self.config: dict[str, Any] = dict(  # diffusers' arguments
             in_channels=in_channels,
             patch_size=patch_size,
@@ -141,7 +146,7 @@ class PRXBackbone(nn.Module):
         self.hidden_size = hidden_size
         self.time_factor = time_factor
         self.time_max_period = time_max_period
-        self._axes_dim, self._theta = (axes_dim[0], axes_dim[1]), theta
+        self._axes_dim, self._theta = axes_dim, theta
 
         patch_dim = in_channels * patch_size**2
         if bottleneck_size is None:

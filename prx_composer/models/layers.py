@@ -4,13 +4,14 @@ Shape suffixes: B batch, N image tokens, T text tokens, D hidden size, H heads, 
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from prx_composer.models.attention import KeyMask, attend
-from prx_composer.models.pointwise import RMSNorm, add_scaled, gated_gelu
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
@@ -130,11 +131,11 @@ class PRXBlock(nn.Module):
 
     def forward(self, x_BND: Tensor, text_BTD: Tensor, activated_BD: Tensor, rotation: Tensor, key_mask: KeyMask) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(activated_BD)
-        modulated = add_scaled(shift1, 1 + scale1, self.img_pre_norm(x_BND))
-        x_BND = add_scaled(x_BND, gate1, self.attention(modulated, text_BTD, rotation, key_mask))
-        modulated = add_scaled(shift2, 1 + scale2, self.post_attention_layernorm(x_BND))
+        modulated = torch.addcmul(shift1, 1 + scale1, self.img_pre_norm(x_BND))
+        x_BND = torch.addcmul(x_BND, gate1, self.attention(modulated, text_BTD, rotation, key_mask))
+        modulated = torch.addcmul(shift2, 1 + scale2, self.post_attention_layernorm(x_BND))
         mlp_out = self.down_proj(gated_gelu(self.gate_proj(modulated), self.up_proj(modulated)))
-        return add_scaled(x_BND, gate2, mlp_out)
+        return torch.addcmul(x_BND, gate2, mlp_out)
 
 
 class TextAdapterBlock(nn.Module):
@@ -174,4 +175,42 @@ class FinalLayer(nn.Module):
 
     def forward(self, x_BND: Tensor, vec_BD: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec_BD)[:, None, :].chunk(2, dim=-1)
-        return self.linear(add_scaled(shift, 1 + scale, self.norm_final(x_BND)))
+        return self.linear(torch.addcmul(shift, 1 + scale, self.norm_final(x_BND)))
+
+
+def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return gelu(gate) · up, with the tanh approximation of gelu (GEGLU, arXiv:2002.05202)."""
+    if torch.compiler.is_compiling():  # tanh(u) = 2 sigmoid(2u) − 1: one exponential instead of inductor's slow tanh
+        inner = 2 * math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)
+        return gate * torch.sigmoid(inner) * up
+    return F.gelu(gate, approximate="tanh") * up
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the input and one number per row, where autograd keeps the normalised input too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, inverse = ctx.saved_tensors
+        normed = x * inverse
+        product = grad * normed
+        grad_weight = product.sum_to_size(weight.shape)
+        mean = (product @ weight).unsqueeze(-1).div_(x.shape[-1])  # of (grad · weight) · normed
+        return (grad * weight).addcmul_(normed, mean, value=-1).mul_(inverse), grad_weight, None
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm over the last dimension (arXiv:1910.07467), with that backward pass in eager fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or x.dtype != torch.float32 or self.weight.dtype != torch.float32:
+            return super().forward(x)
+        return _RMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]

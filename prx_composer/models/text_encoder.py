@@ -10,10 +10,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from prx_composer.models.cleaning import Cleaning, cleaned, with_cleaning
-from prx_composer.models.frozen import Frozen
-from prx_composer.models.huggingface import attend_without_reading, load_config, random_config, says_how_to_get
-from prx_composer.models.reading import CaptionCounts, Reading, readings
+from prx_composer.models.huggingface import Frozen, attend_without_reading, load_config, random_config, says_how_to_get
+from prx_composer.models.prompts import CaptionCounts, Cleaning, Reading, cleaned, readings, with_cleaning
 
 log = logging.getLogger(__name__)
 

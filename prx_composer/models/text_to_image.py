@@ -16,10 +16,10 @@ from torchmetrics import Metric
 from prx_composer.models.autoencoder import Autoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.flow import FlowMatching
-from prx_composer.models.frozen import returned_afterwards
+from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.models.losses import AuxiliaryLosses, FlowOutput
+from prx_composer.models.prompts import what_is_lost
 from prx_composer.models.randomness import RandomStreams, seeded_generator
-from prx_composer.models.reading import what_is_lost
 from prx_composer.models.routing import Route, counted_pixels
 from prx_composer.models.sampling import (
     ClassifierFreeGuidance,

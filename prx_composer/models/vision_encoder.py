@@ -14,8 +14,7 @@ from transformers import AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prx_composer.models.autoencoder import Pixels
-from prx_composer.models.frozen import Frozen
-from prx_composer.models.huggingface import load_config, random_config, says_how_to_get
+from prx_composer.models.huggingface import Frozen, load_config, random_config, says_how_to_get
 
 # The image towers of models that also read text.
 _VISION_CLASSES = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}

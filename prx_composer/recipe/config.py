@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prx_composer.common.errors import Problems, UserError, nearest, raise_all
+from prx_composer.common.files import read_text
 from prx_composer.common.signatures import constructor
-from prx_composer.common.text_files import read_text
 from prx_composer.recipe.arguments import check_entries, check_type, entries, hints_of, split
 from prx_composer.recipe.checks import argument_problems, first_look, missing_code
 from prx_composer.registry import NESTED, Registry

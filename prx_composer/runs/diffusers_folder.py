@@ -7,11 +7,11 @@ import yaml
 from torch import nn
 
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.common.text_files import read_text
+from prx_composer.common.files import read_text
 from prx_composer.models.autoencoder import Autoencoder, DiffusersAutoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
-from prx_composer.models.cleaning import clean_caption, cleaning_of
 from prx_composer.models.flow import FlowMatching
+from prx_composer.models.prompts import clean_caption, cleaning_of
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.locate import read_json

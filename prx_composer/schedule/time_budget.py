@@ -1,12 +1,17 @@
-"""A run that ends inside a given time, with its final evaluation, images and checkpoint."""
+"""A run that ends inside a given time, with its final evaluation, images and checkpoint.
+
+What evaluates, draws and saves at intervals asks `with_rehearsal`: a budgeted run also does it once at its beginning, to learn
+what it costs.
+"""
 
 import logging
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
-from composer.core import Callback, State
+from composer.core import Callback, Event, State
 from composer.loggers import Logger, ProgressBarLogger
 from composer.utils import dist
 
@@ -171,3 +176,32 @@ def _batches_to_max_duration(state: State) -> float:
 def time_budget_of(state: State) -> TimeBudget | None:
     """The run's time budget, if it has one."""
     return next((callback for callback in state.callbacks if isinstance(callback, TimeBudget)), None)
+
+
+Due = Callable[[State, Event], bool]
+
+
+def rehearsing(state: State) -> bool:
+    """Whether what the end of the run does is to be done now, at full size; see `TimeBudget`."""
+    return any(getattr(callback, "rehearsing", False) for callback in state.callbacks)
+
+
+def with_rehearsal(due: Due, event: Event = Event.BATCH_CHECKPOINT) -> Due:
+    """`due`, and also at the rehearsals' `event`; once per batch."""
+    return once_per_batch(lambda state, at: due(state, at) or (at == event and rehearsing(state)))
+
+
+def once_per_batch(due: Due) -> Due:
+    """`due`, which is asked every time, but not twice in a batch: where an epoch ends with it, say."""
+    last = -1
+
+    def check(state: State, event: Event) -> bool:
+        nonlocal last
+        is_due = bool(due(state, event))
+        batch = int(state.timestamp.batch)
+        if not is_due or batch == last:
+            return False
+        last = batch
+        return True
+
+    return check

@@ -17,7 +17,6 @@ from prx_composer.callbacks.checkpointing import Checkpointing, due_every
 from prx_composer.callbacks.data_monitor import DataMonitor
 from prx_composer.callbacks.finite_guard import FiniteGuard
 from prx_composer.callbacks.random_step import RandomStep
-from prx_composer.callbacks.rehearsal import with_rehearsal
 from prx_composer.callbacks.resumed import NewValues
 from prx_composer.common.distributed import GlooAverage
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path
@@ -25,7 +24,7 @@ from prx_composer.common.secrets import redacted
 from prx_composer.common.signatures import constructor
 from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.data.stored import check_latent_column, check_text_column
-from prx_composer.models.cleaning import cleaner, with_cleaning
+from prx_composer.models.prompts import cleaner, with_cleaning
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.optim.groups import parameter_groups
@@ -53,7 +52,7 @@ from prx_composer.runs.init_from import initialise
 from prx_composer.runs.weights import not_finite_in
 from prx_composer.schedule.clock import ClockStop, TrainingClock, clock_of
 from prx_composer.schedule.moments import duration_string, for_composer, parse_duration
-from prx_composer.schedule.time_budget import TimeBudget, time_budget_of
+from prx_composer.schedule.time_budget import TimeBudget, time_budget_of, with_rehearsal
 from prx_composer.training.parallelism import parallelism
 from prx_composer.training.preflight import check_surroundings
 from prx_composer.training.preflight.data_fit import check_data

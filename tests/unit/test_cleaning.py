@@ -13,7 +13,7 @@ from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 from prx_composer.data.collate import Collator
 from prx_composer.data.stored import fingerprint
 from prx_composer.models import HuggingFaceTextEncoder
-from prx_composer.models.cleaning import cleaned, cleaner, with_cleaning
+from prx_composer.models.prompts import cleaned, cleaner, with_cleaning
 from prx_composer.models.text_encoder import tokenize
 from prx_composer.recipe import config
 from prx_composer.training.build import build_text_encoder

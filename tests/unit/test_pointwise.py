@@ -1,4 +1,4 @@
-"""The hand-written backward passes are held against autograd's own of the plain formulas."""
+"""What lies between a block's matrix products, held against the plain formulas and autograd's own backward passes."""
 
 import copy
 
@@ -7,28 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prx_composer.models.pointwise import RMSNorm, add_scaled, gated_gelu
+from prx_composer.models.layers import RMSNorm, gated_gelu
 
 
 def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     weight = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
     return list(torch.autograd.grad((output * weight).sum(), inputs))
-
-
-PER_IMAGE, PER_TOKEN = (2, 1, 8), (2, 5, 8)
-
-
-@pytest.mark.parametrize(
-    "shapes", [(PER_IMAGE, PER_IMAGE, PER_TOKEN), (PER_TOKEN, PER_IMAGE, PER_TOKEN), ((1, 1, 8), (1, 1, 8), PER_TOKEN)]
-)
-def test_add_scaled_and_its_gradients_are_those_of_the_formula(shapes: tuple[tuple[int, ...], ...]) -> None:
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    base, factor, value = inputs
-    torch.testing.assert_close(add_scaled(base, factor, value), base + factor * value)
-    for mine, theirs in zip(
-        gradients(add_scaled(base, factor, value), inputs), gradients(base + factor * value, inputs), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs)
 
 
 def test_gated_gelu_and_its_gradients_are_those_of_the_formula() -> None:

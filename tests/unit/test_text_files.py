@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from prx_composer.common.errors import UserError
-from prx_composer.common.text_files import read_lines, read_text, split_lines
+from prx_composer.common.files import read_lines, read_text, split_lines
 from prx_composer.data.sources import FolderSource
 
 TEXTS = ["a кот.", "first\u2028second", "next\u0085line", "form\ffeed", "plain", "\x1c\x1d\x1e\x0b", "zażółć gęślą", ""]

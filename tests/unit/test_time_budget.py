@@ -18,13 +18,12 @@ from composer.optim.scheduler import compile_composer_scheduler
 from torch import nn
 
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution, Stage
-from prx_composer.callbacks.rehearsal import once_per_batch
 from prx_composer.common.errors import UserError
 from prx_composer.optim.schedules import WarmupStableDecay
 from prx_composer.recipe import config
 from prx_composer.schedule.clock import ClockStop, TrainingClock, clock_of
 from prx_composer.schedule.moments import Moment, ScheduleWindow, duration_string, parse_duration
-from prx_composer.schedule.time_budget import TimeBudget
+from prx_composer.schedule.time_budget import TimeBudget, once_per_batch
 
 
 class Machine:

@@ -10,9 +10,8 @@ import torch
 from hostile import command, write_run
 from safetensors.torch import load_file, save_file
 
-from prx_composer.callbacks.generation_metrics import GenerationMetrics
 from prx_composer.callbacks.images import Images
-from prx_composer.callbacks.scores import DigitsScore, ShapesScore
+from prx_composer.callbacks.scores import DigitsScore, GenerationMetrics, ShapesScore
 from prx_composer.commands.export.export import write_pipeline, written_aside
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage

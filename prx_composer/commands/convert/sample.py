@@ -11,7 +11,7 @@ from PIL import Image
 from prx_composer.commands.convert.columns import lookup
 from prx_composer.commands.convert.records import Record
 from prx_composer.commands.convert.settings import CHROMA, Settings, is_wanted
-from prx_composer.common.text_files import encoding_of
+from prx_composer.common.files import encoding_of
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.decoding import IMAGE_REASONS, JPEGS, BadImageError, decode, is_plain, open_image, oriented_size, resize
 

@@ -15,8 +15,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.format import RawShard, encodings_of
 from prx_composer.data.storage import is_remote, join
-from prx_composer.models.cleaning import cleaned
-from prx_composer.models.reading import unknown_id
+from prx_composer.models.prompts import cleaned, unknown_id
 
 _FACTS = ("kind", "encoder", "revision", "storage", "width", "max_tokens", "image_size", "cut")
 SHARES = (0.05, 0.5, 0.95)

@@ -28,7 +28,7 @@ from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest
 from prx_composer.data.storage import is_remote
-from prx_composer.models.cleaning import cleaned
+from prx_composer.models.prompts import cleaned
 
 COLUMNS = 8
 PROBLEM = (190, 30, 30)

@@ -12,7 +12,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.stored import StoredColumn, fingerprint, pack, unpack
-from prx_composer.models.reading import readings
+from prx_composer.models.prompts import readings
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, tokenize
 from prx_composer.models.vision_encoder import VisionEncoder, teacher_features
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from prx_composer.commands.evaluate.evaluate import image_seeds
 from prx_composer.commands.generate import DrawingSettings, draw, metadata, save_png, weights_hash
 from prx_composer.common.errors import UserError
-from prx_composer.common.files import write_whole
-from prx_composer.common.text_files import read_lines, read_text
+from prx_composer.common.files import read_lines, read_text, write_whole
 from prx_composer.metrics.ranks import from_rank_zero
 from prx_composer.runs.opening import Trained
 

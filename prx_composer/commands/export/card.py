@@ -13,7 +13,7 @@ from prx_composer.commands.export.card_text import fenced, inline, public_name, 
 from prx_composer.commands.generate import DrawingSettings
 from prx_composer.common.secrets import redacted
 from prx_composer.models.autoencoder import Pixels
-from prx_composer.models.cleaning import clean_caption, cleaning_of
+from prx_composer.models.prompts import clean_caption, cleaning_of
 from prx_composer.runs.diffusers_folder import RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
 

@@ -7,7 +7,7 @@ from typing import Any
 from prx_composer.commands.plan.conditions import Measured
 from prx_composer.commands.plan.hardware import GPU, GPUS, find_gpu
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.common.text_files import read_text
+from prx_composer.common.files import read_text
 from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.data_sets import data_sets

@@ -25,7 +25,7 @@ from prx_composer.data.contents import column_contents
 from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.data.loader import ImageCaptionLoader, build_loader
 from prx_composer.data.stored import check_latent_column, check_text_column
-from prx_composer.models.cleaning import cleaning_of
+from prx_composer.models.prompts import cleaning_of
 from prx_composer.models.randomness import RandomStreams
 from prx_composer.models.text_encoder import load_tokenizer
 from prx_composer.models.text_to_image import TextToImage

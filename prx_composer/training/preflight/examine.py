@@ -13,7 +13,7 @@ from prx_composer.algorithms.alignment import AlignmentAlgorithm
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
 from prx_composer.common.errors import Problems, UserError, at_path
 from prx_composer.models.backbone import PRXBackbone
-from prx_composer.models.cleaning import Cleaning, cleaner
+from prx_composer.models.prompts import Cleaning, cleaner
 from prx_composer.recipe import config
 from prx_composer.recipe.arguments import entries, split
 from prx_composer.recipe.checks import setting_problems

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
 from prx_composer.algorithms.token_routing import TokenRoutingAlgorithm
-from prx_composer.models.frozen import returned_afterwards
+from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.schedule.moments import ScheduleWindow
 
 

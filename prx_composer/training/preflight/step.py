@@ -24,7 +24,7 @@ from prx_composer.data.buckets import Bucket
 from prx_composer.data.collate import channels_first
 from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.data.sampler import SampleRequest
-from prx_composer.models.frozen import returned_afterwards
+from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.preflight.examine import PlannedStage, planned_stages
 from prx_composer.training.preflight.probe import (
