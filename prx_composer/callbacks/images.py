@@ -10,8 +10,8 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
-from prx_composer.common.contact_sheet import image_grid
 from prx_composer.common.errors import UserError
+from prx_composer.common.pages import image_grid
 from prx_composer.loggers.tracker import log_drawings
 from prx_composer.metrics.grid_artifacts import VISIBLE_GRID, can_measure_grid, grid_energy, seam_energy
 from prx_composer.models.sampling import check_guidance_scale, check_seeds

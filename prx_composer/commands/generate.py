@@ -1,196 +1,106 @@
-"""Images from a trained model: PNGs that say how they were made, and a grid of them."""
+"""`prx generate`: images from a trained model."""
 
-import hashlib
-import json
-import re
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from importlib.metadata import version
-from io import BytesIO
-from pathlib import Path
-from typing import Any
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated
 
-import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
+import typer
 
-from prx_composer import __version__
-from prx_composer.common.contact_sheet import image_grid
+from prx_composer.commands.options import (
+    CodeOption,
+    ModelArgument,
+    WeightsOption,
+    made_folder,
+    parse_weights,
+    show_log,
+    writing_output,
+)
 from prx_composer.common.errors import UserError
-from prx_composer.common.files import read_lines, write_whole
-from prx_composer.models.sampling import check_guidance_scale
-from prx_composer.models.text_to_image import TextToImage
-from prx_composer.runs.opening import Trained
-
-PROMPT_NAMES = ("prompt", "caption", "text")
-VERSIONS = ("torch", "diffusers", "transformers")
 
 
-@dataclass(frozen=True)
-class DrawingSettings:
-    """How images are drawn.
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Options of `prx generate`."""
 
-    Args:
-        height, width: pixels.
-        num_inference_steps: Euler steps.
-        guidance_scale: 1 = unguided.
-        guidance: its name, for the record.
-        precision: "fp32", or "bf16" for autocast.
+    model: ModelArgument
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw. May be given again.")] = field(
+        default_factory=list
+    )
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", metavar="FILE", help='One prompt per line, or JSON lines with a "prompt".')
+    ] = None
+    output: Annotated[str, typer.Option(metavar="DIR", help="Folder for PNGs and grid.png.")] = "images"
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Height x width in pixels, or one number. [default: as last trained]")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Of the first image, of 64 bits; the next ones count on.")] = 0
+    images_per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt, from different seeds.")] = 1
+    steps: Annotated[int | None, typer.Option(min=1, help="Euler steps. [default: as the recipe's callbacks.images, or 28]")] = (
+        None
+    )
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="1 = unguided. [default: as the recipe's callbacks.images, or 3.5]")
+    ] = None
+    guidance: Annotated[
+        str,
+        typer.Option(
+            help="cfg (classifier-free), self (routed self-guidance, of models trained with tread), or run: as the run drew."
+        ),
+    ] = "run"
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16
+    weights: WeightsOption = None
+    code: CodeOption = field(default_factory=list)
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: a GPU if there is one]")] = None
+    precision: Annotated[str | None, typer.Option(help="fp32, or bf16 (GPU). [default: bf16 on a GPU, fp32 on the CPU]")] = None
+    grid: Annotated[bool, typer.Option("--grid/--no-grid", help="Also one picture of all images with their prompts.")] = True
+    captions: Annotated[
+        bool, typer.Option("--captions", help="Also captions.jsonl: a folder to train on (train_loader.source: folder).")
+    ] = False
+
+
+def generate_images(options: GenerateOptions) -> None:
+    """Draw images with a trained model: a PNG for each, which says in its metadata how it was made, and a grid of all.
+
+    An image depends on its prompt, seed and settings only, not on the batch it is drawn in.
+
+    prx generate runs/quickstart -p "a red circle on the left of a white background"
     """
+    from prx_composer.commands import drawing
+    from prx_composer.recipe.config import import_code
+    from prx_composer.runs.opening import load_trained
 
-    height: int
-    width: int
-    num_inference_steps: int = 28
-    guidance_scale: float = 3.5
-    guidance: str = "cfg"
-    precision: str = "fp32"
-
-
-def check_settings(model: TextToImage, settings: DrawingSettings, device: torch.device) -> None:
-    """Raises UserError, naming the option, for what the model or the device cannot do."""
-    multiple = model.backbone.patch_size * model.autoencoder.downsampling
-    height, width = settings.height, settings.width
-    if height < 1 or width < 1 or height % multiple or width % multiple:
-        near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+    show_log()
+    asked = [drawing.check_prompt(text, "--prompt") for text in options.prompt]
+    asked += drawing.read_prompts(options.prompts) if options.prompts is not None else []
+    if not asked:
         raise UserError(
-            f"--size: the sides of {height}x{width} must be multiples of {multiple}; the nearest is {near[0]}x{near[1]}."
+            'What is to be drawn? Give --prompt "…" (several times if you like), or --prompts FILE with one per line.'
         )
-    try:
-        check_guidance_scale(settings.guidance_scale, "--guidance-scale")
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if settings.precision not in ("fp32", "bf16"):
-        raise UserError(f"--precision must be fp32 or bf16, not {settings.precision!r}.")
-    if settings.precision == "bf16" and device.type == "cpu":
-        raise UserError("--precision bf16 is for GPUs; on the CPU leave the option out.")
-
-
-def draw(
-    model: TextToImage, prompts: list[str], seeds: list[int], settings: DrawingSettings, batch_size: int
-) -> Iterator[tuple[int, Tensor]]:
-    """Draws in batches; yields index and image, uint8 (3, height, width) on the CPU, as soon as a batch is done."""
-    device = next(model.parameters()).device
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        with torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext():
-            images = model.generate(
-                prompts[part],
-                settings.height,
-                settings.width,
-                seeds[part],
-                settings.num_inference_steps,
-                settings.guidance_scale,
-            )
-        yield from enumerate(images.cpu(), start)
-
-
-def weights_hash(model: TextToImage) -> str:
-    """SHA-256 over names and values of the backbone's weights, the same wherever they were opened."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def metadata(trained: Trained, settings: DrawingSettings, digest: str, device: torch.device) -> dict[str, Any]:
-    """What all images of a call have in common: model, weights, settings, versions."""
-    return {
-        "model": str(trained.source),
-        "weights": trained.weights,
-        "batch": trained.batch,
-        "weights_sha256": digest,
-        "height": settings.height,
-        "width": settings.width,
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance": settings.guidance,
-        "guidance_scale": settings.guidance_scale,
-        "precision": settings.precision,
-        "device": device.type,
-        "versions": {"prx-composer": __version__} | {name: version(name) for name in VERSIONS},
-    }
-
-
-def save_png(image: Tensor, path: Path, facts: dict[str, Any]) -> None:
-    """Writes uint8 (3, H, W) whole or not at all; `facts` become a text chunk named prx (JSON), and prompt and seed their own."""
-    chunks = PngInfo()
-    for key in ("prompt", "seed"):
-        if key in facts:
-            chunks.add_itxt(key, str(facts[key]))
-    chunks.add_itxt("prx", json.dumps(facts, ensure_ascii=False))
-    content = BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(content, "PNG", pnginfo=chunks)
-    write_whole(path, content.getvalue())
-
-
-def save_grid(images: list[Tensor], prompts: list[str], path: Path) -> None:
-    """One picture of all of them, with their prompts."""
-    content = BytesIO()
-    columns = min(6, max(1, round(len(images) ** 0.5)))
-    image_grid(torch.stack(images), prompts, columns).save(content, "PNG")
-    write_whole(path, content.getvalue())
-
-
-def save_captions(names: list[str], prompts: list[str], path: Path) -> None:
-    """A line of JSON for every image: what `FolderSource` reads, and Hugging Face's image folders too."""
-    lines = [
-        json.dumps({"file_name": name, "caption": prompt}, ensure_ascii=False)
-        for name, prompt in zip(names, prompts, strict=True)
-    ]
-    write_whole(path, ("\n".join(lines) + "\n").encode())
-
-
-def file_name(index: int, seed: int, prompt: str) -> str:
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
-    return f"{index:04d}-seed{seed}-{words}.png".replace("-.png", ".png")
-
-
-def read_prompts(path: str) -> list[str]:
-    """One prompt per line; a line of JSON may be a string, or a mapping with `prompt`, `caption` or `text`. Empty lines don't
-    count, nor do blanks around a line that is no JSON.
-
-    Raises:
-        UserError: no such file, or a line that cannot be read, by number.
-    """
-    try:
-        lines = read_lines(path)
-    except OSError as error:
-        raise UserError(f"--prompts: {path} cannot be read: {error}") from error
-    prompts = [
-        _prompt_of(line.strip(), f"--prompts: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
-    ]
-    if not prompts:
-        raise UserError(f"--prompts: {path} has no prompts; write one per line.")
-    return prompts
-
-
-def _prompt_of(line: str, where: str) -> str:
-    if not line.startswith(("{", '"')):
-        return line
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        if line.startswith('"'):
-            return line
-        raise UserError(
-            f"{where} begins as JSON and is none: {error}. A prompt that is to begin with a brace: {json.dumps(line)}"
-        ) from error
-    if isinstance(content, dict):
-        content = next((content[name] for name in PROMPT_NAMES if name in content), None)
-    prompt = content
-    if not isinstance(prompt, str):
-        raise UserError(f'{where} must have a "prompt", "caption" or "text", a string.')
-    return check_prompt(prompt, where)
-
-
-def check_prompt(prompt: str, where: str) -> str:
-    """The prompt; raises UserError if it cannot be written as UTF-8: half of a pair of surrogates, or bytes that were no text."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where} is no Unicode text: {prompt!r} has {error.object[error.start]!r} at place {error.start}."
-        ) from error
-    return prompt
+    device = drawing.find_device(options.device)
+    import_code(options.code, "--code")
+    trained = load_trained(options.model, parse_weights(options.weights))
+    o = options
+    settings = drawing.chosen_settings(trained, device, o.size, o.guidance, o.precision, o.steps, o.guidance_scale)
+    drawing.check_settings(trained.model, settings, device)
+    texts = [text for text in asked for _ in range(options.images_per_prompt)]
+    seeds = drawing.seeds_from(options.seed, len(texts))
+    folder = made_folder(options.output)
+    trained.model.say_what_is_lost(asked)
+    common = drawing.metadata(trained, settings, drawing.weights_hash(trained.model), device)
+    trained.model.to(device)
+    drawn, names = [], []
+    with typer.progressbar(length=len(texts), label="drawing", file=sys.stderr) as progress:
+        for index, image in drawing.draw(trained.model, texts, seeds, settings, options.batch_size):
+            names.append(drawing.file_name(index, seeds[index], texts[index]))
+            with writing_output():
+                drawing.save_png(image, folder / names[-1], {"prompt": texts[index], "seed": seeds[index]} | common)
+            drawn.append(image)
+            progress.update(1)
+    with writing_output():
+        if options.grid:
+            drawing.save_grid(drawn, texts, folder / "grid.png")
+        if options.captions:
+            drawing.save_captions(names, texts, folder / "captions.jsonl")
+    of = f"{trained.weights} weights" + (f" of batch {trained.batch}" if trained.batch is not None else "")
+    size = f"{settings.height}×{settings.width}"
+    typer.echo(f"{len(drawn)} image{'s' if len(drawn) > 1 else ''} of {size} with {of} · {folder}")

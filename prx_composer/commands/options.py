@@ -3,14 +3,22 @@
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_type_hints
 
 import typer
+
+from prx_composer.common.errors import UserError
 
 RecipeArgument = Annotated[list[str], typer.Argument(help="One or more YAML files, then key=value pairs, as for train.py.")]
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Run folder (runs/<run_name>), one of its checkpoints, or an exported folder.")
+]
+WeightsOption = Annotated[
+    str | None, typer.Option("--weights", help="ema (averaged) or raw. [default: ema if the run has an average, else raw]")
 ]
 CodeOption = Annotated[
     list[str],
@@ -79,3 +87,54 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return REQUIRED if field.default is dataclasses.MISSING else field.default
+
+
+# ------------------------------------------------------------------------------------- what several verbs make of theirs
+
+
+def show_log() -> None:
+    """Show what this package logs from INFO on and others' warnings, as plain lines; of the hub's client only errors."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("prx_composer").setLevel(logging.INFO)
+    for library in ("httpx", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def parse_weights(name: str | None) -> Literal["ema", "raw"] | None:
+    """Return the kind of weights of `--weights`. Raise UserError if it is none."""
+    if name not in (None, "ema", "raw"):
+        raise UserError(f"--weights must be ema or raw, not {name!r}.")
+    return cast(Literal["ema", "raw"] | None, name)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return height and width of `--size`. Raise UserError if it is none."""
+    sides = text.lower().replace("×", "x").split("x")
+    try:
+        numbers = [int(side) for side in sides]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise UserError(f"--size: {text!r} is no size; give HEIGHTxWIDTH such as 512x768, or one number.")
+    return numbers[0], numbers[-1]
+
+
+def made_folder(name: str) -> Path:
+    """Make the folder of `--output` and return it. Raise UserError if it cannot be made."""
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {folder} cannot be made: {error.strerror}.") from error
+    return folder
+
+
+@contextmanager
+def writing_output() -> Iterator[None]:
+    """Raise a UserError that names `--output` for a disk that is full or may not be written."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output: it cannot be written: {error}") from error

@@ -1,4 +1,4 @@
-"""What ranks agree on without their devices, and what a backend gets wrong, met where PyTorch lets one."""
+"""Ranks: how they share work and agree on numbers, and what a backend gets wrong, met where PyTorch lets one."""
 
 import datetime
 from collections.abc import Sequence
@@ -11,6 +11,31 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+
+
+def share(count: int) -> list[int]:
+    """Return this rank's part of the numbers below `count`.
+
+    All ranks get equally many, since sharded models want to be called equally often. Where the numbers don't divide, the last
+    ones are repeated, and `gathered` drops them.
+    """
+    ranks, rank = dist.get_world_size(), dist.get_global_rank()
+    return [min(index, count - 1) for index in range(rank, -(-count // ranks) * ranks, ranks)]
+
+
+def gathered(rows: Tensor, count: int) -> Tensor:
+    """Return the rows that ranks made of their `share`, in the order of the numbers: (count, …), on the CPU of every rank."""
+    if dist.get_world_size() == 1:
+        return rows[:count].cpu()
+    parts = [part.cpu() for part in dist.all_gather(rows.contiguous())]
+    return torch.stack(list(parts), 1).flatten(0, 1)[:count]
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Return on every rank the value that rank 0 has."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 class HostGroup:

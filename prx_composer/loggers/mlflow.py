@@ -12,7 +12,7 @@ from composer.core import State
 from composer.loggers import Logger, MLFlowLogger
 from torch import Tensor
 
-from prx_composer.common.contact_sheet import picture
+from prx_composer.common.pages import picture
 from prx_composer.loggers.tracker import Tracker, remembered_run, run_folder_of
 
 log = logging.getLogger(__name__)

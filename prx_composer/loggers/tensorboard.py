@@ -9,7 +9,7 @@ from composer.loggers import Logger, TensorboardLogger
 from composer.utils import dist
 from torch import Tensor
 
-from prx_composer.common.contact_sheet import image_grid
+from prx_composer.common.pages import image_grid
 from prx_composer.loggers.tracker import Tracker
 from prx_composer.runs.checkpoints import Checkpoint
 

@@ -8,7 +8,7 @@ _BLOCK = 2048  # rows and columns of the kernel matrix that are in memory at onc
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and unbiased covariance (D, D) of features (N, D), in float64.
+    """Return mean (D,) and unbiased covariance (D, D) of features (N, D), in float64.
 
     Raises:
         ValueError: fewer than two rows.
@@ -22,7 +22,7 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(mean_x: Tensor, covariance_x: Tensor, mean_y: Tensor, covariance_y: Tensor) -> float:
-    """|μx − μy|² + tr(Σx + Σy − 2 (Σx Σy)^½), of two normal distributions (FID: arXiv:1706.08500).
+    """Return |μx − μy|² + tr(Σx + Σy − 2 (Σx Σy)^½), of two normal distributions (FID: arXiv:1706.08500).
 
     In float64, by eigenvalues of the symmetric Σx^½ Σy Σx^½, which has those of Σx Σy; singular covariances, of fewer images
     than features, are no special case.
@@ -36,12 +36,12 @@ def frechet_distance(mean_x: Tensor, covariance_x: Tensor, mean_y: Tensor, covar
 
 
 def mean_kernel(x: Tensor, y: Tensor | None = None, unbiased: bool = True) -> float:
-    """Mean of k − 1, where k(a, b) = exp(−|a − b|² / 2σ²), over the pairs of x (N, D) and y (M, D), or of x with itself.
+    """Return the mean of k − 1 over the pairs of x (N, D) and y (M, D), or of x with itself; k(a, b) = exp(−|a − b|² / 2σ²).
 
     k is close to 1 everywhere, so it is k − 1 that is added up. In float64 and block by block: memory doesn't grow with N·M.
 
     Args:
-        unbiased: of x with itself: leave out the pairs of a row and itself.
+        unbiased: leave out the pairs of a row and itself, of x with itself.
 
     Raises:
         ValueError: `unbiased` of fewer than two rows.
@@ -66,7 +66,7 @@ def mean_kernel(x: Tensor, y: Tensor | None = None, unbiased: bool = True) -> fl
 
 
 def mmd(x: Tensor, y: Tensor, unbiased: bool = True, within_y: float | None = None) -> float:
-    """Squared MMD with CMMD's kernel (σ = 10), times 1000.
+    """Return the squared MMD with CMMD's kernel (σ = 10), times 1000.
 
     Args:
         x, y: features (N, D) and (M, D); CMMD's are of length 1.

@@ -1,4 +1,4 @@
-"""What images are compared by: features of frozen networks, by hub id or folder."""
+"""Features of frozen networks, which images are compared by."""
 
 import hashlib
 import logging
@@ -28,7 +28,7 @@ _DINO_SIZE = 224
 
 
 def square(images: Tensor, size: int) -> Tensor:
-    """uint8 (B, 3, H, W) → the centred square, uint8 (B, 3, size, size), bicubic and antialiased: as real images are read."""
+    """Return the centred square of uint8 (B, 3, H, W) at another size, bicubic and antialiased, as real images are read."""
     side = min(images.shape[-2:])
     top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
     images = images[..., top : top + side, left : left + side]
@@ -38,14 +38,14 @@ def square(images: Tensor, size: int) -> Tensor:
 
 
 class Extractor:
-    """One vector per image, from a frozen network.
+    """A frozen network that gives one vector per image.
 
     Args:
         name: hub id, folder or description.
         module: the network, which a fingerprint is taken of.
         image_size: side of the squares that it reads.
         extract: module, uint8 (B, 3, image_size, image_size) on its device → (B, D).
-        recipe: how images become features, in a word; part of what cached features are recognised by.
+        recipe: how images become features, in a few words; cached features are recognised by it, too.
     """
 
     def __init__(self, name: str, module: nn.Module, image_size: int, extract: Callable[[Any, Tensor], Tensor], recipe: str):
@@ -57,7 +57,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features fp32 (B, D) of uint8 images (B, 3, H, W), on their device; the centred square alone is seen."""
+        """Return features fp32 (B, D) of the centred squares of uint8 images (B, 3, H, W), on their device."""
         images = square(images, self.image_size)
         return self._extract(self._frozen.on(images.device), images).float()
 
@@ -68,7 +68,7 @@ def _normalised(images: Tensor, mean: Any, std: Any) -> Tensor:
 
 
 def clip_images(name: str = CLIP) -> Extractor:
-    """CLIP's image embeddings, of length 1: CMMD's features.
+    """Return the extractor of CLIP's image embeddings, of length 1: CMMD's features.
 
     Args:
         name: hub id or folder of a CLIP model.
@@ -91,7 +91,7 @@ def clip_images(name: str = CLIP) -> Extractor:
 
 
 def dino_images(name: str = DINO) -> Extractor:
-    """The class token of a DINOv2 or DINOv3 (or any ViT of transformers that has one) after its last norm.
+    """Return the extractor of the class token, after its last norm, of a DINOv2, DINOv3 or other ViT of transformers.
 
     Args:
         name: hub id or folder.
@@ -114,7 +114,9 @@ def dino_images(name: str = DINO) -> Extractor:
 
 
 def inception_images(weights: str = INCEPTION) -> Extractor:
-    """FID's InceptionV3, as torchmetrics runs it, on images brought to 299 × 299 with antialiasing (clean-fid, arXiv:2104.11222).
+    """Return the extractor of FID's InceptionV3, as torchmetrics runs it.
+
+    Images are brought to 299 × 299 with antialiasing (clean-fid, arXiv:2104.11222).
 
     Args:
         weights: a file of torch-fidelity's weights, or "torch-fidelity": it downloads them.
@@ -168,7 +170,7 @@ class ClipScore:
         self._told = False
 
     def say_what_is_cut(self, prompts: list[str]) -> None:
-        """Warns once of prompts that are too long for this network, if there are any."""
+        """Warn once of prompts that are too long for this network, if there are any."""
         tokens = self._tokenizer(prompts, truncation=True, max_length=self._max_tokens)
         cut = sum(count > 0 for count in cut_off(self._tokenizer, prompts, tokens))
         if cut and not self._told and dist.get_global_rank() == 0:
@@ -180,7 +182,7 @@ class ClipScore:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """(B,) for uint8 images (B, 3, H, W) and their prompts."""
+        """Return the scores (B,) of uint8 images (B, 3, H, W) and their prompts."""
         from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
         module = self._frozen.on(images.device)

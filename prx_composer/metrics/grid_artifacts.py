@@ -17,12 +17,12 @@ _LEVEL = 1 / 255
 
 
 def can_measure_grid(height: int, width: int, patch_size: int) -> bool:
-    """Whether `grid_energy` and `seam_energy` take images of that size."""
+    """Say whether `grid_energy` and `seam_energy` take images of that size."""
     return patch_size >= 3 and max(height, width) // patch_size >= _MIN_PATCHES
 
 
 def grid_energy(images: Tensor, patch_size: int) -> Tensor:
-    """Energy at the frequency of the patches and its harmonics, relative to the frequencies beside them; 1 = no grid.
+    """Return the energy at the frequency of the patches and its harmonics, relative to the frequencies beside them; 1 = no grid.
 
     Along the width W, and likewise along the height: rows that lie a multiple of the patch size p apart are averaged, which keeps
     what repeats from patch to patch and averages out the picture. S(n) is the power spectrum of the p rows that are left, of
@@ -52,7 +52,7 @@ def grid_energy(images: Tensor, patch_size: int) -> Tensor:
 
 
 def seam_energy(images: Tensor, patch_size: int) -> Tensor:
-    """`grid_energy` of the steps |Y(x) − Y(x − 1)| from pixel to pixel along each direction; 1 = no seams.
+    """Return the `grid_energy` of the steps |Y(x) − Y(x − 1)| from pixel to pixel along each direction; 1 = no seams.
 
     It sees patches that don't continue each other, like the blocks of a strongly compressed JPEG. Arguments, result and errors
     are those of `grid_energy`.
@@ -74,13 +74,13 @@ def _luminance(images: Tensor, patch_size: int) -> Tensor:
 
 
 def _energy(directions: list[Tensor], patch_size: int) -> Tensor:
-    """(B, …, along the direction) each → (B,)."""
+    """Return the mean energy (B,) of fields, each (B, …, along its direction)."""
     long_enough = [field for field in directions if field.shape[-1] // patch_size >= _MIN_PATCHES]
     return torch.cat([_ratios(field, patch_size) for field in long_enough], dim=1).mean(1)
 
 
 def _ratios(field: Tensor, patch_size: int) -> Tensor:
-    """(B, H, W) → (B, harmonics) along the width."""
+    """Return the energy (B, harmonics) of a field (B, H, W) along its width."""
     height, width = (max(side // patch_size, 1) * patch_size for side in field.shape[-2:])
     field = field[:, :height, :width]
     folds = max(field.shape[1] // patch_size, 1)

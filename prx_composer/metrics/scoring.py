@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor
 
+from prx_composer.common.distributed import from_rank_zero, gathered, share
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.metrics.distances import SCALE, frechet_distance, mean_kernel, moments
 from prx_composer.metrics.features import (
@@ -26,9 +27,7 @@ from prx_composer.metrics.features import (
     dino_images,
     inception_images,
 )
-from prx_composer.metrics.image_sets import ImageSet
-from prx_composer.metrics.ranks import from_rank_zero, gathered, share
-from prx_composer.metrics.reference import Reference, reference_features
+from prx_composer.metrics.real_images import ImageSet, Reference, reference_features
 from prx_composer.models.huggingface import returned_afterwards
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class Networks:
 
 
 def check_metrics(names: Sequence[str]) -> list[str]:
-    """Each once. Raises ValueError for one that isn't known, or for none."""
+    """Return the names, each once. Raise ValueError for one that isn't known, or for none."""
     for name in names:
         if name not in METRICS:
             raise ValueError(f"metrics: {name!r} is no metric.{nearest(name, list(METRICS))}")
@@ -95,7 +94,7 @@ class Scorer:
         return bool(self.extractors)
 
     def description(self) -> dict[str, Any]:
-        """Which networks, and how they are told apart."""
+        """Return which networks are used, and how they are told apart."""
         used: dict[str, Any] = dict(self.extractors)
         if self.clip_score is not None:
             used["clip_score"] = self.clip_score
@@ -104,7 +103,7 @@ class Scorer:
         }
 
     def compare_with(self, images: ImageSet, count: int | None, cache: Path, batch_size: int, device: torch.device) -> None:
-        """Computes or reads the features of real images; see `reference_features`."""
+        """Compute or read the features of real images; see `reference_features`."""
         with returned_afterwards():
             for kind, extractor in self.extractors.items():
                 self.references[kind] = reference_features(images, extractor, count, cache, batch_size, device)
@@ -112,7 +111,7 @@ class Scorer:
     def score(
         self, draw: Callable[[list[int]], Tensor], prompts: list[str], batch_size: int, device: torch.device
     ) -> dict[str, float]:
-        """Draws an image for every prompt and compares.
+        """Draw an image for every prompt, and compare.
 
         Args:
             draw: numbers of prompts → uint8 (B, 3, H, W). It must make image i from i alone.
@@ -171,7 +170,7 @@ def _distance(name: str, features: Tensor, reference: Reference, device: torch.d
 
 
 def interval_95(values: Sequence[float]) -> float | None:
-    """Half the width of the 95% t-interval of the mean; None of a single value."""
+    """Return half the width of the 95% t-interval of the mean; None of a single value."""
     count = len(values)
     if count < 2:
         return None

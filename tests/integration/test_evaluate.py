@@ -20,8 +20,7 @@ from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_s
 
 from prx_composer.metrics.distances import frechet_distance, mmd, moments
 from prx_composer.metrics.features import ClipScore, clip_images, dino_images, square
-from prx_composer.metrics.image_sets import DataSet, ImageFolder, read_square
-from prx_composer.metrics.reference import reference_features
+from prx_composer.metrics.real_images import DataSet, ImageFolder, read_square, reference_features
 from prx_composer.metrics.scoring import Networks, Scorer, interval_95
 from prx_composer.recipe import config
 from prx_composer.training.build import run

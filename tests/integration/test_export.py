@@ -19,7 +19,7 @@ from conftest import QWEN3_VL_TEXT, T5GEMMA_HALF, TINY_BACKBONE
 from diffusers import PRXPipeline, PRXPixelPipeline
 from PIL import Image
 
-from prx_composer.commands.export.export import push, write_pipeline, written_aside
+from prx_composer.commands.export.pipeline import push, write_pipeline, written_aside
 from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
@@ -261,7 +261,7 @@ torch.save(torch.stack(images), output)
 def test_an_exported_quickstart_scores_in_diffusers_what_it_scores_here(tmp_path: Path) -> None:
     """The quickstart cut to 300 batches: every held-out combination, drawn by diffusers in a process without this package."""
     from prx_composer.data.shapes import heldout_scenes
-    from prx_composer.metrics.shapes_score import nearest_scenes
+    from prx_composer.metrics.recognition import nearest_scenes
 
     recipe = Path(__file__).parents[2] / "yamls" / "quickstart.yaml"
     changes = [f"run_folder={tmp_path}/run", f"train_loader.path={tmp_path}/shapes", f"eval_loader.path={tmp_path}/shapes"]

@@ -18,7 +18,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
 from prx_composer.common.errors import UserError
 from prx_composer.metrics.features import inception_images
-from prx_composer.metrics.image_sets import DataSet, read_square
+from prx_composer.metrics.real_images import DataSet, read_square
 from prx_composer.metrics.scoring import Networks, Scorer
 from prx_composer.recipe import config
 from prx_composer.training.build import run

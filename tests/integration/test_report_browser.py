@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from prx_composer.commands.report.page import write_page
-from prx_composer.common.contact_sheet import image_grid
+from prx_composer.common.pages import image_grid
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -100,7 +100,7 @@ def test_images_are_drawn_from_the_averaged_weights(tiny_recipe: Recipe, write_r
     with model.sampling_weights():
         averaged = model.generate(prompts, 16, 16, [0], 2, 2.0)
     trainer.close()
-    from prx_composer.common.contact_sheet import image_grid
+    from prx_composer.common.pages import image_grid
 
     drawn = list(Image.open(folder_of(tiny_recipe) / "images" / "ba000008.png").getdata())
     assert drawn == list(image_grid(averaged, prompts).getdata()) != list(image_grid(raw, prompts).getdata())

@@ -15,10 +15,18 @@ from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from hostile import command, write_run
 
-from prx_composer.commands.export.card import Card, sample_settings, write_card
-from prx_composer.commands.export.card_text import fenced, inline, public_command, public_name, without_places
-from prx_composer.commands.export.export import write_pipeline
+from prx_composer.commands.drawing import recipe_settings
+from prx_composer.commands.export.card import (
+    Card,
+    fenced,
+    inline,
+    public_command,
+    public_name,
+    without_places,
+    write_card,
+)
 from prx_composer.commands.export.lora_file import write_adapters
+from prx_composer.commands.export.pipeline import write_pipeline
 from prx_composer.models import TextToImage
 from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters
 from prx_composer.runs.diffusers_folder import pipeline_prompt
@@ -149,7 +157,7 @@ def test_a_card_holds_no_markup_of_the_run(tmp_path: Path, tiny_model: Build) ->
     recipe = {"run_name": HOSTILE, "optimizer": {"name": HOSTILE}, "algorithms": {HOSTILE: {}}, "seed": HOSTILE}
     recipe |= {"train_loader": {"path": HOSTILE, "captions": {HOSTILE: 1.0}}, "callbacks": {"images": {"prompts": [HOSTILE]}}}
     trained = Trained(tiny_model().eval(), Path("nowhere"), "raw", 16, recipe=recipe)
-    prompts, settings = sample_settings(trained)
+    prompts, settings = recipe_settings(trained)
     write_card(trained, tmp_path, Card(HOSTILE, None, HOSTILE, "0", settings, prompts))
     outside, fence = [], ""
     for line in (tmp_path / "README.md").read_text().splitlines():

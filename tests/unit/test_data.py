@@ -24,7 +24,7 @@ from prx_composer.data.rows import BucketRows, WholeStream
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest, epoch_batches, epoch_steps, evaluation_batches
 from prx_composer.data.shapes import ShapesSource, all_scenes, heldout_scenes, render
 from prx_composer.data.sources import FolderSource, prepare
-from prx_composer.metrics.shapes_score import nearest_scenes
+from prx_composer.metrics.recognition import nearest_scenes
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -18,7 +18,7 @@ from prx_composer.cli import app
 from prx_composer.commands.data.split import open_split
 from prx_composer.commands.data.subject import subject_of
 from prx_composer.commands.data.view import PROBLEM, View, check_output, cut, look, title, write_view
-from prx_composer.common import contact_sheet
+from prx_composer.common import pages
 from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.format import BucketWriter, RawSample
@@ -97,12 +97,12 @@ def test_a_picture_has_the_loaders_pixels_and_rows_of_any_shape(data: Path, tmp_
     view = seen(data, count=16)
     write_view(view, str(tmp_path / "sheet.png"))
     drawn = pixels(Image.open(tmp_path / "sheet.png"))
-    factor = contact_sheet.shown_factor(*WIDE)
-    left = contact_sheet.GAP
+    factor = pages.shown_factor(*WIDE)
+    left = pages.GAP
     for column, sample in enumerate(view.samples[:8]):
         if sample.image is not None:
             large = shown(sample.image).repeat(factor, 0).repeat(factor, 1)
-            x = left + column * (WIDE.width * factor + contact_sheet.GAP)
+            x = left + column * (WIDE.width * factor + pages.GAP)
             part = drawn[left : left + large.shape[0], x : x + large.shape[1]]
             assert np.array_equal(part, large)
     assert view.samples[0].stored == WIDE and view.samples[8].stored == SQUARE
@@ -140,8 +140,8 @@ def test_an_image_that_cannot_be_decoded_is_shown_as_such_with_what_training_tak
     write_view(view, str(tmp_path / "sheet.html"))
     assert f"training shows {broken.replacement} instead" in (tmp_path / "sheet.html").read_text()
     write_view(view, str(tmp_path / "sheet.png"))
-    factor = contact_sheet.shown_factor(*WIDE)
-    x = contact_sheet.GAP + BROKEN * (WIDE.width * factor + contact_sheet.GAP)
+    factor = pages.shown_factor(*WIDE)
+    x = pages.GAP + BROKEN * (WIDE.width * factor + pages.GAP)
     drawn = pixels(Image.open(tmp_path / "sheet.png"))
     assert {tuple(colour) for colour in drawn[8 : 8 + 24 * factor, x : x + 40 * factor].reshape(-1, 3)} == {
         (225, 225, 225),

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from prx_composer.cli import app, main
-from prx_composer.commands.export.export import write_pipeline, written_aside
+from prx_composer.commands.export.pipeline import write_pipeline, written_aside
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.recipe import config

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from prx_composer.algorithms.lora import LoRA
 from prx_composer.algorithms.sprint import SPRINT
 from prx_composer.cli import app
-from prx_composer.commands.export.export import write_pipeline, written_aside
+from prx_composer.commands.export.pipeline import write_pipeline, written_aside
 from prx_composer.commands.plan.planned_model import plan_model
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hostile import Place, command, edited, pickled_rows
 
-from prx_composer.commands.evaluate_cli import _data
+from prx_composer.commands.evaluate.evaluation_inputs import find_data
 from prx_composer.commands.report.page import write_page
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset
@@ -89,7 +89,7 @@ def test_remote_data_of_a_run_are_not_downloaded_to_where_its_recipe_says(
     chosen = place.path / "chosen"
     place.change(lambda index: index["recipe"].update(train_loader={"path": str(chosen), "remote": str(shapes_data)}))
     trained = load_trained(str(place.run))
-    found = _data(trained, None, None, None, needed=True)
+    found = find_data(trained, None, None, None, needed=True)
     assert found is not None and found.caption(0) and not chosen.exists()
 
 

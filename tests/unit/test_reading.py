@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from prx_composer.commands.data.split import open_split
 from prx_composer.commands.data.statistics import statistics
+from prx_composer.commands.drawing import check_prompt, read_prompts, save_captions
 from prx_composer.commands.encode.column_encoders import CaptionEncoder, text_column
 from prx_composer.commands.encode.encoded_parts import encode_split
 from prx_composer.commands.evaluate.layouts import _dpg, _geneval
-from prx_composer.commands.generate import check_prompt, read_prompts, save_captions
 from prx_composer.commands.plan.plan_inputs import read_throughput
 from prx_composer.common.errors import UserError
 from prx_composer.data.collate import Collator

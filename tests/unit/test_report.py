@@ -14,14 +14,12 @@ import torch
 import yaml
 from PIL import Image
 
-from prx_composer.commands.report import metrics_section as metrics
-from prx_composer.commands.report.charts import POINTS, thinned
-from prx_composer.commands.report.history import History
+from prx_composer.commands.report.charts import POINTS, chart_sections, thinned
 from prx_composer.commands.report.page import make_page, write_page
-from prx_composer.commands.report.reported_run import read_run
+from prx_composer.commands.report.reported_run import History, read_run
 from prx_composer.commands.report.stages import gpu_hours, stage_rows
-from prx_composer.common.contact_sheet import cut, image_grid
 from prx_composer.common.errors import UserError
+from prx_composer.common.pages import cut, image_grid
 from prx_composer.runs.environment import record
 
 PROMPTS = [
@@ -178,7 +176,7 @@ def test_a_long_run_stays_small_and_its_curve_keeps_every_extreme(run: Path) -> 
 
 def test_axes_say_small_numbers_in_full(run: Path) -> None:
     save_rows(run, [row | {"lr-AdamW/group0": 1e-4 + 1e-8 * row["batch"]} for row in rows(300)])
-    chart = next(chart for _, charts in metrics.charts(read_run(str(run))) for chart in charts if chart.title == "Learning rate")
+    chart = next(chart for _, charts in chart_sections(read_run(str(run))) for chart in charts if chart.title == "Learning rate")
     labels = re.findall(r"<text[^>]*>\s*([\d.]+)\s*</text>", chart.svg)
     decimals = [float(label) for label in labels if "." in label]
     assert len(set(decimals)) == len(decimals) >= 3

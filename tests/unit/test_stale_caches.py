@@ -22,8 +22,7 @@ from prx_composer.data.format import BucketWriter, RawSample
 from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.data.stored import StoredColumn, encoded_folder, manifest_path, read_column
 from prx_composer.integrations.llm_foundry.components import caption_tokenizer
-from prx_composer.metrics.image_sets import DataSet, ImageFolder, open_images
-from prx_composer.metrics.reference import reference_features
+from prx_composer.metrics.real_images import DataSet, ImageFolder, open_images, reference_features
 
 Change = Callable[[Path], Path]  # of a folder of images: where it is afterwards
 COUNT, SPEC = 6, {"name": "folder"}

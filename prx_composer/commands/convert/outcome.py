@@ -14,7 +14,7 @@ from prx_composer.commands.convert.columns import has
 from prx_composer.commands.convert.input_files import Passed
 from prx_composer.commands.convert.records import Record
 from prx_composer.commands.convert.sample import REASONS, Dropped, Kept, Measured, clean_key, thumbnail
-from prx_composer.common.html_page import render
+from prx_composer.common.pages import render
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.decoding import PIXELS_OPENED, decode, open_image
 from prx_composer.data.format import RawShard, encodings_of

@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prx_composer.commands.data.split import Split
 from prx_composer.commands.data.subject import Subject
-from prx_composer.common.contact_sheet import Text, Tile, contact_sheet, picture, shown_factor
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.common.html_page import render
+from prx_composer.common.pages import Text, Tile, contact_sheet, picture, render, shown_factor
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.decoding import UNDECODABLE, decode_image

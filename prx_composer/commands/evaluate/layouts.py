@@ -10,7 +10,7 @@ DPG-Bench (github.com/TencentQQGYLab/ELLA, dpg_bench/compute_dpg_bench.py):
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -20,11 +20,11 @@ from composer.utils import dist
 from PIL import Image
 from torch import Tensor
 
-from prx_composer.commands.evaluate.evaluate import image_seeds
-from prx_composer.commands.generate import DrawingSettings, draw, metadata, save_png, weights_hash
+from prx_composer.commands.drawing import DrawingSettings, draw, metadata, save_png, weights_hash
+from prx_composer.commands.evaluate.sweep import image_seeds
+from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import read_lines, read_text, write_whole
-from prx_composer.metrics.ranks import from_rank_zero
 from prx_composer.runs.opening import Trained
 
 _DPG_TILES = 4
@@ -56,7 +56,7 @@ def write_layout(
     command: str,
     device: torch.device,
 ) -> str:
-    """Draws a benchmark's prompts; what is there of the same settings already is kept. Returns a line about it.
+    """Draw a benchmark's prompts, but for what is there of the same settings already; return a line about it.
 
     How it was drawn is in <folder>.json: the folder itself holds only what the scorer expects.
 
@@ -95,7 +95,7 @@ def write_layout(
 
 
 def _claim(folder: Path, facts: dict[str, object], command: str) -> None:
-    """Writes <folder>.json; refuses a folder that was drawn with something else."""
+    """Write <folder>.json; refuse a folder that was drawn with something else."""
     note = folder.with_name(f"{folder.name}.json")
     problem: str | None = None
     if dist.get_global_rank() == 0:
@@ -134,6 +134,7 @@ def _save_grid(folder: Path, item: _Item, images: list[Tensor], seeds: list[int]
 
 
 def _geneval(file: Path, images: int) -> list[_Item]:
+    """Return GenEval's prompts: one for every line of its metadata."""
     try:
         lines = [line for line in read_lines(file) if line.strip()]
         read = [(line, json.loads(line)) for line in lines]
@@ -157,17 +158,13 @@ def _geneval(file: Path, images: int) -> list[_Item]:
 
 
 def _dpg(folder: Path) -> list[_Item]:
-    return list(_dpg_items(folder)) or _no_dpg(folder)
-
-
-def _dpg_items(folder: Path) -> Iterator[_Item]:
+    """Return DPG-Bench's prompts: one for every text file of the folder."""
+    items = []
     for file in sorted(folder.glob("*.txt")):
         try:
-            prompt = read_text(file).strip()
+            items.append(_Item(read_text(file).strip(), (f"{file.stem}.png",)))
         except (OSError, ValueError) as error:
             raise UserError(f"--prompts: {file} cannot be read: {error}") from error
-        yield _Item(prompt, (f"{file.stem}.png",))
-
-
-def _no_dpg(folder: Path) -> list[_Item]:
-    raise UserError(f"--prompts: {folder} has no *.txt; DPG-Bench's are in dpg_bench/prompts, one file per prompt.")
+    if not items:
+        raise UserError(f"--prompts: {folder} has no *.txt; DPG-Bench's are in dpg_bench/prompts, one file per prompt.")
+    return items

@@ -1,6 +1,8 @@
 """The model card of an exported model: how to use it, samples, recipe, data, licence, and how the weights are recognised."""
 
+import html
 import json
+import re
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,8 +11,7 @@ from typing import Any
 import yaml
 
 from prx_composer import __version__
-from prx_composer.commands.export.card_text import fenced, inline, public_name, without_places
-from prx_composer.commands.generate import DrawingSettings
+from prx_composer.commands.drawing import DrawingSettings
 from prx_composer.common.secrets import redacted
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.prompts import clean_caption, cleaning_of
@@ -27,11 +28,13 @@ _MENDED = (
     "straight ones, and what a wrong encoding has garbled is repaired."
 )
 VERSIONS = ("torch", "diffusers", "transformers", "mosaicml", "mosaicml-streaming")
+_PLACE = re.compile(r"(?:/|~|file:|[A-Za-z]:\\)")  # how a path begins that another machine does not have
+_CACHED = re.compile(r"models--([^/]+?)--([^/]+)(?:/|$)")  # in the hub's cache
 
 
 @dataclass(frozen=True)
 class Card:
-    """What the exporter says of a model.
+    """What the exporter says of a model on its card.
 
     Args:
         name: title.
@@ -50,23 +53,8 @@ class Card:
     prompts: list[str]
 
 
-def sample_settings(trained: Trained) -> tuple[list[str], DrawingSettings]:
-    """Prompts and settings of the recipe's `images` callback; without one, no prompts and the defaults."""
-    images = ((trained.recipe or {}).get("callbacks") or {}).get("images") or {}
-    images = images if isinstance(images, dict) else {}
-    multiple = trained.model.backbone.patch_size * trained.model.autoencoder.downsampling
-    side = max(multiple, round(trained.image_size / multiple) * multiple)
-    settings = DrawingSettings(
-        height=int(images.get("height") or side),
-        width=int(images.get("width") or side),
-        num_inference_steps=int(images.get("num_inference_steps", 28)),
-        guidance_scale=float(images.get("guidance_scale", 3.5)),
-    )
-    return [str(prompt) for prompt in images.get("prompts", [])], settings
-
-
 def write_card(trained: Trained, folder: Path, card: Card) -> None:
-    """Writes README.md beside what `write_pipeline` wrote."""
+    """Write README.md beside what `write_pipeline` wrote."""
     pixels = isinstance(trained.model.autoencoder, Pixels)
     head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer"]}
     if card.licence is not None:
@@ -178,3 +166,47 @@ def _provenance(trained: Trained, card: Card) -> str:
         "flow": asdict(trained.model.flow),
     }
     return "## Made with\n\n" + fenced(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), "yaml")
+
+
+# ------------------------------------------- text that leaves this machine: nobody's markup, and none of its paths
+
+
+def inline(text: str) -> str:
+    """Return a text as one line of Markdown without HTML."""
+    return html.escape(" ".join(text.split()), quote=False).replace("`", "'")
+
+
+def fenced(text: str, language: str) -> str:
+    """Return a block of code; whatever the text holds, it ends where the block does."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"
+
+
+def public_name(path: str) -> tuple[str, bool]:
+    """Return what others may know a path by, and whether it is an id of the hub, from whose cache the path is."""
+    if cached := _CACHED.search(path):
+        return f"{cached[1]}/{cached[2]}", True
+    return (re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "folder") if _is_place(path) else path, False
+
+
+def without_places(value: Any) -> Any:
+    """Return a part of a recipe with nothing but the name of every path that begins at a root or a home; prompts stay."""
+    if isinstance(value, dict):
+        return {key: item if key == "prompts" else without_places(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(item) for item in value]
+    return public_name(value)[0] if isinstance(value, str) and _is_place(value) else value
+
+
+def public_command(arguments: list[str]) -> list[str]:
+    """Return a command line with nothing but the name of every such path."""
+    shown = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+        shown.append(f"{option}{equals}{public_name(value)[0] if _is_place(value) else value}")
+    return shown
+
+
+def _is_place(text: str) -> bool:
+    return _PLACE.match(text) is not None and "\n" not in text and Path(text.replace("\\", "/")).name != ""

@@ -9,7 +9,7 @@ import yaml
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from safetensors.torch import save_file
 
-from prx_composer.commands.export.card_text import fenced, inline, public_name
+from prx_composer.commands.export.card import fenced, inline, public_name
 from prx_composer.common.errors import UserError
 from prx_composer.models.adapters import adapter_config, adapter_state, is_adapted
 from prx_composer.models.autoencoder import Pixels
@@ -20,7 +20,7 @@ _PREFIX = "transformer"  # of a pipeline's part, as diffusers names it in its ow
 
 
 def write_adapters(trained: Trained, folder: Path, title: str, licence: str | None) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors (peft), pytorch_lora_weights.safetensors (diffusers), README.md.
+    """Write adapter_config.json and adapter_model.safetensors (peft), pytorch_lora_weights.safetensors (diffusers), README.md.
 
     Args:
         folder: empty.
@@ -53,10 +53,11 @@ def write_adapters(trained: Trained, folder: Path, title: str, licence: str | No
 
 
 def _card(trained: Trained, title: str, licence: str | None, base: str, of_hub: bool) -> str:
-    """The card.
+    """Return the card.
 
     Args:
-        base: name of what the run began with. of_hub: whether that is an id of the hub.
+        base: name of what the run began with.
+        of_hub: whether that is an id of the hub.
     """
     pipeline = "PRXPixelPipeline" if isinstance(trained.model.autoencoder, Pixels) else "PRXPipeline"
     rank = adapter_config(trained.model.backbone).r

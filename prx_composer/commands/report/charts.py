@@ -1,4 +1,4 @@
-"""Metrics over steps and time as small SVG pictures, whose colours follow the page's.
+"""Which metrics are shown, and their curves over steps and time: small SVG pictures, whose colours follow the page's.
 
 A curve has at most `POINTS` points: a run of 120,000 steps is drawn as the median of every 480 and the range that they span.
 """
@@ -12,29 +12,37 @@ from typing import Any
 
 import numpy as np
 
-from prx_composer.commands.report.history import Column, History, Numbers
+from prx_composer.commands.report.reported_run import Column, History, Numbers, Run, spread
+from prx_composer.commands.report.stages import Switch, switches
 
 POINTS = 250
 WIDTH, HEIGHT = 3.9, 2.25  # inches; shown at about 380 pixels
 LINES = 6  # of one chart; as many colours are in page.html
 _INK = "#010203"  # stands for the colour of the text around
 _SERIES = [f"#0a0b0{number}" for number in range(1, LINES + 1)]  # for var(--s1) …
-
-
-@dataclass(frozen=True)
-class Switch:
-    """A vertical mark: a stage begins after this step."""
-
-    batch: int
-    label: str
+EVALUATIONS = 8  # shown
+# Everything else that is logged is a score, this package's or another's.
+_NOT_SCORES = re.compile(
+    r"(loss|time|throughput|budget|stage|guard|trainer|checkpoint|data|memory|l2_norm|norms?|optimizer)/|lr-|train_seconds$"
+)
+_BIN = re.compile(r"_t(\d\.\d+-\d\.\d+)$")
+_SPEEDS = {
+    "throughput/device/samples_per_sec": ("Images per second and GPU", 1.0),
+    "throughput/device/mfu": ("MFU, % of the GPU's peak", 100.0),
+    "throughput/device/flops_per_sec": ("Training TFLOP/s per GPU", 1e-12),
+}
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Args:
-    title: of the picture. names: of its lines, in the order of their colours, if there are several.
-    svg: trusted: it has numbers in it and nothing of the recipe.
-    last: the last value of every line; `at`: its step.
+    """A picture of one metric or several.
+
+    Args:
+        title: of the picture.
+        names: of its lines, in the order of their colours, if there are several.
+        svg: trusted: it has numbers in it and nothing of the recipe.
+        last: the last value of every line.
+        at: the steps of those.
     """
 
     title: str
@@ -44,8 +52,85 @@ class Chart:
     at: list[int]
 
 
+def chart_sections(run: Run) -> list[tuple[str, list[Chart]]]:
+    """Return the sections of the page with their pictures; those without any are left out."""
+    columns, history, marks = run.history.columns, run.history, switches(run)
+    spikes = [spike["batch"] for spike in run.spikes if isinstance(spike.get("batch"), int) and spike["batch"] <= history.steps]
+
+    def one(title: str, lines: dict[str, Column], at: list[int] | None = None) -> Chart:
+        return draw(title, lines, history, marks, at or ())
+
+    losses = sorted(
+        (name for name in columns if name.startswith("loss/train/")), key=lambda name: (name != "loss/train/total", name)
+    )
+    found = [("Loss", [one(_loss_title(n), {n: columns[n]}, spikes if n.endswith("/total") else None) for n in losses])]
+    speeds = [one(title, {name: columns[name].times(by)}) for name, (title, by) in _SPEEDS.items() if name in columns]
+    rates = _distinct({name: column for name, column in columns.items() if name.startswith("lr-")})
+    found.append(("Learning rate and speed", [*([one("Learning rate", rates)] if rates else []), *speeds]))
+    norms = {name: column for name, column in columns.items() if re.search(r"grad.*norm|norm/grad", name)}
+    whole = {name: column for name, column in norms.items() if "global" in name} or norms
+    gradients = [one("Gradient norm", whole)] if whole else []
+    for name, title in (("guard/skipped_steps", "Steps skipped, so far"), ("guard/loss_spikes", "Loss spikes, so far")):
+        if name in columns and np.nan_to_num(columns[name].values).max() > 0:
+            gradients.append(one(title, {name: columns[name]}))
+    found.append(("Gradients and guards", gradients))
+    found.append(("Evaluation", [one(title, lines) for title, lines in _score_groups(run).items()]))
+    return [(section, pictures) for section, pictures in found if pictures]
+
+
+def scores(run: Run) -> dict[str, Column]:
+    """Return the metrics that are scores of the model."""
+    return {name: column for name, column in run.history.columns.items() if not _NOT_SCORES.match(name)}
+
+
+def evaluation(run: Run) -> tuple[list[int], int, list[tuple[str, list[float | None]]]]:
+    """Return the steps shown, how many there were, and the scores at each of those shown."""
+    found = scores(run)
+    steps = sorted({int(batch) for column in found.values() for batch in column.batches})
+    shown = spread(steps, EVALUATIONS)
+    rows: list[tuple[str, list[float | None]]] = []
+    for name, column in found.items():
+        values = dict(zip(column.batches.astype(int).tolist(), column.values.tolist(), strict=True))
+        rows.append((name.removeprefix("metrics/"), [values.get(step) for step in shown]))
+    return shown, len(steps), rows
+
+
+def _score_groups(run: Run) -> dict[str, dict[str, Column]]:
+    """Return which scores share a picture: parts of one. A score with a single value is in the table alone."""
+    groups: dict[str, dict[str, Column]] = {}
+    for name, column in scores(run).items():
+        if len(column) < 2:
+            continue
+        short = name.removeprefix("metrics/")
+        if match := _BIN.search(short):
+            groups.setdefault(f"{short[: match.start()]} by timestep", {})[f"t {match[1]}"] = column
+        elif short.startswith("images/"):
+            groups.setdefault("The patch grid in images (1 = none)", {})[short.removeprefix("images/")] = column
+        elif name == short:
+            groups.setdefault(name.split("/")[0], {})[short.split("/", 1)[-1]] = column
+        else:
+            groups.setdefault(short, {})[short] = column
+    return groups
+
+
+def _loss_title(name: str) -> str:
+    short = name.removeprefix("loss/train/")
+    return "Total loss" if short == "total" else f"Loss: {short}"
+
+
+def _distinct(lines: dict[str, Column]) -> dict[str, Column]:
+    """Return one line of those that are equal: groups of parameters mostly have the same learning rate."""
+    kept: dict[bytes, tuple[str, Column]] = {}
+    for name, column in lines.items():
+        kept.setdefault(column.values.tobytes(), (name, column))
+    return dict(kept.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- drawing
+
+
 def thinned(batches: Numbers, values: Numbers) -> tuple[Numbers, Numbers, Numbers, Numbers]:
-    """Middle steps, medians, least and greatest values of at most `POINTS` parts; values that aren't finite are left out."""
+    """Return middle steps, medians, least and greatest values of at most `POINTS` parts; what isn't finite is left out."""
     finite = np.isfinite(values)
     batches, values = batches[finite], values[finite]
     if len(values) <= POINTS:
@@ -60,7 +145,7 @@ def thinned(batches: Numbers, values: Numbers) -> tuple[Numbers, Numbers, Number
 def draw(
     title: str, lines: Mapping[str, Column], history: History, switches: Sequence[Switch] = (), marks: Sequence[int] = ()
 ) -> Chart:
-    """One picture.
+    """Draw one picture.
 
     Args:
         lines: name → metric; more than `LINES` are not drawn.
@@ -109,7 +194,7 @@ def draw(
 
 
 def _scale(axes: Any, drawn: Sequence[tuple[Numbers, ...]]) -> None:
-    """Logarithmic where that shows more; outliers don't decide the range."""
+    """Make the axis logarithmic where that shows more; outliers don't decide its range."""
     from matplotlib.ticker import NullFormatter
 
     medians = np.concatenate([line[1] for line in drawn])
@@ -127,7 +212,7 @@ def _scale(axes: Any, drawn: Sequence[tuple[Numbers, ...]]) -> None:
 
 
 def _time_axis(axes: Any, history: History) -> None:
-    """Training time above."""
+    """Write the time of training above the picture."""
     from matplotlib.ticker import MaxNLocator
 
     known = np.isfinite(history.seconds)
@@ -147,7 +232,7 @@ def _time_axis(axes: Any, history: History) -> None:
 
 
 def _inline(svg: str) -> str:
-    """Without what a file needs and a page does not, coordinates to a hundredth, colours from the page."""
+    """Return the SVG for a page: without what only a file needs, coordinates to a hundredth, colours from the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1, flags=re.DOTALL)

@@ -1,25 +1,32 @@
-"""The page of a run."""
+"""The page of a run: its facts, its samples prompt by prompt, its charts, stages and stack."""
 
+import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
-from prx_composer.commands.report import metrics_section as metrics
-from prx_composer.commands.report.reported_run import Run, read_run
-from prx_composer.commands.report.samples import read_samples
+from prx_composer.commands.report.charts import chart_sections, evaluation
+from prx_composer.commands.report.reported_run import Run, read_run, spread
 from prx_composer.commands.report.stages import gpu_hours, stage_rows
 from prx_composer.common.errors import UserError
-from prx_composer.common.html_page import render
+from prx_composer.common.pages import cut, data_uri, render
 from prx_composer.schedule.moments import duration_string
+
+STEPS, PROMPTS = 8, 12
+SIDE = 192  # pixels of one image
+SHEET_WIDTH = 720  # of a grid that cannot be taken apart
 
 
 def write_page(run_path: str, output: str | None = None, price: float | None = None, title: str | None = None) -> str:
-    """Writes the page and says where it is.
+    """Write the page and say where it is.
 
     Args:
-        run_path: the run's folder. output: by default `report.html` in it.
+        run_path: the run's folder.
+        output: by default `report.html` in it.
         price: dollars per GPU-hour.
 
     Raises:
@@ -40,8 +47,9 @@ def write_page(run_path: str, output: str | None = None, price: float | None = N
 
 
 def make_page(run: Run, price: float | None, title: str | None) -> str:
+    """Return the HTML of the page."""
     hours = gpu_hours(run)
-    steps, evaluations, rows = metrics.evaluation(run)
+    steps, evaluations, rows = evaluation(run)
     return render(
         "prx_composer.commands.report",
         "report.html",
@@ -50,7 +58,7 @@ def make_page(run: Run, price: float | None, title: str | None) -> str:
         status=_status(run),
         facts=_facts(run, hours, price),
         samples=read_samples(run),
-        charts=metrics.charts(run),
+        charts=chart_sections(run),
         stages=stage_rows(run),
         evaluation={"steps": steps, "of": evaluations, "rows": rows},
         stack=_stack(run),
@@ -62,7 +70,7 @@ def make_page(run: Run, price: float | None, title: str | None) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """With so many significant digits; "–" for none, and what is not finite by that name."""
+    """Write a number with so many significant digits; "–" for none, and what is not finite by that name."""
     if value is None:
         return "–"
     if value != value:
@@ -76,7 +84,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def _unit(run: Run) -> str:
-    """Of what is paid by the hour."""
+    """Return the name of what is paid by the hour."""
     return "process-hours" if set(run.devices) == {"cpu"} else "GPU-hours"
 
 
@@ -114,7 +122,7 @@ def _facts(run: Run, hours: float | None, price: float | None) -> list[tuple[str
 
 
 def _stack(run: Run) -> list[tuple[str, str, str]]:
-    """Part, name and the arguments that the recipe gives it, as one line of YAML each."""
+    """Return of each part its name and the arguments that the recipe gives it, as one line of YAML."""
     recipe, model = run.recipe, run.part("model")
     parts: list[tuple[str, Any]] = [
         ("backbone", model.get("backbone")),
@@ -140,3 +148,64 @@ def _stack(run: Run) -> list[tuple[str, str, str]]:
 def _one_line(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 20).strip()
     return text[1:-1] if text.startswith("{") else text
+
+
+# ---------------------------------------------------------------------------------------------------------- samples
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples that a run drew, from its first step to its last.
+
+    Args:
+        steps: that are shown.
+        drawn: how many there were.
+        images: prompt → one picture of each step, as `src`.
+        sheets: the whole grids instead, where they cannot be taken apart.
+        prompts: how many the recipe has.
+        unreadable: names of files.
+    """
+
+    steps: list[int]
+    drawn: int
+    images: list[tuple[str, list[str]]]
+    sheets: list[str]
+    prompts: int
+    unreadable: list[str]
+
+
+def read_samples(run: Run) -> Samples | None:
+    """Return what is shown of the samples; None if the run drew none."""
+    callbacks = run.part("callbacks")
+    spec = next(
+        (v for k, v in callbacks.items() if isinstance(v, dict) and "images" in (k, v.get("name")) and v.get("prompts")), {}
+    )
+    prompts = [str(prompt) for prompt in spec.get("prompts", [])]
+    height, width = (spec.get(key) for key in ("height", "width"))
+    aspect = width / height if isinstance(height, int) and isinstance(width, int) and height and width else 1.0
+    steps, tiles, sheets, unreadable = [], [], [], []
+    for step in spread(list(run.grids), STEPS):
+        try:
+            with Image.open(run.grids[step], formats=["PNG"]) as file:
+                sheet = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError):  # half written
+            unreadable.append(run.grids[step].name)
+            continue
+        steps.append(step)
+        sheets.append(sheet)
+        tiles.append(cut(sheet, prompts, aspect) if prompts else None)
+    if not steps:
+        return None
+    rows: list[tuple[str, list[str]]] = []
+    if all(tile is not None for tile in tiles):
+        for index, prompt in list(enumerate(prompts))[:PROMPTS]:
+            rows.append((prompt, [_webp(tile[index], SIDE) for tile in tiles if tile is not None]))
+    whole = [] if rows else [_webp(sheet, SHEET_WIDTH) for sheet in sheets]
+    return Samples(steps, len(run.grids), rows, whole, len(prompts), unreadable)
+
+
+def _webp(image: Image.Image, longest: int) -> str:
+    image.thumbnail((longest, longest * 4 if longest == SHEET_WIDTH else longest), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=80)
+    return data_uri(file.getvalue(), "webp")

@@ -1,16 +1,22 @@
-"""A run's folder as a report reads it: what is there, and in words what is missing."""
+"""A run's folder as a report reads it: what is there, and in words what is missing.
+
+metrics.jsonl is read as columns, whatever a crash, a resume or another program left in it.
+"""
 
 import difflib
 import json
+import math
 import re
+from array import array
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
-from prx_composer.commands.report.history import History
 from prx_composer.common.errors import UserError
 from prx_composer.common.secrets import redacted, redacted_text
 from prx_composer.runs.environment import ENVIRONMENT
@@ -18,18 +24,124 @@ from prx_composer.runs.folder import CONFIG
 
 METRICS = "metrics.jsonl"
 SHOWN_NEIGHBOURS = 5
+Numbers = NDArray[np.float64]
+
+
+class Column:
+    """A metric: `batches`, strictly increasing, and `values`, NaN where they were not finite."""
+
+    def __init__(self) -> None:
+        self._batches, self._values = array("q"), array("d")
+
+    def append(self, batch: int, value: float) -> None:
+        self._batches.append(batch)
+        self._values.append(value)
+
+    def rewind(self, batch: int) -> None:
+        """Forget `batch` and all after it."""
+        while self._batches and self._batches[-1] >= batch:
+            self._batches.pop()
+            self._values.pop()
+
+    def times(self, factor: float) -> "Column":
+        """Return the same metric in another unit."""
+        scaled = Column()
+        scaled._batches, scaled._values = self._batches, array("d", (value * factor for value in self._values))
+        return scaled
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def batches(self) -> Numbers:
+        return np.array(self._batches, dtype=np.float64)
+
+    @property
+    def values(self) -> Numbers:
+        return np.array(self._values, dtype=np.float64)
+
+    @property
+    def last(self) -> float:
+        return self._values[-1]
+
+
+class History:
+    """What a run logged, as columns.
+
+    A step that comes again, after a resume from an older checkpoint, replaces what was there from it on. Lines that cannot be
+    read, as a crash cuts them, are counted in `unreadable` and left out.
+    """
+
+    def __init__(self, path: Path):
+        self.columns: dict[str, Column] = {}
+        self.unreadable = 0
+        self.repeated = 0  # lines that later ones replaced
+        steps = Column()
+        if path.exists():
+            with path.open("rb") as file:
+                for line in file:
+                    self._read(line, steps)
+        self.columns = {name: column for name, column in self.columns.items() if len(column)}
+        self.batches = steps.batches
+        self.seconds = steps.values  # of training, at each of `batches`
+
+    def _read(self, line: bytes, steps: Column) -> None:
+        try:
+            row = json.loads(line)
+            batch = int(row["batch"])
+        except (ValueError, TypeError, KeyError):
+            self.unreadable += bool(line.strip())
+            return
+        if len(steps) and batch <= steps._batches[-1]:
+            before = len(steps)
+            for column in (steps, *self.columns.values()):
+                column.rewind(batch)
+            self.repeated += before - len(steps)
+        seconds = row.get("seconds")
+        steps.append(batch, float(seconds) if isinstance(seconds, int | float) else math.nan)
+        for name, value in row.items():
+            if name not in ("batch", "seconds") and (value is None or isinstance(value, int | float)):
+                self.columns.setdefault(name, Column()).append(batch, math.nan if value is None else float(value))
+
+    @property
+    def steps(self) -> int:
+        return int(self.batches[-1]) if len(self.batches) else 0
+
+    @property
+    def finished(self) -> bool:
+        """Say whether the last line is a finished run's."""
+        column = self.columns.get("train_seconds")
+        return column is not None and bool(column.batches[-1] == self.steps)
+
+    def last(self, name: str) -> float | None:
+        column = self.columns.get(name)
+        return column.last if column is not None else None
+
+    def seconds_at(self, batch: float) -> float | None:
+        """Return the seconds of training at the end of a step."""
+        known = np.isfinite(self.seconds)
+        return float(np.interp(batch, self.batches[known], self.seconds[known])) if known.any() else None
+
+
+def spread(items: list[int], most: int) -> list[int]:
+    """Return at most so many of them, evenly, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
 @dataclass
 class Run:
-    """Args:
-    recipe: as saved, without secrets; empty if it wasn't.
-    starts: the lines of environment.jsonl, one for every start.
-    elapsed: seconds that were paid for, with what a crash lost; None if unknown.
-    grids: step → picture of the samples.
-    spikes: the lines of spikes.jsonl.
-    written: when metrics.jsonl was last written, UTC.
-    missing: sentences about what isn't there.
+    """A run, as its folder has it.
+
+    Args:
+        recipe: as saved, without secrets; empty if it wasn't.
+        starts: the lines of environment.jsonl, one for every start.
+        elapsed: seconds that were paid for, with what a crash lost; None if unknown.
+        grids: step → picture of the samples.
+        spikes: the lines of spikes.jsonl.
+        written: when metrics.jsonl was last written, UTC.
+        missing: sentences about what isn't there.
     """
 
     folder: Path
@@ -48,7 +160,7 @@ class Run:
         return str(self.recipe.get("run_name") or self.folder.resolve().name)
 
     def part(self, *keys: str) -> dict[str, Any]:
-        """A mapping inside of the recipe; empty if there is none."""
+        """Return a mapping inside of the recipe; empty if there is none."""
         found: Any = self.recipe
         for key in keys:
             found = found.get(key) if isinstance(found, dict) else None
@@ -56,7 +168,7 @@ class Run:
 
     @property
     def ranks(self) -> int | None:
-        """Processes of the last start, one per GPU; from the speeds where the run didn't record it."""
+        """The processes of the last start, one per GPU; from the speeds where the run didn't record it."""
         if self.starts and isinstance(self.starts[-1].get("ranks"), int):
             return self.starts[-1]["ranks"]
         together = self.history.last("throughput/samples_per_sec")
@@ -65,13 +177,13 @@ class Run:
 
     @property
     def devices(self) -> dict[str, int]:
-        """Name → number, of the last start."""
+        """The devices of the last start: name → number."""
         devices = self.starts[-1].get("devices") if self.starts else None
         return devices if isinstance(devices, dict) else {}
 
 
 def read_run(path: str) -> Run:
-    """Raises UserError, naming runs nearby, for a path that isn't a run's folder."""
+    """Read a run. Raise UserError, naming runs nearby, for a path that isn't a run's folder."""
     folder = Path(path)
     if not _is_run(folder):
         raise UserError(_no_run(folder))
@@ -121,7 +233,7 @@ def _recipe(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; what isn't one is left out."""
+    """Return the objects of a file of JSON lines; what isn't one is left out."""
     found = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
         try:

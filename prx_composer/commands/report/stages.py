@@ -7,18 +7,31 @@ from typing import Any
 import numpy as np
 
 from prx_composer.commands.plan.timeline import timeline
-from prx_composer.commands.report.charts import Switch
 from prx_composer.commands.report.reported_run import Run
 from prx_composer.common.errors import UserError
 from prx_composer.recipe.config import Recipe
 
 
 @dataclass(frozen=True)
+class Switch:
+    """A vertical mark: a stage begins after this step."""
+
+    batch: int
+    label: str
+
+
+@dataclass(frozen=True)
 class StageRow:
-    """Args:
-    image_size: pixels. until: as the recipe has it. batch_size: of the recipe.
-    start, end: steps before its first and at its last. planned_end: by the recipe, None if that can't be said.
-    seconds: of training. speed: median images per second and GPU. loss: the median of its last tenth of steps.
+    """A stage as it went.
+
+    Args:
+        image_size: pixels.
+        until, batch_size: as the recipe has them.
+        start, end: steps before its first and at its last.
+        planned_end: by the recipe; None if that can't be said.
+        seconds: of training.
+        speed: median images per second and GPU.
+        loss: the median of its last tenth of steps.
     """
 
     image_size: int | None
@@ -33,7 +46,7 @@ class StageRow:
 
 
 def _starts(run: Run) -> list[tuple[int, int | None]]:
-    """Steps before each stage's first, and its image size."""
+    """Return for each stage the step before its first, and its image size."""
     column = run.history.columns.get("stage/image_size")
     if column is None:
         return [(0, run.recipe.get("image_size"))] if run.history.steps else []
@@ -43,11 +56,12 @@ def _starts(run: Run) -> list[tuple[int, int | None]]:
 
 
 def switches(run: Run) -> list[Switch]:
-    """Where a stage followed another, for the charts."""
+    """Return where a stage followed another."""
     return [Switch(start, f"{size} px") for start, size in _starts(run)[1:]]
 
 
 def stage_rows(run: Run) -> list[StageRow]:
+    """Return the stages that were trained, in order."""
     starts, history = _starts(run), run.history
     listed: Any = run.part("algorithms", "progressive_resolution").get("stages") or []
     planned = _planned_ends(run)
@@ -73,6 +87,7 @@ def stage_rows(run: Run) -> list[StageRow]:
 
 
 def _planned_ends(run: Run) -> list[int]:
+    """Return the last steps of the stages by the recipe; none if they cannot be said."""
     try:
         return [span.end for span in timeline(Recipe(**run.recipe), run.ranks or 1, None).spans]
     except (UserError, TypeError, ValueError, AttributeError, KeyError):  # of another version, or in epochs
@@ -80,7 +95,7 @@ def _planned_ends(run: Run) -> list[int]:
 
 
 def _median(run: Run, name: str, start: int, end: int) -> float | None:
-    """Over the steps in (start, end]."""
+    """Return the median of a metric over the steps in (start, end]."""
     column = run.history.columns.get(name)
     if column is None:
         return None
@@ -90,7 +105,7 @@ def _median(run: Run, name: str, start: int, end: int) -> float | None:
 
 
 def gpu_hours(run: Run) -> float | None:
-    """Over all starts, each with its own number of processes.
+    """Return the GPU-hours of all starts, each with its own number of processes.
 
     Time that ran beside no record of a start is counted with the processes of the first that is known.
     """

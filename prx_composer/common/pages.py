@@ -1,10 +1,13 @@
-"""Pictures with text below them, side by side in one picture: what training draws, and what it is fed."""
+"""What people look at: pictures with text below them, side by side in one picture, and HTML pages that are one file."""
 
+import base64
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from jinja2 import ChoiceLoader, Environment, PackageLoader, select_autoescape
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -22,28 +25,32 @@ class Text:
 
 @dataclass(frozen=True)
 class Tile:
+    """A picture and the paragraphs below it."""
+
     image: Image.Image
     texts: tuple[Text, ...]
 
 
 def picture(image: Tensor) -> Image.Image:
-    """uint8 (3, H, W) as a picture of the same pixels."""
+    """Return uint8 (3, H, W) as a picture of the same pixels."""
     return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
 
 
 def shown_factor(height: int, width: int, min_side: int = 128) -> int:
-    """How often every pixel of a small image is repeated in either direction, for the shorter side to have `min_side`."""
+    """Return how often every pixel of a small image is repeated in either direction, for the shorter side to have `min_side`."""
     return max(1, -(-min_side // min(height, width)))
 
 
 def image_grid(images: Tensor, captions: Sequence[str], columns: int = 6) -> Image.Image:
-    """One picture of uint8 images (B, 3, H, W) with their captions; small images are enlarged pixel by pixel."""
+    """Return one picture of uint8 images (B, 3, H, W) with their captions; small images are enlarged pixel by pixel."""
     tiles = [Tile(picture(image), (Text(caption),)) for image, caption in zip(images, captions, strict=True)]
     return contact_sheet(tiles, columns)
 
 
 def contact_sheet(tiles: Sequence[Tile], columns: int = 6, font_size: int | None = None) -> Image.Image:
-    """Tiles in rows; images may differ in size. All are enlarged alike, pixel by pixel, if the smallest is small.
+    """Return a picture of tiles in rows, whose images may differ in size.
+
+    All are enlarged alike, pixel by pixel, if the smallest is small.
 
     Args:
         columns: at most.
@@ -72,7 +79,7 @@ def contact_sheet(tiles: Sequence[Tile], columns: int = 6, font_size: int | None
 
 
 def cut(sheet: Image.Image, captions: Sequence[str], aspect: float = 1.0, columns: int = 6) -> list[Image.Image] | None:
-    """The images that `image_grid` put together, as enlarged there; None if the sheet isn't one of these captions.
+    """Return the images that `image_grid` put together, as enlarged there; None if the sheet isn't one of these captions.
 
     Args:
         aspect: width / height of the images.
@@ -94,7 +101,7 @@ def cut(sheet: Image.Image, captions: Sequence[str], aspect: float = 1.0, column
 
 
 def _type(cell_width: int, font_size: int | None = None) -> tuple[int, int, int]:
-    """Font size, letters of a line, and height of a line."""
+    """Return font size, letters of a line, and height of a line."""
     font_size = font_size or max(11, cell_width // 12)
     return font_size, max(8, int(cell_width / (font_size * 0.52))), int(font_size * 1.3)
 
@@ -102,7 +109,7 @@ def _type(cell_width: int, font_size: int | None = None) -> tuple[int, int, int]
 def _rows(
     heights: Sequence[int], line_counts: Sequence[int], line_height: int, columns: int
 ) -> tuple[list[tuple[slice, int]], int]:
-    """Which tiles are in each row and where it begins, and the height of the whole."""
+    """Return which tiles are in each row and where it begins, and the height of the whole."""
     rows, y = [], GAP
     for first in range(0, len(heights), columns):
         row = slice(first, first + columns)
@@ -117,3 +124,20 @@ def _wrap(text: Text, letters: int) -> list[str]:
         lines = lines[: text.lines]
         lines[-1] = f"{lines[-1][: letters - 2]} …"
     return lines
+
+
+# --------------------------------------------------------------------------------------------------------------- pages
+
+
+def render(package: str, template: str, **values: Any) -> str:
+    """Return a page: a template of `package` that extends `page.html`, which has the common style.
+
+    Everything is escaped, pictures are inside, and nothing is fetched.
+    """
+    loader = ChoiceLoader([PackageLoader(package, "."), PackageLoader("prx_composer.common", ".")])
+    return Environment(loader=loader, autoescape=select_autoescape(), trim_blocks=True).get_template(template).render(**values)
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """Return a picture for `src`; `kind` as in "png"."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

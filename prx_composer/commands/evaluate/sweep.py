@@ -15,10 +15,10 @@ import torch
 from composer.utils import dist
 from torch import Tensor
 
-from prx_composer.commands.generate import DrawingSettings, check_settings, draw, metadata, weights_hash
+from prx_composer.commands.drawing import DrawingSettings, check_settings, draw, metadata, weights_hash
+from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
-from prx_composer.metrics.ranks import from_rank_zero
 from prx_composer.metrics.scoring import METRICS, Scorer, interval_95
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.opening import Trained, choose_guidance
@@ -31,7 +31,7 @@ SEEDS_APART = 1_000_000
 
 @dataclass(frozen=True)
 class Sweep:
-    """Settings to go through; every combination is measured.
+    """The settings of a sweep, of which every combination is measured.
 
     Args:
         guidance_scales, steps: values.
@@ -45,17 +45,18 @@ class Sweep:
     batch_size: int = 16
 
     def settings(self, base: DrawingSettings) -> list[DrawingSettings]:
+        """Return the settings of every combination; what is not swept is as in `base`."""
         pairs = product(self.guidance_scales, self.steps)
         return [replace(base, guidance_scale=scale, num_inference_steps=steps) for scale, steps in pairs]
 
 
 def image_seeds(seed: int, indices: Sequence[int]) -> list[int]:
-    """Seeds of the images of prompts with these numbers."""
+    """Return the seeds of the images of prompts with these numbers."""
     return [seed * SEEDS_APART + index for index in indices]
 
 
 def drawer(model: TextToImage, prompts: list[str], seed: int, settings: DrawingSettings) -> Callable[[list[int]], Tensor]:
-    """Numbers of prompts → their images, uint8 (B, 3, H, W)."""
+    """Return a function from numbers of prompts to their images, uint8 (B, 3, H, W)."""
 
     def draw_them(indices: list[int]) -> Tensor:
         asked = [prompts[index] for index in indices]
@@ -67,7 +68,7 @@ def drawer(model: TextToImage, prompts: list[str], seed: int, settings: DrawingS
 
 @dataclass
 class Results:
-    """What was measured, in a JSON file and a Markdown table beside it; written anew after every row.
+    """What was measured: a JSON file, and a Markdown table beside it, written anew after every row.
 
     Args:
         path: of the JSON file.
@@ -80,7 +81,7 @@ class Results:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Takes up a file of the same conditions, on rank 0's word.
+        """Go on with a file of the same conditions, if rank 0 finds one.
 
         Raises:
             UserError: it is there and holds something else.
@@ -101,10 +102,11 @@ class Results:
             raise UserError(f"--output: {self.path} holds {problem}. Name another file, or remove it.")
 
     def find(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
-        """The row with these values, if it was measured already."""
+        """Return the row with these values, if it was measured already."""
         return next((row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())), None)
 
     def add(self, row: dict[str, Any]) -> None:
+        """Add a row, and write both files on rank 0."""
         self.rows.append(row)
         if dist.get_global_rank() == 0:
             content = json.dumps({"conditions": self.conditions, "rows": self.rows}, indent=1, ensure_ascii=False)
@@ -112,7 +114,7 @@ class Results:
             write_whole(self.path.with_suffix(".md"), self.table().encode())
 
     def table(self) -> str:
-        """Markdown: a row per combination, then what makes it repeatable."""
+        """Return Markdown: a row per combination, then what makes it repeatable."""
         names = list(self.conditions["metrics"])
         head = ["weights", "guidance scale", "steps", *(f"{name} {METRICS[name].better}" for name in names)]
         lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -155,7 +157,7 @@ def sweep(
     command: str,
     device: torch.device,
 ) -> None:
-    """Measures every combination with one kind of weights; those that the results have already are passed over."""
+    """Measure every combination with one kind of weights; pass over those that the results have already."""
     trained.model.say_what_is_lost(prompts)
     trained.model.to(device)
     choose_guidance(trained.model, base.guidance if base.guidance in ("cfg", "self") else "run")

@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from prx_composer.commands.export.card_text import without_places
+from prx_composer.commands.export.card import without_places
 from prx_composer.common.errors import UserError, raise_all
 from prx_composer.common.files import sync
 from prx_composer.common.secrets import redacted
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def check_exportable(model: TextToImage) -> None:
-    """Whether diffusers' pipelines can draw what the model draws.
+    """Check that diffusers' pipelines can draw what the model draws.
 
     Raises:
         UserError: naming everything that they have no place for.
@@ -64,7 +64,7 @@ def check_exportable(model: TextToImage) -> None:
 
 
 def write_pipeline(trained: Trained, folder: Path, reference: bool = False) -> None:
-    """Writes the pipeline into an empty folder.
+    """Write the pipeline into an empty folder.
 
     Args:
         trained: the model.
@@ -80,7 +80,7 @@ def write_pipeline(trained: Trained, folder: Path, reference: bool = False) -> N
 
 @contextmanager
 def written_aside(output: Path) -> Iterator[Path]:
-    """A folder to write in, which gets its name `output` when all that is done inside of this context has succeeded.
+    """Give a folder to write in, which gets its name `output` when all that is done inside of this context has succeeded.
 
     What was there goes only then.
     """
@@ -102,6 +102,7 @@ def written_aside(output: Path) -> Iterator[Path]:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
+    """Raise UserError for a place where no export can be written."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output: {output} is a file; give a folder.")
     if output.is_dir() and any(output.iterdir()):
@@ -164,7 +165,7 @@ def _write_parts(trained: Trained, folder: Path, referred: dict[str, Any] | None
 
 
 def _rescaled(weights: dict[str, Tensor], scale: float, bottleneck: bool) -> dict[str, Tensor]:
-    """The same velocity field in units of the noise: x = s·x′ enters, and v′ = v / s comes out."""
+    """Return weights of the same velocity field in units of the noise: x = s·x′ enters, and v′ = v / s comes out."""
     if scale == 1.0:
         return weights
     first = "img_in.0.weight" if bottleneck else "img_in.weight"
@@ -173,7 +174,7 @@ def _rescaled(weights: dict[str, Tensor], scale: float, bottleneck: bool) -> dic
 
 
 def _write_autoencoder(autoencoder: DiffusersAutoencoder, folder: Path, scale: float) -> None:
-    """With numbers where its configuration has none, which PRXPipeline could not compute with."""
+    """Write the autoencoder, with numbers where its configuration has none: PRXPipeline computes with them."""
     network: Any = autoencoder.module
     network.save_pretrained(str(folder))
     path = folder / "config.json"
@@ -199,7 +200,7 @@ def _reference(trained: Trained) -> dict[str, Any]:
 
 
 def push(folder: Path, repository: str, private: bool = False) -> str:
-    """Uploads an exported folder to the hub; returns its address.
+    """Upload an exported folder to the hub; return its address.
 
     Raises:
         UserError: no permission, no network, or no such namespace.

@@ -1,0 +1,263 @@
+"""Images from a trained model: PNGs that say how they were made, and a grid of them."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from prx_composer import __version__
+from prx_composer.commands.options import parse_size
+from prx_composer.common.errors import UserError
+from prx_composer.common.files import read_lines, write_whole
+from prx_composer.common.pages import image_grid
+from prx_composer.models.sampling import check_guidance_scale, check_seeds
+from prx_composer.models.text_to_image import TextToImage
+from prx_composer.runs.opening import Trained, choose_guidance
+
+PROMPT_NAMES = ("prompt", "caption", "text")
+VERSIONS = ("torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class DrawingSettings:
+    """Settings of drawing.
+
+    Args:
+        height, width: pixels.
+        num_inference_steps: Euler steps.
+        guidance_scale: 1 = unguided.
+        guidance: its name, for the record.
+        precision: "fp32", or "bf16" for autocast.
+    """
+
+    height: int
+    width: int
+    num_inference_steps: int = 28
+    guidance_scale: float = 3.5
+    guidance: str = "cfg"
+    precision: str = "fp32"
+
+
+def recipe_settings(trained: Trained) -> tuple[list[str], DrawingSettings]:
+    """Return prompts and settings of the recipe's `images` callback; without one, no prompts and the defaults."""
+    images = ((trained.recipe or {}).get("callbacks") or {}).get("images") or {}
+    images = images if isinstance(images, dict) else {}
+    multiple = trained.model.backbone.patch_size * trained.model.autoencoder.downsampling
+    side = max(multiple, round(trained.image_size / multiple) * multiple)
+    settings = DrawingSettings(
+        height=int(images.get("height") or side),
+        width=int(images.get("width") or side),
+        num_inference_steps=int(images.get("num_inference_steps", 28)),
+        guidance_scale=float(images.get("guidance_scale", 3.5)),
+    )
+    return [str(prompt) for prompt in images.get("prompts", [])], settings
+
+
+def chosen_settings(
+    trained: Trained,
+    device: torch.device,
+    size: str | None,
+    guidance: str,
+    precision: str | None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+) -> DrawingSettings:
+    """Return the recipe's settings with those in place that options give, and set the model's guidance to them."""
+    _, recipe = recipe_settings(trained)
+    height, width = (recipe.height, recipe.width) if size is None else parse_size(size)
+    return DrawingSettings(
+        height,
+        width,
+        steps or recipe.num_inference_steps,
+        recipe.guidance_scale if guidance_scale is None else guidance_scale,
+        choose_guidance(trained.model, guidance),
+        precision or ("fp32" if device.type == "cpu" else "bf16"),
+    )
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device of `--device`. Raise UserError if there is none of that name here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device: {name!r} is no device; give cpu, cuda or cuda:1.") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"--device: there is no {name} here ({torch.cuda.device_count()} GPUs); use --device cpu.")
+    return device
+
+
+def seeds_from(first: int, count: int) -> list[int]:
+    """Return so many seeds, counted from `--seed`. Raise UserError for one that a generator doesn't take."""
+    seeds = [first + index for index in range(count)]
+    try:
+        check_seeds(seeds, f"--seed {first}")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return seeds
+
+
+def check_settings(model: TextToImage, settings: DrawingSettings, device: torch.device) -> None:
+    """Raise UserError, naming the option, for what the model or the device cannot do."""
+    multiple = model.backbone.patch_size * model.autoencoder.downsampling
+    height, width = settings.height, settings.width
+    if height < 1 or width < 1 or height % multiple or width % multiple:
+        near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+        raise UserError(
+            f"--size: the sides of {height}x{width} must be multiples of {multiple}; the nearest is {near[0]}x{near[1]}."
+        )
+    try:
+        check_guidance_scale(settings.guidance_scale, "--guidance-scale")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if settings.precision not in ("fp32", "bf16"):
+        raise UserError(f"--precision must be fp32 or bf16, not {settings.precision!r}.")
+    if settings.precision == "bf16" and device.type == "cpu":
+        raise UserError("--precision bf16 is for GPUs; on the CPU leave the option out.")
+
+
+def draw(
+    model: TextToImage, prompts: list[str], seeds: list[int], settings: DrawingSettings, batch_size: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Draw in batches; yield index and image, uint8 (3, height, width) on the CPU, as soon as a batch is done."""
+    device = next(model.parameters()).device
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        with torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext():
+            images = model.generate(
+                prompts[part],
+                settings.height,
+                settings.width,
+                seeds[part],
+                settings.num_inference_steps,
+                settings.guidance_scale,
+            )
+        yield from enumerate(images.cpu(), start)
+
+
+def weights_hash(model: TextToImage) -> str:
+    """Return the SHA-256 over names and values of the backbone's weights, the same wherever they were opened."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def metadata(trained: Trained, settings: DrawingSettings, digest: str, device: torch.device) -> dict[str, Any]:
+    """Return what all images of a call have in common: model, weights, settings, versions."""
+    return {
+        "model": str(trained.source),
+        "weights": trained.weights,
+        "batch": trained.batch,
+        "weights_sha256": digest,
+        "height": settings.height,
+        "width": settings.width,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance": settings.guidance,
+        "guidance_scale": settings.guidance_scale,
+        "precision": settings.precision,
+        "device": device.type,
+        "versions": {"prx-composer": __version__} | {name: version(name) for name in VERSIONS},
+    }
+
+
+def save_png(image: Tensor, path: Path, facts: dict[str, Any]) -> None:
+    """Write uint8 (3, H, W) whole or not at all; `facts` become a text chunk named prx (JSON), prompt and seed their own."""
+    chunks = PngInfo()
+    for key in ("prompt", "seed"):
+        if key in facts:
+            chunks.add_itxt(key, str(facts[key]))
+    chunks.add_itxt("prx", json.dumps(facts, ensure_ascii=False))
+    content = BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(content, "PNG", pnginfo=chunks)
+    write_whole(path, content.getvalue())
+
+
+def save_grid(images: list[Tensor], prompts: list[str], path: Path) -> None:
+    """Write one picture of all images, with their prompts."""
+    content = BytesIO()
+    columns = min(6, max(1, round(len(images) ** 0.5)))
+    image_grid(torch.stack(images), prompts, columns).save(content, "PNG")
+    write_whole(path, content.getvalue())
+
+
+def save_captions(names: list[str], prompts: list[str], path: Path) -> None:
+    """Write a line of JSON for every image, as `FolderSource` and Hugging Face's image folders read it."""
+    lines = [
+        json.dumps({"file_name": name, "caption": prompt}, ensure_ascii=False)
+        for name, prompt in zip(names, prompts, strict=True)
+    ]
+    write_whole(path, ("\n".join(lines) + "\n").encode())
+
+
+def file_name(index: int, seed: int, prompt: str) -> str:
+    """Return the name of an image's file: its number, seed, and the beginning of its prompt."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
+    return f"{index:04d}-seed{seed}-{words}.png".replace("-.png", ".png")
+
+
+def read_prompts(path: str) -> list[str]:
+    """Read one prompt per line; a line of JSON may be a string, or a mapping with `prompt`, `caption` or `text`.
+
+    Empty lines don't count, nor do blanks around a line that is no JSON.
+
+    Raises:
+        UserError: no such file, or a line that cannot be read, by number.
+    """
+    try:
+        lines = read_lines(path)
+    except OSError as error:
+        raise UserError(f"--prompts: {path} cannot be read: {error}") from error
+    prompts = [
+        _prompt_of(line.strip(), f"--prompts: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not prompts:
+        raise UserError(f"--prompts: {path} has no prompts; write one per line.")
+    return prompts
+
+
+def _prompt_of(line: str, where: str) -> str:
+    if not line.startswith(("{", '"')):
+        return line
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        if line.startswith('"'):
+            return line
+        raise UserError(
+            f"{where} begins as JSON and is none: {error}. A prompt that is to begin with a brace: {json.dumps(line)}"
+        ) from error
+    if isinstance(content, dict):
+        content = next((content[name] for name in PROMPT_NAMES if name in content), None)
+    prompt = content
+    if not isinstance(prompt, str):
+        raise UserError(f'{where} must have a "prompt", "caption" or "text", a string.')
+    return check_prompt(prompt, where)
+
+
+def check_prompt(prompt: str, where: str) -> str:
+    """Return the prompt.
+
+    Raises:
+        UserError: it cannot be written as UTF-8: half of a pair of surrogates, or bytes that were no text.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} is no Unicode text: {prompt!r} has {error.object[error.start]!r} at place {error.start}."
+        ) from error
+    return prompt
