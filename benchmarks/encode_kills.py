@@ -25,7 +25,7 @@ from record import circumstances
 from transformers import T5Config, T5EncoderModel
 
 from prx_composer.data.format import Manifest
-from prx_composer.data.shapes import ShapesSource, all_scenes
+from prx_composer.data.small_sets import ShapesSource, all_scenes
 from prx_composer.data.sources import prepare
 from prx_composer.models.text_encoder import train_tokenizer
 

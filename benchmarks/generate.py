@@ -18,7 +18,7 @@ from interleaved import ratio, summary, time_in_turns
 from record import circumstances
 
 from prx_composer.commands.export.pipeline import write_pipeline, written_aside
-from prx_composer.data.shapes import all_scenes
+from prx_composer.data.small_sets import all_scenes
 from prx_composer.models import HuggingFaceTextEncoder, PRXBackbone, TextToImage
 from prx_composer.models.text_encoder import train_tokenizer
 from prx_composer.runs.opening import Trained, load_trained

@@ -17,7 +17,7 @@ import torch
 import yaml
 from hostile import place  # noqa: F401 -- a fixture
 
-from prx_composer.data.shapes import ShapesSource, all_scenes
+from prx_composer.data.small_sets import ShapesSource, all_scenes
 from prx_composer.data.sources import prepare
 from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
 from prx_composer.models.text_encoder import train_tokenizer

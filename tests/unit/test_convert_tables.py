@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from conversions import WORDS, asked, convert, jpeg, read, rows, sample, write_tar
 
-from prx_composer.commands.convert.columns import lookup
 from prx_composer.commands.convert.outcome import as_text
+from prx_composer.commands.convert.records import lookup
 from prx_composer.common.errors import UserError
 
 GOOD = jpeg(64, 64)

@@ -16,13 +16,12 @@ from PIL import Image, ImageOps
 from streaming import StreamingDataset
 
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
-from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
+from prx_composer.data.dataset import BucketRows, ImageCaptionDataset, UndecodableError, WholeStream
 from prx_composer.data.decoding import BadImageError, decode_image
 from prx_composer.data.format import BucketWriter, Manifest, RawSample
 from prx_composer.data.loader import build_loader
-from prx_composer.data.rows import BucketRows, WholeStream
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest, epoch_batches, epoch_steps, evaluation_batches
-from prx_composer.data.shapes import ShapesSource, all_scenes, heldout_scenes, render
+from prx_composer.data.small_sets import ShapesSource, all_scenes, heldout_scenes, render
 from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.metrics.recognition import nearest_scenes
 

@@ -14,7 +14,7 @@ from prx_composer.cli import app
 from prx_composer.commands.data.split import open_split
 from prx_composer.commands.data.statistics import Distinct, Spread, statistics
 from prx_composer.commands.data.statistics_text import as_text
-from prx_composer.commands.encode.encoded_parts import Encoded, encode_split
+from prx_composer.commands.encode.encoding import Encoded, encode_split
 from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.format import BucketWriter, RawSample

@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from test_data import SQUARE, WIDE, encode, write
 
-from prx_composer.data.collate import Collator, split_batch
 from prx_composer.data.dataset import ImageCaptionDataset
-from prx_composer.data.loader import ImageCaptionLoader, build_loader
+from prx_composer.data.loader import Collator, ImageCaptionLoader, build_loader, split_batch
 from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest
 from prx_composer.models import TextToImage

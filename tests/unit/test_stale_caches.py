@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_data import SQUARE, encode
 
-from prx_composer.commands.encode.encoded_parts import Encoded, encode_split
+from prx_composer.commands.encode.encoding import Encoded, encode_split
 from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.contents import check_copy, column_contents

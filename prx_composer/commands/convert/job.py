@@ -174,7 +174,7 @@ def _planned(
 
 
 def _decide(store: Output, units: list[Unit], settings: Settings) -> list[dict[int, str]]:
-    from prx_composer.commands.convert.duplicates import decide
+    from prx_composer.commands.convert.units import decide
 
     contents = [store.get(f"hashes/{unit.name}") for unit in units]
     return decide([content for content in contents if content is not None], settings)

@@ -12,8 +12,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
-from prx_composer.commands.convert.columns import IMAGE_NAMES, Found, choose_image, image_inside, image_of, look, usable
-from prx_composer.commands.convert.records import Record, Seen, Source, Unit, damaged
+from prx_composer.commands.convert.records import (
+    IMAGE_NAMES,
+    Found,
+    Record,
+    Seen,
+    Source,
+    Unit,
+    choose_image,
+    damaged,
+    image_inside,
+    image_of,
+    look,
+    usable,
+)
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import encoding_of
 from prx_composer.data.storage import fetch, is_remote, join

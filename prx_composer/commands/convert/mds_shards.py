@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prx_composer.commands.convert.columns import IMAGE_NAMES, choose_image, image_of
 from prx_composer.commands.convert.input_files import first
-from prx_composer.commands.convert.records import Record, Seen, Source, Unit, damage, damaged
+from prx_composer.commands.convert.records import IMAGE_NAMES, Record, Seen, Source, Unit, choose_image, damage, damaged, image_of
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.common.errors import UserError
 from prx_composer.data.format import LinkError, RawShard, encodings_of

@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prx_composer.commands.convert.columns import has
 from prx_composer.commands.convert.input_files import Passed
-from prx_composer.commands.convert.records import Record
+from prx_composer.commands.convert.records import Record, has
 from prx_composer.commands.convert.sample import REASONS, Dropped, Kept, Measured, clean_key, thumbnail
 from prx_composer.common.pages import render
 from prx_composer.data.buckets import Bucket

@@ -8,8 +8,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from prx_composer.commands.convert.columns import lookup
-from prx_composer.commands.convert.records import Record
+from prx_composer.commands.convert.records import Record, lookup
 from prx_composer.commands.convert.settings import CHROMA, Settings, is_wanted
 from prx_composer.common.files import encoding_of
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets

@@ -12,9 +12,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prx_composer.commands.convert.columns import IMAGE_NAMES, choose_image, image_inside, image_of
 from prx_composer.commands.convert.input_files import first
-from prx_composer.commands.convert.records import Record, Seen, Source, Unit, damage, damaged
+from prx_composer.commands.convert.records import (
+    IMAGE_NAMES,
+    Record,
+    Seen,
+    Source,
+    Unit,
+    choose_image,
+    damage,
+    damaged,
+    image_inside,
+    image_of,
+)
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.common.errors import UserError
 from prx_composer.data.storage import fetched, is_remote, join, relative_name

@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prx_composer.commands.convert.columns import PEEKED, look
 from prx_composer.commands.convert.input_files import Passed
-from prx_composer.commands.convert.records import MAX_FILE_BYTES, Record, Seen, Source, Unit, damage
+from prx_composer.commands.convert.records import MAX_FILE_BYTES, PEEKED, Record, Seen, Source, Unit, damage, look
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.common.errors import UserError
 from prx_composer.data.storage import fetched

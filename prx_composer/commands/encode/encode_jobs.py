@@ -10,8 +10,7 @@ import torch
 from composer.utils import dist, get_device
 
 from prx_composer import registry
-from prx_composer.commands.encode.column_encoders import CaptionEncoder, ImageEncoder, features_of, text_column
-from prx_composer.commands.encode.encoded_parts import encode_split
+from prx_composer.commands.encode.encoding import CaptionEncoder, ImageEncoder, encode_split, features_of, text_column
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import read_manifest
