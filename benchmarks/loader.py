@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.format import BucketWriter, RawSample
-from prx_composer.data.loader import build_loader
+from prx_composer.data.loader import ImageCaptionData
 
 STORED = 1024
 CAPTION = "a photograph of a small harbour town in winter with a red boat and an old man who mends his nets number"
@@ -101,7 +101,7 @@ class Loaders:
                 persistent_workers=workers > 0,
             )
 
-        ours = build_loader(
+        ours = ImageCaptionData(
             tokenizer, 256, size, batch_size, 32, 0, path=str(folder / "set"), shuffle=False, num_workers=workers
         ).dataloader
         assert isinstance(ours, DataLoader)

@@ -115,7 +115,7 @@ autoencoders = Registry(
         "diffusers": "prx_composer.models.autoencoder:DiffusersAutoencoder",
     },
 )
-loaders = Registry("loaders", {"image_caption": "prx_composer.data.loader:build_loader"})
+loaders = Registry("loaders", {"image_caption": "prx_composer.data.loader:ImageCaptionData"})
 sources = Registry(
     "sources",
     {

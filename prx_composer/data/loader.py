@@ -154,28 +154,7 @@ class ImageCaptionLoader(DataLoader):
             self._pass_ended = False
 
 
-def build_loader(
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    image_size: int,
-    global_batch_size: int,
-    multiple: int,
-    seed: int,
-    evaluation: bool = False,
-    *,
-    path: str | None = None,
-    mix: dict[str, dict[str, Any]] | None = None,
-    split: str = "train",
-    captions: dict[str, float] | None = None,
-    features: list[str] | None = None,
-    text_embedding: str | None = None,
-    latent: str | list[str] | None = None,
-    images: bool | None = None,
-    remote: str | None = None,
-    shuffle: bool = True,
-    num_workers: int = 0,
-    max_undecodable: float = 0.01,
-) -> DataSpec:
+class ImageCaptionData(DataSpec):
     """A loader of captioned images for this rank; the arguments after the `*` are a recipe's `train_loader`.
 
     Args:
@@ -193,32 +172,56 @@ def build_loader(
     Raises:
         ValueError, UserError: no such data; see there.
     """
-    spec: dict[str, Any] = {"path": path, "mix": mix, "split": split, "captions": captions, "remote": remote}
-    shared: dict[str, Any] = {"features": features, "text_embedding": text_embedding, "latent": latent, "images": images}
-    parts = {
-        where.removeprefix("mix."): ImageCaptionDataset(
-            **{key: part.get(key) for key in ("path", "split", "captions", "remote")},
-            **shared,
-            seed=seed,
-            max_undecodable=max_undecodable,
-            max_workers=num_workers,
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        image_size: int,
+        global_batch_size: int,
+        multiple: int,
+        seed: int,
+        evaluation: bool = False,
+        *,
+        path: str | None = None,
+        mix: dict[str, dict[str, Any]] | None = None,
+        split: str = "train",
+        captions: dict[str, float] | None = None,
+        features: list[str] | None = None,
+        text_embedding: str | None = None,
+        latent: str | list[str] | None = None,
+        images: bool | None = None,
+        remote: str | None = None,
+        shuffle: bool = True,
+        num_workers: int = 0,
+        max_undecodable: float = 0.01,
+    ):
+        spec: dict[str, Any] = {"path": path, "mix": mix, "split": split, "captions": captions, "remote": remote}
+        shared: dict[str, Any] = {"features": features, "text_embedding": text_embedding, "latent": latent, "images": images}
+        parts = {
+            where.removeprefix("mix."): ImageCaptionDataset(
+                **{key: part.get(key) for key in ("path", "split", "captions", "remote")},
+                **shared,
+                seed=seed,
+                max_undecodable=max_undecodable,
+                max_workers=num_workers,
+            )
+            for where, part in data_sets(spec).items()
+        }
+        dataset = parts[""] if mix is None else MixedDataset(parts, weights_of(mix), seed)
+        ranks, rank = dist.get_world_size(), dist.get_global_rank()
+        shuffle = shuffle and not evaluation
+        if shuffle and (problem := fewer_than_a_batch(len(dataset), global_batch_size)):
+            raise UserError(problem)
+        sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank, evaluation)
+        loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens, num_workers), num_workers)
+        super().__init__(
+            loader,
+            microbatch_transforms=channels_first,
+            split_batch=split_batch,
+            get_num_samples_in_batch=_num_samples,
+            get_num_tokens_in_batch=_num_tokens,  # pyright: ignore[reportArgumentType]
         )
-        for where, part in data_sets(spec).items()
-    }
-    dataset = parts[""] if mix is None else MixedDataset(parts, weights_of(mix), seed)
-    ranks, rank = dist.get_world_size(), dist.get_global_rank()
-    shuffle = shuffle and not evaluation
-    if shuffle and (problem := fewer_than_a_batch(len(dataset), global_batch_size)):
-        raise UserError(problem)
-    sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank, evaluation)
-    loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens, num_workers), num_workers)
-    return DataSpec(
-        loader,
-        microbatch_transforms=channels_first,
-        split_batch=split_batch,
-        get_num_samples_in_batch=_num_samples,
-        get_num_tokens_in_batch=_num_tokens,  # pyright: ignore[reportArgumentType]
-    )
 
 
 def _num_samples(batch: dict[str, torch.Tensor]) -> int:

@@ -22,7 +22,7 @@ from prx_composer.common import pages
 from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.format import BucketWriter, RawSample
-from prx_composer.data.loader import build_loader
+from prx_composer.data.loader import ImageCaptionData
 from prx_composer.models.text_encoder import tokenize
 
 SQUARE, WIDE = Bucket(32, 32), Bucket(24, 40)
@@ -67,7 +67,7 @@ def test_a_recipes_view_is_its_loaders_batch(
     tiny_recipe["train_loader"]["captions"] = {"caption": 1.0, "short_caption": 2.0}
     subject = subject_of([write_recipe(tiny_recipe)], None)
     view = look(subject, open_split(subject.path, subject.split), 240, image_size=image_size)
-    loader: Any = build_loader(
+    loader: Any = ImageCaptionData(
         tokenizer, 14, image_size, 48, 4, 17, path=subject.path, captions=tiny_recipe["train_loader"]["captions"]
     ).dataloader
     trained = {}
@@ -133,7 +133,7 @@ def test_an_image_that_cannot_be_decoded_is_shown_as_such_with_what_training_tak
 ) -> None:
     view = seen(data, count=16)
     (broken,) = [sample for sample in view.samples if sample.image is None]
-    loader: Any = build_loader(tokenizer, 14, 32, 8, 4, 0, path=str(data), shuffle=False).dataloader
+    loader: Any = ImageCaptionData(tokenizer, 14, 32, 8, 4, 0, path=str(data), shuffle=False).dataloader
     used = [sample_id for batch in loader for sample_id in batch["sample_id"].tolist()]
     assert (broken.sample_id, broken.key) == (BROKEN, f"key/{BROKEN}") and broken.replacement == used[BROKEN] != BROKEN
     assert "1 cannot be decoded" in title(view)
