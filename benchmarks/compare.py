@@ -1,41 +1,50 @@
-"""The same model and training step in diffusers' code and in ours: which is faster, and by how much.
+"""Our code against other code that does the same: which is faster, and by how much.
 
-python benchmarks/compare.py --output benchmarks/results/compare-cpu.json
-python benchmarks/compare.py --json                # the last line: {"eager": …, "compiled": …, "tread": …}
-python benchmarks/compare.py --entry memory --tokens 1024 --valid-text 0.4
-python benchmarks/compare.py --entry optimizers    # also: text
+python benchmarks/compare.py --json                            # models; the last line: {"eager": …, "compiled": …, "tread": …}
+python benchmarks/compare.py memory --tokens 1024 --valid-text 0.4
+python benchmarks/compare.py optimizers                        # also: generate
 
-`PRXTransformer2DModel` in a plain PyTorch loop against `PRXBackbone`, with the same weights, in one process and in turns. Before
-anything is timed, outputs and the gradients of every parameter must agree. A step is a forward and a backward pass; ratios are
-theirs over ours, taken round by round, so above 1 we are faster. `tread` is our eager step with half of the tokens routed around
-all but the first and the last block, over their eager step: it computes less, on purpose.
+Both run in one process and in turns. Before anything is timed, they must have computed the same. Ratios are theirs over ours,
+taken round by round, so above 1 we are faster.
 """
 
-import argparse
+import copy
 import gc
-import json
 import multiprocessing
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from common import main, must_agree, ratio, summary, time_in_turns
+from common import memory as resident_memory
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
-from interleaved import ratio, summary, time_in_turns
-from optimizers import compare_optimizers
-from record import circumstances
-from stored_text import compare_stored_text
+from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
+from quality import PlainMuon
 from torch import Tensor, nn
 
-from prx_composer.models import PRXBackbone
+from prx_composer.algorithms.ema import WeightAverage
+from prx_composer.commands.export.pipeline import write_pipeline, written_aside
+from prx_composer.data.small_sets import all_scenes
+from prx_composer.models import HuggingFaceTextEncoder, PRXBackbone, TextToImage
 from prx_composer.models.routing import RandomRouter
+from prx_composer.models.text_encoder import train_tokenizer
+from prx_composer.optim.muon import Muon, muon_parameters
+from prx_composer.runs.opening import Trained, load_trained
 
-TOLERANCE = 1e-4  # relative to the largest entry
+TOLERANCE = 1e-4
+
+Tokens = Annotated[int, "image tokens, a square"]
+ValidText = Annotated[float, "share of text tokens that are not padding, on average"]
 
 
-def make_backbone(sizes: dict[str, Any], device: torch.device) -> PRXBackbone:
-    """With random weights, none of which is zero: at its start half of the network has no gradient."""
+# --------------------------------------------------------------------------------------------------------- models
+
+
+def make_backbone(sizes: dict[str, Any], device: str = "cpu") -> PRXBackbone:
+    """Make one with random weights, none of which is zero: at its start half of the network has no gradient."""
     torch.manual_seed(0)
     backbone = PRXBackbone(**sizes)
     for parameter in backbone.parameters():
@@ -44,43 +53,38 @@ def make_backbone(sizes: dict[str, Any], device: torch.device) -> PRXBackbone:
     return backbone.to(device).train()
 
 
-def make_pair(sizes: dict[str, Any], device: torch.device) -> tuple[PRXTransformer2DModel, PRXBackbone]:
-    """Theirs and ours with the same weights."""
-    ours = make_backbone(sizes, device)
+def make_pair(hidden_size: int, depth: int, device: str) -> tuple[PRXTransformer2DModel, PRXBackbone]:
+    """Make theirs and ours with the same weights."""
+    sizes = dict(hidden_size=hidden_size, depth=depth, num_heads=max(hidden_size // 64, 1))
+    ours = make_backbone(dict(in_channels=16, patch_size=2, context_in_dim=256, **sizes), device)
     theirs: Any = PRXTransformer2DModel(**ours.config)
     theirs.load_state_dict(ours.state_dict())
     return theirs.to(device).train(), ours
 
 
-def make_inputs(arguments: argparse.Namespace, model: PRXBackbone, device: torch.device) -> dict[str, Tensor]:
-    side = model.patch_size * round(arguments.tokens**0.5)
-    text = torch.randn(arguments.batch_size, arguments.text_tokens, model.context_in_dim)
-    image = torch.randn(arguments.batch_size, model.in_channels, side, side)
-    mask = torch.ones(arguments.batch_size, arguments.text_tokens, dtype=torch.bool)
-    if arguments.valid_text < 1:
-        shares = arguments.valid_text * (0.5 + torch.rand(arguments.batch_size))
-        lengths = (arguments.text_tokens * shares).clamp(1, arguments.text_tokens)
-        mask = torch.arange(arguments.text_tokens)[None] < lengths[:, None]
-    inputs = {
-        "hidden_states": image,
-        "timestep": torch.rand(arguments.batch_size),
-        "encoder_hidden_states": text,
-        "attention_mask": mask,
-    }
-    if arguments.valid_text == 1:
-        del inputs["attention_mask"]
+def make_inputs(
+    model: PRXBackbone, batch_size: int, tokens: int, text_tokens: int, valid_text: float, device: str
+) -> dict[str, Tensor]:
+    """Draw inputs of so many image tokens, and captions of which a share is no padding; without a mask if there is none."""
+    if int(tokens**0.5) ** 2 != tokens:
+        raise SystemExit(f"--tokens must be a square such as 256, not {tokens}.")
+    side = model.patch_size * round(tokens**0.5)
+    text = torch.randn(batch_size, text_tokens, model.context_in_dim)
+    inputs = {"hidden_states": torch.randn(batch_size, model.in_channels, side, side)}
+    if valid_text < 1:
+        lengths = (text_tokens * valid_text * (0.5 + torch.rand(batch_size))).clamp(1, text_tokens)
+        inputs["attention_mask"] = torch.arange(text_tokens)[None] < lengths[:, None]
+    inputs |= {"timestep": torch.rand(batch_size), "encoder_hidden_states": text}
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def largest_difference(theirs: nn.Module, ours: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
-    """Of outputs and gradients, relative to the largest entry of each tensor."""
-    found = {"outputs": 0.0, "gradients": 0.0}
+    """Return those of outputs and gradients, relative to the largest entry of each tensor."""
     outputs = [theirs(**inputs, return_dict=False)[0], ours(**inputs)]
     weight = torch.linspace(-1, 1, outputs[0].numel(), device=outputs[0].device).view_as(outputs[0])
     for output in outputs:
         (output.float() * weight).sum().backward()
-    found["outputs"] = _relative(*outputs)
-    gradients = dict(ours.named_parameters())
+    found, gradients = {"outputs": _relative(*outputs), "gradients": 0.0}, dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
         mine = gradients[name].grad
         assert parameter.grad is not None and mine is not None, name
@@ -95,6 +99,7 @@ def _relative(one: Tensor, two: Tensor) -> float:
 
 
 def training_step(model: Callable[..., Any], inputs: dict[str, Tensor], **also: Any) -> Callable[[], None]:
+    """Return a forward and backward pass; of further arguments, functions are called in every step."""
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
 
     def step() -> None:
@@ -108,33 +113,44 @@ def training_step(model: Callable[..., Any], inputs: dict[str, Tensor], **also: 
     return step
 
 
-def model_sizes(arguments: argparse.Namespace) -> dict[str, Any]:
-    sizes = dict(hidden_size=arguments.hidden_size, depth=arguments.depth, num_heads=max(arguments.hidden_size // 64, 1))
-    return dict(in_channels=16, patch_size=2, context_in_dim=256, **sizes)
+def models(
+    *,
+    hidden_size: int = 256,
+    depth: int = 6,
+    tokens: Tokens = 256,
+    text_tokens: int = 64,
+    valid_text: ValidText = 1.0,
+    batch_size: int = 8,
+    rounds: int = 21,
+    threads: int = 1,
+    device: str = "cpu",
+    compile: bool = True,
+) -> dict[str, Any]:
+    """Forward + backward, diffusers' PRXTransformer2DModel over PRXBackbone; above 1 ours is faster.
 
-
-def compare_models(arguments: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device(arguments.device)
-    theirs, ours = make_pair(model_sizes(arguments), device)
-    inputs = make_inputs(arguments, ours, device)
+    `tread` is our eager step with half of the tokens routed around all but the first and the last block, over their eager step:
+    it computes less, on purpose.
+    """
+    torch.set_num_threads(threads)
+    theirs, ours = make_pair(hidden_size, depth, device)
+    inputs = make_inputs(ours, batch_size, tokens, text_tokens, valid_text, device)
     differences = largest_difference(theirs, ours, inputs)
-    if max(differences.values()) > TOLERANCE:
-        raise SystemExit(f"Outputs or gradients differ by {differences}: there is nothing to compare.")
+    must_agree(differences, TOLERANCE)
 
     generator = torch.Generator(device).manual_seed(0)
-    router = RandomRouter("tread", 1, arguments.depth - 1, 0.5)
+    router = RandomRouter("tread", 1, depth - 1, 0.5)
     steps: dict[str, Callable[[], None]] = {
         "diffusers": training_step(theirs, inputs, return_dict=False),
         "ours": training_step(ours, inputs),
-        "ours, tread": training_step(ours, inputs, route=lambda: router.draw(arguments.batch_size, arguments.tokens, generator)),
+        "ours, tread": training_step(ours, inputs, route=lambda: router.draw(batch_size, tokens, generator)),
     }
     pairs = {"eager": ("diffusers", "ours"), "tread": ("diffusers", "ours, tread")}
-    if not arguments.no_compile:
+    if compile:
         compiled: list[Any] = [torch.compile(model, fullgraph=model is ours, dynamic=False) for model in (theirs, ours)]
         steps["diffusers, compiled"] = training_step(compiled[0], inputs, return_dict=False)
         steps["ours, compiled"] = training_step(compiled[1], inputs)
         pairs["compiled"] = ("diffusers, compiled", "ours, compiled")
-    times = time_in_turns(steps, arguments.rounds)
+    times = time_in_turns(steps, rounds)
     return {
         "largest_difference": differences,
         "milliseconds": {name: summary(values, 2) for name, values in times.items()},
@@ -142,92 +158,204 @@ def compare_models(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def compare_memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peak of one forward and backward pass above what was there before, each in a fresh process."""
+def memory(
+    *,
+    hidden_size: int = 256,
+    depth: int = 6,
+    tokens: Tokens = 256,
+    text_tokens: int = 64,
+    valid_text: ValidText = 1.0,
+    batch_size: int = 8,
+    threads: int = 1,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Peak memory of a forward + backward, ours over diffusers' PRXTransformer2DModel.
+
+    It is what a pass takes above what was there before, each in a fresh process.
+    """
     start, found = multiprocessing.get_context("spawn"), {}
+    sizes = (hidden_size, depth, device), (batch_size, tokens, text_tokens, valid_text, device)
     for name in ("diffusers", "ours"):
         pool = start.Pool(1)
-        found[name] = pool.apply(_peak_of_a_step, (name, arguments))
+        found[name] = pool.apply(_peak_of_a_step, (name, threads, *sizes))
         pool.close()  # not terminate, of which Composer's signal handler would make a traceback
         pool.join()
     return {
-        "image_tokens": arguments.tokens,
+        "image_tokens": tokens,
         "peak_mb": {name: round(peak / 1e6, 1) for name, peak in found.items()},
         "ratios": {"memory": {"median": round(found["ours"] / found["diffusers"], 3)}},
     }
 
 
-def _peak_of_a_step(name: str, arguments: argparse.Namespace) -> int:
-    torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    theirs, ours = make_pair(model_sizes(arguments), device)
-    inputs = make_inputs(arguments, ours, device)
+def _peak_of_a_step(name: str, threads: int, of_model: tuple[Any, ...], of_inputs: tuple[Any, ...]) -> int:
+    torch.set_num_threads(threads)
+    theirs, ours = make_pair(*of_model)
+    inputs = make_inputs(ours, *of_inputs)
     model, also = (theirs, {"return_dict": False}) if name == "diffusers" else (ours, {})
     for parameter in model.parameters():  # gradients are there before, and as large in both
         parameter.grad = torch.zeros_like(parameter)
     gc.collect()
-    if device.type == "cuda":
+    on_gpu = of_model[-1] != "cpu"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        before = _status("VmRSS")
+    before = torch.cuda.memory_allocated() if on_gpu else resident_memory("VmRSS")
     output = model(**inputs, **also)
     (output[0] if isinstance(output, tuple) else output).square().mean().backward()
-    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")) - before
+    return (torch.cuda.max_memory_allocated() if on_gpu else resident_memory()) - before
 
 
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+# ----------------------------------------------------------------------------------------------------- optimizers
 
-
-ENTRIES: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
-    "models": ("forward + backward, diffusers' PRXTransformer2DModel over PRXBackbone; above 1 ours is faster", compare_models),
-    "memory": (
-        "peak memory of a forward + backward, ours over diffusers' PRXTransformer2DModel",
-        compare_memory,
-    ),
-    "text": (
-        "a step of TextToImage without its optimizer, text encoder online over embeddings stored; above 1 stored is faster",
-        lambda arguments: compare_stored_text(arguments.batch_size, arguments.text_tokens, arguments.rounds),
-    ),
-    "optimizers": (
-        "optimizer and weight average, other ways over ours; above 1 ours is faster",
-        lambda arguments: compare_optimizers(arguments.rounds),
-    ),
+SMOOTHING = 0.999
+LR = 1e-3
+SIZES: dict[str, dict[str, Any]] = {
+    "host time, 16 blocks": dict(hidden_size=8, num_heads=2, depth=16),
+    "16 blocks, hidden 64": dict(hidden_size=64, num_heads=4, depth=16),
+    "6 blocks, hidden 256": dict(hidden_size=256, num_heads=4, depth=6),
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--entry", choices=list(ENTRIES), default="models")
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=256, help="image tokens, a square")
-    parser.add_argument("--text-tokens", type=int, default=64)
-    parser.add_argument("--valid-text", type=float, default=1.0, help="share of text tokens that are not padding, on average")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--json", action="store_true", help="print the median ratios as the last line")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    if int(arguments.tokens**0.5) ** 2 != arguments.tokens:
-        parser.error(f"--tokens must be a square such as 256, not {arguments.tokens}.")
-    torch.set_num_threads(arguments.threads)
+class Average:
+    """A weight average one tensor after the other."""
 
-    what, compare = ENTRIES[arguments.entry]
-    result = {"what": what, **circumstances(), "threads": arguments.threads, **compare(arguments)}
-    text = json.dumps(result, indent=1)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
-    sys.stdout.write(text + "\n")
-    if arguments.json and "ratios" in result:
-        sys.stdout.write(json.dumps({name: found["median"] for name, found in result["ratios"].items()}) + "\n")
+    def __init__(self, model: nn.Module):
+        self.parameters = list(model.parameters())
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self, smoothing: float) -> None:
+        for average, parameter in zip(self.average, self.parameters, strict=True):
+            average.mul_(smoothing).add_(parameter, alpha=1 - smoothing)
+
+
+def after_backward(average: Any, *optimizers: torch.optim.Optimizer) -> Callable[[], None]:
+    """Return what a step does after its backward pass."""
+
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+        average.update(SMOOTHING)
+
+    return step
+
+
+def torch_muon(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Make torch's own Muon, which it has from 2.9 on, with fused AdamW for the rest."""
+    matrices = list(muon_parameters(model).values())
+    taken = {id(weight) for weight in matrices}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    muon: Any = vars(torch.optim)["Muon"]
+    return [muon(matrices, lr=LR, weight_decay=0.0), torch.optim.AdamW(rest, lr=LR, fused=True)]
+
+
+def optimizers(*, rounds: int = 21, threads: int = 1) -> dict[str, Any]:
+    """Optimizer and weight average, other ways over ours; above 1 ours is faster.
+
+    The loop is Muon as it is usually published, one matrix after the other, and AdamW and EMA one tensor after the other. The
+    smallest size has the structure of the 24-hour model and hardly any arithmetic: what it costs is the host's time.
+    """
+    torch.set_num_threads(threads)
+    return {name: _compare_optimizers(size, rounds) for name, size in SIZES.items()}
+
+
+def _compare_optimizers(size: dict[str, Any], rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = PRXBackbone(in_channels=3, patch_size=4, context_in_dim=64, **size)
+    gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
+
+    def trained() -> nn.Module:
+        one = copy.deepcopy(model)
+        for parameter, gradient in zip(one.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        return one
+
+    mine, other, plain = trained(), trained(), trained()
+    average, loop_average = WeightAverage(mine), Average(other)
+    steps = {
+        "ours": after_backward(average, Muon(mine, lr=LR)),
+        "loop": after_backward(loop_average, PlainMuon(other, lr=LR)),
+        "AdamW, fused": after_backward(WeightAverage(plain), torch.optim.AdamW(plain.parameters(), lr=LR, fused=True)),
+    }
+    for _ in range(3):
+        steps["ours"]()
+        steps["loop"]()
+    pairs = {"weights": (average.parameters, loop_average.parameters), "averages": (average.average, loop_average.average)}
+    differences = {
+        what: max(float((a - b).abs().max()) for a, b in zip(ours.values(), theirs, strict=True))
+        for what, (ours, theirs) in pairs.items()
+    }
+    must_agree(differences, TOLERANCE)
+    if hasattr(torch.optim, "Muon"):
+        steps["torch.optim.Muon"] = after_backward(WeightAverage(other := trained()), *torch_muon(other))
+    times = time_in_turns(steps, rounds)
+    return {
+        **size,
+        "matrices": len(muon_parameters(model)),
+        "largest_difference_after_3_steps": differences,
+        "milliseconds": {name: summary(values, 2) for name, values in times.items()},
+        "ratios": {f"{name} / ours": ratio(times, name, "ours") for name in steps if name != "ours"},
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- drawing
+
+PROMPT = "a red circle on the left of a white background"
+T5: dict[str, Any] = dict(model_type="t5", d_model=128, d_kv=32, d_ff=256, num_layers=1, num_heads=4, dropout_rate=0.0)
+
+
+def generate(
+    *, size: int = 32, steps: int = 20, guidance_scale: float = 3.0, batch: int = 8, rounds: int = 25, threads: int = 1
+) -> dict[str, Any]:
+    """Drawing with diffusers' pipeline and with this package from the same exported model; above 1 ours is faster.
+
+    Both start from the prompt and a seed and end with pixels in memory. The model has the quickstart's sizes and random weights.
+    One prompt at a time, since diffusers' PRX pipelines take no more; and, for this package alone, a batch.
+    """
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "exported"
+        with written_aside(folder) as partial:
+            write_pipeline(Trained(_drawing_model(), Path("benchmark"), "raw", size), partial)
+        ours = load_trained(str(folder)).model
+        pipeline = PRXPixelPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    options: Any = dict(height=size, width=size, num_inference_steps=steps, guidance_scale=guidance_scale)
+
+    def theirs(output_type: str = "np") -> Any:
+        generator = torch.Generator().manual_seed(7)
+        fixed: Any = dict(use_resolution_binning=False, return_dict=False)
+        return pipeline(PROMPT, generator=generator, output_type=output_type, **fixed, **options)[0]
+
+    calls: list[int] = []
+    hook = ours.backbone.register_forward_pre_hook(lambda module, args: calls.append(1))
+    difference = float((ours.sample([PROMPT], seeds=[7], **options) - theirs("pt")).abs().max())
+    hook.remove()
+    must_agree({"images": difference}, TOLERANCE)
+    turns = {
+        "diffusers": theirs,
+        "ours": lambda: ours.generate([PROMPT], seeds=[7], **options),
+        "batch": lambda: ours.generate([PROMPT] * batch, seeds=list(range(batch)), **options),
+    }
+    times = time_in_turns(turns, rounds)
+    times["per_image_in_batch"] = [milliseconds / batch for milliseconds in times.pop("batch")]
+    return {
+        "settings": {**options, "batch": batch, "rounds": rounds},
+        "largest_difference": difference,
+        "backbone_calls_per_step": len(calls) / steps,
+        "milliseconds": {name: summary(values, 2) for name, values in times.items()},
+        "ratios": {name: ratio(times, "diffusers", name) for name in ("ours", "per_image_in_batch")},
+    }
+
+
+def _drawing_model() -> TextToImage:
+    torch.manual_seed(0)
+    words = train_tokenizer(scene.caption for scene in all_scenes())
+    encoder = HuggingFaceTextEncoder(words, config=T5, max_tokens=14, trainable=True)
+    sizes: dict[str, Any] = dict(hidden_size=128, depth=4, num_heads=4, mlp_ratio=3.5, context_in_dim=128)
+    return TextToImage(make_backbone(dict(in_channels=3, patch_size=4, **sizes)), encoder).eval()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(__doc__, models, memory, optimizers, generate))

@@ -1,204 +1,275 @@
-"""Kills a run with SIGKILL again and again, and compares what comes out in the end with an undisturbed run, bit for bit.
+"""Kills a command with SIGKILL again and again, and compares what comes out in the end with an undisturbed one, bit for bit.
 
-python benchmarks/kills.py yamls/24h_mini.yaml --kills 30 --output benchmarks/results/kills.json -- save_interval=3sec
+python benchmarks/kills.py train yamls/24h_mini.yaml --kills 30 --switch 240 save_interval=3sec
+python benchmarks/kills.py convert --kills 25                  # also: encode
 
-After every kill the same command is given again. Kills come at random moments of start-up and training, while a checkpoint
-is being written (as soon as its folder appears, or a few milliseconds later), and around the switch of stages. All processes
-of the run die at once, as on a machine that loses power. Weights, their average, the optimizer's state and every logged loss
-must be equal; the result says so, and for each kill where the run was.
+After every kill the same command is given again. Kills come at random moments of every part of the work. They end everything at
+once, as when a machine loses power, the leading process alone, or one of the processes that it has started.
 """
 
-import argparse
 import contextlib
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
-import time
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
-from record import circumstances
+import yaml
+from common import ROOT, main, train_command
+from data import add_to_tar, photograph
+from killing import Killable, contents, kill_again_and_again, processor_time, session_of
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import T5Config, T5EncoderModel
 
+from prx_composer.data.format import Manifest
+from prx_composer.data.small_sets import ShapesSource, all_scenes
+from prx_composer.data.sources import prepare
+from prx_composer.models.text_encoder import train_tokenizer
 from prx_composer.runs.checkpoints import all_checkpoints, newest_checkpoint
 from prx_composer.runs.folder import read_metrics
 
-KINDS = ("training", "writing", "switch", "start-up", "writing", "training")  # in turn
-LONGEST = 900.0  # seconds that a run may take to its moment
+Minutes = Annotated[float, "no kill comes later than that"]
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    with contextlib.suppress(OSError):
-        return read_metrics(path)
-    return []
+# ------------------------------------------------------------------------------------------------------- training
 
 
-def losses(folder: Path) -> dict[int, dict[str, float]]:
-    return {row["batch"]: {k: v for k, v in row.items() if k.startswith("loss/")} for row in rows(folder)}
+class Training(Killable):
+    """A run of a recipe, of which everything dies at once."""
 
+    MOMENTS = {"start-up": 15.0, "training": 6.0, "writing": 0.1, "switch": 1.5}
+    ORDER = ("training", "writing", "switch", "start-up", "writing", "training")
 
-def differences(first: Any, second: Any, path: str = "") -> list[str]:
-    """Paths at which two nested states are not the same to the bit."""
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return [] if first.dtype == second.dtype and torch.equal(first, second) else [path]
-    if isinstance(first, dict) and isinstance(second, dict):
-        return [d for key in first.keys() | second.keys() for d in differences(first.get(key), second.get(key), f"{path}/{key}")]
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
-        return [d for i, (a, b) in enumerate(zip(first, second, strict=True)) for d in differences(a, b, f"{path}/{i}")]
-    return [] if type(first) is type(second) and first == second else [path]
-
-
-def final_state(folder: Path) -> dict[str, Any]:
-    """The newest checkpoint, put together if it is sharded. It is our own run's: loading it may execute what it says."""
-    checkpoint = all_checkpoints(folder / "checkpoints")[-1]
-    path = Path(checkpoint.load_path)
-    if path.is_dir():
-        path = folder / "together.pt"
-        dcp_to_torch_save(checkpoint.path, path)
-    return torch.load(path, weights_only=False)
-
-
-class Run:
-    """A run that can be started, killed and started again with the same command."""
-
-    def __init__(self, recipe: str, name: str, overrides: list[str], processes: int):
-        self.folder = Path("runs") / name
+    def __init__(self, recipe: str, name: str, overrides: Sequence[str], processes: int, switch: int | None):
         options = [recipe, f"run_name={name}", "progress_bar=false", *overrides]
-        self.command = ["composer", "-n", str(processes), "train.py", *options]
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__(Path("runs", name), train_command(options, processes))
+        self.switch = switch
 
-    def start(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log = Path("runs") / f"{self.folder.name}.log"
-        with log.open("ab") as file:
-            self._process = subprocess.Popen(self.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-
-    def is_alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def kill(self) -> None:
-        assert self._process is not None
-        for pid in session_of(self._process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._process.wait()
-
-    def finish(self) -> int:
-        assert self._process is not None
-        return self._process.wait()
+    def rows(self) -> list[dict[str, Any]]:
+        with contextlib.suppress(OSError):
+            return read_metrics(self.output / "metrics.jsonl")
+        return []
 
     def batch(self) -> int:
-        found = rows(self.folder)
-        return found[-1]["batch"] if found else 0
+        rows = self.rows()
+        return rows[-1]["batch"] if rows else 0
 
     def is_writing(self) -> bool:
-        return any((self.folder / "checkpoints").glob(".ba*.partial"))
+        return any((self.output / "checkpoints").glob(".ba*.partial"))
+
+    def watch(self, moment: str, rng: random.Random) -> Callable[[], bool]:
+        begun, saved, switch = self.batch(), newest_checkpoint(self.output), self.switch
+        if moment == "writing":
+            return self.is_writing
+        if moment == "switch" and switch is not None:
+            # If it is far away when the next checkpoint is there, the kill comes then, so that training gets on.
+            return lambda: self.batch() >= switch - 2 or (newest_checkpoint(self.output) != saved and self.batch() < switch - 60)
+        return lambda: self.batch() > begun
+
+    def progress(self) -> dict[str, Any]:
+        writing, batch, newest = self.is_writing(), self.batch(), newest_checkpoint(self.output)
+        moment = "writing" if writing else "training" if batch > (newest.batch if newest else 0) else "start-up"
+        return {"moment": moment, "batch": batch, "goes_on_from": newest.batch if newest else 0}
+
+    def outcome(self) -> dict[str, Any]:
+        """Return weights, average, optimizer and losses. The checkpoint is our own run's: loading it may execute what it says."""
+        checkpoint = all_checkpoints(self.output / "checkpoints")[-1]
+        path = Path(checkpoint.load_path)
+        if path.is_dir():  # sharded
+            path = self.output / "together.pt"
+            dcp_to_torch_save(checkpoint.path, path)
+        state = torch.load(path, weights_only=False)["state"]
+        losses = {row["batch"]: {key: value for key, value in row.items() if key.startswith("loss/")} for row in self.rows()}
+        average = state["callbacks"]["AverageState"]["average"]
+        return {"model": state["model"], "optimizers": state["optimizers"], "average": average, "losses": losses}
 
 
-def session_of(leader: int) -> list[int]:
-    """The leader and every process of its session: ranks are in process groups of their own."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError):
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == leader:
-                    found.append(int(entry.name))
-    return sorted(found, key=lambda pid: pid != leader)
+def train(
+    recipe: str,
+    overrides: Annotated[Sequence[str], "key=value, as for train.py"] = (),
+    *,
+    kills: int = 30,
+    processes: int = 1,
+    switch: Annotated[int | None, "batch at which the second stage begins"] = None,
+    minutes: Minutes = 600.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Final state of a run killed again and again against the undisturbed one.
+
+    Kills come at random moments of start-up and training, while a checkpoint is being written, and around the switch of stages.
+    Weights, their average, the optimizer's state and every logged loss must be equal.
+    """
+    names = ("kills-undisturbed", "kills-killed")
+    whole, killed = (Training(recipe, name, overrides, processes, switch) for name in names)
+    found = kill_again_and_again(whole, killed, kills, minutes, seed)
+    return found | {"final_batch": killed.batch(), "steps_with_losses": len(killed.rows())}
 
 
-def wait_for(run: Run, kind: str, switch: int | None, rng: random.Random) -> bool:
-    """Waits until the moment of a kill; False if the run ended first."""
-    begin, deadline = run.batch(), time.monotonic() + LONGEST
-    delay = rng.uniform(0.5, 15) if kind == "start-up" else rng.uniform(0, 6) if kind == "training" else 0.0
-    if kind == "start-up":
-        time.sleep(delay)
-        return run.is_alive()
-    seen_saved = newest_checkpoint(run.folder)
-    while run.is_alive() and time.monotonic() < deadline:
-        if kind == "training" and run.batch() > begin:
-            time.sleep(delay)
-            return run.is_alive()
-        if kind == "writing" and run.is_writing():
-            time.sleep(rng.choice([0.0, rng.uniform(0, 0.05), rng.uniform(0, 0.2)]))
-            return run.is_alive()
-        if kind == "switch" and switch is not None:
-            if run.batch() >= switch - 2:
-                time.sleep(rng.uniform(0, 1.5))
-                return run.is_alive()
-            if newest_checkpoint(run.folder) != seen_saved and run.batch() < switch - 60:
-                return wait_for(run, "training", switch, rng)  # too far away: another time
-        time.sleep(0.002)
-    return False
+# ----------------------------------------------------------------------------------------------------- converting
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--switch", type=int, help="batch at which the second stage begins")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("overrides", nargs="*", help="key=value, as for train.py")
-    arguments = parser.parse_intermixed_args()
-    rng = random.Random(arguments.seed)
+def make_tars(folder: Path, tars: int, samples: int) -> None:
+    """Write tars of photograph-like JPEGs with captions, every tenth a duplicate and one in each tar broken."""
+    folder.mkdir(parents=True)
+    rng, image = np.random.default_rng(0), b""
+    for number in range(tars):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for index in range(samples):
+                if index % 10 or not image:
+                    image = photograph(rng, *[(768, 1024), (900, 900), (1200, 800)][index % 3])
+                add_to_tar(tar, f"{number:05d}{index:04d}.jpg", image[:500] if index == 5 else image)
+                add_to_tar(tar, f"{number:05d}{index:04d}.txt", f"caption {number} {index}".encode())
 
-    whole = Run(arguments.recipe, "kills-undisturbed", arguments.overrides, arguments.processes)
-    killed = Run(arguments.recipe, "kills-killed", arguments.overrides, arguments.processes)
-    whole.start()
-    if whole.finish() != 0:
-        sys.exit("The undisturbed run failed; see runs/kills-undisturbed.log")
 
-    kills: list[dict[str, Any]] = []
-    while len(kills) < arguments.kills:
-        kind = KINDS[len(kills) % len(KINDS)]
-        killed.start()
-        if not wait_for(killed, kind, arguments.switch, rng):
-            break
-        writing = killed.is_writing()
-        killed.kill()
-        newest = newest_checkpoint(killed.folder)
-        kills.append(
-            {
-                "kind": kind,
-                "batch": killed.batch(),
-                "half_a_checkpoint": writing and killed.is_writing(),
-                "goes_on_from": newest.batch if newest else 0,
-            }
-        )
-        sys.stdout.write(json.dumps(kills[-1]) + "\n")
-        sys.stdout.flush()
-    if not killed.is_alive():
-        killed.start()
-    exit_code = killed.finish()
+class Conversion(Killable):
+    """One of a folder of tars, of which each is a unit of work."""
 
-    states = [final_state(run.folder) for run in (whole, killed)]
-    compared = [{key: state["state"][key] for key in ("model", "optimizers")} for state in states]
-    for part, state in zip(compared, states, strict=True):
-        part["average"] = state["state"]["callbacks"]["AverageState"]["average"]
-    unequal = differences(compared[0], compared[1])
-    result = {
-        "what": "final state of a run killed again and again against the undisturbed one",
-        **circumstances(),
-        "exit_code": exit_code,
-        "kills": len(kills),
-        "of_these_while_a_checkpoint_was_written": sum(kill["half_a_checkpoint"] for kill in kills),
-        "final_batch": [all_checkpoints(run.folder / "checkpoints")[-1].batch for run in (whole, killed)],
-        "equal_weights_average_and_optimizer": not unequal,
-        "unequal": unequal[:20],
-        "equal_losses": losses(whole.folder) == losses(killed.folder),
-        "steps_with_losses": len(losses(killed.folder)),
-        "log": kills,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(0 if result["equal_weights_average_and_optimizer"] and result["equal_losses"] and exit_code == 0 else 1)
+    TURNS = ("everything", "leader", "worker", "everything")
+    MOMENTS = {"start-up": 12.0, "hashing": 1.5, "converting": 1.5, "finishing": 0.05}
+    OUTLIVES_WORKERS = True
+    ORDER = ("converting", "hashing", "converting", "start-up", "converting", "finishing")
+
+    def __init__(self, source: Path, output: Path, engine: str):
+        command = [sys.executable, "-m", "prx_composer.cli", "data", "convert", "--source", "webdataset", "--input", str(source)]
+        command += ["--output", str(output), "--caption", "txt", "--base-size", "512", "--duplicates", "perceptual"]
+        super().__init__(output, [*command, "--workers", "2", "--engine", engine])
+        self.work, self.units = output / ".train.work", len(list(source.glob("*.tar")))
+
+    def workers(self) -> list[int]:
+        """Return the one that works: they are children of the fork server (of Ray's daemon), not of the leader."""
+        found = [pid for pid, parent in session_of(self.leader).items() if self.leader not in (pid, parent)]
+        return [max(found, key=processor_time)] if found else []
+
+    def done(self, folder: str) -> int:
+        names = os.listdir(self.work / folder) if (self.work / folder).is_dir() else []
+        return sum(not name.startswith(".") for name in names)
+
+    def watch(self, moment: str, rng: random.Random) -> Callable[[], bool]:
+        if moment == "finishing":
+            return lambda: (self.work / "whole").exists() or self.done("units") == self.units
+        begun = {folder: self.done(folder) for folder in ("units", "hashes")}
+        return lambda: any(self.done(folder) > begun[folder] for folder in begun)
+
+    def progress(self) -> dict[str, Any]:
+        moment = "hashing" if self.done("hashes") else "start-up"
+        if self.done("units") or any(self.work.glob("units/.*")):
+            moment = "converting"
+        if (self.output / "train").exists() or (self.work / "whole").exists():
+            moment = "finishing"
+        return {"moment": moment, "hashed": self.done("hashes"), "converted": self.done("units")}
+
+    def outcome(self) -> dict[str, Any]:
+        return contents(self.output / "train")
+
+
+def convert(
+    *,
+    kills: int = 25,
+    engine: Literal["local", "ray"] = "local",
+    tars: int = 60,
+    samples: Annotated[int, "of each tar"] = 40,
+    minutes: Minutes = 60.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Files of a conversion killed again and again against an undisturbed one.
+
+    Kills come at random moments of start-up, hashing, converting and the last step.
+    """
+    with tempfile.TemporaryDirectory(prefix="convert-kills.", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
+        make_tars(folder / "input", tars, samples)
+        whole, killed = (Conversion(folder / "input", folder / name, engine) for name in ("whole", "killed"))
+        found = kill_again_and_again(whole, killed, kills, minutes, seed)
+        statistics = json.loads((killed.output / "train" / "conversion.json").read_text()) if found["compared"] else {}
+        left = sorted(path.name for path in killed.output.iterdir() if path.name != "train")
+        told = {key: statistics.get(key) for key in ("counts", "dropped")}
+        return {"engine": engine, **found, "files": len(killed.outcome()), "left_behind": left, **told}
+
+
+# ------------------------------------------------------------------------------------------------------- encoding
+
+T5: dict[str, Any] = dict(d_model=256, d_kv=32, d_ff=1024, num_layers=4, num_heads=8, dropout_rate=0.0)
+SHAPES: dict[str, Any] = {"image_size": 16, "images_per_scene": 8, "heldout": 30}
+
+
+def make_captions(folder: Path) -> None:
+    """Write captions with images beside them, and an encoder of random weights with its tokenizer."""
+    prepare(folder / "data", ShapesSource(**SHAPES), {"name": "shapes", **SHAPES})  # pyright: ignore[reportArgumentType]
+    tokenizer = train_tokenizer(scene.caption for scene in all_scenes())
+    torch.manual_seed(0)
+    T5EncoderModel(T5Config(vocab_size=len(tokenizer), **T5)).save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    recipe = yaml.safe_load((ROOT / "yamls" / "quickstart.yaml").read_text())
+    recipe["model"]["text_encoder"] = {"name": "huggingface", "pretrained": str(folder / "encoder"), "max_tokens": 14}
+    recipe["train_loader"]["path"] = str(folder / "data")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+class Encoding(Killable):
+    """One into `encoded/<name>`, now in one process and now on two ranks, whose leader is Composer's launcher."""
+
+    TURNS = ("everything", "worker", "everything", "leader")
+    MOMENTS = {"start-up": 12.0, "encoding": 0.03, "finishing": 0.03}
+    ORDER = ("encoding", "finishing", "encoding", "start-up", "encoding")
+
+    def __init__(self, folder: Path, name: str, part: int, ranks: tuple[int, ...]):
+        split = folder / "data" / "train"
+        super().__init__(split / "encoded" / name, [])
+        self.log = folder / f"{name}.log"
+        self.parts = sum(-(-samples // part) for samples in Manifest.read(split).buckets.values())
+        self.arguments = ["-m", "prx_composer.cli", "encode", "text", str(folder / "recipe.yaml"), "--name", name]
+        self.arguments += ["--part", str(part)]
+        self.ranks = ranks
+
+    def start(self, turn: int = 0) -> None:
+        ranks = self.ranks[turn % len(self.ranks)]
+        launcher = [] if ranks == 1 else ["-m", "composer.cli", "-n", str(ranks)]
+        self.command = [sys.executable, *launcher, *self.arguments]
+        super().start(turn)
+
+    def workers(self) -> list[int]:
+        """Return the ranks, if there is a launcher."""
+        return sorted(pid for pid, parent in session_of(self.leader).items() if parent == self.leader)
+
+    def names(self) -> list[str]:
+        """Return the names of the files in buckets that are there now."""
+        return [name for _, _, names in os.walk(self.output) for name in names if not name.startswith(".")]
+
+    def done(self) -> int:
+        return sum(name.startswith("part.") and name.endswith(".json") for name in self.names())
+
+    def watch(self, moment: str, rng: random.Random) -> Callable[[], bool]:
+        if moment == "finishing":
+            return lambda: self.progress()["moment"] == "finishing"
+        begun, share = self.done(), rng.uniform(0, 0.5)  # of what is left
+        return lambda: self.done() > begun + share * (self.parts - begun)
+
+    def progress(self) -> dict[str, Any]:
+        names, done = self.names(), self.done()
+        is_last = "index.json" in names or "manifest.json" in names or done == self.parts
+        return {"moment": "finishing" if is_last else "encoding" if done else "start-up", "parts": done}
+
+
+def encode(
+    *, kills: int = 16, part: Annotated[int, "samples of a part"] = 8, minutes: Minutes = 60.0, seed: int = 0
+) -> dict[str, Any]:
+    """Files of encoded captions, by runs killed again and again, against those of an undisturbed one.
+
+    On one process and on two ranks in turn. Kills come at random moments of start-up, encoding and the last step.
+    """
+    with tempfile.TemporaryDirectory(prefix="encode-kills.", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
+        make_captions(folder)
+        whole, killed = (Encoding(folder, name, part, ranks) for name, ranks in (("whole", (1,)), ("killed", (1, 2, 2, 2))))
+        found = kill_again_and_again(whole, killed, kills, minutes, seed)
+        return {**found, "files": len(whole.outcome()), "parts": whole.parts}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(__doc__, train, convert, encode))

@@ -1,28 +1,41 @@
 """The questions about speed that only a GPU answers, in order of worth, for one that is lent by the minute.
 
-python benchmarks/suite.py yamls/24h.yaml --of 32 --gpu h200 --minutes 9 --output benchmarks/results/h200
+python benchmarks/suite.py yamls/24h.yaml --of 32 --gpu h200 --minutes 9 --output h200
 
 Each is a benchmark or a test of this repository in a process of its own, on random weights and synthetic batches. One that is
 not expected to end in time is left out, one that fails does not end the others. The folder gets what each writes, its log, and
 `suite.json`: what was asked, by which command, how it ended and after how long.
 """
 
-import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from record import circumstances
+from common import ROOT, as_json, circumstances, parse, say, write
 
-HERE = Path(__file__).parent
+HERE = ROOT / "benchmarks"
 SKIPPED = "left out: not enough time"
+
+
+@dataclass
+class Options:
+    """The command line."""
+
+    recipe: Annotated[list[str], "YAML files and key=value, as for train.py; of two stages"]
+    _: KW_ONLY
+    output: Annotated[Path, "a folder"]
+    of: Annotated[int, "GPUs that the recipe's batch is divided over"] = 1
+    gpu: Annotated[str, "as for throughput.py"] = "h200"
+    minutes: float = 9.0
+    steps: Annotated[int, "of each measurement"] = 20
+    only: Annotated[Sequence[str], "this question; may be repeated"] = ()
 
 
 @dataclass(frozen=True)
@@ -40,21 +53,22 @@ class Question:
     command: list[str]
 
 
-def questions(arguments: argparse.Namespace) -> list[Question]:
+def questions(options: Options) -> list[Question]:
     """Correctness before speed, the recipe before its options, and each option at the image size where it should tell most."""
 
     def throughput(name: str, seconds: float, stage: int | None, *changes: str) -> Question:
-        command = [str(HERE / "throughput.py"), *arguments.recipe, *changes, "--random-weights", "--stored-text"]
-        command += ["--profile", str(arguments.output / "trace.json.gz")] if stage is None else ["--stage", str(stage)]
-        command += ["--of", str(arguments.of), "--gpu", arguments.gpu, "--steps", str(arguments.steps)]
-        return Question(name, seconds, [*command, "--output", str(arguments.output / f"{name}.json")])
+        command = [str(HERE / "throughput.py"), *options.recipe, *changes, "--random-weights", "--stored-text"]
+        command += ["--profile", str(options.output / "trace.json.gz")] if stage is None else ["--stage", str(stage)]
+        command += ["--of", str(options.of), "--gpu", options.gpu, "--steps", str(options.steps)]
+        return Question(name, seconds, [*command, "--output", str(options.output / f"{name}.json")])
 
-    tests = [str(HERE.parent / "tests" / name) for name in ("integration/test_trainer.py", "unit/test_float8.py")]
+    tests = [str(ROOT / "tests" / name) for name in ("integration/test_trainer.py", "unit/test_float8.py")]
     small = ["--hidden-size", "64", "--depth", "3", "--tokens", "64", "--text-tokens", "16", "--text-size", "32"]
     where = ["--device", "cuda"] if torch.cuda.is_available() else small
+    numerics = [str(HERE / "step.py"), "numerics", *where, "--output", str(options.output / "numerics.json")]
     return [
         Question("tests", 60, ["-m", "pytest", "-n", "4", *tests]),
-        Question("numerics", 60, [str(HERE / "numerics.py"), *where, "--output", str(arguments.output / "numerics.json")]),
+        Question("numerics", 60, numerics),
         throughput("recipe", 240, None),  # in one file, for `prx plan --throughput`
         throughput("large-flex", 120, 1, "model.compile=blocks", "model.attention=flex"),
         throughput("small-float8", 120, 0, "algorithms.float8={}"),
@@ -65,7 +79,7 @@ def questions(arguments: argparse.Namespace) -> list[Question]:
 
 
 def ask(question: Question, folder: Path, seconds: float) -> str:
-    """How it ended. Its output goes to a log, which is there even if it is stopped."""
+    """Return how it ended. Its output goes to a log, which is there even if it is stopped."""
     with (folder / f"{question.name}.log").open("wb") as log:
         command = [sys.executable, *question.command]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -78,34 +92,25 @@ def ask(question: Question, folder: Path, seconds: float) -> str:
     return "done" if code == 0 else f"failed with {code}: see {question.name}.log"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="+", help="YAML files and key=value, as for train.py; of two stages")
-    parser.add_argument("--of", type=int, default=1, help="GPUs that the recipe's batch is divided over")
-    parser.add_argument("--gpu", default="h200", help="as for throughput.py")
-    parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--steps", type=int, default=20, help="of each measurement")
-    parser.add_argument("--only", action="append", help="this question; may be repeated")
-    parser.add_argument("--output", type=Path, required=True, help="a folder")
-    arguments = parser.parse_args()
+def main(arguments: list[str]) -> int:
+    """Ask all that there is time for; return 1 if any of them failed."""
+    options = parse(Options, arguments, __doc__, "suite.py")
     began = time.monotonic()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     answers: list[dict[str, Any]] = []
-    for question in questions(arguments):
-        if arguments.only and question.name not in arguments.only:
+    for question in questions(options):
+        if options.only and question.name not in options.only:
             continue
         asked = time.monotonic()
-        left = 60 * arguments.minutes - (asked - began)
-        ended = ask(question, arguments.output, left) if question.seconds <= left else SKIPPED
+        left = 60 * options.minutes - (asked - began)
+        ended = ask(question, options.output, left) if question.seconds <= left else SKIPPED
         seconds = round(time.monotonic() - asked, 1)
         answers.append({"name": question.name, "ended": ended, "seconds": seconds, "command": ["python", *question.command]})
-        sys.stdout.write(f"{question.name}: {ended} ({seconds:.0f} s)\n")
-        sys.stdout.flush()
+        say(f"{question.name}: {ended} ({seconds:.0f} s)")
         found = {"what": "what a GPU was asked, and how each answer ended", **circumstances(), "asked": answers}
-        (arguments.output / "suite.json").write_text(json.dumps(found, indent=1) + "\n")
-    if any(answer["ended"].startswith("failed") for answer in answers):
-        sys.exit(1)
+        write(options.output / "suite.json", as_json(found))
+    return 1 if any(answer["ended"].startswith("failed") for answer in answers) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

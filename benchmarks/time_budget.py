@@ -1,17 +1,17 @@
-"""Is a time budget met? Runs with random budgets on a machine slowed at random (`slow_machine.py`), some interrupted once.
+"""Is a time budget met? Runs with random budgets on a machine slowed at random, some interrupted once.
 
-python benchmarks/time_budget.py --runs 20 --output benchmarks/results/time-budget.json
+python benchmarks/time_budget.py --runs 20 --output time-budget.json
 
 A run is the quickstart at toy size, with two stages by budget, evaluation, scores, images and checkpoints. A third of the runs
 gets SIGTERM on the way, a third stops after a part of the budget; both go on with the same command. The time that counts is that
-of `Trainer.fit` over all processes of the run, measured around it. Met: the run ends within 2% of the budget and one step (its
-longest), on either side, with evaluation, scores, images, averaged weights and checkpoint of the last batch.
+of `Trainer.fit` over all processes of the run, measured by the callback that slows the machine. Met: the run ends within 2% of
+the budget and one step (its longest), on either side, with evaluation, scores, images, averaged weights and checkpoint of the
+last batch.
 """
 
-import argparse
 import contextlib
 import json
-import os
+import math
 import random
 import shutil
 import signal
@@ -19,19 +19,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from composer import Trainer
-from record import circumstances
+from common import environment, main, say, train_command
+from composer.core import Callback, State
+from composer.loggers import Logger
 
+from prx_composer import registry
 from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.start import main as train
 
 TOLERANCE = 0.02
 KINDS = ("undisturbed", "SIGTERM", "stop_after")
-FITS = "fits.jsonl"
 RECIPE = [
     "yamls/quickstart.yaml",
     "train_loader.path=data/shapes-time-budget",
@@ -53,24 +53,51 @@ RECIPE = [
     "eval_interval=100ba",
     "save_interval=10s",
     "progress_bar=false",
-    "code_paths=[benchmarks/slow_machine.py]",
+    f"code_paths=[{__file__}]",
 ]
 
 
-def fit_timed(folder: Path, arguments: list[str]) -> int:
-    """Trains, and adds to `fits.jsonl` how long `Trainer.fit` took."""
-    fit = Trainer.fit
+@registry.callbacks.register("slow_machine")
+class SlowMachine(Callback):
+    """A machine that others use too, so that steps and evaluation are held up at random.
 
-    def timed(trainer: Trainer, *args: Any, **options: Any) -> None:
-        start = time.monotonic()
-        try:
-            fit(trainer, *args, **options)
-        finally:
-            with (folder / FITS).open("a") as file:
-                file.write(json.dumps({"seconds": time.monotonic() - start}) + "\n")
+    Sleeps in every step: a random walk between a fifth of `seconds` and five times that; now and then three times as long.
 
-    Trainer.fit = timed  # pyright: ignore[reportAttributeAccessIssue]
-    return train(arguments)
+    Args:
+        folder: where `slow_machine-<n>.json` says how long the process trained and how long its longest step was, with the sleep.
+        seed: of the sleeps; a resumed process draws others.
+        seconds: of the typical sleep.
+    """
+
+    def __init__(self, folder: str, seed: int = 0, seconds: float = 0.1):
+        self._folder, self._seed, self._seconds = Path(folder), seed, seconds
+        self._level = 0.0
+        self._began: float | None = None
+        self._asked_for = 0.0
+        self._longest = 0.0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._draw = random.Random(self._seed * 1_000_003 + int(state.timestamp.batch))
+        self._began = time.monotonic()
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self._asked_for = time.monotonic()
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        self._level = min(max(self._level + self._draw.gauss(0, 0.15), -math.log(5)), math.log(5))
+        time.sleep(self._seconds * math.exp(self._level) * (3 if self._draw.random() < 0.02 else 1))
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        time.sleep(self._seconds * self._draw.uniform(0.5, 1.5))
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._longest = max(self._longest, time.monotonic() - self._asked_for)
+
+    def close(self, state: State, logger: Logger) -> None:  # which Composer calls right after fit
+        if self._began is not None:
+            number = len(list(self._folder.glob("slow_machine-*.json")))
+            facts = {"longest_step": self._longest, "seconds": time.monotonic() - self._began}
+            (self._folder / f"slow_machine-{number}.json").write_text(json.dumps(facts))
 
 
 def elapsed(folder: Path) -> float:
@@ -85,24 +112,25 @@ def one_run(seed: int, shortest: float, longest: float, pace: float) -> dict[str
     folder = Path("runs") / f"time-budget-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     slow = f"callbacks.slow_machine={{folder: {folder}, seed: {seed}, seconds: {draw.uniform(0.3, 1) * pace:.3f}}}"
-    recipe = [*RECIPE, f"run_name={folder.name}", f"seed={seed}", f"time_budget={budget:.1f}s", slow]
-    command = [sys.executable, __file__, "--fit", str(folder), *recipe]
-    environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)  # threads that wait for each other would measure the machine's load
+    command = train_command([*RECIPE, f"run_name={folder.name}", f"seed={seed}", f"time_budget={budget:.1f}s", slow])
+    surroundings = environment(OMP_NUM_THREADS="1")  # threads that wait for each other would measure the machine's load
     if kind == "stop_after":
-        subprocess.run([*command, f"callbacks.stop_after.time={at:.2f}budget"], env=environment, check=True)
+        subprocess.run([*command, f"callbacks.stop_after.time={at:.2f}budget"], env=surroundings, check=True)
     if kind == "SIGTERM":
-        process = subprocess.Popen(command, env=environment)
+        process = subprocess.Popen(command, env=surroundings)
         while elapsed(folder) < at * budget and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         process.wait()
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run(command, env=surroundings, check=True)
+    return judged(folder, budget) | {"seed": seed, "kind": kind}
 
-    fits = [json.loads(line)["seconds"] for line in (folder / FITS).read_text().splitlines()]
-    machine = [json.loads(path.read_text()) for path in folder.glob("slow_machine-*.json")]
-    step, total = max(process["longest_step"] for process in machine), sum(fits)
-    last = read_metrics(folder / "metrics.jsonl")[-1]
-    checkpoint = newest_checkpoint(folder)
+
+def judged(folder: Path, budget: float) -> dict[str, Any]:
+    """Return whether a run met its budget, and what it has left."""
+    processes = [json.loads(path.read_text()) for path in sorted(folder.glob("slow_machine-*.json"))]
+    step, total = max(one["longest_step"] for one in processes), sum(one["seconds"] for one in processes)
+    last, checkpoint = read_metrics(folder / "metrics.jsonl")[-1], newest_checkpoint(folder)
     assert checkpoint is not None
     state = torch.load(checkpoint.load_path, weights_only=False)["state"]  # our own run's
     complete = {
@@ -113,39 +141,35 @@ def one_run(seed: int, shortest: float, longest: float, pace: float) -> dict[str
         "averaged weights": bool(state["callbacks"]["AverageState"]["average"]),
         "learning rate is 0": last["lr-AdamW/group0"] == 0,
     }
-    on_time = abs(total - budget) <= TOLERANCE * budget + step
     return {
-        "seed": seed, "kind": kind, "budget": budget, "seconds": total, "of_budget": total / budget, "longest_step": step,
-        "batches": last["batch"], "processes": fits, "complete": complete, "met": on_time and all(complete.values()),
-    }  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--first", type=int, default=0, help="seed of the first run")
-    parser.add_argument("--budget", type=float, nargs=2, default=[20.0, 40.0], help="shortest and longest, in seconds")
-    parser.add_argument("--pace", type=float, default=0.15, help="longest typical sleep per step, in seconds")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    runs = []
-    for seed in range(arguments.first, arguments.first + arguments.runs):
-        runs.append(one_run(seed, arguments.budget[0], arguments.budget[1], arguments.pace))
-        sys.stdout.write(json.dumps(runs[-1]) + "\n")
-        sys.stdout.flush()
-    result = {
-        "what": "seconds of training of runs with a time budget, on a machine slowed at random",
-        **circumstances(),
-        "met": f"{sum(run['met'] for run in runs)} of {len(runs)}",
-        "of_budget": [min(run["of_budget"] for run in runs), max(run["of_budget"] for run in runs)],
-        "runs": runs,
+        "budget": budget,
+        "seconds": total,
+        "of_budget": total / budget,
+        "longest_step": step,
+        "batches": last["batch"],
+        "processes": [one["seconds"] for one in processes],
+        "complete": complete,
+        "met": abs(total - budget) <= TOLERANCE * budget + step and all(complete.values()),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def time_budget(
+    *,
+    runs: int = 20,
+    first: Annotated[int, "seed of the first run"] = 0,
+    shortest: Annotated[float, "budget, in seconds"] = 20.0,
+    longest: float = 40.0,
+    pace: Annotated[float, "longest typical sleep per step, in seconds"] = 0.15,
+) -> dict[str, Any]:
+    """Seconds of training of runs with a time budget, on a machine slowed at random."""
+    found: list[dict[str, Any]] = []
+    for seed in range(first, first + runs):
+        found.append(one_run(seed, shortest, longest, pace))
+        say(json.dumps(found[-1]))
+    shares = [run["of_budget"] for run in found]
+    met = sum(run["met"] for run in found)
+    return {"met": f"{met} of {runs}", "of_budget": [min(shares), max(shares)], "runs": found, "failed": met < runs}
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--fit"]:
-        where = Path(sys.argv[2])
-        sys.exit(fit_timed(where, sys.argv[3:]))
-    main()
+    sys.exit(main(__doc__, time_budget))

@@ -1,30 +1,35 @@
 """Several trainings in turns: exactly one of them computes at a time, so that what slows the machine down slows all alike.
 
 `Turns` is a Composer callback on the side of the training, `take_turns` the side that gives the turns. Between them is a socket:
-a training says that it waits, and is told to go. Who exits, by finishing or dying, gives its turns away for good.
+a training says that it waits, and is told to go. A training that exits, by finishing or dying, gives its turns away for good.
+`Run` is a training that takes part, by train.py in a process of its own.
 """
 
 import contextlib
 import json
 import select
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from common import MEGABYTE, as_json, environment, peak_memory, say, train_command, write
 from composer.core import Callback, State
 from composer.loggers import Logger
 
 from prx_composer import registry
-
-__all__ = ["Player", "Turns", "take_turns", "turn_order"]
+from prx_composer.common.errors import UserError
+from prx_composer.runs.folder import read_metrics
 
 WAITING, GO = b"w", b"g"
 POLL_SECONDS = 0.2
-MEGABYTE = 2**20
+REFUSED = "error: "  # how train.py begins what it says of a recipe that it doesn't train
 
 
 # --------------------------------------------------------------------------------------------------- giving turns
@@ -40,14 +45,14 @@ class Player:
 
 
 def turn_order(players: int, round: int) -> list[int]:
-    """Who comes after whom changes every round: rotated every second round, backwards in between (AB BA BA AB for two)."""
+    """Return who plays when: rotated every second round, backwards in between (AB BA BA AB for two)."""
     shift = round // 2 % players
     order = [(index + shift) % players for index in range(players)]
     return order[::-1] if round % 2 else order
 
 
 def take_turns(starts: list[Callable[[], Player]]) -> Iterator[tuple[int, list[Player]]]:
-    """Starts players, waits until every one is ready, then lets one after the other go, round after round, until all have exited.
+    """Start players, wait until every one is ready, then let one after the other go, round after round, until all have exited.
 
     The first is ready before the others are started, so that data or weights which all need are made or downloaded once.
 
@@ -75,7 +80,7 @@ def _one_turn(player: Player) -> bool:
 
 
 def _is_waiting(player: Player) -> bool:
-    """Blocks until the player waits for its (next) turn, True, or has exited, False."""
+    """Block until the player waits for its (next) turn, True, or has exited, False."""
     while True:
         readable = select.select([player.link], [], [], POLL_SECONDS)[0]
         if readable and _receive(player.link) == WAITING:
@@ -100,10 +105,10 @@ def _receive(link: socket.socket) -> bytes:
 class Turns(Callback):
     """Waits for a turn of some steps, and records how long each step took, without the waiting.
 
-    The first line of the file has `trained_parameters` and `memory_mb` (before the first step); then there is one per step:
+    The first line of the file has `trained_parameters` and `memory_mb` (before the first step). Then there is one per step:
     `batch`, `turn`, `loader_ms` (waiting for the batch), `step_ms` (forward, backward, optimizer, and all that algorithms do) and
-    `memory_mb`, the peak so far: allocated on the GPU if there is one, else resident memory of this process (its data workers not
-    counted). Evaluation, sampling, logging, checkpoints and the change from one pass over the data to the next are in no step.
+    `memory_mb`, the peak so far: allocated on the GPU if there is one, else resident memory of this process without its data
+    workers. Evaluation, sampling, logging, checkpoints and the change from one pass over the data to the next are in no step.
 
     Args:
         path: JSON-lines file to write.
@@ -122,7 +127,7 @@ class Turns(Callback):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("w")
         trained = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
-        self._write({"trained_parameters": trained, "memory_mb": _peak_memory()})
+        self._write({"trained_parameters": trained, "memory_mb": round(peak_memory() / MEGABYTE, 1)})
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         if self._left == 0:
@@ -140,7 +145,7 @@ class Turns(Callback):
                 "turn": self._turn,
                 "loader_ms": round(1000 * (self._loaded - self._asked), 3),
                 "step_ms": round(1000 * (ended - self._loaded), 3),
-                "memory_mb": _peak_memory(),
+                "memory_mb": round(peak_memory() / MEGABYTE, 1),
             }
         )
         self._left -= 1
@@ -164,21 +169,119 @@ class Turns(Callback):
 
 
 def _now() -> float:
-    """Seconds, once the GPU has done what it was given."""
+    """Return the seconds of a clock, once the GPU has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def _peak_memory() -> float:
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / MEGABYTE, 1)
-    status = Path("/proc/self/status")
-    if status.exists():  # rather than ru_maxrss, which begins with what the parent had
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return round(int(line.split()[1]) / 1024, 1)
-    import resource
+# ----------------------------------------------------------------------------------------------------------- runs
 
-    unit = 1 if torch.backends.mps.is_available() else 1024  # bytes on macOS, else KiB
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE, 1)
+
+@dataclass(frozen=True)
+class Stack:
+    """A recipe's tricks, and what differs from the recipe."""
+
+    name: str  # such as base+muon-ema
+    changes: tuple[str, ...]  # files and `algorithms.x=false`, in order
+
+    @property
+    def files(self) -> list[str]:
+        return [change for change in self.changes if "=" not in change]
+
+    @property
+    def left_out(self) -> list[str]:
+        return [change.removeprefix("algorithms.").removesuffix("=false") for change in self.changes if "=" in change]
+
+
+@dataclass
+class Run:
+    """One stack with one seed."""
+
+    stack: Stack
+    seed: int
+    folder: Path
+    arguments: list[str]  # of train.py
+    code_paths: list[str]
+    process: "subprocess.Popen[str] | None" = None
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def steps_file(self) -> Path:
+        return self.folder / "turns.jsonl"
+
+    def start(self, steps: int) -> Player:
+        """Start the training; it goes up to its first step and waits."""
+        ours, theirs = socket.socketpair()
+        own = [f"run_name={self.folder.name}", f"run_folder={self.folder}", f"seed={self.seed}", "autoresume=false"]
+        own += [f"code_paths={json.dumps([*self.code_paths, __file__])}"]
+        own += [f"callbacks.turns={json.dumps({'path': str(self.steps_file), 'link': theirs.fileno(), 'steps': steps})}"]
+        command = train_command([*self.arguments, *own])  # without a launcher, which would need a port
+        with self.log.open("w") as log, theirs:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()], env=environment(), text=True
+            )
+        self.process = process
+        return Player(self.folder.name, ours, lambda: process.poll() is not None)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what `Turns` wrote: a header, then a line per step; nothing if the run didn't come that far."""
+        return read_metrics(self.steps_file) if self.steps_file.exists() else []
+
+    def failure(self) -> str | None:
+        """Return what a run that failed said: of a recipe that is refused all of the message, else the last line of the log."""
+        if self.process is None or self.process.returncode == 0:
+            return None
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        refused = [index for index, line in enumerate(lines) if line.startswith(REFUSED)]
+        if refused:
+            return " ".join(lines[refused[-1] :])
+        return lines[-1].removeprefix("[rank0]: ") if lines else f"exit code {self.process.returncode}"
+
+
+def train(runs: list[Run], steps: int) -> None:
+    """Train all of them in turns of so many steps."""
+    try:
+        for rounds, playing in take_turns([partial(run.start, steps) for run in runs]):
+            if playing and (rounds % 10 == 0 or len(playing) < len(runs)):
+                say(f"{rounds * steps} steps each; still training: {', '.join(player.name for player in playing)}")
+    finally:
+        for run in runs:
+            if run.process is not None and run.process.poll() is None:
+                run.process.terminate()
+    for run in runs:
+        if (failure := run.failure()) is not None:
+            say(f"{run.folder.name} failed: {failure} (see {run.log})")
+
+
+def outputs(path: Path) -> list[Path]:
+    """Return where the numbers, the table and the picture of a comparison go."""
+    return [path.with_name(path.name + suffix) for suffix in (".json", ".md", ".png")]
+
+
+def fresh_folder(output: Path, overwrite: bool) -> Path:
+    """Make the empty folder in which the runs of a comparison lie, beside nothing of the same name.
+
+    Raises:
+        UserError: there are runs or results already, and they may not be overwritten.
+    """
+    folder = Path("runs", output.name if output.name.startswith("ablate-") else f"ablate-{output.name}")
+    existing = [path for path in (folder, *outputs(output)) if path.exists()]
+    if existing and not overwrite:
+        raise UserError(f"{existing[0]} is there already; give --overwrite to delete it, or another --output.")
+    for path in existing:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True)
+    return folder
+
+
+def publish(output: Path, result: dict[str, Any], report: str, draw: Callable[[Path], None], table: str) -> None:
+    """Write the numbers, the report and the picture of a comparison, and print its table."""
+    data, text, picture = outputs(output)
+    write(data, as_json(result))
+    write(text, report)
+    draw(picture)
+    say(f"\n{table}\n{data} · {text} · {picture}")

@@ -1,5 +1,7 @@
 """Names in a recipe → classes. Anybody's own join by decorator, or by an entry point in the group `prx_composer_<kind>`.
 
+A whole library's join by a plug-in, which is asked for names that nobody else has: see `PlugIn`.
+
 from prx_composer import registry
 
 @registry.algorithms.register("mine")
@@ -10,13 +12,12 @@ import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import catalogue
 
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.common.outlines import CannotTell, outline
-from prx_composer.integrations.llm_foundry.lookup import INSTALL, foundry_component, is_installed, may_have, spelt_names
 
 T = TypeVar("T")
 
@@ -28,19 +29,34 @@ def _entry_points() -> dict[str, frozenset[str]]:
     return {group: frozenset(found.select(group=group).names) for group in found.groups if group.startswith("prx_composer_")}
 
 
+class PlugIn(Protocol):
+    """What an entry point in the group `prx_composer_plugins` names: a module, or an object, that has two functions."""
+
+    def may_have(self, kind: str, name: str) -> bool:
+        """Return whether it could have a component of that name, without importing the library behind it."""
+        ...
+
+    def find(self, kind: str, name: str) -> Any:
+        """Return the class of that name. Raises LookupError, with what the user should know, if it has none."""
+        ...
+
+
+@functools.cache
+def _plug_ins() -> list[PlugIn]:
+    return [entry.load() for entry in importlib.metadata.entry_points(group="prx_composer_plugins")]
+
+
 class Registry:
     """Components of one kind.
 
     Args:
         kind: plural, as in the entry-point group.
         builtin: name → "module:attribute", imported only when used.
-        foundry: whether a name that isn't here is looked up in llm-foundry's registry of that kind, if it is installed.
     """
 
-    def __init__(self, kind: str, builtin: dict[str, str], foundry: bool = False):
+    def __init__(self, kind: str, builtin: dict[str, str]):
         self.kind = kind
         self.builtin = builtin
-        self._foundry = foundry
         self._added = catalogue.create("prx_composer", kind, entry_points=True)
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -66,10 +82,13 @@ class Registry:
         if name in self.builtin:
             module, attribute = self.builtin[name].split(":")
             return getattr(importlib.import_module(module), attribute)
-        missing = f"{path}: there is no {name!r} among the {self.kind}"
-        if not self._foundry:
-            raise UserError(f"{missing}.{nearest(name, self.names())}")
-        return self._of_foundry(name, f"{missing}.{nearest(name, self.names())}")
+        missing = f"{path}: there is no {name!r} among the {self.kind}.{nearest(name, self.names())}"
+        for plug_in in _plug_ins():
+            try:
+                return plug_in.find(self.kind, name)
+            except LookupError as error:
+                missing += f" {error.args[0]}" if error.args else ""
+        raise UserError(missing)
 
     def described(self, name: str, path: str, imports: bool = True) -> Any:
         """What has the same constructor as the class of that name: the class, or its outline where nothing is to be imported.
@@ -84,25 +103,12 @@ class Registry:
             raise CannotTell(f"{name} is another package's")
         if name in self.builtin:
             return outline(*self.builtin[name].split(":"))
-        if self._foundry and is_installed() and may_have(self.kind, name):
-            raise CannotTell(f"llm-foundry may have {name}")
+        if any(plug_in.may_have(self.kind, name) for plug_in in _plug_ins()):
+            raise CannotTell(f"a plug-in may have {name}")
         return self.get(name, path)
 
     def _entry_points(self) -> frozenset[str]:
         return _entry_points().get(f"prx_composer_{self.kind}", frozenset())
-
-    def _of_foundry(self, name: str, missing: str) -> Any:
-        if not is_installed():
-            raise UserError(f"{missing} llm-foundry's {self.kind} can be named too, but it isn't installed: {INSTALL}")
-        try:
-            found = foundry_component(self.kind, name) if may_have(self.kind, name) else None
-        except LookupError as error:
-            raise UserError(f"{missing} {error.args[0]}") from error
-        except ImportError as error:
-            raise UserError(f"{missing} llm-foundry's could not be looked at, since it cannot be imported: {error}") from error
-        if found is None:
-            raise UserError(f"{missing} llm-foundry has none either.{nearest(name, spelt_names(self.kind))}")
-        return found
 
 
 models = Registry("models", {"text_to_image": "prx_composer.models.text_to_image:TextToImage"})
@@ -128,11 +134,11 @@ algorithms = Registry(
     "algorithms",
     {
         "contrastive_flow_matching": "prx_composer.algorithms.contrastive_flow_matching:ContrastiveFlowMatching",
-        "deferred_masking": "prx_composer.algorithms.deferred_masking:DeferredMasking",
+        "deferred_masking": "prx_composer.algorithms.token_routing:DeferredMasking",
         "ema": "prx_composer.algorithms.ema:EMA",
         "float8": "prx_composer.algorithms.float8:Float8",
         "gradient_clipping": "prx_composer.algorithms.gradient_clipping:GradientClipping",
-        "irepa": "prx_composer.algorithms.irepa:IREPA",
+        "irepa": "prx_composer.algorithms.repa:IREPA",
         "lora": "prx_composer.algorithms.lora:LoRA",
         "low_precision_norm": "prx_composer.algorithms.low_precision_norm:LowPrecisionNorm",
         "lpips": "prx_composer.algorithms.lpips:LPIPS",
@@ -141,10 +147,9 @@ algorithms = Registry(
         "repa": "prx_composer.algorithms.repa:REPA",
         "resolution_aware": "prx_composer.algorithms.resolution_aware:ResolutionAware",
         "skip_nonfinite": "prx_composer.algorithms.skip_nonfinite:SkipNonfinite",
-        "sprint": "prx_composer.algorithms.sprint:SPRINT",
-        "tread": "prx_composer.algorithms.tread:TREAD",
+        "sprint": "prx_composer.algorithms.token_routing:SPRINT",
+        "tread": "prx_composer.algorithms.token_routing:TREAD",
     },
-    foundry=True,
 )
 callbacks = Registry(
     "callbacks",
@@ -163,7 +168,6 @@ callbacks = Registry(
         "speed_monitor": "prx_composer.callbacks.speed_monitor:SpeedMonitor",
         "watchdog": "prx_composer.callbacks.watchdog:Watchdog",
     },
-    foundry=True,
 )
 loggers = Registry(
     "loggers",
@@ -174,7 +178,6 @@ loggers = Registry(
         "tensorboard": "prx_composer.loggers.tensorboard:TensorBoard",
         "wandb": "prx_composer.loggers.wandb:WandB",
     },
-    foundry=True,
 )
 optimizers = Registry(
     "optimizers",
@@ -183,7 +186,6 @@ optimizers = Registry(
         "decoupled_adamw": "composer.optim:DecoupledAdamW",
         "muon": "prx_composer.optim.muon:Muon",
     },
-    foundry=True,
 )
 schedulers = Registry(
     "schedulers",
@@ -194,7 +196,6 @@ schedulers = Registry(
         "linear_decay_with_warmup": "composer.optim:LinearWithWarmupScheduler",
         "warmup_stable_decay": "prx_composer.optim.schedules:WarmupStableDecay",
     },
-    foundry=True,
 )
 
 # A component nested in another's arguments is looked up by the argument's name.

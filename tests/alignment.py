@@ -9,8 +9,7 @@ import transformers
 from composer.core import Event, State
 from composer.devices import DeviceCPU
 
-from prx_composer.algorithms.alignment import AlignmentAlgorithm, AlignmentLoss
-from prx_composer.algorithms.repa import REPA
+from prx_composer.algorithms.repa import REPA, Alignment
 from prx_composer.models import TextToImage
 from prx_composer.models.vision_encoder import TeacherSpec
 from prx_composer.optim.groups import AdamW
@@ -32,7 +31,7 @@ def make_teacher(path: Path) -> Path:
     return path
 
 
-def attach(model: TextToImage, algorithm: AlignmentAlgorithm) -> State:
+def attach(model: TextToImage, algorithm: Alignment) -> State:
     """As the Trainer does, up to the first batch."""
     state = State(
         model=model,
@@ -45,11 +44,6 @@ def attach(model: TextToImage, algorithm: AlignmentAlgorithm) -> State:
     algorithm.apply(Event.INIT, state, None)  # pyright: ignore[reportArgumentType]
     algorithm.apply(Event.BATCH_START, state, None)  # pyright: ignore[reportArgumentType]
     return state
-
-
-def loss_of(algorithm: AlignmentAlgorithm) -> AlignmentLoss:
-    assert isinstance(algorithm.loss, AlignmentLoss)
-    return algorithm.loss
 
 
 def repa(**arguments: Any) -> REPA:

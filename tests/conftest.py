@@ -9,18 +9,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.request import Request, urlopen
 
 import pytest
-import torch
+import warm
 import yaml
-from hostile import place  # noqa: F401 -- a fixture
 
-from prx_composer.data.small_sets import ShapesSource, all_scenes
-from prx_composer.data.sources import prepare
-from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
-from prx_composer.models.text_encoder import train_tokenizer
+if TYPE_CHECKING:  # fixtures import what they use: xdist's controller reads this file too, and runs no test
+    import torch
+
+    from prx_composer.models import FlowMatching, TextToImage
 
 TINY_BACKBONE = dict(in_channels=3, patch_size=4, context_in_dim=24, hidden_size=32, num_heads=2, depth=2, mlp_ratio=2.0)
 TINY_T5 = dict(model_type="t5", d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
@@ -38,16 +37,42 @@ SOURCE = {"name": "shapes", "image_size": 16, "images_per_scene": 1, "heldout": 
 logging.getLogger("prx_composer").setLevel(logging.INFO)  # as `main` has it: no test hangs on another having called that
 
 
+def runs_tests(config: pytest.Config) -> bool:
+    """Whether this process does, and is no controller of others."""
+    return hasattr(config, "workerinput") or not config.getoption("numprocesses", 0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if runs_tests(config):
+        config.pluginmanager.import_plugin("hostile")  # a fixture; what it imports, most tests need
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """While this process has one thread and has computed nothing, what it has imported is kept for the commands of tests."""
+    if runs_tests(session.config):
+        warm.open_folder()
+
+
+def pytest_sessionfinish() -> None:
+    warm.close_folder()
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
+    from prx_composer.data.small_sets import all_scenes
+    from prx_composer.models.text_encoder import train_tokenizer
+
     return train_tokenizer(scene.caption for scene in all_scenes())
 
 
 @pytest.fixture
-def tiny_model(tokenizer: Any) -> Callable[..., TextToImage]:
+def tiny_model(tokenizer: Any) -> "Callable[..., TextToImage]":
     """Builds a model whose zero-initialised layers are randomised, so that every part of it matters."""
+    import torch
 
-    def build(seed: int = 0, flow: FlowMatching | None = None, trainable_text: bool = True, **backbone: Any) -> TextToImage:
+    from prx_composer.models import HuggingFaceTextEncoder, PRXBackbone, TextToImage
+
+    def build(seed: int = 0, flow: "FlowMatching | None" = None, trainable_text: bool = True, **backbone: Any) -> TextToImage:
         torch.manual_seed(seed)
         encoder = HuggingFaceTextEncoder(tokenizer, config=TINY_T5, max_tokens=14, trainable=trainable_text)
         model = TextToImage(PRXBackbone(**(TINY_BACKBONE | backbone)), encoder, flow, seed=seed)
@@ -61,7 +86,10 @@ def tiny_model(tokenizer: Any) -> Callable[..., TextToImage]:
 
 
 @pytest.fixture
-def tiny_batch(tokenizer: Any) -> dict[str, torch.Tensor]:
+def tiny_batch(tokenizer: Any) -> "dict[str, torch.Tensor]":
+    import torch
+
+    from prx_composer.data.small_sets import all_scenes
     from prx_composer.models.text_encoder import tokenize
 
     generator = torch.Generator().manual_seed(0)
@@ -72,6 +100,9 @@ def tiny_batch(tokenizer: Any) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from prx_composer.data.small_sets import ShapesSource
+    from prx_composer.data.sources import prepare
+
     path = tmp_path_factory.mktemp("data") / "shapes"
     arguments = {key: value for key, value in SOURCE.items() if key != "name"}
     prepare(path, ShapesSource(**arguments), SOURCE)  # pyright: ignore[reportArgumentType]
@@ -120,6 +151,7 @@ def tiny_recipe(tmp_path: Path, shapes_data: Path) -> dict[str, Any]:
 @pytest.fixture
 def encoder_folder(tmp_path: Path, tokenizer: Any) -> Path:
     """A text encoder with random but seeded weights, and its tokenizer, as a folder that a recipe can name."""
+    import torch
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)

@@ -8,54 +8,49 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from prx_composer import registry
-from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
-from prx_composer.models import AuxiliaryLoss
+from prx_composer.algorithms.base import LossTrick
 
 
-class PoisonLoss(AuxiliaryLoss):
-    """A weight decay on eight numbers of its own; at times it isn't."""
+@registry.algorithms.register("poison")
+class Poison(LossTrick):
+    """A weight decay on eight numbers of its own; at times it isn't.
 
-    def __init__(self) -> None:
-        super().__init__(1.0)
-        self.scale = nn.Parameter(torch.ones(8))
+    Args: kinds: batch (counted from 1) → kind, in the batch's first microbatch; rank: on which rank, None = on all.
+    """
+
+    name = "poison"
+
+    def __init__(self, kinds: dict[int, str], rank: int | None = None, end: str | None = None):
+        super().__init__(1.0, end=end)
+        self.kinds, self.rank = {int(batch): kind for batch, kind in kinds.items()}, rank
         self.kind: str | None = None  # of the microbatch in hand
 
-    def forward(self, outputs: Any, batch: Any) -> Tensor:
-        kind, value = self.kind, 1e-2 * self.scale.square().sum()
+    def build(self, model: Any) -> dict[str, nn.Parameter]:
+        return {"scale": nn.Parameter(torch.ones(8))}
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        scale: Tensor = self.term.scale
+        kind, value = self.kind, 1e-2 * scale.square().sum()
         if kind == "nan":  # value and gradient
             return value * float("nan")
         if kind == "loss":  # infinite, with the finite gradient of `value`
             return value + float("inf")
         if kind == "gradient":  # finite, with an infinite derivative by the last number alone
-            return value + (self.scale[-1] - self.scale[-1].detach()).sqrt()
+            return value + (scale[-1] - scale[-1].detach()).sqrt()
         if kind == "spike":
             return value + 1000
         return value
-
-
-@registry.algorithms.register("poison")
-class Poison(AuxiliaryLossAlgorithm):
-    """Args: kinds: batch (counted from 1) → kind, in the batch's first microbatch; rank: on which rank, None = on all."""
-
-    name = "poison"
-
-    def __init__(self, kinds: dict[int, str], rank: int | None = None, end: str | None = None):
-        super().__init__(end=end)
-        self.kinds, self.rank = {int(batch): kind for batch, kind in kinds.items()}, rank
-
-    def build_loss(self, model: Any) -> PoisonLoss:
-        return PoisonLoss()
 
     def match(self, event: Event, state: State) -> bool:
         return super().match(event, state) or event == Event.AFTER_LOSS
 
     def apply(self, event: Event, state: State, logger: Any) -> None:
         if event == Event.AFTER_LOSS:
-            self.loss.kind = None  # pyright: ignore
+            self.kind = None
             return
         super().apply(event, state, logger)
         if event == Event.BATCH_START and self.rank in (None, dist.get_global_rank()):
-            self.loss.kind = self.kinds.get(int(state.timestamp.batch) + 1)  # pyright: ignore
+            self.kind = self.kinds.get(int(state.timestamp.batch) + 1)
 
 
 @registry.algorithms.register("take_back")

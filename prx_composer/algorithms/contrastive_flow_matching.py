@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
+from prx_composer.algorithms.base import LossTrick
 from prx_composer.common.errors import UserError
 from prx_composer.models.flow import FlowMatching
-from prx_composer.models.losses import AuxiliaryLoss, FlowOutput
+from prx_composer.models.losses import FlowOutput
 
 
 def contrastive_error(flow: FlowMatching, outputs: FlowOutput) -> Tensor:
@@ -27,28 +27,30 @@ def contrastive_error(flow: FlowMatching, outputs: FlowOutput) -> Tensor:
     return flow.squared_error(outputs.prediction, clean_end, noisy_end / flow.noise_scale, outputs.timestep, outputs.counted)
 
 
-class ContrastiveFlowMatchingLoss(AuxiliaryLoss):
+class ContrastiveFlowMatching(LossTrick):
     """−(1/B) · Σ `contrastive_error`, over the images whose negative has another caption.
 
     Together with the flow-matching error it has one minimum, v̂ = (E[v | x_t, caption] − λ·E[ṽ]) / (1 − λ): the true velocity,
     away from the mean of all. At λ ≥ 1 there is none.
 
     Args:
-        weight: λ.
-        flow: the process that is learned.
+        weight: λ, in [0, 1).
         skip_same_caption: leave out the images whose negative has the same caption, from which nothing should be told apart.
+        start, end: window.
 
     Raises:
         ValueError: a weight outside of [0, 1).
     """
 
-    def __init__(self, weight: float, flow: FlowMatching, skip_same_caption: bool = True):
-        super().__init__(weight)
+    name = "contrastive_flow_matching"
+
+    def __init__(self, weight: float = 0.05, skip_same_caption: bool = True, start: str = "0ba", end: str | None = None):
+        super().__init__(weight, start, end)
         if weight >= 1:
             raise ValueError(f"weight must be less than 1, where the loss has no minimum, but is {weight}.")
-        self.flow, self.skip_same_caption = flow, skip_same_caption
+        self.skip_same_caption = skip_same_caption
 
-    def forward(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
+    def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
         if len(outputs.clean) < 2:
             raise UserError(
                 "algorithms.contrastive_flow_matching: a microbatch of one image has no other to keep away from; "
@@ -59,22 +61,3 @@ class ContrastiveFlowMatchingLoss(AuxiliaryLoss):
             input_ids: Tensor = batch["input_ids"]
             error = error * torch.any(input_ids != input_ids.roll(1, 0), dim=1)
         return -error.mean()
-
-
-class ContrastiveFlowMatching(AuxiliaryLossAlgorithm):
-    """Adds a `ContrastiveFlowMatchingLoss`.
-
-    Args:
-        weight: λ, in [0, 1).
-        skip_same_caption: leave out the images whose negative has the same caption.
-        start, end: window.
-    """
-
-    name = "contrastive_flow_matching"
-
-    def __init__(self, weight: float = 0.05, skip_same_caption: bool = True, start: str = "0ba", end: str | None = None):
-        super().__init__(start, end)
-        self.weight, self.skip_same_caption = weight, skip_same_caption
-
-    def build_loss(self, model: Any) -> ContrastiveFlowMatchingLoss:
-        return ContrastiveFlowMatchingLoss(self.weight, model.flow, self.skip_same_caption)

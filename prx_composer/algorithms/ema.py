@@ -5,19 +5,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from composer.core import Algorithm, Callback, Event, State, Time, TimeUnit
+from composer.core import Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from prx_composer.algorithms.base import Trick
 from prx_composer.common.distributed import clean_name
 from prx_composer.common.errors import UserError
-from prx_composer.schedule.moments import ScheduleWindow
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from prx_composer.optim.exchange import local
 
 
 class WeightAverage:
@@ -37,15 +34,15 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, smoothing: float) -> None:
         """average ← smoothing · average + (1 − smoothing) · parameters, in one fused call."""
-        average = [_local(tensor) for tensor in self.average.values()]
-        current = [_local(parameter.detach()) for parameter in self.parameters.values()]
+        average = [local(tensor) for tensor in self.average.values()]
+        current = [local(parameter.detach()) for parameter in self.parameters.values()]
         torch._foreach_lerp_(average, current, weight=1 - smoothing)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def reset(self) -> None:
         """Starts again from the present parameters."""
         for name, parameter in self.parameters.items():
-            _local(self.average[name]).copy_(_local(parameter.detach()))
+            local(self.average[name]).copy_(local(parameter.detach()))
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -54,7 +51,7 @@ class WeightAverage:
             if isinstance(module, FSDPModule):
                 module.reshard()
         for name, parameter in self.parameters.items():
-            current, average = _local(parameter.detach()), _local(self.average[name])
+            current, average = local(parameter.detach()), local(self.average[name])
             held = current.clone()
             current.copy_(average)
             average.copy_(held)
@@ -82,7 +79,7 @@ class WeightAverage:
             loaded = state[name]
             if isinstance(average, DTensor) and not isinstance(loaded, DTensor):
                 loaded = distribute_tensor(loaded.to(average.device), average.device_mesh, average.placements)
-            _local(average).copy_(_local(loaded))
+            local(average).copy_(local(loaded))
 
 
 class AverageState(Callback):
@@ -113,7 +110,7 @@ class AverageState(Callback):
             yield f"the average of {name}", tensor
 
 
-class EMA(Algorithm):
+class EMA(Trick):
     """Keeps a `WeightAverage` and lends it to evaluation and sampling (`model.sampling_weights`).
 
     Checkpoints carry both the plain weights and the average, under the plain parameter names.
@@ -130,6 +127,8 @@ class EMA(Algorithm):
         ValueError: both or neither of smoothing and half-life, or a value out of range.
     """
 
+    name = "ema"
+
     def __init__(
         self,
         smoothing: float | None = None,
@@ -138,6 +137,7 @@ class EMA(Algorithm):
         start: str = "0ba",
         end: str | None = None,
     ):
+        super().__init__(start, end)
         if (smoothing is None) == (half_life is None):
             raise ValueError("ema needs either `smoothing` (per batch, such as 0.9999) or `half_life` (such as 700ba).")
         interval = Time.from_timestring(update_interval)
@@ -152,7 +152,6 @@ class EMA(Algorithm):
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), not {smoothing}.")
         self.smoothing, self.interval = smoothing, int(interval.value)
-        self.window = ScheduleWindow(start, end)
         self.average: WeightAverage | None = None
         self._started = False
         self._swapped = False
@@ -167,10 +166,7 @@ class EMA(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.INIT:
-            if not hasattr(state.model, "sampling_weights"):
-                raise UserError("algorithms.ema needs a model with a `sampling_weights` seam, such as text_to_image.")
-            model: Any = state.model
-            model.sampling_weights = self.sampling_weights
+            self.attach_to(state)
         elif event == Event.BEFORE_LOAD:  # parameters are sharded now and will stay the objects that they are
             self.average = WeightAverage(state.model)
             state.callbacks.append(AverageState(self.average, gather=state.fsdp_state_dict_type == "full"))
@@ -178,6 +174,11 @@ class EMA(Algorithm):
             self._update(state)
         elif (event == Event.EVAL_START and self._started) or (event == Event.EVAL_END and self._swapped):
             self._exchange()
+
+    def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
+        if not hasattr(model, "sampling_weights"):
+            raise UserError("algorithms.ema needs a model with a `sampling_weights` seam, such as text_to_image.")
+        model.sampling_weights = self.sampling_weights
 
     @contextmanager
     def sampling_weights(self) -> Iterator[None]:

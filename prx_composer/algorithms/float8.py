@@ -6,15 +6,15 @@ Formats: e4m3 and e5m2 of Micikevicius et al. 2022 (arXiv:2209.05433).
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
-from composer.core import Algorithm, Event, State
-from composer.loggers import Logger
+from composer.core import Algorithm
 from torch import nn
 
-from prx_composer.common.errors import UserError
+from prx_composer.algorithms.base import Trick
+from prx_composer.common.errors import UserError, at_path
 from prx_composer.models.adapters import BLOCK_LAYERS, is_adapted
 
 log = logging.getLogger(__name__)
@@ -130,8 +130,8 @@ def _torchao() -> tuple[Any, Any]:
     return convert_to_float8_training, Float8LinearConfig
 
 
-class Float8(Algorithm):
-    """Applies `apply_float8` to the backbone at Event.INIT, before weights are sharded and graphs compiled.
+class Float8(Trick):
+    """Applies `apply_float8` to the backbone, before weights are sharded and graphs compiled.
 
     Weights stay fp32 and are rounded for every product. What the trained model draws outside of the run has no float8 in it.
 
@@ -140,12 +140,14 @@ class Float8(Algorithm):
 
     Raises:
         ValueError: another recipe; torchao isn't installed.
-        UserError: at INIT: see `check_fit`, `hardware_problem` and `apply_float8`.
+        UserError: see `check`, `hardware_problem` and `apply_float8`.
     """
 
     name = "float8"
+    experimental = True
 
     def __init__(self, recipe: Recipe = "tensorwise", emulate: bool = False, exclude: list[str] | None = None):
+        super().__init__()
         if recipe not in ("tensorwise", "rowwise"):
             raise ValueError(f"recipe: {recipe!r} is neither tensorwise nor rowwise.")
         if not _is_installed():
@@ -153,37 +155,23 @@ class Float8(Algorithm):
         self.recipe: Recipe = recipe
         self.emulate, self.exclude = emulate, tuple(exclude or ())
 
-    def check_fit(self, backbone: Any, algorithms: Iterable[Algorithm], fsdp: Any) -> None:
-        """Refuses what is known not to work, or not known to work, before anything is computed.
-
-        Args:
-            backbone: on any device, meta too.
-            algorithms: all of the run.
-            fsdp: how weights are sharded, Composer's configuration; None: not at all.
-
-        Raises:
-            UserError: `lora` beside it, shards that are replicated (HSDP), sizes that don't fit.
-        """
-        if any(getattr(algorithm, "name", None) == "lora" for algorithm in algorithms):
+    def check(self, recipe: Any, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+        if any(getattr(algorithm, "name", None) == "lora" for algorithm in others):
             raise UserError(_WITH_LORA)
-        if fsdp is not None and getattr(fsdp, "shard_degree", -1) != -1:
+        if getattr(sharding, "shard_degree", -1) != -1:
             raise UserError(
                 f"algorithms.float8 has not been tried with replicas of shards (parallelism_config.fsdp.shard_degree: "
-                f"{fsdp.shard_degree}); set it to -1, which shards over all ranks, or parallelism_config=null."
+                f"{sharding.shard_degree}); set it to -1, which shards over all ranks, or parallelism_config=null."
             )
-        try:
-            float8_layers(backbone, self.exclude)
-        except ValueError as error:
-            raise UserError(f"algorithms.float8: {error}") from error
+        if backbone is not None:
+            with at_path("algorithms.float8"):
+                float8_layers(backbone, self.exclude)
 
-    def match(self, event: Event, state: State) -> bool:
-        return event == Event.INIT
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        model: Any = state.model
+    def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         if not hasattr(model, "backbone"):
             raise UserError("algorithms.float8 needs a model with a `backbone`, such as text_to_image.")
-        self.check_fit(model.backbone, state.algorithms, state.fsdp_config)
+        if next(model.backbone.parameters()).is_meta:  # to be counted: the work is the same, and the machine another
+            return
         if not self.emulate and (problem := hardware_problem()) is not None:
             raise UserError(problem)
         names = apply_float8(model.backbone, self.recipe, self.emulate, self.exclude)

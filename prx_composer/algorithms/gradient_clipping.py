@@ -4,11 +4,12 @@ from typing import Literal
 
 import composer.algorithms
 from composer.core import Event, State
+from composer.loggers import Logger
 
-from prx_composer.schedule.moments import ScheduleWindow
+from prx_composer.algorithms.base import Trick
 
 
-class GradientClipping(composer.algorithms.GradientClipping):
+class GradientClipping(Trick, composer.algorithms.GradientClipping):
     """Clips gradients before every optimizer step.
 
     Args:
@@ -20,6 +21,8 @@ class GradientClipping(composer.algorithms.GradientClipping):
         ValueError: a threshold that is not positive.
     """
 
+    name = "gradient_clipping"
+
     def __init__(
         self,
         clipping_type: Literal["norm", "value", "adaptive"],
@@ -29,8 +32,11 @@ class GradientClipping(composer.algorithms.GradientClipping):
     ):
         if clipping_threshold <= 0:
             raise ValueError(f"clipping_threshold must be positive, not {clipping_threshold}.")
-        super().__init__(clipping_type, clipping_threshold)
-        self.window = ScheduleWindow(start, end)
+        Trick.__init__(self, start, end)
+        composer.algorithms.GradientClipping.__init__(self, clipping_type, clipping_threshold)
 
     def match(self, event: Event, state: State) -> bool:
-        return super().match(event, state) and self.window.contains(state)
+        return composer.algorithms.GradientClipping.match(self, event, state) and self.window.contains(state)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        composer.algorithms.GradientClipping.apply(self, event, state, logger)

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from composer.core import Algorithm, Event, State
-from composer.loggers import Logger
+import torch
 
+from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
 from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.optim.groups import add_parameters, drop_frozen
 
 
-class LoRA(Algorithm):
+class LoRA(Trick):
     """Trains adapters instead of the backbone, usually from the weights of `model.init_from`.
 
     Checkpoints hold the frozen weights too, so that a run goes on without `init_from` (frozen_parts.py keeps the text encoder).
@@ -36,13 +36,10 @@ class LoRA(Algorithm):
             raise ValueError(f"alpha must be positive, not {alpha}.")
         if targets is not None and not targets:
             raise ValueError("targets is empty; leave it out for every matrix of a block but its modulation.")
+        super().__init__()
         self.rank, self.alpha, self.targets = rank, float(alpha or rank), tuple(targets or BLOCK_LAYERS)
 
-    def match(self, event: Event, state: State) -> bool:
-        return event == Event.INIT
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        model: Any = state.model
+    def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         if not hasattr(model, "backbone"):
             raise UserError("algorithms.lora needs a model with a `backbone`, such as text_to_image.")
         if model.text_encoder.trainable:
@@ -56,10 +53,7 @@ class LoRA(Algorithm):
                 f"{' and '.join(added)}, which would never be trained; write lora first."
             )
         with seeded_initialisation(model.random.seed, self.name):
-            try:
-                add_adapters(model.backbone, self.rank, self.alpha, self.targets)
-            except ValueError as error:
-                raise UserError(f"algorithms.lora: {error}") from error
-        optimizer = state.optimizers[0]
-        drop_frozen(optimizer)
+            add_adapters(model.backbone, self.rank, self.alpha, self.targets)
+        if optimizer is not None:
+            drop_frozen(optimizer)
         add_parameters(optimizer, model.backbone)

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from composer.algorithms.warnings import NoEffectWarning
-from composer.core import Algorithm, Event, Precision, State
-from composer.loggers import Logger
+from composer.core import Precision, State
 from torch import Tensor, nn
 
+from prx_composer.algorithms.base import Trick
 from prx_composer.models.layers import RMSNorm
-from prx_composer.schedule.moments import ScheduleWindow
 
 log = logging.getLogger(__name__)
 
@@ -79,32 +78,33 @@ def apply_low_precision_norm(model: nn.Module) -> int:
     return replaced
 
 
-class LowPrecisionNorm(Algorithm):
-    """Applies `apply_low_precision_norm` at Event.INIT when training runs under bf16 or fp16 autocast.
+class LowPrecisionNorm(Trick):
+    """Applies `apply_low_precision_norm` when training runs under bf16 or fp16 autocast.
 
     Args:
         start, end: window; outside of it the norms compute in fp32 as before. Opening or closing it recompiles a compiled model.
     """
 
+    name = "low_precision_norm"
+
     def __init__(self, start: str = "0ba", end: str | None = None):
-        self.window = ScheduleWindow(start, end)
+        super().__init__(start, end)
         self._norms: list[LowPrecisionLayerNorm | LowPrecisionRMSNorm] = []
 
-    def match(self, event: Event, state: State) -> bool:
-        return event == Event.INIT or (event == Event.BATCH_START and not self.window.is_open_throughout())
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        if event == Event.BATCH_START:
-            active = self.window.contains(state)
-            for norm in self._norms:
-                norm.active = active
-            return
-        if state.precision not in (Precision.AMP_BF16, Precision.AMP_FP16):
-            message = f"low_precision_norm does nothing under precision: {state.precision.value}; it needs amp_bf16 or amp_fp16."
+    def attach_to(self, state: State) -> None:
+        if state.precision in (Precision.AMP_BF16, Precision.AMP_FP16):
+            super().attach_to(state)
+        else:
+            message = f"{self.name} does nothing under precision: {state.precision.value}; it needs amp_bf16 or amp_fp16."
             warnings.warn(NoEffectWarning(message), stacklevel=2)
-            return
-        replaced = apply_low_precision_norm(state.model)
+
+    def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
+        replaced = apply_low_precision_norm(model)
         if replaced == 0:
             warnings.warn(NoEffectWarning("low_precision_norm found no LayerNorm or RMSNorm to replace."), stacklevel=2)
-        self._norms = [m for m in state.model.modules() if isinstance(m, LowPrecisionLayerNorm | LowPrecisionRMSNorm)]
+        self._norms = [m for m in model.modules() if isinstance(m, LowPrecisionLayerNorm | LowPrecisionRMSNorm)]
         log.info("low_precision_norm: %d layers", replaced)
+
+    def set_active(self, model: Any, active: bool) -> None:
+        for norm in self._norms:
+            norm.active = active

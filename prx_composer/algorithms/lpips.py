@@ -3,11 +3,10 @@
 Shapes: B images, C channels, H × W pixels (of the image, or of a layer's features).
 """
 
-import logging
 import pickle
-import re
-import socket
+import urllib.request
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,21 +14,16 @@ import torch
 from composer.utils import dist
 from torch import Tensor, nn
 
-from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
-from prx_composer.algorithms.pixel_prediction import PixelLoss, refuse_latents
+from prx_composer.algorithms.pixel_prediction import PixelLoss
 from prx_composer.common.errors import UserError
-from prx_composer.models.flow import FlowMatching
 from prx_composer.models.huggingface import Frozen
 from prx_composer.models.vision_encoder import resize_antialiased
-
-log = logging.getLogger(__name__)
 
 Net = Literal["vgg", "alex", "squeeze"]
 _TORCHVISION: dict[str, tuple[str, str]] = {
     "vgg": ("vgg16", "VGG16"), "alex": ("alexnet", "AlexNet"), "squeeze": ("squeezenet1_1", "SqueezeNet 1.1")
 }  # fmt: skip
 _MIN_SIDE = {"vgg": 16, "alex": 31, "squeeze": 17}  # below, a pooling layer has nothing left to pool
-_CONNECT_TIMEOUT = 15.0  # seconds; without it a network that drops packets is waited for for minutes
 
 
 def _unit_length(features: Tensor) -> Tensor:
@@ -61,49 +55,8 @@ def lpips_distance(network: Any, prediction: Tensor, target: Tensor) -> Tensor:
     return distance
 
 
-class LPIPSLoss(PixelLoss):
-    """`lpips_distance` of the images at `scale` times their size.
-
-    Args:
-        weight, flow, max_timestep: as in `PixelLoss`.
-        network: `lpips.LPIPS`; it is frozen.
-        scale: of both sides.
-
-    Raises:
-        ValueError: a scale that is not positive.
-    """
-
-    def __init__(self, weight: float, flow: FlowMatching, network: Any, scale: float = 0.5, max_timestep: float = 1.0):
-        super().__init__(weight, flow, max_timestep)
-        if scale <= 0:
-            raise ValueError(f"scale must be positive, not {scale}.")
-        self.scale = scale
-        self._network: Frozen | None = Frozen(network.to(memory_format=torch.channels_last))
-        self._net = network.pnet_type
-
-    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
-        assert self._network is not None
-        sides = self._scaled_sides(*target.shape[-2:])
-        network = self._network.on(prediction.device)
-        return lpips_distance(network, resize_antialiased(prediction, *sides), resize_antialiased(target, *sides))
-
-    def _scaled_sides(self, height: int, width: int) -> tuple[int, int]:
-        scaled = round(self.scale * height), round(self.scale * width)
-        smallest = _MIN_SIDE[self._net]
-        if min(scaled) < smallest:
-            raise UserError(
-                f"algorithms.lpips: images of {height}×{width} px at scale {self.scale} are {scaled[0]}×{scaled[1]}, but "
-                f"net: {self._net} needs {smallest} px a side; set algorithms.lpips.scale to {smallest / min(height, width):.3g} "
-                "or more, or algorithms.lpips.start to when the images are larger."
-            )
-        return scaled
-
-    def release(self) -> None:
-        self._network = None
-
-
-class LPIPS(AuxiliaryLossAlgorithm):
-    """Adds an `LPIPSLoss` (arXiv:1801.03924) to a model that predicts pixels.
+class LPIPS(PixelLoss):
+    """`lpips_distance` (arXiv:1801.03924) of the images at `scale` times their size, for a model that predicts pixels.
 
     Args:
         weight: of the term in the total loss.
@@ -113,11 +66,11 @@ class LPIPS(AuxiliaryLossAlgorithm):
         weights: torchvision's ImageNet weights of `net` as a file, instead of the one in torch.hub's cache, which is
             downloaded if it isn't there.
         random_weights: of the network, for tests.
-        start, end: window.
+        start, end: window; after it the network is let go.
 
     Raises:
         ValueError: an argument out of range, or both `weights` and `random_weights`.
-        UserError: at INIT, for a model of latents and for weights that cannot be had.
+        UserError: when it is attached, for a model of latents and for weights that cannot be had.
     """
 
     name = "lpips"
@@ -133,34 +86,77 @@ class LPIPS(AuxiliaryLossAlgorithm):
         start: str = "0ba",
         end: str | None = None,
     ):
-        super().__init__(start, end)
+        super().__init__(weight, max_timestep, start, end)
         if weights is not None and random_weights:
             raise ValueError("weights and random_weights exclude each other.")
+        if scale <= 0:
+            raise ValueError(f"scale must be positive, not {scale}.")
         self.net: Net = net
-        self.weight, self.scale, self.max_timestep = weight, scale, max_timestep
-        self.weights, self.random_weights = weights, random_weights
+        self.scale, self.weights, self.random_weights = scale, weights, random_weights
+        self.network: Frozen | None = None
 
-    def build_loss(self, model: Any) -> LPIPSLoss:
-        refuse_latents(model, self.name)
+    def find_weights(self, timeout: float) -> str | None:
+        if self.random_weights:
+            return None
+        if self.weights is not None:
+            if not Path(self.weights).is_file():
+                raise UserError(f"algorithms.lpips.weights: there is no file {self.weights}.")
+            return f"weights are in {self.weights}"
+        title, url, file = torchvision_weights(self.net)
+        if file.is_file():
+            return f"torchvision's {title} is in {file}"
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout) as answer:
+                size = int(answer.headers.get("Content-Length") or 0)
+        except (OSError, ValueError) as error:
+            raise UserError(_weights_are_missing(self.net, str(getattr(error, "reason", error)))) from error
+        return f"torchvision's {title} is downloaded on first use ({size / 1e6:.0f} MB)"
+
+    def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
+        nothing = super().build(model)
         network = build_network(self.net, self.weights, self.random_weights)
-        return LPIPSLoss(self.weight, model.flow, network, self.scale, self.max_timestep)
+        self.network = Frozen(network.to(memory_format=torch.channels_last))  # pyright: ignore[reportCallIssue]
+        return nothing
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        assert self.network is not None
+        sides = self._scaled_sides(*target.shape[-2:])
+        network = self.network.on(prediction.device)
+        return lpips_distance(network, resize_antialiased(prediction, *sides), resize_antialiased(target, *sides))
+
+    def _scaled_sides(self, height: int, width: int) -> tuple[int, int]:
+        scaled = round(self.scale * height), round(self.scale * width)
+        smallest = _MIN_SIDE[self.net]
+        if min(scaled) < smallest:
+            raise UserError(
+                f"algorithms.lpips: images of {height}×{width} px at scale {self.scale} are {scaled[0]}×{scaled[1]}, but "
+                f"net: {self.net} needs {smallest} px a side; set algorithms.lpips.scale to {smallest / min(height, width):.3g} "
+                "or more, or algorithms.lpips.start to when the images are larger."
+            )
+        return scaled
+
+    def release(self) -> None:
+        self.network = None
 
 
 # -------------------------------------------------------------------------------------------------------- weights
 
 
 def build_network(net: Net, weights: str | None = None, random_weights: bool = False) -> nn.Module:
-    """`lpips.LPIPS` with the heads from its wheel and the backbone's weights from torchvision, as `LPIPS` says.
+    """Return `lpips.LPIPS` with the heads from its wheel and the backbone's weights from torchvision, as `LPIPS` says.
+
+    On the meta device it has no weights.
 
     Raises:
         UserError: weights that cannot be had.
     """
-    file = None if random_weights else _cached_weights(net) if weights is None else Path(weights)
+    on_meta = torch.get_default_device().type == "meta"
+    file = None if random_weights or on_meta else _cached_weights(net) if weights is None else Path(weights)
     import lpips
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torchvision", category=UserWarning)  # lpips' way to name the weights
-        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        network = lpips.LPIPS(pretrained=not on_meta, net=net, pnet_rand=True, verbose=False)
     if file is not None:
         _load_backbone(network.net, file, net)
     return network
@@ -180,7 +176,7 @@ def _load_backbone(backbone: nn.Module, file: Path, net: Net) -> None:
 
 
 def torchvision_weights(net: Net) -> tuple[str, str, Path]:
-    """What torchvision's ImageNet weights of `net` are called, where they come from, and where they are kept."""
+    """Return what torchvision's ImageNet weights of `net` are called, where they come from, and where they are kept."""
     from torchvision.models import get_model_weights
 
     model, title = _TORCHVISION[net]
@@ -188,8 +184,8 @@ def torchvision_weights(net: Net) -> tuple[str, str, Path]:
     return title, url, Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
 
 
-def weights_are_missing(net: Net, reason: str) -> str:
-    """The message for weights that are not here and cannot be fetched."""
+def _weights_are_missing(net: Net, reason: str) -> str:
+    """Return the message for weights that are not here and cannot be fetched."""
     title, url, file = torchvision_weights(net)
     return (
         f"algorithms.lpips needs the {title} weights of torchvision, which are not in {file} and cannot be downloaded "
@@ -198,27 +194,15 @@ def weights_are_missing(net: Net, reason: str) -> str:
 
 
 def _cached_weights(net: Net) -> Path:
-    title, url, file = torchvision_weights(net)
+    """Return the file in torch.hub's cache, downloaded by one rank of the node if it isn't there. Its hash is checked then."""
+    _, url, file = torchvision_weights(net)
     reason = None
-    with dist.run_local_rank_zero_first():
+    with dist.run_local_rank_zero_first():  # the others wait for it: nothing may be raised inside
         if not file.is_file():
-            reason = _download(url, file, title)
+            try:
+                torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True)
+            except (OSError, RuntimeError) as error:
+                reason = str(error)
     if reason is not None:
-        raise UserError(weights_are_missing(net, reason))
+        raise UserError(_weights_are_missing(net, reason))
     return file
-
-
-def _download(url: str, file: Path, title: str) -> str | None:
-    """Returns why it failed, or None. Not lpips' own download, which prints to the terminal and has no timeout."""
-    log.info("Downloading the %s weights of torchvision to %s", title, file)
-    digest = re.search(r"-([0-9a-f]{8,})\.", file.name)  # the file's name ends in the first digits of its hash
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_CONNECT_TIMEOUT)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), digest[1] if digest else None, progress=False)
-    except (OSError, RuntimeError) as error:
-        return str(error)
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return None

@@ -1,16 +1,15 @@
 """P-DINO: the predicted image is to look like the true one to a frozen vision encoder, patch by patch."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
-from prx_composer.algorithms.pixel_prediction import PixelLoss, refuse_latents
-from prx_composer.common.errors import UserError
-from prx_composer.models.flow import FlowMatching
+from prx_composer.algorithms.pixel_prediction import PixelLoss
+from prx_composer.common.errors import at_path
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder, resize_antialiased
 
 
@@ -31,38 +30,8 @@ def patch_dissimilarity(teacher: VisionEncoder, prediction: Tensor, target: Tens
     return 1 - F.cosine_similarity(teacher(prediction), expected, dim=-1).mean((1, 2))
 
 
-class PerceptualDINOLoss(PixelLoss):
-    """`patch_dissimilarity` of the images at `fit_size`.
-
-    Args:
-        weight, flow, max_timestep: as in `PixelLoss`.
-        teacher: frozen encoder.
-        image_size: side of the square whose area the teacher sees, in pixels.
-
-    Raises:
-        ValueError: an image size smaller than the teacher's patches.
-    """
-
-    def __init__(
-        self, weight: float, flow: FlowMatching, teacher: VisionEncoder, image_size: int = 224, max_timestep: float = 1.0
-    ):
-        super().__init__(weight, flow, max_timestep)
-        if image_size < teacher.patch_size:
-            raise ValueError(f"image_size must be at least {teacher.patch_size}, the teacher's patch size, not {image_size}.")
-        self.teacher: VisionEncoder | None = teacher
-        self.image_size = image_size
-
-    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
-        assert self.teacher is not None
-        sides = fit_size(target.shape[-2], target.shape[-1], self.image_size, self.teacher.patch_size)
-        return patch_dissimilarity(self.teacher, resize_antialiased(prediction, *sides), resize_antialiased(target, *sides))
-
-    def release(self) -> None:
-        self.teacher = None
-
-
-class PerceptualDINO(AuxiliaryLossAlgorithm):
-    """Adds a `PerceptualDINOLoss` to a model that predicts pixels.
+class PerceptualDINO(PixelLoss):
+    """`patch_dissimilarity` of the images at `fit_size`, for a model that predicts pixels.
 
     Args:
         teacher: vision encoder, by hub id or folder or as a `TeacherSpec`.
@@ -72,7 +41,9 @@ class PerceptualDINO(AuxiliaryLossAlgorithm):
         start, end: window; after it the teacher is let go.
 
     Raises:
-        UserError: at INIT, for a model of latents and for a teacher that cannot be had.
+        ValueError: an argument out of range.
+        UserError: when it is attached, for a model of latents, for a teacher that cannot be had, and for an image size smaller
+            than the teacher's patches.
     """
 
     name = "perceptual_dino"
@@ -86,13 +57,24 @@ class PerceptualDINO(AuxiliaryLossAlgorithm):
         start: str = "0ba",
         end: str | None = None,
     ):
-        super().__init__(start, end)
-        self.teacher, self.weight, self.image_size, self.max_timestep = teacher, weight, image_size, max_timestep
+        super().__init__(weight, max_timestep, start, end)
+        self.teacher, self.image_size = teacher, image_size
+        self.encoder: VisionEncoder | None = None
 
-    def build_loss(self, model: Any) -> PerceptualDINOLoss:
-        refuse_latents(model, self.name)
-        try:
-            teacher = VisionEncoder(self.teacher)
-        except (OSError, ValueError) as error:
-            raise UserError(f"algorithms.{self.name}.teacher: {error}") from error
-        return PerceptualDINOLoss(self.weight, model.flow, teacher, self.image_size, self.max_timestep)
+    def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
+        nothing = super().build(model)
+        with at_path(f"algorithms.{self.name}.teacher"):
+            self.encoder = VisionEncoder(self.teacher)
+        if self.image_size < self.encoder.patch_size:
+            raise ValueError(
+                f"image_size must be at least {self.encoder.patch_size}, the teacher's patch size, not {self.image_size}."
+            )
+        return nothing
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        assert self.encoder is not None
+        sides = fit_size(target.shape[-2], target.shape[-1], self.image_size, self.encoder.patch_size)
+        return patch_dissimilarity(self.encoder, resize_antialiased(prediction, *sides), resize_antialiased(target, *sides))
+
+    def release(self) -> None:
+        self.encoder = None

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from composer.core import Algorithm, Event, State, TimeUnit
+from composer.core import Event, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
+from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.recipe.sizes import check_batch_sizes
 from prx_composer.schedule.moments import Moment
@@ -55,7 +56,7 @@ class Stage:
     until: str | None = None
 
 
-class ProgressiveResolution(Algorithm):
+class ProgressiveResolution(Trick):
     """Moves the loaders, of training and evaluation, and the trainer from stage to stage.
 
     The stage is a function of the training time alone, a stage that was entered stays entered, and a switch ends the loader's
@@ -68,7 +69,10 @@ class ProgressiveResolution(Algorithm):
         ValueError: no stages, a missing or unordered `until`.
     """
 
+    name = "progressive_resolution"
+
     def __init__(self, stages: Sequence[Stage]):
+        super().__init__()
         if not stages:
             raise ValueError("stages needs at least one stage.")
         ends: list[Moment] = []

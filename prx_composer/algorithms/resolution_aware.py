@@ -3,16 +3,15 @@
 import warnings
 from typing import Any
 
+import torch
 from composer.algorithms.warnings import NoEffectWarning
-from composer.core import Algorithm, Event, State
-from composer.loggers import Logger
 from torch import nn
 
+from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
 from prx_composer.models.backbone import PRXBackbone, ResolutionEmbedder
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.optim.groups import add_parameters
-from prx_composer.schedule.moments import ScheduleWindow
 
 
 def add_resolution_embedder(backbone: PRXBackbone) -> ResolutionEmbedder:
@@ -27,33 +26,27 @@ def add_resolution_embedder(backbone: PRXBackbone) -> ResolutionEmbedder:
     return embedder
 
 
-class ResolutionAware(Algorithm):
+class ResolutionAware(Trick):
     """Adds an embedding of height and width, in the pixels that the backbone sees, to the time vector.
 
     Args:
         start, end: window; outside of it nothing is added, in training or sampling.
     """
 
+    name = "resolution_aware"
     shapes_sampling = True
+    experimental = True
 
-    def __init__(self, start: str = "0ba", end: str | None = None):
-        self.window = ScheduleWindow(start, end)
-
-    def match(self, event: Event, state: State) -> bool:
-        return event == Event.INIT or (event == Event.BATCH_START and not self.window.is_open_throughout())
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        model: Any = getattr(state.model, "module", state.model)
-        backbone = getattr(model, "backbone", None)
-        if not isinstance(backbone, PRXBackbone):
+    def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
+        if not isinstance(getattr(model, "backbone", None), PRXBackbone):
             raise UserError("algorithms.resolution_aware needs a model with a PRX backbone, such as text_to_image.")
-        if event == Event.INIT:
-            if backbone.resolution_embedder is not None:
-                message = "resolution_aware adds nothing to a backbone with resolution_embeds: true."
-                warnings.warn(NoEffectWarning(message), stacklevel=2)
-                return
-            with seeded_initialisation(model.random.seed, "resolution_aware"):
-                embedder = add_resolution_embedder(backbone)
-            add_parameters(state.optimizers[0], embedder)
-        elif backbone.resolution_embedder is not None:
-            backbone.resolution_embedder.active = self.window.contains(state)
+        if model.backbone.resolution_embedder is not None:
+            message = "resolution_aware adds nothing to a backbone with resolution_embeds: true."
+            warnings.warn(NoEffectWarning(message), stacklevel=2)
+            return
+        with seeded_initialisation(model.random.seed, self.name):
+            embedder = add_resolution_embedder(model.backbone)
+        add_parameters(optimizer, embedder)
+
+    def set_active(self, model: Any, active: bool) -> None:
+        model.backbone.resolution_embedder.active = active

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import Algorithm, Callback, Event, Precision, State
+from composer.core import Callback, Event, Precision, State
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
+from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
 from prx_composer.optim.exchange import local
 from prx_composer.optim.finite import not_finite, trained
@@ -30,7 +31,7 @@ class _ReadLast(Callback):
         self._decide(state, logger)
 
 
-class SkipNonfinite(Algorithm):
+class SkipNonfinite(Trick):
     """Makes no update in a step whose loss or gradient is not finite; after `limit` such steps in a row training ends.
 
     In a skipped step the optimizer finds no gradients: weights, moments, momentum and step counts stay what they were, to the
@@ -51,9 +52,10 @@ class SkipNonfinite(Algorithm):
         UserError: during training, after `limit` skipped steps in a row; at INIT, precision amp_fp16.
     """
 
-    skips_nonfinite = True  # so that `FiniteGuard` leaves losses and gradients to it
+    name = "skip_nonfinite"
 
     def __init__(self, limit: int = 10, folder: str | None = None):
+        super().__init__()
         if limit < 1:
             raise ValueError(f"limit must be at least 1, not {limit}.")
         self.limit, self._folder = limit, folder
@@ -67,7 +69,7 @@ class SkipNonfinite(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.INIT:
-            self._attach(state)
+            self.attach_to(state)
         elif event == Event.BEFORE_TRAIN_BATCH:
             self._loss = None
         elif event == Event.BEFORE_BACKWARD:
@@ -76,7 +78,7 @@ class SkipNonfinite(Algorithm):
         else:
             self._look(state)
 
-    def _attach(self, state: State) -> None:
+    def attach_to(self, state: State) -> None:
         if state.precision == Precision.AMP_FP16:
             raise UserError(
                 "algorithms.skip_nonfinite: with precision amp_fp16 Composer's gradient scaler skips such steps already, in its "

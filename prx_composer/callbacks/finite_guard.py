@@ -9,6 +9,7 @@ from composer.core import Callback, Event, Precision, State
 from composer.loggers import Logger
 from torch import Tensor, nn
 
+from prx_composer.algorithms.skip_nonfinite import SkipNonfinite
 from prx_composer.common.errors import UserError
 from prx_composer.optim.exchange import local
 from prx_composer.optim.finite import bad_state, first_of_ranks, magnitudes, plain_names, trained
@@ -112,7 +113,7 @@ class FiniteGuard(Callback):
 
 
 def _is_skipped(state: State) -> bool:
-    return any(getattr(algorithm, "skips_nonfinite", False) for algorithm in state.algorithms)
+    return any(isinstance(algorithm, SkipNonfinite) for algorithm in state.algorithms)
 
 
 def _finite(value: Any) -> bool:

@@ -10,6 +10,7 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
+from prx_composer.common.distributed import unwrapped
 from prx_composer.common.errors import UserError
 from prx_composer.common.pages import image_grid
 from prx_composer.loggers.tracker import log_drawings
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def unwrap(state: State) -> TextToImage:
     """The model itself, without what DDP puts around it."""
-    model = getattr(state.model, "module", state.model)
+    model = unwrapped(state.model)
     if not isinstance(model, TextToImage):
         raise TypeError(f"This callback draws with a TextToImage model, not a {type(model).__name__}.")
     return model

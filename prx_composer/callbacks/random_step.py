@@ -8,6 +8,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from prx_composer.common.distributed import unwrapped
 from prx_composer.models.randomness import RandomStreams, derive_seed
 
 
@@ -19,7 +20,7 @@ class RandomStep(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
-        streams = getattr(state.model, "random", None) or getattr(getattr(state.model, "module", None), "random", None)
+        streams = getattr(unwrapped(state.model), "random", None)
         if isinstance(streams, RandomStreams):
             streams.begin_step(step)
         seed = derive_seed(state.rank_zero_seed, dist.get_global_rank(), step)

@@ -11,6 +11,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 
 def share(count: int) -> list[int]:
@@ -108,3 +109,8 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 def clean_name(name: str) -> str:
     """A parameter's name without what DDP, FSDP, compile or checkpointing put around it."""
     return ".".join(part for part in name.removeprefix("module.").split(".") if part not in _WRAPPERS)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """Return the model itself, without what DDP puts around it; FSDP2 puts nothing."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -259,7 +259,7 @@ def _stub() -> Any:
 
 
 class Foreign:
-    """Stands for a base class that is not followed; `signatures.constructor` goes no further than it."""
+    """Stands for a base class that is not followed; `constructor` goes no further than it."""
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -310,3 +310,56 @@ def _spec(module: str) -> ModuleSpec | None:
             return None
         path = spec.submodule_search_locations or []
     return spec
+
+
+# ----------------------------------------------------------------------------------------------------- constructors
+
+_CALLBACK = ("composer.core.callback", "Callback")  # by name, since its outline has the same
+
+
+def constructor(target: Any) -> Callable[..., Any]:
+    """The function whose signature says which arguments a class or function takes.
+
+    A constructor of `*args, **kwargs` alone that stands around another one, or that hands everything on to the class it
+    inherits from, is looked through. Composer's Callback takes any arguments and drops them: it counts as one without.
+
+    Raises:
+        CannotTell: an outline whose constructor is that of a class which wasn't read.
+    """
+    if not inspect.isclass(target):
+        return target
+    open_ended = None
+    for cls in target.__mro__:
+        if cls is object or (cls.__module__, cls.__qualname__) == _CALLBACK:
+            break
+        if cls is Foreign:
+            raise CannotTell(f"the constructor of {target.__qualname__} is another package's")
+        init = vars(cls).get("__init__")
+        if init is None:
+            continue
+        init = _wrapped(init)
+        if not _takes_anything(init):
+            return init
+        open_ended = open_ended or init
+    return open_ended or _nothing
+
+
+def _nothing(self: Any) -> None: ...
+
+
+def _takes_anything(init: Any) -> bool:
+    try:
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+    except ValueError:  # of a class written in C
+        return False
+    return [parameter.kind for parameter in parameters] == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+
+
+def _wrapped(init: Any) -> Any:
+    """A class decorator may put a constructor around a class's own without naming it in `__wrapped__`: llm-foundry's does."""
+    while inspect.isfunction(init) and _takes_anything(init):
+        inner = [value for value in inspect.getclosurevars(init).nonlocals.values() if inspect.isfunction(value)]
+        if len(inner) != 1:
+            break
+        init = inner[0]
+    return init

@@ -27,15 +27,7 @@ class FlowOutput:
 
 
 class AuxiliaryLoss(nn.Module):
-    """Base of what fills `model.auxiliary_losses`: `forward(FlowOutput, batch) → scalar`, times `weight` while `active`.
-
-    Attributes:
-        taps: indices of the blocks whose output it reads from `FlowOutput.taps`.
-        needs_whole_image: whether it has no meaning when some tokens have no prediction.
-    """
-
-    taps: tuple[int, ...] = ()
-    needs_whole_image = False
+    """Base of what fills `model.auxiliary_losses`: `forward(FlowOutput, batch) → scalar`, times `weight` while `active`."""
 
     def __init__(self, weight: float):
         super().__init__()
@@ -43,9 +35,6 @@ class AuxiliaryLoss(nn.Module):
             raise ValueError(f"weight must not be negative, but is {weight}.")
         self.weight = weight
         self.active = True
-
-    def release(self) -> None:
-        """Lets go of what only the loss needs, such as a teacher, once its window has closed for good."""
 
 
 class AuxiliaryLosses(nn.Module):

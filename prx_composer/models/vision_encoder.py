@@ -14,6 +14,7 @@ from transformers import AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prx_composer.models.autoencoder import Pixels
+from prx_composer.models.encoder_sizes import known_config
 from prx_composer.models.huggingface import Frozen, load_config, random_config, says_how_to_get
 
 # The image towers of models that also read text.
@@ -68,8 +69,17 @@ def resize_antialiased(image: Tensor, height: int, width: int) -> Tensor:
         return rows @ image.float() @ columns.mT
 
 
+def _known(name: str, revision: str | None) -> dict[str, Any]:
+    config = known_config(name, revision)
+    if config is None:
+        raise OSError(f"the sizes of {name} are not known here; give a folder with its config.json.")
+    return config
+
+
 class VisionEncoder:
     """Patch features of a frozen vision encoder (DINOv2, DINOv3, SigLIP, CLIP, ViT …). Not a module: no checkpoint has it.
+
+    On the meta device it is made from its configuration, if that is known here: nothing is loaded or downloaded.
 
     Args:
         spec: which, or its hub id or folder.
@@ -81,6 +91,9 @@ class VisionEncoder:
 
     def __init__(self, spec: TeacherSpec | str):
         spec = TeacherSpec(pretrained=spec) if isinstance(spec, str) else spec
+        on_meta = torch.get_default_device().type == "meta"
+        if on_meta and spec.pretrained is not None:
+            spec = TeacherSpec(config=_known(spec.pretrained, spec.revision), dtype=spec.dtype)
         if spec.pretrained is not None:
             self.name = spec.pretrained
             with says_how_to_get(spec.pretrained):
@@ -92,6 +105,8 @@ class VisionEncoder:
                 processor = self._processor(spec.pretrained, spec.revision)
         else:
             config, processor = random_config(spec.config or {}), {}
+            if on_meta:
+                config = getattr(config, "vision_config", config)  # of a model that also reads text
             module: Any = AutoModel.from_config(config, trust_remote_code=False)
             self.name = f"random {config.model_type}"
         patch_size = getattr(module.config, "patch_size", None)
@@ -101,7 +116,7 @@ class VisionEncoder:
         self.hidden_size = int(module.config.hidden_size)
         self._dtype = getattr(torch, spec.dtype)
         self._frozen = Frozen(module, self._dtype)
-        self._run: Any = torch.compile(module, dynamic=False) if spec.compile else module
+        self._run: Any = torch.compile(module, dynamic=False) if spec.compile and not on_meta else module
         self._mean = torch.tensor(processor.get("image_mean") or IMAGENET_MEAN)[:, None, None]
         self._std = torch.tensor(processor.get("image_std") or IMAGENET_STD)[:, None, None]
         takes = inspect.signature(module.forward).parameters

@@ -17,8 +17,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def add_parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Lets an optimizer train a module that came after it: an algorithm's projector, for one."""
+def add_parameters(optimizer: torch.optim.Optimizer | None, module: nn.Module) -> None:
+    """Let an optimizer train a module that came after it, such as an algorithm's projector; do nothing without an optimizer."""
+    if optimizer is None:
+        return
     for group in parameter_groups(module, float(optimizer.defaults.get("weight_decay", 0.0))):
         optimizer.add_param_group(group)
 

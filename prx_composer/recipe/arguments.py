@@ -4,17 +4,44 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prx_composer.common.errors import Problems, UserError, nearest
-from prx_composer.common.outlines import CannotTell
-from prx_composer.common.signatures import constructor
+from prx_composer.common.outlines import CannotTell, constructor
 from prx_composer.registry import NESTED, Registry
 from prx_composer.schedule.moments import Moment
 
 Spec = dict[str, Any]
 NONE: frozenset[str] = frozenset()
+
+
+def provided_by(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe has for its algorithms, callbacks and loggers, by the name of a constructor's parameter.
+
+    A component that declares a parameter of one of these names is called with it, be it this package's or anybody's.
+
+    Args:
+        values: keys of a recipe.
+    """
+    return {
+        "folder": str(values.get("run_folder")),
+        "image_size": values.get("image_size"),
+        "global_batch_size": values.get("global_train_batch_size"),
+        "seed": values.get("seed"),
+        "source": (values.get("train_loader") or {}).get("source") or {},
+    }
+
+
+_OFTEN_OWN = frozenset({"image_size", "global_batch_size", "seed"})
+
+
+def is_filled(parameter: inspect.Parameter) -> bool:
+    """Return whether the program fills a parameter that it has a value for, where the recipe gives none.
+
+    A size or a seed with a default is the component's own setting: the size that a teacher sees, the seed of a callback's images.
+    """
+    return parameter.default is parameter.empty or parameter.name not in _OFTEN_OWN
 
 
 def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]:

@@ -11,24 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from prx_composer import registry
-from prx_composer.common.errors import Problems, UserError, at_path, nearest
+from prx_composer.common.errors import Problems, UserError, nearest
 from prx_composer.common.outlines import CannotTell, constants, outline
-from prx_composer.recipe.arguments import NONE, check_component, check_spec, entries
+from prx_composer.recipe.arguments import NONE, check_component, check_spec, entries, provided_by
 from prx_composer.recipe.data_sets import data_sets
 from prx_composer.recipe.resume import check_allowed
-from prx_composer.recipe.schedule_checks import schedule_problems
-from prx_composer.recipe.sizes import STAGES, batch_problems, downsampling_of, image_size_problems, stages_of
-from prx_composer.schedule.moments import BUDGET, Moment, Point, names_budget, parse_duration
+from prx_composer.recipe.sizes import batch_problems, downsampling_of, image_size_problems
+from prx_composer.recipe.time_checks import schedule_problems, time_problems
+from prx_composer.registry import Registry
 
 Values = Mapping[str, Any]
 
-# What the program passes to a component, beside the recipe's arguments.
-_LOADER_PROVIDED = frozenset({"tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed", "evaluation"})
-_PROVIDED = {
-    name: frozenset({"folder", "source"})
-    for name in ("metrics_file", "images", "shapes_score", "loss_spikes", "watchdog", "skip_nonfinite")
-}
-_DEFAULTED = frozenset({"image_size"})  # taken from the recipe unless it is given
+# What every component of a kind is called with, which a recipe cannot give.
+OF_MODELS = frozenset({"seed"})
+OF_OPTIMIZERS = frozenset({"model", "params"})
+OF_LOADERS = frozenset({"tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed", "evaluation"})
+_OF_OURS = frozenset({"folder", "source"})  # a stranger's component may have settings of these names
 _SCHEDULE = {"scheduler", "max_duration", "time_budget", "algorithms", "global_train_batch_size"}
 _SEEDS = 2**32  # NumPy takes no others, nor does Composer
 _PRECISIONS = {  # what others call Composer's
@@ -45,7 +43,7 @@ def first_look(values: Values, num_ranks: int) -> list[str]:
         values: keys of a recipe whose values are of the right type; others may be left out.
     """
     readable = not values.get("code_paths")  # which may add components, and put others in the place of ours
-    problems = argument_problems(values, imports=False) if readable else _time_problems(values)
+    problems = argument_problems(values, imports=False) if readable else time_problems(values)
     problems += missing_code(values.get("code_paths", []))
     if not any(problem.startswith("scheduler") for problem in problems) and values.keys() >= _SCHEDULE:
         problems += schedule_problems(values)
@@ -67,14 +65,14 @@ def argument_problems(values: Values, imports: bool = True) -> list[str]:
     """Names and arguments of every component, and times; what the program supplies counts as given."""
     found = _component_problems(values, imports)
     said = {problem.partition(": ")[0] for problem in found}  # a number for a time is of a wrong type, and no time either
-    return found + [problem for problem in _time_problems(values) if problem.partition(": ")[0] not in said]
+    return found + [problem for problem in time_problems(values) if problem.partition(": ")[0] not in said]
 
 
 def _component_problems(values: Values, imports: bool) -> list[str]:
     problems = Problems()
     for components, key, provided, also in (
-        (registry.models, "model", frozenset({"seed"}), frozenset({"init_from"})),
-        (registry.optimizers, "optimizer", frozenset({"model", "params"}), NONE),
+        (registry.models, "model", OF_MODELS, frozenset({"init_from"})),
+        (registry.optimizers, "optimizer", OF_OPTIMIZERS, NONE),
         (registry.schedulers, "scheduler", NONE, NONE),
     ):
         if key in values:
@@ -88,15 +86,17 @@ def _component_problems(values: Values, imports: bool) -> list[str]:
     for key in ("train_loader", "eval_loader"):
         if spec := values.get(key):
             with problems.noted():
-                check_spec(registry.loaders, spec, key, _LOADER_PROVIDED, frozenset({"source"}), imports)
+                check_spec(registry.loaders, spec, key, OF_LOADERS, frozenset({"source"}), imports)
             with problems.noted():
                 _check_sources(spec, key, imports)
+    filled = frozenset(provided_by(values))
     for kind in ("algorithms", "callbacks", "loggers"):
+        components: Registry = getattr(registry, kind)
         for name, given in values.get(kind, {}).items():
             with problems.noted():
                 for _, arguments in entries({name: given}, kind):
-                    path, provided = f"{kind}.{name}", _PROVIDED.get(name, NONE)
-                    check_component(getattr(registry, kind), name, arguments, path, provided, NONE, _DEFAULTED, imports)
+                    reserved = _OF_OURS if name in components.builtin else NONE
+                    check_component(components, name, arguments, f"{kind}.{name}", reserved, NONE, filled, imports)
     return problems.found
 
 
@@ -125,20 +125,6 @@ def _check_sources(spec: dict[str, Any], key: str, imports: bool) -> None:
             with problems.noted():
                 check_spec(registry.sources, part["source"], f"{key}.{where}.source", imports=imports)
     problems.raise_any()
-
-
-def _time_problems(values: Values) -> list[str]:
-    """Durations and intervals, and the budget."""
-    problems = Problems()
-    for path, time in _times(values):
-        with problems.noted(), at_path(path):
-            _check_time(time, path)
-            stages = len(stages_of(values)) - 1
-            if path == "max_duration" and stages > 1 and Point.parse(time).unit == "ep":
-                raise ValueError(f"{time} cannot be in epochs with {STAGES}, whose switch begins one; use ba.")
-    with problems.noted():
-        _check_time_budget(values)
-    return problems.found
 
 
 def setting_problems(values: Values, num_ranks: int) -> list[str]:
@@ -180,68 +166,6 @@ def _number_problems(values: Values) -> Iterator[str]:
             yield f"{key}.max_undecodable: {share} must be a share of the samples, 0 … 1, such as 0.05 for 5%."
     if not values.get("dist_timeout", 1) > 0:
         yield f"dist_timeout: {values['dist_timeout']} must be a number of seconds, more than 0."
-
-
-# ----------------------------------------------------------------------------------------------------------- times
-
-
-def _times(values: Values) -> Iterator[tuple[str, Any]]:
-    yield from ((key, values[key]) for key in ("save_interval", "max_duration", "eval_interval") if key in values)
-    for key, value in values.get("scheduler", {}).items():
-        if key.startswith("t_"):
-            yield f"scheduler.{key}", value
-
-
-def _check_time(text: Any, path: str) -> None:
-    """Raises ValueError for what is no time, or none that can stand at that path."""
-    if path.startswith("scheduler."):
-        Moment(text)
-        return
-    if path == "save_interval":
-        Point.parse_interval(text)
-        return
-    given = str(text).strip()
-    point = Point.parse(given.removeprefix("-"))
-    unit = point.unit
-    if path == "max_duration" and unit not in ("ba", "ep", "sp"):
-        hours = " For a length in hours, give it as time_budget, and a max_duration that is long enough." if unit == "sec" else ""
-        raise ValueError(f"{text} must be a number of batches, epochs or samples, such as 1000ba.{hours}")
-    if unit == "tok":
-        raise ValueError(f"{text}: images have no tokens to count; use ba, ep, sp or dur.")
-    if point.value <= 0 or given.startswith("-"):
-        raise ValueError(f"{text} must be positive, such as {'1000ba or 3ep' if path == 'max_duration' else '0.25dur'}.")
-    if unit == BUDGET:
-        raise ValueError(f"{text}: evaluation comes at batches, epochs, samples, times or parts of the run; use 0.1dur, say.")
-
-
-def _check_time_budget(values: Values) -> None:
-    """The budget is a time, and without one nothing is a part of it."""
-    if "time_budget" not in values:
-        return
-    budget = values["time_budget"]
-    if budget is not None:
-        with at_path("time_budget"):
-            if parse_duration(budget) <= 0:
-                raise ValueError("a budget must be more than nothing.")
-        return
-    for key in ("scheduler", "algorithms", "callbacks"):
-        for path, text in strings(values.get(key), key):
-            if names_budget(text):
-                raise UserError(
-                    f"{path}: {text} is a part of the time budget, and the recipe has none; set time_budget=24h, say."
-                )
-
-
-def strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every string in a value of a recipe, with its path."""
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from strings(item, f"{path}.{key}")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from strings(item, f"{path}[{index}]")
 
 
 # --------------------------------------------------------------------------------------- precision, sharding, sizes
@@ -300,7 +224,7 @@ def _settable() -> list[str]:
     """What `parallelism_config.fsdp` takes."""
     try:
         return sorted(
-            inspect.signature(outline("prx_composer.training.parallelism", "HybridConfig")).parameters.keys() - _NOT_OURS
+            inspect.signature(outline("prx_composer.training.components", "HybridConfig")).parameters.keys() - _NOT_OURS
         )
     except CannotTell:
         return []

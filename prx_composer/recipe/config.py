@@ -11,7 +11,7 @@ import io
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prx_composer.common.errors import Problems, UserError, nearest, raise_all
 from prx_composer.common.files import read_text
-from prx_composer.common.signatures import constructor
-from prx_composer.recipe.arguments import check_entries, check_type, entries, hints_of, split
+from prx_composer.common.outlines import constructor
+from prx_composer.recipe.arguments import check_entries, check_type, hints_of, is_filled, split
 from prx_composer.recipe.checks import argument_problems, first_look, missing_code
 from prx_composer.registry import NESTED, Registry
 
@@ -234,10 +234,16 @@ def check(recipe: Recipe) -> None:
     raise_all(argument_problems(vars(recipe)))
 
 
-def build(components: Registry, name: str, arguments: Spec, path: str, **provided: Any) -> Any:
-    """Calls a component's constructor with its arguments from the recipe and those of `provided` that it takes.
+def build(
+    components: Registry, name: str, arguments: Spec, path: str, provided: Mapping[str, Any] | None = None, **given: Any
+) -> Any:
+    """Call a component's constructor with its arguments from the recipe and with what the program has for it.
 
     Mappings become what the constructor's annotation asks for: dataclasses, or nested components by name.
+
+    Args:
+        provided: what there is for any component, such as `provided_by` returns; see `is_filled`.
+        given: what components of this kind are called with, if the constructor has such a parameter.
 
     Raises:
         UserError: what the constructor rejects with a ValueError, and files or weights that cannot be had, at `path`.
@@ -245,11 +251,12 @@ def build(components: Registry, name: str, arguments: Spec, path: str, **provide
     target = components.get(name, path)
     function = constructor(target)
     hints = hints_of(function)
-    given = {key: _construct(value, key, hints.get(key), f"{path}.{key}") for key, value in arguments.items()}
     accepted = inspect.signature(function).parameters
-    given |= {key: value for key, value in provided.items() if key in accepted and key not in given}
+    filled = {key: value for key, value in (provided or {}).items() if key in accepted and is_filled(accepted[key])}
+    filled |= {key: value for key, value in given.items() if key in accepted}
+    filled |= {key: _construct(value, key, hints.get(key), f"{path}.{key}") for key, value in arguments.items()}
     try:
-        return target(**given)
+        return target(**filled)
     except UserError:
         raise
     except Exception as error:
@@ -257,11 +264,6 @@ def build(components: Registry, name: str, arguments: Spec, path: str, **provide
         if isinstance(error, ValueError | OSError | ImportError) or type(error) is Exception:
             raise UserError(f"{path}: {error}") from error
         raise
-
-
-def build_all(components: Registry, kind: str, recipe_entries: Spec, **provided: Any) -> list[Any]:
-    """The algorithms, callbacks or loggers of a recipe, in order."""
-    return [build(components, name, arguments, f"{kind}.{name}", **provided) for name, arguments in entries(recipe_entries, kind)]
 
 
 def _construct(value: Any, key: str, hint: Any, path: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from prx_composer import registry
 from prx_composer.common.errors import UserError
-from prx_composer.common.signatures import constructor
+from prx_composer.common.outlines import constructor
 from prx_composer.recipe.arguments import hints_of
 from prx_composer.recipe.config import Recipe
 from prx_composer.registry import NESTED, Registry

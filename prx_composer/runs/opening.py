@@ -15,19 +15,18 @@ from torch import Tensor, nn
 
 from prx_composer import registry
 from prx_composer.common.distributed import clean_name
-from prx_composer.common.errors import Problems, UserError, at_path
+from prx_composer.common.errors import Problems, UserError
 from prx_composer.models.adapters import merge_adapters
 from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance
-from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.arguments import check_spec, check_type, entries, split
+from prx_composer.recipe.arguments import check_spec, check_type, entries, provided_by, split
+from prx_composer.recipe.checks import OF_MODELS
 from prx_composer.recipe.config import Recipe, build
 from prx_composer.recipe.own_code import without_code
 from prx_composer.runs.checkpoints import all_checkpoints
 from prx_composer.runs.diffusers_folder import open_pipeline
-from prx_composer.runs.folder import TOKENIZER
-from prx_composer.runs.frozen_parts import with_kept
 from prx_composer.runs.locate import Located, locate
+from prx_composer.runs.model_parts import ModelParts
 from prx_composer.runs.weights import SavedState, nonfinite, read_checkpoint
 from prx_composer.schedule.clock import TrainingClock
 from prx_composer.schedule.moments import parse_duration
@@ -35,8 +34,6 @@ from prx_composer.schedule.moments import parse_duration
 log = logging.getLogger(__name__)
 
 Weights = Literal["ema", "raw"]
-# Arguments of `model` that don't change what it draws.
-_OF_TRAINING = ("compile", "activation_memory_budget", "attention", "init_from")
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
         recipe = without_code(_as_recipe(saved_recipe, located.path), index, located.path)
     except (OSError, ValueError, LookupError) as error:
         raise error if isinstance(error, UserError) else UserError(f"{located.path} cannot be read: {error}") from error
-    check_spec(registry.models, recipe.model, f"{located.path}: recipe.model", frozenset({"seed"}), frozenset({"init_from"}))
+    check_spec(registry.models, recipe.model, f"{located.path}: recipe.model", OF_MODELS, frozenset({"init_from"}))
     state = read_checkpoint(located.checkpoint)
     if weights == "ema" and not state.average:
         raise UserError(
@@ -151,37 +148,14 @@ def _last_image_size(recipe: Recipe) -> int:
 
 
 def build_model(recipe: Recipe, run_folder: Path) -> TextToImage:
-    """The recipe's model before its first step, not compiled, with the run's tokenizer; random numbers are those of the run.
+    """Return the recipe's model before its first step, not compiled, with the run's tokenizer; random numbers are the run's.
 
     Raises:
         UserError: weights or a tokenizer that cannot be had.
     """
-    name, arguments = split(with_kept(recipe.model, run_folder), "model")
-    arguments = {key: value for key, value in arguments.items() if key not in _OF_TRAINING}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # an encoder with frozen random weights is in no checkpoint
-        if "text_encoder" in arguments:
-            arguments["text_encoder"] = _build_text_encoder(arguments["text_encoder"], run_folder)
-        model = build(registry.models, name, arguments, "model", seed=recipe.seed)
-    model.knows_empty_caption = model.knows_empty_caption or recipe.model.get("init_from") is not None
-    return model
-
-
-def _build_text_encoder(spec: dict[str, Any], run_folder: Path) -> HuggingFaceTextEncoder:
-    path = "model.text_encoder"
-    name, arguments = split(spec, path)
-    named = arguments.pop("tokenizer", arguments.get("pretrained"))
-    with at_path(f"{path}.tokenizer"):
-        if (run_folder / TOKENIZER).exists():
-            tokenizer = load_tokenizer(str(run_folder / TOKENIZER))
-        elif isinstance(named, str):
-            tokenizer = load_tokenizer(named, arguments.get("revision"))
-        else:
-            raise UserError(
-                f"{path}.tokenizer: it was trained with the run and lies in its folder; there is no {run_folder / TOKENIZER}. "
-                "Put the checkpoint where the run wrote it: <run folder>/checkpoints/."
-            )
-    return build(registry.text_encoders, name, arguments, path, tokenizer=tokenizer)
+        return ModelParts(recipe, run_folder).model
 
 
 # ------------------------------------------------------------------------------------------------------ algorithms
@@ -190,10 +164,11 @@ def _build_text_encoder(spec: dict[str, Any], run_folder: Path) -> HuggingFaceTe
 def attach_algorithms(model: TextToImage, recipe: Recipe, saved: SavedState, run_folder: Path) -> None:
     """Attaches those algorithms that change what the model draws (`shapes_sampling`), as they were at the checkpoint."""
     shaping: list[Algorithm] = []
+    provided = provided_by(vars(recipe) | {"run_folder": run_folder})
     for name, arguments in entries(recipe.algorithms, "algorithms"):
         path = f"algorithms.{name}"
         if getattr(registry.algorithms.get(name, path), "shapes_sampling", False):
-            shaping.append(build(registry.algorithms, name, arguments, path, folder=str(run_folder)))
+            shaping.append(build(registry.algorithms, name, arguments, path, provided))
     if not shaping:
         return
     clock = TrainingClock(run_folder, None if recipe.time_budget is None else parse_duration(recipe.time_budget))

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
         print(f"\nerror: {error}\nMore may come to light when components are built: `prx check` says it all.", file=sys.stderr)
         return 1
     _set_up_logging()
-    from prx_composer.training import build as train
+    from prx_composer.training import run as train
 
     return train.report(recipe)
 
@@ -61,7 +61,7 @@ def check_lines(arguments: list[str], num_ranks: int, config_only: bool, step: b
     if config_only and problems:
         yield _NOT_YET
         return
-    from prx_composer.training.preflight import check_config, check_recipe
+    from prx_composer.training.check import check_config, check_recipe
 
     results = check_config(recipe, num_ranks) if config_only else check_recipe(recipe, num_ranks, step)
     yield from (line for line in map(str, results) if line not in said)

@@ -6,33 +6,20 @@ from typing import Any
 from torch import Tensor
 
 from prx_composer import registry
-from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
-from prx_composer.models import AuxiliaryLoss, FlowMatching, FlowOutput
-
-
-class BrightnessLoss(AuxiliaryLoss):
-    """Squared difference of mean brightness between x̂0 and x0, averaged over the batch."""
-
-    needs_whole_image = True
-
-    def __init__(self, weight: float, flow: FlowMatching):
-        super().__init__(weight)
-        self.flow = flow
-
-    def forward(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
-        predicted = self.flow.to_x0(outputs.prediction, outputs.noised, outputs.timestep)
-        return (predicted.mean((1, 2, 3)) - outputs.clean.mean((1, 2, 3))).square().mean()
+from prx_composer.algorithms.base import LossTrick
+from prx_composer.models import FlowOutput
 
 
 @registry.algorithms.register("brightness")
-class Brightness(AuxiliaryLossAlgorithm):
-    """Adds a `BrightnessLoss` of this weight between `start` and `end`."""
+class Brightness(LossTrick):
+    """Squared difference of mean brightness between x̂0 and x0, averaged over the batch."""
 
     name = "brightness"
+    needs_whole_image = True
 
     def __init__(self, weight: float = 0.1, start: str = "0ba", end: str | None = None):
-        super().__init__(start, end)
-        self.weight = weight
+        super().__init__(weight, start, end)
 
-    def build_loss(self, model: Any) -> AuxiliaryLoss:
-        return BrightnessLoss(self.weight, model.flow)
+    def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
+        predicted = self.flow.to_x0(outputs.prediction, outputs.noised, outputs.timestep)
+        return (predicted.mean((1, 2, 3)) - outputs.clean.mean((1, 2, 3))).square().mean()

@@ -11,8 +11,8 @@ from composer.utils import dist
 
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
 from prx_composer.training.preflight.step import RECORD
+from prx_composer.training.run import run
 
 recipe, folder = sys.argv[1], Path(sys.argv[2])
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 
 from prx_composer.commands.plan.plan_inputs import read_throughput
@@ -16,8 +17,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def benchmark(name: str, *arguments: Any, folder: Path = BENCHMARKS.parent) -> str:
-    command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
-    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    finished = commands.run("python", BENCHMARKS / name, *arguments, cwd=folder)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-3000:]
     return finished.stdout
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 
@@ -21,13 +22,12 @@ from prx_composer.recipe import config
 from prx_composer.runs import checkpoints
 from prx_composer.runs.checkpoints import all_checkpoints, newest_whole_checkpoint
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 from prx_composer.training.signals import INTERRUPTED_EXIT_CODE
 from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -273,8 +273,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_bit_for_bit(
     tiny_recipe |= {"max_duration": "400ba", "save_interval": "1dur", "autoresume": True}
     tiny_recipe["train_loader"]["num_workers"] = 1
     path = write_recipe(tiny_recipe)
-    command = [sys.executable, "train.py", path]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = commands.start("python", "train.py", path)
     metrics = folder_of(tiny_recipe) / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, process)
     process.send_signal(number)

@@ -1,15 +1,14 @@
 """Several processes: a rank or the launcher dies, a shard is damaged, the number of ranks changes."""
 
 import copy
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import psutil
 import pytest
 
@@ -18,13 +17,10 @@ from prx_composer.runs.folder import read_metrics
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
-REPOSITORY = Path(__file__).parents[2]
 
 
-def start(processes: int, *arguments: str) -> "subprocess.Popen[str]":
-    command = [str(Path(sys.executable).with_name("composer")), "-n", str(processes), "train.py", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(processes: int, *arguments: str, real: bool = False) -> "subprocess.Popen[str]":
+    return commands.start("composer", "-n", processes, "train.py", *arguments, real=real)
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
@@ -72,7 +68,7 @@ def test_a_rank_dies_and_the_launcher_dies_and_a_shard_is_damaged_and_the_losses
     path = write_recipe(killed, "killed.yaml")
     slow = (f"code_paths=[{tmp_path / 'slow.py'}]", "callbacks.slow={}")
 
-    process = start(2, path, *slow)  # a rank dies
+    process = start(2, path, *slow, real=True)  # a rank dies
     wait_for_batch(killed, 5, process)
     ranks = [child for child in psutil.Process(process.pid).children() if "train.py" in " ".join(child.cmdline())]
     assert len(ranks) == 2
@@ -82,7 +78,7 @@ def test_a_rank_dies_and_the_launcher_dies_and_a_shard_is_damaged_and_the_losses
     assert process.returncode != 0 and time.monotonic() - begin < 60, "the other rank does not wait for it for ever"
     assert not any(rank.is_running() for rank in ranks)
 
-    process = start(2, path, *slow)  # the launcher dies
+    process = start(2, path, *slow, real=True)  # the launcher dies
     wait_for_batch(killed, 9, process)
     ranks = [child for child in psutil.Process(process.pid).children() if "train.py" in " ".join(child.cmdline())]
     process.send_signal(signal.SIGKILL)

@@ -20,9 +20,9 @@ from prx_composer.callbacks.random_step import RandomStep
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.recipe import config
-from prx_composer.recipe.config import build, build_all
+from prx_composer.recipe.config import build
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 from prx_composer.training.start import main
 
 Write = Callable[..., str]
@@ -95,7 +95,7 @@ def train(names: tuple[str, ...], tiny_model: Build, batch: Batch) -> tuple[dict
     trainer = Trainer(
         model=model,
         optimizers=optimizer,
-        algorithms=build_all(registry.algorithms, "algorithms", {name: ALGORITHMS[name] for name in names if name != "muon"}),
+        algorithms=[build(registry.algorithms, name, ALGORITHMS[name], f"algorithms.{name}") for name in names if name != "muon"],
         callbacks=[RandomStep()],
         loggers=logger,
         train_dataloader=DataSpec(Batches(batch), get_num_samples_in_batch=lambda b: len(b["image"])),
@@ -244,7 +244,7 @@ def test_the_24h_recipe_passes_the_check_and_a_mistake_in_it_does_not() -> None:
 
 
 def test_ablations_merge_over_the_quickstart() -> None:
-    from prx_composer.training.preflight import check_config
+    from prx_composer.training.check import check_config
 
     files = sorted((REPOSITORY / "yamls" / "ablations").glob("*.yaml"))
     assert len(files) >= 14

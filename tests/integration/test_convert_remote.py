@@ -1,11 +1,10 @@
 """Conversions that are killed, and conversions from and to an object store: S3 as moto serves it on loopback."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from conversions import contents, convert, fetch_all, jpeg, rows, sample, settings, write_tar
@@ -30,10 +29,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def test_a_killed_conversion_writes_the_bytes_of_an_undisturbed_one(tmp_path: Path, engine: str) -> None:
     if engine == "ray":
         pytest.importorskip("ray")
-    command = [sys.executable, str(BENCHMARKS / "convert_kills.py"), "--engine", engine, "--kills", "2", "--tars", "8"]
+    kills = ("--engine", engine, "--kills", 2, "--tars", 8, "--samples", 8)  # of processes that it looks up in /proc: real ones
     result = tmp_path / "result.json"
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 280}
-    done = subprocess.run([*command, "--samples", "8", "--output", str(result)], check=False, **options)
+    done = commands.run("python", BENCHMARKS / "kills.py", "convert", *kills, "--output", result, real=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(result.read_text())
     assert found["kills"] == 2 and found["equal"] and found["left_behind"] == [".train.work.lock"]

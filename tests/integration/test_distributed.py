@@ -2,11 +2,11 @@
 
 import copy
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -17,12 +17,10 @@ from prx_composer.runs.folder import read_metrics
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
-REPOSITORY = Path(__file__).parents[2]
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("composer")), "-n", "2", "train.py", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False)
+    return commands.run("composer", "-n", 2, "train.py", *arguments, timeout=400)
 
 
 def curve(recipe: Recipe) -> list[float]:
@@ -92,8 +90,7 @@ def test_float8_layers_train_the_same_curve_under_ddp_and_fsdp2(tiny_recipe: Rec
 
 def test_fsdp2_averages_gradients_over_ranks() -> None:
     script = Path(__file__).with_name("fsdp_gradients.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+    finished = commands.run("composer", "-n", 2, script, timeout=200)
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 

@@ -4,11 +4,13 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import warm
 
-from prx_composer.integrations.llm_foundry.lookup import INSTALL, is_installed
+from prx_composer.integrations.foundry_names import INSTALL, is_installed
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("recipes/**/*.md"), *REPOSITORY.glob("prx_composer/**/*.md")])
@@ -22,6 +24,14 @@ KEPT = {  # by `ablate.py --cost`: one or two of a stack are measured
     "24h_mini": ("skip_nonfinite", "gradient_clipping", "low_precision_norm", "ema", "lpips", "perceptual_dino"),
     "custom_stack": ("gradient_clipping", "ema"),
 }
+# The first line of each kind is run as it is written. The others go without `uv run`, in forks of what is imported (warm.py).
+KINDS = (
+    "uv run composer train.py",
+    "uv run composer -n",
+    "uv run prx",
+    "uv run python recipes",
+    "uv run --group foundry llmfoundry",
+)
 # Not run here: what sets up the environment (CI has done it) and what runs the tests, this one among them.
 ELSEWHERE = ("pip install uv", "uv sync", "uv run pytest", "uv run ruff", "uv run basedpyright", "git clone", "cd ")
 
@@ -48,6 +58,10 @@ def commands() -> list[tuple[str, str]]:
     return [(page, line) for line, page in first.items()]  # each once, where it is first said
 
 
+def as_written() -> set[str]:
+    return {next(line for _, line in commands() if line.startswith(kind)) for kind in KINDS}
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout's recipes to run in, so that runs/ and data/ of the real one stay as they are."""
@@ -69,6 +83,10 @@ def test_there_is_documentation_to_run() -> None:
 def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
     if "--group foundry" in line and not is_installed():
         pytest.skip(f"llm-foundry isn't installed: {INSTALL}")
+    environment = os.environ | {"UV_PROJECT": str(REPOSITORY), "WANDB_MODE": "offline"}
+    if line not in as_written() and warm.folder():
+        line = re.sub(r"uv run (--group \w+ )?", "", line)
+        environment["PATH"] = os.pathsep.join([warm.folder(), str(Path(sys.executable).parent), environment["PATH"]])
     if "train.py" in line and "max_duration=" not in line:
         line = f"{line} {SHORT}"
     if "train.py" in line and "finetune" in line:
@@ -89,7 +107,6 @@ def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
         line = f"{line} {SHORT} {SHORT_SCORE}"
     line = re.sub(r"t_warmup: \d+ba", "t_warmup: 2ba", line)
     line = re.sub(r"max_duration=\d+ba", "max_duration=6ba", line).replace("uv run ", "uv run --no-sync ")
-    environment = os.environ | {"UV_PROJECT": str(REPOSITORY), "WANDB_MODE": "offline"}
     finished = subprocess.run(line, shell=True, cwd=workshop, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, f"{page}: {line}\n{finished.stdout[-2000:]}\n{finished.stderr[-3000:]}"
 

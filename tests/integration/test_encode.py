@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 
@@ -18,7 +18,7 @@ from prx_composer.cli import app
 from prx_composer.common.errors import UserError
 from prx_composer.data.stored import encoded_folder, pack, unpack
 from prx_composer.recipe import config
-from prx_composer.training.build import build_trainer, run
+from prx_composer.training.run import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -36,9 +36,9 @@ def recipe(tiny_recipe: Recipe, tmp_path: Path, shapes_data: Path, encoder_folde
 
 
 def encode(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    prx = ["-m", "prx_composer.cli", "encode", *arguments]
-    command = [sys.executable, *prx] if ranks == 1 else [str(Path(sys.executable).with_name("composer")), "-n", str(ranks), *prx]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    if ranks == 1:
+        return commands.run("prx", "encode", *arguments)
+    return commands.run("composer", "-n", ranks, "-m", "prx_composer.cli", "encode", *arguments)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -110,15 +110,14 @@ def test_kills_and_other_numbers_of_ranks_leave_the_same_bytes(recipe: Recipe, w
     undisturbed = encode("text", file, "--part", "4", "--name", "a")
     assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
     for _ in range(3):
-        command = [sys.executable, "-m", "prx_composer.cli", "encode", "text", file, "--part", "4", "--name", "b"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = commands.start("prx", "encode", "text", file, "--part", 4, "--name", "b", start_new_session=True)
         # glob rather than rglob: folders vanish under it while the command works.
         before = len(glob(f"{folder}/b/**/*.mds", recursive=True))
         while process.poll() is None and len(glob(f"{folder}/b/**/*.mds", recursive=True)) < before + 5:
             time.sleep(0.005)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
     assert not list((folder / "b").rglob("manifest.json"))
     finished = encode("text", file, "--part", "4", "--name", "b", ranks=2)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]

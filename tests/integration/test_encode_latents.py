@@ -19,8 +19,8 @@ from prx_composer.data.small_sets import ShapesSource
 from prx_composer.data.sources import prepare
 from prx_composer.data.stored import encoded_folder, unpack
 from prx_composer.recipe import config
-from prx_composer.training.build import build_trainer, run
-from prx_composer.training.preflight import check_recipe
+from prx_composer.training.check import check_recipe
+from prx_composer.training.run import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -234,16 +234,14 @@ def test_a_loss_that_looks_at_images_unannounced_is_named_before_the_first_step(
     code = tmp_path / "brightness.py"
     code.write_text(
         "from prx_composer import registry\n"
-        "from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm\n"
-        "from prx_composer.models.losses import AuxiliaryLoss\n"
-        "class Loss(AuxiliaryLoss):\n"
-        "    def forward(self, outputs, batch):\n"
-        "        return batch['image'].float().mean() * 0\n"
+        "from prx_composer.algorithms.base import LossTrick\n"
         "@registry.algorithms.register('looks_at_images')\n"
-        "class Algorithm(AuxiliaryLossAlgorithm):\n"
+        "class LooksAtImages(LossTrick):\n"
         "    name = 'looks_at_images'\n"
-        "    def build_loss(self, model):\n"
-        "        return Loss(1.0)\n"
+        "    def __init__(self, weight: float = 1.0):\n"
+        "        super().__init__(weight)\n"
+        "    def loss(self, outputs, batch):\n"
+        "        return batch['image'].float().mean() * 0\n"
     )
     recipe["algorithms"] = {"looks_at_images": {}}
     file = write_recipe(recipe | {"code_paths": [str(code)], "preflight": True, "max_duration": "1ba"})

@@ -2,14 +2,12 @@
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -23,11 +21,10 @@ from prx_composer.metrics.features import ClipScore, clip_images, dino_images, s
 from prx_composer.metrics.real_images import DataSet, ImageFolder, read_square, reference_features
 from prx_composer.metrics.scoring import Networks, Scorer, interval_95
 from prx_composer.recipe import config
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
-REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -246,16 +243,8 @@ def test_two_ranks_measure_what_one_does(trained: Path, options: tuple[Any, ...]
     odd = (*options, "--num", 7, "--seeds", 0, "--reference-num", 11, "--batch-size", 3)
     prx("evaluate", trained, *odd)
     one = numbers(tmp_path)
-    together = [str(word) for word in (*odd, "--output", tmp_path / "two" / "out" / "numbers.json", "--cache", tmp_path / "c2")]
-    command = [str(Path(sys.executable).parent / "composer"), "-n", "2", "-m", "prx_composer.cli", "evaluate", str(trained)]
-    finished = subprocess.run(
-        [*command, *together],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    together = (*odd, "--output", tmp_path / "two" / "out" / "numbers.json", "--cache", tmp_path / "c2")
+    finished = commands.run("composer", "-n", 2, "-m", "prx_composer.cli", "evaluate", trained, *together)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-3000:]
     two = numbers(tmp_path / "two")
     assert (one[0]["ranks"], two[0]["ranks"]) == (1, 2)

@@ -25,7 +25,7 @@ from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbon
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.recipe import config
 from prx_composer.runs.opening import Trained, load_trained
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

@@ -1,13 +1,12 @@
 """llm-foundry's trainer on our components, and our trainer on llm-foundry's: each repeats what the other one does."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from commands import prx
@@ -16,10 +15,10 @@ from omegaconf import OmegaConf
 
 from prx_composer import registry
 from prx_composer.common.errors import UserError
-from prx_composer.integrations.llm_foundry.lookup import INSTALL
+from prx_composer.integrations.foundry_names import INSTALL
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import build_trainer, run
+from prx_composer.training.run import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -314,9 +313,9 @@ def test_a_value_that_llm_foundry_refuses_is_the_users_to_mend(
 
 WITHOUT = """
 import sys
-from prx_composer import config
+from prx_composer.recipe import config
 from prx_composer.common.errors import UserError
-from prx_composer.integrations.llm_foundry.lookup import INSTALL
+from prx_composer.integrations.foundry_names import INSTALL
 from prx_composer.training.preflight.examine import examine
 _, parts = examine(config.load(["yamls/quickstart.yaml"]), 1)
 assert not parts.problems
@@ -331,9 +330,9 @@ for change in ("optimizer={name: decoupled_lionw, lr: 1e-3}", "train_loader.name
 """
 
 
-def test_without_llm_foundry_nothing_changes_but_the_message_for_an_unknown_name() -> None:
-    command = [sys.executable, "-c", WITHOUT]
-    finished = subprocess.run(command, cwd=FOUNDRY_YAML.parents[1], capture_output=True, text=True, check=False)
+def test_without_llm_foundry_nothing_changes_but_the_message_for_an_unknown_name(tmp_path: Path) -> None:
+    (tmp_path / "without.py").write_text(WITHOUT)
+    finished = commands.run("python", tmp_path / "without.py")
     assert finished.returncode == 0, finished.stderr
     lion, loader = finished.stdout.strip().splitlines()
     assert lion == (

@@ -5,12 +5,11 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -24,11 +23,10 @@ from prx_composer.models.sampling import RoutedSelfGuidance
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import INDEX, MONOLITH
 from prx_composer.runs.opening import choose_guidance, load_trained
-from prx_composer.training.build import build_trainer, run
+from prx_composer.training.run import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
-REPOSITORY = Path(__file__).parents[2]
 PROMPT = "a red circle on the left of a white background"
 PROMPTS = [PROMPT, "a blue ring in the centre of a black background", "a green cross on the right of a grey background"]
 
@@ -236,8 +234,7 @@ def test_a_sharded_run_begun_from_an_export_is_drawn_with_in_one_process(
     tiny_recipe["model"]["init_from"] = str(tmp_path / "out")
     tiny_recipe |= {"parallelism_config": {"fsdp": {"state_dict_type": "sharded"}}, "max_duration": "2ba"}
     tiny_recipe["optimizer"] = {"name": "adamw", "lr": 0.0}
-    command = [str(Path(sys.executable).with_name("composer")), "-n", "2", "train.py", write_recipe(tiny_recipe)]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    finished = commands.run("composer", "-n", 2, "train.py", write_recipe(tiny_recipe))
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-3000:]
     assert list((folder_of(tiny_recipe) / "checkpoints" / "ba2").glob("__1_*.distcp")), "it is sharded"
     begun = load_trained(str(tmp_path / "out")).model

@@ -2,18 +2,16 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_evaluate import CPU, REPOSITORY, networks, numbers, prx  # noqa: F401  (a fixture)
+from test_evaluate import CPU, networks, numbers, prx  # noqa: F401  (a fixture)
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
 from prx_composer.common.errors import UserError
@@ -21,7 +19,7 @@ from prx_composer.metrics.features import inception_images
 from prx_composer.metrics.real_images import DataSet, read_square
 from prx_composer.metrics.scoring import Networks, Scorer
 from prx_composer.recipe import config
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -254,9 +252,7 @@ def test_two_ranks_of_a_sharded_model_log_what_one_process_measures_of_its_check
     recipe = with_metrics(tiny_recipe, networks, tmp_path) | {"max_duration": "4ba", "save_interval": "4ba"}
     recipe["callbacks"]["generation_metrics"] |= {"num": 21, "batch_size": 4}
     recipe["parallelism_config"] = {"fsdp": {}}
-    composer = [str(Path(sys.executable).parent / "composer"), "-n", "2", "train.py", write_recipe(recipe)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(composer, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=environment)
+    finished = commands.run("composer", "-n", 2, "train.py", write_recipe(recipe))
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-3000:]
     (line,) = (line for line in logged(folder_of(recipe)) if "metrics/generation/cmmd" in line)
     compare_with_prx_evaluate(folder_of(recipe), 21, line, networks, tmp_path)

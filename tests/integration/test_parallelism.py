@@ -1,13 +1,12 @@
 """Where `parallelism_config` puts the weights."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 
 from prx_composer.common.errors import UserError
-from prx_composer.training.parallelism import parallelism
+from prx_composer.training.components import parallelism
 
 
 @pytest.mark.parametrize(
@@ -18,8 +17,7 @@ from prx_composer.training.parallelism import parallelism
     ],
 )
 def test_weights_are_sharded_within_nodes_and_replicated_over_them(degree: int, expected: str) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("hybrid_mesh.py")), str(degree), "32"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    finished = commands.run("python", Path(__file__).with_name("hybrid_mesh.py"), degree, 32)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.strip() == expected
 

@@ -2,13 +2,12 @@
 
 import copy
 import logging
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from stacks import stack_of_24h
@@ -17,12 +16,11 @@ from typer.testing import CliRunner
 from prx_composer.cli import app, main
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import build_trainer, run
 from prx_composer.training.preflight.step import RECORD, try_steps
+from prx_composer.training.run import build_trainer, run
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
-REPOSITORY = Path(__file__).parents[2]
 
 RUNNING_MEAN = """
 import torch
@@ -240,8 +238,7 @@ def test_losses_are_the_same_to_the_bit_on_two_ranks_under_ddp_and_fsdp2(
 ) -> None:
     del stack["algorithms"]["normalised"]  # ranks have different means, which is nothing to compare
     stack |= {"run_folder": str(tmp_path / "runs" / "${run_name}"), "autoresume": True}
-    script = str(REPOSITORY / "tests" / "integration" / "preflight_ranks.py")
-    command = [str(Path(sys.executable).with_name("composer")), "-n", "2", script, write_recipe(stack), str(tmp_path / "runs")]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=500, check=False)
+    script = Path(__file__).with_name("preflight_ranks.py")
+    finished = commands.run("composer", "-n", 2, script, write_recipe(stack), tmp_path / "runs", timeout=500)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "ddp: the same 5 steps" in finished.stdout and "fsdp: the same 5 steps" in finished.stdout

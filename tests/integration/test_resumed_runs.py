@@ -18,7 +18,7 @@ from conftest import TINY_BACKBONE, TINY_T5
 from prx_composer.common.errors import UserError
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_changes, read_metrics
-from prx_composer.training.build import build_trainer, run
+from prx_composer.training.run import build_trainer, run
 from prx_composer.training.start import main
 
 Recipe = dict[str, Any]
@@ -161,7 +161,7 @@ HOLDS: dict[str, tuple[list[str], Callable[[Any], Any], Any]] = {
     "algorithms.ema.half_life": (["algorithms.ema.half_life=1ba"], lambda t: algorithm(t, "EMA").smoothing, 0.5),
     "algorithms.contrastive_flow_matching.weight": (
         ["algorithms.contrastive_flow_matching.weight=0.01"],
-        lambda t: algorithm(t, "ContrastiveFlowMatching").loss.weight,
+        lambda t: algorithm(t, "ContrastiveFlowMatching").term.weight,
         0.01,
     ),
     "algorithms.contrastive_flow_matching.end": (

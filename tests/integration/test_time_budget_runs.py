@@ -2,14 +2,12 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import commands
 import pytest
 import torch
 from composer.core import Callback, State
@@ -20,12 +18,11 @@ from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics, save_recipe
 from prx_composer.schedule import clock as clock_module
 from prx_composer.schedule.moments import ScheduleWindow
-from prx_composer.training.build import build_trainer, run
+from prx_composer.training.run import build_trainer, run
 from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
-REPOSITORY = Path(__file__).parents[2]
 STEP, EVALUATION = 1.0, 2.0  # seconds
 
 
@@ -163,9 +160,7 @@ def test_two_ranks_agree_on_the_time_and_stop_at_the_same_batch(budgeted: Recipe
     (tmp_path / "uneven.py").write_text(UNEVEN)
     budgeted |= {"time_budget": "8s", "code_paths": [str(tmp_path / "uneven.py")]}
     budgeted["callbacks"]["uneven"] = {"folder": str(tmp_path)}
-    command = [str(Path(sys.executable).with_name("composer")), "-n", "2", "train.py", write_recipe(budgeted)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = commands.run("composer", "-n", 2, "train.py", write_recipe(budgeted), timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and len(first) >= 2

@@ -1,15 +1,14 @@
 """wandb, TensorBoard and MLflow, offline: what each of them reads back of a run, of a killed one too."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,13 +18,12 @@ from prx_composer.common.secrets import HIDDEN
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import Checkpoint, damage
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
 
-REPOSITORY = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a blue ring: 50%, 'so'/so"]
 KILLER = """
 import os, signal
@@ -144,11 +142,7 @@ def test_every_tracker_reads_back_the_recipe_every_metric_and_the_drawings(
 def test_a_killed_run_goes_on_in_the_same_run_of_every_tracker(tracked: Recipe, write_recipe: Write, tmp_path: Path) -> None:
     (tmp_path / "killer.py").write_text(KILLER)
     path = write_recipe(tracked | {"autoresume": True, "code_paths": [str(tmp_path / "killer.py")]})
-    process = subprocess.run(
-        [sys.executable, str(REPOSITORY / "train.py"), path, "callbacks.killer={}"],
-        check=False, capture_output=True, text=True, timeout=200,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    process = commands.run("python", commands.REPOSITORY / "train.py", path, "callbacks.killer={}", cwd=None, timeout=200)
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
     assert not Checkpoint(tmp_path / "runs" / "tiny" / "checkpoints" / "ba4", 4).path.with_name("ba6").exists()
     run(config.load([path, "max_duration=10ba"]))

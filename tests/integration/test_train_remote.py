@@ -3,14 +3,13 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import commands
 import pytest
 from conversions import fetch_all, jpeg, sample, settings, write_tar
 from typer.testing import CliRunner
@@ -21,11 +20,10 @@ from prx_composer.commands.convert import job
 from prx_composer.data.small_sets import all_scenes
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).parents[2]
 Recipe = dict[str, Any]
 
 
@@ -80,15 +78,13 @@ def test_a_run_that_is_killed_and_loses_its_shards_repeats_the_one_on_a_disk_bit
     far = recipe | {"train_loader": recipe["train_loader"] | {"path": str(cache), "remote": "s3://data/set", "num_workers": 1}}
     path = write_recipe(far, "far.yaml")
     checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
-    process = subprocess.Popen(
-        [sys.executable, "train.py", path, "max_duration=400ba"], cwd=REPOSITORY, start_new_session=True, text=True
-    )
+    process = commands.start("python", "train.py", path, "max_duration=400ba", start_new_session=True)
     deadline = time.monotonic() + 120
     while not (checkpoints / "ba4").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     reached = max(int(folder.name.removeprefix("ba")) for folder in checkpoints.iterdir() if folder.name.startswith("ba"))
     assert len(list(cache.rglob("*.mds"))) > 4
     shutil.rmtree(cache)

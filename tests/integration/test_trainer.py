@@ -16,8 +16,8 @@ from stacks import stack_of_24h
 
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training import build as train_module
-from prx_composer.training.build import build_trainer, run
+from prx_composer.training import run as train_module
+from prx_composer.training.run import build_trainer, run
 from prx_composer.training.trainer import _READ, Trainer
 
 Recipe = dict[str, Any]

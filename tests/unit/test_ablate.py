@@ -1,4 +1,4 @@
-"""Stacks, turns and tables of benchmarks/ablate.py. Nothing timed is asserted."""
+"""Stacks, turns and tables of `benchmarks/ablate.py`. Nothing timed is asserted."""
 
 import importlib
 import json
@@ -23,7 +23,6 @@ from prx_composer.recipe import config
 REPOSITORY = Path(__file__).parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))
 ablate: Any = importlib.import_module("ablate")
-ablate_report: Any = importlib.import_module("ablate_report")
 turns: Any = importlib.import_module("turns")
 
 QUICKSTART = str(REPOSITORY / "yamls" / "quickstart.yaml")
@@ -234,7 +233,7 @@ METRICS = [
 
 def test_numbers_are_of_own_training_time() -> None:
     base = steps_of([500.0, 900.0, 1000.0, 1000.0])
-    result = ablate_report.summarise({"trained_parameters": 7}, steps_of([1900.0, 900.0, 1900.0, 900.0]), METRICS, base)
+    result = ablate.summarise({"trained_parameters": 7}, steps_of([1900.0, 900.0, 1900.0, 900.0]), METRICS, base)
     assert result["train_seconds"] == pytest.approx(6.0)
     assert result["step_ms"]["median"] == 1400
     assert result["ratio"] == {"median": 1.4, "p25": 1.4, "p75": 1.4, "min": 1.4, "max": 1.4, "turns": 1}  # the first is warm-up
@@ -247,19 +246,19 @@ def test_numbers_are_of_own_training_time() -> None:
 
 
 def result_of(stack: str, **changes: Any) -> dict[str, Any]:
-    numbers = ablate_report.summarise({"trained_parameters": 1234567}, steps_of([100.0] * 4), METRICS, steps_of([50.0] * 4))
+    numbers = ablate.summarise({"trained_parameters": 1234567}, steps_of([100.0] * 4), METRICS, steps_of([50.0] * 4))
     return {"stack": stack, "seed": 1, "merged": [], "failed": None} | numbers | changes
 
 
 def test_table_has_a_line_per_stack_and_says_what_failed() -> None:
-    nothing = ablate_report.summarise({}, [], [], [])
+    nothing = ablate.summarise({}, [], [], [])
     results = [
         result_of("base"),
         result_of("base", seed=2, accuracy=0.98, seconds_to_target=None),
         result_of("base+muon", failed="ValueError: a|b", **nothing),
         result_of("base-ema"),
     ]
-    header, rule, base, muon, ema = ablate_report.table(results).splitlines()
+    header, rule, base, muon, ema = ablate.table(results).splitlines()
     assert header.count("|") == rule.count("|") == base.count("|") == ema.count("|") == muon.replace("\\|", "").count("|")
     cells = [cell.strip() for cell in base.split("|")[1:-1]]
     assert cells[0] == "`base`"
@@ -271,13 +270,13 @@ def test_table_has_a_line_per_stack_and_says_what_failed() -> None:
 
 
 def test_curves_are_drawn_for_any_number_of_points(tmp_path: Path) -> None:
-    nothing = ablate_report.summarise({}, [], [], [])
-    ablate_report.plot([result_of("base"), result_of("base+muon", failed="x", **nothing)], tmp_path / "curves.png")
+    nothing = ablate.summarise({}, [], [], [])
+    ablate.plot([result_of("base"), result_of("base+muon", failed="x", **nothing)], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_labels_keep_their_order_and_a_distance() -> None:
-    places = ablate_report.apart({"a": 0.5, "b": 0.1, "c": 0.51, "d": 0.5}, gap=0.1)
+    places = ablate.apart({"a": 0.5, "b": 0.1, "c": 0.51, "d": 0.5}, gap=0.1)
     heights = [places[name] for name in ("b", "a", "d", "c")]
     assert all(above - below >= 0.0999 for below, above in pairwise(heights))
     assert sum(heights) == pytest.approx(0.5 + 0.1 + 0.51 + 0.5)

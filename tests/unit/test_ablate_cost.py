@@ -17,8 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))
 ablate: Any = importlib.import_module("ablate")
 cost: Any = importlib.import_module("ablate_cost")
-cost_report: Any = importlib.import_module("ablate_cost_report")
-runs: Any = importlib.import_module("ablate_runs")
+turns: Any = importlib.import_module("turns")
 
 MINI = str(REPOSITORY / "yamls" / "24h_mini.yaml")
 QUICKSTART = str(REPOSITORY / "yamls" / "quickstart.yaml")
@@ -184,11 +183,11 @@ def measurement(stack: str, group: int = 0, slowdown: tuple[float, ...] = (9.0, 
         for turn, factor in enumerate(slowdown)
         for part in ((0.5, 1.5) if turn else (7.0, 7.0))
     ]
-    return cost_report.Measurement(**({"stack": stack, "group": group, "steps": steps, "failed": None} | changes))
+    return cost.Measurement(**({"stack": stack, "group": group, "steps": steps, "failed": None} | changes))
 
 
 def summary(measurements: list[Any]) -> dict[str, Any]:
-    return {"number": 1, "sizes": "16 px, batch 4, microbatch 4", "kept": [], "closed": ["lpips"]} | cost_report.summarise(
+    return {"number": 1, "sizes": "16 px, batch 4, microbatch 4", "kept": [], "closed": ["lpips"]} | cost.summarise(
         measurements, ["repa", "tread"], STACKS
     )
 
@@ -226,8 +225,8 @@ def test_what_happens_once_in_a_turn_has_its_share() -> None:
     bare = [{"turn": turn, "loader_ms": 0.0, "step_ms": 10.0, "memory_mb": 1.0} for turn in range(3) for _ in range(10)]
     now_and_then = [row | {"step_ms": 110.0 if number % 10 == 9 else 10.0} for number, row in enumerate(bare)]
     stacks = cost.stacks_of(["ema"])
-    measured = [cost_report.Measurement("bare", 0, bare), cost_report.Measurement("whole", 0, now_and_then)]
-    [ema] = cost_report.summarise(measured, ["ema"], stacks)["effects"]
+    measured = [cost.Measurement("bare", 0, bare), cost.Measurement("whole", 0, now_and_then)]
+    [ema] = cost.summarise(measured, ["ema"], stacks)["effects"]
     assert ema["alone"]["ms"]["median"] == 10.0 and ema["alone"]["share"]["median"] == 1.0
     assert ema["in_the_whole"]["ms"]["median"] == 10.0 and ema["in_the_whole"]["share"]["median"] == 0.5
 
@@ -241,35 +240,35 @@ def test_a_refused_stack_is_a_line_and_the_others_have_their_numbers(tmp_path: P
     assert (repa["alone"]["ms"], repa["in_the_whole"]["ms"]["median"]) == (None, pytest.approx(30.0))
     assert (tread["alone"]["ms"]["median"], tread["in_the_whole"]["ms"]) == (pytest.approx(-50.0), None)
     assert repa["alone"]["failed"] == [f"bare+repa: {REFUSAL}"]
-    text = cost_report.tables(found)
+    text = cost.tables(found)
     assert "| `bare+repa` | refused: algorithms.repa needs a\\|b in the stack. |" in text
     assert "left out: lpips" in text
     first, second = text.split("\n\n")[1:]
     for table in (first, second):
         assert len({line.replace("\\|", "").count("|") for line in table.strip().splitlines()}) == 1
-    cost_report.plot([found, found], tmp_path / "bars.png")
+    cost.plot([found, found], tmp_path / "bars.png")
     assert (tmp_path / "bars.png").stat().st_size > 1000
 
 
 def test_without_the_bare_recipe_the_whole_is_still_measured(tmp_path: Path) -> None:
-    nothing = cost_report.Measurement("bare", 0, [], "RuntimeError: out of patience")
+    nothing = cost.Measurement("bare", 0, [], "RuntimeError: out of patience")
     found = summary([nothing, *(measurement(name) for name in STACKS if name != "bare")])
     assert [row["alone"]["ms"] for row in found["effects"]] == [None, None]
     assert found["effects"][1]["in_the_whole"]["ms"]["median"] == pytest.approx(-60.0)
-    assert "| `bare` | failed: RuntimeError: out of patience |" in cost_report.tables(found)
+    assert "| `bare` | failed: RuntimeError: out of patience |" in cost.tables(found)
     assert not found["stacks"][0]["refused"]
-    cost_report.plot([found], tmp_path / "bars.png")
+    cost.plot([found], tmp_path / "bars.png")
 
 
 def test_table_says_what_is_added_with_its_sign() -> None:
-    lines = cost_report.tables(summary([measurement(name) for name in STACKS])).splitlines()
+    lines = cost.tables(summary([measurement(name) for name in STACKS])).splitlines()
     assert "| `repa` | +40.0 | +20.0 (+20.0 to +20.0) | +300 | +30.0 | +16.7 (+16.7 to +16.7) | +250 |" in lines
     assert "| **together** | -20.0 | -10.0 (-10.0 to -10.0) | +150 |  |  |  |" in lines
     assert "| sum of the lines | -10.0 | | | -30.0 | | |" in lines
 
 
 def test_a_refusal_is_quoted_in_full_and_a_crash_by_its_last_line(tmp_path: Path) -> None:
-    run = runs.Run(runs.Stack("bare", ()), 17, tmp_path / "bare", [], [])
+    run = turns.Run(turns.Stack("bare", ()), 17, tmp_path / "bare", [], [])
     run.process = SimpleNamespace(returncode=1)
     run.log.write_text("a warning\n\nerror: two things are wrong:\n  one\n  another\n\n")
     assert run.failure() == "error: two things are wrong: one another"

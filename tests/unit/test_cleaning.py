@@ -16,7 +16,7 @@ from prx_composer.models import HuggingFaceTextEncoder
 from prx_composer.models.prompts import cleaned, cleaner, with_cleaning
 from prx_composer.models.text_encoder import tokenize
 from prx_composer.recipe import config
-from prx_composer.training.build import build_text_encoder
+from prx_composer.runs.model_parts import ModelParts
 from prx_composer.training.preflight.examine import examine
 
 TABLE = [
@@ -100,9 +100,9 @@ def test_a_recipe_says_how(tiny_recipe: dict[str, Any], write_recipe: Any, tmp_p
     """A tokenizer that is trained on the captions is trained on the clean ones."""
     tiny_recipe["model"]["text_encoder"]["clean"] = "prx"
     recipe = config.load([write_recipe(tiny_recipe)])
-    built = build_text_encoder(recipe, tmp_path / "kept")
+    built = ModelParts(recipe, tmp_path / "kept", training=True).text_encoder
     assert cleaned(built.tokenizer, ["A (Red) Circle"]) == ["a red circle"]
-    again = build_text_encoder(recipe, tmp_path / "kept")
+    again = ModelParts(recipe, tmp_path / "kept", training=True).text_encoder
     assert cleaned(again.tokenizer, ["A (Red) Circle"]) == ["a red circle"], "when the run goes on, too"
     tiny_recipe["model"]["text_encoder"]["clean"] = "all"
     results, _ = examine(config.load([write_recipe(tiny_recipe)]), 1)

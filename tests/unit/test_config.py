@@ -121,7 +121,7 @@ def test_ones_own_component_is_found_through_code_paths(tmp_path: Path) -> None:
         "    def apply(self, event, state, logger): ...\n"
     )
     config.import_code([str(code)])
-    built = config.build_all(registry.algorithms, "algorithms", {"mine": {"strength": 2.0}})
+    built = [config.build(registry.algorithms, "mine", {"strength": 2.0}, "algorithms.mine")]
     assert built[0].strength == 2.0
     with pytest.raises(UserError, match=r"code_paths\[0\]"):
         config.import_code([str(tmp_path / "yours.py")])

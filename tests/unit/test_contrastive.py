@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from prx_composer.algorithms.contrastive_flow_matching import ContrastiveFlowMatchingLoss, contrastive_error
+from prx_composer.algorithms.contrastive_flow_matching import ContrastiveFlowMatching, contrastive_error
 from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -29,6 +29,13 @@ def outputs_for(flow: FlowMatching, timestep: list[float]) -> FlowOutput:
     t = torch.tensor(timestep)
     noised = flow.interpolate(clean, noise, t)
     return FlowOutput(prediction, clean, noise, noised, t, None, None, {})  # pyright: ignore[reportArgumentType]
+
+
+def loss_of(weight: float, flow: FlowMatching, **options: Any) -> Callable[[FlowOutput, Any], torch.Tensor]:
+    """Of a model that learns `flow`."""
+    trick = ContrastiveFlowMatching(weight, **options)
+    trick.flow = flow
+    return trick.loss
 
 
 def papers_terms(flow: FlowMatching, o: FlowOutput) -> list[float]:
@@ -48,7 +55,7 @@ def test_error_is_the_papers_wherever_nothing_is_clamped(prediction: Prediction)
     o = outputs_for(flow, [0.05, 0.3, 0.7, 1.0])
     error = contrastive_error(flow, o)
     torch.testing.assert_close(error, torch.tensor(papers_terms(flow, o)), rtol=1e-4, atol=1e-4)
-    loss = ContrastiveFlowMatchingLoss(0.05, flow)
+    loss = loss_of(0.05, flow)
     torch.testing.assert_close(loss(o, CAPTIONS), -error.mean(), msg="the term is what is maximised")
 
 
@@ -67,7 +74,7 @@ def test_the_whole_loss_is_least_at_the_velocity_away_from_the_negatives(predict
     o = outputs_for(flow, [timestep] * 4)
     o.prediction = o.prediction.requires_grad_()
     terms = flow.squared_error(o.prediction, o.clean, o.noise, o.timestep).mean()
-    terms = terms + weight * ContrastiveFlowMatchingLoss(weight, flow)(o, CAPTIONS)
+    terms = terms + weight * loss_of(weight, flow)(o, CAPTIONS)
     gradient = torch.autograd.grad(terms, o.prediction, create_graph=True)[0]
     curvature = torch.autograd.grad(gradient.sum(), o.prediction)[0]  # the loss is quadratic, with a diagonal Hessian
     assert (curvature > 0).all()
@@ -95,17 +102,17 @@ def test_images_whose_negative_has_the_same_caption_can_be_left_out() -> None:
     o = outputs_for(flow, [0.2, 0.4, 0.6, 0.8])
     batch = {"input_ids": torch.tensor([[1, 2, 0], [1, 2, 0], [1, 3, 0], [5, 5, 5]])}  # image 1's negative is image 0
     error = contrastive_error(flow, o)
-    loss, every = ContrastiveFlowMatchingLoss(0.05, flow), ContrastiveFlowMatchingLoss(0.05, flow, skip_same_caption=False)
+    loss, every = loss_of(0.05, flow), loss_of(0.05, flow, skip_same_caption=False)
     torch.testing.assert_close(loss(o, batch), -(error[0] + error[2] + error[3]) / 4)
     torch.testing.assert_close(every(o, batch), -error.mean())
 
 
 def test_what_has_no_minimum_or_no_negative_is_refused() -> None:
     with pytest.raises(ValueError, match="weight must be less than 1"):
-        ContrastiveFlowMatchingLoss(1.0, FlowMatching())
+        ContrastiveFlowMatching(1.0)
     flow = FlowMatching()
     with pytest.raises(UserError, match="contrastive_flow_matching.*device_train_microbatch_size to at least 2"):
-        ContrastiveFlowMatchingLoss(0.05, flow)(outputs_for(flow, [0.5]), {"input_ids": torch.zeros(1, 3)})
+        loss_of(0.05, flow)(outputs_for(flow, [0.5]), {"input_ids": torch.zeros(1, 3)})
 
 
 def test_a_run_trains_on_it_and_logs_it(tiny_recipe: Recipe, write_recipe: Write) -> None:

@@ -14,15 +14,14 @@ import torch
 
 from prx_composer import registry
 from prx_composer.common.errors import UserError, problems_of
-from prx_composer.common.outlines import CannotTell, outline
-from prx_composer.common.signatures import constructor
+from prx_composer.common.outlines import CannotTell, constructor, outline
 from prx_composer.recipe import config
 from prx_composer.recipe.arguments import check_arguments
 from prx_composer.recipe.checks import first_look
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import for_composer
-from prx_composer.training.build import build_trainer
-from prx_composer.training.preflight import check_config
+from prx_composer.training.check import check_config
+from prx_composer.training.run import build_trainer
 from prx_composer.training.start import check_lines, read_recipe
 
 Write = Callable[..., str]

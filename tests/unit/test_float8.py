@@ -28,10 +28,10 @@ from prx_composer.optim.muon import Muon
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.opening import load_trained
-from prx_composer.training.build import build_trainer, run
-from prx_composer.training.parallelism import parallelism
-from prx_composer.training.preflight import check_config
+from prx_composer.training.check import check_config
+from prx_composer.training.components import parallelism
 from prx_composer.training.preflight.gpus import check_gpus
+from prx_composer.training.run import build_trainer, run
 
 pytest.importorskip("torchao", reason="the extra float8, which CI has")
 
@@ -324,8 +324,8 @@ def test_at_the_start_of_a_run_lora_and_replicas_are_refused_in_either_order(tin
     hybrid: Any = parallelism({"fsdp": {"shard_degree": 2}}, 4)
     whole: Any = parallelism({"fsdp": {"shard_degree": 4}}, 4)
     with pytest.raises(UserError, match=r"replicas of shards"):
-        Float8(emulate=True).check_fit(model.backbone, [], hybrid.fsdp2)
-    Float8(emulate=True).check_fit(tiny_model().backbone, [], whole.fsdp2)
+        Float8(emulate=True).check(None, [], model.backbone, hybrid.fsdp2)
+    Float8(emulate=True).check(None, [], tiny_model().backbone, whole.fsdp2)
     other: Any = State(0, "test", nn.Linear(1, 1), DeviceCPU())  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"needs a model with a `backbone`"):
         Float8(emulate=True).apply(Event.INIT, other, Logger(other))

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from alignment import COLUMNS, ROWS, Batch, Build, attach, loss_of, make_teacher, transformers_features
+from alignment import COLUMNS, ROWS, Batch, Build, attach, make_teacher, transformers_features
 from scipy.ndimage import correlate
 from sklearn.preprocessing import StandardScaler
 
-from prx_composer.algorithms.alignment import TappedTokens
-from prx_composer.algorithms.irepa import IREPA, ConvProjector, normalise_over_space
+from prx_composer.algorithms.repa import IREPA, ConvProjector, TappedTokens, normalise_over_space
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +50,6 @@ def test_irepa_compares_normalised_features(tiny_model: Build, tiny_batch: Batch
     y = transformers_features(folder, tiny_batch["image"])
     z_scored = (y - 0.6 * y.mean(1, keepdim=True)) / y.std(1, keepdim=True)
     grid = outputs.taps[1].transpose(1, 2).unflatten(2, (ROWS, COLUMNS))
-    projected = loss_of(algorithm).head.convolution(grid).flatten(2).transpose(1, 2)  # pyright: ignore
+    projected = algorithm.head.convolution(grid).flatten(2).transpose(1, 2)  # pyright: ignore
     expected = -F.cosine_similarity(projected, z_scored, dim=-1).mean()
-    torch.testing.assert_close(loss_of(algorithm)(outputs, tiny_batch), expected)
+    torch.testing.assert_close(algorithm.loss(outputs, tiny_batch), expected)

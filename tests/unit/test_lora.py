@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from prx_composer.algorithms.lora import LoRA
-from prx_composer.algorithms.sprint import SPRINT
+from prx_composer.algorithms.token_routing import SPRINT
 from prx_composer.cli import app
 from prx_composer.commands.export.pipeline import write_pipeline, written_aside
 from prx_composer.commands.plan.planned_model import plan_model
@@ -33,7 +33,7 @@ from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.frozen_parts import keep_frozen, with_kept
 from prx_composer.runs.init_from import write_fragment
 from prx_composer.runs.opening import Trained, load_trained
-from prx_composer.training.build import build_trainer, run
+from prx_composer.training.run import build_trainer, run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

@@ -17,13 +17,14 @@ from composer.core import Event, State
 from composer.devices import DeviceCPU
 
 from prx_composer.algorithms import lpips as algorithm_module
-from prx_composer.algorithms.lpips import LPIPS, LPIPSLoss, Net, build_network, lpips_distance
+from prx_composer.algorithms.lpips import LPIPS, Net, build_network, lpips_distance
 from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
+from prx_composer.models.huggingface import Frozen
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 from prx_composer.training.start import main
 
 Build = Callable[..., TextToImage]
@@ -56,6 +57,13 @@ def outputs_of(prediction: torch.Tensor, clean: torch.Tensor, timestep: torch.Te
     if flow.prediction == "v":
         prediction = (noised - prediction) / timestep[:, None, None, None]
     return FlowOutput(prediction, clean, noise, noised, timestep, None, None, {})  # pyright: ignore[reportArgumentType]
+
+
+def loss_of(flow: FlowMatching, network: Any, **options: Any) -> LPIPS:
+    """As it is attached to a model that learns `flow`."""
+    trick = LPIPS(net=network.pnet_type, **options)
+    trick.flow, trick.network = flow, Frozen(network.to(memory_format=torch.channels_last))
+    return trick
 
 
 # ------------------------------------------------------------------------------------------------------ distance
@@ -91,16 +99,14 @@ def test_images_are_resized_antialiased_first(squeeze: Any) -> None:
         for x in (prediction, target)
     ]
     expected = squeeze(*half)[:, 0, 0, 0]
-    torch.testing.assert_close(
-        LPIPSLoss(1.0, FlowMatching(), squeeze).distance(prediction, target), expected, atol=1e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(loss_of(FlowMatching(), squeeze).distance(prediction, target), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_values_outside_of_the_image_range_keep_their_gradient(squeeze: Any) -> None:
     prediction, target = images()
     prediction = (3 * prediction).requires_grad_()
     target.requires_grad_()
-    LPIPSLoss(1.0, FlowMatching(), squeeze, scale=1.0).distance(prediction, target).sum().backward()
+    loss_of(FlowMatching(), squeeze, scale=1.0).distance(prediction, target).sum().backward()
     assert prediction.grad is not None and prediction.grad[prediction.abs() > 1].count_nonzero() > 0
     assert target.grad is None and all(parameter.grad is None for parameter in squeeze.parameters())
 
@@ -108,7 +114,7 @@ def test_values_outside_of_the_image_range_keep_their_gradient(squeeze: Any) -> 
 @pytest.mark.parametrize("net", get_args(Net))
 def test_the_smallest_side_is_the_smallest_that_the_package_can_do(networks: dict[str, Any], net: Net) -> None:
     smallest = algorithm_module._MIN_SIDE[net]
-    loss = LPIPSLoss(1.0, FlowMatching(), networks[net], scale=0.5)
+    loss = loss_of(FlowMatching(), networks[net], scale=0.5)
     assert loss.distance(*images(1, 2 * smallest, 2 * smallest)).isfinite().all()
     with pytest.raises(RuntimeError):
         networks[net](*images(1, smallest - 1, smallest))
@@ -124,8 +130,8 @@ def test_velocity_and_image_prediction_of_the_same_image_are_the_same_loss(squee
     timestep = torch.tensor([0.3, 0.6, 0.9])
     terms = []
     for flow in (FlowMatching("x", noise_scale=2.0), FlowMatching("v", noise_scale=2.0)):
-        loss = LPIPSLoss(1.0, flow, squeeze, scale=1.0)
-        terms.append(loss(outputs_of(prediction, clean, timestep, flow), {}))
+        loss = loss_of(flow, squeeze, scale=1.0)
+        terms.append(loss.loss(outputs_of(prediction, clean, timestep, flow), {}))
     torch.testing.assert_close(terms[0], terms[1], atol=1e-6, rtol=1e-5)
 
 
@@ -133,18 +139,18 @@ def test_noisy_images_do_not_count_and_microbatches_add_up(squeeze: Any) -> None
     flow = FlowMatching()
     prediction, clean = images(4)
     timestep = torch.tensor([0.1, 0.8, 0.5, 0.51])
-    loss = LPIPSLoss(1.0, flow, squeeze, scale=1.0, max_timestep=0.5)
-    whole = loss(outputs_of(prediction, clean, timestep, flow), {})
+    loss = loss_of(flow, squeeze, scale=1.0, max_timestep=0.5)
+    whole = loss.loss(outputs_of(prediction, clean, timestep, flow), {})
     distance = squeeze(prediction, clean)[:, 0, 0, 0]
     torch.testing.assert_close(whole, (distance[0] + distance[2]) / 4, atol=1e-6, rtol=1e-5)
-    halves = [loss(outputs_of(prediction[i : i + 2], clean[i : i + 2], timestep[i : i + 2], flow), {}) for i in (0, 2)]
+    halves = [loss.loss(outputs_of(prediction[i : i + 2], clean[i : i + 2], timestep[i : i + 2], flow), {}) for i in (0, 2)]
     torch.testing.assert_close(whole, torch.stack(halves).mean(), atol=1e-7, rtol=1e-5)
 
 
-def test_arguments_out_of_range_are_refused(squeeze: Any) -> None:
+def test_arguments_out_of_range_are_refused() -> None:
     for bad in ({"scale": 0.0}, {"max_timestep": 0.0}, {"max_timestep": 1.5}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            LPIPSLoss(1.0, FlowMatching(), squeeze, **bad)
+            LPIPS(**bad)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="weights and random_weights"):
         LPIPS(weights="vgg16.pth", random_weights=True)
 
@@ -164,8 +170,8 @@ def test_window_opens_closes_and_lets_the_network_go_and_no_checkpoint_has_it(ti
     algorithm = LPIPS(net="squeeze", random_weights=True, start="2ba", end="4ba")
     algorithm.apply(Event.INIT, state, None)  # pyright: ignore[reportArgumentType]
     loss: Any = model.auxiliary_losses["lpips"]
-    assert list(model.state_dict()) == names and not list(loss.parameters()) and loss.needs_whole_image
-    alive = weakref.ref(loss._network.module)
+    assert list(model.state_dict()) == names and not list(loss.parameters()) and algorithm.needs_whole_image
+    alive = weakref.ref(algorithm.network.module)  # pyright: ignore[reportOptionalMemberAccess]
     active = []
     for _ in range(6):
         algorithm.apply(Event.BATCH_START, state, None)  # pyright: ignore[reportArgumentType]
@@ -181,7 +187,7 @@ def test_a_model_of_latents_is_refused_by_name(tiny_model: Build) -> None:
     pixels = tiny_model(in_channels=3)
     latents = SimpleNamespace(autoencoder=DiffusersAutoencoder(config=config), flow=pixels.flow)
     with pytest.raises(UserError, match="algorithms.lpips.*latents of 4 channels.*pixels"):
-        LPIPS(random_weights=True).build_loss(latents)
+        LPIPS(random_weights=True).build(latents)
 
 
 def test_a_run_trains_on_it_and_logs_it(tiny_recipe: Recipe, write_recipe: Write, capfd: pytest.CaptureFixture[str]) -> None:

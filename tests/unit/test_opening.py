@@ -29,7 +29,7 @@ from prx_composer.recipe.own_code import needs_code
 from prx_composer.runs.checkpoints import MONOLITH
 from prx_composer.runs.init_from import initialise
 from prx_composer.runs.opening import load_trained
-from prx_composer.training.preflight import check_recipe
+from prx_composer.training.check import check_recipe
 
 Recipe = dict[str, Any]
 Build = Callable[..., TextToImage]

@@ -17,13 +17,13 @@ from composer.core import Event, State
 from composer.devices import DeviceCPU
 from scipy.spatial.distance import cosine
 
-from prx_composer.algorithms.perceptual_dino import PerceptualDINO, PerceptualDINOLoss, fit_size, patch_dissimilarity
+from prx_composer.algorithms.perceptual_dino import PerceptualDINO, fit_size, patch_dissimilarity
 from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput, TextToImage
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import run
+from prx_composer.training.run import run
 from prx_composer.training.start import main
 
 Build = Callable[..., TextToImage]
@@ -62,6 +62,13 @@ def outputs_of(prediction: torch.Tensor, clean: torch.Tensor, timestep: torch.Te
     return FlowOutput(prediction, clean, noise, noised, timestep, None, None, {})  # pyright: ignore[reportArgumentType]
 
 
+def loss_of(flow: FlowMatching, teacher: VisionEncoder, **options: Any) -> PerceptualDINO:
+    """As it is attached to a model that learns `flow`."""
+    trick = PerceptualDINO(image_size=28, **options)
+    trick.flow, trick.encoder = flow, teacher
+    return trick
+
+
 def test_dissimilarity_is_one_minus_the_cosine_of_transformers_patch_features(teacher: VisionEncoder, folder: Path) -> None:
     prediction, target = images()
     model = transformers.Dinov2WithRegistersModel.from_pretrained(folder).eval()
@@ -76,7 +83,7 @@ def test_gradients_reach_the_prediction_outside_of_the_image_range_too_and_nothi
     prediction, target = images()
     prediction = (3 * prediction).requires_grad_()
     target.requires_grad_()
-    PerceptualDINOLoss(1.0, FlowMatching(), teacher, image_size=28).distance(prediction, target).sum().backward()
+    loss_of(FlowMatching(), teacher).distance(prediction, target).sum().backward()
     assert prediction.grad is not None and prediction.grad[prediction.abs() > 1].count_nonzero() > 0
     assert target.grad is None and all(parameter.grad is None for parameter in teacher._frozen.module.parameters())
 
@@ -116,7 +123,7 @@ def test_images_are_resized_antialiased_to_the_fitted_size(teacher: VisionEncode
     assert sides == (21, 35)
     bicubic = torchvision.transforms.InterpolationMode.BICUBIC
     resized = [torchvision.transforms.functional.resize(x, list(sides), bicubic) for x in (prediction, target)]
-    distance = PerceptualDINOLoss(1.0, FlowMatching(), teacher, image_size=28).distance(prediction, target)
+    distance = loss_of(FlowMatching(), teacher).distance(prediction, target)
     torch.testing.assert_close(distance, patch_dissimilarity(teacher, *resized))
 
 
@@ -125,8 +132,8 @@ def test_velocity_and_image_prediction_of_the_same_image_are_the_same_loss(teach
     timestep = torch.tensor([0.3, 0.9])
     terms = []
     for flow in (FlowMatching("x", noise_scale=2.0), FlowMatching("v", noise_scale=2.0)):
-        loss = PerceptualDINOLoss(1.0, flow, teacher, image_size=28)
-        terms.append(loss(outputs_of(prediction, clean, timestep, flow), {}))
+        loss = loss_of(flow, teacher)
+        terms.append(loss.loss(outputs_of(prediction, clean, timestep, flow), {}))
     torch.testing.assert_close(terms[0], terms[1], atol=1e-6, rtol=1e-5)
 
 
@@ -134,11 +141,11 @@ def test_noisy_images_do_not_count_and_microbatches_add_up(teacher: VisionEncode
     flow = FlowMatching()
     prediction, clean = images(4, 28, 28)
     timestep = torch.tensor([0.1, 0.8, 0.5, 0.51])
-    loss = PerceptualDINOLoss(1.0, flow, teacher, image_size=28, max_timestep=0.5)
-    whole = loss(outputs_of(prediction, clean, timestep, flow), {})
+    loss = loss_of(flow, teacher, max_timestep=0.5)
+    whole = loss.loss(outputs_of(prediction, clean, timestep, flow), {})
     distance = patch_dissimilarity(teacher, prediction, clean)
     torch.testing.assert_close(whole, (distance[0] + distance[2]) / 4)
-    halves = [loss(outputs_of(prediction[i : i + 2], clean[i : i + 2], timestep[i : i + 2], flow), {}) for i in (0, 2)]
+    halves = [loss.loss(outputs_of(prediction[i : i + 2], clean[i : i + 2], timestep[i : i + 2], flow), {}) for i in (0, 2)]
     torch.testing.assert_close(whole, torch.stack(halves).mean())
 
 
@@ -150,8 +157,8 @@ def test_window_opens_closes_and_lets_the_teacher_go_and_no_checkpoint_has_it(ti
     algorithm = PerceptualDINO(TeacherSpec(config=CONFIG), image_size=28, start="2ba", end="4ba")
     algorithm.apply(Event.INIT, state, None)  # pyright: ignore[reportArgumentType]
     loss: Any = model.auxiliary_losses["perceptual_dino"]
-    assert list(model.state_dict()) == names and not list(loss.parameters()) and loss.needs_whole_image
-    alive = weakref.ref(loss.teacher._frozen.module)
+    assert list(model.state_dict()) == names and not list(loss.parameters()) and algorithm.needs_whole_image
+    alive = weakref.ref(algorithm.encoder._frozen.module)  # pyright: ignore[reportOptionalMemberAccess]
     active = []
     for _ in range(6):
         algorithm.apply(Event.BATCH_START, state, None)  # pyright: ignore[reportArgumentType]
@@ -161,14 +168,15 @@ def test_window_opens_closes_and_lets_the_teacher_go_and_no_checkpoint_has_it(ti
     assert active == 2 * [(False, True)] + 2 * [(True, True)] + 2 * [(False, False)]
 
 
-def test_models_and_sizes_that_it_cannot_be_used_with_are_refused(teacher: VisionEncoder) -> None:
+def test_models_and_sizes_that_it_cannot_be_used_with_are_refused() -> None:
+    pixels = SimpleNamespace(autoencoder=SimpleNamespace(channels=3, downsampling=1), flow=FlowMatching())
     latents = SimpleNamespace(autoencoder=SimpleNamespace(channels=16, downsampling=8), flow=FlowMatching())
     with pytest.raises(UserError, match="algorithms.perceptual_dino.*latents of 16 channels.*pixels"):
-        PerceptualDINO().build_loss(latents)
+        PerceptualDINO().build(latents)
     with pytest.raises(ValueError, match="image_size must be at least 7"):
-        PerceptualDINOLoss(1.0, FlowMatching(), teacher, image_size=6)
+        PerceptualDINO(TeacherSpec(config=CONFIG), image_size=6).build(pixels)
     with pytest.raises(ValueError, match="max_timestep"):
-        PerceptualDINOLoss(1.0, FlowMatching(), teacher, max_timestep=2.0)
+        PerceptualDINO(max_timestep=2.0)
 
 
 def test_a_run_trains_on_it_and_logs_it(tiny_recipe: Recipe, write_recipe: Write) -> None:

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
-from prx_composer.algorithms.lpips import build_network
+from prx_composer.algorithms.lpips import LPIPS, build_network
+from prx_composer.algorithms.perceptual_dino import PerceptualDINO
 from prx_composer.commands.plan.conditions import Conditions, Measured
 from prx_composer.commands.plan.hardware import GPUS, find_gpu
 from prx_composer.commands.plan.memory import training_state
@@ -27,7 +28,7 @@ from prx_composer.models.flops import lpips_flops, vision_flops
 from prx_composer.models.huggingface import random_config
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.build import build_trainer
+from prx_composer.training.run import build_trainer
 
 Write = Callable[..., str]
 H200 = find_gpu("h200")
@@ -263,8 +264,8 @@ def test_activations_of_the_whole_stack_are_about_what_a_step_really_keeps(stack
     trainer.fit()  # opens the windows
     model: Any = trainer.state.model.train()
     batch = {name: values[:6] for name, values in next(iter(trainer.state.train_dataloader)).items()}
-    frozen = [loss.teacher._frozen.module for loss in model.auxiliary_losses.named().values() if hasattr(loss, "teacher")]
-    frozen.append(model.auxiliary_losses["lpips"]._network.module)
+    frozen = [trick.encoder._frozen.module for trick in trainer.state.algorithms if isinstance(trick, PerceptualDINO)]
+    frozen += [trick.network.module for trick in trainer.state.algorithms if isinstance(trick, LPIPS)]
     with Kept(torch.nn.ModuleList([model, *frozen])) as kept:
         outputs = model(batch)
         loss = model.loss(outputs, batch)["total"]

@@ -21,24 +21,25 @@ from prx_composer.data.format import BucketWriter, RawSample
 from prx_composer.data.small_sets import ShapesSource
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.preflight import check_config
+from prx_composer.training.check import check_config
+from prx_composer.training.components import Components, build_components
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.disk import check_storage, checkpoints_to_keep
-from prx_composer.training.preflight.examine import Parts, check_callbacks, examine
+from prx_composer.training.preflight.examine import check_callbacks, examine
 from prx_composer.training.preflight.gpus import check_gpus
 from prx_composer.training.preflight.logger_access import check_loggers
 from prx_composer.training.preflight.pretrained import check_weights
 from prx_composer.training.preflight.result import Result, require
 from prx_composer.training.preflight.step import extremes
 
-Load = Callable[..., tuple[Recipe, Parts]]
+Load = Callable[..., tuple[Recipe, Components]]
 
 
 @pytest.fixture
 def load(tiny_recipe: dict[str, Any], write_recipe: Callable[..., str]) -> Load:
     """The tiny recipe with changes, and what was built of it."""
 
-    def loaded(*changes: str, **keys: Any) -> tuple[Recipe, Parts]:
+    def loaded(*changes: str, **keys: Any) -> tuple[Recipe, Components]:
         recipe = config.load([write_recipe(tiny_recipe | keys), *changes])
         return recipe, examine(recipe, 1)[1]
 
@@ -329,15 +330,15 @@ def test_room_for_one_checkpoint_more_than_is_kept_is_asked_for(load: Load, monk
     recipe, _ = load("save_num_checkpoints_to_keep=3")
     size = estimate_checkpoint_bytes(recipe)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 6 * size, 4 * size))
-    assert not marked(check_storage(recipe, Parts()))
+    assert not marked(check_storage(recipe, build_components(recipe, meta=True)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 6 * size, 4 * size - 1))
-    (found,) = marked(check_storage(recipe, Parts()))
+    (found,) = marked(check_storage(recipe, build_components(recipe, meta=True)))
     assert found.startswith("run_folder: ") and "Set save_num_checkpoints_to_keep to 2 or less, or run_folder" in found
     written = Path(recipe.run_folder) / "checkpoints" / "ba2"
     written.mkdir(parents=True)
     (written / "rank0.pt").write_bytes(bytes(size))
     (Path(recipe.run_folder) / "config.yaml").write_text("{}")
-    assert not [text for text in marked(check_storage(recipe, Parts())) if "GB" in text], (
+    assert not [text for text in marked(check_storage(recipe, build_components(recipe, meta=True))) if "GB" in text], (
         "what is there already needs no more room"
     )
 

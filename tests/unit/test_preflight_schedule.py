@@ -12,7 +12,7 @@ from PIL import Image
 
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.preflight import check_config, check_recipe
+from prx_composer.training.check import check_config, check_recipe
 from prx_composer.training.start import main
 
 Recipe = dict[str, Any]

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from alignment import COLUMNS, DINO, ROWS, SIZES, Batch, Build, attach, loss_of, make_teacher, repa, transformers_features
+from alignment import COLUMNS, DINO, ROWS, SIZES, Batch, Build, attach, make_teacher, repa, transformers_features
 from PIL import Image
 
-from prx_composer.algorithms.alignment import AlignmentAlgorithm, StoredFeatures
-from prx_composer.algorithms.irepa import IREPA
-from prx_composer.algorithms.repa import REPA, Adapter
+from prx_composer.algorithms.repa import IREPA, REPA, Adapter, Alignment, StoredFeatures
 from prx_composer.common.errors import UserError
 from prx_composer.models import PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
@@ -24,7 +22,7 @@ from prx_composer.models.routing import RandomRouter
 from prx_composer.models.vision_encoder import TeacherSpec, resize_antialiased
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.build import build_trainer, run
+from prx_composer.training.run import build_trainer, run
 from prx_composer.training.start import main
 
 Recipe = dict[str, Any]
@@ -43,14 +41,14 @@ def test_the_loss_is_minus_the_cosine_with_transformers_own_features(tiny_model:
     model, algorithm = tiny_model(), repa(teacher=str(folder))
     attach(model, algorithm)
     outputs = model(tiny_batch)
-    weights = loss_of(algorithm).head.state_dict()
+    weights = algorithm.head.state_dict()
     projected = outputs.taps[1]
     for layer in (0, 2, 4):
         projected = F.linear(projected, weights[f"layers.{layer}.weight"], weights[f"layers.{layer}.bias"])
         projected = F.silu(projected) if layer < 4 else projected
     features = transformers_features(folder, tiny_batch["image"])
     expected = -F.cosine_similarity(projected, features, dim=-1).mean()
-    torch.testing.assert_close(loss_of(algorithm)(outputs, tiny_batch), expected)
+    torch.testing.assert_close(algorithm.loss(outputs, tiny_batch), expected)
     terms = model.loss(outputs, tiny_batch)
     torch.testing.assert_close(terms["repa"], 0.5 * expected)
     torch.testing.assert_close(terms["total"], terms["flow"] + terms["repa"])
@@ -69,11 +67,11 @@ def test_a_teachers_patch_shows_what_the_backbones_token_shows(tiny_model: Build
     model, seen = tiny_model(), []
     algorithm = repa(teacher=TeacherSpec(config=DINO | {"patch_size": patch_size}))
     attach(model, algorithm)
-    teacher = loss_of(algorithm).source.args[0]  # pyright: ignore
+    teacher = algorithm.source.args[0]  # pyright: ignore
     teacher._frozen.module.register_forward_hook(lambda module, args, kwargs, out: seen.append(kwargs), with_kwargs=True)
     colours = torch.randint(0, 256, (4, 3, ROWS, COLUMNS), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     batch = tiny_batch | {"image": colours.repeat_interleave(4, 2).repeat_interleave(4, 3)}
-    loss_of(algorithm)(model(batch), batch)
+    algorithm.loss(model(batch), batch)
     assert seen[0]["pixel_values"].shape == (4, 3, ROWS * patch_size, COLUMNS * patch_size)
     pixels = 255 * (seen[0]["pixel_values"] * teacher._std + teacher._mean)
     shown = F.avg_pool2d(pixels, patch_size)
@@ -99,8 +97,8 @@ def test_with_latents_too_a_token_has_its_own_patch(tiny_model: Build, tiny_batc
     attach(model, algorithm)
     outputs = model(tiny_batch)
     assert outputs.taps[1].shape[1] == 6
-    assert loss_of(algorithm).source(tiny_batch, 2, 3).shape == (4, 6, 16)  # pyright: ignore[reportOptionalCall]
-    assert loss_of(algorithm)(outputs, tiny_batch).isfinite()
+    assert algorithm.source(tiny_batch, 2, 3).shape == (4, 6, 16)  # pyright: ignore[reportOptionalCall]
+    assert algorithm.loss(outputs, tiny_batch).isfinite()
 
 
 TEACHERS = [
@@ -116,29 +114,27 @@ TEACHERS = [
     "algorithm", [lambda teacher: repa(teacher=teacher), lambda teacher: IREPA(teacher, block=1)], ids=["repa", "irepa"]
 )
 def test_gradients_reach_backbone_and_head_but_not_the_teacher(
-    algorithm: Callable[[TeacherSpec], AlignmentAlgorithm], teacher: dict[str, Any], tiny_model: Build, tiny_batch: Batch
+    algorithm: Callable[[TeacherSpec], Alignment], teacher: dict[str, Any], tiny_model: Build, tiny_batch: Batch
 ) -> None:
     model, aligning = tiny_model(), algorithm(TeacherSpec(config=teacher))
     attach(model, aligning)
-    loss_of(aligning)(model(tiny_batch), tiny_batch).backward()
-    assert all(p.grad is not None and p.grad.any() for p in loss_of(aligning).parameters())
+    aligning.loss(model(tiny_batch), tiny_batch).backward()
+    assert all(p.grad is not None and p.grad.any() for p in aligning.term.parameters())
     assert model.backbone.img_in.weight.grad.any() and model.backbone.final_layer.linear.weight.grad is None  # pyright: ignore
-    frozen = loss_of(aligning).source.args[0]._frozen.module  # pyright: ignore
+    frozen = aligning.source.args[0]._frozen.module  # pyright: ignore
     assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
     names = [name for name in model.state_dict() if name.startswith("auxiliary_losses")]
     assert names and all(".head." in name for name in names), "no teacher in a checkpoint"
 
 
 def test_the_heads_first_weights_depend_on_seed_and_algorithm_alone(tiny_model: Build, folder: Path) -> None:
-    def first_weights(
-        algorithm: AlignmentAlgorithm, *before: AlignmentAlgorithm, global_seed: int = 0
-    ) -> dict[str, torch.Tensor]:
+    def first_weights(algorithm: Alignment, *before: Alignment, global_seed: int = 0) -> dict[str, torch.Tensor]:
         model = tiny_model()
         torch.manual_seed(global_seed)
         for other in before:
             attach(model, other)
         attach(model, algorithm)
-        return {name: value.clone() for name, value in loss_of(algorithm).head.state_dict().items()}
+        return {name: value.clone() for name, value in algorithm.head.state_dict().items()}
 
     expected = first_weights(repa())
     stored = StoredFeatures("dino", 16)
@@ -154,7 +150,7 @@ def test_the_heads_first_weights_depend_on_seed_and_algorithm_alone(tiny_model: 
 # ---------------------------------------------------------------------------------------------------- routing
 
 
-HEADS: dict[str, Callable[..., AlignmentAlgorithm]] = {
+HEADS: dict[str, Callable[..., Alignment]] = {
     "mlp": repa,
     "adapter": lambda **arguments: repa(adapter=Adapter(mask_rate=0.0), **arguments),
     "convolution": lambda **arguments: IREPA(block=1, **arguments),
@@ -168,14 +164,14 @@ def test_only_the_kept_tokens_features_count(head: str, discard: bool, tiny_mode
     model.backbone.router = RandomRouter("tread", 1, 2, 0.5, discard)
     algorithm = HEADS[head](teacher=None, features=StoredFeatures("dino", 16))
     attach(model, algorithm)
-    loss_of(algorithm).transform = None  # iREPA's statistics are those of the whole image, by design
+    algorithm.transform = lambda features: features  # iREPA's statistics are those of the whole image, by design
     features = torch.randn(4, ROWS, COLUMNS, 16, generator=torch.Generator().manual_seed(0))
     outputs = model(tiny_batch)
     assert outputs.taps[1].shape == (4, 12, 32)
 
     def loss(changed: torch.Tensor) -> torch.Tensor:  # (B, N), where the features are changed
         sign = 1 - 2 * changed.unflatten(1, (ROWS, COLUMNS))[..., None].float()
-        return loss_of(algorithm)(outputs, tiny_batch | {"dino": sign * features})
+        return algorithm.loss(outputs, tiny_batch | {"dino": sign * features})
 
     kept = torch.zeros(4, ROWS * COLUMNS, dtype=torch.bool).scatter(1, outputs.route.kept_indices, True)
     as_it_is = loss(torch.zeros_like(kept))
@@ -189,12 +185,12 @@ def test_a_route_that_keeps_every_token_changes_nothing(head: str, tiny_model: B
     model, algorithm = tiny_model(), HEADS[head](teacher=TeacherSpec(config=DINO))
     attach(model, algorithm)
     model.random.begin_step(0)
-    dense = loss_of(algorithm)(model(tiny_batch), tiny_batch)
+    dense = algorithm.loss(model(tiny_batch), tiny_batch)
     model.backbone.router = RandomRouter("tread", 0, 2, 1e-6)
     model.random.begin_step(0)
     outputs = model(tiny_batch)
     assert outputs.route.kept_indices.shape == (4, ROWS * COLUMNS)
-    torch.testing.assert_close(loss_of(algorithm)(outputs, tiny_batch), dense)
+    torch.testing.assert_close(algorithm.loss(outputs, tiny_batch), dense)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -208,11 +204,11 @@ def test_under_autocast_the_loss_is_about_the_same_and_gradients_stay_fp32(
     for enabled in (False, True):
         model.random.begin_step(0)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            losses.append(loss_of(algorithm)(model(tiny_batch), tiny_batch))
+            losses.append(algorithm.loss(model(tiny_batch), tiny_batch))
     losses[1].backward()
     assert losses[1].dtype == torch.float32
     torch.testing.assert_close(losses[1], losses[0], atol=0.01, rtol=0)
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in loss_of(algorithm).parameters())
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in algorithm.term.parameters())
 
 
 def test_a_block_outside_of_the_route_is_compared_whole(tiny_model: Build, tiny_batch: Batch, folder: Path) -> None:
@@ -221,9 +217,9 @@ def test_a_block_outside_of_the_route_is_compared_whole(tiny_model: Build, tiny_
     attach(model, algorithm)
     outputs = model(tiny_batch)
     assert outputs.route is not None and outputs.taps[0].shape[1] == ROWS * COLUMNS
-    projected = loss_of(algorithm).head.layers(outputs.taps[0])  # pyright: ignore
+    projected = algorithm.head.layers(outputs.taps[0])  # pyright: ignore
     expected = -F.cosine_similarity(projected, transformers_features(folder, tiny_batch["image"]), dim=-1).mean()
-    torch.testing.assert_close(loss_of(algorithm)(outputs, tiny_batch), expected)
+    torch.testing.assert_close(algorithm.loss(outputs, tiny_batch), expected)
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -300,8 +296,9 @@ def test_when_the_window_closes_the_teacher_goes_and_training_goes_on(tiny_recip
     trainer = build_trainer(config.load([write_recipe(tiny_recipe), "max_duration=6ba", "optimizer.lr=0.01"]))
     model: Any = trainer.state.model
     loss = model.auxiliary_losses["repa"]
-    teacher = weakref.ref(loss.source.args[0])
-    module = weakref.ref(loss.source.args[0]._frozen.module)
+    (algorithm,) = (trick for trick in trainer.state.algorithms if isinstance(trick, REPA))
+    teacher = weakref.ref(algorithm.source.args[0])  # pyright: ignore
+    module = weakref.ref(algorithm.source.args[0]._frozen.module)  # pyright: ignore
     first = {name: p.detach().clone() for name, p in loss.named_parameters()}
     trainer.fit(duration="4ba")
     assert model.backbone.taps == (1,) and teacher() is not None

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from alignment import COLUMNS, ROWS, Batch, Build, attach, loss_of, repa
+from alignment import COLUMNS, ROWS, Batch, Build, attach, repa
 
-from prx_composer.algorithms.alignment import TappedTokens
-from prx_composer.algorithms.repa import Adapter, MaskedTransformerAdapter
+from prx_composer.algorithms.repa import Adapter, MaskedTransformerAdapter, TappedTokens
 from prx_composer.models import TextToImage
 
 
@@ -20,7 +19,7 @@ def tapped_tokens(model: TextToImage, batch: Batch) -> TappedTokens:
 def test_the_adapter_hides_its_share_of_tokens_and_draws_anew_for_every_microbatch(tiny_model: Build, tiny_batch: Batch) -> None:
     model, algorithm = tiny_model(), repa(adapter=Adapter(depth=1, mask_rate=0.3))
     attach(model, algorithm)
-    head = loss_of(algorithm).head
+    head = algorithm.head
     assert isinstance(head, MaskedTransformerAdapter)
     seen: list[torch.Tensor] = []
     head.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -43,7 +42,7 @@ def test_the_adapter_hides_its_share_of_tokens_and_draws_anew_for_every_microbat
 def test_the_adapter_starts_token_by_token_and_learns_to_look_around(tiny_model: Build, tiny_batch: Batch) -> None:
     model, algorithm = tiny_model(), repa(adapter=Adapter(mask_rate=0.2))
     attach(model, algorithm)
-    head: Any = loss_of(algorithm).head
+    head: Any = algorithm.head
     model.random.begin_step(0)
     tapped = tapped_tokens(model, tiny_batch)
     generator = model.random.generator("repa_mask", torch.device("cpu"))
@@ -68,14 +67,14 @@ def test_the_adapter_trains_the_backbone_but_not_the_text_encoder(tiny_model: Bu
     model, algorithm = tiny_model(), repa(adapter=Adapter())
     attach(model, algorithm)
     with torch.no_grad():
-        for block in loss_of(algorithm).head.blocks:  # pyright: ignore
+        for block in algorithm.head.blocks:  # pyright: ignore
             block.modulation.lin.weight.normal_(std=0.5)
     outputs = model(tiny_batch)
     inputs = [outputs.taps[1], *model.text_encoder.parameters()]
-    loss = loss_of(algorithm)(outputs, tiny_batch)
+    loss = algorithm.loss(outputs, tiny_batch)
     loss.backward(retain_graph=True)
-    assert all(p.grad is not None and p.grad.any() for p in loss_of(algorithm).parameters())
+    assert all(p.grad is not None and p.grad.any() for p in algorithm.term.parameters())
     severed = outputs.taps[1].detach().requires_grad_()
-    again = loss_of(algorithm)(copy.copy(outputs).__class__(**(vars(outputs) | {"taps": {1: severed}})), tiny_batch)
+    again = algorithm.loss(copy.copy(outputs).__class__(**(vars(outputs) | {"taps": {1: severed}})), tiny_batch)
     grads = torch.autograd.grad(again, [severed, *inputs[1:]], allow_unused=True)
     assert grads[0] is not None and all(grad is None for grad in grads[1:])

@@ -11,12 +11,10 @@ from composer.devices import DeviceCPU
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
-from prx_composer.algorithms.deferred_masking import DeferredMasking
-from prx_composer.algorithms.sprint import SPRINT, SprintFusion
-from prx_composer.algorithms.tread import TREAD
+from prx_composer.algorithms.base import LossTrick
+from prx_composer.algorithms.token_routing import SPRINT, TREAD, DeferredMasking, SprintFusion
 from prx_composer.common.errors import UserError
-from prx_composer.models import AuxiliaryLoss, TextToImage
+from prx_composer.models import TextToImage
 from prx_composer.models.routing import RandomRouter, Route, draw_kept_indices
 from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance, SamplingStep, TextConditioning
 from prx_composer.optim.groups import AdamW
@@ -229,24 +227,18 @@ def test_after_its_window_whole_images_are_trained_on(tiny_model: Build, tiny_ba
     assert model(tiny_batch).counted is None
 
 
-class WholeImageLoss(AuxiliaryLoss):
+class WholeImage(LossTrick):
+    name = "whole_image"
     needs_whole_image = True
 
-    def forward(self, outputs: Any, batch: Any) -> torch.Tensor:
+    def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
         return outputs.prediction.mean()
-
-
-class WholeImage(AuxiliaryLossAlgorithm):
-    name = "whole_image"
-
-    def build_loss(self, model: Any) -> AuxiliaryLoss:
-        return WholeImageLoss(1.0)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_losses_of_whole_images_are_refused_unless_the_windows_are_apart(swapped: bool, tiny_model: Build) -> None:
     def both(start: str) -> None:
-        algorithms = [DeferredMasking(mixer_blocks=1, end="0.5dur"), WholeImage(start=start)]
+        algorithms = [DeferredMasking(mixer_blocks=1, end="0.5dur"), WholeImage(1.0, start=start)]
         attach(tiny_model(depth=3), *(algorithms[::-1] if swapped else algorithms))
 
     both("0.5dur")

@@ -9,7 +9,7 @@ import pytest
 from prx_composer.callbacks.scores import ShapesScore
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training import build as train
+from prx_composer.training import run as train
 
 SCORE = {"images_per_prompt": 2, "num_inference_steps": 2}
 SOURCE = {"name": "shapes", "image_size": 16, "images_per_scene": 1, "heldout": 30}

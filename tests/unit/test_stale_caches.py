@@ -21,7 +21,7 @@ from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.format import BucketWriter, RawSample
 from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.data.stored import StoredColumn, encoded_folder, manifest_path, read_column
-from prx_composer.integrations.llm_foundry.components import caption_tokenizer
+from prx_composer.integrations.llm_foundry import caption_tokenizer
 from prx_composer.metrics.real_images import DataSet, ImageFolder, open_images, reference_features
 
 Change = Callable[[Path], Path]  # of a folder of images: where it is afterwards

@@ -13,9 +13,10 @@ from prx_composer.recipe import config
 from prx_composer.recipe.arguments import split as split_spec
 from prx_composer.recipe.data_sets import data_sets
 from prx_composer.runs.folder import TOKENIZER
-from prx_composer.training.build import build_tokenizer
-from prx_composer.training.preflight.examine import PlannedStage, examine
-from prx_composer.training.preparation import make_data
+from prx_composer.runs.tokenizer import made_tokenizer
+from prx_composer.training.components import PlannedStage
+from prx_composer.training.preflight.examine import examine
+from prx_composer.training.source_data import make_data
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _tokenizer(recipe: config.Recipe) -> tuple[PreTrainedTokenizerBase | None, i
     with tempfile.TemporaryDirectory(prefix="prx-look.") as scratch:
         run = Path(recipe.run_folder)
         try:
-            tokenizer = build_tokenizer(recipe, run if (run / TOKENIZER).exists() else Path(scratch))
+            tokenizer = made_tokenizer(recipe, run if (run / TOKENIZER).exists() else Path(scratch))
         except UserError as error:
             raise UserError(f"{error} Without it: name the folder of the data, {recipe.train_loader.get('path')}") from error
     return tokenizer, int(spec.get("max_tokens", 256))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from composer.utils import dist, get_device
 
-from prx_composer import registry
 from prx_composer.commands.encode.encoding import CaptionEncoder, ImageEncoder, encode_split, features_of, text_column
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.data.buckets import Bucket
@@ -18,10 +17,9 @@ from prx_composer.data.format import Manifest
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, fingerprint, latent_column
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
 from prx_composer.recipe import config
-from prx_composer.recipe.arguments import split as split_spec
-from prx_composer.recipe.config import Recipe, build
+from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.data_sets import data_sets
-from prx_composer.training.build import build_text_encoder
+from prx_composer.runs.model_parts import ModelParts
 
 STORAGE = ("bfloat16", "float16", "float32")
 
@@ -34,9 +32,9 @@ def encode_text(arguments: list[str], name: str, split: str, storage: str, batch
     """
     recipe, device = _start(arguments, storage, (*STORAGE, "int8"))
     sets = _data(recipe, split)
-    given = recipe.model.get("text_encoder") or {}
     with tempfile.TemporaryDirectory() as scratch:
-        encoder = build_text_encoder(recipe, Path(scratch, str(dist.get_global_rank())))
+        parts = ModelParts(recipe, Path(scratch, str(dist.get_global_rank())), training=True)
+        encoder, given = parts.text_encoder, parts.arguments("text_encoder")
     title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('model_type')}")
     column = text_column(encoder, title, given.get("revision"), storage)
     for part in sets:
@@ -69,7 +67,7 @@ def encode_features(
         raise UserError(f"--teacher: the recipe has nothing at {teacher}; name one such as algorithms.repa.teacher.")
     with at_path(teacher, TypeError):
         network = VisionEncoder(TeacherSpec(**spec) if isinstance(spec, dict) else spec)
-    patch = int(recipe.model["backbone"]["patch_size"]) * int(_autoencoder(recipe)[0].downsampling)
+    patch = int(recipe.model["backbone"]["patch_size"]) * int(ModelParts(recipe).autoencoder.downsampling)
     revision = spec.get("revision") if isinstance(spec, dict) else None
     image_size = image_size or recipe.image_size
     column = StoredColumn(
@@ -92,7 +90,8 @@ def encode_latents(
     """
     recipe, device = _start(arguments, storage, STORAGE)
     sets = _data(recipe, split)
-    autoencoder, given = _autoencoder(recipe)
+    parts = ModelParts(recipe)
+    autoencoder, given = parts.autoencoder, recipe.model.get("autoencoder") or {}
     image_size = image_size or recipe.image_size
     multiple = int(recipe.model["backbone"]["patch_size"]) * int(autoencoder.downsampling)
     title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('_class_name', 'AutoencoderKL')}")
@@ -148,9 +147,3 @@ def _data(recipe: Recipe, split: str) -> list[_DataSet]:
         folder = Path(spec["path"])
         sets.append(_DataSet(folder, folder / split, manifest, list(spec.get("captions") or manifest.captions[:1])))
     return sets
-
-
-def _autoencoder(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
-    """The recipe's, and its arguments."""
-    name, given = split_spec(recipe.model.get("autoencoder") or {"name": "pixels"}, "model.autoencoder")
-    return build(registry.autoencoders, name, given, "model.autoencoder"), given

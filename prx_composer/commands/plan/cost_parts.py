@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prx_composer.algorithms.alignment import AlignmentAlgorithm, AlignmentLoss
 from prx_composer.algorithms.lpips import LPIPS
 from prx_composer.algorithms.perceptual_dino import PerceptualDINO, fit_size
-from prx_composer.algorithms.pixel_prediction import refuse_latents
-from prx_composer.algorithms.repa import MaskedTransformerAdapter
+from prx_composer.algorithms.pixel_prediction import PixelLoss
+from prx_composer.algorithms.repa import Alignment, MaskedTransformerAdapter
 from prx_composer.commands.plan.uncounted import Uncounted, how_to_know
 from prx_composer.common.errors import UserError
 from prx_composer.models.activations import block_activations, linear_activations, lpips_activations, vision_activations
@@ -77,9 +76,9 @@ def loss_part(algorithm: Any, path: str, model: TextToImage, amp: bool, uncounte
     Raises:
         UserError: an algorithm that doesn't fit the model.
     """
-    if isinstance(algorithm, AlignmentAlgorithm):
+    if isinstance(algorithm, Alignment):
         return _alignment(algorithm, path, model, amp, uncounted)
-    refuse_latents(model, algorithm.name)
+    PixelLoss.build(algorithm, model)  # raises for a model of latents
     if isinstance(algorithm, LPIPS):
         return _lpips(algorithm, amp)
     return _perceptual_dino(algorithm, path, uncounted)
@@ -117,10 +116,8 @@ def _perceptual_dino(algorithm: PerceptualDINO, path: str, uncounted: Uncounted)
     )
 
 
-def _alignment(algorithm: AlignmentAlgorithm, path: str, model: TextToImage, amp: bool, uncounted: Uncounted) -> Part | None:
-    config, depth, block = model.backbone.config, model.backbone.depth, algorithm.block
-    if block >= depth:
-        raise UserError(f"{path}.block: {block} is no block of model.backbone, which has {depth}, counted from 0 to {depth - 1}.")
+def _alignment(algorithm: Alignment, path: str, model: TextToImage, amp: bool, uncounted: Uncounted) -> Part | None:
+    config, block = model.backbone.config, algorithm.block
     size, frozen = None, 0
     if algorithm.features is not None:
         width = algorithm.features.width
@@ -132,9 +129,8 @@ def _alignment(algorithm: AlignmentAlgorithm, path: str, model: TextToImage, amp
         size, bytes_per_value = known
         frozen, width = size.parameters * bytes_per_value, size.hidden_size
     with torch.device("meta"):
-        head = algorithm.build_head(model, width)
-    source: Any = None  # nothing is ever computed
-    model.auxiliary_losses[algorithm.name] = AlignmentLoss(block, algorithm.weight, model.backbone.patch_size, head, source)
+        algorithm.attach(model, None)
+    head: Any = algorithm.head
     blocks = len(head.blocks) if isinstance(head, MaskedTransformerAdapter) else 0
     matrices = sum(m.weight.numel() for m in head.modules() if isinstance(m, nn.Linear))
     kernels = sum(m.weight.numel() for m in head.modules() if isinstance(m, nn.Conv2d))

@@ -17,7 +17,7 @@ from prx_composer.commands.plan.timeline import Span, Timeline, timeline
 from prx_composer.common.errors import UserError
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import parse_duration
-from prx_composer.training.parallelism import parallelism
+from prx_composer.training.components import parallelism
 
 DENOISER = "denoiser"
 VALID_TEXT = 0.4  # share of the padded tokens that are real ones in long captions, which is what is stored of them

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from prx_composer import registry
-from prx_composer.algorithms.alignment import AlignmentAlgorithm
 from prx_composer.algorithms.contrastive_flow_matching import ContrastiveFlowMatching
 from prx_composer.algorithms.ema import EMA
 from prx_composer.algorithms.float8 import Float8
@@ -26,14 +25,14 @@ from prx_composer.algorithms.low_precision_norm import LowPrecisionNorm
 from prx_composer.algorithms.lpips import LPIPS
 from prx_composer.algorithms.perceptual_dino import PerceptualDINO
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
-from prx_composer.algorithms.resolution_aware import ResolutionAware, add_resolution_embedder
+from prx_composer.algorithms.repa import Alignment
+from prx_composer.algorithms.resolution_aware import ResolutionAware
 from prx_composer.algorithms.skip_nonfinite import SkipNonfinite
-from prx_composer.algorithms.token_routing import TokenRoutingAlgorithm
+from prx_composer.algorithms.token_routing import TokenRouting
 from prx_composer.commands.plan.cost_parts import BYTES, ImageShape, Part, loss_part
 from prx_composer.commands.plan.uncounted import Uncounted, how_to_know
 from prx_composer.common.errors import UserError
 from prx_composer.models.activations import linear_activations
-from prx_composer.models.adapters import add_adapters
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels, stored_config
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.encoder_sizes import autoencoder_flops, known_config, text_flops
@@ -265,7 +264,7 @@ def _attach(planned: PlannedModel, name: str, arguments: dict[str, Any], uncount
     path = f"algorithms.{name}"
     cls = registry.algorithms.get(name, path)
     if not inspect.isclass(cls) or not issubclass(
-        cls, (*_FREE, LoRA, ResolutionAware, TokenRoutingAlgorithm, AlignmentAlgorithm, LPIPS, PerceptualDINO)
+        cls, (*_FREE, LoRA, ResolutionAware, TokenRouting, Alignment, LPIPS, PerceptualDINO)
     ):
         planned.unknown.append(f"{path}: what it costs is not known to the plan, and not counted")
         return
@@ -278,19 +277,12 @@ def _attach(planned: PlannedModel, name: str, arguments: dict[str, Any], uncount
     untimed = {key: value for key, value in arguments.items() if key not in ("start", "end")}
     algorithm: Any = build(registry.algorithms, name, untimed, path)
     model = planned.model
-    if isinstance(algorithm, ResolutionAware):
-        if model.backbone.resolution_embedder is None:
-            with torch.device("meta"):
-                add_resolution_embedder(model.backbone)
-    elif isinstance(algorithm, LoRA):
+    if isinstance(algorithm, ResolutionAware | LoRA | TokenRouting):
         with torch.device("meta"):
-            add_adapters(model.backbone, algorithm.rank, algorithm.alpha, algorithm.targets)
-    elif isinstance(algorithm, TokenRoutingAlgorithm):
-        nothing = torch.optim.SGD([nn.Parameter(torch.empty(0, device="meta"))], lr=0.0)  # takes what SPRINT trains
-        state: Any = SimpleNamespace(model=model, optimizers=[nothing])
-        with torch.device("meta"):
-            algorithm.attach(state)
-        planned.routing = (path, start, end)
+            algorithm.attach(model, None)
+        algorithm.set_active(model, True)
+        if isinstance(algorithm, TokenRouting):
+            planned.routing = (path, start, end)
     else:
         part = loss_part(algorithm, path, model, planned.amp, uncounted)
         if part is not None:

@@ -14,14 +14,14 @@ from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.data_sets import data_sets
 from prx_composer.runs.folder import TOKENIZER
-from prx_composer.training.preflight.examine import Parts
+from prx_composer.training.components import Components
 from prx_composer.training.preflight.result import Result, passed, skipped, warned
 
 LOOKED_AT = 256  # captions of a column, evenly spaced over its data set
 MAX_TOKENS = 256  # of a text encoder that doesn't say
 
 
-def check_captions(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+def check_captions(recipe: Recipe, parts: Components) -> Iterator[Result]:
     """How many of the training captions are cut, and how many words are unknown; nothing is downloaded."""
     if parts.is_wrong("model") or parts.is_wrong("train_loader") or recipe.train_loader.get("name") != "image_caption":
         return

@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,24 @@ from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import MANIFEST, Manifest, open_local
-from prx_composer.data.sampler import fewer_than_a_batch
+from prx_composer.data.mixture import Shares
+from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.data_sets import data_sets, weights_of
-from prx_composer.recipe.schedule_checks import schedule_problems
+from prx_composer.recipe.time_checks import schedule_problems
 from prx_composer.schedule.moments import ScheduleWindow
-from prx_composer.training.preflight.bucket_fill import check_buckets, counted, some
-from prx_composer.training.preflight.examine import Parts, PlannedStage
+from prx_composer.training.components import Components, PlannedStage
 from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped, warned
-from prx_composer.training.preparation import Making, unmade_sources
+from prx_composer.training.source_data import Making, unmade_sources
 
 REMOTE_TIMEOUT = 20.0  # seconds for a manifest of a few kilobytes
 LOOKED_AT = 10  # samples of a bucket, if the first cannot be decoded
-NAMED = 4  # broken files that are named; the others are counted
+NAMED = 4  # broken files or small buckets that are named; the others are counted
+_MANY = 0.25  # of the samples
 
 
-def check_data(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+def check_data(recipe: Recipe, parts: Components) -> Iterator[Result]:
     """The splits of both loaders; `parts.stages` and `parts.multiple` may be unknown, and what needs them is then left out."""
     to_be_made: set[str] = set()
     for key in ("train_loader", "eval_loader"):
@@ -39,7 +41,7 @@ def check_data(recipe: Recipe, parts: Parts) -> Iterator[Result]:
             yield from guarded(_check_loader(recipe, key, parts, to_be_made))
 
 
-def _check_loader(recipe: Recipe, key: str, parts: Parts, to_be_made: set[str]) -> Iterator[Result]:
+def _check_loader(recipe: Recipe, key: str, parts: Components, to_be_made: set[str]) -> Iterator[Result]:
     spec = getattr(recipe, key)
     if spec.get("name") != "image_caption":
         yield skipped(key, f"the loader {spec.get('name')!r} is not of this package")
@@ -277,3 +279,76 @@ def _check_latents(
 
 def _is_uneven(bucket: Bucket, stage: PlannedStage, base_size: int, multiple: int) -> bool:
     return any(side % multiple for side in bucket.at(stage.image_size, base_size, multiple))
+
+
+# -------------------------------------------------------------------------- whether buckets fill batches
+
+
+def check_buckets(
+    key: str, tables: Sequence[Mapping[Bucket, int]], weights: Mapping[str, float] | None, stages: list[PlannedStage], mixed: bool
+) -> Iterator[Result]:
+    """Says what the batches of every stage, each of one bucket, do to samples of rare ones.
+
+    Args:
+        tables: samples by bucket, of every data set.
+        weights: of a mixture, if it has some.
+    """
+    total = sum(sum(table.values()) for table in tables)
+    for stage in stages:
+        if total < stage.global_batch_size:  # a mistake, which is said elsewhere
+            continue
+        if mixed:
+            yield from _of_mixture(key, tables, weights, stage)
+        else:
+            yield from _of_one(key, tables[0], stage)
+
+
+def _of_one(key: str, buckets: Mapping[Bucket, int], stage: PlannedStage) -> Iterator[Result]:
+    total, batch_size = sum(buckets.values()), stage.global_batch_size
+    small = {bucket: count for bucket, count in buckets.items() if count < batch_size}
+    if small:
+        rarest = min(small, key=lambda bucket: small[bucket])
+        yield warned(
+            key,
+            f"{len(small)} of {counted(len(buckets), 'bucket')}, with {sum(small.values()) / total:.1%} of the "
+            f"samples, hold fewer than a batch of {batch_size} ({stage.image_size} px) and fill it by repetition: "
+            f"{some(list(small))}. A sample of {rarest} is seen up to {-(-batch_size // small[rarest])} times an epoch; "
+            "convert the data into fewer buckets if that matters",
+        )
+    if waiting := sum(count % batch_size for count in buckets.values() if count >= batch_size):
+        steps = epoch_steps(list(buckets.values()), batch_size, shuffle=True)
+        said = (
+            f"an epoch of {counted(steps, 'batch')} of {batch_size} ({stage.image_size} px) leaves out {waiting:,} of {total:,} "
+            "samples, which fill no batch of their bucket; they are other ones in every epoch"
+        )
+        yield warned(key, said) if waiting > _MANY * total else passed(key, said)
+
+
+def _of_mixture(
+    key: str, tables: Sequence[Mapping[Bucket, int]], weights: Mapping[str, float] | None, stage: PlannedStage
+) -> Iterator[Result]:
+    total = sum((Counter(table) for table in tables), Counter())
+    buckets, batch_size = sorted(total), stage.global_batch_size
+    counts = [[table.get(bucket, 0) for bucket in buckets] for table in tables]
+    shares = Shares(counts, list((weights or {}).values()) or [float(sum(row)) for row in counts], batch_size)
+    rare = {bucket: due for bucket, due in zip(buckets, shares.due, strict=True) if due < 1}
+    if rare:
+        rarest = min(rare, key=lambda bucket: rare[bucket])
+        yield warned(
+            key,
+            f"{len(rare)} of {counted(len(buckets), 'bucket')} are due less than a batch of {batch_size} in an epoch "
+            f"({stage.image_size} px): {some(list(rare))}. Each has its first batch at once, then as its share comes up: "
+            f"{rarest} in one of {float(1 / rare[rarest]):,.1f} epochs, a sample up to {-(-batch_size // total[rarest])} times "
+            "in it; convert the data into fewer buckets if that matters",
+        )
+
+
+def some(buckets: list[Bucket]) -> str:
+    """Some of them by name, and how many more there are."""
+    return ", ".join(map(str, buckets[:NAMED])) + (f" and {len(buckets) - NAMED} more" if len(buckets) > NAMED else "")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it is of."""
+    plural = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{plural}"

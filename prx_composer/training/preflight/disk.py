@@ -11,11 +11,11 @@ from composer.core import TimeUnit
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import CHECKPOINTS, holds_run
 from prx_composer.schedule.moments import SECONDS, Point, parse_duration
-from prx_composer.training.preflight.examine import Parts
+from prx_composer.training.components import Components
 from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped
 
 
-def check_storage(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+def check_storage(recipe: Recipe, parts: Components) -> Iterator[Result]:
     """Who the run folder belongs to, whether it can be written, and whether the checkpoints fit its file system."""
     folder = Path(recipe.run_folder)
     if (problem := why_not_writable(folder)) is not None:

@@ -2,144 +2,59 @@
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, get_args
 
-import torch
-from composer.core import Algorithm
-
 from prx_composer import registry
-from prx_composer.algorithms.alignment import AlignmentAlgorithm
-from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
+from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import Problems, UserError, at_path
-from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.prompts import Cleaning, cleaner
-from prx_composer.recipe import config
-from prx_composer.recipe.arguments import entries, split
-from prx_composer.recipe.checks import setting_problems
-from prx_composer.recipe.config import Recipe, build
-from prx_composer.recipe.schedule_checks import schedule_problems
-from prx_composer.recipe.sizes import batch_problems, downsampling_of, image_size_problems
-from prx_composer.schedule.moments import ScheduleWindow
-from prx_composer.training.parallelism import parallelism
+from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.checks import argument_problems, setting_problems
+from prx_composer.recipe.config import Recipe
+from prx_composer.recipe.sizes import batch_problems, image_size_problems
+from prx_composer.recipe.time_checks import schedule_problems
+from prx_composer.training.components import Components, PlannedStage, build_components, parallelism
 from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped, warned
 
 
-@dataclass(frozen=True)
-class PlannedStage:
-    """A span of the run with one image size and one batch.
-
-    Args:
-        path: what comes before `image_size` and its like in the YAML path.
-        image_size: side of the square whose area the images have.
-        global_batch_size, microbatch_size: images per step over all ranks, and per forward pass of one.
-        num_ranks: that share a batch.
-        window: from when to when it lasts.
-    """
-
-    path: str
-    image_size: int
-    global_batch_size: int
-    microbatch_size: int
-    num_ranks: int
-    window: ScheduleWindow
-
-    @property
-    def device_batch_size(self) -> int:
-        return self.global_batch_size // self.num_ranks
-
-    def __str__(self) -> str:
-        return f"{self.image_size} px, batch {self.global_batch_size}"
-
-
-def planned_stages(recipe: Recipe, algorithms: list[Any], num_ranks: int) -> list[PlannedStage]:
-    """The stages of `progressive_resolution`, or the whole run as the only one."""
-    for algorithm in algorithms:
-        if isinstance(algorithm, ProgressiveResolution):
-            path, starts = "algorithms.progressive_resolution.stages", ["0ba", *(stage.until for stage in algorithm.stages)]
-            return [
-                _stage(f"{path}[{index}].", stage, num_ranks, ScheduleWindow(start or "0ba", stage.until))
-                for index, (stage, start) in enumerate(zip(algorithm.stages, starts, strict=False))
-            ]
-    return [_stage("", recipe, num_ranks, ScheduleWindow())]
-
-
-def _stage(path: str, sizes: Any, num_ranks: int, window: ScheduleWindow) -> PlannedStage:
-    batch_size: int = sizes.global_train_batch_size
-    microbatch_size = sizes.device_train_microbatch_size or max(batch_size // num_ranks, 1)
-    return PlannedStage(path, sizes.image_size, batch_size, microbatch_size, num_ranks, window)
-
-
-@dataclass
-class Parts:
-    """What of a recipe could be built without data and weights; other checks go on from there.
-
-    Attributes:
-        backbone: on the meta device, without storage.
-        algorithms: by name.
-        stages: that are trained.
-        multiple: of which image sides must be multiples (patch size × autoencoder downsampling), if it is known.
-        problems: names, arguments and types that are wrong; each begins with its path.
-    """
-
-    backbone: Any = None
-    algorithms: dict[str, Algorithm] = field(default_factory=dict)
-    stages: list[PlannedStage] = field(default_factory=list)
-    multiple: int | None = None
-    problems: list[str] = field(default_factory=list)
-
-    def is_wrong(self, path: str) -> bool:
-        """Whether something at or below a path is, so that what is there cannot be relied on."""
-        return any(problem.startswith((f"{path}.", f"{path} ", f"{path}:", f"{path}[")) for problem in self.problems)
-
-
-def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Parts]:
-    """Everything that can be said of a recipe without data, weights or a network, and the parts that it says it of."""
-    problems = Problems()
-    with problems.noted():
-        config.check(recipe)
-    parts = Parts(problems=problems.found)
-    results = [failed(problem) for problem in problems.found]
-    if not problems.found:
+def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components]:
+    """Return all that can be said of a recipe without data, weights or a network, and its components on the meta device."""
+    parts = build_components(recipe, meta=True, num_ranks=num_ranks)
+    parts.problems = argument_problems(vars(recipe))
+    results = [failed(problem) for problem in dict.fromkeys(parts.problems)]
+    if not parts.problems:
         counts = [f"{len(list(entries(getattr(recipe, kind), kind)))} {kind}" for kind in ("algorithms", "callbacks")]
         results.append(passed("names, arguments and types", f"model, optimizer, scheduler, {', '.join(counts)}"))
-    if not parts.is_wrong("model"):
-        results.extend(guarded(_check_backbone(recipe, parts)))
+    results.extend(guarded(_check_backbone(recipe, parts)))
     results.extend(map(failed, setting_problems(vars(recipe), num_ranks)))
     results.extend(guarded(_check_cleaning(recipe)))
     if not parts.is_wrong("scheduler"):
-        results.extend(guarded(_check_scheduler(recipe)))
-    built = Problems()
-    for name, arguments in entries(recipe.algorithms, "algorithms"):
-        path = f"algorithms.{name}"
-        if not parts.is_wrong(path):
-            with built.noted():
-                parts.algorithms[name] = build(registry.algorithms, name, arguments, path, folder=recipe.run_folder)
-    results.extend(map(failed, built.found))
+        results.extend(guarded(_check_scheduler(recipe, parts)))
+    parts.algorithms, problems = parts.each("algorithms", recipe.algorithms)
+    results.extend(map(failed, problems))
     if not parts.is_wrong("train_loader"):
         results.extend(_check_latents(recipe, parts))
     results.extend(_check_fit(recipe, parts, num_ranks))
     if parts.algorithms:
         results.append(passed("algorithms", ", ".join(parts.algorithms)))
-    stages_known = "progressive_resolution" in parts.algorithms or not recipe.algorithms.get("progressive_resolution")
-    if stages_known:
-        parts.stages = planned_stages(recipe, list(parts.algorithms.values()), num_ranks)
-    else:
+    if "progressive_resolution" not in parts.algorithms and recipe.algorithms.get("progressive_resolution"):
+        parts.stages = []
         results.append(skipped("stages", "they could not be built"))
     results.extend(_check_batches(recipe, parts.stages, num_ranks))
     results.extend(_check_image_sizes(recipe, parts))
     return list(dict.fromkeys(results)), parts
 
 
-def _check_backbone(recipe: Recipe, parts: Parts) -> Iterator[Result]:
-    _, arguments = split(recipe.model, "model")
-    if "backbone" not in arguments:
-        return
-    name, backbone_arguments = split(arguments["backbone"], "model.backbone")
-    with torch.device("meta"):
-        parts.backbone = build(registry.backbones, name, backbone_arguments, "model.backbone")
-    parameters = sum(parameter.numel() for parameter in parts.backbone.parameters())
-    yield passed("model.backbone", f"{parameters / 1e6:,.1f}M parameters")
+def _check_backbone(recipe: Recipe, parts: Components) -> Iterator[Result]:
+    """Make the backbone; whoever asks for one that is wrong, or that the model doesn't have, is given None from here on."""
+    try:
+        parts.backbone = None if parts.is_wrong("model") or "backbone" not in recipe.model else parts.backbone
+    except UserError:
+        parts.backbone = None
+        raise
+    if parts.backbone is not None:
+        parameters = sum(parameter.numel() for parameter in parts.backbone.parameters())
+        yield passed("model.backbone", f"{parameters / 1e6:,.1f}M parameters")
 
 
 def _check_cleaning(recipe: Recipe) -> Iterator[Result]:
@@ -151,30 +66,19 @@ def _check_cleaning(recipe: Recipe) -> Iterator[Result]:
     yield from ()
 
 
-def _check_scheduler(recipe: Recipe) -> Iterator[Result]:
-    name, arguments = split(recipe.scheduler, "scheduler")
-    build(registry.schedulers, name, arguments, "scheduler")
+def _check_scheduler(recipe: Recipe, parts: Components) -> Iterator[Result]:
+    _ = parts.scheduler
     yield from map(failed, schedule_problems(vars(recipe)))
 
 
-def check_callbacks(recipe: Recipe, parts: Parts) -> Iterator[Result]:
-    """Builds the callbacks one by one and lets them go again."""
-    provided = {
-        "folder": recipe.run_folder, "image_size": recipe.image_size, "source": recipe.train_loader.get("source") or {}
-    }  # fmt: skip
-    names = []
-    problems = Problems()
-    for name, arguments in entries(recipe.callbacks, "callbacks"):
-        path = f"callbacks.{name}"
-        if not parts.is_wrong(path):
-            with problems.noted():
-                build(registry.callbacks, name, arguments, path, **provided)
-                names.append(name)
-    yield from map(failed, problems.found)
-    if names:
-        yield passed("callbacks", ", ".join(names))
+def check_callbacks(recipe: Recipe, parts: Components) -> Iterator[Result]:
+    """Build the callbacks one by one and let them go again."""
+    made, problems = parts.each("callbacks", recipe.callbacks)
+    yield from map(failed, problems)
+    if made:
+        yield passed("callbacks", ", ".join(made))
     if recipe.model.get("caption_dropout") == 0 and not recipe.model.get("init_from"):
-        for name, arguments in entries({name: recipe.callbacks[name] for name in names}, "callbacks"):
+        for name, arguments in entries({name: recipe.callbacks[name] for name in made}, "callbacks"):
             taken = inspect.signature(registry.callbacks.get(name, f"callbacks.{name}")).parameters.get("guidance_scale")
             scale = arguments.get("guidance_scale", None if taken is None else taken.default)
             if isinstance(scale, int | float) and scale != 1:
@@ -185,7 +89,7 @@ def check_callbacks(recipe: Recipe, parts: Parts) -> Iterator[Result]:
                 )
 
 
-def _check_latents(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+def _check_latents(recipe: Recipe, parts: Components) -> Iterator[Result]:
     """Whether latents that come with the data have an autoencoder, and who looks at images has them."""
     autoencoder = (recipe.model.get("autoencoder") or {}).get("name", "pixels")
     for key in ("train_loader", "eval_loader"):
@@ -197,26 +101,25 @@ def _check_latents(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     if not recipe.train_loader.get("latent") or recipe.train_loader.get("images"):
         return
     for name, algorithm in parts.algorithms.items():
-        if getattr(algorithm, "needs_image", False):
-            stored = ", or name features that `prx encode features` stored" if isinstance(algorithm, AlignmentAlgorithm) else ""
+        if isinstance(algorithm, Trick) and algorithm.needs_image:
             yield failed(
                 f"algorithms.{name} looks at images, which train_loader.latent leaves out; set train_loader.images: true to have "
-                f"them decoded beside the latents{stored}."
+                f"them decoded beside the latents{algorithm.instead_of_images}."
             )
 
 
-def _check_fit(recipe: Recipe, parts: Parts, num_ranks: int) -> Iterator[Result]:
-    """Asks algorithms that can tell, by `check_fit`, whether they go with the backbone, the others, and the sharding."""
+def _check_fit(recipe: Recipe, parts: Components, num_ranks: int) -> Iterator[Result]:
+    """Ask tricks whether they go with the recipe, the others, the backbone and the sharding."""
     try:
         wrapped = parallelism(recipe.parallelism_config, num_ranks)
     except UserError:  # said by `setting_problems`
         wrapped = None
-    problems = Problems()
-    for algorithm in parts.algorithms.values():
-        check = getattr(algorithm, "check_fit", None)
-        if check is not None and parts.backbone is not None:
+    problems, algorithms = Problems(), list(parts.algorithms.values())
+    for trick in algorithms:
+        if isinstance(trick, Trick):
+            others = [other for other in algorithms if other is not trick]
             with problems.noted():
-                check(parts.backbone, parts.algorithms.values(), None if wrapped is None else wrapped.fsdp2)
+                trick.check(recipe, others, parts.backbone, None if wrapped is None else wrapped.fsdp2)
     yield from map(failed, problems.found)
 
 
@@ -232,36 +135,18 @@ def _check_batches(recipe: Recipe, stages: list[PlannedStage], num_ranks: int) -
         yield passed("batches divide into microbatches", ", ".join(share + ranks for share in dict.fromkeys(shares)))
 
 
-def _check_image_sizes(recipe: Recipe, parts: Parts) -> Iterator[Result]:
-    if not isinstance(parts.backbone, PRXBackbone):
-        if parts.backbone is not None:
-            yield skipped("image sizes", "the backbone is not of this package")
+def _check_image_sizes(recipe: Recipe, parts: Components) -> Iterator[Result]:
+    if parts.backbone is None:
         return
-    patch_size, downsampling = parts.backbone.patch_size, _downsampling(recipe)
+    patch_size, downsampling = getattr(parts.backbone, "patch_size", None), parts.downsampling
+    if not isinstance(patch_size, int):
+        yield skipped("image sizes", "the backbone has no patch_size")
+        return
     if downsampling is None:
         yield skipped("image sizes", "what the autoencoder divides them by is known only from its weights")
         return
-    parts.multiple = patch_size * downsampling
     problems = image_size_problems(vars(recipe), patch_size, downsampling)
     yield from map(failed, problems)
     if not problems and parts.stages:
         of = ", ".join(str(size) for size in sorted({stage.image_size for stage in parts.stages}))
         yield passed("image sizes divide into patches", f"{of} px, patches of {patch_size}")
-
-
-def _downsampling(recipe: Recipe) -> int | None:
-    """Of the autoencoder, from its configuration if that is in the recipe, in a folder, or in the cache."""
-    spec = split(recipe.model, "model")[1].get("autoencoder") or {"name": "pixels"}
-    name, arguments = split(spec, "model.autoencoder")
-    if name == "pixels":
-        return 1
-    if name != "diffusers":
-        return None
-    from prx_composer.models.autoencoder import stored_config
-
-    settings = arguments.get("config")
-    if settings is None and arguments.get("pretrained"):
-        settings = stored_config(arguments)
-    if settings is None:
-        return None
-    return downsampling_of(settings)

@@ -15,14 +15,14 @@ from prx_composer.common.secrets import redacted
 from prx_composer.loggers.wandb import wandb_mode
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
+from prx_composer.training.components import Components
 from prx_composer.training.preflight.disk import why_not_writable
-from prx_composer.training.preflight.examine import Parts
 from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped
 
 TIMEOUT = 5.0  # seconds for a host to answer
 
 
-def check_loggers(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+def check_loggers(recipe: Recipe, parts: Components) -> Iterator[Result]:
     """Whether what metrics are sent to is installed, writable, logged in and reachable."""
     checks = {"wandb": _check_wandb, "mlflow": _check_mlflow, "tensorboard": _check_tensorboard}
     for name, arguments in entries(recipe.loggers, "loggers"):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from prx_composer.algorithms.lpips import LPIPS, torchvision_weights, weights_are_missing
+from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
 from prx_composer.models.vision_encoder import TeacherSpec
 from prx_composer.recipe.arguments import split
@@ -29,7 +27,7 @@ from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.frozen_parts import with_kept
 from prx_composer.runs.init_from import check_init_from
-from prx_composer.training.preflight.examine import Parts
+from prx_composer.training.components import Components
 from prx_composer.training.preflight.result import Result, failed, passed, warned
 
 TIMEOUT = 5.0  # seconds for one answer
@@ -88,7 +86,7 @@ def _of_model(recipe: Recipe) -> list[Reference]:
     return found
 
 
-def check_weights(recipe: Recipe, parts: Parts) -> Iterator[Result]:
+def check_weights(recipe: Recipe, parts: Components) -> Iterator[Result]:
     """One result per reference; those that must be asked for are asked for at once."""
     algorithms = list(parts.algorithms.values())
     if source := recipe.model.get("init_from"):
@@ -99,11 +97,15 @@ def check_weights(recipe: Recipe, parts: Parts) -> Iterator[Result]:
     if download := sum(size for _, size in answers):
         yield from _check_cache(download)
     for algorithm in algorithms:
-        if isinstance(algorithm, LPIPS) and not algorithm.random_weights:
-            yield _answer_torchvision(algorithm)
+        if isinstance(algorithm, Trick):
+            try:
+                if (fact := algorithm.find_weights(TIMEOUT)) is not None:
+                    yield passed(f"algorithms.{algorithm.name}", fact)
+            except UserError as error:
+                yield failed(str(error))
 
 
-def _check_init_from(recipe: Recipe, source: Any, parts: Parts) -> Iterator[Result]:
+def _check_init_from(recipe: Recipe, source: Any, parts: Components) -> Iterator[Result]:
     newest = newest_checkpoint(Path(recipe.run_folder)) if recipe.autoresume else None
     if parts.is_wrong("model"):
         return
@@ -237,23 +239,6 @@ def _check_cache(download: int) -> Iterator[Result]:
             f"{cache} has {free / 1e9:.1f} GB free, and about {download / 1e9:.1f} GB will be downloaded; set it to a folder "
             "with more room",
         )
-
-
-def _answer_torchvision(algorithm: LPIPS) -> Result:
-    path = "algorithms.lpips"
-    if algorithm.weights is not None:
-        if Path(algorithm.weights).is_file():
-            return passed(path, f"weights are in {algorithm.weights}")
-        return failed(f"{path}.weights: there is no file {algorithm.weights}.")
-    title, url, file = torchvision_weights(algorithm.net)
-    if file.is_file():
-        return passed(path, f"torchvision's {title} is in {file}")
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as answer:
-            size = int(answer.headers.get("Content-Length") or 0)
-    except (OSError, ValueError) as error:
-        return failed(weights_are_missing(algorithm.net, _first_line(error)))
-    return passed(path, f"torchvision's {title} is downloaded on first use ({size / 1e6:.0f} MB)")
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,17 +11,12 @@ from composer.core import State
 from composer.core.precision import get_precision_context
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
-from prx_composer.algorithms.auxiliary_loss import AuxiliaryLossAlgorithm
-from prx_composer.algorithms.token_routing import TokenRoutingAlgorithm
+from prx_composer.algorithms.base import Trick
+from prx_composer.algorithms.token_routing import TokenRouting
+from prx_composer.common.distributed import unwrapped
 from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.schedule.moments import ScheduleWindow
-
-
-def unwrapped(state: State) -> Any:
-    """The model without what DDP puts around it; FSDP2 puts nothing."""
-    return state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
 
 
 def is_sharded(state: State) -> bool:
@@ -35,7 +30,7 @@ def forward_and_backward(state: State, batch: Any) -> dict[str, Tensor]:
     Under DDP the model is called without its wrapper: gradients are not reduced, and DDP does not learn the order in which they
     are ready. Under FSDP2 it is called as it is, on all ranks.
     """
-    model = unwrapped(state)
+    model = unwrapped(state.model)
     with get_precision_context(state.precision, state.precision_config):
         outputs = model(batch)
     with get_precision_context(state.precision, state.precision_config):
@@ -49,7 +44,7 @@ def forward_and_backward(state: State, batch: Any) -> dict[str, Tensor]:
 @contextmanager
 def undisturbed(state: State) -> Iterator[None]:
     """Puts back what passes change: gradients, buffers, modes, random streams and generators, and where frozen networks are."""
-    model = unwrapped(state)
+    model = unwrapped(state.model)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
@@ -77,44 +72,30 @@ def undisturbed(state: State) -> Iterator[None]:
 
 @contextmanager
 def switched(state: State, window: ScheduleWindow, dense: bool = False) -> Iterator[None]:
-    """Auxiliary losses and routers that may act inside of `window` are on, the others off; afterwards as they were.
+    """Tricks that may act inside of `window` are on, the others off; afterwards as they were.
 
     Args:
         dense: routers are off, for the part of the window in which they don't act.
     """
-    backbone = getattr(unwrapped(state), "backbone", None)
-    taps = getattr(backbone, "taps", ())
-    read: set[int] = set(taps)
-    before: list[tuple[Any, bool]] = []
-    for algorithm in state.algorithms:
-        if isinstance(algorithm, AuxiliaryLossAlgorithm) and algorithm.loss is not None:
-            switch, active = algorithm.loss, _may_act(algorithm, state, window)
-            read = read | set(switch.taps) if active else read
-        elif isinstance(algorithm, TokenRoutingAlgorithm) and algorithm.router is not None:
-            switch, active = algorithm.router, _may_act(algorithm, state, window) and not dense
-        else:
-            continue
-        before.append((switch, switch.active))
-        switch.active = active
+    model = unwrapped(state.model)
+    tricks = [algorithm for algorithm in state.algorithms if isinstance(algorithm, Trick)]
     try:
-        if backbone is not None:
-            backbone.taps = tuple(sorted(read))
+        for trick in tricks:
+            trick.set_active(model, _may_act(trick, window, state) and not (dense and isinstance(trick, TokenRouting)))
         yield
     finally:
-        for switch, active in before:
-            switch.active = active
-        if backbone is not None:
-            backbone.taps = taps
+        for trick in tricks:
+            trick.set_active(model, trick.active)
 
 
-def _may_act(algorithm: Any, state: State, window: ScheduleWindow) -> bool:
-    return not algorithm.window.is_disjoint_from(window) and not algorithm.window.is_over(state)
+def _may_act(trick: Trick, window: ScheduleWindow, state: State) -> bool:
+    return not trick.window.is_disjoint_from(window) and not trick.window.is_over(state)
 
 
 def is_sometimes_dense(state: State, window: ScheduleWindow) -> bool:
     """Whether a router that may act inside of `window` may also be off there."""
     for algorithm in state.algorithms:
-        if isinstance(algorithm, TokenRoutingAlgorithm) and _may_act(algorithm, state, window):
+        if isinstance(algorithm, TokenRouting) and _may_act(algorithm, window, state):
             own = algorithm.window
             begins = own.start.surely_by(window.start)
             lasts = own.end is None or (window.end is not None and window.end.surely_by(own.end))

@@ -19,13 +19,14 @@ from composer.core import State
 from composer.utils import dist
 
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
+from prx_composer.common.distributed import unwrapped
 from prx_composer.common.errors import UserError, problems_of
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.loader import ImageCaptionLoader, channels_first
 from prx_composer.data.sampler import SampleRequest
 from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.preflight.examine import PlannedStage, planned_stages
+from prx_composer.training.components import PlannedStage, planned_stages
 from prx_composer.training.preflight.probe import (
     forward_and_backward,
     is_sharded,
@@ -33,7 +34,6 @@ from prx_composer.training.preflight.probe import (
     optimizer_state_bytes,
     switched,
     undisturbed,
-    unwrapped,
 )
 from prx_composer.training.preflight.result import Result, failed, passed, require, skipped
 
@@ -110,7 +110,7 @@ def try_steps(trainer: Trainer, recipe: Recipe) -> list[Result]:
 
 
 def _steps(state: State, recipe: Recipe, loader: ImageCaptionLoader) -> Iterator[_Step]:
-    dataset, model = loader.dataset, unwrapped(state)
+    dataset, model = loader.dataset, unwrapped(state.model)
     multiple = model.backbone.patch_size * model.autoencoder.downsampling
     for stage in planned_stages(recipe, list(state.algorithms), dist.get_world_size())[_first_stage(state) :]:
         sizes = [bucket.at(stage.image_size, dataset.image_size, multiple) for bucket in dataset.buckets]

@@ -1,1 +1,0 @@
-"""llm-foundry: its components in our recipes, ours in its trainer."""

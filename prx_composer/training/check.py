@@ -1,0 +1,165 @@
+"""What `prx check` looks at: the recipe, what it needs, and a step of every stage.
+
+For the steps a trainer of one rank's share is built in a temporary folder, which never trains.
+"""
+
+import copy
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prx_composer.common.errors import UserError
+from prx_composer.data.sources import prepare
+from prx_composer.recipe import config
+from prx_composer.recipe.arguments import split
+from prx_composer.recipe.config import Recipe
+from prx_composer.runs.frozen_parts import with_kept
+from prx_composer.training.components import Components, PlannedStage
+from prx_composer.training.preflight import check_surroundings
+from prx_composer.training.preflight.captions import check_captions
+from prx_composer.training.preflight.examine import check_callbacks, examine
+from prx_composer.training.preflight.gpus import check_gpus
+from prx_composer.training.preflight.pretrained import is_here, references
+from prx_composer.training.preflight.result import Result, failed, guarded, skipped
+from prx_composer.training.preflight.step import try_steps
+from prx_composer.training.run import build_trainer
+from prx_composer.training.source_data import Making, unmade_sources
+
+log = logging.getLogger(__name__)
+
+MOST_PARAMETERS = 100e6  # that are tried without a GPU …
+MOST_FLOPS = 2e12  # … and work of one step of every stage: half a minute on a laptop
+SAMPLES = 256  # of a data set that is still to be made
+
+
+def check_config(recipe: Recipe, num_ranks: int = 1) -> list[Result]:
+    """Checks a recipe without data, weights or a network; finds all that is wrong.
+
+    Every name and argument is bound against its constructor, and what costs nothing is built: the backbone without storage,
+    the scheduler, algorithms and callbacks. Batches must divide over `num_ranks`, and image sizes into patches.
+    """
+    return _examine(recipe, num_ranks)[0]
+
+
+def _examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components | None]:
+    try:
+        config.import_code(recipe.code_paths)
+    except Exception as error:  # whatever the user's code raises; what it registers may be named anywhere
+        if not isinstance(error, UserError):
+            log.warning("code_paths cannot be imported", exc_info=True)
+        problem = str(error) if isinstance(error, UserError) else f"code_paths: importing them fails with {error!r}."
+        return [failed(problem), skipped("the rest", "it may need that code")], None
+    results, parts = examine(recipe, num_ranks)
+    return [*results, *check_callbacks(recipe, parts)], parts
+
+
+def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Iterator[Result]:
+    """All checks, as `prx check` makes them, one after the other; nothing is written, trained or downloaded.
+
+    Args:
+        num_ranks: GPUs that will train it.
+        step: also make one forward and backward pass of every stage, if this machine can.
+    """
+    results, parts = _examine(recipe, num_ranks)
+    yield from results
+    if parts is None:
+        return
+    right = all(result.mark != "✗" for result in results)
+    others = [*guarded(check_captions(recipe, parts)), *guarded(check_gpus(recipe, 0, num_ranks))]
+    for result in [*check_surroundings(recipe, parts), *others]:
+        right = right and result.mark != "✗"
+        yield result
+    if step and right:
+        yield from guarded(_try_out(recipe, parts, num_ranks))
+    elif step:
+        yield skipped("step", "what is wrong above must be mended first")
+
+
+def _try_out(recipe: Recipe, parts: Components, num_ranks: int) -> Iterator[Result]:
+    """Builds the model and makes one forward and backward pass of every stage, if this machine can do that in moderate time."""
+    if (reason := _why_not(recipe, parts)) is not None:
+        yield skipped("step", reason)
+        return
+    with tempfile.TemporaryDirectory(prefix="prx-check-") as temporary:
+        reduced = _one_rank(recipe, num_ranks, Path(temporary))
+        trainer = build_trainer(reduced)
+        try:
+            for result in try_steps(trainer, reduced):
+                if result.mark == "✗" and recipe.parallelism_config is not None and "out of memory" in result.text:
+                    result = skipped("step", "one GPU cannot hold the weights that the run will shard; train.py tries it then")
+                yield result
+        finally:
+            trainer.close()
+
+
+def _why_not(recipe: Recipe, parts: Components) -> str | None:
+    wanted = references(recipe, parts.algorithms.values())
+    if torch.cuda.is_available():
+        away = [reference.name for reference in wanted if not is_here(reference)]
+        return f"it would download {', '.join(away)}" if away else None
+    if recipe.precision != "fp32":
+        what = "it needs a GPU"
+    elif wanted:
+        what = f"without a GPU {wanted[0].name} takes too long"
+    elif parts.multiple is None or not hasattr(parts.backbone, "flops"):
+        return "the backbone is not of this package"
+    else:
+        parameters = sum(parameter.numel() for parameter in parts.backbone.parameters())
+        work = sum(_flops(stage, recipe, parts) for stage in parts.stages)
+        if parameters <= MOST_PARAMETERS and work <= MOST_FLOPS:
+            return None
+        what = f"{parameters / 1e6:,.0f}M parameters and {work / 1e12:,.1f} TFLOP take too long without a GPU"
+    return f"{what}; train.py tries it before the first step"
+
+
+def _flops(stage: PlannedStage, recipe: Recipe, parts: Components) -> float:
+    """Of the backbone for one microbatch of square images."""
+    assert parts.multiple is not None
+    side = stage.image_size * parts.backbone.patch_size // parts.multiple
+    text_tokens = int(split(recipe.model, "model")[1].get("text_encoder", {}).get("max_tokens", 256))
+    return stage.microbatch_size * parts.backbone.flops(parts.backbone.num_tokens(side, side), text_tokens, training=True)
+
+
+def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:
+    """The same run with one rank's share of every batch, and nothing that reaches out of `folder`."""
+    algorithms = copy.deepcopy(recipe.algorithms)
+    for stage in (algorithms.get("progressive_resolution") or {}).get("stages", []):
+        stage["global_train_batch_size"] //= num_ranks
+    changes: dict[str, Any] = {
+        "run_folder": str(folder / "run"),
+        "model": with_kept(recipe.model, Path(recipe.run_folder)),
+        "global_train_batch_size": recipe.global_train_batch_size // num_ranks,
+        "global_eval_batch_size": (recipe.global_eval_batch_size or recipe.global_train_batch_size) // num_ranks,
+        "algorithms": algorithms,
+        "loggers": {},
+        "parallelism_config": None,
+        "autoresume": False,
+        "progress_bar": False,
+        "preflight": False,
+        "code_paths": [],  # imported already
+    }
+    unmade = unmade_sources(recipe.train_loader, "train_loader")
+    if unmade:
+        changes |= {"train_loader": _with_trial_data(recipe.train_loader, unmade, folder), "eval_loader": None}
+    elif unmade_sources(recipe.eval_loader, "eval_loader"):
+        changes["eval_loader"] = None
+    return dataclasses.replace(recipe, **changes)
+
+
+def _with_trial_data(loader: dict[str, Any], unmade: list[Making], folder: Path) -> dict[str, Any]:
+    """The loader over a few samples of what is still to be made, made in `folder`."""
+    loader = copy.deepcopy(loader)
+    for index, making in enumerate(unmade):
+        path = folder / f"data{index}"
+        try:
+            prepare(path, making.source, making.spec, limit=SAMPLES)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{making.key}.source: {error}") from error
+        _, _, name = making.key.partition(".mix.")
+        (loader["mix"][name] if name else loader)["path"] = str(path)
+    return loader

@@ -1,0 +1,294 @@
+"""A recipe becomes a run: configuration → objects → composer.Trainer → one line that says where everything is."""
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, Evaluator, Event, State
+from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
+
+from prx_composer.callbacks.checkpointing import Checkpointing, due_every
+from prx_composer.callbacks.data_monitor import DataMonitor
+from prx_composer.callbacks.finite_guard import FiniteGuard
+from prx_composer.callbacks.random_step import RandomStep
+from prx_composer.callbacks.resumed import NewValues
+from prx_composer.common.distributed import GlooAverage
+from prx_composer.common.errors import TrainingInterrupted, UserError, at_path
+from prx_composer.common.secrets import redacted
+from prx_composer.data.loader import ImageCaptionLoader
+from prx_composer.recipe import config
+from prx_composer.recipe.checks import precisions
+from prx_composer.recipe.config import Recipe
+from prx_composer.recipe.resume import Change
+from prx_composer.recipe.sizes import check_batch_sizes
+from prx_composer.runs import environment
+from prx_composer.runs.checkpoints import newest_checkpoint, without_new_callbacks
+from prx_composer.runs.folder import (
+    CHECKPOINTS,
+    GoingOn,
+    as_saved,
+    check_run_folder,
+    going_on,
+    record_changes,
+    save_recipe,
+    summarise,
+)
+from prx_composer.runs.frozen_parts import keep_frozen
+from prx_composer.runs.init_from import initialise
+from prx_composer.runs.weights import not_finite_in
+from prx_composer.schedule.clock import ClockStop, TrainingClock, clock_of
+from prx_composer.schedule.moments import duration_string, for_composer, parse_duration
+from prx_composer.schedule.time_budget import TimeBudget, time_budget_of, with_rehearsal
+from prx_composer.training.components import Components, build_components, parallelism
+from prx_composer.training.preflight import check_surroundings
+from prx_composer.training.preflight.data_fit import check_data
+from prx_composer.training.preflight.examine import examine
+from prx_composer.training.preflight.gpus import check_gpus
+from prx_composer.training.preflight.result import Result, failed, require
+from prx_composer.training.preflight.step import remember_steps, try_steps_before_training
+from prx_composer.training.prolonged import say_what_moves
+from prx_composer.training.signals import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
+from prx_composer.training.source_data import make_recipe_data
+from prx_composer.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def report(recipe: Recipe) -> int:
+    """Trains a recipe and says how it ended; returns the exit code."""
+    try:
+        summary = run(recipe)
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)  # of every rank: another's may be the only one
+        return 1
+    except TrainingInterrupted as interruption:
+        if dist.get_global_rank() == 0:
+            print(f"\n{interruption}", flush=True)
+        return INTERRUPTED_EXIT_CODE
+    if dist.get_global_rank() == 0:
+        print(f"\n{summary}", flush=True)
+    return 0
+
+
+def run(recipe: Recipe) -> str:
+    """Train a recipe to its end: check, build, fit; return the closing line.
+
+    Raises:
+        UserError: anything in the recipe, the data or the run folder that must be mended first.
+        TrainingInterrupted: a signal asked the run to stop, and it has written a checkpoint.
+    """
+    stop_with_launcher()
+    trainer = build_trainer(recipe)
+    state, folder = trainer.state, Path(recipe.run_folder)
+    if nothing_to_do := _nothing_to_do(state, recipe, folder):
+        trainer.close()
+        return f"{nothing_to_do}\n{summarise(folder)}"
+    try:
+        if recipe.preflight:
+            try_steps_before_training(trainer, recipe, folder)
+        with _raised_on_every_rank(), at_path("run_folder"):
+            if dist.get_global_rank() == 0:
+                keep_frozen(recipe.model, folder)
+                save_recipe(recipe, folder)
+                record_changes(folder, int(state.timestamp.batch), trainer.resumed_changes)
+                if recipe.preflight:
+                    remember_steps(folder)
+        environment.record(folder, int(state.timestamp.batch), clock_of(state).spent)
+        with stop_on_signals(clock_of(state)):
+            trainer.fit()
+    except BaseException:
+        trainer.engine.close()  # not trainer.close(), which would wait for ranks that are still training
+        raise
+    trainer.close()
+    return summarise(folder)
+
+
+def _nothing_to_do(state: State, recipe: Recipe, folder: Path) -> str | None:
+    """Return why no step is left, in words; if some are, say what another length of the run moves."""
+    assert state.max_duration is not None
+    if state.timestamp.get(state.max_duration.unit) >= state.max_duration:
+        return (
+            f"{recipe.run_name} has already been trained for {state.max_duration.to_timestring()}; nothing was changed. "
+            "Train it on with a longer max_duration=…, or start another with run_name=…"
+        )
+    if dist.get_global_rank() == 0:
+        say_what_moves(state, recipe, newest_checkpoint(folder))
+    budget = time_budget_of(state)
+    if budget is None or not budget.is_used_up:
+        return None
+    newest, spent = newest_checkpoint(folder), duration_string(clock_of(state).spent)
+    at = f" (its newest checkpoint is {newest.path})" if newest is not None else ""
+    return (
+        f"{recipe.run_name} has used {spent} of its time budget of {budget}{at}: no time for another step; nothing was "
+        "changed. Train it on with a longer time_budget=…, or start another with run_name=…"
+    )
+
+
+def build_trainer(recipe: Recipe) -> Trainer:
+    """Check a recipe, prepare run folder and data, build every component, and load the newest checkpoint if there is one.
+
+    Raises:
+        UserError: as `run`.
+    """
+    config.import_code(recipe.code_paths)
+    device = get_device(None)
+    checked = _check(recipe, on_cpu=device.name == "cpu")
+    dist.initialize_dist(device, timeout=recipe.dist_timeout)
+    found = _prepare(recipe, checked)
+    reproducibility.seed_all(recipe.seed)
+    return _build(recipe, found, on_gpu=device.name == "gpu")
+
+
+# ----------------------------------------------------------------------------------------------------------- check
+
+
+def _check(recipe: Recipe, on_cpu: bool) -> Components:
+    """Check what needs neither data nor other ranks; return the components on the meta device."""
+    results, components = examine(recipe, dist.get_world_size())
+    if on_cpu and recipe.precision in precisions() and recipe.precision != "fp32":
+        results.append(failed(f"precision: {recipe.precision} needs a GPU, and there is none here; use precision=fp32."))
+    require(results)
+    if recipe.preflight:
+        _warn(check_gpus(recipe, dist.get_local_world_size(), dist.get_world_size()))
+    return components
+
+
+def _prepare(recipe: Recipe, checked: Components) -> GoingOn:
+    """Check run folder and data, make data that have a source, and return what the run goes on from; on all ranks alike."""
+    folder = Path(recipe.run_folder)
+    with _raised_on_every_rank():
+        if dist.get_global_rank() == 0:
+            if recipe.preflight:
+                _warn(check_surroundings(recipe, checked))
+            check_run_folder(recipe, folder)
+            make_recipe_data(recipe)
+        found = [going_on(recipe, folder, not_finite_in) if dist.get_global_rank() == 0 else GoingOn()]
+    if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:  # nothing to do unless this node has disks of its own
+        if recipe.preflight:
+            _warn(check_data(recipe, checked))
+        make_recipe_data(recipe)
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _warn(results: Iterable[Result]) -> None:
+    """Warn of what should be known; raise UserError with all that must be mended."""
+    for result in require(results):
+        if result.mark == "!":
+            log.warning("%s", result.text)
+
+
+@contextmanager
+def _raised_on_every_rank() -> Iterator[None]:
+    """What rank 0 finds wrong inside of this context is raised on every rank, so that none waits for it in vain."""
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    messages = [message]
+    dist.broadcast_object_list(messages, src=0)
+    if messages[0] is not None:
+        raise UserError(messages[0])
+
+
+# ----------------------------------------------------------------------------------------------------------- build
+
+
+def _build(recipe: Recipe, found: GoingOn, on_gpu: bool) -> Trainer:
+    """Build everything in an order that decides the random numbers: model, loader, optimizer, loggers, callbacks, algorithms."""
+    folder, num_ranks = Path(recipe.run_folder), dist.get_world_size()
+    components = build_components(recipe, meta=False, num_ranks=num_ranks)
+    model = components.model
+    if found.load_path is None and recipe.model.get("init_from") is not None:
+        initialise(model, recipe.model["init_from"])
+    train_loader = components.loader("train_loader", recipe.global_train_batch_size)
+    if found.other_data:
+        train_loader.dataloader.dataset.other_data_allowed = True  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer = components.optimizer
+    loggers = list(components.loggers.values())
+    options: dict[str, Any] = dict(
+        run_name=recipe.run_name,
+        model=model,
+        optimizers=optimizer,
+        loggers=loggers,
+        callbacks=_callbacks(recipe, found, list(components.callbacks.values())),
+        schedulers=components.scheduler,
+        algorithms=list(components.algorithms.values()),
+        train_dataloader=train_loader,
+        eval_dataloader=_build_evaluator(recipe, components),
+        eval_subset_num_batches=recipe.eval_subset_num_batches,
+        device_train_microbatch_size=recipe.device_train_microbatch_size or recipe.global_train_batch_size // num_ranks,
+        max_duration=recipe.max_duration,
+        precision=recipe.precision,
+        parallelism_config=parallelism(recipe.parallelism_config, num_ranks, on_gpu),
+        seed=recipe.seed,
+        save_folder=str(folder / CHECKPOINTS),  # where `Checkpointing` writes
+        load_path=found.load_path,
+        load_ignore_keys=None if found.load_path is None else without_new_callbacks(found.load_path),
+        progress_bar=recipe.progress_bar,
+        dist_timeout=recipe.dist_timeout,
+    )
+    trainer = _loaded(options, found.changes)
+    trainer.resumed_changes = found.changes
+    for destination in loggers:
+        destination.log_hyperparameters(redacted(as_saved(recipe)))
+    return trainer
+
+
+def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback]) -> list[Callback]:
+    """Return the recipe's callbacks between those that every run has: the clock comes first, checkpoints come after the guard."""
+    folder = Path(recipe.run_folder)
+    seconds = None if recipe.time_budget is None else parse_duration(recipe.time_budget)
+    clock, guard = TrainingClock(folder, seconds, recipe.dist_timeout), FiniteGuard(folder)
+    save_when = with_rehearsal(due_every(recipe.save_interval))
+    return [
+        clock,
+        *([] if seconds is None else [TimeBudget(seconds)]),
+        NewValues(found.changes),
+        GlooAverage(),
+        RandomStep(),
+        DataMonitor(),
+        *own,
+        guard,
+        Checkpointing(folder, save_when, recipe.save_num_checkpoints_to_keep, as_saved(recipe), guard.check_state),
+        ClockStop(clock),
+    ]
+
+
+def _build_evaluator(recipe: Recipe, components: Components) -> Evaluator | None:
+    if recipe.eval_loader is None:
+        return None
+    batch_size = recipe.global_eval_batch_size or recipe.global_train_batch_size
+    microbatch_size = batch_size // dist.get_world_size()
+    check_batch_sizes("global_eval_batch_size as ", batch_size, microbatch_size or 1, dist.get_world_size())
+    loader = components.loader("eval_loader", batch_size)
+    if isinstance(loader.dataloader, ImageCaptionLoader):
+        loader.dataloader.batch_sampler.keeps_shape = bool(recipe.model.get("compile"))
+    # The last evaluation comes with the last batch, not after FIT_END as Composer's: its metrics belong to that batch's line.
+    when = create_interval_scheduler(for_composer(recipe.eval_interval), checkpoint_events=False, final_events={Event.BATCH_END})
+    interval = with_rehearsal(when, Event.BATCH_END)
+    return Evaluator(label="eval", dataloader=loader, eval_interval=interval, device_eval_microbatch_size=microbatch_size)
+
+
+def _loaded(options: dict[str, Any], changes: Sequence[Change]) -> Trainer:
+    """Return the trainer, with the checkpoint loaded if there is one."""
+    try:
+        return Trainer(**options)
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, KeyError) as error:
+        if asked := [str(change) for change in changes if change.rule.may == "asked"]:
+            log.debug("The checkpoint could not be loaded", exc_info=True)
+            why = (str(error).strip() or repr(error)).splitlines()[0]
+            raise UserError(
+                f"resume.allow: the checkpoint {options['load_path']} does not fit what was changed, {', '.join(asked)}: {why} "
+                "Go on with the old values; another run can begin from these weights with model.init_from."
+            ) from error
+        if not isinstance(error, ValueError):
+            raise
+        log.debug("Composer refused the recipe", exc_info=True)  # its word for what is asked and it doesn't do
+        raise UserError(str(error)) from error

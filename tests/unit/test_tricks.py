@@ -1,0 +1,206 @@
+"""The base of all tricks: what it promises to whoever checks, plans or draws, and to a stranger who builds on it."""
+
+import logging
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer.core import Event, State
+from composer.devices import DeviceCPU
+
+from prx_composer import registry
+from prx_composer.algorithms.base import LossTrick, Trick
+from prx_composer.common.errors import UserError
+from prx_composer.models import TextToImage
+from prx_composer.optim.groups import AdamW
+from prx_composer.recipe import config
+from prx_composer.training.check import check_config
+from prx_composer.training.components import build_components
+from prx_composer.training.preflight.examine import examine
+from prx_composer.training.preflight.pretrained import check_weights
+
+Build = Callable[..., TextToImage]
+Recipe = dict[str, Any]
+Write = Callable[..., str]
+
+TEACHER = "facebook/dinov2-small"  # in the table of known encoders
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "ema": {"half_life": "4ba"},
+    "deferred_masking": {"mixer_blocks": 1},
+    "float8": {"emulate": True},
+    "gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1.0},
+    "irepa": {"teacher": TEACHER, "block": 1},
+    "perceptual_dino": {"teacher": TEACHER},
+    "progressive_resolution": {"stages": [{"image_size": 16, "global_train_batch_size": 8}]},
+    "repa": {"teacher": TEACHER, "block": 1, "adapter": {"depth": 1}},
+    "sprint": {"start_block": 0, "end_block": 0},
+    "tread": {"start_block": 0, "end_block": 0, "self_guidance": True},
+}
+
+
+def test_every_trick_is_attached_to_a_model_without_storage_and_nothing_is_fetched(
+    tiny_recipe: Recipe, write_recipe: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    pytest.importorskip("torchao", reason="the extra float8, which CI has")
+    tiny_recipe["model"]["text_encoder"]["trainable"] = False
+    trained = {"irepa", "lora", "repa", "resolution_aware", "sprint"}
+    for name in registry.algorithms.builtin:
+        tiny_recipe["algorithms"] = {name: ARGUMENTS.get(name, {})}
+        parts = build_components(config.load([write_recipe(tiny_recipe)]), meta=True)
+        model, trick = parts.model, parts.algorithms[name]
+        assert isinstance(trick, Trick) and trick.name == name
+        before = set(dict(model.named_parameters()))
+        guidance = model.guidance
+        with torch.device("meta"):
+            trick.attach(model, None)
+        assert all(parameter.is_meta for parameter in model.parameters()), name
+        assert (set(dict(model.named_parameters())) != before) == (name in trained), name
+        frozen = [getattr(trick, "network", None), getattr(getattr(trick, "encoder", None), "_frozen", None)]
+        assert all(parameter.is_meta for one in frozen if one is not None for parameter in one.module.parameters()), name
+        for active in (True, True, False, False):
+            trick.set_active(model, active)
+        assert model.backbone.taps == () and model.guidance is guidance, name
+
+
+class Halved(Trick):
+    """A stranger's: what it was told, in order."""
+
+    name = "halved"
+    experimental = True
+
+    def __init__(self, start: str = "0ba", end: str | None = None):
+        super().__init__(start, end)
+        self.told: list[Any] = []
+
+    def attach(self, model: Any, optimizer: Any) -> None:
+        if self.window.start.text == "9ba":
+            raise ValueError("nine is too late")
+        self.told.append("attach")
+
+    def set_active(self, model: Any, active: bool) -> None:
+        assert isinstance(model, TextToImage)
+        self.told.append(active)
+
+    def release(self) -> None:
+        self.told.append("release")
+
+
+def begin(model: Any, *tricks: Trick, batches: int = 0) -> State:
+    state = State(model=model, rank_zero_seed=0, run_name="test", device=DeviceCPU(), max_duration="10ba")
+    state.optimizers, state.algorithms = AdamW(model), list(tricks)
+    for event in (Event.INIT, *[Event.BATCH_START] * batches):
+        for trick in tricks:
+            if trick.match(event, state):
+                trick.apply(event, state, None)  # pyright: ignore[reportArgumentType]
+        if event == Event.BATCH_START:
+            state.timestamp = state.timestamp.to_next_batch(1)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "told"),
+    [
+        ("0ba", None, ["attach", True]),
+        ("0ba", "2ba", ["attach", True, False, "release"]),
+        ("1ba", "3ba", ["attach", False, True, False, "release"]),
+    ],
+)
+def test_a_trick_is_told_when_its_window_opens_and_closes_and_nothing_twice(
+    start: str, end: str | None, told: list[Any], tiny_model: Build
+) -> None:
+    trick = Halved(start, end)
+    begin(tiny_model(), trick, batches=6)
+    assert trick.told == told
+
+
+def test_what_attaching_finds_wrong_has_the_tricks_path_and_what_is_experimental_is_said(
+    tiny_model: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UserError, match=r"^algorithms\.halved: nine is too late"):
+        begin(tiny_model(), Halved("9ba"))
+    with caplog.at_level(logging.WARNING):
+        begin(tiny_model(), Halved(), batches=3)
+    assert [record.message for record in caplog.records].count(
+        "algorithms.halved is experimental: what it is good for has not been measured yet."
+    ) == 1
+
+
+class Scaled(LossTrick):
+    """A loss with a parameter of its own."""
+
+    name = "scaled"
+
+    def build(self, model: Any) -> dict[str, Any]:
+        return {"scale": torch.nn.Parameter(torch.randn(3))}
+
+    def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+        return self.term.scale.square().sum() * outputs.prediction.square().mean()
+
+
+def test_a_loss_is_weighted_in_its_window_and_its_first_weights_are_the_seeds(
+    tiny_model: Build, tiny_batch: dict[str, torch.Tensor]
+) -> None:
+    scales = []
+    for global_seed in (0, 1):
+        model = tiny_model()
+        torch.manual_seed(global_seed)
+        state = begin(model, Scaled(0.5, end="2ba"), batches=2)
+        scale = model.get_parameter("auxiliary_losses.scaled.scale")
+        scales.append(scale.detach().clone())
+        assert any(scale is parameter for group in state.optimizers[0].param_groups for parameter in group["params"])
+        outputs = model(tiny_batch)
+        expected = 0.5 * scale.square().sum() * outputs.prediction.square().mean()
+        torch.testing.assert_close(model.loss(outputs, tiny_batch)["scaled"], expected)
+        state.algorithms[0].apply(Event.BATCH_START, state, None)  # pyright: ignore[reportArgumentType]
+        assert model.loss(outputs, tiny_batch)["scaled"] == 0
+    assert torch.equal(*scales)
+    with pytest.raises(UserError, match=r"algorithms\.scaled is there twice"):
+        begin(tiny_model(), Scaled(1.0), Scaled(1.0))
+
+
+CODE = """
+from prx_composer import registry
+from prx_composer.algorithms.base import Trick
+from prx_composer.common.errors import UserError
+
+@registry.algorithms.register("choosy")
+class Choosy(Trick):
+    name = "choosy"
+    needs_image = True
+    instead_of_images = ", or leave choosy out"
+
+    def check(self, recipe, others, backbone=None, sharding=None):
+        if any(getattr(other, "name", None) == "ema" for other in others):
+            raise UserError(f"algorithms.choosy cannot be combined with ema at a depth of {backbone.depth}.")
+
+    def find_weights(self, timeout):
+        raise UserError("algorithms.choosy: its weights cannot be had.")
+"""
+
+
+def test_a_strangers_trick_is_checked_as_ours_are(tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
+    code = tmp_path / "choosy.py"
+    code.write_text(CODE)
+    tiny_recipe["algorithms"]["choosy"] = {}
+
+    def problems(*changes: str) -> list[str]:
+        recipe = config.load([write_recipe(tiny_recipe | {"code_paths": [str(code)]}), *changes])
+        return [result.text for result in check_config(recipe, 1) if result.mark == "✗"]
+
+    recipe = config.load([write_recipe(tiny_recipe | {"code_paths": [str(code)]})])
+    answers = [result.text for result in check_weights(recipe, examine(recipe, 1)[1])]
+    assert "algorithms.choosy: its weights cannot be had." in answers
+    (problem,) = problems()
+    assert problem.startswith("algorithms.choosy cannot be combined with ema at a depth of 2")
+    found = problems("algorithms.ema=false", "model.autoencoder={name: diffusers, pretrained: x}", "train_loader.latent=vae")
+    assert any(
+        "algorithms.choosy looks at images" in text and text.endswith("the latents, or leave choosy out.") for text in found
+    )

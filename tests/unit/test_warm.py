@@ -1,0 +1,77 @@
+"""Warm commands behave as commands in a new interpreter do."""
+
+import fcntl
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import path_of, run, start
+
+SCRIPT = """
+import atexit, json, os, signal, sys, threading, logging
+atexit.register(lambda: print("at exit"))
+print(json.dumps(dict(
+    argv=sys.argv[1:], cwd=os.getcwd(), path0=sys.path[0], name=__name__, mark=os.environ.get("MARK"), stdin=sys.stdin.read(),
+    threads=threading.active_count(), handlers=len(logging.root.handlers), main=sys.modules["__main__"].__file__,
+    children=sys.executable, tests=[name for name in sys.modules if name in ("conftest", "warm", "hostile")],
+    opened=sorted(map(int, os.listdir("/proc/self/fd")))[:-1],
+)))
+print("said", file=sys.stderr)
+if "raise" in sys.argv: raise ValueError("odd")
+if "wait" in sys.argv: print("waiting", flush=True); signal.pause()
+sys.exit(int(sys.argv[-1]) if sys.argv[-1].isdigit() else sys.argv[-1])
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path / "script.py"
+
+
+def test_what_a_script_sees_and_leaves_is_that_of_a_new_interpreter(script: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(cwd=tmp_path, env=os.environ | {"MARK": "1"}, stdin=subprocess.DEVNULL)
+    for arguments, code in ((("3",), 3), (("raise",), 1), (("a message",), 1), (("0",), 0)):
+        warm, real = (run("python", "script.py", *arguments, real=real, **options) for real in (False, True))
+        assert warm.returncode == real.returncode == code
+        assert warm.stdout.replace(path_of("python"), path_of("python", real=True)) == real.stdout and "at exit" in real.stdout
+        assert warm.stderr.splitlines()[-1] == real.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, -signal.SIGUSR1), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_a_signal_ends_a_command_as_it_ends_what_has_imported_composer(number: signal.Signals, code: int, script: Path) -> None:
+    process = start("python", script, "wait", stdin=subprocess.DEVNULL)
+    assert process.stdout is not None
+    while "waiting" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code
+    assert process.stdout.read() == ("at exit\n" if code > 0 else ""), "what is read ends when the fork is gone"
+
+
+def test_composer_s_launcher_starts_forks_and_ends_both_when_one_fails(tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(
+        "import os, time, torch.distributed as dist, torch\n"
+        "dist.init_process_group('gloo')\nmine = torch.tensor([float(os.environ['RANK']) + 1])\ndist.all_reduce(mine)\n"
+        "print(os.environ['RANK'], mine.item(), flush=True)\nif os.environ['RANK'] == '1': raise ValueError('of rank one')\n"
+        "time.sleep(300)"
+    )
+    finished = run("composer", "-n", 2, tmp_path / "ranks.py", timeout=100)
+    assert finished.returncode != 0 and "0 3.0" in finished.stdout and "ValueError: of rank one" in finished.stdout
+
+
+def test_an_inherited_pipe_keeps_its_number(tmp_path: Path) -> None:
+    (tmp_path / "write.py").write_text("import os, sys\nos.write(int(sys.argv[1]), b'here')")
+    mine, theirs = os.pipe()
+    high = fcntl.fcntl(theirs, fcntl.F_DUPFD, 60)
+    process = start("python", tmp_path / "write.py", high, pass_fds=[high])
+    os.close(theirs)
+    os.close(high)
+    assert process.wait(timeout=30) == 0 and os.read(mine, 10) == b"here" and os.read(mine, 10) == b""
+    os.close(mine)
