@@ -22,7 +22,7 @@ class Bucket(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> "Bucket":
-        """Inverse of str: "512x512" → Bucket(512, 512)."""
+        """Return the bucket of a name, such as "512x512" → Bucket(512, 512)."""
         height, width = name.split("x")
         return cls(int(height), int(width))
 

@@ -315,7 +315,7 @@ def _transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform |
 
 @functools.cache
 def _probe(mode: str) -> Image.Image:
-    """Colours all over the space, to see what a transform does."""
+    """Return colours all over the space, to see what a transform does."""
     levels = np.arange(256, dtype=np.uint8)
     if mode == "L":
         return Image.fromarray(levels[None])

@@ -24,8 +24,9 @@ SEEN = ("image", "latent")
 
 
 class Collator:
-    """Samples → a batch: images stacked as uint8, captions tokenised, latents and features, by column, as they are stored; in
-    evaluation with `counted` bool (B,): which of them are to be measured.
+    """Makes a batch of samples: images stacked as uint8, captions tokenised, latents and features, by column, as they are stored.
+
+    In evaluation `counted` bool (B,) says which of them are to be measured.
 
     Stored text embeddings come as `text_embedding` (V, C), those of the V valid tokens of all captions one after the other, and
     `text_position` int64 (V,), where each stands in the flattened (B, T).
@@ -69,12 +70,12 @@ def _stack(name: str, tensors: list[Tensor]) -> Tensor:
 
 
 def channels_first(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch with its images contiguous as (B, 3, H, W), once it is on its device."""
+    """Return the batch with its images contiguous as (B, 3, H, W), once it is on its device."""
     return batch | {"image": batch["image"].contiguous()} if "image" in batch else batch
 
 
 def split_batch(batch: Any, microbatch_size: int | float) -> Sequence[Any]:
-    """Composer's splitting, for batches with packed text embeddings too."""
+    """Split a batch as Composer does, one with packed text embeddings, too."""
     if not isinstance(batch, dict) or "text_position" not in batch:
         return _default_split_batch(batch, microbatch_size)
     width = batch["attention_mask"].shape[1]
@@ -126,7 +127,7 @@ class ImageCaptionLoader(DataLoader):
         return self.batch_sampler.global_batch_size
 
     def set_stage(self, image_size: int, global_batch_size: int) -> None:
-        """What the next pass yields.
+        """Set what the next pass yields.
 
         Raises:
             ValueError: as `BucketBatchSampler`; a batch to train on that is larger than the data set.
@@ -136,7 +137,7 @@ class ImageCaptionLoader(DataLoader):
         self.batch_sampler.set_stage(image_size, global_batch_size)
 
     def end_pass(self) -> None:
-        """Ends the running pass after the batch in hand; before the first batch of a pass: leaves it empty."""
+        """End the running pass after the batch in hand; before the first batch of a pass, leave it empty."""
         self._pass_ended = True
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -229,6 +230,8 @@ def _num_samples(batch: dict[str, torch.Tensor]) -> int:
 
 
 def _num_tokens(batch: dict[str, torch.Tensor]) -> dict[str, int]:
-    """No tokens, which Composer would take for caption tokens and count as training progress; and the images as what a trainer
-    weighs microbatches by that goes by tokens, as llm-foundry's does unless it is told otherwise."""
+    """Return no tokens in total, as Composer would count them as training progress, and the images as weights of microbatches.
+
+    A trainer weighs by `loss_generating` if it goes by tokens, as llm-foundry's does unless it is told otherwise.
+    """
     return {"total": 0, "loss_generating": _num_samples(batch)}

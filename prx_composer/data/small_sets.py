@@ -47,19 +47,19 @@ class Scene(NamedTuple):
 
 
 def all_scenes(colours: Iterable[str] = COLOURS) -> list[Scene]:
-    """Every combination: 6 colours × 5 shapes × 3 backgrounds × 3 positions = 270, or those of other colours."""
+    """Return every combination: 6 colours × 5 shapes × 3 backgrounds × 3 positions = 270, or those of other colours."""
     return [Scene(*scene) for scene in itertools.product(colours, SHAPES, BACKGROUNDS, POSITIONS)]
 
 
 def heldout_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """`count` combinations kept out of training; every single attribute, and nearly every pair, is still seen there."""
+    """Return `count` combinations kept out of training; every single attribute, and nearly every pair, is still seen there."""
     scenes = all_scenes()
     order = np.random.default_rng(seed).permutation(len(scenes))
     return [scenes[index] for index in sorted(order[:count])]
 
 
 def render(scene: Scene, height: int, width: int, *, shift: tuple[float, float] = (0, 0), scale: float = 1.0) -> Image.Image:
-    """Draws a scene, antialiased.
+    """Draw a scene, antialiased.
 
     Args:
         shift: of the centre, in fractions of the shorter side, (x, y).
@@ -145,7 +145,7 @@ HELDOUT = 600  # the last scans, of other writers than the first
 
 
 def load_digit_scans() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """uint8 (1797, 8, 8) and labels (1797,). Raises ImportError, with the remedy, without scikit-learn."""
+    """Return uint8 (1797, 8, 8) and labels (1797,). Raise ImportError, with the remedy, without scikit-learn."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -54,7 +54,7 @@ class Part(NamedTuple):
         return self.suffix.rpartition(".")[2] in IMAGES
 
     def read(self) -> bytes | None:
-        """The content; None if it is too large. Raises tarfile.ReadError if the file ends before."""
+        """Return the content; None if it is too large. Raise tarfile.ReadError if the file ends before."""
         if self.info.size > MAX_FILE_BYTES:
             return None
         file = self.tar.extractfile(self.info)

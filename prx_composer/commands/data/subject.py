@@ -51,7 +51,7 @@ class Subject:
 
 
 def subject_of(arguments: list[str], split: str | None) -> Subject:
-    """`[folder]`, or `[A.yaml, …, key=value, …]` as for train.py. Data that a recipe makes on first use is made.
+    """Return what `[folder]`, or `[A.yaml, …, key=value, …]` as for train.py, names. Data of a source is made.
 
     Args:
         split: by default the recipe's, or train.

@@ -70,7 +70,7 @@ Work = Callable[[Bucket, Sequence[dict[str, Any]]], list[Encoded]]
 
 
 def encode_split(split: Path, folder: Path, column: StoredColumn, work: Work, part_size: int, **options: Any) -> StoredColumn:
-    """Encodes every sample of a split into `folder`, on all ranks together, and returns the column as it is stored.
+    """Encode every sample of a split into `folder`, on all ranks together. Return the column as it is stored.
 
     Killed at any moment and started again, on any number of ranks, it goes on with the parts that are missing. What is stored
     doesn't depend on kills or ranks.
@@ -166,7 +166,7 @@ def _write_part(folder: Path, part: _Part, encoded: list[Encoded]) -> None:
 
 
 def _finish(folder: Path, column: StoredColumn, parts: list[_Part], images: Manifest) -> None:
-    """Indexes, then the manifest, then nothing else remains."""
+    """Write the indexes, then the manifest; then remove what says which parts are done."""
     errors, tokens, cut, lost = 0.0, 0, 0, 0
     for bucket in images.buckets:
         entries = [json.loads(_entry(folder, part).read_text()) for part in parts if part.bucket == bucket]
