@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from prx_composer.commands.data.split import Split
+from prx_composer.commands.data.subject import Split
 from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.format import RawShard, encodings_of

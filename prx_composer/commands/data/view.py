@@ -18,8 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prx_composer.commands.data.split import Split
-from prx_composer.commands.data.subject import Subject
+from prx_composer.commands.data.subject import Split, Subject
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.pages import Text, Tile, contact_sheet, picture, render, shown_factor
 from prx_composer.data.buckets import Bucket
