@@ -1,4 +1,4 @@
-"""What a person wants to look at: a split of a data set on a disk or in an object store, named by its folder, or by a recipe whose
+"""What a person wants to look at: a split of a data set on a disk or in an object store, named by its folder or by a recipe whose
 data it is.
 """
 
