@@ -19,8 +19,8 @@ from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest
 from prx_composer.recipe import config
 from prx_composer.recipe.data_sets import data_sets
-from prx_composer.training.check import check_recipe
 from prx_composer.training.run import run
+from prx_composer.training.trial import check_recipe
 
 SQUARE, WIDE, TALL = Bucket(16, 16), Bucket(12, 20), Bucket(20, 12)
 

@@ -20,7 +20,7 @@ from prx_composer.commands.data.subject import open_split
 from prx_composer.commands.drawing import check_prompt, read_prompts, save_captions
 from prx_composer.commands.encode.encoding import CaptionEncoder, encode_split, text_column
 from prx_composer.commands.evaluate.layouts import _dpg, _geneval
-from prx_composer.commands.plan.plan_inputs import read_throughput
+from prx_composer.commands.plan.conditions import read_throughput
 from prx_composer.common.errors import UserError
 from prx_composer.data.format import Manifest, iterate_captions
 from prx_composer.data.loader import Collator
