@@ -12,12 +12,12 @@ from streaming import LocalDataset
 from test_encode import first_loss, invoke
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.contents import column_contents
-from prx_composer.data.shapes import ShapesSource
+from prx_composer.data.decoding import decode_image
+from prx_composer.data.sampler import SampleRequest
+from prx_composer.data.small_sets import ShapesSource
 from prx_composer.data.sources import prepare
 from prx_composer.data.stored import encoded_folder, unpack
-from prx_composer.data.transforms import decode_image
 from prx_composer.models.counting import flops_of_batch
 from prx_composer.recipe import config
 from prx_composer.training.run import build_trainer, run
