@@ -28,15 +28,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prx_composer import registry
-from prx_composer.commands.plan.communication import DDP, GATHER, MUON, MUON_REPLICAS, REDUCE, muon_plan, traffic
-from prx_composer.commands.plan.plan import estimate_checkpoint_bytes
-from prx_composer.commands.plan.planned_model import plan_model
+from prx_composer.commands.plan.step_time import DDP, GATHER, MUON, MUON_REPLICAS, REDUCE, muon_plan, traffic
 from prx_composer.common.errors import UserError
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import write_checkpoint
 from prx_composer.runs.folder import read_metrics
 from prx_composer.schedule.moments import Point
+from prx_composer.training.meta_model import MetaModel
 from prx_composer.training.run import build_trainer
+from prx_composer.training.state_bytes import checkpoint_bytes
 
 # ------------------------------------------------------------------------------------------- counting collectives
 
@@ -181,7 +181,7 @@ def counted(recipe: str, way: str, ranks: int) -> dict[str, dict[str, float]]:
 def planned(recipe: str, way: str, ranks: int) -> dict[str, float]:
     """Return what the formula says, by purpose."""
     loaded = config.load([recipe, *overrides(recipe, way, ranks)])
-    model = plan_model(loaded)
+    model = MetaModel(loaded)
     found = traffic(model, loaded, ranks, MICROBATCHES, muon_plan(model, loaded, ranks), on_gpu=False)
     return {one.purpose: one.bytes for one in found}
 
@@ -274,7 +274,7 @@ def checkpoints(*, run: Annotated[Path, "a finished run of yamls/24h_mini.yaml"]
     measured = [write_times(width, repeats) for width in WIDTHS]
     slope, fixed = (float(x) for x in np.polyfit([m["bytes"] for m in measured], [m["seconds"] for m in measured], 1))
     assert recipe.parallelism_config is not None and recipe.time_budget is not None
-    shards, total = recipe.parallelism_config["fsdp"]["shard_degree"], estimate_checkpoint_bytes(recipe)
+    shards, total = recipe.parallelism_config["fsdp"]["shard_degree"], checkpoint_bytes(recipe)
     interval = Point.parse(recipe.save_interval).value
     seconds, shared = (max(fixed, 0.0) + slope * size for size in (total / shards, total))
     return {

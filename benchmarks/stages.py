@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from prx_composer import registry
 from prx_composer.commands.plan.timeline import Span, Timeline
 from prx_composer.common.errors import UserError
-from prx_composer.models.encoder_sizes import known_config
+from prx_composer.models.known_configs import known_config
 from prx_composer.models.text_encoder import train_tokenizer
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe

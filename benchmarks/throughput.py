@@ -25,11 +25,11 @@ import torch
 from common import as_json, circumstances, environment, milliseconds, parse, says_errors, summary, train_command, write
 from stages import PARTS, batch_of_share, one_stage, with_random_weights, with_synthetic_batches, write_recipe
 
-from prx_composer.commands.plan.conditions import Conditions
-from prx_composer.commands.plan.hardware import GPUS
-from prx_composer.commands.plan.plan import DENOISER, make_plan
+from prx_composer.commands.plan.conditions import GPUS, Conditions
+from prx_composer.commands.plan.plan import make_plan
 from prx_composer.commands.plan.timeline import Span, timeline
 from prx_composer.common.errors import UserError
+from prx_composer.models.counting import DENOISER
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 

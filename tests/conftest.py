@@ -109,12 +109,11 @@ def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def tiny_recipe(tmp_path: Path, shapes_data: Path) -> dict[str, Any]:
-    """A recipe as YAML would give it: two stages, EMA, clipping; seconds on a CPU."""
+def tiny_recipe_in(folder: Path, data: Path) -> dict[str, Any]:
+    """Return a recipe as YAML would give it: two stages, EMA, clipping; seconds on a CPU."""
     return {
         "run_name": "tiny",
-        "run_folder": str(tmp_path / "runs" / "${run_name}"),
+        "run_folder": str(folder / "runs" / "${run_name}"),
         "model": {
             "name": "text_to_image",
             "backbone": {"name": "prx", **TINY_BACKBONE},
@@ -126,7 +125,7 @@ def tiny_recipe(tmp_path: Path, shapes_data: Path) -> dict[str, Any]:
                 "trainable": True,
             },
         },
-        "train_loader": {"name": "image_caption", "path": str(shapes_data), "source": dict(SOURCE)},
+        "train_loader": {"name": "image_caption", "path": str(data), "source": dict(SOURCE)},
         "image_size": 16,
         "global_train_batch_size": 48,
         "device_train_microbatch_size": 24,
@@ -146,6 +145,23 @@ def tiny_recipe(tmp_path: Path, shapes_data: Path) -> dict[str, Any]:
         "save_interval": "2ba",
         "save_num_checkpoints_to_keep": -1,
     }
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, shapes_data: Path) -> dict[str, Any]:
+    return tiny_recipe_in(tmp_path, shapes_data)
+
+
+def train_once(factory: pytest.TempPathFactory, data: Path, **changes: Any) -> Path:
+    """Train the tiny recipe for all tests of a module, which take copies if they write to it; return the run's folder."""
+    from prx_composer.recipe import config
+    from prx_composer.training.run import run
+
+    folder = factory.mktemp("trained")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe_in(folder, data) | changes))
+    recipe = config.load([str(folder / "recipe.yaml")])
+    run(recipe)
+    return Path(recipe.run_folder)
 
 
 @pytest.fixture
@@ -193,3 +209,40 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     client.create_bucket(Bucket="data")
     yield client
     server.stop()
+
+
+class KeptBytes:
+    """Counts the bytes of distinct storages that autograd saves, but for the parameters'."""
+
+    def __init__(self, *models: torch.nn.Module):
+        self._parameters = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._storages[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return tensor
+
+    def add_outputs(self, outputs: Any) -> None:
+        """What a step holds until the backward pass, whether or not autograd saves it."""
+        for tensor in (outputs.prediction, outputs.clean, outputs.noise, outputs.noised, outputs.text.embedding):
+            self.add(tensor)
+
+    def __enter__(self) -> "KeptBytes":
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._hooks.__exit__(*_)
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+
+@pytest.fixture
+def kept_bytes() -> type[KeptBytes]:
+    """What autograd keeps of the models' work inside of a context."""
+    return KeptBytes

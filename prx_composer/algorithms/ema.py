@@ -128,6 +128,7 @@ class EMA(Trick):
     """
 
     name = "ema"
+    weight_copies = 1
 
     def __init__(
         self,

@@ -144,6 +144,7 @@ class Float8(Trick):
     """
 
     name = "float8"
+    not_counted = "what it saves is not known to the plan: time and memory are those of a run without it"
     experimental = True
 
     def __init__(self, recipe: Recipe = "tensorwise", emulate: bool = False, exclude: list[str] | None = None):
@@ -167,12 +168,15 @@ class Float8(Trick):
             with at_path("algorithms.float8"):
                 float8_layers(backbone, self.exclude)
 
+    def hardware_problem(self) -> str | None:
+        return None if self.emulate else hardware_problem()
+
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         if not hasattr(model, "backbone"):
             raise UserError("algorithms.float8 needs a model with a `backbone`, such as text_to_image.")
         if next(model.backbone.parameters()).is_meta:  # to be counted: the work is the same, and the machine another
             return
-        if not self.emulate and (problem := hardware_problem()) is not None:
+        if (problem := self.hardware_problem()) is not None:
             raise UserError(problem)
         names = apply_float8(model.backbone, self.recipe, self.emulate, self.exclude)
         log.info("float8: %d linear layers, %s%s", len(names), self.recipe, ", emulated" if self.emulate else "")

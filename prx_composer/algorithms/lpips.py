@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.pixel_prediction import PixelLoss
 from prx_composer.common.errors import UserError
-from prx_composer.models.huggingface import Frozen
+from prx_composer.models.huggingface import Frozen, makes_no_storage
 from prx_composer.models.vision_encoder import resize_antialiased
 
 Net = Literal["vgg", "alex", "squeeze"]
@@ -150,7 +150,7 @@ def build_network(net: Net, weights: str | None = None, random_weights: bool = F
     Raises:
         UserError: weights that cannot be had.
     """
-    on_meta = torch.get_default_device().type == "meta"
+    on_meta = makes_no_storage()
     file = None if random_weights or on_meta else _cached_weights(net) if weights is None else Path(weights)
     import lpips
 

@@ -136,6 +136,7 @@ class Alignment(LossTrick):
         self.teacher, self.features, self.block = teacher, features, block
         self.taps = (block,)
         self.needs_image = teacher is not None
+        self.columns = {} if features is None else {features.column: features.width}
         self.head: Any = None
         self.source: FeatureSource | None = None
 

@@ -134,9 +134,6 @@ class SprintFusion(TokenFusion):
             deep = merge_tokens(self.mask_token.to(deep.dtype).expand(early_BND.shape), deep, kept_indices)
         return F.linear(torch.cat((early_BND, deep.type_as(early_BND)), dim=-1), self.project.weight, bias)
 
-    def flops(self, num_tokens: int) -> int:
-        return 4 * num_tokens * self.project.out_features**2
-
 
 class SPRINT(TokenRouting):
     """Fuses a dense shallow path with sparse deep blocks (arXiv:2510.21986).

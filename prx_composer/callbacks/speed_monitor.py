@@ -5,9 +5,16 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from prx_composer.algorithms.base import Trick
+from prx_composer.common.distributed import unwrapped
+from prx_composer.models.counting import StepCounter, shape_of
+
 
 class SpeedMonitor(composer.callbacks.SpeedMonitor):
     """Logs `throughput/…` and, where the GPU's peak is known, `throughput/device/mfu`, under Composer's names.
+
+    FLOPs are counted as `models.counting` does, with the teachers and the text encoder: once for each shape of batch and set of
+    active tricks, which takes a second or a few. A model that isn't ours may say them itself (`flops_per_batch`).
 
     Composer adds up the FLOPs of all ranks on the device and reads the sum in every batch. Here a rank's count stands for all:
     batches have one shape on all ranks (see `BucketBatchSampler`).
@@ -23,15 +30,22 @@ class SpeedMonitor(composer.callbacks.SpeedMonitor):
 
     def __init__(self, window_size: int = 100, gpu_flops_available: float | None = None, time_unit: str = "hours"):
         super().__init__(window_size, gpu_flops_available, time_unit)
+        self._tricks: list[Trick] = []
+        self._counter: StepCounter | None = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Copy the model before it is sharded, with the tricks that were attached to it."""
+        model = unwrapped(state.model)
+        self._tricks = [algorithm for algorithm in state.algorithms if isinstance(algorithm, Trick)]
+        self._counter = StepCounter(model, self._tricks) if hasattr(model, "auxiliary_losses") else None
 
     def batch_end(self, state: State, logger: Logger) -> None:
         timestamp, ranks = state.timestamp, dist.get_world_size()
         seconds = timestamp.total_wct.total_seconds()
-        model = getattr(state.model, "module", state.model)  # DDP's wrapper has one
         self.history_samples.append(int(timestamp.sample))
         self.history_wct.append(seconds)
-        if hasattr(model, "flops_per_batch"):
-            self.history_flops.append(ranks * model.flops_per_batch(state.batch))  # pyright: ignore[reportCallIssue]
+        if (flops := self._flops(state)) is not None:
+            self.history_flops.append(ranks * flops)
         if len(self.history_wct) == self.history_wct.maxlen:
             elapsed = self.history_wct[-1] - self.history_wct[0]
             rates = {
@@ -51,3 +65,11 @@ class SpeedMonitor(composer.callbacks.SpeedMonitor):
                 "time/total": (seconds + self.total_eval_wct) / self.divider,
             }
         )
+
+    def _flops(self, state: State) -> int | None:
+        """Of this rank's batch."""
+        if self._counter is not None:
+            active = [trick.name for trick in self._tricks if trick.active]
+            return len(state.batch["input_ids"]) * self._counter.count(shape_of(state.batch), active).total_flops
+        flops_per_batch = getattr(unwrapped(state.model), "flops_per_batch", None)
+        return None if flops_per_batch is None else flops_per_batch(state.batch)

@@ -32,11 +32,12 @@ from prx_composer.models.prompts import cleaning_of
 from prx_composer.models.randomness import RandomStreams
 from prx_composer.models.text_encoder import load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.arguments import check_arguments, split
+from prx_composer.recipe.arguments import check_arguments
 from prx_composer.recipe.config import build
 from prx_composer.recipe.data_sets import data_sets
 from prx_composer.registry import Registry
 from prx_composer.runs.init_from import initialise
+from prx_composer.runs.model_parts import ModelParts
 from prx_composer.runs.tokenizer import keep_tokenizer, trained_tokenizer
 from prx_composer.training.source_data import make_data, read_manifests, unmade_sources
 
@@ -71,15 +72,15 @@ class Model(TextToImage):
             raise UserError(
                 "model.text_encoder.tokenizer: llm-foundry makes it, for loader and model; at the top: tokenizer: {name: …}."
             )
-        name, encoder = split(arguments.pop("text_encoder"), "model.text_encoder")
-        source = arguments.pop("init_from", None)
-        encoder = build(registry.text_encoders, name, encoder, "model.text_encoder", tokenizer=_with_padding(tokenizer))
+        seed = arguments.pop("seed")
+        parts = ModelParts({"name": "text_to_image"} | arguments, seed, compiled=True)
+        parts.tokenizer = _with_padding(tokenizer)
         if tokenizer is not None:  # which the loader has too
-            tokenizer.caption_cleaning = cleaning_of(encoder.tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
-        model: TextToImage = build(registry.models, "text_to_image", arguments, "model", text_encoder=encoder)
-        model.random = _StepStreams(arguments["seed"])
-        if source is not None:
-            initialise(model, source)
+            tokenizer.caption_cleaning = cleaning_of(parts.text_encoder.tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
+        model: TextToImage = parts.model
+        model.random = _StepStreams(seed)
+        if arguments.get("init_from") is not None:
+            initialise(model, arguments["init_from"])
         _models.add(model)
         return model
 

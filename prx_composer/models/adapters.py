@@ -4,7 +4,6 @@ W·x becomes W·x + (α / r)·B·A·x with A (r, in) and B (out, r). B begins at
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ BLOCK_LAYERS = (
     *("attention.img_qkv_proj", "attention.txt_kv_proj", "attention.to_out.0"),
     *("gate_proj", "up_proj", "down_proj"),
 )
-_ON_TEXT, _ON_VECTOR = ("txt_kv_proj", "text_adapter"), ("modulation", "time_in", "adaLN_modulation")
 
 
 def add_adapters(backbone: "PRXBackbone", rank: int, alpha: float, targets: Sequence[str]) -> None:
@@ -46,7 +44,6 @@ def add_adapters(backbone: "PRXBackbone", rank: int, alpha: float, targets: Sequ
             raise ValueError(f"targets: {target!r} ends no linear layer's name; the blocks have {', '.join(BLOCK_LAYERS)}.")
     module: Any = backbone
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), module)  # pyright: ignore[reportArgumentType]
-    backbone.adapters = AdapterCost.of(backbone)
 
 
 def is_adapted(backbone: nn.Module) -> bool:
@@ -77,36 +74,3 @@ def merge_adapters(backbone: "PRXBackbone") -> None:
             parent, _, child = name.rpartition(".")
             setattr(backbone.get_submodule(parent), child, module.get_base_layer())
     del backbone.peft_config
-    backbone.adapters = None
-
-
-@dataclass(frozen=True)
-class AdapterCost:
-    """What adapters cost, which the backbone's FLOPs count; fills `backbone.adapters`.
-
-    Args:
-        blocks: by block, widths (in + out)·r of its adapters on image tokens, on text tokens and on the time vector.
-        elsewhere: likewise, of the layers outside of the blocks.
-    """
-
-    blocks: tuple[tuple[int, int, int], ...]
-    elsewhere: tuple[int, int, int]
-
-    @classmethod
-    def of(cls, backbone: "PRXBackbone") -> "AdapterCost":
-        from peft.tuners.lora import LoraLayer
-
-        found: list[list[int]] = [[0, 0, 0] for _ in range(backbone.depth + 1)]
-        for name, module in backbone.named_modules():
-            if isinstance(module, LoraLayer):
-                kind = 1 if any(part in name for part in _ON_TEXT) else 2 if any(part in name for part in _ON_VECTOR) else 0
-                block = int(name.split(".")[1]) if name.startswith("blocks.") else backbone.depth
-                adapted: Any = module.get_base_layer()
-                found[block][kind] += module.r["default"] * (adapted.in_features + adapted.out_features)
-        *blocks, elsewhere = (tuple(widths) for widths in found)
-        return cls(tuple(blocks), elsewhere)  # pyright: ignore[reportArgumentType]
-
-    def flops(self, tokens_per_block: Sequence[int], image_tokens: int, text_tokens: int) -> int:
-        """Forward FLOPs of one image."""
-        layers = [*zip(self.blocks, tokens_per_block, strict=True), (self.elsewhere, image_tokens)]
-        return sum(2 * (image * tokens + text * text_tokens + vector) for (image, text, vector), tokens in layers)

@@ -3,16 +3,14 @@
 Shape suffixes: B batch, C channels, H and W image size, N image tokens, T text tokens, D hidden size, K kept tokens.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prx_composer.models.adapters import AdapterCost
 from prx_composer.models.attention import KeyMask, key_blocks, key_mask
-from prx_composer.models.flops import backbone_flops, text_adapter_flops
+from prx_composer.models.constants import cached_tensor
 from prx_composer.models.layers import (
     FinalLayer,
     MLPEmbedder,
@@ -28,7 +26,7 @@ from prx_composer.models.routing import Route, Router, TokenFusion, merge_tokens
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=256)
+@cached_tensor
 def cached_rotation(rows: int, columns: int, axes_dim: tuple[int, int], theta: float, device: torch.device) -> Tensor:
     """`rope_table` of a grid as a real tensor, computed in fp64 once per grid and device; a constant to the compiler."""
     with torch.inference_mode(False):
@@ -100,7 +98,6 @@ class PRXBackbone(nn.Module):
         fusion: a `TokenFusion` that joins the routed blocks' output with their input, instead of putting tokens back.
         taps: indices of blocks whose output `forward(..., return_taps=True)` returns, once for every reader.
         conditioners: modules `Conditioning → Conditioning`, applied in order.
-        adapters: what low-rank adapters cost, while they are trained instead of the weights.
 
     Raises:
         ValueError: sizes that don't fit together.
@@ -163,7 +160,6 @@ class PRXBackbone(nn.Module):
         self._flex_attention = False
         self.router: Router | None = None
         self.fusion: TokenFusion | None = None
-        self.adapters: AdapterCost | None = None
         self.taps: tuple[int, ...] = ()
         self.conditioners = nn.ModuleDict()
         self.reset_parameters()
@@ -222,26 +218,6 @@ class PRXBackbone(nn.Module):
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Composer's FSDP asks this of every submodule: one shard unit per block."""
         return isinstance(module, PRXBlock)
-
-    def flops(self, image_tokens: int, text_tokens: int, *, training: bool) -> int:
-        """Matrix-product FLOPs of one image with what fills the seams now; see `backbone_flops`."""
-        routed = self.router.tokens_per_block(image_tokens, self.depth) if self.router is not None and training else None
-        predicted = routed[-1] if routed and self.router is not None and self.router.discard else None
-        count = backbone_flops(
-            self.config,
-            image_tokens,
-            text_tokens,
-            training=training,
-            tokens_per_block=routed,
-            predicted_tokens=predicted,
-            frozen=self.adapters is not None,
-        )
-        passes = 3 if training else 1
-        if self.adapters is not None:
-            count += passes * self.adapters.flops(routed or [image_tokens] * self.depth, image_tokens, text_tokens)
-        if self.fusion is not None:
-            count += passes * self.fusion.flops(image_tokens)
-        return count + passes * len(self.text_adapter) * text_adapter_flops(self.config, text_tokens)
 
     def forward(
         self,

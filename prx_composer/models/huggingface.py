@@ -48,6 +48,11 @@ def says_how_to_get(name: str) -> Iterator[None]:
         ) from error
 
 
+def makes_no_storage() -> bool:
+    """Return whether tensors are made on the meta device here: then networks are made from their configuration alone."""
+    return torch.empty(0).is_meta
+
+
 def load_config(name: str, revision: str | None = None, **options: Any) -> Any:
     """Return a transformers configuration by hub id or folder.
 
@@ -143,6 +148,19 @@ def returned_afterwards() -> Iterator[None]:
             frozen.move(device)
 
 
+_made: "list[list[Frozen]]" = []  # one list per open `frozen_inside`
+
+
+@contextmanager
+def frozen_inside() -> Iterator["list[Frozen]"]:
+    """List what is frozen inside of this context."""
+    _made.append([])
+    try:
+        yield _made[-1]
+    finally:
+        _made.pop()
+
+
 class Frozen:
     """Holds a module without registering it, so that no checkpoint carries a teacher's or an encoder's weights.
 
@@ -158,6 +176,8 @@ class Frozen:
         if dtype is not None:
             self.module.to(dtype)
         self._device: torch.device | None = None
+        for made in _made:
+            made.append(self)
 
     def on(self, device: torch.device) -> Any:
         """The module, on `device`."""

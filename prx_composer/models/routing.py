@@ -4,7 +4,6 @@ A router draws a `Route` once per microbatch, outside the compiled graph; the ba
 the first routed block and scatters them back once after the last. Shapes depend on the token count alone, never on the draw.
 """
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,10 +37,6 @@ class Router(Protocol):
         """Draws a route for one microbatch on the generator's device; None means that every block sees every token."""
         ...
 
-    def tokens_per_block(self, num_tokens: int, depth: int) -> list[int]:
-        """How many tokens each block sees: the FLOP count needs it."""
-        ...
-
 
 class TokenFusion(nn.Module):
     """Base of what fills `backbone.fusion`: instead of `merge_tokens`, and on dense passes too, it joins the two ends.
@@ -53,10 +48,6 @@ class TokenFusion(nn.Module):
     def __init__(self, start: int, end: int):
         super().__init__()
         self.start, self.end = start, end
-
-    @abstractmethod
-    def flops(self, num_tokens: int) -> int:
-        """Of one image's forward pass."""
 
 
 def draw_kept_indices(batch_size: int, num_tokens: int, num_kept: int, generator: torch.Generator) -> Tensor:
@@ -88,10 +79,6 @@ class RandomRouter:
             return None
         kept = draw_kept_indices(batch_size, num_tokens, self.num_kept(num_tokens), generator)
         return Route(self.start, self.end, kept, self.discard)
-
-    def tokens_per_block(self, num_tokens: int, depth: int) -> list[int]:
-        kept = self.num_kept(num_tokens) if self.active else num_tokens
-        return [kept if self.start <= block < self.end else num_tokens for block in range(depth)]
 
 
 def select_tokens(tokens: Tensor, kept_indices: Tensor) -> Tensor:

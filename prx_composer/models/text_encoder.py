@@ -137,12 +137,6 @@ class HuggingFaceTextEncoder(nn.Module):
         hf_config: Any = encoder.config
         hf_config = getattr(hf_config, "encoder", hf_config)  # T5Gemma's configuration holds two
         self.hidden_size = int(hf_config.hidden_size)
-        self._layers = int(hf_config.num_hidden_layers)
-        head_dim = getattr(hf_config, "head_dim", None) or getattr(hf_config, "d_kv", None)
-        heads = int(hf_config.num_attention_heads)
-        self._attention_width = heads * int(head_dim) if head_dim else self.hidden_size
-        linears = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
-        self._matrix_parameters = sum(m.weight.numel() for m in linears)
         if trainable:
             self.encoder = encoder
         else:
@@ -171,11 +165,6 @@ class HuggingFaceTextEncoder(nn.Module):
         with torch.no_grad():
             encoder = self._frozen.on(input_ids.device)
             return encoder(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state.float()
-
-    def flops(self, batch_size: int, training: bool) -> int:
-        """Of matrix products, for padded captions; the backward pass counts only when the encoder is trained."""
-        per_token = 2 * self._matrix_parameters + 4 * self._layers * self.max_tokens * self._attention_width
-        return per_token * self.max_tokens * batch_size * (3 if training and self.trainable else 1)
 
     def save_pretrained(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(str(folder))

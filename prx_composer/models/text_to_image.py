@@ -309,8 +309,8 @@ class TextToImage(ComposerModel):
             num_tokens = self.backbone.num_tokens(*noise.shape[-2:])
 
             def predict(x_t: Tensor, t: Tensor, index: int) -> Tensor:
-                step = SamplingStep(index, seeds, num_tokens)
-                return self.guidance(self._predict, x_t, t, text, null, guidance_scale, step)
+                step = SamplingStep(text, null, guidance_scale, index, seeds, num_tokens)
+                return self.guidance(self._predict, x_t, t, step)
 
             return sample_flow(predict, self.flow, noise, num_inference_steps)
         finally:
@@ -332,17 +332,3 @@ class TextToImage(ComposerModel):
 
     def _predict(self, x_t: Tensor, t: Tensor, text: TextConditioning, route: Route | None = None) -> Tensor:
         return self.backbone(x_t, t, text.embedding, attention_mask=text.mask, route=route).float()
-
-    # ------------------------------------------------------------------------------------------------- costs
-
-    def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
-        """Training FLOPs of a device batch, which SpeedMonitor divides by the chip's peak to log MFU."""
-        down = 1 if "latent" in batch else self.autoencoder.downsampling
-        batch_size, _, height, width = batch["latent" if "latent" in batch else "image"].shape
-        image_tokens = self.backbone.num_tokens(height // down, width // down)
-        per_image = self.backbone.flops(image_tokens, batch["input_ids"].shape[1], training=True)
-        if self.text_encoder.trainable:  # then the text projection needs its input's gradient too
-            c = self.backbone.config
-            per_image += 2 * batch["input_ids"].shape[1] * c["context_in_dim"] * c["hidden_size"]
-        encoding = 0 if "text_embedding" in batch else self.text_encoder.flops(batch_size, training=True)
-        return per_image * batch_size + encoding

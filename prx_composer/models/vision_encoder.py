@@ -1,6 +1,5 @@
 """Vision encoders as teachers: any transformers one, frozen, from images to a grid of patch features."""
 
-import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from transformers import AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prx_composer.models.autoencoder import Pixels
-from prx_composer.models.encoder_sizes import known_config
-from prx_composer.models.huggingface import Frozen, load_config, random_config, says_how_to_get
+from prx_composer.models.constants import cached_tensor
+from prx_composer.models.huggingface import Frozen, load_config, makes_no_storage, random_config, says_how_to_get
+from prx_composer.models.known_configs import UnknownConfiguration, known_config
 
 # The image towers of models that also read text.
 _VISION_CLASSES = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}
@@ -48,7 +48,7 @@ class TeacherSpec:
             raise ValueError("a teacher needs either `pretrained` (hub id or folder) or `config` (random weights).")
 
 
-@functools.lru_cache(maxsize=64)
+@cached_tensor
 def _resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
     """(target, source): what torch's antialiased bicubic interpolation does to one side."""
     with torch.inference_mode(False), torch.no_grad():
@@ -72,7 +72,7 @@ def resize_antialiased(image: Tensor, height: int, width: int) -> Tensor:
 def _known(name: str, revision: str | None) -> dict[str, Any]:
     config = known_config(name, revision)
     if config is None:
-        raise OSError(f"the sizes of {name} are not known here; give a folder with its config.json.")
+        raise UnknownConfiguration(name)
     return config
 
 
@@ -91,7 +91,7 @@ class VisionEncoder:
 
     def __init__(self, spec: TeacherSpec | str):
         spec = TeacherSpec(pretrained=spec) if isinstance(spec, str) else spec
-        on_meta = torch.get_default_device().type == "meta"
+        on_meta = makes_no_storage()
         if on_meta and spec.pretrained is not None:
             spec = TeacherSpec(config=_known(spec.pretrained, spec.revision), dtype=spec.dtype)
         if spec.pretrained is not None:

@@ -76,11 +76,12 @@ def check_spec(
     path: str,
     provided: frozenset[str] = NONE,
     also: frozenset[str] = NONE,
+    defaulted: frozenset[str] = NONE,
     imports: bool = True,
 ) -> None:
     """Checks `{name: …, **arguments}`; see `check_arguments`."""
     name, arguments = split(spec, path)
-    check_component(components, name, arguments, path, provided, also, imports=imports)
+    check_component(components, name, arguments, path, provided, also, defaulted, imports)
 
 
 def check_component(

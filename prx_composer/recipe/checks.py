@@ -69,15 +69,15 @@ def argument_problems(values: Values, imports: bool = True) -> list[str]:
 
 
 def _component_problems(values: Values, imports: bool) -> list[str]:
-    problems = Problems()
-    for components, key, provided, also in (
-        (registry.models, "model", OF_MODELS, frozenset({"init_from"})),
-        (registry.optimizers, "optimizer", OF_OPTIMIZERS, NONE),
-        (registry.schedulers, "scheduler", NONE, NONE),
+    problems, filled = Problems(), frozenset(provided_by(values))
+    for components, key, provided, also, defaulted in (
+        (registry.models, "model", OF_MODELS, frozenset({"init_from"}), NONE),
+        (registry.optimizers, "optimizer", OF_OPTIMIZERS, NONE, filled),
+        (registry.schedulers, "scheduler", NONE, NONE, filled),
     ):
         if key in values:
             with problems.noted():
-                check_spec(components, values[key], key, provided, also, imports)
+                check_spec(components, values[key], key, provided, also, defaulted, imports)
     source = values.get("model", {}).get("init_from")
     if not isinstance(source, str | None):
         problems.found.append(f"model.init_from: expected a string or null, not {source!r}.")
@@ -86,10 +86,9 @@ def _component_problems(values: Values, imports: bool) -> list[str]:
     for key in ("train_loader", "eval_loader"):
         if spec := values.get(key):
             with problems.noted():
-                check_spec(registry.loaders, spec, key, OF_LOADERS, frozenset({"source"}), imports)
+                check_spec(registry.loaders, spec, key, OF_LOADERS, frozenset({"source"}), filled, imports)
             with problems.noted():
                 _check_sources(spec, key, imports)
-    filled = frozenset(provided_by(values))
     for kind in ("algorithms", "callbacks", "loggers"):
         components: Registry = getattr(registry, kind)
         for name, given in values.get(kind, {}).items():

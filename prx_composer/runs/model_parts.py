@@ -13,10 +13,10 @@ from prx_composer import registry
 from prx_composer.common.errors import UserError
 from prx_composer.common.outlines import constructor
 from prx_composer.models.autoencoder import Pixels, stored_config
-from prx_composer.models.encoder_sizes import known_config
+from prx_composer.models.known_configs import known_config
 from prx_composer.models.text_encoder import load_tokenizer
-from prx_composer.recipe.arguments import split
-from prx_composer.recipe.config import Recipe, build
+from prx_composer.recipe.arguments import Spec, split
+from prx_composer.recipe.config import build
 from prx_composer.recipe.sizes import downsampling_of
 from prx_composer.registry import Registry
 from prx_composer.runs.folder import TOKENIZER
@@ -49,19 +49,29 @@ class ModelParts:
     """Makes a recipe's model and its parts, each when it is first asked for.
 
     Args:
-        recipe: whose code is imported.
-        folder: of the run, which keeps its tokenizer and its frozen parts; the recipe's by default.
+        spec: a recipe's `model`.
+        seed: of every random draw of training.
+        folder: of the run, which keeps its tokenizer and its frozen parts; None without a run.
+        loader: the recipe's `train_loader`, if the tokenizer is to be made and kept in the folder where it isn't there yet.
         meta: whether networks are made without storage, from their configuration alone; nothing is loaded or downloaded then.
-        training: whether the model is to be trained: compiled if the recipe says so, with a tokenizer that is made and kept in
-            the folder if it isn't there.
+        compiled: whether the model is compiled if the recipe says so.
 
     Every property raises a UserError for what is wrong with the recipe, and for weights that cannot be had.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path | None = None, *, meta: bool = False, training: bool = False):
-        self.recipe, self.meta = recipe, meta
-        self.folder = Path(recipe.run_folder) if folder is None else folder
-        self._training = training
+    def __init__(
+        self,
+        spec: Spec,
+        seed: int,
+        folder: Path | None = None,
+        *,
+        loader: Spec | None = None,
+        meta: bool = False,
+        compiled: bool = False,
+    ):
+        self._given, self._seed, self._folder, self._loader = spec, seed, folder, loader
+        self.meta = meta
+        self._compiled = compiled and not meta
 
     @property
     def _device(self) -> AbstractContextManager[Any]:
@@ -72,7 +82,7 @@ class ModelParts:
         return self._spec(part)[1]
 
     def _spec(self, part: str | None = None) -> tuple[str, dict[str, Any]]:
-        name, arguments = split(with_kept(self.recipe.model, self.folder), "model")
+        name, arguments = split(self._given if self._folder is None else with_kept(self._given, self._folder), "model")
         return (name, arguments) if part is None else split(arguments.get(part), f"model.{part}")
 
     @cached_property
@@ -80,12 +90,12 @@ class ModelParts:
         """The ComposerModel. The text encoder is made first, then the other parts in the recipe's order."""
         name, arguments = self._spec()
         begins_elsewhere = arguments.pop("init_from", None) is not None
-        if self.meta or not self._training:
+        if not self._compiled:
             arguments = {key: value for key, value in arguments.items() if key not in _OF_TRAINING}
         for part in ("text_encoder", "backbone", "autoencoder") if self.meta else ("text_encoder",):
             if part in arguments:
                 arguments[part] = getattr(self, part)
-        model = build(registry.models, name, arguments, "model", seed=self.recipe.seed)
+        model = build(registry.models, name, arguments, "model", seed=self._seed)
         if begins_elsewhere:
             model.knows_empty_caption = True
         return model
@@ -100,7 +110,7 @@ class ModelParts:
     @cached_property
     def autoencoder(self) -> Any:
         """What is between pixels and the backbone."""
-        if self.recipe.model.get("autoencoder") is None:
+        if self._given.get("autoencoder") is None:
             return Pixels()
         name, arguments = self._spec("autoencoder")
         if self.meta and _has_configuration(registry.autoencoders, name):
@@ -111,7 +121,7 @@ class ModelParts:
     @property
     def downsampling(self) -> int | None:
         """Image side / side of what the backbone sees; None if only the autoencoder's weights tell it."""
-        if self.recipe.model.get("autoencoder") is None:
+        if self._given.get("autoencoder") is None:
             return 1
         name, arguments = self._spec("autoencoder")
         of_class = getattr(registry.autoencoders.get(name, "model.autoencoder"), "downsampling", None)
@@ -125,9 +135,10 @@ class ModelParts:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The text encoder's."""
-        if self._training:
-            return made_tokenizer(self.recipe, self.folder)
-        return kept_tokenizer(self.arguments("text_encoder"), self.folder)
+        encoder = self.arguments("text_encoder")
+        if self._loader is None or self._folder is None:
+            return kept_tokenizer(encoder, self._folder)
+        return made_tokenizer(encoder, self._loader, self._folder)
 
     @cached_property
     def text_encoder(self) -> Any:
@@ -147,8 +158,8 @@ class ModelParts:
             return build(registry.text_encoders, name, arguments, path, tokenizer=stand_in)
 
     def _vocabulary_size(self, tokenizer: Any) -> int:
-        if (self.folder / TOKENIZER).exists():
-            return len(load_tokenizer(str(self.folder / TOKENIZER)))
+        if self._folder is not None and (self._folder / TOKENIZER).exists():
+            return len(load_tokenizer(str(self._folder / TOKENIZER)))
         return int(tokenizer.get("vocab_size", MOST_WORDS)) if isinstance(tokenizer, dict) else MOST_WORDS
 
 

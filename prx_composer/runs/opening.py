@@ -155,7 +155,7 @@ def build_model(recipe: Recipe, run_folder: Path) -> TextToImage:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # an encoder with frozen random weights is in no checkpoint
-        return ModelParts(recipe, run_folder).model
+        return ModelParts(recipe.model, recipe.seed, run_folder).model
 
 
 # ------------------------------------------------------------------------------------------------------ algorithms

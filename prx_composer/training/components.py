@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from composer.core import Algorithm, Callback, DataSpec
@@ -30,7 +31,7 @@ def build_components(recipe: Recipe, *, meta: bool, num_ranks: int = 1) -> "Comp
         meta: whether networks are made without storage; nothing is loaded or downloaded then.
         num_ranks: that share a batch.
     """
-    return Components(recipe, meta=meta, training=not meta, num_ranks=num_ranks)
+    return Components(recipe, meta, num_ranks)
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Components(ModelParts):
     Every property raises a UserError that names all that is wrong with what it makes.
     """
 
-    def __init__(self, recipe: Recipe, *, meta: bool = False, training: bool = False, num_ranks: int = 1):
-        super().__init__(recipe, meta=meta, training=training)
-        self.num_ranks = num_ranks
+    def __init__(self, recipe: Recipe, meta: bool, num_ranks: int):
+        super().__init__(recipe.model, recipe.seed, Path(recipe.run_folder), loader=recipe.train_loader, meta=meta, compiled=True)
+        self.recipe, self.num_ranks = recipe, num_ranks
         self.problems: list[str] = []
         self.provided = provided_by(vars(recipe))
 

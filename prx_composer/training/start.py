@@ -61,7 +61,7 @@ def check_lines(arguments: list[str], num_ranks: int, config_only: bool, step: b
     if config_only and problems:
         yield _NOT_YET
         return
-    from prx_composer.training.check import check_config, check_recipe
+    from prx_composer.training.trial import check_config, check_recipe
 
     results = check_config(recipe, num_ranks) if config_only else check_recipe(recipe, num_ranks, step)
     yield from (line for line in map(str, results) if line not in said)

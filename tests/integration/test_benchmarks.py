@@ -11,7 +11,7 @@ from typing import Any
 import commands
 import pytest
 
-from prx_composer.commands.plan.plan_inputs import read_throughput
+from prx_composer.commands.plan.conditions import read_throughput
 from prx_composer.common.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

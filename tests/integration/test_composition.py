@@ -244,7 +244,7 @@ def test_the_24h_recipe_passes_the_check_and_a_mistake_in_it_does_not() -> None:
 
 
 def test_ablations_merge_over_the_quickstart() -> None:
-    from prx_composer.training.check import check_config
+    from prx_composer.training.trial import check_config
 
     files = sorted((REPOSITORY / "yamls" / "ablations").glob("*.yaml"))
     assert len(files) >= 14

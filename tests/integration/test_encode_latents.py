@@ -19,8 +19,8 @@ from prx_composer.data.sources import prepare
 from prx_composer.data.stored import encoded_folder, unpack
 from prx_composer.data.transforms import decode_image
 from prx_composer.recipe import config
-from prx_composer.training.check import check_recipe
 from prx_composer.training.run import build_trainer, run
+from prx_composer.training.trial import check_recipe
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

@@ -100,9 +100,9 @@ def test_a_recipe_says_how(tiny_recipe: dict[str, Any], write_recipe: Any, tmp_p
     """A tokenizer that is trained on the captions is trained on the clean ones."""
     tiny_recipe["model"]["text_encoder"]["clean"] = "prx"
     recipe = config.load([write_recipe(tiny_recipe)])
-    built = ModelParts(recipe, tmp_path / "kept", training=True).text_encoder
+    built = ModelParts(recipe.model, 0, tmp_path / "kept", loader=recipe.train_loader).text_encoder
     assert cleaned(built.tokenizer, ["A (Red) Circle"]) == ["a red circle"]
-    again = ModelParts(recipe, tmp_path / "kept", training=True).text_encoder
+    again = ModelParts(recipe.model, 0, tmp_path / "kept", loader=recipe.train_loader).text_encoder
     assert cleaned(again.tokenizer, ["A (Red) Circle"]) == ["a red circle"], "when the run goes on, too"
     tiny_recipe["model"]["text_encoder"]["clean"] = "all"
     results, _ = examine(config.load([write_recipe(tiny_recipe)]), 1)

@@ -13,25 +13,27 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prx_composer.commands.plan.communication import (
+from prx_composer.commands.plan.conditions import GPUS, Conditions, Measured, find_gpu
+from prx_composer.commands.plan.plan import StagePlan, make_plan
+from prx_composer.commands.plan.step_time import (
     DDP,
     GATHER,
+    LINK_SHARE,
     MUON,
     MUON_REPLICAS,
     REDUCE,
     REPLICAS,
+    Links,
+    StepTime,
     Traffic,
     muon_plan,
     traffic,
+    uncovered,
 )
-from prx_composer.commands.plan.conditions import Conditions, Measured
-from prx_composer.commands.plan.hardware import GPUS, find_gpu
-from prx_composer.commands.plan.plan import StagePlan, make_plan
-from prx_composer.commands.plan.planned_model import PlannedModel, plan_model
-from prx_composer.commands.plan.step_time import LINK_SHARE, Links, StepTime, uncovered
 from prx_composer.optim.exchange import Exchange, Plan, _Layout, _Ranks, plan_for
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
+from prx_composer.training.meta_model import MetaModel
 
 FULL = str(REPOSITORY / "yamls" / "24h.yaml")
 INFINITE = float("inf")
@@ -45,8 +47,8 @@ def full(*changes: str) -> Recipe:
 
 
 @functools.cache
-def model() -> PlannedModel:
-    return plan_model(full(), stored_text=True)
+def model() -> MetaModel:
+    return MetaModel(full(), stored_text=True)
 
 
 def sent(num_gpus: int, *changes: str, microbatches: int = 1) -> dict[str, Traffic]:

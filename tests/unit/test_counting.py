@@ -13,8 +13,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prx_composer.commands.plan.conditions import Conditions
-from prx_composer.commands.plan.hardware import find_gpu
+from prx_composer.commands.plan.conditions import Conditions, find_gpu
 from prx_composer.commands.plan.plan import make_plan
 from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
@@ -22,8 +21,8 @@ from prx_composer.data.cropping import NOTICED, share_cropped
 from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.models import HuggingFaceTextEncoder
 from prx_composer.models.autoencoder import DiffusersAutoencoder
-from prx_composer.models.encoder_sizes import known_config, text_flops
 from prx_composer.models.huggingface import random_config
+from prx_composer.models.known_configs import known_config, text_flops
 from prx_composer.models.text_encoder import random_encoder
 from prx_composer.recipe import config
 from prx_composer.training.components import build_components

@@ -20,9 +20,9 @@ from prx_composer.recipe.arguments import check_arguments
 from prx_composer.recipe.checks import first_look
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import for_composer
-from prx_composer.training.check import check_config
 from prx_composer.training.run import build_trainer
 from prx_composer.training.start import check_lines, read_recipe
+from prx_composer.training.trial import check_config
 
 Write = Callable[..., str]
 COMPONENTS = [

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from prx_composer.algorithms.float8 import Float8, apply_float8, float8_layers, hardware_problem
 from prx_composer.algorithms.lora import LoRA
 from prx_composer.cli import app
-from prx_composer.commands.plan.planned_model import plan_model
 from prx_composer.common.errors import UserError
 from prx_composer.models import PRXBackbone, TextToImage
 from prx_composer.models.adapters import BLOCK_LAYERS
@@ -28,10 +27,11 @@ from prx_composer.optim.muon import Muon
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.opening import load_trained
-from prx_composer.training.check import check_config
 from prx_composer.training.components import parallelism
+from prx_composer.training.meta_model import MetaModel
 from prx_composer.training.preflight.gpus import check_gpus
 from prx_composer.training.run import build_trainer, run
+from prx_composer.training.trial import check_config
 
 pytest.importorskip("torchao", reason="the extra float8, which CI has")
 
@@ -241,7 +241,7 @@ def test_compiled_blocks_compute_what_eager_ones_do(tiny_model: Build) -> None:
 def test_a_plan_counts_the_run_without_it_and_says_so(recipe: Recipe, write_recipe: Write) -> None:
     plain = copy.deepcopy(recipe)
     del plain["algorithms"]["float8"]
-    ours, theirs = (plan_model(config.load([write_recipe(r)])) for r in (recipe, plain))
+    ours, theirs = (MetaModel(config.load([write_recipe(r)])) for r in (recipe, plain))
     assert list(ours.trained) == list(theirs.trained)
     assert [line for line in ours.unknown if line not in theirs.unknown] == [
         "algorithms.float8: what it saves is not known to the plan: time and memory are those of a run without it"
@@ -297,8 +297,8 @@ def test_without_a_gpu_that_has_float8_only_emulation_trains(
     emulated = config.load([write_recipe(recipe)])
     real = config.load([write_recipe(recipe), "algorithms.float8.emulate=false"])
     if not torch.cuda.is_available():
-        assert [result.mark for result in check_gpus(emulated, 1, 1)] == ["✓"]
-        (found,) = check_gpus(real, 1, 1)
+        assert [result.mark for result in check_gpus(emulated, [Float8(emulate=True)], 1, 1)] == ["✓"]
+        (found,) = check_gpus(real, [Float8()], 1, 1)
         assert found.mark == "✗" and "capability 8.9 or more" in found.text and "emulate=true" in found.text
         with pytest.raises(UserError, match="there is no CUDA device here"):
             build_trainer(real)

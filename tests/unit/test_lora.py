@@ -22,7 +22,6 @@ from prx_composer.algorithms.lora import LoRA
 from prx_composer.algorithms.token_routing import SPRINT
 from prx_composer.cli import app
 from prx_composer.commands.export.pipeline import write_pipeline, written_aside
-from prx_composer.commands.plan.planned_model import plan_model
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters, merge_adapters
@@ -33,6 +32,7 @@ from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.frozen_parts import keep_frozen, with_kept
 from prx_composer.runs.init_from import write_fragment
 from prx_composer.runs.opening import Trained, load_trained
+from prx_composer.training.meta_model import MetaModel
 from prx_composer.training.run import build_trainer, run
 
 Recipe = dict[str, Any]
@@ -246,7 +246,7 @@ def test_an_autoencoder_in_a_folder_is_kept_with_the_run_and_one_of_the_hub_is_n
 
 def test_a_plan_counts_what_a_run_trains(recipe: Recipe, write_recipe: Write) -> None:
     loaded = config.load([write_recipe(recipe)])
-    planned, model = plan_model(loaded), build_trainer(loaded).state.model
+    planned, model = MetaModel(loaded), build_trainer(loaded).state.model
     real = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     assert {name: tuple(p.shape) for name, p in planned.trained.items()} == real and not planned.unknown
     backbone: Any = model.backbone

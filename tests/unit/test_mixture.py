@@ -20,8 +20,8 @@ from prx_composer.data.sampler import BucketBatchSampler
 from prx_composer.data.schema import BucketWriter, RawSample
 from prx_composer.recipe import config
 from prx_composer.recipe.data_sets import data_sets
-from prx_composer.training.check import check_recipe
 from prx_composer.training.run import run
+from prx_composer.training.trial import check_recipe
 
 SQUARE, WIDE, TALL = Bucket(16, 16), Bucket(12, 20), Bucket(20, 12)
 

@@ -22,14 +22,14 @@ from prx_composer.data.sources import FolderSource
 from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.models import PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
-from prx_composer.models.encoder_sizes import known_config
+from prx_composer.models.known_configs import known_config
 from prx_composer.models.vision_encoder import VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.recipe.own_code import needs_code
 from prx_composer.runs.checkpoints import MONOLITH
 from prx_composer.runs.init_from import initialise
 from prx_composer.runs.opening import load_trained
-from prx_composer.training.check import check_recipe
+from prx_composer.training.trial import check_recipe
 
 Recipe = dict[str, Any]
 Build = Callable[..., TextToImage]

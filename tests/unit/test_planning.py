@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from prx_composer.models.activations import backbone_activations
+from prx_composer.models.flops import lpips_flops, vision_flops
 from stacks import REPOSITORY, TEACHER, stack_of_24h
 from torch.nn.attention import SDPBackend, sdpa_kernel  # the counter knows no formula of the CPU's own kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,19 +18,16 @@ from transformers import AutoModel
 from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
 from prx_composer.algorithms.lpips import LPIPS, build_network
 from prx_composer.algorithms.perceptual_dino import PerceptualDINO
-from prx_composer.commands.plan.conditions import Conditions, Measured
-from prx_composer.commands.plan.hardware import GPUS, find_gpu
-from prx_composer.commands.plan.memory import training_state
-from prx_composer.commands.plan.plan import estimate_checkpoint_bytes, make_plan
+from prx_composer.commands.plan.conditions import GPUS, Conditions, Measured, find_gpu
+from prx_composer.commands.plan.plan import make_plan
 from prx_composer.commands.plan.plan_text import as_text
-from prx_composer.commands.plan.planned_model import plan_model
-from prx_composer.models.activations import backbone_activations
-from prx_composer.models.encoder_sizes import vision_size
-from prx_composer.models.flops import lpips_flops, vision_flops
 from prx_composer.models.huggingface import random_config
+from prx_composer.models.known_configs import vision_size
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
+from prx_composer.training.meta_model import MetaModel
 from prx_composer.training.run import build_trainer
+from prx_composer.training.state_bytes import checkpoint_bytes, training_state
 
 Write = Callable[..., str]
 H200 = find_gpu("h200")
@@ -209,7 +208,7 @@ def test_state_is_byte_for_byte_that_of_a_run_and_a_checkpoint_is_as_large_as_fo
     trainer = build_trainer(config.load([path]))
     trainer.fit()
     recipe = config.load([path])  # now the run's tokenizer is there, whose size the plan needs
-    state, model = training_state(plan_model(recipe), recipe), trainer.state.model
+    state, model = training_state(MetaModel(recipe), recipe), trainer.state.model
     assert state.weights == bytes_of([p for p in model.parameters() if p.requires_grad])
     held = trainer.state.optimizers[0].state.values()
     assert state.optimizer == bytes_of([tensor for tensors in held for tensor in tensors.values()])
@@ -218,7 +217,7 @@ def test_state_is_byte_for_byte_that_of_a_run_and_a_checkpoint_is_as_large_as_fo
     trainer.close()
     folder = Path(recipe.run_folder) / "checkpoints"
     largest = max(file.stat().st_size for file in folder.rglob("*.pt") if not file.is_symlink())
-    assert estimate_checkpoint_bytes(recipe) == pytest.approx(largest, rel=0.1, abs=200_000)
+    assert checkpoint_bytes(recipe) == pytest.approx(largest, rel=0.1, abs=200_000)
 
 
 class Kept:
@@ -300,7 +299,7 @@ def test_activations_of_the_backbone_are_about_what_a_step_really_keeps(
 
 def test_fsdp_cuts_the_state_into_parts_and_ddp_holds_all_of_it_and_buckets() -> None:
     degree = "parallelism_config.fsdp.shard_degree"
-    whole = training_state(plan_model(full()), full())
+    whole = training_state(MetaModel(full()), full())
     ranks = [make_plan(full(f"{degree}=-1"), LIMIT), make_plan(full("parallelism_config=null"), LIMIT)]
     sharded, replicated = (plan.stages[0].memory for plan in ranks)
     for name in ("weights", "optimizer", "ema"):

@@ -12,17 +12,16 @@ from stacks import REPOSITORY
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
-from prx_composer.commands.plan.conditions import Conditions, Measured
+from prx_composer.commands.plan.conditions import GPUS, Conditions, Measured, find_gpu, parse_count, parse_rate
 from prx_composer.commands.plan.fit import fit
-from prx_composer.commands.plan.hardware import GPUS, find_gpu
-from prx_composer.commands.plan.plan import estimate_checkpoint_bytes, make_plan
+from prx_composer.commands.plan.plan import make_plan
 from prx_composer.commands.plan.plan_text import as_text
-from prx_composer.commands.plan.quantities import parse_count, parse_rate
 from prx_composer.commands.plan.timeline import timeline
 from prx_composer.common.errors import UserError
-from prx_composer.models.encoder_sizes import known_config, vision_size
+from prx_composer.models.known_configs import known_config, vision_size
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
+from prx_composer.training.state_bytes import checkpoint_bytes
 
 Write = Callable[..., str]
 H200 = find_gpu("h200")
@@ -262,7 +261,7 @@ def test_an_encoder_that_nothing_is_known_of_stops_the_plan_until_it_is_left_out
     with pytest.raises(UserError, match=rf"^algorithms.repa.teacher cannot be counted: somebody/vit .*{ways}.*--leave-out repa"):
         make_plan(full(vit), LIMIT)
     assert make_plan(full(llm), LIMIT).unknown == []  # nobody runs it
-    assert estimate_checkpoint_bytes(full(llm, vit)) > 1e10  # nobody asks for it
+    assert checkpoint_bytes(full(llm, vit)) > 1e10  # nobody asks for it
     found = prx(FULL, llm, vit, "--gpus", "32", "--leave-out", "text_encoder", "--leave-out", "repa")
     assert found.exit_code == 0 and "REPA" not in found.output
     for line in ("model.text_encoder: left out, as --leave-out text_encoder says", "algorithms.repa: left out"):

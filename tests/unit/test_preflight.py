@@ -21,7 +21,6 @@ from prx_composer.data.schema import BucketWriter, RawSample
 from prx_composer.data.shapes import ShapesSource
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.check import check_config
 from prx_composer.training.components import Components, build_components
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.disk import check_storage, checkpoints_to_keep
@@ -31,6 +30,7 @@ from prx_composer.training.preflight.logger_access import check_loggers
 from prx_composer.training.preflight.pretrained import check_weights
 from prx_composer.training.preflight.result import Result, require
 from prx_composer.training.preflight.step import extremes
+from prx_composer.training.trial import check_config
 
 Load = Callable[..., tuple[Recipe, Components]]
 
@@ -325,10 +325,10 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_room_for_one_checkpoint_more_than_is_kept_is_asked_for(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prx_composer.commands.plan.plan import estimate_checkpoint_bytes
+    from prx_composer.training.state_bytes import checkpoint_bytes
 
     recipe, _ = load("save_num_checkpoints_to_keep=3")
-    size = estimate_checkpoint_bytes(recipe)
+    size = checkpoint_bytes(recipe)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 6 * size, 4 * size))
     assert not marked(check_storage(recipe, build_components(recipe, meta=True)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 6 * size, 4 * size - 1))
@@ -395,8 +395,8 @@ def test_a_machine_without_a_gpu_is_said_to_be_one(load: Load) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     recipe, _ = load()
-    assert [result.mark for result in check_gpus(recipe, 1, 1)] == ["✓"]
-    assert [result.mark for result in check_gpus(load("precision=amp_bf16")[0], 0, 8)] == ["–"]
+    assert [result.mark for result in check_gpus(recipe, [], 1, 1)] == ["✓"]
+    assert [result.mark for result in check_gpus(load("precision=amp_bf16")[0], [], 0, 8)] == ["–"]
 
 
 def test_guidance_that_is_never_learnt_is_known_before_training(load: Load) -> None:

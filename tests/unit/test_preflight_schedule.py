@@ -12,8 +12,8 @@ from PIL import Image
 
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.check import check_config, check_recipe
 from prx_composer.training.start import main
+from prx_composer.training.trial import check_config, check_recipe
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

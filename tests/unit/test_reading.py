@@ -21,7 +21,7 @@ from prx_composer.commands.drawing import check_prompt, read_prompts, save_capti
 from prx_composer.commands.encode.encode_text import CaptionEncoder, text_column
 from prx_composer.commands.encode.encoded_parts import encode_split
 from prx_composer.commands.evaluate.layouts import _dpg, _geneval
-from prx_composer.commands.plan.plan_inputs import read_throughput
+from prx_composer.commands.plan.conditions import read_throughput
 from prx_composer.common.errors import UserError
 from prx_composer.data.collate import Collator
 from prx_composer.data.schema import Manifest, iterate_captions

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from prx_composer.models.flops import backbone_flops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prx_composer.models import AuxiliaryLoss, FlowMatching, FlowOutput, HuggingFaceTextEncoder, PRXBackbone, TextToImage
-from prx_composer.models.flops import backbone_flops
 from prx_composer.models.routing import Route
 
 Build = Callable[..., TextToImage]

@@ -17,10 +17,10 @@ from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.optim.groups import AdamW
 from prx_composer.recipe import config
-from prx_composer.training.check import check_config
 from prx_composer.training.components import build_components
 from prx_composer.training.preflight.examine import examine
 from prx_composer.training.preflight.pretrained import check_weights
+from prx_composer.training.trial import check_config
 
 Build = Callable[..., TextToImage]
 Recipe = dict[str, Any]
@@ -195,12 +195,12 @@ def test_a_strangers_trick_is_checked_as_ours_are(tiny_recipe: Recipe, write_rec
         recipe = config.load([write_recipe(tiny_recipe | {"code_paths": [str(code)]}), *changes])
         return [result.text for result in check_config(recipe, 1) if result.mark == "✗"]
 
-    recipe = config.load([write_recipe(tiny_recipe | {"code_paths": [str(code)]})])
-    answers = [result.text for result in check_weights(recipe, examine(recipe, 1)[1])]
-    assert "algorithms.choosy: its weights cannot be had." in answers
     (problem,) = problems()
     assert problem.startswith("algorithms.choosy cannot be combined with ema at a depth of 2")
     found = problems("algorithms.ema=false", "model.autoencoder={name: diffusers, pretrained: x}", "train_loader.latent=vae")
     assert any(
         "algorithms.choosy looks at images" in text and text.endswith("the latents, or leave choosy out.") for text in found
     )
+    recipe = config.load([write_recipe(tiny_recipe | {"code_paths": [str(code)]})])
+    answers = [result.text for result in check_weights(recipe, examine(recipe, 1)[1])]
+    assert "algorithms.choosy: its weights cannot be had." in answers

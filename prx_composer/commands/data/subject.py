@@ -111,7 +111,7 @@ def _tokenizer(recipe: config.Recipe) -> tuple[PreTrainedTokenizerBase | None, i
     with tempfile.TemporaryDirectory(prefix="prx-look.") as scratch:
         run = Path(recipe.run_folder)
         try:
-            tokenizer = made_tokenizer(recipe, run if (run / TOKENIZER).exists() else Path(scratch))
+            tokenizer = made_tokenizer(spec, recipe.train_loader, run if (run / TOKENIZER).exists() else Path(scratch))
         except UserError as error:
             raise UserError(f"{error} Without it: name the folder of the data, {recipe.train_loader.get('path')}") from error
     return tokenizer, int(spec.get("max_tokens", 256))

@@ -36,7 +36,8 @@ def encode_text(arguments: list[str], name: str, split: str, storage: str, batch
     recipe, device = _start(arguments, storage, (*STORAGE, "int8"))
     sets = _data(recipe, split)
     with tempfile.TemporaryDirectory() as scratch:
-        parts = ModelParts(recipe, Path(scratch, str(dist.get_global_rank())), training=True)
+        folder = Path(scratch, str(dist.get_global_rank()))
+        parts = ModelParts(recipe.model, recipe.seed, folder, loader=recipe.train_loader)
         encoder, given = parts.text_encoder, parts.arguments("text_encoder")
     title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('model_type')}")
     column = text_column(encoder, title, given.get("revision"), storage)
@@ -70,7 +71,7 @@ def encode_features(
         raise UserError(f"--teacher: the recipe has nothing at {teacher}; name one such as algorithms.repa.teacher.")
     with at_path(teacher, TypeError):
         network = VisionEncoder(TeacherSpec(**spec) if isinstance(spec, dict) else spec)
-    patch = int(recipe.model["backbone"]["patch_size"]) * int(ModelParts(recipe).autoencoder.downsampling)
+    patch = int(recipe.model["backbone"]["patch_size"]) * int(ModelParts(recipe.model, recipe.seed).autoencoder.downsampling)
     revision = spec.get("revision") if isinstance(spec, dict) else None
     image_size = image_size or recipe.image_size
     column = StoredColumn(
@@ -93,8 +94,7 @@ def encode_latents(
     """
     recipe, device = _start(arguments, storage, STORAGE)
     sets = _data(recipe, split)
-    parts = ModelParts(recipe)
-    autoencoder, given = parts.autoencoder, recipe.model.get("autoencoder") or {}
+    autoencoder, given = ModelParts(recipe.model, recipe.seed).autoencoder, recipe.model.get("autoencoder") or {}
     image_size = image_size or recipe.image_size
     multiple = int(recipe.model["backbone"]["patch_size"]) * int(autoencoder.downsampling)
     title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('_class_name', 'AutoencoderKL')}")

@@ -15,6 +15,7 @@ import transformers
 import yaml
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
 from torch import Tensor
 
 from prx_composer.commands.export.card import without_places
@@ -22,12 +23,15 @@ from prx_composer.common.errors import UserError, raise_all
 from prx_composer.common.files import sync
 from prx_composer.common.secrets import redacted
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
+from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.sampling import NUM_TRAIN_TIMESTEPS
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.diffusers_folder import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
 
 log = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"  # of a model that diffusers has no class for
 
 
 def check_exportable(model: TextToImage) -> None:
@@ -101,6 +105,19 @@ def written_aside(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def is_diffusers(model: TextToImage) -> bool:
+    """Return whether the backbone is PRX's, for which diffusers has a class; one of the user's own it hasn't."""
+    return isinstance(model.backbone, PRXBackbone)
+
+
+def write_weights(trained: Trained, folder: Path) -> None:
+    """Write the weights of a model that diffusers has no class for, under its own names, with tokenizer and recipe."""
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in trained.model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    trained.model.text_encoder.tokenizer.save_pretrained(str(folder / "tokenizer"))
+    _write_recipe(trained, folder)
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise UserError for a place where no export can be written."""
     if output.exists() and not output.is_dir():
@@ -108,7 +125,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise UserError(f"--output: {output} is not empty; give another folder, or --overwrite to replace an export.")
-        if not any((output / name).exists() for name in ("model_index.json", "adapter_config.json")):
+        if not any((output / name).exists() for name in ("model_index.json", "adapter_config.json", WEIGHTS)):
             raise UserError(f"--output: {output} holds something else than an export (no model_index.json); give another folder.")
 
 
@@ -158,6 +175,10 @@ def _write_parts(trained: Trained, folder: Path, referred: dict[str, Any] | None
         _write_autoencoder(model.autoencoder, folder / "vae", scale)
         index["vae"] = ["diffusers", type(model.autoencoder.module).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    _write_recipe(trained, folder)
+
+
+def _write_recipe(trained: Trained, folder: Path) -> None:
     if trained.recipe is not None:
         recipe = without_places(redacted(trained.recipe))
         head = "# Paths of the machine that trained it are cut to their last names.\n"

@@ -1,8 +1,87 @@
-"""What is to be rented, and how well it is known to work."""
+"""What is to be rented, how well it is known to work, and what lies on disk: what a plan is made for."""
 
+import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from prx_composer.commands.plan.hardware import GPU
+from prx_composer.common.errors import UserError, at_path, nearest
+from prx_composer.common.files import read_text
+from prx_composer.data.schema import MANIFEST, Manifest
+from prx_composer.recipe.config import Recipe
+from prx_composer.recipe.data_sets import data_sets
+
+ASSUMED_SHARE = 0.8  # of the datasheet, where nobody's measurement is at hand: what H100 and H200 reach
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One kind of GPU.
+
+    Args:
+        name: as `--gpu` takes it.
+        datasheet_tflops: bf16, dense (vendors also print twice that, "with sparsity"), fp32 accumulation.
+        memory_gib: what torch reports as its total memory, which is less than the GB in the name.
+        bandwidth: of that memory, in TB/s.
+        link: GB/s to the other GPUs of its node, all together, in one direction (vendors mostly print both).
+        network: GB/s to other nodes, in one direction; what such GPUs usually come with.
+        measured_tflops: what a large bf16 matrix product reaches, if it was measured.
+        source: of the measurement.
+    """
+
+    name: str
+    datasheet_tflops: float
+    memory_gib: float
+    bandwidth: float
+    link: float
+    network: float
+    measured_tflops: float | None = None
+    source: str = ""
+
+    @property
+    def reachable_tflops(self) -> float:
+        """What a bf16 matrix product reaches: measured, or `ASSUMED_SHARE` of the datasheet."""
+        return self.measured_tflops or ASSUMED_SHARE * self.datasheet_tflops
+
+    def describe(self) -> str:
+        """The peak that utilisation is a share of, and where it comes from."""
+        how = f"measured {self.source}" if self.measured_tflops else f"assumed, {ASSUMED_SHARE:.0%} of the datasheet"
+        return f"{self.reachable_tflops:,.0f} TFLOP/s by a bf16 matrix product ({how}); datasheet: {self.datasheet_tflops:,.0f}"
+
+
+_MAMF = "by S. Bekman, ML Engineering, table of maximum achievable matmul FLOPS"
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # nvidia.com/en-us/data-center/a100: 312 TFLOP/s, 80 GB, 2.04 TB/s, NVLink 600 GB/s (SXM); DGX A100: 200 Gbit/s per GPU
+        GPU("a100-80gb", 312, 79.2, 2.04, 300, 25, 271, _MAMF),
+        # nvidia.com/en-us/data-center/h100: 1,979 with sparsity, 80 GB, 3.35 TB/s, NVLink 900 GB/s (SXM); DGX H100: 400 Gbit/s
+        GPU("h100", 989.4, 79.1, 3.35, 450, 50, 794, _MAMF),
+        # nvidia.com/en-us/data-center/h200: 1,979 with sparsity, 141 GB, 4.8 TB/s, NVLink 900 GB/s; DGX H200: 400 Gbit/s per GPU;
+        # 790 and 4.3 TB/s measured for this project
+        GPU("h200", 989.4, 139.8, 4.8, 450, 50, 790, "for this project"),
+        # NVIDIA DGX B200 datasheet: over eight GPUs 18 PFLOP/s dense and 14.4 TB/s NVLink; 180 GB, 8 TB/s, 400 Gbit/s per GPU
+        GPU("b200", 2250, 178.3, 8.0, 900, 50, 1745, _MAMF),
+        # amd.com/en/products/accelerators/instinct/mi300/mi300x.html: 1,307 TFLOP/s, 192 GB, 5.3 TB/s, seven links of 128 GB/s
+        # both ways; 400 Gbit/s per GPU assumed, as clouds offer it
+        GPU("mi300x", 1307.4, 191.7, 5.3, 448, 50, 668, _MAMF),
+        # nvidia.com/en-us/data-center/l40s: 733 with sparsity, 48 GB, 0.86 TB/s, PCIe 4 × 16 64 GB/s; 100 Gbit/s per GPU assumed
+        GPU("l40s", 362, 44.4, 0.864, 32, 12.5),
+        # NVIDIA Ada GPU architecture whitepaper, appendix A: 165.2 with fp32 accumulation, 24 GB, 1.01 TB/s, PCIe 4 × 16;
+        # 100 Gbit/s for a node of eight assumed
+        GPU("rtx4090", 165.2, 23.5, 1.008, 32, 1.5),
+    )
+}
+
+
+def find_gpu(name: str) -> GPU:
+    """By the table's name or the device's own ("NVIDIA H200"); raises UserError, with the names that there are."""
+    key = "".join(character for character in name.lower() if character.isalnum())
+    for gpu in GPUS.values():
+        if all(part in key for part in gpu.name.split("-")):
+            return gpu
+    raise UserError(f"--gpu: there is no {name!r} in the table of GPUs.{nearest(name.lower(), list(GPUS))}")
 
 
 @dataclass(frozen=True)
@@ -57,3 +136,109 @@ class Conditions:
     def per_node(self) -> int:
         """GPUs of one node that are used."""
         return min(self.gpus_per_node, self.num_gpus)
+
+
+# ------------------------------------------------------------------------------------------ what is read from disk
+
+JPEG_BYTES_PER_PIXEL = 0.25  # at about quality 90; only used where the data isn't here to look at
+
+
+def read_manifests(recipe: Recipe) -> dict[Path, Manifest] | None:
+    """Folder → manifest of the recipe's training data, if all of it is on this machine; raises UserError if it is not right."""
+    if "path" not in recipe.train_loader and "mix" not in recipe.train_loader:
+        return None
+    with at_path("train_loader"):
+        folders = [Path(part["path"]) / str(part.get("split", "train")) for part in data_sets(recipe.train_loader).values()]
+    if not all((folder / MANIFEST).is_file() for folder in folders):
+        return None
+    manifests = {}
+    for folder in folders:
+        try:
+            manifests[folder] = Manifest.read(folder)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"train_loader.path: {folder / MANIFEST} is no manifest of a data set: {error}") from error
+    return manifests
+
+
+def stored_bytes(manifests: dict[Path, Manifest] | None, largest: int) -> tuple[float, str]:
+    """Bytes on disk per image, and how that is known."""
+    total = samples = 0
+    for folder, manifest in (manifests or {}).items():
+        samples += sum(manifest.buckets.values())
+        for bucket in manifest.buckets:
+            index = folder / str(bucket) / "index.json"
+            for shard in json.loads(index.read_text())["shards"] if index.is_file() else ():
+                total += (shard.get("zip_data") or shard["raw_data"])["bytes"]
+    if total:
+        size = total / samples
+        return size, f"read from disk: {size / 1e3:,.1f} kB per image, the mean of the data in train_loader.path"
+    size = JPEG_BYTES_PER_PIXEL * largest**2
+    return size, f"read from disk: {size / 1e3:,.1f} kB per image, {JPEG_BYTES_PER_PIXEL} bytes a pixel (JPEG) at {largest} px"
+
+
+def read_throughput(path: str) -> tuple[GPU, dict[int, Measured]]:
+    """What `benchmarks/throughput.py` measured: the GPU, and the speed by image size.
+
+    The file is JSON: `{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0, …}, …]}`; `gpus` and
+    `batch_per_gpu` of a stage may be there. Of a sweep the point on most GPUs is taken, of several such the fastest.
+
+    Raises:
+        UserError: no such file, another content, or a device that no plan is made for.
+    """
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise UserError(f"--throughput: {path} cannot be read: {error.strerror}.") from error
+    try:
+        content = json.loads(text)
+        found = [(int(stage["image_size"]), _measured(stage)) for stage in content["stages"] if "error" not in stage]
+        name = str(content["gpu"])
+    except (ValueError, KeyError, TypeError) as error:
+        form = '{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0}]}'
+        raise UserError(f"--throughput: {path} is no file of the form {form} ({error!r}).") from error
+    if not found or min(speed.images_per_second for _, speed in found) <= 0:
+        raise UserError(f"--throughput: {path} has no stage with a positive images_per_second_per_gpu.")
+    found.sort(key=lambda one: (one[1].gpus or 0, one[1].images_per_second))
+    return _gpu(path, name), dict(found)  # the last of each size
+
+
+def _gpu(path: str, name: str) -> GPU:
+    try:
+        return find_gpu(name)
+    except UserError as error:
+        raise UserError(
+            f"--throughput: {path} was measured on {name!r}, which is none of the GPUs that a plan is made for: "
+            f"{', '.join(sorted(GPUS))}. Measure on one of them; or leave --throughput out and give --mfu."
+        ) from error
+
+
+def _measured(stage: dict[str, Any]) -> Measured:
+    counts = [None if stage.get(key) is None else int(stage[key]) for key in ("gpus", "batch_per_gpu")]
+    if any(count is not None and count < 1 for count in counts):
+        raise ValueError("gpus and batch_per_gpu must be at least 1")
+    return Measured(float(stage["images_per_second_per_gpu"]), *counts)
+
+
+# ---------------------------------------------------------------------------- counts and rates as people write them
+
+_POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmb]?)", re.IGNORECASE)
+_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b(?:/s|ps)?", re.IGNORECASE)
+
+
+def parse_count(text: str, what: str) -> int:
+    """ "8.7M", "240k" or "1000" → a whole number ≥ 1; raises UserError, naming `what`, for anything else."""
+    match = _COUNT.fullmatch(text.strip().replace(",", "").replace("_", ""))
+    count = round(float(match[1]) * _POWERS[match[2].lower()]) if match else 0
+    if count < 1:
+        raise UserError(f"{what}: {text!r} is no number such as 8.7M, 240k or 1000.")
+    return count
+
+
+def parse_rate(text: str, what: str) -> float:
+    """ "1GB/s" or "500MB/s" → bytes per second (decimal); raises UserError, naming `what`, for anything else or nothing."""
+    match = _RATE.fullmatch(text.strip())
+    rate = float(match[1]) * _POWERS[match[2].lower()] if match else 0.0
+    if rate <= 0:
+        raise UserError(f"{what}: {text!r} is no rate such as 1GB/s or 500MB/s.")
+    return rate

@@ -1,85 +1,20 @@
-"""Bytes of a run's state, of its checkpoints and of what one GPU holds at its fullest."""
+"""What one GPU holds at its fullest, and the checkpoints that a run writes."""
 
-import inspect
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from prx_composer import registry
-from prx_composer.commands.plan.cost_parts import ImageShape, Part
-from prx_composer.commands.plan.planned_model import PlannedModel
-from prx_composer.common.errors import UserError
-from prx_composer.models.activations import backbone_activations
-from prx_composer.models.layers import PRXBlock
-from prx_composer.optim.muon import Muon, muon_parameters
-from prx_composer.recipe.arguments import entries, split
+from prx_composer.commands.plan.timeline import Timeline
+from prx_composer.common.errors import UserError, at_path
+from prx_composer.models.counting import StepCount
 from prx_composer.recipe.config import Recipe
+from prx_composer.schedule.moments import SECONDS, Point
+from prx_composer.training.meta_model import MetaModel
+from prx_composer.training.state_bytes import bytes_of, training_state
 
 FP32 = 4
 RESERVE = 0.1  # of a GPU's memory: CUDA's context, communication buffers, fragments, what runs without gradients
-
-
-@dataclass(frozen=True)
-class State:
-    """Bytes that a run carries from step to step, over all GPUs, each counted once.
-
-    Args:
-        weights, optimizer, ema: what a checkpoint holds.
-        muon: bytes of the weights whose updates Muon orthogonalises.
-    """
-
-    weights: int
-    optimizer: int
-    ema: int
-    muon: int = 0
-
-    @property
-    def checkpoint(self) -> int:
-        return self.weights + self.optimizer + self.ema
-
-
-def _bytes(parameters: Iterable[nn.Parameter], shards: int = 1) -> int:
-    """Of one of `shards` equal parts, cut along the first dimension, the last of which may be padded."""
-    return sum(p.element_size() * (p.numel() if shards == 1 else -(-p.shape[0] // shards) * p[:1].numel()) for p in parameters)
-
-
-def muon_matrices(planned: PlannedModel, recipe: Recipe) -> list[nn.Parameter]:
-    """The weights that the recipe trains with Muon, if it does; raises UserError if there is nothing for it to train."""
-    name, arguments = split(recipe.optimizer, "optimizer")
-    cls = registry.optimizers.get(name, "optimizer")
-    if not (inspect.isclass(cls) and issubclass(cls, Muon)):
-        return []
-    try:
-        return list(muon_parameters(planned.model, arguments.get("exclude") or ()).values())
-    except ValueError as error:
-        raise UserError(f"optimizer: {error}") from error
-
-
-def training_state(planned: PlannedModel, recipe: Recipe, shards: int = 1) -> State:
-    """Of one GPU that holds one of `shards` parts; of the whole run with one.
-
-    Raises:
-        UserError: an optimizer that has nothing to train.
-    """
-    trained = list(planned.trained.values())
-    weights = _bytes(trained, shards)
-    average = weights if any(name == "ema" for name, _ in entries(recipe.algorithms, "algorithms")) else 0
-    name, arguments = split(recipe.optimizer, "optimizer")
-    cls = registry.optimizers.get(name, "optimizer")
-    if not inspect.isclass(cls):
-        cls = object
-    if matrices := muon_matrices(planned, recipe):
-        taken = {id(p) for p in matrices}
-        rest, muon = [p for p in trained if id(p) not in taken], _bytes(matrices, shards)
-        return State(weights, muon + 2 * _bytes(rest, shards) + FP32 * len(rest), average, muon)
-    if issubclass(cls, torch.optim.SGD):
-        return State(weights, weights if arguments.get("momentum") else 0, average)
-    if not issubclass(cls, torch.optim.Adam | torch.optim.AdamW):
-        planned.unknown.append(f"optimizer: {name} is taken to keep two numbers per weight, as Adam does")
-    moments = 3 if arguments.get("amsgrad") else 2
-    return State(weights, moments * weights + FP32 * len(trained), average)
 
 
 @dataclass(frozen=True)
@@ -124,64 +59,101 @@ def sharding(recipe: Recipe, num_gpus: int) -> int:
     return num_gpus if degree == -1 else degree
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A part of a stage in which the same tricks are active.
+
+    Args:
+        share: of the stage's steps.
+        count: of a step.
+        frozen: bytes of the frozen weights that it needs.
+    """
+
+    share: float
+    count: StepCount
+    frozen: int
+
+
 def memory(
-    planned: PlannedModel,
+    planned: MetaModel,
     recipe: Recipe,
     num_gpus: int,
+    image_size: int,
     batch_size: int,
     microbatch_size: int,
-    segments: list[tuple[ImageShape, list[Part]]],
+    segments: list[Segment],
 ) -> Memory:
-    """Of one GPU in one stage.
+    """Return the memory of one GPU in one stage.
 
     Args:
         batch_size, microbatch_size: of one GPU.
-        segments: for each part of the stage, what an image is then and which parts are active.
+        segments: of the stage.
     """
-    shards = sharding(recipe, num_gpus)
-    state = training_state(planned, recipe, shards)
+    state = training_state(planned, sharding(recipe, num_gpus))
     fsdp = (recipe.parallelism_config or {}).get("fsdp") or {}
-    trained = planned.trained
-    casts = 2 * sum(p.numel() for p in trained.values() if p.ndim >= 2) if planned.amp else 0
-    config = planned.model.backbone.config
-
-    def of_image(shape: ImageShape, parts: list[Part]) -> int:
-        denoiser = backbone_activations(
-            config,
-            shape.image_tokens,
-            shape.text_tokens,
-            amp=planned.amp,
-            tokens_per_block=list(shape.tokens_per_block),
-            checkpointing=bool(fsdp.get("activation_checkpointing")),
-        )
-        return denoiser + sum(part.activations(shape) for part in parts)
-
+    checkpointing = bool(fsdp.get("activation_checkpointing"))
+    counts = [segment.count for segment in segments]
     return Memory(
         weights=state.weights,
         gradients=state.weights,
         optimizer=state.optimizer,
         ema=state.ema,
         gathered=_gathered(planned, recipe, num_gpus),
-        frozen=max(sum(part.frozen for part in parts) for _, parts in segments),
-        casts=casts,
-        batch=batch_size * 3 * max(shape.image_size for shape, _ in segments) ** 2,
-        activations=microbatch_size * max(of_image(shape, parts) for shape, parts in segments),
+        frozen=max(segment.frozen for segment in segments),
+        casts=max(count.copies for count in counts),
+        batch=batch_size * 3 * image_size**2,
+        activations=microbatch_size * max(count.kept_with_checkpoints if checkpointing else count.kept for count in counts),
         # fp32 updates, their 16-bit copies on the way, the iteration's own, and fp32 results
         optimizer_step=state.muon * 14 // FP32,
     )
 
 
-def _gathered(planned: PlannedModel, recipe: Recipe, num_gpus: int) -> int:
-    trained = planned.trained
-    whole = _bytes(trained.values())
+def blocks_of(planned: MetaModel) -> list[nn.Module]:
+    """Return what FSDP2 shards as one unit each."""
+    backbone = planned.model.backbone
+    return [module for module in backbone.modules() if backbone.fsdp_wrap_fn(module)]
+
+
+def _gathered(planned: MetaModel, recipe: Recipe, num_gpus: int) -> int:
+    whole = bytes_of(planned.trained.values())
     if recipe.parallelism_config is None:
         return whole if num_gpus > 1 else 0
-    blocks = [
-        _bytes(p for p in module.parameters() if p.requires_grad)
-        for module in planned.model.backbone.modules()
-        if isinstance(module, PRXBlock)
-    ]
+    blocks = [bytes_of(p for p in block.parameters() if p.requires_grad) for block in blocks_of(planned)]
     outside = whole - sum(blocks)
     fsdp = recipe.parallelism_config.get("fsdp") or {}
     weights = outside + 2 * max(blocks) if fsdp.get("reshard_after_forward", True) else whole
     return weights + outside + 2 * max(blocks)  # gradients: of a block at work, and of one on its way
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Checkpoints of the full state: bytes and seconds of one, how many over the run, bytes of those that lie on disk at once."""
+
+    bytes: int
+    seconds: float
+    count: int
+    on_disk: int
+
+
+def plan_checkpoints(size: int, recipe: Recipe, line: Timeline, training_hours: float, disk: float) -> CheckpointPlan:
+    """Counts them as the recipe's `save_interval` has it.
+
+    Args:
+        size: bytes of one.
+        line: the run in steps.
+        training_hours: for intervals in time.
+        disk: bytes per second at which one is written.
+
+    Raises:
+        UserError: an interval that is none, or in epochs of data whose size isn't known.
+    """
+    with at_path("save_interval"):
+        interval = Point.parse_interval(recipe.save_interval)
+    length = {SECONDS: training_hours * 3600, "ba": line.steps, "sp": line.samples, "dur": 1.0}
+    if line.epoch is not None:
+        length["ep"] = line.samples / line.epoch
+    if interval.unit not in length:
+        raise UserError(f"save_interval: {recipe.save_interval} of data that isn't here; say how many images with --samples.")
+    count = max(1, math.ceil(length[interval.unit] / interval.value - 1e-9))  # the last is written at the end, whenever that is
+    kept = count if recipe.save_num_checkpoints_to_keep < 0 else min(count, max(recipe.save_num_checkpoints_to_keep, 1) + 1)
+    return CheckpointPlan(size, size / disk, count, kept * size)

@@ -6,20 +6,17 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from prx_composer.commands.plan.checkpoint_sizes import CheckpointPlan, plan_checkpoints
-from prx_composer.commands.plan.conditions import Conditions
-from prx_composer.commands.plan.cost_parts import ImageShape, Part
-from prx_composer.commands.plan.memory import RESERVE, Memory, memory, sharding, training_state
-from prx_composer.commands.plan.plan_inputs import read_manifests, stored_bytes
-from prx_composer.commands.plan.planned_model import PlannedModel, plan_model
+from prx_composer.commands.plan.conditions import Conditions, read_manifests, stored_bytes
+from prx_composer.commands.plan.memory import RESERVE, CheckpointPlan, Memory, Segment, memory, plan_checkpoints, sharding
 from prx_composer.commands.plan.step_time import LINK_SHARE, StepTime, StepTimes
 from prx_composer.commands.plan.timeline import Span, Timeline, timeline
 from prx_composer.common.errors import UserError
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import parse_duration
 from prx_composer.training.components import parallelism
+from prx_composer.training.meta_model import MetaModel
+from prx_composer.training.state_bytes import training_state
 
-DENOISER = "denoiser"
 VALID_TEXT = 0.4  # share of the padded tokens that are real ones in long captions, which is what is stored of them
 LANDED_TOKEN_BYTES = 9  # id (int64) and mask (bool)
 
@@ -117,15 +114,6 @@ class Plan:
         return None if self.time_budget is None else self.hours <= self.time_budget
 
 
-def estimate_checkpoint_bytes(recipe: Recipe) -> int:
-    """Size of one checkpoint of the full state: weights, EMA and optimizer state, over all ranks.
-
-    Raises:
-        UserError: a model that the recipe doesn't describe rightly.
-    """
-    return training_state(plan_model(recipe), recipe).checkpoint
-
-
 def least_gpus(recipe: Recipe) -> int:
     """That can train it: its `shard_degree`, or one. What is wrong with the configuration is for `make_plan` to say."""
     fsdp = (recipe.parallelism_config or {}).get("fsdp")
@@ -140,7 +128,7 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         UserError: a recipe that cannot be planned, at its YAML path, or a throughput that lacks one of its image sizes.
     """
     parallelism(recipe.parallelism_config, conditions.num_gpus)  # refuses what is not right
-    planned = plan_model(recipe, conditions.stored_text, conditions.leave_out)
+    planned = MetaModel(recipe, conditions.stored_text, conditions.leave_out)
     manifests = read_manifests(recipe)
     samples, source = conditions.samples, "--samples"
     if manifests is not None:
@@ -156,7 +144,7 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
     stages = [_stage(planned, recipe, conditions, line, span, samples, read_bytes, times) for span in line.spans]
 
     training = sum(stage.hours for stage in stages)
-    checkpoints = plan_checkpoints(training_state(planned, recipe).checkpoint, recipe, line, training, conditions.disk)
+    checkpoints = plan_checkpoints(training_state(planned).checkpoint, recipe, line, training, conditions.disk)
     hours = training + checkpoints.count * checkpoints.seconds / 3600
     budget = recipe.time_budget
     return Plan(
@@ -176,11 +164,11 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
         time_budget=None if budget is None else seconds(budget, "time_budget") / 3600,
         assumptions=[*line.notes, read_from, *_assumptions(planned, recipe), *_step_assumptions(conditions)],
-        unknown=planned.unknown,
+        unknown=planned.uncounted.told,
     )
 
 
-def _assumptions(planned: PlannedModel, recipe: Recipe) -> list[str]:
+def _assumptions(planned: MetaModel, recipe: Recipe) -> list[str]:
     assumed = ["left out of the hours: start, compilation, evaluation, drawing images"]
     if not planned.amp:
         assumed.append(f"precision: {recipe.precision} does not come near the peak, which is bf16's; --mfu has to allow for it")
@@ -223,7 +211,7 @@ def seconds(text: str, path: str) -> float:
 
 
 def _stage(
-    planned: PlannedModel,
+    planned: MetaModel,
     recipe: Recipe,
     conditions: Conditions,
     line: Timeline,
@@ -232,24 +220,21 @@ def _stage(
     read_bytes: float,
     times: StepTimes,
 ) -> StagePlan:
-    segments = _segments(planned, line, span)
-    flops: dict[str, float] = {}
-    for share, shape, parts in segments:
-        counts = {DENOISER: planned.denoiser_flops(shape)} | {part.name: part.flops(shape) for part in parts}
-        for name, count in counts.items():
-            flops[name] = flops.get(name, 0.0) + share * count
+    segments, flops = _segments(planned, line, span), dict[str, float]()
+    for segment in segments:
+        for name, count in segment.count.flops.items():
+            flops[name] = flops.get(name, 0.0) + segment.share * count
     own_batch = span.batch_size // conditions.num_gpus
     step = times.of(span, sum(flops.values()))
     hours = span.steps * step.total / 3600
     speed = own_batch / step.total
 
     def memory_of(microbatch_size: int) -> Memory:
-        shapes = [(shape, parts) for _, shape, parts in segments]
-        return memory(planned, recipe, conditions.num_gpus, own_batch, microbatch_size, shapes)
+        return memory(planned, recipe, conditions.num_gpus, span.image_size, own_batch, microbatch_size, segments)
 
     room = (1 - RESERVE) * conditions.gpu.memory_gib * 2**30
     divisors = [size for size in range(1, own_batch + 1) if own_batch % size == 0]
-    needed, shape = memory_of(span.microbatch_size), segments[0][1]
+    needed = memory_of(span.microbatch_size)
     return StagePlan(
         image_size=span.image_size,
         batch_size=span.batch_size,
@@ -257,8 +242,8 @@ def _stage(
         start=span.start,
         end=span.end,
         images=span.samples,
-        image_tokens=shape.image_tokens,
-        text_tokens=shape.text_tokens,
+        image_tokens=planned.image_tokens(span.image_size, f"{span.path}image_size"),
+        text_tokens=planned.model.text_encoder.max_tokens,
         flops=flops,
         optimizer_flops=times.muon_flops / span.batch_size,
         utilisation=speed * sum(flops.values()) / (conditions.gpu.reachable_tflops * 1e12),
@@ -275,29 +260,27 @@ def _stage(
     )
 
 
-def _segments(planned: PlannedModel, line: Timeline, span: Span) -> list[tuple[float, ImageShape, list[Part]]]:
-    """A stage cut where a window opens or closes: share of its steps, what an image is then, which parts are active."""
-    windows = [(part, line.window(part.start, part.end, part.path)) for part in planned.parts]
-    path, start, end = planned.routing
-    routing = line.window(start, end, path) if path else (0, 0)
-    edges = {span.start, span.end, *routing, *(edge for _, window in windows for edge in window)}
-    cuts = sorted(edge for edge in edges if span.start <= edge <= span.end)
+def _segments(planned: MetaModel, line: Timeline, span: Span) -> list[Segment]:
+    """Cut a stage where the window of a trick opens or closes."""
+    planned.image_tokens(span.image_size, f"{span.path}image_size")
+    windows = {trick.name: line.window(trick.window, f"algorithms.{trick.name}") for trick in planned.switched}
+    edges = {span.start, span.end, *(edge for window in windows.values() for edge in window)}
     segments = []
-    for first, last in pairwise(cuts):
-        shape = planned.shape(span.image_size, routing[0] <= first < routing[1], f"{span.path}image_size")
-        parts = [part for part, window in windows if window[0] <= first < window[1]]
-        segments.append(((last - first) / span.steps, shape, parts))
+    for first, last in pairwise(sorted(edge for edge in edges if span.start <= edge <= span.end)):
+        active = {name for name, window in windows.items() if window[0] <= first < window[1]}
+        frozen = sum(size for name, size in planned.frozen.items() if name not in windows or name in active)
+        segments.append(Segment((last - first) / span.steps, planned.count(span.image_size, active), frozen))
     return segments
 
 
-def _device_bytes(planned: PlannedModel, recipe: Recipe, conditions: Conditions, image_size: int) -> float:
+def _device_bytes(planned: MetaModel, recipe: Recipe, conditions: Conditions, image_size: int) -> float:
     encoder = planned.model.text_encoder
     text = encoder.max_tokens * LANDED_TOKEN_BYTES
     if conditions.stored_text:
         text += VALID_TEXT * encoder.max_tokens * 2 * encoder.hidden_size
     seen = 0.0
     if latent := recipe.train_loader.get("latent"):  # in 16 bits
-        seen += 2 * planned.model.autoencoder.channels * (image_size / planned.downsampling) ** 2
+        seen += 2 * planned.model.autoencoder.channels * (image_size / planned.model.autoencoder.downsampling) ** 2
     if not latent or recipe.train_loader.get("images"):
         seen += 3 * image_size**2
     return seen + text

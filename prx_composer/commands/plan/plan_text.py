@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prx_composer.commands.plan.conditions import GPU
 from prx_composer.commands.plan.fit import Fit
-from prx_composer.commands.plan.hardware import GPU
 from prx_composer.commands.plan.memory import RESERVE
 from prx_composer.commands.plan.plan import Plan, StagePlan
 from prx_composer.commands.plan.step_time import StepTime

@@ -11,7 +11,7 @@ from prx_composer.algorithms.progressive_resolution import Stage
 from prx_composer.common.errors import UserError
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.sizes import check_batch_sizes
-from prx_composer.schedule.moments import BUDGET, SECONDS, Moment, Point
+from prx_composer.schedule.moments import BUDGET, SECONDS, Moment, Point, ScheduleWindow
 
 STAGES = "algorithms.progressive_resolution.stages"
 _NEVER = 1 << 62  # steps
@@ -94,10 +94,10 @@ class Timeline:
             self.note(f"{path}: {text} is taken as {time.text if time else text}")
         return step
 
-    def window(self, start: str, end: str | None, path: str) -> tuple[int, int]:
+    def window(self, window: ScheduleWindow, path: str) -> tuple[int, int]:
         """First step inside and first step after a window; open where its times cannot be placed."""
-        first = self.step_of(start, f"{path}.start") or 0
-        last = None if end is None else self.step_of(end, f"{path}.end")
+        first = self.step_of(window.start.text, f"{path}.start") or 0
+        last = None if window.end is None else self.step_of(window.end.text, f"{path}.end")
         return first, self.steps if last is None else last
 
     def note(self, text: str) -> None:

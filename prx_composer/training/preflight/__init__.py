@@ -5,7 +5,7 @@ pretrained.py  hub ids: a folder, in the cache, or answered for by the hub
 data_fit.py    splits, columns, shards, buckets
 captions.py    whether captions are read whole; a run says that itself, of all that it has seen
 disk.py        run folder and disk      logger_access.py, gpus.py
-step.py        one forward and backward pass of every stage (probe.py: without a trace)
+step.py        one forward and backward pass of every stage, without a trace
 """
 
 from collections.abc import Iterator

@@ -13,6 +13,7 @@ from prx_composer.runs.folder import CHECKPOINTS, holds_run
 from prx_composer.schedule.moments import SECONDS, Point, parse_duration
 from prx_composer.training.components import Components
 from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped
+from prx_composer.training.state_bytes import checkpoint_bytes
 
 
 def check_storage(recipe: Recipe, parts: Components) -> Iterator[Result]:
@@ -68,15 +69,13 @@ def checkpoints_to_keep(recipe: Recipe) -> int | None:
 
 
 def _check_room(recipe: Recipe, folder: Path) -> Iterator[Result]:
-    from prx_composer.commands.plan.plan import estimate_checkpoint_bytes
-
     count = checkpoints_to_keep(recipe)
     if count is None:
         units = f"save_interval {recipe.save_interval} and max_duration {recipe.max_duration} are not in one unit"
         yield skipped("disk", f"save_num_checkpoints_to_keep is {recipe.save_num_checkpoints_to_keep} (all), and {units}")
         return
     try:
-        size = estimate_checkpoint_bytes(recipe)
+        size = checkpoint_bytes(recipe)
     except (ValueError, OSError) as error:
         yield skipped("disk", f"the size of a checkpoint is not known ({error})")
         return

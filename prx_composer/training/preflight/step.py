@@ -7,19 +7,26 @@ import gc
 import json
 import logging
 import math
+import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer import Trainer
 from composer.core import State
+from composer.core.precision import get_precision_context
 from composer.utils import dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
+from prx_composer.algorithms.base import Trick
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
-from prx_composer.common.distributed import unwrapped
+from prx_composer.algorithms.token_routing import TokenRouting
+from prx_composer.common.distributed import from_rank_zero, unwrapped
 from prx_composer.common.errors import UserError, problems_of
 from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
@@ -27,15 +34,8 @@ from prx_composer.data.collate import channels_first
 from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.recipe.config import Recipe
+from prx_composer.schedule.moments import ScheduleWindow
 from prx_composer.training.components import PlannedStage, planned_stages
-from prx_composer.training.preflight.probe import (
-    forward_and_backward,
-    is_sharded,
-    is_sometimes_dense,
-    optimizer_state_bytes,
-    switched,
-    undisturbed,
-)
 from prx_composer.training.preflight.result import Result, failed, passed, require, skipped
 
 log = logging.getLogger(__name__)
@@ -218,6 +218,106 @@ def _device() -> str:
     return f"the {total / 1e9:.1f} GB of a {torch.cuda.get_device_name()}"
 
 
+# --------------------------------------------------------------------------------- a pass from which nothing remains
+
+
+def is_sharded(state: State) -> bool:
+    """Whether passes are collective."""
+    return any(isinstance(module, FSDPModule) for module in state.model.modules())
+
+
+def forward_and_backward(state: State, batch: Any) -> dict[str, Tensor]:
+    """One microbatch as Composer's Trainer does it, but for its events; returns the losses, detached.
+
+    Under DDP the model is called without its wrapper: gradients are not reduced, and DDP does not learn the order in which they
+    are ready. Under FSDP2 it is called as it is, on all ranks.
+    """
+    model = unwrapped(state.model)
+    with get_precision_context(state.precision, state.precision_config):
+        outputs = model(batch)
+    with get_precision_context(state.precision, state.precision_config):
+        losses = model.loss(outputs, batch)
+    losses = losses if isinstance(losses, dict) else {"total": losses}
+    total = losses["total"] if "total" in losses else torch.stack([loss.mean() for loss in losses.values()]).sum()
+    total.backward()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+@contextmanager
+def undisturbed(state: State) -> Iterator[None]:
+    """Puts back what passes change: gradients, buffers, modes, random streams and generators, and where frozen networks are."""
+    model = unwrapped(state.model)
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    streams = getattr(model, "random", None)
+    position = None if streams is None else (streams.step, streams.microbatch)
+    generators = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), returned_afterwards():
+        try:
+            state.model.train()
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for module, training in modes:
+                module.training = training
+            if streams is not None and position is not None:
+                streams.step, streams.microbatch = position
+            random.setstate(generators[0])
+            np.random.set_state(generators[1])
+
+
+@contextmanager
+def switched(state: State, window: ScheduleWindow, dense: bool = False) -> Iterator[None]:
+    """Tricks that may act inside of `window` are on, the others off; afterwards as they were.
+
+    Args:
+        dense: routers are off, for the part of the window in which they don't act.
+    """
+    model = unwrapped(state.model)
+    tricks = [algorithm for algorithm in state.algorithms if isinstance(algorithm, Trick)]
+    try:
+        for trick in tricks:
+            trick.set_active(model, _may_act(trick, window, state) and not (dense and isinstance(trick, TokenRouting)))
+        yield
+    finally:
+        for trick in tricks:
+            trick.set_active(model, trick.active)
+
+
+def _may_act(trick: Trick, window: ScheduleWindow, state: State) -> bool:
+    return not trick.window.is_disjoint_from(window) and not trick.window.is_over(state)
+
+
+def is_sometimes_dense(state: State, window: ScheduleWindow) -> bool:
+    """Whether a router that may act inside of `window` may also be off there."""
+    for algorithm in state.algorithms:
+        if isinstance(algorithm, TokenRouting) and _may_act(algorithm, window, state):
+            own = algorithm.window
+            begins = own.start.surely_by(window.start)
+            lasts = own.end is None or (window.end is not None and window.end.surely_by(own.end))
+            return not (begins and lasts)
+    return False
+
+
+def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What an optimizer that hasn't stepped yet will keep on this rank: one momentum for Muon's matrices, else two moments."""
+    if optimizer.state:
+        return 0
+    size = 0
+    for group in optimizer.param_groups:
+        copies = 1 if group.get("algorithm") == "muon" else 2
+        for parameter in group["params"]:
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            size += copies * local.numel() * local.element_size()
+    return size
+
+
 # ------------------------------------------------------------------------------------------------- before training
 
 
@@ -228,9 +328,7 @@ def try_steps_before_training(trainer: Trainer, recipe: Recipe, folder: Path) ->
         UserError: with everything that failed; where the weights are sharded, with what failed on this rank.
     """
     already = int(trainer.state.timestamp.batch) > 0 and _record(folder) == _circumstances()
-    decisions = [already]
-    dist.broadcast_object_list(decisions, src=0)
-    if decisions[0]:
+    if from_rank_zero(already):
         return
     results = try_steps(trainer, recipe)
     if not is_sharded(trainer.state):  # else a rank that failed may have left the others in a collective

@@ -15,6 +15,7 @@ import torch
 
 from prx_composer.common.errors import UserError
 from prx_composer.data.sources import prepare
+from prx_composer.models.counting import flops_of_backbone
 from prx_composer.recipe import config
 from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
@@ -70,7 +71,7 @@ def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Itera
     if parts is None:
         return
     right = all(result.mark != "✗" for result in results)
-    others = [*guarded(check_captions(recipe, parts)), *guarded(check_gpus(recipe, 0, num_ranks))]
+    others = [*guarded(check_captions(recipe, parts)), *guarded(check_gpus(recipe, parts.algorithms.values(), 0, num_ranks))]
     for result in [*check_surroundings(recipe, parts), *others]:
         right = right and result.mark != "✗"
         yield result
@@ -106,8 +107,8 @@ def _why_not(recipe: Recipe, parts: Components) -> str | None:
         what = "it needs a GPU"
     elif wanted:
         what = f"without a GPU {wanted[0].name} takes too long"
-    elif parts.multiple is None or not hasattr(parts.backbone, "flops"):
-        return "the backbone is not of this package"
+    elif parts.multiple is None:
+        return "the model has no backbone with a patch_size"
     else:
         parameters = sum(parameter.numel() for parameter in parts.backbone.parameters())
         work = sum(_flops(stage, recipe, parts) for stage in parts.stages)
@@ -122,7 +123,7 @@ def _flops(stage: PlannedStage, recipe: Recipe, parts: Components) -> float:
     assert parts.multiple is not None
     side = stage.image_size * parts.backbone.patch_size // parts.multiple
     text_tokens = int(split(recipe.model, "model")[1].get("text_encoder", {}).get("max_tokens", 256))
-    return stage.microbatch_size * parts.backbone.flops(parts.backbone.num_tokens(side, side), text_tokens, training=True)
+    return stage.microbatch_size * flops_of_backbone(parts.backbone, side, side, text_tokens)
 
 
 def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:

@@ -1,0 +1,317 @@
+"""What a training step costs, counted on the model's own modules: FLOPs by part, and bytes kept for the backward pass.
+
+A copy of the model whose tensors have shapes and no content takes a step, forward and backward, under torch's own formulas.
+Nothing is derived by hand: what a trick puts into the model is counted because it runs.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from prx_composer.common.errors import UserError
+
+DENOISER, TEXT_ENCODER, AUTOENCODER = "denoiser", "text encoder", "autoencoder"
+
+BatchShape = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # column → shape, with the batch first, and dtype
+
+
+class CannotCount(Exception):
+    """A network asks what its input holds, as those do that choose among experts: its work isn't known from shapes.
+
+    Args:
+        part: as in `StepCount.flops`.
+    """
+
+    def __init__(self, part: str, reason: str):
+        super().__init__(reason)
+        self.part = part
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """The cost of a training step, per image but for `copies`.
+
+    Args:
+        flops: forward and backward, of matrix products and convolutions; a multiply and an add are two. By part: the denoiser,
+            the text encoder, the autoencoder, and each auxiliary loss by its name. A part without any is left out.
+        kept: bytes that eager PyTorch keeps for the backward pass, without weights and their copies.
+        copies: bytes of the 16-bit copies of weights that autocast makes once per forward pass and keeps.
+        blocks: for each of the backbone's blocks, bytes of its input, and what it keeps of `kept`.
+    """
+
+    flops: dict[str, int]
+    kept: int
+    copies: int
+    blocks: tuple[tuple[int, int], ...]
+
+    @property
+    def total_flops(self) -> int:
+        return sum(self.flops.values())
+
+    @property
+    def kept_with_checkpoints(self) -> int:
+        """Bytes kept if every block keeps its input alone and computes the rest again, one block at a time."""
+        inputs, inside = (sum(values) for values in zip(*self.blocks, strict=True))
+        return self.kept - inside + inputs + max(kept for _, kept in self.blocks)
+
+
+def shape_of(batch: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shapes of a batch's tensors."""
+    return {name: (tuple(value.shape), value.dtype) for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+class StepCounter:
+    """Counts training steps of a model, each shape of batch and set of active tricks once.
+
+    The model is copied as it is now, with the tricks that are attached to it. It may lie on any device, the meta device too, but
+    must not be sharded yet.
+
+    Args:
+        model: such as `TextToImage`.
+        tricks: those whose windows open and close; see `Trick.set_active`.
+        amp: count the bytes of a step under 16-bit autocast.
+    """
+
+    def __init__(self, model: nn.Module, tricks: Sequence[Any] = (), amp: bool = False):
+        self._fake, self._amp = FakeTensorMode(allow_non_fake_inputs=True), amp
+        tokenizer = getattr(getattr(model, "text_encoder", None), "tokenizer", None)  # large, and has nothing to count
+        self._model, self._tricks = _copied((model, tuple(tricks)), self._fake, {id(tokenizer): tokenizer})
+        self._model.caption_dropout = 0.0  # the empty caption is encoded once, not in every step
+        self._counts: dict[Any, StepCount] = {}
+
+    def count(self, batch: BatchShape, active: Collection[str] = ()) -> StepCount:
+        """Return the cost of a step.
+
+        Args:
+            batch: of a microbatch.
+            active: names of the tricks that are on; the others are off.
+        """
+        active = frozenset(active) & {trick.name for trick in self._tricks}
+        key = (tuple(sorted((name, shape, str(dtype)) for name, (shape, dtype) in batch.items())), active)
+        if key not in self._counts:
+            for trick in self._tricks:
+                trick.set_active(self._model, trick.name in active)
+            with self._fake, torch.compiler.set_stance("force_eager"):
+                tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in batch.items()}
+                with torch.autocast("cpu", torch.bfloat16, enabled=self._amp):
+                    self._counts[key] = _Step(self._model, tensors).count()
+        return self._counts[key]
+
+
+def flops_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """Return the FLOPs of training a model, as it is now, on a batch."""
+    shapes = shape_of(batch)
+    return len(batch["input_ids"]) * StepCounter(model).count(shapes).total_flops
+
+
+def flops_of_backbone(backbone: Any, height: int, width: int, text_tokens: int) -> int:
+    """Return the FLOPs of training the denoiser alone on one image.
+
+    Args:
+        backbone: such as `PRXBackbone`, on any device; with a router, as it draws now.
+        height, width: of what the backbone sees: pixels, or places of a latent.
+        text_tokens: padding included.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    copied, _ = _copied((backbone, ()), fake)
+    with fake, torch.compiler.set_stance("force_eager"), _Counter() as counter:
+        image, text = torch.zeros(1, copied.in_channels, height, width), torch.zeros(1, text_tokens, copied.context_in_dim)
+        route = None
+        if copied.router is not None:
+            route = copied.router.draw(1, copied.num_tokens(height, width), torch.Generator())
+        prediction = copied(image, torch.zeros(1), text, torch.ones(1, text_tokens, dtype=torch.bool), route)
+        _gradients([prediction], list(copied.parameters()))
+    return counter.flops
+
+
+# ------------------------------------------------------------------------------------------------------ the pass
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Of softmax(q·kᵀ)·v."""
+    return 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _attention_backward_flops(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
+    """Of the gradients of both factors of both products; what a kernel computes again is not counted."""
+    return 2 * _attention_flops(query, key, value)
+
+
+_CPU: dict[Any, Any] = {  # torch's formulas are of the kernels of GPUs alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up FLOPs by torch's formulas, and knows which storage was made since and which of it holds a copy of a weight.
+
+    It is what torch's `FlopCounterMode` is, but for the modules, which that follows with hooks that `autograd.grad` cannot bear.
+    """
+
+    def __init__(self, given: Mapping[str, Tensor] | None = None):
+        super().__init__()
+        self._given = {tensor.untyped_storage()._cdata for tensor in (given or {}).values()}
+        self._formulas = flop_registry | _CPU
+        self.flops = 0
+        self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes its place
+        self.copies: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)} - self.storages.keys()
+        made = func(*args, **kwargs)
+        if (formula := self._formulas.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=made)
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if func is torch.ops.aten._to_copy.default and self._is_weight(args[0]):
+                    self.copies.add(storage._cdata)
+                if storage._cdata not in known:  # but for views of what was there before
+                    self.storages.setdefault(storage._cdata, storage)
+        return made
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()._cdata
+        return storage not in self.storages and storage not in self._given
+
+
+class _Step:
+    """One step of a model without content, whose parts are counted as they begin and end."""
+
+    def __init__(self, model: Any, batch: Mapping[str, Tensor]):
+        self._model, self._batch, self._images = model, batch, len(batch["input_ids"])
+        self._counter = _Counter(batch)
+        self._flops = {DENOISER: 0}
+        self._kept: dict[int, int | None] = {}  # storage → the block that first kept it
+        self._part = ""  # that was begun last
+        self._block: int | None = None
+        self._inputs: list[int] = []
+
+    def count(self) -> StepCount:
+        model, parts = self._model, {DENOISER: self._model.backbone, TEXT_ENCODER: self._model.text_encoder}
+        losses = model.auxiliary_losses.named()
+        with self._counter, self._hooked(parts | losses):
+            with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+                with self._counted(AUTOENCODER):  # what is neither of the others
+                    outputs = self._run()
+                cut = dataclasses.replace(
+                    outputs, prediction=_leaf(outputs.prediction), taps={i: _leaf(tap) for i, tap in outputs.taps.items()}
+                )
+                terms = model.loss(cut, self._batch)
+            for tensor in (outputs.prediction, outputs.clean, outputs.noise, outputs.noised, outputs.text.embedding):
+                self._keep(tensor)
+            self._backward(outputs, cut, {name: terms[name] for name in losses if name in terms})
+        storages, copies = self._counter.storages, self._counter.copies
+        sizes = {one: (storages[one].nbytes(), block) for one, block in self._kept.items() if one not in copies}
+        inside = [sum(size for size, block in sizes.values() if block == index) for index in range(len(self._inputs))]
+        return StepCount(
+            flops={name: flops // self._images for name, flops in self._flops.items() if flops},
+            kept=sum(size for size, _ in sizes.values()) // self._images,
+            copies=sum(storages[one].nbytes() for one in self._kept if one in copies),
+            blocks=tuple((given // self._images, kept // self._images) for given, kept in zip(self._inputs, inside, strict=True)),
+        )
+
+    def _backward(self, outputs: Any, cut: Any, terms: Mapping[str, Tensor]) -> None:
+        """The losses' first, each down to what it read of the backbone; then the backbone's; then a trained text encoder's."""
+        model, text = self._model, outputs.text.embedding
+        read = [cut.prediction, *cut.taps.values()]
+        for name, term in terms.items():
+            with self._counted(name):
+                _gradients([term], [*read, *model.auxiliary_losses[name].parameters()])
+        apart = {*model.text_encoder.parameters(), *model.auxiliary_losses.parameters()}
+        with self._counted(DENOISER):
+            _gradients([outputs.prediction, *outputs.taps.values()], [text, *(p for p in model.parameters() if p not in apart)])
+        with self._counted(TEXT_ENCODER):
+            _gradients([text], list(model.text_encoder.parameters()))
+
+    def _run(self) -> Any:
+        try:
+            return self._model(self._batch)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a network's code raises
+            network = getattr(getattr(self._model, self._part.replace(" ", "_"), None), "network", None)
+            name = getattr(getattr(network, "config", None), "model_type", self._part)
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise CannotCount(self._part, f"the FLOPs of {name} cannot be counted from its configuration ({reason})") from error
+
+    @contextmanager
+    def _counted(self, part: str) -> Iterator[None]:
+        """What is counted inside of this context, and of no other part meanwhile, is that part's."""
+        before, self._part = self._counter.flops - sum(self._flops.values()), part
+        yield
+        counted = self._counter.flops - sum(self._flops.values()) - before
+        self._flops[part] = self._flops.get(part, 0) + counted
+
+    @contextmanager
+    def _hooked(self, parts: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Forward passes of the parts count as theirs; what the backbone's blocks keep is kept by them."""
+        handles = []
+        for name, module in parts.items():
+            inside: list[Any] = []
+
+            def enter(*_: Any, name: str = name, inside: list[Any] = inside) -> None:
+                inside.append(self._counted(name))
+                inside[-1].__enter__()
+
+            def leave(*_: Any, inside: list[Any] = inside) -> None:
+                inside.pop().__exit__(None, None, None)
+
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        backbone = self._model.backbone
+        for index, block in enumerate(module for module in backbone.modules() if backbone.fsdp_wrap_fn(module)):
+            handles += [
+                block.register_forward_pre_hook(lambda _, given, index=index: self._enter_block(index, given[0])),
+                block.register_forward_hook(lambda *_: self._leave_block()),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter_block(self, index: int, given: Tensor) -> None:
+        self._block = index
+        self._inputs.append(given.nbytes)
+
+    def _leave_block(self) -> None:
+        self._block = None
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage in self._counter.storages:  # weights and the batch were there before
+            self._kept.setdefault(storage, self._block)
+        return tensor
+
+
+def _copied(original: tuple[Any, Any], fake: FakeTensorMode, shared: dict[int, Any] | None = None) -> tuple[Any, Any]:
+    """Copies of a module and of what refers to it, without content, as if on the CPU; what is `shared` stays the same object."""
+    with fake, FakeCopyMode(fake):
+        module, other = copy.deepcopy(original, shared or {})
+        module.to("cpu").train()
+    for part in module.modules():
+        vars(part).pop("forward", None)  # a compiled one is still that of the original
+    return module, other
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    outputs = [output for output in outputs if output.requires_grad]
+    inputs = [one for one in inputs if one.requires_grad]
+    if outputs and inputs:
+        torch.autograd.grad(outputs, inputs, [torch.zeros_like(output) for output in outputs], allow_unused=True)

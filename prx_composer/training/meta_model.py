@@ -1,0 +1,263 @@
+"""A recipe's model without storage, with its tricks attached: what is trained, what is frozen, and what a step costs.
+
+Nothing is downloaded: networks are made from their configuration, which is in the recipe, in a folder, in the hub's cache, or in
+the table of `models.known_configs`.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from composer.core import Algorithm
+from torch import nn
+from torch.optim import Optimizer
+
+from prx_composer.algorithms.base import Trick
+from prx_composer.common.errors import UserError, nearest
+from prx_composer.models.counting import AUTOENCODER, TEXT_ENCODER, CannotCount, StepCount, StepCounter
+from prx_composer.models.huggingface import Frozen, frozen_inside
+from prx_composer.models.known_configs import UnknownConfiguration
+from prx_composer.recipe.arguments import entries, split
+from prx_composer.recipe.config import Recipe
+from prx_composer.runs.model_parts import UnknownNetwork
+from prx_composer.training.components import Components, build_components
+
+OPTION = "--leave-out"
+_IMAGES = 2  # of the step that is counted: a loss may need an image's neighbour
+
+
+@dataclass
+class Uncounted:
+    """Networks that are not counted.
+
+    Args:
+        leave_out: their names, as `--leave-out` takes them. None: nothing is refused; what cannot be counted is named.
+        told: in words, what is not counted.
+    """
+
+    leave_out: Collection[str] | None = None
+    told: list[str] = field(default_factory=list)
+
+    def check(self, allowed: list[str]) -> None:
+        """Raise UserError for a name that is not among the recipe's."""
+        for name in self.leave_out or ():
+            if name not in allowed:
+                raise UserError(f"{OPTION}: the recipe has no {name!r} to leave out.{nearest(name, allowed)}")
+
+    def leaves(self, name: str, path: str) -> bool:
+        """Return whether that network is to be left out; if so, it is told."""
+        if name not in (self.leave_out or ()):
+            return False
+        self.told.append(f"{path}: left out, as {OPTION} {name} says: hours and memory are those of a run without it")
+        return True
+
+    def refuse(self, name: str, path: str, why: str, ways: str = "") -> None:
+        """Tell what cannot be counted, and raise UserError if that stops the plan.
+
+        Args:
+            why: a clause without a full stop. ways: sentences that say what else could be done.
+        """
+        if self.leave_out is None:
+            self.told.append(f"{path}: {why}; it is not counted")
+            return
+        raise UserError(f"{path} cannot be counted: {why}. {ways}{' ' if ways else ''}To plan without it: {OPTION} {name}")
+
+    def refuse_unknown(self, name: str, path: str, network: str, also: str = " and not in the table of known encoders") -> None:
+        """Refuse a network by hub id of which nothing is known here."""
+        self.refuse(
+            name,
+            path,
+            f"{network} is no folder with a config.json, is not in the hub's cache on this machine{also}",
+            "Give its folder (config.json is enough); or run `hf download "
+            f"{network} config.json` where there is a network; or give its configuration as `config:` in place of `pretrained:`.",
+        )
+
+
+class _StandIn(nn.Module):
+    """Stands for a text encoder or an autoencoder that cannot be made, and never runs."""
+
+    def __init__(self, **sizes: Any):
+        super().__init__()
+        self.trainable = False
+        vars(self).update(sizes)
+
+
+class MetaModel:
+    """The model and optimizer of a recipe on the meta device, with what its tricks attach to them.
+
+    Args:
+        recipe: checked.
+        stored_text: text embeddings come with the data, so that no text encoder runs.
+        leave_out: names of networks that are not to be counted; see `Uncounted`.
+
+    Attributes:
+        model, optimizer: on the meta device.
+        algorithms: all of the recipe's, by name. tricks: those of them that are attached.
+        frozen: bytes of frozen weights by part: the text encoder, the autoencoder, each trick by name.
+        text: how the text embeddings come about, in words.
+        uncounted: what is not counted.
+
+    Raises:
+        UserError: parts that don't fit together, a model that isn't `text_to_image`, or a network that cannot be counted.
+    """
+
+    def __init__(self, recipe: Recipe, stored_text: bool = False, leave_out: Collection[str] | None = None):
+        self._recipe, self._components = recipe, build_components(recipe, meta=True)
+        self.uncounted = Uncounted(leave_out)
+        names = [name for name, _ in entries(recipe.algorithms, "algorithms")]
+        self.uncounted.check(["text_encoder", "autoencoder", *names])
+        name = split(recipe.model, "model")[0]
+        if "backbone" not in recipe.model or not hasattr(self._components.backbone, "fsdp_wrap_fn"):
+            raise UserError(f"model: prx plan counts text_to_image with a PRX backbone, not {name!r}.")
+        self.frozen: dict[str, int] = {}
+        self._stores_latents = bool(recipe.train_loader.get("latent"))
+        self._stores_text = stored_text
+        self.text = ""
+        self._add_autoencoder(self._components)
+        self._add_text_encoder(self._components)
+        self.model: Any = self._components.model
+        self.optimizer: Optimizer = self._components.optimizer
+        self.algorithms: dict[str, Algorithm] = {}
+        self.tricks: dict[str, Trick] = {}
+        for name, algorithm in self._components.algorithms.items():
+            if not self.uncounted.leaves(name, f"algorithms.{name}"):
+                self._attach(name, algorithm)
+        self._counter: StepCounter | None = None
+
+    @property
+    def amp(self) -> bool:
+        return self._recipe.precision.startswith("amp")
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def switched(self) -> list[Trick]:
+        """The tricks whose windows change what a step does."""
+        return [trick for trick in self.tricks.values() if type(trick).set_active is not Trick.set_active]
+
+    def image_tokens(self, image_size: int, path: str) -> int:
+        """Return how many tokens an image of that size is; raises UserError, at `path`, if it isn't cut into patches."""
+        side = image_size // self.model.autoencoder.downsampling
+        try:
+            return self.model.backbone.num_tokens(side, side)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def count(self, image_size: int, active: Collection[str]) -> StepCount:
+        """Return the cost of a step on square images of that size.
+
+        Args:
+            active: names of the tricks whose windows are open.
+
+        Raises:
+            UserError: a network whose work cannot be told from its shapes.
+        """
+        if self._counter is None:
+            self._counter = StepCounter(self.model, list(self.tricks.values()), self.amp)
+        try:
+            return self._counter.count(self._batch(image_size), active)
+        except CannotCount as error:
+            part = {TEXT_ENCODER: "text_encoder", AUTOENCODER: "autoencoder"}.get(error.part, error.part)
+            path = f"algorithms.{part}" if part == error.part else f"model.{part}"
+            self.uncounted.refuse(part, path, str(error))
+            raise UserError(f"{path}: {error}") from error
+
+    def _batch(self, image_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        encoder, autoencoder, loader = self.model.text_encoder, self.model.autoencoder, self._recipe.train_loader
+        tokens, side = encoder.max_tokens, image_size // autoencoder.downsampling
+        batch = {"input_ids": ((tokens,), torch.int64), "attention_mask": ((tokens,), torch.bool)}
+        if self._stores_text:
+            batch["text_embedding"] = ((tokens, encoder.hidden_size), torch.bfloat16)
+        if self._stores_latents:
+            batch["latent"] = ((autoencoder.channels, side, side), torch.bfloat16)
+        if not self._stores_latents or loader.get("images"):
+            batch["image"] = ((3, image_size, image_size), torch.uint8)
+        grid = side // self.model.backbone.patch_size
+        for trick in self.tricks.values():
+            batch |= {name: ((grid, grid, channels), torch.bfloat16) for name, channels in trick.columns.items()}
+        return {name: ((_IMAGES, *shape), dtype) for name, (shape, dtype) in batch.items()}
+
+    # ------------------------------------------------------------------------------------------------------ parts
+
+    def _add_autoencoder(self, components: Components) -> None:
+        """Make it; where it cannot be made or is left out, the step that is counted begins with latents."""
+        path, spec = "model.autoencoder", self._recipe.model.get("autoencoder")
+        name, arguments = ("pixels", {}) if spec is None else split(spec, path)
+        left_out = not self._stores_latents and self.uncounted.leaves("autoencoder", path)
+        try:
+            with frozen_inside() as made:
+                autoencoder = components.autoencoder
+            if not self._stores_latents and not left_out:
+                self.frozen["autoencoder"] = _bytes(made)
+        except UnknownNetwork:
+            if not self._stores_latents and not left_out:
+                pretrained = str(arguments.get("pretrained") or name)
+                self.uncounted.refuse_unknown("autoencoder", path, pretrained, also="")
+            named = re.search(r"f(\d+)c\d+", str(arguments.get("pretrained")))  # as DC-AEs are called
+            downsampling = int(named[1]) if named else 8
+            self.uncounted.told.append(f"{path}: taken to divide an image's sides by {downsampling}")
+            autoencoder = _StandIn(channels=components.backbone.in_channels, downsampling=downsampling)
+            components.autoencoder = autoencoder
+            left_out = True
+        self._stores_latents = self._stores_latents or left_out
+
+    def _add_text_encoder(self, components: Components) -> None:
+        """Make it; where it cannot be made or is left out, the step that is counted begins with embeddings."""
+        path = "model.text_encoder"
+        name, arguments = split(self._recipe.model.get("text_encoder"), path)
+        title = arguments.get("pretrained") or name
+        stored, left_out = self._stores_text, False
+        encoder: Any = None
+        try:
+            with frozen_inside() as made:
+                encoder = components.text_encoder
+            config = arguments.get("config") or {}
+            title = arguments.get("pretrained") or f"random {config.get('model_type', name)}"
+        except UnknownNetwork:
+            made = []
+            if not stored and not (left_out := self.uncounted.leaves("text_encoder", path)):
+                self.uncounted.refuse_unknown("text_encoder", path, title)
+        else:
+            if not stored:
+                left_out = self.uncounted.leaves("text_encoder", path)
+        if encoder is None:
+            max_tokens = int(arguments.get("max_tokens", 256))
+            components.text_encoder = _StandIn(hidden_size=components.backbone.context_in_dim, max_tokens=max_tokens)
+        elif stored and encoder.trainable:
+            raise UserError(f"--stored-text: {path} is trained along, so that its embeddings cannot be stored.")
+        if left_out or (encoder is None and not stored):
+            self.text = f"{title}, not counted"
+            self._stores_text = True
+        elif stored:
+            self.text = f"embeddings of {title} stored with the data" if encoder is not None else f"{title}, not counted"
+        else:
+            self.text = f"{title}, {'trained along' if encoder.trainable else 'run online'}"
+            self.frozen["text_encoder"] = _bytes(made)
+
+    def _attach(self, name: str, algorithm: Algorithm) -> None:
+        path = f"algorithms.{name}"
+        if not isinstance(algorithm, Trick):
+            self.uncounted.told.append(f"{path}: what it costs is not known to the plan, and not counted")
+            return
+        if algorithm.not_counted:
+            self.uncounted.told.append(f"{path}: {algorithm.not_counted}")
+        try:
+            with torch.device("meta"), frozen_inside() as made:
+                algorithm.attach(self.model, self.optimizer)
+        except UserError as error:
+            if not isinstance(error.__cause__, UnknownConfiguration):
+                raise
+            self.uncounted.refuse_unknown(name, str(error).partition(":")[0], error.__cause__.name)
+            return
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+        self.tricks[name] = algorithm
+        self.frozen[name] = _bytes(made)
+
+
+def _bytes(frozen: list[Frozen]) -> int:
+    return sum(parameter.nbytes for one in frozen for parameter in one.module.parameters())

@@ -1,0 +1,81 @@
+"""The count of a step against closed forms by hand, torch's counter at work, and what autograd really keeps."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
+from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.counting import StepCounter, flops_of_backbone, flops_of_batch, shape_of
+from prx_composer.models.text_to_image import TextToImage
+
+Build = Callable[..., TextToImage]
+Batch = dict[str, torch.Tensor]
+
+
+def by_hand(d: int, mlp: int, depth: int, patch: int, n: int, s: int, context: int) -> int:
+    """Of a PRX backbone: three passes of every matrix product, but two of the first layer on each input."""
+    projections = 2 * (3 * n * d * d + 2 * s * d * d + n * d * d)
+    block = projections + 4 * n * (n + s) * d + 2 * 3 * n * d * mlp + 2 * d * 6 * d
+    ends = 2 * d * d + 2 * n * d * patch + 2 * d * 2 * d  # time, final layer and its modulation
+    first = 2 * (n * patch * d + s * context * d + 256 * d)
+    return 3 * (depth * block + ends) + 2 * first
+
+
+def test_a_small_backbone_is_counted_as_its_closed_form() -> None:
+    with torch.device("meta"):
+        backbone = PRXBackbone(3, 4, context_in_dim=24, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=3)
+    assert flops_of_backbone(backbone, 16, 24, 14) == by_hand(32, 64, 3, 48, 24, 14, 24)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("trained_text", [False, True])
+@pytest.mark.parametrize(
+    "backbone", [{}, dict(hidden_size=64, mlp_ratio=3.5, bottleneck_size=16, resolution_embeds=True)], ids=str
+)
+def test_a_step_is_counted_as_it_is_taken(
+    backbone: dict[str, Any], trained_text: bool, amp: bool, tiny_model: Build, tiny_batch: Batch, kept_bytes: Any
+) -> None:
+    """Its FLOPs as torch counts them, and the bytes of all storages that autograd and the outputs hold."""
+    model = tiny_model(trainable_text=trained_text, **backbone)
+    if amp:
+        apply_low_precision_norm(model)
+    counter = StepCounter(model, amp=amp)
+    count = counter.count(shape_of(tiny_batch))
+    with torch.autocast("cpu", torch.bfloat16) if amp else contextlib.nullcontext(), kept_bytes(model) as kept:
+        outputs = model(tiny_batch)
+        loss = model.loss(outputs, tiny_batch)["total"]
+        kept.add_outputs(outputs)
+    loss.backward()
+    assert 4 * count.kept + count.copies == pytest.approx(kept.bytes, rel=0.02)
+    assert (count.copies > 0) == amp
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as real:
+        model.loss(model(tiny_batch), tiny_batch)["total"].backward()
+    assert 4 * count.total_flops == pytest.approx(real.get_total_flops(), rel=1e-4)
+    assert counter.count(shape_of(tiny_batch)) is count
+
+
+def test_counting_leaves_the_model_its_draws_and_what_is_cached_as_they_were(tiny_model: Build, tiny_batch: Batch) -> None:
+    model, same = tiny_model(), tiny_model()
+    assert flops_of_batch(model, tiny_batch) > 0
+    losses = [one.loss(one(tiny_batch), tiny_batch)["total"] for one in (model, same)]
+    assert torch.equal(*losses) and all(p.grad is None for p in model.parameters())
+
+
+def test_checkpointed_blocks_keep_their_inputs_and_the_inside_of_one(tiny_model: Build, tiny_batch: Batch) -> None:
+    count = StepCounter(tiny_model(trainable_text=False)).count(shape_of(tiny_batch))
+    (given, inside), *_ = count.blocks
+    depth = len(count.blocks)
+    assert given == 24 * 32 * 4 and inside > 10 * given
+    assert count.kept_with_checkpoints == pytest.approx(count.kept - (depth - 1) * inside + depth * given, rel=0.01)
+
+
+def test_a_compiled_model_is_counted_as_an_eager_one(tiny_model: Build, tiny_batch: Batch) -> None:
+    eager, compiled = tiny_model(), tiny_model()
+    compiled.backbone.compile_graphs(per_block=True)
+    assert flops_of_batch(compiled, tiny_batch) == flops_of_batch(eager, tiny_batch)
