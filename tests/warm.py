@@ -2,8 +2,9 @@
 
 `python`, `composer` and `prx` stand in a folder as small programs with the names of the real ones. Each passes what it was given
 (arguments, folder, environment, open files) to a server, which forks; the fork becomes the command. The small program stays as
-the fork's deputy: it passes signals on, its death kills the fork and its children, and it ends as the fork ended. In a fork `sys.executable` is
-the small `python`, so that what starts processes itself, as Composer's launcher and the benchmarks do, starts forks too.
+the fork's deputy: it passes signals on, its death kills the fork and its children, and it ends as the fork ended. In a fork
+`sys.executable` is the small `python`, so that what starts processes itself, as Composer's launcher and the benchmarks do,
+starts forks too.
 
 What differs from a process of its own: modules are imported already (what is read of the environment at an import is the
 server's), hashes of strings are the same in all forks, and the parent of a fork is none of the test's processes. Tests of these
