@@ -73,7 +73,7 @@ def export_model(options: ExportOptions) -> None:
             lora_file.write_adapters(trained, partial, title, options.license)
         elif not pipeline.is_diffusers(trained.model):
             pipeline.write_weights(trained, partial)
-            typer.echo(
+            echo(
                 "diffusers has no class for the backbone: model.safetensors has the weights, with which a recipe can begin "
                 "(model.init_from), and tokenizer/ the text encoder's words. `prx generate` draws from the run."
             )
