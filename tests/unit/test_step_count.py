@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept import KeptBytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,7 +40,7 @@ def test_a_small_backbone_is_counted_as_its_closed_form() -> None:
     "backbone", [{}, dict(hidden_size=64, mlp_ratio=3.5, bottleneck_size=16, resolution_embeds=True)], ids=str
 )
 def test_a_step_is_counted_as_it_is_taken(
-    backbone: dict[str, Any], trained_text: bool, amp: bool, tiny_model: Build, tiny_batch: Batch, kept_bytes: Any
+    backbone: dict[str, Any], trained_text: bool, amp: bool, tiny_model: Build, tiny_batch: Batch
 ) -> None:
     """Its FLOPs as torch counts them, and the bytes of all storages that autograd and the outputs hold."""
     model = tiny_model(trainable_text=trained_text, **backbone)
@@ -47,7 +48,7 @@ def test_a_step_is_counted_as_it_is_taken(
         apply_low_precision_norm(model)
     counter = StepCounter(model, amp=amp)
     count = counter.count(shape_of(tiny_batch))
-    with torch.autocast("cpu", torch.bfloat16) if amp else contextlib.nullcontext(), kept_bytes(model) as kept:
+    with torch.autocast("cpu", torch.bfloat16) if amp else contextlib.nullcontext(), KeptBytes(model) as kept:
         outputs = model(tiny_batch)
         loss = model.loss(outputs, tiny_batch)["total"]
         kept.add_outputs(outputs)
