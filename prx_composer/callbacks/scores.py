@@ -13,8 +13,7 @@ from composer.utils import create_interval_scheduler
 from torch import Tensor
 
 from prx_composer.callbacks.images import check_size, draw_images, unwrap
-from prx_composer.data.digits import DIGIT_WORDS
-from prx_composer.data.shapes import ShapesSource, heldout_scenes
+from prx_composer.data.small_sets import DIGIT_WORDS, ShapesSource, heldout_scenes
 from prx_composer.metrics.real_images import DataSet, ImageFolder, default_cache, evenly, open_images
 from prx_composer.metrics.recognition import nearest_scenes, score_digits
 from prx_composer.metrics.scoring import DEFAULT_METRICS, Networks, Scorer
@@ -83,7 +82,7 @@ class GenerationMetrics(Callback):
         self._due = with_rehearsal(create_interval_scheduler(Time.from_timestring(interval), include_end_of_training=True))
 
     def init(self, state: State, logger: Logger) -> None:
-        check_size(state, self._image_size, self._image_size, "callbacks.scores.image_size")
+        check_size(state, self._image_size, self._image_size, "callbacks.generation_metrics.image_size")
         unwrap(state).say_what_is_lost(self._prompts)
 
     def fit_start(self, state: State, logger: Logger) -> None:
