@@ -146,12 +146,11 @@ def plan_runs(stage: Stage, folder: Path, options: Options) -> list[list[Run]]:
     for number, names in enumerate(in_groups(list(stacks), options.together)):
         place = folder / f"stage{stage.number}" / f"group{number}"
         place.mkdir(parents=True)
-        runs = []
+        groups.append([])
         for name in names:
             changes = tuple(f"algorithms.{left}=false" for left in stage.algorithms if left not in stacks[name])
-            arguments = [str(path), *changes]
-            runs.append(Run(Stack(name, changes), content["seed"], place / name, arguments, content["code_paths"]))
-        groups.append(runs)
+            arguments, code = [str(path), *changes], content["code_paths"]
+            groups[-1].append(Run(Stack(name, changes), content["seed"], place / name, arguments, code))
     return groups
 
 
@@ -246,9 +245,6 @@ class Stacks:
             "memory_mb": round(median(memory), 1) if memory else None,
         }
 
-    def named(self, present: frozenset[str]) -> str:
-        return next(name for name, algorithms in self.algorithms.items() if algorithms == present)
-
     def added(self, with_it: str, without: str, reference: str) -> dict[str, Any]:
         """Return what is added: as a share of the reference within each round, that share of its median in ms, and memory."""
         more, less, base = (self.times[name] for name in (with_it, without, reference))
@@ -271,11 +267,12 @@ def summarise(measurements: list[Measurement], algorithms: list[str], stacks: Ma
         stacks: as of `Stacks`.
     """
     found, (bare, whole, *_) = Stacks(measurements, stacks), stacks
+    named = {present: name for name, present in stacks.items()}
     effects = [
         {
             "algorithm": algorithm,
-            "alone": found.added(found.named(frozenset({algorithm})), bare, bare),
-            "in_the_whole": found.added(whole, found.named(stacks[whole] - {algorithm}), whole),
+            "alone": found.added(named[frozenset({algorithm})], bare, bare),
+            "in_the_whole": found.added(whole, named[stacks[whole] - {algorithm}], whole),
         }
         for algorithm in algorithms
     ]

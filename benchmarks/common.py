@@ -42,9 +42,9 @@ def says_errors(command: Callable[..., int]) -> Callable[..., int]:
     """Make a command say what the user has to mend, without a traceback, and return 1."""
 
     @functools.wraps(command)
-    def wrapped(*arguments: Any) -> int:
+    def wrapped(*arguments: Any, **options: Any) -> int:
         try:
-            return command(*arguments)
+            return command(*arguments, **options)
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             return 1
@@ -53,30 +53,27 @@ def says_errors(command: Callable[..., int]) -> Callable[..., int]:
 
 
 @says_errors
-def main(document: str | None, *questions: Callable[..., dict[str, Any]]) -> int:
+def main(document: str | None, *questions: Callable[..., dict[str, Any]], argv: Sequence[str] | None = None) -> int:
     """Answer the question that the command line names, the first one by default: print what is found, and write it to --output.
 
     A question whose result has something under `failed` ends the command with 1.
     """
     named = {question.__name__.replace("_", "-"): question for question in questions}
-    arguments = sys.argv[1:]
+    script, *arguments = sys.argv if argv is None else argv
     if len(named) > 1 and arguments[:1] in (["-h"], ["--help"]):
         about = [f"  {name}: {inspect.getdoc(question)}" for name, question in named.items()]
         sys.stdout.write("\n".join([inspect.cleandoc(document or ""), "", "questions, each with --help:", *about, ""]))
         return 0
     name = arguments[0] if arguments[:1] and arguments[0] in named else next(iter(named))
     question = named[name]
-    prog = f"{Path(sys.argv[0]).name} {name}" if len(named) > 1 else None
+    prog = f"{Path(script).name} {name}" if len(named) > 1 else None
     parser = make_parser(question, f"{inspect.getdoc(question)}\n\n{inspect.cleandoc(document or '')}", prog)
+    parser.add_argument("--output", type=Path, help="result file, JSON")
     parser.add_argument("--json", action="store_true", help="print the medians of all ratios as the last line")
-    if "output" not in inspect.signature(question).parameters:
-        parser.add_argument("--output", type=Path, help="result file, JSON")
     options = vars(parser.parse_intermixed_args(arguments[1:] if arguments[:1] == [name] else arguments))
-    output, last_line = options["output"], options.pop("json")
-    if "output" not in inspect.signature(question).parameters:
-        del options["output"]
+    output, last_line = options.pop("output"), options.pop("json")
     what = " ".join((inspect.getdoc(question) or "").split("\n\n")[0].split())
-    head = {"what": what} | circumstances()  # before it, for the load
+    head = {"what": what} | circumstances([script, *arguments])  # before it, for the load
     found = question(**options)
     result: dict[str, Any] = head | {"threads": torch.get_num_threads()} | found
     sys.stdout.write(as_json(result))
@@ -165,7 +162,7 @@ def heading(result: Mapping[str, Any]) -> list[str]:
 def as_json(result: Mapping[str, Any]) -> str:
     """Indent, but keep lists of numbers on one line."""
     text = json.dumps(result, indent=1)
-    return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: " ".join(found.group().split()), text) + "\n"
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: f"[{' '.join(found.group()[1:-1].split())}]", text) + "\n"
 
 
 def write(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
-"""What same_behaviour.py runs by a checkout's own Python, in its folder of results.
+"""What same_behaviour.py runs by a checkout's own Python, in a folder of results.
 
-python inside_checkout.py train CHECKOUT/train.py    # the cases of jobs.json, one after another; or by `composer -n 2`
-python inside_checkout.py make FOLDER                # frozen parts of random weights, for recipes that name some by folder
+python inside_checkout.py JOBS           # JSON: commands, one after another in one process; or by `composer -n 2`
+python inside_checkout.py make FOLDER    # frozen parts of random weights, for recipes that name some by folder
 """
 
 import hashlib
@@ -19,35 +19,41 @@ from typing import Any
 Result = dict[str, Any]
 
 
-def work(program: Path, jobs: list[dict[str, Any]]) -> None:
-    """Train case after case through a checkout's train.py, and write into this folder what came out."""
-    sys.path[0] = str(program.parent)
+def work(jobs: list[dict[str, Any]]) -> None:
+    """Run the commands of job after job in this process, and write into NAME.json what came out."""
     rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        for job in jobs:
+            _remove(job)
     for job in jobs:
-        name = job["name"]
-        log, folder = Path(f"{name}.rank{rank}.log"), Path("runs") / name
-        if rank == "0":
-            shutil.rmtree(folder, ignore_errors=True)
+        log = Path(f"{job['name']}.rank{rank}.log")
         with _said_in(log):
-            failed = any(_train(program, arguments) for arguments in job["runs"])
+            failed = any(_run(command) for command in job["commands"])
         if failed and os.environ.get("WORLD_SIZE", "1") != "1":  # the other rank may wait for this one
             sys.exit(1)
         if rank == "0":
             said = [line for line in log.read_text().splitlines() if line.strip()]
-            found = {"error": " / ".join(said[-3:])} if failed else collect(folder)
-            Path(f"{name}.json").write_text(json.dumps({"key": job["key"]} | found))
-            shutil.rmtree(folder, ignore_errors=True)
+            found = {"error": " / ".join(said[-3:])} if failed else collect(Path(job["folder"]))
+            Path(f"{job['name']}.json").write_text(json.dumps({"key": job["key"]} | found))
+            _remove(job)
 
 
-def _train(program: Path, arguments: list[str]) -> int:
-    sys.argv = [str(program), *arguments]
+def _remove(job: dict[str, Any]) -> None:
+    if job["clean"]:
+        shutil.rmtree(job["folder"], ignore_errors=True)
+
+
+def _run(command: list[str]) -> int:
+    """Run a Python program as the interpreter would, but in this process, which has imported everything; return its exit code."""
+    sys.argv = command
     try:
-        runpy.run_path(str(program), run_name="__main__")
+        runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
         return int(end.code or 0)
     except Exception:
         traceback.print_exc()
-    return 1
+        return 1
+    return 0
 
 
 @contextmanager
@@ -64,13 +70,19 @@ def _said_in(log: Path) -> Iterator[None]:
 
 
 def collect(folder: Path) -> Result:
-    """Return the logged rows of a run folder, and fingerprints of the last checkpoint's tensors and of the pictures."""
+    """Return the logged rows of a run folder and fingerprints of tensors, pictures and other files, or of any other folder."""
     from PIL import Image
+    from safetensors.torch import load_file
 
-    newest = max((folder / "checkpoints").glob("ba*"), key=lambda path: int(path.name[2:]))
-    pictures = {path.name: _hashed(Image.open(path).tobytes()) for path in sorted(folder.glob("images/*.png"))}
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {"rows": rows, "tensors": dict(_fingerprints(_read(newest), "")), "pictures": pictures}
+    steps = sorted(folder.glob("checkpoints/ba*"), key=lambda path: int(path.name[2:]))
+    weights = _read(steps[-1]) if steps else {path.name: load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+    metrics = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    pictures = {path.name: _hashed(Image.open(path).tobytes()) for path in sorted(folder.rglob("*.png"))}
+    texts = [] if rows else [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".yaml", ".html")]
+    here = os.getcwd()  # which is named in what `prx import` writes
+    files = {p.name: "a page" if p.suffix == ".html" else _hashed(p.read_text().replace(here, "").encode()) for p in texts}
+    return {"rows": rows, "tensors": dict(_fingerprints(weights, "")), "pictures": pictures, "files": files}
 
 
 def _read(checkpoint: Path) -> Any:
@@ -135,7 +147,8 @@ def make_shared(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "train":
-        work(Path(sys.argv[2]), json.loads(Path("jobs.json").read_text()))
-    else:
+    sys.path[0] = os.environ["PYTHONPATH"]  # not this file's folder
+    if sys.argv[1] == "make":
         make_shared(Path(sys.argv[2]))
+    else:
+        work(json.loads(sys.argv[1]))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 from common import peak_memory
-from composer.core import Callback, DataSpec, State
+from composer.core import Callback, DataSpec, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
@@ -204,6 +204,16 @@ def synthetic(
 
 # ---------------------------------------------------------------------------------------------------------- times
 
+BEGINS = {  # the part that begins with an event of the Trainer; a step is from one `loader` to the next
+    Event.AFTER_DATALOADER: "rest",
+    Event.BEFORE_FORWARD: "forward",
+    Event.BEFORE_LOSS: "losses",
+    Event.BEFORE_BACKWARD: "backward",
+    Event.AFTER_BACKWARD: "rest",
+    Event.AFTER_TRAIN_BATCH: "optimizer",
+    Event.BATCH_END: "rest",
+}
+
 
 @registry.callbacks.register("step_times")
 class StepTimes(Callback):
@@ -222,8 +232,6 @@ class StepTimes(Callback):
         self._walls: list[float] = []
         self._profile: Any = None
         self._profiled: dict[str, float] | None = None
-
-    # Each mark names the part that begins; a step is from one `loader` to the next.
 
     def _mark(self, part: str) -> None:
         if torch.cuda.is_available():
@@ -257,26 +265,10 @@ class StepTimes(Callback):
         self._marks.append([])
         self._mark("loader")
 
-    def after_dataloader(self, state: State, logger: Logger) -> None:
-        self._mark("rest")
-
-    def before_forward(self, state: State, logger: Logger) -> None:
-        self._mark("forward")
-
-    def before_loss(self, state: State, logger: Logger) -> None:
-        self._mark("losses")
-
-    def before_backward(self, state: State, logger: Logger) -> None:
-        self._mark("backward")
-
-    def after_backward(self, state: State, logger: Logger) -> None:
-        self._mark("rest")
-
-    def after_train_batch(self, state: State, logger: Logger) -> None:
-        self._mark("optimizer")
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        self._mark("rest")
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        super().run_event(event, state, logger)
+        if event in BEGINS:
+            self._mark(BEGINS[event])
 
     def fit_end(self, state: State, logger: Logger) -> None:
         if torch.cuda.is_available():

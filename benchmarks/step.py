@@ -1,7 +1,7 @@
 """A training step of ours against itself, changed: does it cost and round what it should?
 
-python benchmarks/step.py linear-cost --output linear-cost.json     # and a plot beside it
-python benchmarks/step.py numerics --device cuda                    # also: routing, stored-text, revisions
+python benchmarks/step.py linear-cost --output linear-cost.json --plot linear-cost.png
+python benchmarks/step.py numerics --device cuda     # also: routing, stored-text, revisions
 
 All steps run in turns, and those that should compute the same are compared before they are timed.
 """
@@ -51,7 +51,7 @@ def linear_cost(
     text_tokens: int = 64,
     rounds: int = 9,
     threads: int = 1,
-    output: Annotated[Path | None, "result file, JSON; a plot beside it"] = None,
+    plot: Annotated[Path | None, "picture, PNG"] = None,
 ) -> dict[str, Any]:
     """Milliseconds of a forward and backward pass over a 16-fold range of images and of tokens; exponent 1 = linear.
 
@@ -78,8 +78,8 @@ def linear_cost(
             rate = round(flops / 1e6 / milliseconds["median"], 1)
             found[name].append({"x": x, "gflop": round(flops / 1e9, 3), "ms": milliseconds, "gflop_per_second": rate})
     exponents = {name: {by: round(_exponent(rows, by), 3) for by in ("x", "gflop")} for name, rows in found.items()}
-    if output is not None:
-        _plot(found, exponents, output.with_suffix(".png"))
+    if plot is not None:
+        _plot(found, exponents, plot)
     return {"hidden_size": hidden_size, "depth": depth, "exponents": exponents, **found}
 
 

@@ -6,7 +6,7 @@ import warnings
 import typer
 import typer.core
 
-from prx_composer.commands import check, data, encode, evaluate, export, generate, import_model, plan, report
+from prx_composer.commands import check_recipe, data, encode, evaluate, export, generate, import_model, plan, report
 from prx_composer.commands.data_cli import convert
 from prx_composer.commands.options import command
 from prx_composer.common.errors import UserError
@@ -18,7 +18,7 @@ VERBS = {
     "import": import_model.import_model,
     "evaluate": evaluate.evaluate_model,
     "report": report.report_run,
-    "check": check.check_recipe,
+    "check": check_recipe.check_recipe,
     "plan": plan.plan_recipe,
 }
 GROUPS = {

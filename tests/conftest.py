@@ -109,12 +109,11 @@ def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def tiny_recipe(tmp_path: Path, shapes_data: Path) -> dict[str, Any]:
-    """A recipe as YAML would give it: two stages, EMA, clipping; seconds on a CPU."""
+def tiny_recipe_in(folder: Path, data: Path) -> dict[str, Any]:
+    """Return a recipe as YAML would give it: two stages, EMA, clipping; seconds on a CPU."""
     return {
         "run_name": "tiny",
-        "run_folder": str(tmp_path / "runs" / "${run_name}"),
+        "run_folder": str(folder / "runs" / "${run_name}"),
         "model": {
             "name": "text_to_image",
             "backbone": {"name": "prx", **TINY_BACKBONE},
@@ -126,7 +125,7 @@ def tiny_recipe(tmp_path: Path, shapes_data: Path) -> dict[str, Any]:
                 "trainable": True,
             },
         },
-        "train_loader": {"name": "image_caption", "path": str(shapes_data), "source": dict(SOURCE)},
+        "train_loader": {"name": "image_caption", "path": str(data), "source": dict(SOURCE)},
         "image_size": 16,
         "global_train_batch_size": 48,
         "device_train_microbatch_size": 24,
@@ -146,6 +145,23 @@ def tiny_recipe(tmp_path: Path, shapes_data: Path) -> dict[str, Any]:
         "save_interval": "2ba",
         "save_num_checkpoints_to_keep": -1,
     }
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, shapes_data: Path) -> dict[str, Any]:
+    return tiny_recipe_in(tmp_path, shapes_data)
+
+
+def train_once(factory: pytest.TempPathFactory, data: Path, **changes: Any) -> Path:
+    """Train the tiny recipe for all tests of a module, which take copies if they write to it; return the run's folder."""
+    from prx_composer.recipe import config
+    from prx_composer.training.run import run
+
+    folder = factory.mktemp("trained")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe_in(folder, data) | changes))
+    recipe = config.load([str(folder / "recipe.yaml")])
+    run(recipe)
+    return Path(recipe.run_folder)
 
 
 @pytest.fixture

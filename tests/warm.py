@@ -28,7 +28,7 @@ IMPORTED = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.t5.modeling_t5",
     "prx_composer.cli",
-    "prx_composer.training.build",
+    "prx_composer.training.run",
 )
 WARM_MODULES = ("prx_composer.", "composer.cli", "torch.distributed.run")  # of `python -m`
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -179,7 +179,8 @@ def _warm_up() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in IMPORTED:
-            importlib.import_module(name)
+            with contextlib.suppress(ImportError):  # the commands will say it
+                importlib.import_module(name)
     gc.collect()
     gc.freeze()
 

@@ -7,16 +7,20 @@ attributes, take its settings in `__init__`, fill the model's seams in `attach`,
     class Louder(Trick):
         name = "louder"
 
+        shapes_sampling = True  # the model draws with it too
+
         def __init__(self, gain: float = 2.0, start: str = "0ba", end: str | None = None):
             super().__init__(start, end)
             self.gain = gain
 
         def attach(self, model, optimizer):
-            self.embedder = model.backbone.time_in = Loud(model.backbone.time_in, self.gain)
-            add_parameters(optimizer, self.embedder)  # only what the optimizer doesn't have yet
+            with seeded_initialisation(model.random.seed, self.name):
+                self.conditioner = Gain(model.backbone.hidden_size, self.gain)  # a module, Conditioning → Conditioning
+            model.backbone.conditioners[self.name] = self.conditioner
+            add_parameters(optimizer, self.conditioner)
 
         def set_active(self, model, active):
-            self.embedder.active = active
+            self.conditioner.active = active
 
 An auxiliary loss is a `LossTrick`: it says `loss` and, if it trains or loads something, `build`. An algorithm that needs other
 events than these two overrides `match` and `apply`, as `ema` does. The seams are listed in algorithms/README.md.
@@ -55,20 +59,19 @@ class Trick(Algorithm):
         window: when the trick acts.
         active: whether the window was open when the last step began. Before the first step: whether it opens with the run.
         needs_image: whether it looks at `batch["image"]`, which stored latents leave out unless train_loader.images is true.
+        instead_of_images: what else could be done then, for the message that says so; begins with ", or".
         shapes_sampling: whether it changes how the model draws, so that `generate` and `export` must attach it too.
-        instead_of_images: for the message that says so, what else could be done: begins with ", or".
         experimental: whether nobody has measured yet what it is good for. A run says so once; nothing is refused for it.
         weight_copies: how many copies of the trained weights it keeps, on the device and in checkpoints.
         columns: what it reads of a batch beside images, captions and latents: column → channels of a grid (h, w, channels).
         not_counted: for `prx plan`: what the count of a step cannot tell of it, in words.
-        next_switch: when the run goes over to other image sizes, if the trick says so; a time budget tells it.
     """
 
     name: str
     needs_image: bool = False
+    instead_of_images: str = ""
     shapes_sampling: bool = False
     experimental: bool = False
-    instead_of_images: str = ""
     weight_copies: int = 0
     columns: Mapping[str, int] = {}
     not_counted: str = ""
@@ -79,7 +82,13 @@ class Trick(Algorithm):
         self._released = False
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it has begun for good: then it goes on, also when a longer run puts its `start` off."""
+        return False
+
+    @property
     def next_switch(self) -> Moment | None:
+        """When the run goes over to another image size, which a time budget tells; None if the trick knows of no such moment."""
         return None
 
     def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:

@@ -200,8 +200,9 @@ class DeferredMasking(TokenRouting):
 
     def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
         for other in others:
-            whole = isinstance(other, LossTrick) and other.needs_whole_image
-            if whole and not other.window.is_disjoint_from(self.window):
+            if not isinstance(other, LossTrick) or not other.needs_whole_image:
+                continue
+            if not other.window.is_disjoint_from(self.window):
                 raise UserError(
                     f"algorithms.{other.name} needs whole images, but algorithms.deferred_masking leaves most patches without a "
                     f"prediction. Leave one out, or let {other.name} start when deferred_masking ends (in the same unit of time)."

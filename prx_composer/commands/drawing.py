@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -36,16 +36,16 @@ class DrawingSettings:
     Args:
         height, width: pixels.
         num_inference_steps: Euler steps.
-        guidance_scale: 1 = unguided.
         guidance: its name, for the record.
+        guidance_scale: 1 = unguided.
         precision: "fp32", or "bf16" for autocast.
     """
 
     height: int
     width: int
     num_inference_steps: int = 28
-    guidance_scale: float = 3.5
     guidance: str = "cfg"
+    guidance_scale: float = 3.5
     precision: str = "fp32"
 
 
@@ -80,8 +80,8 @@ def chosen_settings(
         height,
         width,
         steps or recipe.num_inference_steps,
-        recipe.guidance_scale if guidance_scale is None else guidance_scale,
         choose_guidance(trained.model, guidance),
+        recipe.guidance_scale if guidance_scale is None else guidance_scale,
         precision or ("fp32" if device.type == "cpu" else "bf16"),
     )
 
@@ -136,14 +136,8 @@ def draw(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         with torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext():
-            images = model.generate(
-                prompts[part],
-                settings.height,
-                settings.width,
-                seeds[part],
-                settings.num_inference_steps,
-                settings.guidance_scale,
-            )
+            s = settings
+            images = model.generate(prompts[part], s.height, s.width, seeds[part], s.num_inference_steps, s.guidance_scale)
         yield from enumerate(images.cpu(), start)
 
 
@@ -163,12 +157,7 @@ def metadata(trained: Trained, settings: DrawingSettings, digest: str, device: t
         "weights": trained.weights,
         "batch": trained.batch,
         "weights_sha256": digest,
-        "height": settings.height,
-        "width": settings.width,
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance": settings.guidance,
-        "guidance_scale": settings.guidance_scale,
-        "precision": settings.precision,
+        **asdict(settings),
         "device": device.type,
         "versions": {"prx-composer": __version__} | {name: version(name) for name in VERSIONS},
     }

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
-import typer
+from typer import Option, echo, progressbar
 
 from prx_composer.commands.options import (
     CodeOption,
@@ -23,38 +23,32 @@ class GenerateOptions:
     """Options of `prx generate`."""
 
     model: ModelArgument
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw. May be given again.")] = field(
-        default_factory=list
-    )
+    prompt: Annotated[list[str], Option("--prompt", "-p", help="What to draw. May be given again.")] = field(default_factory=list)
     prompts: Annotated[
-        str | None, typer.Option("--prompts", metavar="FILE", help='One prompt per line, or JSON lines with a "prompt".')
+        str | None, Option("--prompts", metavar="FILE", help='One prompt per line, or JSON lines with a "prompt".')
     ] = None
-    output: Annotated[str, typer.Option(metavar="DIR", help="Folder for PNGs and grid.png.")] = "images"
+    output: Annotated[str, Option(metavar="DIR", help="Folder for PNGs and grid.png.")] = "images"
     size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Height x width in pixels, or one number. [default: as last trained]")
+        str | None, Option(metavar="HxW", help="Height x width in pixels, or one number. [default: as last trained]")
     ] = None
-    seed: Annotated[int, typer.Option(help="Of the first image, of 64 bits; the next ones count on.")] = 0
-    images_per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt, from different seeds.")] = 1
-    steps: Annotated[int | None, typer.Option(min=1, help="Euler steps. [default: as the recipe's callbacks.images, or 28]")] = (
+    seed: Annotated[int, Option(help="Of the first image, of 64 bits; the next ones count on.")] = 0
+    images_per_prompt: Annotated[int, Option(min=1, help="Images of each prompt, from different seeds.")] = 1
+    steps: Annotated[int | None, Option(min=1, help="Euler steps. [default: as the recipe's callbacks.images, or 28]")] = None
+    guidance_scale: Annotated[float | None, Option(help="1 = unguided. [default: as the recipe's callbacks.images, or 3.5]")] = (
         None
     )
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="1 = unguided. [default: as the recipe's callbacks.images, or 3.5]")
-    ] = None
     guidance: Annotated[
         str,
-        typer.Option(
-            help="cfg (classifier-free), self (routed self-guidance, of models trained with tread), or run: as the run drew."
-        ),
+        Option(help="cfg (classifier-free), self (routed self-guidance, of models trained with tread), or run: as the run drew."),
     ] = "run"
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16
+    batch_size: Annotated[int, Option(min=1, help="Images at a time.")] = 16
     weights: WeightsOption = None
     code: CodeOption = field(default_factory=list)
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: a GPU if there is one]")] = None
-    precision: Annotated[str | None, typer.Option(help="fp32, or bf16 (GPU). [default: bf16 on a GPU, fp32 on the CPU]")] = None
-    grid: Annotated[bool, typer.Option("--grid/--no-grid", help="Also one picture of all images with their prompts.")] = True
+    device: Annotated[str | None, Option(help="cpu, cuda, cuda:1 … [default: a GPU if there is one]")] = None
+    precision: Annotated[str | None, Option(help="fp32, or bf16 (GPU). [default: bf16 on a GPU, fp32 on the CPU]")] = None
+    grid: Annotated[bool, Option("--grid/--no-grid", help="Also one picture of all images with their prompts.")] = True
     captions: Annotated[
-        bool, typer.Option("--captions", help="Also captions.jsonl: a folder to train on (train_loader.source: folder).")
+        bool, Option("--captions", help="Also captions.jsonl: a folder to train on (train_loader.source: folder).")
     ] = False
 
 
@@ -89,7 +83,7 @@ def generate_images(options: GenerateOptions) -> None:
     common = drawing.metadata(trained, settings, drawing.weights_hash(trained.model), device)
     trained.model.to(device)
     drawn, names = [], []
-    with typer.progressbar(length=len(texts), label="drawing", file=sys.stderr) as progress:
+    with progressbar(length=len(texts), label="drawing", file=sys.stderr) as progress:
         for index, image in drawing.draw(trained.model, texts, seeds, settings, options.batch_size):
             names.append(drawing.file_name(index, seeds[index], texts[index]))
             with writing_output():
@@ -103,4 +97,4 @@ def generate_images(options: GenerateOptions) -> None:
             drawing.save_captions(names, texts, folder / "captions.jsonl")
     of = f"{trained.weights} weights" + (f" of batch {trained.batch}" if trained.batch is not None else "")
     size = f"{settings.height}×{settings.width}"
-    typer.echo(f"{len(drawn)} image{'s' if len(drawn) > 1 else ''} of {size} with {of} · {folder}")
+    echo(f"{len(drawn)} image{'s' if len(drawn) > 1 else ''} of {size} with {of} · {folder}")

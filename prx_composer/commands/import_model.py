@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option, echo
 
 from prx_composer.commands.options import show_log
 
@@ -13,8 +13,8 @@ from prx_composer.commands.options import show_log
 class ImportOptions:
     """Options of `prx import`."""
 
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a diffusers PRXPixelPipeline or PRXPipeline.")]
-    output: Annotated[str, typer.Option(metavar="FILE", help="YAML to write.")]
+    folder: Annotated[str, Argument(metavar="DIR", help="Folder of a diffusers PRXPixelPipeline or PRXPipeline.")]
+    output: Annotated[str, Option(metavar="FILE", help="YAML to write.")]
 
 
 def import_model(options: ImportOptions) -> None:
@@ -27,4 +27,4 @@ def import_model(options: ImportOptions) -> None:
     show_log()
     target = Path(options.output).expanduser()
     write_fragment(options.folder, target)
-    typer.echo(f"{target} · composer train.py RECIPE.yaml {target} run_name=…")
+    echo(f"{target} · composer train.py RECIPE.yaml {target} run_name=…")

@@ -155,7 +155,7 @@ def _load(image: Image.Image) -> None:
 def _decode_jpeg(encoded: bytes, image: Image.Image, least: tuple[int, int] | None) -> np.ndarray | None:
     """Decode a JPEG as it lies in the file, at the smallest of libjpeg's sizes that covers `least`.
 
-    libjpeg-turbo's own interface is 1.1 to 1.4 times as fast as Pillow's (benchmarks/loader.py), and reports damage.
+    libjpeg-turbo's own interface is 1.1 to 1.4 times as fast as Pillow's (benchmarks/data.py), and reports damage.
 
     Returns:
         uint8 (height, width, 3); None for something that Pillow has to decode.

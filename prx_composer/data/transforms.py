@@ -27,7 +27,7 @@ def decode_image(encoded: bytes, height: int, width: int) -> Tensor:
 def resize(pixels: np.ndarray, bucket: Bucket) -> np.ndarray:
     """The largest centred part of the bucket's aspect ratio, resized to it, antialiased (bicubic).
 
-    torch's kernel is within 1/255 of Pillow's at 2.5 to 4.6 times the speed (benchmarks/convert.py).
+    torch's kernel is within 1/255 of Pillow's at 2.5 to 4.6 times the speed (benchmarks/data.py).
 
     Args:
         pixels: uint8 (height, width, 3).

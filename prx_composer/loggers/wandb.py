@@ -13,6 +13,7 @@ from composer.utils import dist
 from packaging.version import Version
 from torch import Tensor
 
+from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError
 from prx_composer.common.pages import picture
 from prx_composer.common.secrets import redacted, redacted_text
@@ -76,10 +77,9 @@ class WandB(Tracker, WandBLogger):
 
         given = self._init_kwargs
         if not given.get("id") and not os.environ.get("WANDB_RUN_ID"):
-            ids = [remembered_run(run_folder_of(state), self.name) or generate_id()]
-            dist.broadcast_object_list(ids, src=0)
+            run_id = from_rank_zero(remembered_run(run_folder_of(state), self.name) or generate_id())
             rank = dist.get_global_rank()
-            given["id"] = ids[0] if rank == 0 else f"{ids[0]}-rank{rank}"
+            given["id"] = run_id if rank == 0 else f"{run_id}-rank{rank}"
         mode = wandb_mode(given)
         if mode == "online" and not os.environ.get("WANDB_RESUME"):
             given.setdefault("resume", "allow")

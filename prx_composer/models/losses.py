@@ -52,9 +52,6 @@ class AuxiliaryLosses(nn.Module):
     def __getitem__(self, name: str) -> AuxiliaryLoss:
         return self.get_submodule(name)  # pyright: ignore[reportReturnType]
 
-    def __delitem__(self, name: str) -> None:
-        del self._modules[name]
-
     def __contains__(self, name: str) -> bool:
         return name in self._modules
 

@@ -37,8 +37,11 @@ class TextConditioning(NamedTuple):
 
 
 class SamplingStep(NamedTuple):
-    """Which step of which images: all that a guidance may draw from."""
+    """A step of a batch of images: what it is drawn for, how strongly, and all that a guidance may take random numbers from."""
 
+    text: TextConditioning
+    null: TextConditioning  # the empty prompt, as often
+    scale: float  # of the guidance; 1 = unguided
     step_index: int
     seeds: list[int]  # one per image
     num_tokens: int  # image tokens of the backbone
@@ -53,36 +56,18 @@ class Denoise(Protocol):
 class Guidance(Protocol):
     """What `model.guidance` must be: combines predictions for x_t into one, in the space the network predicts in."""
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        x_t: Tensor,
-        t: Tensor,
-        text: TextConditioning,
-        null: TextConditioning,
-        scale: float,
-        step: SamplingStep,
-    ) -> Tensor: ...
+    def __call__(self, denoise: Denoise, x_t: Tensor, t: Tensor, step: SamplingStep) -> Tensor: ...
 
 
 class ClassifierFreeGuidance:
     """p = p(∅) + s·(p(text) − p(∅)) (arXiv:2207.12598), both halves in one call of the backbone; s = 1 skips ∅."""
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        x_t: Tensor,
-        t: Tensor,
-        text: TextConditioning,
-        null: TextConditioning,
-        scale: float,
-        step: SamplingStep,
-    ) -> Tensor:
-        if scale == 1.0:
-            return denoise(x_t, t, text)
-        both = TextConditioning(torch.cat([null.embedding, text.embedding]), torch.cat([null.mask, text.mask]))
+    def __call__(self, denoise: Denoise, x_t: Tensor, t: Tensor, step: SamplingStep) -> Tensor:
+        if step.scale == 1.0:
+            return denoise(x_t, t, step.text)
+        both = TextConditioning(*(torch.cat(parts) for parts in zip(step.null, step.text, strict=True)))
         unconditional, conditional = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        return unconditional + step.scale * (conditional - unconditional)
 
 
 class RoutedSelfGuidance:
@@ -95,22 +80,13 @@ class RoutedSelfGuidance:
     def __init__(self, router: Router):
         self.router = router
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        x_t: Tensor,
-        t: Tensor,
-        text: TextConditioning,
-        null: TextConditioning,
-        scale: float,
-        step: SamplingStep,
-    ) -> Tensor:
-        dense = denoise(x_t, t, text)
-        route = None if scale == 1.0 else self._route(step, x_t.device)
+    def __call__(self, denoise: Denoise, x_t: Tensor, t: Tensor, step: SamplingStep) -> Tensor:
+        dense = denoise(x_t, t, step.text)
+        route = None if step.scale == 1.0 else self._route(step, x_t.device)
         if route is None:
             return dense
-        routed = denoise(x_t, t, text, route)
-        return routed + scale * (dense - routed)
+        routed = denoise(x_t, t, step.text, route)
+        return routed + step.scale * (dense - routed)
 
     def _route(self, step: SamplingStep, device: torch.device) -> Route | None:
         cpu = torch.device("cpu")

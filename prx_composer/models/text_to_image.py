@@ -309,8 +309,8 @@ class TextToImage(ComposerModel):
             num_tokens = self.backbone.num_tokens(*noise.shape[-2:])
 
             def predict(x_t: Tensor, t: Tensor, index: int) -> Tensor:
-                step = SamplingStep(index, seeds, num_tokens)
-                return self.guidance(self._predict, x_t, t, text, null, guidance_scale, step)
+                step = SamplingStep(text, null, guidance_scale, index, seeds, num_tokens)
+                return self.guidance(self._predict, x_t, t, step)
 
             return sample_flow(predict, self.flow, noise, num_inference_steps)
         finally:

@@ -8,6 +8,7 @@ from typing import Any
 from composer.core import State
 
 from prx_composer import registry
+from prx_composer.algorithms.base import Trick
 from prx_composer.callbacks.resumed import NewValues
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
@@ -82,9 +83,9 @@ def _windows(state: State, recipe: Recipe) -> dict[str, tuple[ScheduleWindow, st
     names = {registry.algorithms.get(name, ""): name for name, _ in entries(recipe.algorithms, "algorithms")}
     found = {}
     for algorithm in state.algorithms:
-        window = getattr(algorithm, "window", None)
-        if isinstance(window, ScheduleWindow) and type(algorithm) in names:
-            begun = getattr(algorithm, "has_begun", False) or window.start.has_come(state)
+        if isinstance(algorithm, Trick) and type(algorithm) in names:
+            window = algorithm.window
+            begun = algorithm.has_begun or window.start.has_come(state)
             phase = "over" if window.is_over(state) else "open" if begun else "not begun"
             found[names[type(algorithm)]] = window, phase
     return found

@@ -15,7 +15,7 @@ from prx_composer.callbacks.data_monitor import DataMonitor
 from prx_composer.callbacks.finite_guard import FiniteGuard
 from prx_composer.callbacks.random_step import RandomStep
 from prx_composer.callbacks.resumed import NewValues
-from prx_composer.common.distributed import GlooAverage
+from prx_composer.common.distributed import GlooAverage, from_rank_zero
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path
 from prx_composer.common.secrets import redacted
 from prx_composer.data.loader import ImageCaptionLoader
@@ -165,13 +165,12 @@ def _prepare(recipe: Recipe, checked: Components) -> GoingOn:
                 _warn(check_surroundings(recipe, checked))
             check_run_folder(recipe, folder)
             make_recipe_data(recipe)
-        found = [going_on(recipe, folder, not_finite_in) if dist.get_global_rank() == 0 else GoingOn()]
+        found = going_on(recipe, folder, not_finite_in) if dist.get_global_rank() == 0 else GoingOn()
     if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:  # nothing to do unless this node has disks of its own
         if recipe.preflight:
             _warn(check_data(recipe, checked))
         make_recipe_data(recipe)
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return from_rank_zero(found)
 
 
 def _warn(results: Iterable[Result]) -> None:
@@ -189,10 +188,8 @@ def _raised_on_every_rank() -> Iterator[None]:
         yield
     except UserError as error:
         message = str(error)
-    messages = [message]
-    dist.broadcast_object_list(messages, src=0)
-    if messages[0] is not None:
-        raise UserError(messages[0])
+    if (message := from_rank_zero(message)) is not None:
+        raise UserError(message)
 
 
 # ----------------------------------------------------------------------------------------------------------- build

@@ -107,8 +107,8 @@ def _why_not(recipe: Recipe, parts: Components) -> str | None:
         what = "it needs a GPU"
     elif wanted:
         what = f"without a GPU {wanted[0].name} takes too long"
-    elif parts.multiple is None or not hasattr(parts.backbone, "flops"):
-        return "the backbone is not of this package"
+    elif parts.multiple is None:
+        return "the model has no backbone with a patch_size"
     else:
         parameters = sum(parameter.numel() for parameter in parts.backbone.parameters())
         work = sum(_flops(stage, recipe, parts) for stage in parts.stages)

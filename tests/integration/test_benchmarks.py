@@ -1,5 +1,6 @@
 """The benchmarks run, at toy size, and what they write is what others read. No time that they measure is asserted."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from prx_composer.commands.plan.conditions import read_throughput
 from prx_composer.common.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
 
 
 def benchmark(name: str, *arguments: Any, folder: Path = BENCHMARKS.parent) -> str:
@@ -30,24 +32,44 @@ def test_compare_ends_with_its_median_ratios(tmp_path: Path) -> None:
     assert last.keys() == {"eager", "tread"} and max(found["largest_difference"].values()) < 1e-4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("entry", ["memory", "text", "optimizers"])
-def test_every_other_entry_of_compare_finds_agreement_and_ends(entry: str) -> None:
-    small = ("--tokens", 64, "--text-tokens", 8, "--batch-size", 2, "--rounds", 2)
-    assert json.loads(benchmark("compare.py", "--entry", entry, *small))["versions"]
+def question(script: str, name: str, **options: Any) -> dict[str, Any]:
+    """Ask without a process of its own, which would import Composer once more."""
+    return getattr(importlib.import_module(script), name)(**options)
 
 
 @pytest.mark.slow
-def test_drawing_is_timed_against_diffusers_after_the_images_agree(tmp_path: Path) -> None:
-    benchmark("generate.py", "--size", 16, "--steps", 2, "--batch", 2, "--rounds", 2, "--output", tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())
+@pytest.mark.parametrize(
+    ("script", "name", "options"),
+    [
+        ("compare", "memory", dict(tokens=64, text_tokens=8, batch_size=2)),
+        ("compare", "optimizers", dict(rounds=2)),
+        ("step", "stored_text", dict(text_tokens=8, batch_size=2, rounds=2)),
+        ("step", "routing", dict(hidden_size=64, depth=4, text_tokens=8, batch_size=2, rounds=2)),
+    ],
+)
+def test_other_questions_find_agreement_and_end(script: str, name: str, options: dict[str, Any]) -> None:
+    assert question(script, name, **options)
+
+
+@pytest.mark.slow
+def test_the_ways_of_data_are_timed_and_the_memory_of_a_conversion_is_measured() -> None:
+    found = question("data", "convert", images=2, rounds=2, tiny=20)
+    assert [run["base_size"] for run in found["speed"]] == [1024, 512]
+    assert [run["counts"]["read"] for run in found["memory"]] == [20, 20]
+    found = question("data", "loader", images=4, rounds=2, workers=(0,), batch_size=2)
+    assert all(run["mean_difference_of_255"]["plain"] < 3 for run in found["runs"])
+
+
+@pytest.mark.slow
+def test_drawing_is_timed_against_diffusers_after_the_images_agree() -> None:
+    found = question("compare", "generate", size=16, steps=2, batch=2, rounds=2)
     assert found["largest_difference"] < 1e-4 and found["backbone_calls_per_step"] == 1
 
 
 @pytest.mark.slow
 def test_the_cost_over_images_and_tokens_is_measured_and_drawn(tmp_path: Path) -> None:
-    benchmark("linear_cost.py", "--hidden-size", 64, "--depth", 1, "--rounds", 2, "--output", tmp_path / "cost.json")
-    assert json.loads((tmp_path / "cost.json").read_text())["exponents"].keys() == {"images", "tokens"}
+    found = question("step", "linear_cost", hidden_size=64, depth=1, rounds=2, plot=tmp_path / "cost.png")
+    assert found["exponents"].keys() == {"images", "tokens"}
     assert (tmp_path / "cost.png").stat().st_size > 1000
 
 
@@ -132,7 +154,7 @@ def test_the_cost_of_a_custom_stack_is_measured_and_what_the_recipe_refuses_is_r
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["DDP", "FSDP2"])
 def test_two_ranks_send_what_the_plan_says(way: str, tmp_path: Path) -> None:
-    benchmark("communication.py", "--ranks", 2, "--ways", way, "--output", tmp_path / "found.json")
+    benchmark("distributed.py", "communication", "--ranks", 2, "--ways", way, "--output", tmp_path / "found.json")
     (run,) = json.loads((tmp_path / "found.json").read_text())["runs"]
     assert run["ranks"] == 2 and run["collectives"].keys() == run["by_purpose"].keys() | {"all else"}
     for purpose, found in run["by_purpose"].items():

@@ -17,6 +17,7 @@ from typing import Any
 import commands
 import pytest
 import torch
+from conftest import train_once
 
 from prx_composer.recipe import config
 from prx_composer.runs import checkpoints
@@ -54,12 +55,10 @@ def assert_same_run(recipe: Recipe, whole: Recipe) -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-@pytest.fixture
-def whole(tiny_recipe: Recipe, write_recipe: Write) -> Recipe:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path) -> Recipe:
     """The undisturbed run of eight batches."""
-    recipe = copy.deepcopy(tiny_recipe) | {"run_name": "whole"}
-    run(config.load([write_recipe(recipe, "whole.yaml")]))
-    return recipe
+    return {"run_folder": str(train_once(tmp_path_factory, shapes_data)), "run_name": "tiny"}
 
 
 def stopped(recipe: Recipe, write_recipe: Write, at: str = "6ba") -> tuple[Recipe, str]:

@@ -27,7 +27,7 @@ KEPT = {  # by `ablate.py --cost`: one or two of a stack are measured
 # The first line of each kind is run as it is written. The others go without `uv run`, in forks of what is imported (warm.py).
 KINDS = (
     "uv run composer train.py",
-    "uv run composer -n",
+    "uv run composer -n 2 train.py yamls/24h_mini.yaml",  # the whole stack on ranks that order sets each in its own way
     "uv run prx",
     "uv run python recipes",
     "uv run --group foundry llmfoundry",

@@ -1,6 +1,5 @@
 """`prx evaluate`: its numbers, what stands beside them, and what it says when something is missing."""
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from commands import prx
+from conftest import train_once
 from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
@@ -20,8 +20,6 @@ from prx_composer.metrics.distances import frechet_distance, mmd, moments
 from prx_composer.metrics.features import ClipScore, clip_images, dino_images, square
 from prx_composer.metrics.real_images import DataSet, ImageFolder, read_square, reference_features
 from prx_composer.metrics.scoring import Networks, Scorer, interval_95
-from prx_composer.recipe import config
-from prx_composer.training.run import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -64,11 +62,14 @@ def options(networks: dict[str, Path], tmp_path: Path) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path) -> Path:
+    return train_once(tmp_path_factory, shapes_data, run_name="measured")
+
+
 @pytest.fixture
-def trained(tiny_recipe: Recipe, write_recipe: Write) -> Path:
-    recipe = copy.deepcopy(tiny_recipe) | {"run_name": "measured"}
-    run(config.load([write_recipe(recipe, "measured.yaml")]))
-    return Path(recipe["run_folder"].replace("${run_name}", "measured"))
+def trained(measured: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(measured, tmp_path / "runs" / "measured")
 
 
 def numbers(path: Path) -> list[dict[str, Any]]:

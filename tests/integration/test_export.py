@@ -1,6 +1,5 @@
 """What `prx export` writes is opened by diffusers alone and draws what this package draws; diffusers is the oracle."""
 
-import copy
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import torch
 import yaml
 from commands import prx
-from conftest import QWEN3_VL_TEXT, T5GEMMA_HALF, TINY_BACKBONE
+from conftest import QWEN3_VL_TEXT, T5GEMMA_HALF, TINY_BACKBONE, train_once
 from diffusers import PRXPipeline, PRXPixelPipeline
 from PIL import Image
 
@@ -151,12 +150,10 @@ def test_every_kind_of_frozen_text_encoder_is_opened_by_diffusers_and_by_us_agai
 # -------------------------------------------------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def trained_run(tiny_recipe: Recipe, write_recipe: Write) -> Path:
-    recipe = copy.deepcopy(tiny_recipe)
-    recipe["callbacks"] = {"images": {"prompts": [PROMPT], "num_inference_steps": 2, "interval": "1dur"}}
-    run(config.load([write_recipe(recipe)]))
-    return Path(recipe["run_folder"].replace("${run_name}", recipe["run_name"]))
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path) -> Path:
+    images = {"prompts": [PROMPT], "num_inference_steps": 2, "interval": "1dur"}
+    return train_once(tmp_path_factory, shapes_data, callbacks={"images": images})
 
 
 def test_export_writes_the_average_of_a_run_with_a_card(trained_run: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import commands
 import numpy as np
 import pytest
 import torch
+from conftest import train_once
 from PIL import Image
 from test_evaluate import CPU, networks, numbers, prx  # noqa: F401  (a fixture)
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
@@ -142,10 +143,9 @@ def test_weights_of_inception_that_are_none_are_not_read(tmp_path: Path) -> None
 # -------------------------------------------------------------------------------------------------------- layouts
 
 
-@pytest.fixture
-def trained(tiny_recipe: Recipe, write_recipe: Write) -> Path:
-    run(config.load([write_recipe(tiny_recipe)]))
-    return folder_of(tiny_recipe)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path) -> Path:
+    return train_once(tmp_path_factory, shapes_data)
 
 
 def test_geneval_finds_its_metadata_and_four_samples_of_every_prompt(

@@ -18,7 +18,7 @@ from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training import run as train_module
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.trainer import _READ, Trainer
+from prx_composer.training.trainer import Trainer
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -124,16 +124,7 @@ def test_a_step_on_a_gpu_waits_for_nothing_implicitly(tiny_recipe: Recipe, write
 
 
 def test_the_overridden_methods_of_composer_are_those_that_were_read() -> None:
-    """Read them again when this fails: then name the version in `trainer.py` and put the new digest here."""
-    assert composer.__version__ in _READ
+    """Read them again when this fails: then put the new digest here."""
     methods = ("_use_closures", "_train_batch", "_train_microbatches", "_train_microbatch", "_accumulate_time_across_ranks")
     source = "".join(inspect.getsource(getattr(composer.Trainer, method)) for method in methods)
     assert hashlib.sha256(source.encode()).hexdigest()[:16] == "f2a8f5bd73881537"
-
-
-def test_another_composer_gets_its_own_step(
-    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("prx_composer.training.trainer._READ", ("0.31.0",))
-    reads = reads_of(full_stack(tiny_recipe, tmp_path), write_recipe)
-    assert sum(reads.values()) >= 9 and "its own step is used" in caplog.text

@@ -138,12 +138,12 @@ def test_self_guidance_is_the_formula_with_a_route_of_its_own_for_every_image_an
     x_t, t = torch.randn(3, 1, 2, 2), torch.full((3,), 0.5)
     guidance = RoutedSelfGuidance(router)
     for index in range(2):
-        guided = guidance(denoise, x_t, t, text, text, 3.0, SamplingStep(index, [7, 8, 9], 16))
+        guided = guidance(denoise, x_t, t, SamplingStep(text, text, 3.0, index, [7, 8, 9], 16))
         torch.testing.assert_close(guided, (2 + 3 * (5 - 2)) * x_t)
     assert not torch.equal(routes[0], routes[1]) and len({tuple(row.tolist()) for row in torch.cat(routes)}) == 6
-    guidance(denoise, x_t[:1], t[:1], text, text, 3.0, SamplingStep(1, [8], 16))
+    guidance(denoise, x_t[:1], t[:1], SamplingStep(text, text, 3.0, 1, [8], 16))
     assert torch.equal(routes[2][0], routes[1][1]), "an image depends on its own seed only"
-    assert torch.equal(guidance(denoise, x_t, t, text, text, 1.0, SamplingStep(0, [7, 8, 9], 16)), 5 * x_t)
+    assert torch.equal(guidance(denoise, x_t, t, SamplingStep(text, text, 1.0, 0, [7, 8, 9], 16)), 5 * x_t)
     assert len(routes) == 3, "a scale of 1 is the dense model"
 
 

@@ -44,7 +44,7 @@ def test_draws_what_the_prx_pixel_pipeline_draws(tiny_model: Build, guidance_sca
     with torch.no_grad():
         ours = sample_flow(
             lambda x_t, t, index: model.guidance(
-                model._predict, x_t, t, text, null, guidance_scale, SamplingStep(index, [0], 24)
+                model._predict, x_t, t, SamplingStep(text, null, guidance_scale, index, [0], 24)
             ),
             model.flow,
             noise,

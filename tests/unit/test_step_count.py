@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from kept_bytes import KeptBytes
+from kept import KeptBytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode

@@ -10,7 +10,6 @@ import pytest
 import torch
 from composer.core import Event, State
 from composer.devices import DeviceCPU
-from prx_composer.training.check import check_config
 
 from prx_composer import registry
 from prx_composer.algorithms.base import LossTrick, Trick
@@ -21,6 +20,7 @@ from prx_composer.recipe import config
 from prx_composer.training.components import build_components
 from prx_composer.training.preflight.examine import examine
 from prx_composer.training.preflight.pretrained import check_weights
+from prx_composer.training.trial import check_config
 
 Build = Callable[..., TextToImage]
 Recipe = dict[str, Any]

@@ -5,16 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
-import typer
+from typer import Argument, Option, echo
 
 HELP = (
     "Compute embeddings, features and latents once and store them beside the data. On several GPUs or processes: "
     "composer -n 8 -m prx_composer.cli encode text RECIPE.yaml"
 )
 
-Recipe = Annotated[list[str], typer.Argument(help="YAML files and key=value, as for train.py: its encoder, its train_loader.")]
-Split = Annotated[str, typer.Option(help="Split to encode.")]
-Part = Annotated[int, typer.Option("--part", min=1, help="Samples of a shard; what a kill can cost.")]
+Recipe = Annotated[list[str], Argument(help="YAML files and key=value, as for train.py: its encoder, its train_loader.")]
+Split = Annotated[str, Option(help="Split to encode.")]
+Part = Annotated[int, Option("--part", min=1, help="Samples of a shard; what a kill can cost.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +22,10 @@ class TextOptions:
     """Options of `prx encode text`."""
 
     recipe: Recipe
-    name: Annotated[str, typer.Option(help="What train_loader.text_embedding calls it.")] = "text"
+    name: Annotated[str, Option(help="What train_loader.text_embedding calls it.")] = "text"
     split: Split = "train"
-    storage: Annotated[str, typer.Option(help="bfloat16, or int8 with a scale per token.")] = "bfloat16"
-    batch_size: Annotated[int, typer.Option(min=1, help="Captions at a time, of similar length.")] = 64
+    storage: Annotated[str, Option(help="bfloat16, or int8 with a scale per token.")] = "bfloat16"
+    batch_size: Annotated[int, Option(min=1, help="Captions at a time, of similar length.")] = 64
     part: Part = 512
 
 
@@ -34,11 +34,11 @@ class LatentsOptions:
     """Options of `prx encode latents`."""
 
     recipe: Recipe
-    name: Annotated[str, typer.Option(help="What train_loader.latent calls it.")] = "latent"
+    name: Annotated[str, Option(help="What train_loader.latent calls it.")] = "latent"
     split: Split = "train"
-    image_size: Annotated[int, typer.Option(help="Size that images are encoded at. [default: the recipe's image_size]")] = 0
-    storage: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16"
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")] = 32
+    image_size: Annotated[int, Option(help="Size that images are encoded at. [default: the recipe's image_size]")] = 0
+    storage: Annotated[str, Option(help="bfloat16, float16 or float32.")] = "bfloat16"
+    batch_size: Annotated[int, Option("--batch-size", min=1, help="Images at a time.")] = 32
     part: Part = 128
 
 
@@ -46,8 +46,8 @@ class LatentsOptions:
 class FeaturesOptions(LatentsOptions):
     """Options of `prx encode features`: those of latents, and whose features."""
 
-    name: Annotated[str, typer.Option(help="What train_loader.features calls it.")] = "features"
-    teacher: Annotated[str, typer.Option(help="YAML path of a teacher in the recipe.")] = "algorithms.repa.teacher"
+    name: Annotated[str, Option(help="What train_loader.features calls it.")] = "features"
+    teacher: Annotated[str, Option(help="YAML path of a teacher in the recipe.")] = "algorithms.repa.teacher"
 
 
 def store_text(options: TextOptions) -> None:
@@ -87,4 +87,4 @@ def _tell(lines: Iterable[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("prx_composer").setLevel(logging.INFO)
     for line in lines:
-        typer.echo(line)
+        echo(line)

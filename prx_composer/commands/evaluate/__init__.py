@@ -2,19 +2,16 @@
 
 import shlex
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Option, echo
 
 from prx_composer.commands.options import CodeOption, ModelArgument, made_folder, show_log
 from prx_composer.common.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
-    from prx_composer.commands.drawing import DrawingSettings
     from prx_composer.commands.evaluate.sweep import Sweep
     from prx_composer.runs.opening import Trained
 
@@ -28,56 +25,52 @@ class EvaluateOptions:
     model: ModelArgument
     data: Annotated[
         str | None,
-        typer.Option(
-            metavar="DIR", help="Data set for prompts and real images. [default: the recipe's eval_loader or train_loader]"
-        ),
+        Option(metavar="DIR", help="Data set for prompts and real images. [default: the recipe's eval_loader or train_loader]"),
     ] = None
-    split: Annotated[str | None, typer.Option(help="Of --data and --reference. [default: the recipe's, or train]")] = None
-    caption: Annotated[str | None, typer.Option(help="Caption column of the data set. [default: its first]")] = None
+    split: Annotated[str | None, Option(help="Of --data and --reference. [default: the recipe's, or train]")] = None
+    caption: Annotated[str | None, Option(help="Caption column of the data set. [default: its first]")] = None
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help='Prompts instead: one per line, or JSON lines with a "prompt". Layouts: see below.'),
+        Option(metavar="FILE", help='Prompts instead: one per line, or JSON lines with a "prompt". Layouts: see below.'),
     ] = None
-    num: Annotated[int | None, typer.Option("--num", min=2, help="Prompts, evenly spaced. [default: all, at most 5000]")] = None
+    num: Annotated[int | None, Option("--num", min=2, help="Prompts, evenly spaced. [default: all, at most 5000]")] = None
     reference: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Real images: a data set, or a folder of images. [default: the data]")
+        str | None, Option(metavar="DIR", help="Real images: a data set, or a folder of images. [default: the data]")
     ] = None
-    reference_num: Annotated[int | None, typer.Option(min=2, help="Real images, evenly spaced. [default: all]")] = None
-    metrics: Annotated[str, typer.Option(help="Of cmmd, dino_mmd, fd_dino, clip_score, fid.")] = (
-        "cmmd,dino_mmd,fd_dino,clip_score"
-    )
+    reference_num: Annotated[int | None, Option(min=2, help="Real images, evenly spaced. [default: all]")] = None
+    metrics: Annotated[str, Option(help="Of cmmd, dino_mmd, fd_dino, clip_score, fid.")] = "cmmd,dino_mmd,fd_dino,clip_score"
     guidance_scale: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Such as 1,2.5,5. [default: as the recipe's callbacks.images, or 3.5]")
+        str | None, Option(metavar="LIST", help="Such as 1,2.5,5. [default: as the recipe's callbacks.images, or 3.5]")
     ] = None
     steps: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Such as 10,28,50. [default: as the recipe's callbacks.images, or 28]")
+        str | None, Option(metavar="LIST", help="Such as 10,28,50. [default: as the recipe's callbacks.images, or 28]")
     ] = None
     weights: Annotated[
-        str | None, typer.Option(metavar="LIST", help="ema, raw, or ema,raw. [default: ema if the run has an average, else raw]")
+        str | None, Option(metavar="LIST", help="ema, raw, or ema,raw. [default: ema if the run has an average, else raw]")
     ] = None
     code: CodeOption = field(default_factory=list)
-    seeds: Annotated[str, typer.Option(metavar="LIST", help="Each draws all prompts anew; the interval is over them.")] = _SEEDS
+    seeds: Annotated[str, Option(metavar="LIST", help="Each draws all prompts anew; the interval is over them.")] = _SEEDS
     size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Height x width in pixels, or one number. [default: as last trained]")
+        str | None, Option(metavar="HxW", help="Height x width in pixels, or one number. [default: as last trained]")
     ] = None
-    guidance: Annotated[str, typer.Option(help="cfg, self (routed self-guidance), or run: as the run drew.")] = "run"
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, per GPU.")] = 16
-    device: Annotated[str | None, typer.Option(help="cpu, or gpu. [default: a GPU if there is one]")] = None
-    precision: Annotated[str | None, typer.Option(help="fp32, or bf16 (GPU). [default: bf16 on a GPU, fp32 on the CPU]")] = None
-    clip: Annotated[str | None, typer.Option(metavar="ID", help="Of cmmd: hub id or folder.")] = None
-    dino: Annotated[str | None, typer.Option(metavar="ID", help="Of dino_mmd and fd_dino: hub id or folder.")] = None
-    clip_score: Annotated[str | None, typer.Option(metavar="ID", help="Of clip_score: hub id or folder.")] = None
-    inception: Annotated[str | None, typer.Option(metavar="FILE", help="Of fid: weights of torch-fidelity.")] = None
+    guidance: Annotated[str, Option(help="cfg, self (routed self-guidance), or run: as the run drew.")] = "run"
+    batch_size: Annotated[int, Option(min=1, help="Images at a time, per GPU.")] = 16
+    device: Annotated[str | None, Option(help="cpu, or gpu. [default: a GPU if there is one]")] = None
+    precision: Annotated[str | None, Option(help="fp32, or bf16 (GPU). [default: bf16 on a GPU, fp32 on the CPU]")] = None
+    clip: Annotated[str | None, Option(metavar="ID", help="Of cmmd: hub id or folder.")] = None
+    dino: Annotated[str | None, Option(metavar="ID", help="Of dino_mmd and fd_dino: hub id or folder.")] = None
+    clip_score: Annotated[str | None, Option(metavar="ID", help="Of clip_score: hub id or folder.")] = None
+    inception: Annotated[str | None, Option(metavar="FILE", help="Of fid: weights of torch-fidelity.")] = None
     cache: Annotated[
-        str | None, typer.Option(metavar="DIR", help="For features of real images. [default: ~/.cache/prx-composer/evaluation]")
+        str | None, Option(metavar="DIR", help="For features of real images. [default: ~/.cache/prx-composer/evaluation]")
     ] = None
     output: Annotated[
-        str | None, typer.Option(metavar="PATH", help="JSON to write, with a table beside it as .md. Layouts: the folder.")
+        str | None, Option(metavar="PATH", help="JSON to write, with a table beside it as .md. Layouts: the folder.")
     ] = None
     layout: Annotated[
-        str | None, typer.Option(help="geneval or dpg: measure nothing, write the folder that the benchmark's own scorer reads.")
+        str | None, Option(help="geneval or dpg: measure nothing, write the folder that the benchmark's own scorer reads.")
     ] = None
-    images_per_prompt: Annotated[int, typer.Option(min=1, help="Of a layout; both benchmarks take 4.")] = 4
+    images_per_prompt: Annotated[int, Option(min=1, help="Of a layout; both benchmarks take 4.")] = 4
 
 
 def evaluate_model(options: EvaluateOptions) -> None:
@@ -93,6 +86,7 @@ def evaluate_model(options: EvaluateOptions) -> None:
 
     from prx_composer.commands.drawing import check_settings, chosen_settings
     from prx_composer.commands.evaluate import evaluation_inputs as inputs
+    from prx_composer.commands.evaluate.layouts import write_layout
     from prx_composer.commands.evaluate.sweep import Sweep
     from prx_composer.recipe.config import import_code
     from prx_composer.runs.opening import load_trained
@@ -105,56 +99,33 @@ def evaluate_model(options: EvaluateOptions) -> None:
     import_code(o.code, "--code")
     trained = load_trained(o.model, kinds[0])
     base = chosen_settings(trained, device, o.size, o.guidance, o.precision)
-    plan = Sweep(scales or (base.guidance_scale,), steps or (base.num_inference_steps,), seeds, o.batch_size)
-    for settings in plan.settings(base):
-        check_settings(trained.model, settings, device)
     ranks = dist.get_world_size()
     program = ["prx"] if ranks == 1 else ["composer", "-n", str(ranks), "-m", "prx_composer.cli"]
     command = shlex.join([*program, *sys.argv[1:]])
-    if o.layout is not None:
-        if len(plan.guidance_scales) * len(plan.steps) * len(kinds) > 1 or (len(seeds) > 1 and o.seeds != _SEEDS):
-            raise UserError(
-                "--layout: one folder is of one guidance scale, one number of steps, one kind of weights and one seed."
-            )
-        _draw_layout(options, trained, plan, base, command, device)
-    else:
-        _measure(options, names, kinds, trained, plan, base, command, device)
-
-
-def _draw_layout(
-    options: EvaluateOptions, trained: "Trained", plan: "Sweep", base: "DrawingSettings", command: str, device: "torch.device"
-) -> None:
-    """Draw the folder that a benchmark's own scorer reads."""
-    from prx_composer.commands.evaluate.layouts import write_layout
-
-    if options.layout is None or options.prompts is None or options.output is None:
-        raise UserError(f"--layout {options.layout} needs --prompts (of the benchmark) and --output (the folder to write).")
-    one = replace(base, guidance_scale=plan.guidance_scales[0], num_inference_steps=plan.steps[0])
-    folder, images = Path(options.output).expanduser(), options.images_per_prompt
-    typer.echo(
-        write_layout(
-            options.layout, trained, options.prompts, folder, one, images, plan.seeds[0], plan.batch_size, command, device
-        )
-    )
+    scales, steps = scales or (base.guidance_scale,), steps or (base.num_inference_steps,)
+    sweep = Sweep(base, scales, steps, seeds, o.batch_size, device, command)
+    for settings in sweep.settings:
+        check_settings(trained.model, settings, device)
+    if o.layout is None:
+        _measure(options, names, kinds, trained, sweep)
+        return
+    if len(sweep.settings) * len(kinds) > 1 or (len(seeds) > 1 and o.seeds != _SEEDS):
+        raise UserError("--layout: one folder is of one guidance scale, one number of steps, one kind of weights and one seed.")
+    if o.prompts is None or o.output is None:
+        raise UserError(f"--layout {o.layout} needs --prompts (of the benchmark) and --output (the folder to write).")
+    echo(write_layout(o.layout, trained, o.prompts, Path(o.output).expanduser(), o.images_per_prompt, sweep))
 
 
 def _measure(
-    options: EvaluateOptions,
-    names: list[str],
-    kinds: list[Literal["ema", "raw"] | None],
-    trained: "Trained",
-    plan: "Sweep",
-    base: "DrawingSettings",
-    command: str,
-    device: "torch.device",
+    options: EvaluateOptions, names: list[str], kinds: list[Literal["ema", "raw"] | None], trained: "Trained", sweep: "Sweep"
 ) -> None:
-    """Measure every combination of the sweep with every kind of weights, write the numbers down and print their table."""
+    """Measure every combination with every kind of weights, write the numbers down and print their table."""
     from composer.utils import dist
 
     from prx_composer.commands.evaluate import evaluation_inputs as inputs
-    from prx_composer.commands.evaluate.sweep import Results, sweep
+    from prx_composer.commands.evaluate.sweep import Results, measure
     from prx_composer.metrics.real_images import default_cache
-    from prx_composer.runs.opening import choose_guidance, load_trained
+    from prx_composer.runs.opening import load_trained
 
     o = options
     data = inputs.find_data(trained, o.data, o.split, o.caption, needed=o.prompts is None)
@@ -162,15 +133,12 @@ def _measure(
     scorer = inputs.make_scorer(names, clip=o.clip, dino=o.dino, clip_score=o.clip_score, inception=o.inception)
     real = inputs.find_real_images(scorer, o.reference, o.split, o.caption, data)
     cache = default_cache() if o.cache is None else Path(o.cache).expanduser()
-    conditions = inputs.describe(scorer, prompts, source, base, real, o.reference_num, cache)
+    conditions = inputs.describe(scorer, prompts, source, sweep.base, real, o.reference_num, cache)
     results = Results(Path(o.output or "evaluation.json").expanduser(), conditions)
     made_folder(str(results.path.parent))
     if real is not None:
-        scorer.compare_with(real, o.reference_num, cache, o.batch_size, device)
+        scorer.compare_with(real, o.reference_num, cache, sweep.batch_size, sweep.device)
     for index, kind in enumerate(kinds):
-        if index:
-            trained = load_trained(o.model, kind)
-        choose_guidance(trained.model, o.guidance)
-        sweep(trained, plan, base, prompts, scorer, results, command, device)
+        measure(trained if index == 0 else load_trained(o.model, kind), sweep, prompts, scorer, results)
     if dist.get_global_rank() == 0:
-        typer.echo(results.table() + f"\n{results.path}")
+        echo(results.table() + f"\n{results.path}")

@@ -10,18 +10,18 @@ DPG-Bench (github.com/TencentQQGYLab/ELLA, dpg_bench/compute_dpg_bench.py):
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer.utils import dist
 from PIL import Image
 from torch import Tensor
 
-from prx_composer.commands.drawing import DrawingSettings, draw, metadata, save_png, weights_hash
-from prx_composer.commands.evaluate.sweep import image_seeds
+from prx_composer.commands.drawing import draw, metadata, save_png, weights_hash
+from prx_composer.commands.evaluate.sweep import Sweep, image_seeds
 from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import read_lines, read_text, write_whole
@@ -44,50 +44,46 @@ class _Item:
     content: tuple[str, str] | None = None
 
 
-def write_layout(
-    layout: str,
-    trained: Trained,
-    prompts: str,
-    folder: Path,
-    settings: DrawingSettings,
-    images_per_prompt: int,
-    seed: int,
-    batch_size: int,
-    command: str,
-    device: torch.device,
-) -> str:
+def write_layout(layout: str, trained: Trained, prompts: str, folder: Path, images_per_prompt: int, sweep: Sweep) -> str:
     """Draw a benchmark's prompts, but for what is there of the same settings already; return a line about it.
 
     How it was drawn is in <folder>.json: the folder itself holds only what the scorer expects.
 
+    Args:
+        sweep: of a single combination; its first seed is drawn.
+
     Raises:
         UserError: prompts that cannot be read, a folder drawn otherwise, or a shape that the scorer cannot read.
     """
+    (settings,), seed = sweep.settings, sweep.seeds[0]
     items = _geneval(Path(prompts).expanduser(), images_per_prompt) if layout == "geneval" else _dpg(Path(prompts).expanduser())
     if layout == "dpg" and settings.height != settings.width:
         raise UserError(f"--layout dpg: its scorer cuts squares; --size {settings.height}x{settings.width} is none.")
     if layout == "dpg" and images_per_prompt != _DPG_TILES:
         raise UserError(f"--layout dpg: a file holds {_DPG_TILES} images; leave --images-per-prompt out.")
     trained.model.say_what_is_lost([item.prompt for item in items])
-    trained.model.to(device)
+    trained.model.to(sweep.device)
     digest = from_rank_zero(weights_hash(trained.model) if dist.get_global_rank() == 0 else "")
-    facts = metadata(trained, settings, digest, device) | {"seed": seed, "images_per_prompt": images_per_prompt, "layout": layout}
+    facts = metadata(trained, settings, digest, sweep.device)
+    facts |= {"seed": seed, "images_per_prompt": images_per_prompt, "layout": layout}
     asked = hashlib.sha256(json.dumps([[item.prompt, item.files, item.content] for item in items]).encode()).hexdigest()
-    _claim(folder, {**facts, "prompts_sha256": asked}, command)
-    mine = [(number, item) for number, item in enumerate(items)][dist.get_global_rank() :: dist.get_world_size()]
+    _claim(folder, {**facts, "prompts_sha256": asked}, sweep.command)
+    mine = list(enumerate(items))[dist.get_global_rank() :: dist.get_world_size()]
     todo = [(number, item) for number, item in mine if not all((folder / name).exists() for name in item.files)]
-    finish: Callable[[Path, _Item, list[Tensor], list[int]], None] = _save_grid if layout == "dpg" else _save_each(facts)
     jobs = [
         (item, image_seed)
         for number, item in todo
         for image_seed in image_seeds(seed, range(number * images_per_prompt, (number + 1) * images_per_prompt))
     ]
     images: list[Tensor] = []
-    for index, image in draw(trained.model, [item.prompt for item, _ in jobs], [s for _, s in jobs], settings, batch_size):
+    for index, image in draw(trained.model, [item.prompt for item, _ in jobs], [s for _, s in jobs], settings, sweep.batch_size):
         images.append(image)
         if len(images) == images_per_prompt:
-            item = jobs[index][0]
-            finish(folder, item, images, [s for _, s in jobs[index + 1 - images_per_prompt : index + 1]])
+            item, seeds = jobs[index][0], [s for _, s in jobs[index + 1 - images_per_prompt : index + 1]]
+            if layout == "dpg":
+                _save_grid(folder, item, images)
+            else:
+                _save_each(folder, item, images, seeds, facts)
             images.clear()
     dist.barrier()
     scored = f" · its scorer is told --resolution {settings.width} --pic-num 4" if layout == "dpg" else ""
@@ -115,18 +111,15 @@ def _claim(folder: Path, facts: dict[str, object], command: str) -> None:
         raise UserError(f"--output: {problem}. Name another folder, or remove both.")
 
 
-def _save_each(facts: dict[str, object]) -> Callable[[Path, _Item, list[Tensor], list[int]], None]:
-    def save(folder: Path, item: _Item, images: list[Tensor], seeds: list[int]) -> None:
-        for name, image, seed in zip(item.files, images, seeds, strict=True):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if item.content is not None:
-                write_whole(folder / item.content[0], item.content[1].encode())
-            save_png(image, folder / name, {"prompt": item.prompt} | facts | {"seed": seed})
-
-    return save
+def _save_each(folder: Path, item: _Item, images: list[Tensor], seeds: list[int], facts: dict[str, Any]) -> None:
+    for name, image, seed in zip(item.files, images, seeds, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if item.content is not None:
+            write_whole(folder / item.content[0], item.content[1].encode())
+        save_png(image, folder / name, {"prompt": item.prompt} | facts | {"seed": seed})
 
 
-def _save_grid(folder: Path, item: _Item, images: list[Tensor], seeds: list[int]) -> None:
+def _save_grid(folder: Path, item: _Item, images: list[Tensor]) -> None:
     rows = [torch.cat(images[start : start + 2], 2) for start in range(0, _DPG_TILES, 2)]
     content = BytesIO()
     Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).contiguous().numpy()).save(content, "PNG")

@@ -15,7 +15,7 @@ import torch
 from composer.utils import dist
 from torch import Tensor
 
-from prx_composer.commands.drawing import DrawingSettings, check_settings, draw, metadata, weights_hash
+from prx_composer.commands.drawing import DrawingSettings, draw, metadata, weights_hash
 from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
@@ -31,23 +31,30 @@ SEEDS_APART = 1_000_000
 
 @dataclass(frozen=True)
 class Sweep:
-    """The settings of a sweep, of which every combination is measured.
+    """What is drawn: every prompt with every combination of guidance scale and steps, from every seed.
 
     Args:
+        base: settings that all combinations share.
         guidance_scales, steps: values.
         seeds: each is a set of images of its own; two or more give an interval.
         batch_size: images at a time.
+        device: where.
+        command: that asked for it, for the record.
     """
 
+    base: DrawingSettings
     guidance_scales: tuple[float, ...]
     steps: tuple[int, ...]
-    seeds: tuple[int, ...] = (0,)
-    batch_size: int = 16
+    seeds: tuple[int, ...]
+    batch_size: int
+    device: torch.device
+    command: str
 
-    def settings(self, base: DrawingSettings) -> list[DrawingSettings]:
-        """Return the settings of every combination; what is not swept is as in `base`."""
+    @property
+    def settings(self) -> list[DrawingSettings]:
+        """The settings of every combination."""
         pairs = product(self.guidance_scales, self.steps)
-        return [replace(base, guidance_scale=scale, num_inference_steps=steps) for scale, steps in pairs]
+        return [replace(self.base, guidance_scale=scale, num_inference_steps=steps) for scale, steps in pairs]
 
 
 def image_seeds(seed: int, indices: Sequence[int]) -> list[int]:
@@ -147,35 +154,25 @@ def _cell(metric: dict[str, Any]) -> str:
     return f"{metric['mean']:.4g}" + ("" if metric["interval_95"] is None else f" ± {metric['interval_95']:.2g}")
 
 
-def sweep(
-    trained: Trained,
-    plan: Sweep,
-    base: DrawingSettings,
-    prompts: list[str],
-    scorer: Scorer,
-    results: Results,
-    command: str,
-    device: torch.device,
-) -> None:
+def measure(trained: Trained, sweep: Sweep, prompts: list[str], scorer: Scorer, results: Results) -> None:
     """Measure every combination with one kind of weights; pass over those that the results have already."""
     trained.model.say_what_is_lost(prompts)
-    trained.model.to(device)
-    choose_guidance(trained.model, base.guidance if base.guidance in ("cfg", "self") else "run")
+    trained.model.to(sweep.device)
+    choose_guidance(trained.model, sweep.base.guidance if sweep.base.guidance in ("cfg", "self") else "run")
     digest = from_rank_zero(weights_hash(trained.model) if dist.get_global_rank() == 0 else "")
-    for settings in plan.settings(base):
-        check_settings(trained.model, settings, device)
-        facts = metadata(trained, settings, digest, device)
+    for settings in sweep.settings:
+        facts = metadata(trained, settings, digest, sweep.device)
         wanted = {key: facts[key] for key in ("weights_sha256", "guidance_scale", "num_inference_steps")}
-        wanted |= {"weights": trained.weights, "seeds": list(plan.seeds)}
+        wanted |= {"weights": trained.weights, "seeds": list(sweep.seeds)}
         said = f"{trained.weights}, guidance scale {settings.guidance_scale:g}, {settings.num_inference_steps} steps"
         if results.find(wanted) is not None:
             log.info("%s: measured already.", said)
             continue
         begun = datetime.datetime.now(datetime.UTC)
         per_seed = []
-        for seed in plan.seeds:
+        for seed in sweep.seeds:
             draw_them = drawer(trained.model, prompts, seed, settings)
-            per_seed.append(scorer.score(draw_them, prompts, plan.batch_size, device))
+            per_seed.append(scorer.score(draw_them, prompts, sweep.batch_size, sweep.device))
             log.info("%s, seed %d: %s", said, seed, ", ".join(f"{name} {value:.4g}" for name, value in per_seed[-1].items()))
         measured = {name: _summary([scores[name] for scores in per_seed]) for name in scorer.metrics}
         took = (datetime.datetime.now(datetime.UTC) - begun).total_seconds()
@@ -183,7 +180,7 @@ def sweep(
         results.add(
             facts
             | wanted
-            | {"metrics": measured, "command": command, "ranks": dist.get_world_size()}
+            | {"metrics": measured, "command": sweep.command, "ranks": dist.get_world_size()}
             | {"date": begun.isoformat(timespec="seconds"), "seconds": round(took, 1)}
         )
 

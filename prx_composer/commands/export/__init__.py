@@ -7,16 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option, echo
 
-from prx_composer.commands.options import (
-    CodeOption,
-    ModelArgument,
-    WeightsOption,
-    parse_weights,
-    show_log,
-    writing_output,
-)
+from prx_composer.commands.options import CodeOption, ModelArgument, WeightsOption, parse_weights, show_log, writing_output
 from prx_composer.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,26 +23,26 @@ class ExportOptions:
     """Options of `prx export`."""
 
     model: ModelArgument
-    output: Annotated[str, typer.Option(metavar="DIR", help="Folder to write.")]
+    output: Annotated[str, Option(metavar="DIR", help="Folder to write.")]
     format: Annotated[
-        str, typer.Option(help="diffusers: a whole pipeline. lora: of a run with algorithms.lora, its adapters alone.")
+        str, Option(help="diffusers: a whole pipeline. lora: of a run with algorithms.lora, its adapters alone.")
     ] = "diffusers"
     weights: WeightsOption = None
     code: CodeOption = field(default_factory=list)
     text_encoder: Annotated[
-        str, typer.Option(help="copy: its weights too, so that the folder stands alone. reference: only its hub id.")
+        str, Option(help="copy: its weights too, so that the folder stands alone. reference: only its hub id.")
     ] = "copy"
     license: Annotated[
-        str | None, typer.Option(metavar="ID", help="Licence of the model on its card, such as apache-2.0 or other.")
+        str | None, Option(metavar="ID", help="Licence of the model on its card, such as apache-2.0 or other.")
     ] = None
-    name: Annotated[str | None, typer.Option(help="Title of the card. [default: the run's name]")] = None
+    name: Annotated[str | None, Option(help="Title of the card. [default: the run's name]")] = None
     prompt: Annotated[
-        list[str], typer.Option("--prompt", "-p", help="Of a sample on the card. [default: the recipe's callbacks.images]")
+        list[str], Option("--prompt", "-p", help="Of a sample on the card. [default: the recipe's callbacks.images]")
     ] = field(default_factory=list)
-    no_samples: Annotated[bool, typer.Option("--no-samples", help="Draw none.")] = False
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False
-    push: Annotated[str | None, typer.Option(metavar="REPO", help="Also upload it to the hub, as USER/NAME.")] = None
-    private: Annotated[bool, typer.Option("--private", help="Create that repository as a private one.")] = False
+    no_samples: Annotated[bool, Option("--no-samples", help="Draw none.")] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an export that is there.")] = False
+    push: Annotated[str | None, Option(metavar="REPO", help="Also upload it to the hub, as USER/NAME.")] = None
+    private: Annotated[bool, Option("--private", help="Create that repository as a private one.")] = False
 
 
 def export_model(options: ExportOptions) -> None:
@@ -80,18 +73,18 @@ def export_model(options: ExportOptions) -> None:
             lora_file.write_adapters(trained, partial, title, options.license)
         elif not pipeline.is_diffusers(trained.model):
             pipeline.write_weights(trained, partial)
-            typer.echo(
+            echo(
                 "diffusers has no class for the backbone: model.safetensors has the weights, with which a recipe can begin "
                 "(model.init_from), and tokenizer/ the text encoder's words. `prx generate` draws from the run."
             )
         else:
             pipeline.write_pipeline(trained, partial, options.text_encoder == "reference")
             _write_card(trained, partial, title, options)
-    typer.echo(f"{trained.weights} weights of {trained.source} · {target}")
+    echo(f"{trained.weights} weights of {trained.source} · {target}")
     if options.license is None:
-        typer.echo("The card states no licence; --license apache-2.0, say, would.")
+        echo("The card states no licence; --license apache-2.0, say, would.")
     if options.push is not None:
-        typer.echo(pipeline.push(target, options.push, options.private))
+        echo(pipeline.push(target, options.push, options.private))
 
 
 def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOptions) -> None:

@@ -60,7 +60,6 @@ def write_card(trained: Trained, folder: Path, card: Card) -> None:
     if card.licence is not None:
         head["license"] = card.licence
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {inline(card.name)}",
         _about(trained, pixels),
         "## Use\n\n" + _usage(trained, folder, card, pixels),
         _samples(folder, card),
@@ -73,7 +72,13 @@ def write_card(trained: Trained, folder: Path, card: Card) -> None:
         ),
         _provenance(trained, card),
     ]
-    (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    write_readme(folder, head, card.name, parts)
+
+
+def write_readme(folder: Path, head: dict[str, Any], title: str, parts: list[str]) -> None:
+    """Write a card as the hub reads it: facts as YAML, a title, and those parts that aren't empty."""
+    top = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {inline(title)}"]
+    (folder / "README.md").write_text("\n\n".join([*top, *filter(None, parts)]) + "\n", encoding="utf-8")
 
 
 def _about(trained: Trained, pixels: bool) -> str:

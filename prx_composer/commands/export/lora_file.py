@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import yaml
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from safetensors.torch import save_file
 
-from prx_composer.commands.export.card import fenced, inline, public_name
+from prx_composer.commands.export.card import fenced, inline, public_name, write_readme
 from prx_composer.common.errors import UserError
 from prx_composer.models.adapters import adapter_config, adapter_state, is_adapted
 from prx_composer.models.autoencoder import Pixels
@@ -49,11 +48,11 @@ def write_adapters(trained: Trained, folder: Path, title: str, licence: str | No
         folder / DIFFUSERS,
         {"format": "pt", "lora_adapter_metadata": settings},
     )
-    (folder / "README.md").write_text(_card(trained, title, licence, base, of_hub), encoding="utf-8")
+    _write_card(trained, folder, title, licence, base, of_hub)
 
 
-def _card(trained: Trained, title: str, licence: str | None, base: str, of_hub: bool) -> str:
-    """Return the card.
+def _write_card(trained: Trained, folder: Path, title: str, licence: str | None, base: str, of_hub: bool) -> None:
+    """Write README.md.
 
     Args:
         base: name of what the run began with.
@@ -78,11 +77,5 @@ pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "THIS_FOLDER").me
         if hasattr(PRXTransformer2DModel, "load_lora_adapter")
         else f"diffusers {diffusers.__version__} reads no adapters of PRX itself."
     )
-    parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {inline(title)}",
-        about,
-        fenced(code, "python"),
-        f"`{DIFFUSERS}` holds the same weights by the names that diffusers gives adapters. {reader}",
-    ]
-    return "\n\n".join(parts) + "\n"
+    names = f"`{DIFFUSERS}` holds the same weights by the names that diffusers gives adapters. {reader}"
+    write_readme(folder, head, title, [about, fenced(code, "python"), names])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-import typer
+from typer import Option, echo
 
 from prx_composer.commands.options import RecipeArgument
 from prx_composer.common.errors import UserError
@@ -17,16 +17,16 @@ class PlanOptions:
 
     recipe: RecipeArgument
     gpu: Annotated[
-        str, typer.Option(help="a100-80gb, h100, h200, b200, mi300x, l40s or rtx4090. [default: the measurement's, or h200]")
+        str, Option(help="a100-80gb, h100, h200, b200, mi300x, l40s or rtx4090. [default: the measurement's, or h200]")
     ] = ""
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Number of GPUs, all nodes together. [default: the recipe's shard_degree, or 1]")
+        int | None, Option(min=1, help="Number of GPUs, all nodes together. [default: the recipe's shard_degree, or 1]")
     ] = None
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one node.")] = 8
-    price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU-hour.")] = None
+    gpus_per_node: Annotated[int, Option(min=1, help="GPUs of one node.")] = 8
+    price: Annotated[float | None, Option(min=0, help="Dollars per GPU-hour.")] = None
     mfu: Annotated[
         float | None,
-        typer.Option(
+        Option(
             min=0.001,
             max=1,
             help="Share of what a bf16 matrix product reaches (not of the datasheet), waiting left out. [default: 0.33]",
@@ -34,41 +34,38 @@ class PlanOptions:
     ] = None
     throughput: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="FILE",
             help="Measured speeds instead, as benchmarks/throughput.py writes them: JSON "
             '{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0}, …]}, one stage per image size.',
         ),
     ] = None
     samples: Annotated[
-        str | None, typer.Option(help="Images in the data, such as 8.7M. [default: as many as lie in train_loader.path]")
+        str | None, Option(help="Images in the data, such as 8.7M. [default: as many as lie in train_loader.path]")
     ] = None
-    disk: Annotated[str, typer.Option(help="How fast a checkpoint is written, all ranks together.")] = "1GB/s"
+    disk: Annotated[str, Option(help="How fast a checkpoint is written, all ranks together.")] = "1GB/s"
     network: Annotated[
         float | None,
-        typer.Option(min=0.001, help="GB/s per GPU between nodes, one way; 400 Gbit/s are 50. [default: usual for the GPU]"),
+        Option(min=0.001, help="GB/s per GPU between nodes, one way; 400 Gbit/s are 50. [default: usual for the GPU]"),
     ] = None
     loader: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="Images per second that one node's loaders deliver. [default: never waited for]"),
+        float | None, Option(min=0.001, help="Images per second that one node's loaders deliver. [default: never waited for]")
     ] = None
     stored_text: Annotated[
-        bool, typer.Option("--stored-text", help="Plan as if text embeddings came with the data: no text encoder runs.")
+        bool, Option("--stored-text", help="Plan as if text embeddings came with the data: no text encoder runs.")
     ] = False
     leave_out: Annotated[
         list[str],
-        typer.Option(
+        Option(
             metavar="NAME",
             help="Do not count this network, so that one of unknown size doesn't stop the plan: text_encoder, autoencoder, or an "
             "algorithm with a teacher, such as repa. Repeatable.",
         ),
     ] = field(default_factory=list)
-    fit: Annotated[str | None, typer.Option(metavar="TIME", help="Propose a schedule that takes this long, such as 12h.")] = None
+    fit: Annotated[str | None, Option(metavar="TIME", help="Propose a schedule that takes this long, such as 12h.")] = None
     json_file: Annotated[
         str | None,
-        typer.Option(
-            "--json", metavar="[FILE]", help="Write the plan as JSON to FILE; without one, print it instead of the table."
-        ),
+        Option("--json", metavar="[FILE]", help="Write the plan as JSON to FILE; without one, print it instead of the table."),
     ] = None
 
 
@@ -114,4 +111,4 @@ def plan_recipe(options: PlanOptions) -> None:
     if options.json_file is not None:
         plan_text.write_json(made, fitted, options.json_file)
     if options.json_file != "-":
-        typer.echo(plan_text.as_text(made) + (plan_text.fit_text(fitted) if fitted else ""))
+        echo(plan_text.as_text(made) + (plan_text.fit_text(fitted) if fitted else ""))

@@ -3,19 +3,17 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-import typer
+from typer import Argument, Option, echo
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """Options of `prx report`."""
 
-    run: Annotated[str, typer.Argument(help="The run's folder, such as runs/quickstart.")]
-    output: Annotated[str | None, typer.Option(metavar="FILE", help="The page to write. [default: report.html in the run]")] = (
-        None
-    )
-    price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU-hour.")] = None
-    title: Annotated[str | None, typer.Option(help="Heading of the page. [default: the run's name]")] = None
+    run: Annotated[str, Argument(help="The run's folder, such as runs/quickstart.")]
+    output: Annotated[str | None, Option(metavar="FILE", help="The page to write. [default: report.html in the run]")] = None
+    price: Annotated[float | None, Option(min=0, help="Dollars per GPU-hour.")] = None
+    title: Annotated[str | None, Option(help="Heading of the page. [default: the run's name]")] = None
 
 
 def report_run(options: ReportOptions) -> None:
@@ -25,4 +23,4 @@ def report_run(options: ReportOptions) -> None:
     """
     from prx_composer.commands.report.page import write_page
 
-    typer.echo(write_page(options.run, options.output, options.price, options.title))
+    echo(write_page(options.run, options.output, options.price, options.title))

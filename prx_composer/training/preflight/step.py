@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from prx_composer.algorithms.base import Trick
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
 from prx_composer.algorithms.token_routing import TokenRouting
-from prx_composer.common.distributed import unwrapped
+from prx_composer.common.distributed import from_rank_zero, unwrapped
 from prx_composer.common.errors import UserError, problems_of
 from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
@@ -328,9 +328,7 @@ def try_steps_before_training(trainer: Trainer, recipe: Recipe, folder: Path) ->
         UserError: with everything that failed; where the weights are sharded, with what failed on this rank.
     """
     already = int(trainer.state.timestamp.batch) > 0 and _record(folder) == _circumstances()
-    decisions = [already]
-    dist.broadcast_object_list(decisions, src=0)
-    if decisions[0]:
+    if from_rank_zero(already):
         return
     results = try_steps(trainer, recipe)
     if not is_sharded(trainer.state):  # else a rank that failed may have left the others in a collective

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-import typer
+from typer import Exit, Option, echo
 
 from prx_composer.commands.options import RecipeArgument
 
@@ -13,11 +13,9 @@ class CheckOptions:
     """Options of `prx check`."""
 
     recipe: RecipeArgument
-    config_only: Annotated[bool, typer.Option("--config-only", help="Only what needs no data, no weights and no network.")] = (
-        False
-    )
-    ranks: Annotated[int, typer.Option(min=1, help="Number of GPUs that will train it.")] = 1
-    no_step: Annotated[bool, typer.Option("--no-step", help="Do not try a forward and backward pass of every stage.")] = False
+    config_only: Annotated[bool, Option("--config-only", help="Only what needs no data, no weights and no network.")] = False
+    ranks: Annotated[int, Option(min=1, help="Number of GPUs that will train it.")] = 1
+    no_step: Annotated[bool, Option("--no-step", help="Do not try a forward and backward pass of every stage.")] = False
 
 
 def check_recipe(options: CheckOptions) -> None:
@@ -31,7 +29,7 @@ def check_recipe(options: CheckOptions) -> None:
 
     wrong = False
     for line in check_lines(options.recipe, options.ranks, options.config_only, step=not options.no_step):
-        typer.echo(line)
+        echo(line)
         wrong = wrong or line.startswith("✗")
     if wrong:
-        raise typer.Exit(1)
+        raise Exit(1)
