@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from prx_composer.models.huggingface import Frozen, frozen_inside
 from prx_composer.models.known_configs import UnknownConfiguration
 from prx_composer.recipe.arguments import entries, split
 from prx_composer.recipe.config import Recipe
-from prx_composer.runs.model_parts import UnknownNetwork
+from prx_composer.runs.folder import TOKENIZER
+from prx_composer.runs.model_parts import MOST_WORDS, UnknownNetwork
 from prx_composer.training.components import Components, build_components
 
 OPTION = "--leave-out"
@@ -255,7 +257,12 @@ class MetaModel:
             return
         if self._stores_text and encoder.trainable:
             raise UserError(f"--stored-text: {path} is trained along, so that its embeddings cannot be stored.")
-        title = arguments.get("pretrained") or f"random {(arguments.get('config') or {}).get('model_type', name)}"
+        config, tokenizer = arguments.get("config") or {}, arguments.get("tokenizer")
+        if config and "vocab_size" not in config and not (Path(self._recipe.run_folder) / TOKENIZER).exists():
+            words = int(tokenizer.get("vocab_size", MOST_WORDS)) if isinstance(tokenizer, dict) else MOST_WORDS
+            told = f"{path}.tokenizer: not trained yet; taken to know {words:,} words, which is the most"
+            self.uncounted.told.append(told)
+        title = arguments.get("pretrained") or f"random {config.get('model_type', name)}"
         if self._stores_text:
             self.text = f"embeddings of {title} stored with the data"
         elif "text_encoder" in (self.uncounted.leave_out or ()):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kept_bytes import KeptBytes
+from kept import KeptBytes
 from stacks import REPOSITORY, TEACHER, stack_of_24h
 from torch.nn.attention import SDPBackend, sdpa_kernel  # the counter knows no formula of the CPU's own kernel
 from torch.utils.flop_counter import FlopCounterMode

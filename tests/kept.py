@@ -1,4 +1,4 @@
-"""The bytes that autograd really keeps."""
+"""What autograd keeps of a real step: the oracle of what `prx plan` counts."""
 
 from typing import Any
 
