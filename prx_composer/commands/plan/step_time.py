@@ -5,7 +5,7 @@
 FSDP2 and DDP send while the GPU computes. Muon begins when the gradients are complete and ends before the next step; that its
 iterations run beside most of its exchange is left out.
 
-Bytes that a GPU sends in one optimizer step, which `benchmarks/communication.py` counts on real ranks:
+Bytes that a GPU sends in one optimizer step, which `benchmarks/distributed.py` counts on real ranks:
 
 What Composer 0.32 and torch's `fully_shard` do with our models:
 
