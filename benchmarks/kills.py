@@ -26,9 +26,9 @@ from killing import Killable, contents, kill_again_and_again, processor_time, se
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import T5Config, T5EncoderModel
 
-from data import add_to_tar, photograph
-from prx_composer.data.schema import Manifest
-from prx_composer.data.shapes import ShapesSource, all_scenes
+from images import add_to_tar, photograph
+from prx_composer.data.format import Manifest
+from prx_composer.data.small_sets import ShapesSource, all_scenes
 from prx_composer.data.sources import prepare
 from prx_composer.models.text_encoder import train_tokenizer
 from prx_composer.runs.checkpoints import all_checkpoints, newest_checkpoint

@@ -6,8 +6,7 @@ import warnings
 import typer
 import typer.core
 
-from prx_composer.commands import check_recipe, data, encode, evaluate, export, generate, import_model, plan, report
-from prx_composer.commands.data_cli import convert
+from prx_composer.commands import check_recipe, convert, data, encode, evaluate, export, generate, import_model, plan, report
 from prx_composer.commands.options import command
 from prx_composer.common.errors import UserError
 
@@ -22,7 +21,7 @@ VERBS = {
     "plan": plan.plan_recipe,
 }
 GROUPS = {
-    "data": (data.HELP, {"convert": convert, "stats": data.print_statistics, "view": data.draw_samples}),
+    "data": (data.HELP, {"convert": convert.convert_data, "stats": data.print_statistics, "view": data.draw_samples}),
     "encode": (
         encode.HELP,
         {"text": encode.store_text, "features": encode.store_features, "latents": encode.store_latents},
@@ -51,7 +50,7 @@ for name, verb in VERBS.items():
 for name, (text, verbs) in GROUPS.items():
     group = typer.Typer(no_args_is_help=True, help=text)
     for verb_name, verb in verbs.items():
-        group.command(verb_name)(verb if verb_name == "convert" else command(verb))
+        group.command(verb_name)(command(verb))
     app.add_typer(group, name=name)
 
 

@@ -121,13 +121,13 @@ autoencoders = Registry(
         "diffusers": "prx_composer.models.autoencoder:DiffusersAutoencoder",
     },
 )
-loaders = Registry("loaders", {"image_caption": "prx_composer.data.loader:build_loader"})
+loaders = Registry("loaders", {"image_caption": "prx_composer.data.loader:ImageCaptionData"})
 sources = Registry(
     "sources",
     {
-        "digits": "prx_composer.data.digits:DigitsSource",
+        "digits": "prx_composer.data.small_sets:DigitsSource",
         "folder": "prx_composer.data.sources:FolderSource",
-        "shapes": "prx_composer.data.shapes:ShapesSource",
+        "shapes": "prx_composer.data.small_sets:ShapesSource",
     },
 )
 algorithms = Registry(

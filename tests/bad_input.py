@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 
 from conversions import jpeg, settings
 
-from prx_composer.commands.convert.input_kinds import open_source
 from prx_composer.commands.convert.job import check_columns
-from prx_composer.commands.convert.reasons import REASONS
-from prx_composer.commands.convert.records import Record
-from prx_composer.commands.convert.sample import Dropped
+from prx_composer.commands.convert.records import Record, open_source
+from prx_composer.commands.convert.sample import REASONS, Dropped
 from prx_composer.commands.convert.sample import convert as convert_sample
 from prx_composer.common.errors import UserError
 

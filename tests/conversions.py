@@ -12,10 +12,9 @@ from PIL import Image
 from streaming import LocalDataset
 
 from prx_composer.commands.convert import job
-from prx_composer.commands.convert.input_kinds import open_source
-from prx_composer.commands.convert.records import Record
+from prx_composer.commands.convert.records import Record, open_source
 from prx_composer.commands.convert.settings import Settings
-from prx_composer.data.schema import Manifest
+from prx_composer.data.format import Manifest
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:

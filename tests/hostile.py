@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from prx_composer.cli import app
 from prx_composer.commands.export.pipeline import write_pipeline, written_aside
 from prx_composer.common.errors import UserError
-from prx_composer.data.schema import MANIFEST
+from prx_composer.data.format import MANIFEST
 from prx_composer.models import TextToImage
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import INDEX, MONOLITH, _crc32

@@ -13,8 +13,7 @@ from composer.utils import create_interval_scheduler
 from torch import Tensor
 
 from prx_composer.callbacks.images import check_size, draw_images, unwrap
-from prx_composer.data.digits import DIGIT_WORDS
-from prx_composer.data.shapes import ShapesSource, heldout_scenes
+from prx_composer.data.small_sets import DIGIT_WORDS, ShapesSource, heldout_scenes
 from prx_composer.metrics.real_images import DataSet, ImageFolder, default_cache, evenly, open_images
 from prx_composer.metrics.recognition import nearest_scenes, score_digits
 from prx_composer.metrics.scoring import DEFAULT_METRICS, Networks, Scorer

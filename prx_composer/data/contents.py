@@ -1,6 +1,6 @@
-"""By what a cache notices that what it was made of has changed: the bytes themselves, wherever they lie and whenever written.
+"""Whether data are still what they were, for caches and for resumed runs: told by bytes, wherever they lie and whenever written.
 
-Bytes are read again only where a file's size or one of its times differs from when they were read last.
+Of single files, bytes are read again only where a file's size or one of its times differs from when they were read last.
 """
 
 import functools
@@ -11,17 +11,21 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
-from prx_composer.data.schema import MANIFEST, Manifest
-from prx_composer.data.storage import join
+from prx_composer.data.format import MANIFEST, Manifest, open_local
+from prx_composer.data.storage import download, join
+from prx_composer.recipe.data_sets import data_sets
 
 log = logging.getLogger(__name__)
 
 _TIMEOUT = 20.0  # seconds for a file of a few kilobytes
 _EXACT = 1 << 30  # bytes of a split that is compared row by row
 _ROWS = 64  # of every bucket of a larger one
+_SHARDS = 64  # that are looked into, evenly spaced
+_BYTES = 1 << 16  # at the beginning and at the end of each
 
 
 class FileRecord:
@@ -43,16 +47,16 @@ class FileRecord:
                 self.exists = False
 
     def contents(self, files: Mapping[str, Path]) -> dict[str, str]:
-        """The SHA-256 of every file, read again where it may have changed."""
+        """Return the SHA-256 of every file, read again where it may have changed."""
         return {name: entry[-1] for name, entry in self._read(files).items()}
 
     def different(self, files: Mapping[str, Path]) -> list[str]:
-        """Names whose files hold something else than the record says, are new, or are gone."""
+        """Return the names whose files hold something else than the record says, are new, or are gone."""
         now = self.contents(files)
         return [name for name in {**self._known, **now} if self._known.get(name, [None])[-1] != now.get(name)]
 
     def keep(self, files: Mapping[str, Path]) -> None:
-        """Writes down what the files hold now, if that or their times are new."""
+        """Write down what the files hold now, if that or their times are new."""
         now = self._read(files)
         if now == self._known and self.exists:
             return
@@ -78,8 +82,20 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def fetch_manifest(folder: Path, remote: str | None) -> None:
+    """Download the manifest of `remote` into its local cache, or check that what lies there is still a copy.
+
+    Raises:
+        UserError: as `check_copy`.
+    """
+    if remote is not None and (folder / MANIFEST).exists():
+        check_copy(folder, remote)
+    elif remote is not None:
+        download(f"{remote}/{MANIFEST}", folder / MANIFEST)
+
+
 def check_copy(folder: Path, remote: str) -> None:
-    """Whether manifest and indexes that were downloaded to a folder are still those of `remote`, which shards come from.
+    """Check that manifest and indexes that were downloaded to a folder are still those of `remote`, which shards come from.
 
     Raises:
         UserError: other data lie there now.
@@ -104,7 +120,7 @@ def check_copy(folder: Path, remote: str) -> None:
 
 
 def column_contents(split: Path, column: str, exact: int = _EXACT) -> str:
-    """Tells by a column of a local split, such as `image` or a caption, what was made of it; the same for a copy of the split.
+    """Return what tells a column of a local split, such as `image` or a caption, from others; the same for a copy of the split.
 
     Every row counts, up to `exact` bytes of data; beyond, 64 rows of every bucket and the size of each shard.
     """
@@ -115,18 +131,89 @@ def column_contents(split: Path, column: str, exact: int = _EXACT) -> str:
 
 @functools.lru_cache(maxsize=64)  # several stored columns are of one column of images
 def _column_contents(split: Path, column: str, at_most: int, states: tuple[tuple[str, int, int, int], ...]) -> str:
-    from prx_composer.data.rows import BucketRows  # slow to import, and not needed for files
-
     digest = hashlib.sha256()
     buckets = sorted(Manifest.read(split).buckets)
-    rows = BucketRows(split, buckets)
+    rows = [open_local(split / str(bucket)) for bucket in buckets]
     exact = sum(size for _, size, *_ in states) <= at_most
     if not exact:
         digest.update(json.dumps([size for _, size, *_ in states]).encode())
-    for index, (bucket, count) in enumerate(zip(buckets, rows.counts, strict=True)):
+    for bucket, stored in zip(buckets, rows, strict=True):
+        count = len(stored)
         digest.update(f"{bucket} {count} ".encode())
         for place in range(count) if exact else sorted({number * (count - 1) // (_ROWS - 1) for number in range(_ROWS)}):
-            value = rows.row(index, place)[column]
+            value = stored[place][column]
             value = value.encode() if isinstance(value, str) else value
             digest.update(len(value).to_bytes(8, "little") + value)
     return digest.hexdigest()
+
+
+# By what a checkpoint recognises its data again, wherever they lie: buckets, sizes of shards, and bytes of some of them.
+
+
+def loader_identity(spec: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what a loader of this package reads, by data set: `samples`, `layout` and `content`; None if it isn't known (yet).
+
+    Args:
+        spec: as a recipe has it under `train_loader`.
+    """
+    if not spec or spec.get("name") != "image_caption":
+        return None
+    try:
+        parts = data_sets(spec)
+    except UserError:
+        return None
+    found = {
+        where.removeprefix("mix."): split_identity(Path(p["path"]) / (p.get("split") or "train")) for where, p in parts.items()
+    }
+    return None if None in found.values() else found
+
+
+def split_identity(folder: Path) -> dict[str, Any] | None:
+    """Return what tells a split from others, or None if there is none or not all of it.
+
+    `layout` is of captions, buckets, and the samples and bytes of every shard. `content` is of the first and last 64 KiB of up to
+    64 shards; it is null where shards are still to be fetched or unpacked. A folder that was moved or copied keeps both.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        names = sorted(name for name, count in manifest["buckets"].items() if count)
+        shards = [(name, shard) for name in names for shard in json.loads((folder / name / "index.json").read_text())["shards"]]
+        sizes = [(name, shard["samples"], shard["raw_data"]["bytes"]) for name, shard in shards]
+        files = [folder / name / shard["raw_data"]["basename"] for name, shard in shards]
+        layout = [manifest["image_size"], list(manifest["captions"]), sizes]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+    return {"samples": sum(count for _, count, _ in sizes), "layout": digest[:16], "content": _content(files)}
+
+
+def _content(files: list[Path]) -> str | None:
+    digest = hashlib.sha256()
+    for file in files[:: max(-(-len(files) // _SHARDS), 1)]:
+        try:
+            with file.open("rb") as opened:
+                digest.update(opened.read(_BYTES))
+                opened.seek(max(file.stat().st_size - _BYTES, 0))
+                digest.update(opened.read(_BYTES))
+        except OSError:
+            return None
+    return digest.hexdigest()[:16]
+
+
+def same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether two identities of loaders are of the same data; what one of them doesn't know makes no difference."""
+    return before.keys() == now.keys() and all(_same_split(before[name], now[name]) for name in now)
+
+
+def _same_split(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    contents = {before.get("content"), now.get("content")} - {None}
+    return before.get("layout") == now.get("layout") and len(contents) <= 1
+
+
+def told(identity: Mapping[str, Any]) -> str:
+    """Return an identity as people read it."""
+    parts = []
+    for name, part in identity.items():
+        fingerprint = f"{part['layout'][:6]}-{(part['content'] or 'unread')[:6]}"
+        parts.append(f"{name + ': ' if name else ''}{part['samples']:,} samples, fingerprint {fingerprint}")
+    return "; ".join(parts)

@@ -1,25 +1,165 @@
-"""Captioned images in MDS shards, as samples ready for the collator. Undecodable ones are counted, named and replaced."""
+"""Captioned images in MDS shards, from a disk or from an object store, as samples ready for the collator.
+
+What cannot be decoded is counted, named and replaced.
+"""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from streaming import Stream, StreamingDataset
+from streaming.base.format import Reader
+from streaming.base.world import World
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.batches import epoch_steps
-from prx_composer.data.bucketed import BucketedDataset, SampleRequest
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.contents import check_copy
-from prx_composer.data.latents import StoredLatents, names_of
-from prx_composer.data.rows import BucketRows
-from prx_composer.data.schema import MANIFEST, Manifest
-from prx_composer.data.storage import download
-from prx_composer.data.stored import ENCODED, IMAGE, StoredColumn, encoded_folder, manifest_path, read_column, unpack
-from prx_composer.data.transforms import UNDECODABLE, decode_image
+from prx_composer.data.contents import fetch_manifest
+from prx_composer.data.decoding import UNDECODABLE, decode_image
+from prx_composer.data.format import MANIFEST, Manifest, check_shards, open_local
+from prx_composer.data.sampler import BucketedDataset, SampleRequest
+from prx_composer.data.stored import (
+    ENCODED,
+    IMAGE,
+    StoredColumn,
+    encoded_folder,
+    latent_names,
+    latent_size_problem,
+    latent_sizes,
+    read_column,
+    unpack,
+)
+
+# Of a shard's download. A connection that is lost now and then must not end a run of a day, as streaming's two retries would.
+_RETRIES, _TIMEOUT = 7, 120.0  # seconds
+
+log = logging.getLogger(__name__)
+
+
+class WholeStream(Stream):
+    """A stream that takes no shard for downloaded which is shorter or longer than its index says, as streaming does.
+
+    A connection that is lost in the head of an answer looks like the end of an empty one.
+    """
+
+    _sizes: Mapping[str, int] = MappingProxyType({})  # bytes by file name, once the index is there
+
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
+        """Return the shards, as Stream does; remove first what an earlier run left in the cache cut short."""
+        shards = super().get_shards(world, True)
+        check_shards(Path(self.local, self.split), shards)
+        files = [file for shard in shards for pair in shard.file_pairs for file in pair if file is not None]
+        self._sizes = {file.basename: file.bytes for file in files}
+        if world.is_local_leader:
+            for name in self._sizes:
+                path = Path(self.local, self.split, name)
+                if path.exists() and not self._is_whole(name, path):
+                    path.unlink()
+        return shards
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        for _ in range(_RETRIES):
+            path = Path(super()._download_file(from_basename, to_basename))
+            if self._is_whole(from_basename, path):
+                return str(path)
+            path.unlink()
+        raise OSError(f"{self.remote}/{from_basename}: {_RETRIES} downloads in a row had another size than the index says.")
+
+    def _is_whole(self, name: str, path: Path) -> bool:
+        size, expected = path.stat().st_size, self._sizes.get(name)
+        if expected in (None, size):
+            return True
+        log.warning("%s has %d of %d bytes; it is downloaded again.", path, size, expected)
+        return False
+
+
+class BucketRows:
+    """The shards of every bucket below a folder.
+
+    Args:
+        folder: local, or the local cache of `remote`.
+        buckets: names of folders in it.
+        remote: where the same folders lie remotely, if anywhere; download and caching are then a StreamingDataset's.
+    """
+
+    def __init__(self, folder: Path, buckets: list[Bucket], remote: str | None = None):
+        self._streaming: StreamingDataset | None = None
+        if remote is None:  # plain files: no shared memory, no threads
+            self._local = [open_local(folder / str(bucket)) for bucket in buckets]
+            self.counts = [len(part) for part in self._local]
+        else:
+            streams = [WholeStream(local=str(folder / str(bucket)), remote=f"{remote}/{bucket}") for bucket in buckets]
+            self._streaming = StreamingDataset(
+                streams=streams, batch_size=1, shuffle=False, download_retry=_RETRIES, download_timeout=_TIMEOUT
+            )
+            self.counts = [int(count) for count in self._streaming.samples_per_stream]
+            self._starts = [sum(self.counts[:index]) for index in range(len(buckets))]
+
+    def row(self, bucket: int, index: int) -> dict[str, Any]:
+        """Return row `index` of the bucket with that place in `buckets`."""
+        if self._streaming is not None:
+            return self._streaming[self._starts[bucket] + index]
+        return self._local[bucket][index]
+
+
+class StoredRows:
+    """The rows of a stored column, as tensors.
+
+    Args:
+        folder: of `encoded_folder`; local, or the local cache of `remote`.
+        kind: text, features or latents.
+        path: YAML path that named it, for messages.
+        buckets: of the data set, with their samples.
+        remote: where the same folder lies remotely, if anywhere.
+
+    Raises:
+        UserError: as `read_column`, or the column has not as many rows as the data set.
+    """
+
+    def __init__(self, folder: Path, kind: str, path: str, buckets: Mapping[Bucket, int], remote: str | None = None):
+        fetch_manifest(folder, remote)
+        self.column = read_column(folder, kind, path, remote is not None)
+        if self.column.buckets != {str(bucket): count for bucket, count in buckets.items()}:
+            raise UserError(f"{path}: {folder} was made of other data than lies beside it; delete it and encode again.")
+        self._rows = BucketRows(folder, sorted(buckets), remote)
+
+    def read(self, bucket: int, index: int) -> Tensor:
+        """Return what is stored of a sample. Raise ValueError if it could not be encoded."""
+        row = self._rows.row(bucket, index)
+        if not row["shape"]:
+            raise ValueError(f"it could not be decoded when {self.column.kind} were stored")
+        return unpack(row, self.column.storage)
+
+
+class StoredLatents:
+    """Latents of a split, by the size of the images that they were made of.
+
+    Args:
+        rows: by name.
+        buckets: of the data set. base_size: its image size.
+
+    Raises:
+        ValueError: two columns of one image size.
+    """
+
+    def __init__(self, rows: dict[str, StoredRows], buckets: list[Bucket], base_size: int):
+        self.columns: dict[str, StoredColumn] = {name: stored.column for name, stored in rows.items()}
+        self._of_size: dict[tuple[int, Bucket], StoredRows] = {}
+        for name, column in self.columns.items():
+            if twice := [other for other, that in self.columns.items() if that.image_size == column.image_size and other != name]:
+                raise ValueError(f"latent: {name} and {twice[0]} are both of {column.image_size} px; leave one out.")
+            for index, size in enumerate(latent_sizes(column, buckets, base_size)):
+                self._of_size[index, size] = rows[name]
+
+    def read(self, bucket: int, size: Bucket, index: int) -> Tensor:
+        """Return (channels, h, w) in the dtype that is stored. Raise ValueError for an image that could not be decoded."""
+        return self._of_size[bucket, size].read(bucket, index)
+
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +171,7 @@ class UndecodableError(UserError):
 
 
 def read_manifest(path: str | Path, split: str, captions: dict[str, float] | None, features: list[str] | None = None) -> Manifest:
-    """The manifest of a split that has the captions and features asked for.
+    """Return the manifest of a split that has the captions and features asked for.
 
     Raises:
         ValueError: no such folder, no samples, no such caption or feature column, impossible weights.
@@ -94,75 +234,38 @@ class ImageCaptionDataset(BucketedDataset):
         latent: str | list[str] | None = None,
         images: bool | None = None,
     ):
-        folder = Path(path) / split
-        if remote is not None and (folder / MANIFEST).exists():
-            check_copy(folder, f"{remote}/{split}")
-        elif remote is not None:
-            download(f"{remote}/{split}/{MANIFEST}", folder / MANIFEST)
+        folder, remote = Path(path) / split, None if remote is None else f"{remote}/{split}"
+        fetch_manifest(folder, remote)
         self.manifest = read_manifest(path, split, captions, features)
-        self.image_size = self.manifest.image_size
-        self.features = features or []
-        self._feature_rows: dict[str, tuple[StoredColumn, BucketRows]] = {}
+        buckets = sorted(self.manifest.buckets)
+        self._rows = BucketRows(folder, buckets, remote)
+        super().__init__(self.manifest.image_size, buckets, [self._rows.counts])
+
+        def stored(kind: str, key: str, name: str, source: str = IMAGE) -> StoredRows:
+            there = None if remote is None else f"{remote}/{ENCODED}/{name}/{source}"
+            return StoredRows(encoded_folder(path, split, name, source), kind, key, self.manifest.buckets, there)
+
         self.captions = captions or {self.manifest.captions[0]: 1.0}
-        self.buckets = sorted(self.manifest.buckets)
-        self._rows = BucketRows(folder, self.buckets, None if remote is None else f"{remote}/{split}")
-        self.counts = self._rows.counts
-        self.text_columns = {}  # by caption
-        self._text_rows: dict[str, BucketRows] = {}
-        for name in self.features:
-            if name not in self.manifest.features:
-                at = None if remote is None else f"{remote}/{split}/{ENCODED}/{name}/{IMAGE}"
-                self._feature_rows[name] = self._stored(encoded_folder(path, split, name, IMAGE), at, "features", "features")
-        if text_embedding is not None:
-            for caption in self.captions:
-                at = f"{ENCODED}/{text_embedding}/{caption}"
-                self.text_columns[caption], self._text_rows[caption] = self._stored(
-                    encoded_folder(path, split, text_embedding, caption),
-                    None if remote is None else f"{remote}/{split}/{at}",
-                    "text",
-                    "text_embedding",
-                )
+        self.features = features or []
+        beside = [name for name in self.features if name not in self.manifest.features]
+        self._features = {name: stored("features", "features", name) for name in beside}
+        self._texts = (
+            {} if text_embedding is None else {c: stored("text", "text_embedding", text_embedding, c) for c in self.captions}
+        )
+        self.text_columns = {caption: rows.column for caption, rows in self._texts.items()}
         self.images = not latent if images is None else images
         if not (self.images or latent):
             raise ValueError("images: false leaves nothing to train on; name stored latents in `latent`.")
-        self.latents: StoredLatents | None = None
-        if latent:
-            if "latent" in self.features:
-                raise ValueError("features: a column cannot be called 'latent' beside stored latents; encode it by another name.")
-            columns = {}
-            for name in names_of(latent):
-                at = None if remote is None else f"{remote}/{split}/{ENCODED}/{name}/{IMAGE}"
-                columns[name] = self._stored(encoded_folder(path, split, name, IMAGE), at, "latents", "latent")
-            self.latents = StoredLatents(columns, self.buckets, self.image_size)
-        self.latent_columns = {} if self.latents is None else self.latents.columns
-        self._offsets = np.cumsum([0, *self.counts])
+        if latent and "latent" in self.features:
+            raise ValueError("features: a column cannot be called 'latent' beside stored latents; encode it by another name.")
+        self._latents = StoredLatents(
+            {name: stored("latents", "latent", name) for name in latent_names(latent)}, self.buckets, self.image_size
+        )
+        self.latent_columns = self._latents.columns
         self._seed = seed
         self._max_undecodable = max_undecodable
         self._counters = torch.zeros(max_workers + 1, 2, dtype=torch.int64).share_memory_()  # seen, undecodable
         self._named: set[int] = set()
-
-    def __len__(self) -> int:
-        return int(self._offsets[-1])
-
-    def first_of(self, bucket: int) -> int:
-        """The bucket's first; the others follow."""
-        return int(self._offsets[bucket])
-
-    def ids(self) -> list[NDArray[np.int64]]:
-        """Every sample once, by bucket, in stored order."""
-        return [first + np.arange(count) for first, count in zip(self._offsets, self.counts, strict=False)]
-
-    def epoch_ids(self, epoch: int, batch_size: int) -> list[NDArray[np.int64]]:
-        """All of them; what doesn't fill a batch is another one in every epoch."""
-        return self.ids()
-
-    def epoch_steps(self, batch_size: int) -> int:
-        """How many full batches they make."""
-        return epoch_steps(self.counts, batch_size, shuffle=True)
-
-    def bucket_of(self, sample_id: int) -> int:
-        """Index of the bucket that holds a sample."""
-        return int(np.searchsorted(self._offsets, sample_id, side="right")) - 1
 
     @property
     def undecodable(self) -> int:
@@ -170,33 +273,33 @@ class ImageCaptionDataset(BucketedDataset):
         return int(self._counters[:, 1].sum())
 
     def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
-        """`image` uint8 (3, height, width) or `latent` (channels, h, w) or both, `caption`, `sample_id` (of the sample that was
-        really used), `features` by column; in evaluation `counted`, whether it is to be measured."""
-        bucket = self.bucket_of(request.sample_id)
-        first, count = int(self._offsets[bucket]), self.counts[bucket]
+        """Return `image` uint8 (3, height, width) or `latent` (channels, h, w) or both, `caption`, `features` by column, and the
+        `sample_id` of the sample that was really used; in evaluation `counted`, whether it is to be measured."""
+        _, bucket, place = self.locate(request.sample_id)
+        count = self.counts[bucket]
         for attempt in range(count):
-            sample_id = first + (request.sample_id - first + attempt) % count
-            row = self.row(sample_id)
+            index = (place + attempt) % count
+            sample_id = request.sample_id - place + index
+            row = self._rows.row(bucket, index)
             self._count(seen=1)
             try:
-                seen = self._see(row, bucket, sample_id - first, Bucket(request.height, request.width))
+                seen = self._pixels(row, bucket, index, Bucket(request.height, request.width))
             except UNDECODABLE as error:
                 instead = "the next of its bucket takes its place" if request.counted is None else "evaluation leaves it out"
                 self._note_undecodable(sample_id, row.get("key", ""), error, instead)
                 continue
             column = self.choose_caption(sample_id, request.epoch)
-            features = {name: self._feature(name, row, bucket, sample_id - first) for name in self.features}
+            features = {name: self._feature(name, row, bucket, index) for name in self.features}
             sample = {**seen, "caption": row[column], "sample_id": sample_id, "features": features}
             if request.counted is not None:  # another sample in its place is measured in its own
                 sample["counted"] = request.counted and attempt == 0
-            if column in self._text_rows:
-                stored = self._text_rows[column].row(bucket, sample_id - first)
-                sample["text_embedding"] = unpack(stored, self.text_columns[column].storage)
+            if column in self._texts:
+                sample["text_embedding"] = self._texts[column].read(bucket, index)
             return sample
         raise UndecodableError(f"None of the {count} images of bucket {self.buckets[bucket]} can be decoded.")
 
     def look_at(self, request: SampleRequest) -> dict[str, Any]:
-        """As `dataset[request]`, but what cannot be decoded is not counted; while no worker runs."""
+        """Return `dataset[request]`, but count nothing that cannot be decoded; while no worker runs."""
         counters, named = self._counters.clone(), set(self._named)
         try:
             return self[request]
@@ -205,12 +308,12 @@ class ImageCaptionDataset(BucketedDataset):
             self._named = named
 
     def row(self, sample_id: int) -> dict[str, Any]:
-        """A sample as it is stored, by column."""
-        bucket = self.bucket_of(sample_id)
-        return self._rows.row(bucket, sample_id - int(self._offsets[bucket]))
+        """Return a sample as it is stored, by column."""
+        _, bucket, place = self.locate(sample_id)
+        return self._rows.row(bucket, place)
 
     def choose_caption(self, sample_id: int, epoch: int) -> str:
-        """The caption column that a sample is trained with in an epoch."""
+        """Return the caption column that a sample is trained with in an epoch."""
         columns = list(self.captions)
         if len(columns) == 1:
             return columns[0]
@@ -218,34 +321,23 @@ class ImageCaptionDataset(BucketedDataset):
         choice = np.random.default_rng([self._seed, epoch, sample_id]).choice(len(columns), p=weights / weights.sum())
         return columns[choice]
 
-    def _stored(self, folder: Path, remote: str | None, kind: str, path: str) -> tuple[StoredColumn, BucketRows]:
-        """A stored column and its rows; raises UserError, at `path`, unless it has as many as the data set."""
-        if remote is not None and manifest_path(folder).exists():
-            check_copy(folder, remote)
-        elif remote is not None:
-            download(f"{remote}/{manifest_path(folder).name}", manifest_path(folder))
-        column = read_column(folder, kind, path, remote is not None)
-        if column.buckets != {str(bucket): self.manifest.buckets[bucket] for bucket in self.buckets}:
-            raise UserError(f"{path}: {folder} was made of other data than lies beside it; delete it and encode again.")
-        return column, BucketRows(folder, self.buckets, remote)
-
-    def _see(self, row: dict[str, Any], bucket: int, index: int, size: Bucket) -> dict[str, torch.Tensor]:
-        """Image and latent of a sample; raises one of UNDECODABLE."""
+    def _pixels(self, row: dict[str, Any], bucket: int, index: int, size: Bucket) -> dict[str, torch.Tensor]:
+        """Return image and latent of a sample. Raise one of UNDECODABLE."""
         seen = {"image": decode_image(row["image"], *size)} if self.images else {}
-        if self.latents is not None:
-            seen["latent"] = self.latents.read(bucket, size, index)
+        if self.latent_columns:
+            seen["latent"] = self._latents.read(bucket, size, index)
         return seen
 
     def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
-        """Raises ValueError if there are latents, but none of images of these sizes, bucket by bucket."""
-        if self.latents is not None:
-            self.latents.check(image_size, sizes)
+        """Raise ValueError if there are latents, but none of images of these sizes, bucket by bucket."""
+        columns = self.latent_columns
+        if columns and (problem := latent_size_problem(columns, self.buckets, self.image_size, image_size, sizes)):
+            raise ValueError(problem)
 
     def _feature(self, name: str, row: dict[str, Any], bucket: int, index: int) -> torch.Tensor:
-        if name not in self._feature_rows:
-            return torch.tensor(row[name])  # a copy: the row's memory is read-only
-        column, rows = self._feature_rows[name]
-        return unpack(rows.row(bucket, index), column.storage)
+        if name in self._features:
+            return self._features[name].read(bucket, index)
+        return torch.tensor(row[name])  # a copy: the row's memory is read-only
 
     def _count(self, seen: int = 0, undecodable: int = 0) -> None:
         worker = get_worker_info()
@@ -265,4 +357,5 @@ class ImageCaptionDataset(BucketedDataset):
             )
 
     def identity(self) -> dict[str, Any]:
+        """Return what decides the order of samples: `counts` by bucket."""
         return {"counts": self.counts}

@@ -1,18 +1,201 @@
-"""This rank's batches, in training and in evaluation."""
+"""What the sampler needs of a data set, which samples form which batch, and which part of a batch is this rank's."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
-from prx_composer.data.batches import epoch_batches, epoch_steps, evaluation_batches
-from prx_composer.data.bucketed import BucketedDataset, SampleRequest
+from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
+from prx_composer.data.stored import StoredColumn
+from prx_composer.recipe.resume import DATA, advice
+
+
+class SampleRequest(NamedTuple):
+    """All that a worker needs to know to make one sample.
+
+    Args:
+        counted: in evaluation, whether it is one of the samples that are measured, and not there to fill a batch.
+    """
+
+    sample_id: int
+    height: int
+    width: int
+    epoch: int
+    counted: bool | None = None
+
+
+class BucketedDataset(Dataset, ABC):
+    """Samples by number, each in a bucket: those of one data set after the other, each data set's bucket by bucket.
+
+    Args:
+        image_size: side of the square whose area every bucket has, as it is stored.
+        buckets: sorted.
+        table: samples by data set and bucket.
+
+    Attributes:
+        counts: samples of every bucket, over all data sets.
+        images: whether images are decoded.
+        text_columns, latent_columns: what is stored beside the images and taken from there, by name.
+    """
+
+    images: bool
+    text_columns: dict[str, StoredColumn]
+    latent_columns: dict[str, StoredColumn]
+    start_sample = 0
+    other_data_allowed = False  # by `resume.allow`: a new pass begins then
+    _before_pass = _before_next_pass = 0  # samples of other data that Composer counts to the epoch
+
+    def __init__(self, image_size: int, buckets: list[Bucket], table: list[list[int]]):
+        self.image_size, self.buckets, self.table = image_size, buckets, table
+        self.counts = [sum(column) for column in zip(*table, strict=True)]
+        self._starts = np.cumsum([0, *chain.from_iterable(table)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @abstractmethod
+    def __getitem__(self, request: SampleRequest) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def look_at(self, request: SampleRequest) -> dict[str, Any]:
+        """Return `dataset[request]`, but count nothing that cannot be decoded; while no worker runs."""
+
+    @property
+    @abstractmethod
+    def undecodable(self) -> int:
+        """How many decodings failed so far, over all workers of this rank."""
+
+    @abstractmethod
+    def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
+        """Raise ValueError if there are latents, but none of images of these sizes, bucket by bucket."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the order of samples: `counts` by bucket, or of a mixture `mix`: counts and share by name."""
+
+    def locate(self, sample_id: int) -> tuple[int, int, int]:
+        """Return data set, bucket and place in it of a sample."""
+        run = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
+        return *divmod(run, len(self.buckets)), sample_id - int(self._starts[run])
+
+    def bucket_of(self, sample_id: int) -> int:
+        """Return the index of the bucket that holds a sample."""
+        return self.locate(sample_id)[1]
+
+    def first_of(self, bucket: int) -> int:
+        """Return the id of a sample of the bucket with this index."""
+        return next(self._start(part, bucket) for part, counts in enumerate(self.table) if counts[bucket])
+
+    def _start(self, part: int, bucket: int) -> int:
+        return int(self._starts[part * len(self.buckets) + bucket])
+
+    def ids_in(self, part: int, bucket: int) -> NDArray[np.int64]:
+        """Return the samples that one of the data sets has in a bucket."""
+        return self._start(part, bucket) + np.arange(self.table[part][bucket])
+
+    def ids(self) -> list[NDArray[np.int64]]:
+        """Return every sample once, by bucket, in stored order."""
+        parts = range(len(self.table))
+        return [np.concatenate([self.ids_in(part, bucket) for part in parts]) for bucket in range(len(self.buckets))]
+
+    def epoch_ids(self, epoch: int, batch_size: int) -> list[NDArray[np.int64]]:
+        """Return what an epoch of training draws from, by bucket; the sampler shuffles it and makes full batches of it.
+
+        All of it, if nothing else is said: what doesn't fill a batch is another part in every epoch.
+        """
+        return self.ids()
+
+    def epoch_steps(self, batch_size: int) -> int:
+        """Return how many batches those are, in every epoch."""
+        return epoch_steps(self.counts, batch_size, shuffle=True)
+
+    # Composer saves and restores these with its checkpoints.
+
+    def state_dict(self, num_samples: int, from_beginning: bool = True) -> dict[str, Any]:
+        return {"sample_in_epoch": num_samples - self._before_pass, **self.identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise UserError if the checkpoint was written with other data or shares, and so another order of samples."""
+        there = {key: value for key, value in state.items() if key != "sample_in_epoch"}
+        if there != self.identity() and self.other_data_allowed:
+            self._before_next_pass = int(state["sample_in_epoch"])
+            return
+        if there != self.identity():
+            raise UserError(
+                f"The checkpoint was trained on {_in_words(there)[0]}, but {_in_words(self.identity())[1]}. Resume with the "
+                f"same data and weights; to begin a new pass over these, add  {advice([DATA])}  or begin another run: "
+                "run_name=<new name>."
+            )
+        self.start_sample = int(state["sample_in_epoch"])
+
+    def take_start_sample(self) -> int:
+        """Return where the coming epoch starts: once after a resume not at 0."""
+        start, self.start_sample = self.start_sample, 0
+        self._before_pass, self._before_next_pass = self._before_next_pass, 0
+        return start
+
+
+def _in_words(identity: dict[str, Any]) -> tuple[str, str]:
+    """Say what a checkpoint was trained on, and what a recipe has."""
+    if "mix" in identity:
+        shares = (f"{name}: {sum(part['counts']):,} samples at {part['share']:.1%}" for name, part in identity["mix"].items())
+        parts = ", ".join(shares)
+        return f"train_loader.mix ({parts})", f"train_loader.mix is {parts}"
+    counts = identity["counts"]
+    return (
+        f"one data set with {sum(counts):,} samples in {len(counts)} buckets",
+        f"train_loader.path has {sum(counts):,} in {len(counts)}",
+    )
+
+
+def epoch_batches(
+    ids: Sequence[NDArray[np.int64]], batch_size: int, *, shuffle: bool, seed: int = 0, epoch: int = 0
+) -> NDArray[np.int64]:
+    """Return an epoch's batches of training, (steps, batch_size), whatever the number of ranks that share a batch.
+
+    Every batch is full and of one bucket: all ranks have one shape at a time, so that none waits for another that has more
+    to compute or a new shape to compile, and a run that goes on with another number of ranks sees the same samples. What
+    doesn't fill a batch waits for another epoch's shuffle; a bucket smaller than one batch fills it by repetition. Without
+    shuffling tails are filled by repetition too, so that every sample is seen.
+
+    Args:
+        ids: of the samples of every bucket.
+        batch_size: over all ranks.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    batches = []
+    for members, number in zip(ids, _batches_per_bucket([len(part) for part in ids], batch_size, shuffle), strict=True):
+        if shuffle:
+            members = members.copy()
+            rng.shuffle(members)
+        batches.append(np.resize(members, (number, batch_size)))
+    stacked = np.concatenate(batches)
+    if shuffle:
+        rng.shuffle(stacked)
+    return stacked
+
+
+def evaluation_batches(ids: Sequence[NDArray[np.int64]], batch_size: int) -> list[NDArray[np.int64]]:
+    """Return every sample once, in order, in batches of one bucket: the last one of each bucket is of what is left."""
+    return [members[start : start + batch_size] for members in ids for start in range(0, len(members), batch_size)]
+
+
+def epoch_steps(counts: Sequence[int], batch_size: int, *, shuffle: bool) -> int:
+    """Return how many batches there are of so many samples in every bucket."""
+    return sum(_batches_per_bucket(counts, batch_size, shuffle))
+
+
+def _batches_per_bucket(counts: Sequence[int], batch_size: int, shuffle: bool) -> list[int]:
+    return [max(count // batch_size if shuffle else -(-count // batch_size), min(count, 1)) for count in counts]
 
 
 def fewer_than_a_batch(samples: int, batch_size: int, path: str = "") -> str | None:
-    """What is to be said of a batch that is larger than the data set, in which the same image would be several times.
+    """Say what is wrong with a batch that is larger than the data set, as the same image would be in it twice; None if it isn't.
 
     Args:
         path: what comes before `global_train_batch_size` in the YAML path.
@@ -72,7 +255,7 @@ class BucketBatchSampler(DistributedSampler):
         self.set_stage(image_size, global_batch_size)
 
     def set_stage(self, image_size: int, global_batch_size: int) -> None:
-        """Changes what the next epoch's batches look like."""
+        """Change what the next epoch's batches look like."""
         if global_batch_size % self.num_replicas:
             raise ValueError(f"global_train_batch_size {global_batch_size} does not divide over {self.num_replicas} ranks.")
         if image_size % self.multiple:

@@ -1,5 +1,6 @@
 """Where a data set comes from when it is not there yet: a source makes its splits on first use."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -11,11 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prx_composer.common.files import read_lines
-from prx_composer.data.buckets import Bucket, assign_bucket
+from prx_composer.data.buckets import Bucket, BucketSettings, assign_bucket, cropping_note
 from prx_composer.data.contents import FileRecord
-from prx_composer.data.cropping import BucketSettings, cropping_note
 from prx_composer.data.decoding import IMAGE_REASONS, BadImageError, open_image, oriented_size
-from prx_composer.data.schema import BucketWriter, RawSample
+from prx_composer.data.format import BucketWriter, RawSample
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ class Source(Protocol):
     # and perhaps `notes: list[str]`, what a person should know of how the data is made
 
     def samples(self) -> Iterator[tuple[str, RawSample]]:
-        """Every sample with the name of its split."""
+        """Yield every sample with the name of its split."""
         ...
 
 
 def is_made(path: Path, source: Source, spec: dict[str, Any]) -> bool:
-    """Whether the data set of `source` is in `path` already.
+    """Return whether the data set of `source` is in `path` already.
 
     Raises:
         ValueError: `path` holds data made with other settings, of files that have changed since, or something else.
@@ -78,7 +78,7 @@ def _check_files(path: Path, source: Source) -> None:
 
 
 def prepare(path: Path, source: Source, spec: dict[str, Any], limit: int | None = None) -> None:
-    """Makes the data set of `source` in `path`, unless it is there already.
+    """Make the data set of `source` in `path`, unless it is there already.
 
     Args:
         spec: the source's configuration; kept beside the data, so that other settings are never trained on old data.
@@ -102,12 +102,12 @@ def prepare(path: Path, source: Source, spec: dict[str, Any], limit: int | None 
     try:
         if files is not None:
             FileRecord(partial / FILES).keep(files)  # first: what changes meanwhile is noticed next time
-        for split, sample in itertools.islice(source.samples(), limit):
-            if split not in writers:
-                writers[split] = BucketWriter(partial / split, source.image_size, source.captions).__enter__()
-            writers[split].write(assign_bucket(sample.height, sample.width, source.buckets), sample)
-        for writer in writers.values():
-            writer.__exit__(None, None, None)
+        with contextlib.ExitStack() as whole:
+            for split, sample in itertools.islice(source.samples(), limit):
+                if split not in writers:
+                    writer = BucketWriter(partial / split, source.image_size, source.captions)
+                    writers[split] = whole.enter_context(writer)
+                writers[split].write(assign_bucket(sample.height, sample.width, source.buckets), sample)
         if "train" not in writers:
             raise ValueError("The source gave no training samples.")
         (partial / FINGERPRINT).write_text(json.dumps(spec, indent=1))

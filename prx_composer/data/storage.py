@@ -1,5 +1,6 @@
 """Files by name, local or remote (`s3://…`, and whatever else mosaicml-streaming downloads from and uploads to)."""
 
+import contextlib
 import fnmatch
 import logging
 import os
@@ -28,7 +29,7 @@ def join(folder: str, *names: str) -> str:
 
 
 def patiently(action: Callable[[], T], what: str) -> T:
-    """Again, after 1, 2, 4 … seconds, when a connection is lost."""
+    """Do something, and again after 1, 2, 4 … seconds when a connection is lost."""
     for attempt in range(ATTEMPTS):
         try:
             return action()
@@ -43,7 +44,7 @@ def patiently(action: Callable[[], T], what: str) -> T:
 
 
 def fetch(path: str, into: Path) -> Path:
-    """The local file itself, or a copy of the remote one in the folder `into`, downloaded once."""
+    """Return the local file itself, or a copy of the remote one in the folder `into`, downloaded once."""
     if not is_remote(path):
         return Path(path)
     local = into / urlparse(path).path.lstrip("/").replace("/", "\\")  # one flat name: nothing leaves the folder
@@ -52,8 +53,15 @@ def fetch(path: str, into: Path) -> Path:
     return local
 
 
+@contextlib.contextmanager
+def fetched(path: str) -> Iterator[Path]:
+    """Give the local file itself, or a copy of the remote one that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="prx-fetch.") if is_remote(path) else contextlib.nullcontext("") as folder:
+        yield fetch(path, Path(folder))
+
+
 def download(source: str, target: Path) -> None:
-    """One remote file; it appears under its name only when it is whole, so that nobody reads half of it."""
+    """Download one remote file; it appears under its name only when it is whole, so that nobody reads half of it."""
     from streaming.base.storage import CloudDownloader
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +72,7 @@ def download(source: str, target: Path) -> None:
 
 
 def upload(folder: Path, remote: str, names: list[str]) -> None:
-    """Uploads files of a local folder to the same names below `remote`, in this order; they are gone from the folder then."""
+    """Upload files of a local folder to the same names below `remote`, in this order; they are gone from the folder then."""
     uploader = _uploader(remote)
     try:
         for name in names:
@@ -91,7 +99,7 @@ class Entry(NamedTuple):
 
 
 def survey(folder: str, follow_links: bool = False) -> list[Entry]:
-    """Every file below a folder with its state, sorted: hidden ones, and links, too; of a hidden folder only that it is there."""
+    """Return every file below a folder with its state, sorted; hidden ones and links, too. Hidden folders are not entered."""
     if is_remote(folder):
         path = urlparse(folder).path.strip("/")
         base = f"{urlparse(folder).scheme}://{urlparse(folder).netloc}"
@@ -106,7 +114,7 @@ def survey(folder: str, follow_links: bool = False) -> list[Entry]:
 
 
 def _walk(folder: str, follow_links: bool, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Paths of files; with a "/" at the end, of folders that are not entered: hidden ones, and links unless they are followed."""
+    """Yield paths of files, and with a "/" at the end those of folders that aren't entered: hidden ones, and unfollowed links."""
     try:
         state = os.stat(folder)
         entries = list(os.scandir(folder)) if (state.st_dev, state.st_ino) not in seen else []
@@ -133,7 +141,7 @@ def _entry(path: str) -> Entry:
 
 
 def _objects(folder: str) -> list[tuple[str, int | None, str | None]]:
-    """Key, size and tag of all objects whose name begins with the folder's; where the store's SDK is not S3's, keys alone."""
+    """Return key, size and tag of all objects whose name begins with the folder's; if the SDK is not S3's, keys alone."""
     if not folder.startswith("s3://"):
         return [(key, None, None) for key in remote_keys(folder)]
     uploader = _uploader(folder)
@@ -149,17 +157,17 @@ def _objects(folder: str) -> list[tuple[str, int | None, str | None]]:
 
 
 def is_included(path: str, include: str) -> bool:
-    """Whether a pattern takes a file: one without `/` by its name, one with `/` by its path below the folder."""
+    """Return whether a pattern takes a file: one without `/` by its name, one with `/` by its path below the folder."""
     return fnmatch.fnmatch(path if "/" in include else path.rpartition("/")[2], include)
 
 
 def relative_name(file: str, folder: str) -> str:
-    """Path of a file below a folder, as `list_files` names both; its name, if the folder is the file itself."""
+    """Return the path of a file below a folder, as `list_files` names both; its name, if the folder is the file."""
     return file.removeprefix(folder).lstrip("/") or file.rpartition("/")[2]
 
 
 def list_files(folder: str, include: str = "*", follow_links: bool = False) -> list[tuple[str, int | None]]:
-    """Every file below a folder, hidden ones aside, with its size in bytes where that is known; sorted. A file is itself.
+    """Return every file below a folder, hidden ones aside, with its size in bytes where it is known; sorted. A file is itself.
 
     Args:
         include: pattern of those that are wanted; see `is_included`.
@@ -188,7 +196,7 @@ def list_files(folder: str, include: str = "*", follow_links: bool = False) -> l
 
 
 def remote_keys(folder: str) -> list[str]:
-    """Keys of all objects whose name begins with the folder's."""
+    """Return the keys of all objects whose name begins with the folder's."""
     uploader = _uploader(folder)
     try:
         return sorted(patiently(uploader.list_objects, f"Listing {folder}") or [])

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from prx_composer.common.errors import UserError, nearest
+from prx_composer.data.buckets import Bucket
 from prx_composer.data.contents import column_contents
+from prx_composer.data.format import MANIFEST
 from prx_composer.models.prompts import cleaning_of
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder
 
@@ -29,7 +31,6 @@ log = logging.getLogger(__name__)
 ENCODED, IMAGE = "encoded", "image"
 RESULTS = ("error", "cut", "lost", "buckets")  # of a StoredColumn: what came of it, not what was asked for
 COLUMNS = {"shape": "str", "values": "bytes"}
-_MANIFEST = "manifest.json"
 _SAMPLED = 64  # values of every weight, for a fingerprint
 
 
@@ -87,7 +88,7 @@ def encoded_folder(path: str | Path, split: str, name: str, source: str) -> Path
 
 
 def read_column(folder: Path, kind: str, path: str, remote: bool = False) -> StoredColumn:
-    """The manifest in a folder of `encoded_folder`.
+    """Read the manifest in a folder of `encoded_folder`.
 
     Args:
         path: YAML path that named it, for messages.
@@ -96,9 +97,9 @@ def read_column(folder: Path, kind: str, path: str, remote: bool = False) -> Sto
     Raises:
         UserError: none there (yet), another kind, newer than this package, or made of other data than lies beside it.
     """
-    file = folder / _MANIFEST
+    file = folder / MANIFEST
     if not file.exists():
-        others = sorted({p.parents[1].name for p in folder.parents[1].glob(f"*/*/{_MANIFEST}")})
+        others = sorted({p.parents[1].name for p in folder.parents[1].glob(f"*/*/{MANIFEST}")})
         begun = f" It was begun: the same `prx encode {kind}` goes on." if folder.exists() else ""
         there = f" There is: {', '.join(others)}.{nearest(folder.parent.name, others)}" if others else ""
         raise UserError(f"{path}: nothing is stored in {folder}; make it with `prx encode {kind}`.{begun}{there}")
@@ -119,18 +120,19 @@ def read_column(folder: Path, kind: str, path: str, remote: bool = False) -> Sto
 
 
 def is_whole(folder: Path) -> bool:
-    return (folder / _MANIFEST).exists()
+    """Return whether a stored column is complete: its manifest comes last."""
+    return (folder / MANIFEST).exists()
 
 
 def manifest_path(folder: Path) -> Path:
-    return folder / _MANIFEST
+    return folder / MANIFEST
 
 
 def fingerprint(module: nn.Module, tokenizer: Any = None) -> str:
-    """Tells encoders apart: SHA-256 of some values of every weight and statistic, rounded to bf16, and of what a tokenizer knows
-    and how it cleans captions.
+    """Return what tells encoders apart: SHA-256 of values of every weight and statistic, and of tokenizer and caption cleaning.
 
-    The dtype that weights are stored in makes no difference. Weights that were trained further differ nearly everywhere.
+    Of every tensor, some values are taken, rounded to bf16. The dtype that weights are stored in makes no difference. Weights
+    that were trained further differ nearly everywhere.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):  # buffers: statistics of batch norms
@@ -150,7 +152,7 @@ def fingerprint(module: nn.Module, tokenizer: Any = None) -> str:
 
 
 def pack(values: Tensor, storage: str) -> bytes:
-    """A tensor as bytes; int8 takes (tokens, width) alone."""
+    """Return a tensor as bytes; int8 takes (tokens, width) alone."""
     if storage == "int8":
         scale = values.float().abs().amax(-1).clamp(min=1e-12) / 127
         whole = (values.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
@@ -160,7 +162,7 @@ def pack(values: Tensor, storage: str) -> bytes:
 
 
 def unpack(row: dict[str, Any], storage: str) -> Tensor:
-    """What `pack` was given, rounded; bf16 for bfloat16 and int8."""
+    """Return what `pack` was given, rounded; bf16 for bfloat16 and int8."""
     shape, stored = [int(side) for side in row["shape"].split("x")], row["values"]
     if storage == "int8":
         tokens = shape[0]
@@ -173,7 +175,7 @@ def unpack(row: dict[str, Any], storage: str) -> Tensor:
 
 
 def check_text_column(column: StoredColumn, encoder: HuggingFaceTextEncoder, path: str) -> None:
-    """Whether stored embeddings are those that the model's encoder would make.
+    """Check that stored embeddings are those that the model's encoder would make.
 
     Raises:
         UserError: they are of another encoder, another tokenizer or another length, by name.
@@ -192,4 +194,100 @@ def check_text_column(column: StoredColumn, encoder: HuggingFaceTextEncoder, pat
             f"{path}: the stored embeddings were made by {column.encoder} (revision {column.revision or 'not said'}), whose "
             "weights or tokenizer, or the cleaning of whose captions (clean), are not those of model.text_encoder. Name the same "
             "encoder and cleaning, or run `prx encode text` again."
+        )
+
+
+def latent_names(latent: str | list[str] | None) -> list[str]:
+    """Return `train_loader.latent` as a list: one name for every image size."""
+    return [latent] if isinstance(latent, str) else list(latent or [])
+
+
+def latent_sizes(column: StoredColumn, buckets: list[Bucket], base_size: int) -> list[Bucket]:
+    """Return the image sizes that were encoded, bucket by bucket; `base_size` is the data set's own."""
+    assert column.image_size is not None and column.multiple is not None
+    return [bucket.at(column.image_size, base_size, column.multiple) for bucket in buckets]
+
+
+def latent_size_problem(
+    columns: dict[str, StoredColumn], buckets: list[Bucket], base_size: int, image_size: int, sizes: list[Bucket]
+) -> str | None:
+    """Say what is wrong with training on images of some size from these latents, by name; None if nothing is.
+
+    Args:
+        columns: by name.
+        buckets: of the data set. base_size: its image size.
+        image_size: that is asked for. sizes: of every bucket then.
+    """
+    there = {column.image_size: name for name, column in columns.items()}
+    if image_size not in there:
+        told = ", ".join(f"{name} ({size} px)" for size, name in sorted(there.items(), key=lambda entry: entry[0] or 0))
+        return (
+            f"there are no latents of {image_size} px; `latent` names {told}. Make them with `prx encode latents --image-size "
+            f"{image_size} --name NAME` and name both: latent: [{', '.join([*there.values(), 'NAME'])}]."
+        )
+    name = there[image_size]
+    for bucket, size, stored in zip(buckets, sizes, latent_sizes(columns[name], buckets, base_size), strict=True):
+        if size != stored:
+            return (
+                f"images of bucket {bucket} are {size} at {image_size} px, but the latents {name} were made of {stored}: with "
+                f"sides that are multiples of {columns[name].multiple}. Encode them again with this recipe's patch_size."
+            )
+    return None
+
+
+def latent_column(
+    autoencoder: Any, name: str, revision: str | None, storage: str, image_size: int, multiple: int
+) -> StoredColumn:
+    """Describe what `prx encode latents` stores with this autoencoder. Raise UserError for one without latents or weights.
+
+    Args:
+        name: hub id, folder or description.
+        image_size, multiple: see `StoredColumn`.
+    """
+    if (autoencoder.channels, autoencoder.downsampling) == (3, 1):
+        raise UserError(
+            "model.autoencoder: pixels has no latents to store: training sees the images as they are. Name an autoencoder, such "
+            "as {name: diffusers, pretrained: …}."
+        )
+    if getattr(autoencoder, "module", None) is None:
+        raise UserError(
+            f"model.autoencoder: {type(autoencoder).__name__} has no `module`, the network whose weights tell latents apart; "
+            "give it one to store its latents."
+        )
+    return StoredColumn(
+        kind="latents",
+        encoder=name,
+        revision=revision,
+        fingerprint=fingerprint(autoencoder.module),
+        width=autoencoder.channels,
+        storage=storage,
+        image_size=image_size,
+        multiple=multiple,
+        downsampling=autoencoder.downsampling,
+        scaling=getattr(autoencoder, "scaling", 1.0),
+        shift=getattr(autoencoder, "shift", 0.0),
+    )
+
+
+def check_latent_column(column: StoredColumn, autoencoder: Any, path: str) -> None:
+    """Check that stored latents are those that the model's autoencoder would make.
+
+    Raises:
+        UserError: they are of other channels, another size or scale, or other weights, by name.
+    """
+    assert column.image_size is not None and column.multiple is not None
+    own = latent_column(autoencoder, "", None, column.storage, column.image_size, column.multiple)
+    words = {"width": "channels", "downsampling": "downsampling", "scaling": "scaling_factor", "shift": "shift_factor"}
+    stored = {word: getattr(column, key) for key, word in words.items()}
+    made = {word: getattr(own, key) for key, word in words.items()}
+    if different := [word for word in stored if stored[word] != made[word]]:
+        told = ", ".join(f"{word} {stored[word]} (model.autoencoder: {made[word]})" for word in different)
+        raise UserError(
+            f"{path}: the stored latents were made by {column.encoder} with {told}. Name the same autoencoder, or run "
+            "`prx encode latents` again."
+        )
+    if column.fingerprint != own.fingerprint:
+        raise UserError(
+            f"{path}: the stored latents were made by {column.encoder} (revision {column.revision or 'not said'}), whose weights "
+            "are not those of model.autoencoder. Name the same autoencoder, or run `prx encode latents` again."
         )

@@ -23,10 +23,9 @@ from prx_composer.common.distributed import GlooAverage, unwrapped
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import write_whole
 from prx_composer.data.contents import column_contents
-from prx_composer.data.latents import check_latent_column
-from prx_composer.data.loader import ImageCaptionLoader, build_loader
-from prx_composer.data.schema import MANIFEST, Manifest
-from prx_composer.data.stored import check_text_column
+from prx_composer.data.format import MANIFEST, Manifest
+from prx_composer.data.loader import ImageCaptionData, ImageCaptionLoader
+from prx_composer.data.stored import check_latent_column, check_text_column
 from prx_composer.integrations.foundry_names import OURS
 from prx_composer.models.prompts import cleaning_of
 from prx_composer.models.randomness import RandomStreams
@@ -97,7 +96,7 @@ def image_caption_loader(tokenizer: PreTrainedTokenizerBase | None, device_batch
         UserError: as for a recipe.
     """
     provided = frozenset({"tokenizer", "global_batch_size", "evaluation"})
-    check_arguments(build_loader, arguments, LOADER, provided, also=frozenset({"source"}))
+    check_arguments(ImageCaptionData, arguments, LOADER, provided, also=frozenset({"source"}))
     if int(device_batch_size) != device_batch_size:
         raise UserError(f"{LOADER}: a batch of {device_batch_size} samples per rank is none; raise global_train_batch_size.")
     _one_node_makes(arguments)

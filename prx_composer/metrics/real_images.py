@@ -24,8 +24,8 @@ from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
 from prx_composer.data.contents import FileRecord, column_contents
 from prx_composer.data.dataset import ImageCaptionDataset
-from prx_composer.data.schema import MANIFEST
-from prx_composer.data.transforms import UNDECODABLE, decode_image
+from prx_composer.data.decoding import UNDECODABLE, decode_image
+from prx_composer.data.format import MANIFEST
 from prx_composer.metrics.distances import mean_kernel, moments
 from prx_composer.metrics.features import Extractor
 

@@ -19,7 +19,7 @@ import yaml
 from composer.utils import dist
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.identity import loader_identity, same, told
+from prx_composer.data.contents import loader_identity, same, told
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resolved import resolved
 from prx_composer.recipe.resume import DATA, Change, changed, data_changed, differences, hidden, is_allowed, refusal

@@ -8,7 +8,7 @@ from composer.utils import dist
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.data.schema import Manifest, iterate_captions
+from prx_composer.data.format import Manifest, iterate_captions
 from prx_composer.models.prompts import cleaner, with_cleaning
 from prx_composer.models.text_encoder import load_tokenizer, train_tokenizer
 from prx_composer.recipe.arguments import Spec

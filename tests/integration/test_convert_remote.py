@@ -10,16 +10,14 @@ import torch
 from conversions import contents, convert, fetch_all, jpeg, rows, sample, settings, write_tar
 
 from prx_composer.commands.convert import job, units
-from prx_composer.commands.convert.input_kinds import open_source
 from prx_composer.commands.convert.output import open_output
-from prx_composer.commands.convert.records import Job
-from prx_composer.commands.data.split import open_split
+from prx_composer.commands.convert.records import Job, open_source
 from prx_composer.commands.data.statistics import statistics
-from prx_composer.commands.data.subject import Subject
+from prx_composer.commands.data.subject import Subject, open_split
 from prx_composer.commands.data.view import look
 from prx_composer.common.errors import UserError
-from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.dataset import ImageCaptionDataset
+from prx_composer.data.sampler import SampleRequest
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 
-from prx_composer.data.collate import Collator
+from prx_composer.data.loader import Collator
 from prx_composer.data.stored import fingerprint
 from prx_composer.models import HuggingFaceTextEncoder
 from prx_composer.models.prompts import cleaned, cleaner, with_cleaning

@@ -15,16 +15,14 @@ from typer.testing import CliRunner
 from prx_composer.cli import app
 from prx_composer.commands.convert import job, units
 from prx_composer.commands.convert.engine import run
-from prx_composer.commands.convert.input_kinds import open_source
 from prx_composer.commands.convert.output import open_output
-from prx_composer.commands.convert.records import Job
+from prx_composer.commands.convert.records import Job, open_source
 from prx_composer.commands.convert.settings import parse_captions, parse_metadata, parse_range
 from prx_composer.common.errors import UserError
-from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.dataset import ImageCaptionDataset
-from prx_composer.data.decoding import decode, open_image
-from prx_composer.data.transforms import resize
+from prx_composer.data.decoding import decode, open_image, resize
+from prx_composer.data.sampler import SampleRequest
 
 # ------------------------------------------------------------------------------------------- what is written
 
@@ -216,9 +214,9 @@ def test_another_conversion_is_not_mixed_in(tmp_path: Path) -> None:
         (lambda text: parse_captions([text, text]), "twice"),
         (lambda text: parse_metadata([text]), "score"),
         (lambda text: parse_metadata([text]), "score:double"),
-        (lambda text: parse_range("--caption-chars", text), "5"),
-        (lambda text: parse_range("--caption-chars", text), "9:5"),
-        (lambda text: parse_range("--caption-chars", text), "a:b"),
+        (parse_range, "5"),
+        (parse_range, "9:5"),
+        (parse_range, "a:b"),
     ],
 )
 def test_a_malformed_option_is_said(parse: Any, text: str) -> None:

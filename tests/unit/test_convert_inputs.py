@@ -15,12 +15,11 @@ from conversions import contents, convert, jpeg, rows, sample, settings, write_t
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
-from prx_composer.commands.convert import job, units
-from prx_composer.commands.convert.input_kinds import open_source
-from prx_composer.commands.convert.inputs import as_stored, differences
+from prx_composer.commands.convert import job, outcome, units
+from prx_composer.commands.convert.input_files import as_stored, differences
+from prx_composer.commands.convert.outcome import Tally
 from prx_composer.commands.convert.output import open_output
-from prx_composer.commands.convert.records import Job
-from prx_composer.commands.convert.tally import Tally
+from prx_composer.commands.convert.records import Job, open_source
 from prx_composer.common.errors import UserError
 from prx_composer.data.storage import list_files, survey
 
@@ -41,7 +40,7 @@ def test_the_summary_names_every_file_and_member_that_is_passed_over(tmp_path: P
     statistics = convert("webdataset", folder, tmp_path / "out")
     found = statistics["input"]
     assert (found["found"], found["read"]) == (10, 2) == (2 + sum(count for count, _ in found["passed"].values()), 2)
-    text = job.as_text(statistics)
+    text = outcome.as_text(statistics)
     for part in (
         "2 of 10 files of the input were read. Passed over: 1 .7z (such as more.7z); 1 .md (such as sub/notes.md); 2 .zip",
         "1 hidden (such as .gitattributes)",
@@ -166,7 +165,7 @@ def test_an_input_that_is_gone_and_one_that_was_not_recorded_are_said(tmp_path: 
         del old["input"]
         stored.write_text(json.dumps(old))
         assert convert("webdataset", source, out) == old and "an earlier version" in caplog.text
-        assert "8 of 8 samples" in job.as_text(old)
+        assert "8 of 8 samples" in outcome.as_text(old)
 
 
 def test_of_very_many_files_a_hash_is_kept() -> None:

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from conversions import WORDS, asked, convert, jpeg, read, rows, settings
 
-from prx_composer.commands.convert.job import as_text
-from prx_composer.commands.convert.source_columns import look
+from prx_composer.commands.convert.outcome import as_text
+from prx_composer.commands.convert.records import look
 from prx_composer.common.errors import UserError
 
 GOOD = jpeg(64, 64)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conversions import WORDS, asked, convert, jpeg, read, rows, sample, write_tar
 
-from prx_composer.commands.convert.job import as_text
+from prx_composer.commands.convert.outcome import as_text
 from prx_composer.commands.convert.records import lookup
 from prx_composer.common.errors import UserError
 

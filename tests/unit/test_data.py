@@ -15,18 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from streaming import StreamingDataset
 
-from prx_composer.data.batches import epoch_batches, epoch_steps, evaluation_batches
-from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
-from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
-from prx_composer.data.decoding import BadImageError
-from prx_composer.data.loader import build_loader
-from prx_composer.data.rows import BucketRows, WholeStream
-from prx_composer.data.sampler import BucketBatchSampler
-from prx_composer.data.schema import BucketWriter, Manifest, RawSample
-from prx_composer.data.shapes import ShapesSource, all_scenes, heldout_scenes, render
+from prx_composer.data.dataset import BucketRows, ImageCaptionDataset, UndecodableError, WholeStream
+from prx_composer.data.decoding import BadImageError, decode_image
+from prx_composer.data.format import BucketWriter, Manifest, RawSample
+from prx_composer.data.loader import ImageCaptionData
+from prx_composer.data.sampler import BucketBatchSampler, SampleRequest, epoch_batches, epoch_steps, evaluation_batches
+from prx_composer.data.small_sets import ShapesSource, all_scenes, heldout_scenes, render
 from prx_composer.data.sources import FolderSource, prepare
-from prx_composer.data.transforms import decode_image
 from prx_composer.metrics.recognition import nearest_scenes
 
 
@@ -265,7 +261,7 @@ def test_captions_are_chosen_by_weight_anew_each_epoch_and_repeatably(tmp_path: 
 def test_batches_are_the_same_with_any_number_of_workers(tmp_path: Path, tokenizer: Any, num_workers: int) -> None:
     images = [encode(render(scene, *bucket)) for scene in all_scenes()[:24] for bucket in (SQUARE, WIDE)]
     path = write(tmp_path / "d", [((SQUARE, WIDE)[index % 2], image) for index, image in enumerate(images)])
-    spec = build_loader(tokenizer, 14, 16, 8, 4, 0, path=str(path), num_workers=num_workers)
+    spec = ImageCaptionData(tokenizer, 14, 16, 8, 4, 0, path=str(path), num_workers=num_workers)
     loader: Any = spec.dataloader
     seen = [(batch["image"].shape, batch["sample_id"].tolist()) for batch in loader]
     expected = epoch_batches(numbered([24, 24]), 8, shuffle=True, seed=0, epoch=0).tolist()
@@ -278,7 +274,7 @@ def test_batches_are_the_same_with_any_number_of_workers(tmp_path: Path, tokeniz
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_stage_change_ends_the_pass_and_changes_sizes(tmp_path: Path, tokenizer: Any, num_workers: int) -> None:
     path = write(tmp_path / "d", [(SQUARE, encode(gradient(16, 16)))] * 40)
-    loader: Any = build_loader(tokenizer, 14, 16, 8, 4, 0, path=str(path), num_workers=num_workers).dataloader
+    loader: Any = ImageCaptionData(tokenizer, 14, 16, 8, 4, 0, path=str(path), num_workers=num_workers).dataloader
     shapes = []
     for batch in loader:
         shapes.append(tuple(batch["image"].shape))

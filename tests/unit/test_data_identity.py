@@ -11,7 +11,7 @@ import pytest
 from test_resume import _line, compare
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.identity import loader_identity, same, split_identity
+from prx_composer.data.contents import loader_identity, same, split_identity
 from prx_composer.recipe import config
 from prx_composer.runs.folder import as_saved, check_same_recipe, save_recipe
 

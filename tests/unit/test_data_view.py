@@ -15,15 +15,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
-from prx_composer.commands.data import sheet
-from prx_composer.commands.data.split import open_split
-from prx_composer.commands.data.subject import subject_of
-from prx_composer.commands.data.view import View, cut, look
+from prx_composer.commands.data.subject import open_split, subject_of
+from prx_composer.commands.data.view import PROBLEM, View, check_output, cut, look, title, write_view
 from prx_composer.common import pages
 from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.loader import build_loader
-from prx_composer.data.schema import BucketWriter, RawSample
+from prx_composer.data.format import BucketWriter, RawSample
+from prx_composer.data.loader import ImageCaptionData
 from prx_composer.models.text_encoder import tokenize
 
 SQUARE, WIDE = Bucket(32, 32), Bucket(24, 40)
@@ -68,7 +66,7 @@ def test_a_recipes_view_is_its_loaders_batch(
     tiny_recipe["train_loader"]["captions"] = {"caption": 1.0, "short_caption": 2.0}
     subject = subject_of([write_recipe(tiny_recipe)], None)
     view = look(subject, open_split(subject.path, subject.split), 240, image_size=image_size)
-    loader: Any = build_loader(
+    loader: Any = ImageCaptionData(
         tokenizer, 14, image_size, 48, 4, 17, path=subject.path, captions=tiny_recipe["train_loader"]["captions"]
     ).dataloader
     trained = {}
@@ -96,7 +94,7 @@ def test_by_default_a_recipe_is_shown_at_its_first_image_size_and_a_folder_as_st
 
 def test_a_picture_has_the_loaders_pixels_and_rows_of_any_shape(data: Path, tmp_path: Path) -> None:
     view = seen(data, count=16)
-    sheet.write(view, str(tmp_path / "sheet.png"))
+    write_view(view, str(tmp_path / "sheet.png"))
     drawn = pixels(Image.open(tmp_path / "sheet.png"))
     factor = pages.shown_factor(*WIDE)
     left = pages.GAP
@@ -118,7 +116,7 @@ def test_a_picture_has_the_loaders_pixels_and_rows_of_any_shape(data: Path, tmp_
 
 def test_a_page_stands_alone_has_the_loaders_pixels_and_treats_captions_as_text(data: Path, tmp_path: Path) -> None:
     view = seen(data, count=16)
-    sheet.write(view, str(tmp_path / "sheet.html"))
+    write_view(view, str(tmp_path / "sheet.html"))
     page = (tmp_path / "sheet.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;alert(") >= 16
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
@@ -134,19 +132,19 @@ def test_an_image_that_cannot_be_decoded_is_shown_as_such_with_what_training_tak
 ) -> None:
     view = seen(data, count=16)
     (broken,) = [sample for sample in view.samples if sample.image is None]
-    loader: Any = build_loader(tokenizer, 14, 32, 8, 4, 0, path=str(data), shuffle=False).dataloader
+    loader: Any = ImageCaptionData(tokenizer, 14, 32, 8, 4, 0, path=str(data), shuffle=False).dataloader
     used = [sample_id for batch in loader for sample_id in batch["sample_id"].tolist()]
     assert (broken.sample_id, broken.key) == (BROKEN, f"key/{BROKEN}") and broken.replacement == used[BROKEN] != BROKEN
-    assert "1 cannot be decoded" in sheet.title(view)
-    sheet.write(view, str(tmp_path / "sheet.html"))
+    assert "1 cannot be decoded" in title(view)
+    write_view(view, str(tmp_path / "sheet.html"))
     assert f"training shows {broken.replacement} instead" in (tmp_path / "sheet.html").read_text()
-    sheet.write(view, str(tmp_path / "sheet.png"))
+    write_view(view, str(tmp_path / "sheet.png"))
     factor = pages.shown_factor(*WIDE)
     x = pages.GAP + BROKEN * (WIDE.width * factor + pages.GAP)
     drawn = pixels(Image.open(tmp_path / "sheet.png"))
     assert {tuple(colour) for colour in drawn[8 : 8 + 24 * factor, x : x + 40 * factor].reshape(-1, 3)} == {
         (225, 225, 225),
-        sheet.PROBLEM,
+        PROBLEM,
     }
 
 
@@ -154,7 +152,7 @@ def test_a_bucket_without_any_image_is_shown_too(tmp_path: Path) -> None:
     view = seen(write(tmp_path, frozenset(range(8))), count=16)
     assert [sample.image is None for sample in view.samples] == [True] * 8 + [False] * 8
     assert {sample.replacement for sample in view.samples[:8]} == {None}
-    sheet.write(view, str(tmp_path / "sheet.html"))
+    write_view(view, str(tmp_path / "sheet.html"))
     assert "no image of its bucket can" in (tmp_path / "sheet.html").read_text()
 
 
@@ -172,11 +170,11 @@ def test_what_is_cut_is_marked(tiny_recipe: Any, write_recipe: Callable[..., str
     subject = subject_of([write_recipe(tiny_recipe), "model.text_encoder.max_tokens=5"], None)
     view = look(subject, open_split(subject.path, "train"), 3)
     assert all(sample.caption.lost for sample in view.samples)
-    sheet.write(view, str(tmp_path / "sheet.html"))
+    write_view(view, str(tmp_path / "sheet.html"))
     page = (tmp_path / "sheet.html").read_text()
     for sample in view.samples:
         assert f'{sample.caption.kept}<span class="lost">{sample.caption.lost}</span>' in page
-    sheet.write(view, str(tmp_path / "cut.png"))
+    write_view(view, str(tmp_path / "cut.png"))
     red = (pixels(Image.open(tmp_path / "cut.png")) == (255, 0, 0)).all(-1).any()
     assert red
 
@@ -196,7 +194,7 @@ def test_what_cannot_be_shown_is_said_before_anything_is_read(data: Path, tmp_pa
             subject_of(arguments, None)
     for output, said in [("a.jpg", r"\.png.*\.html"), ("none/a.png", "there is no folder")]:
         with pytest.raises(UserError, match=said):
-            sheet.check_output(str(tmp_path / output))
+            check_output(str(tmp_path / output))
     with pytest.raises(UserError, match=rf"{data} --split train"):
         seen(data / "train")
 

@@ -15,11 +15,10 @@ from PIL import Image, ImageCms
 
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.common.errors import UserError
-from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.dataset import ImageCaptionDataset
-from prx_composer.data.decoding import IMAGE_REASONS, BadImageError, decode, is_plain, open_image, oriented_size
+from prx_composer.data.decoding import IMAGE_REASONS, BadImageError, decode, decode_image, is_plain, open_image, oriented_size
+from prx_composer.data.sampler import SampleRequest
 from prx_composer.data.sources import FolderSource, prepare
-from prx_composer.data.transforms import decode_image
 
 T = Image.Transpose
 UNTURNED = {

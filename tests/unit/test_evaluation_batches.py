@@ -11,12 +11,10 @@ import torch
 from PIL import Image
 from test_data import SQUARE, WIDE, encode, write
 
-from prx_composer.data.bucketed import SampleRequest
-from prx_composer.data.collate import Collator, split_batch
 from prx_composer.data.dataset import ImageCaptionDataset
-from prx_composer.data.loader import ImageCaptionLoader, build_loader
+from prx_composer.data.loader import Collator, ImageCaptionData, ImageCaptionLoader, split_batch
 from prx_composer.data.mixture import MixedDataset
-from prx_composer.data.sampler import BucketBatchSampler
+from prx_composer.data.sampler import BucketBatchSampler, SampleRequest
 from prx_composer.models import TextToImage
 
 Build = Callable[..., TextToImage]
@@ -115,7 +113,7 @@ def test_batches_are_of_one_shape_for_a_compiled_model_only(tokenizer: Any, data
 
 
 def test_composer_is_told_how_many_samples_a_batch_counts(tokenizer: Any, data: Path) -> None:
-    spec = build_loader(tokenizer, 14, 16, 64, 4, 0, True, path=str(data))
+    spec = ImageCaptionData(tokenizer, 14, 16, 64, 4, 0, True, path=str(data))
     loader: Any = spec.dataloader
     loader.batch_sampler.keeps_shape = True
     assert [spec.get_num_samples_in_batch(batch) for batch in loader] == [WIDES, SQUARES]  # as the buckets are sorted

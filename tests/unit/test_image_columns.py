@@ -14,8 +14,8 @@ import pytest
 from conversions import convert, encoded, jpeg, picture, read, rows
 from PIL import Image
 
-from prx_composer.commands.convert.job import as_text
-from prx_composer.commands.convert.values import image_of
+from prx_composer.commands.convert.outcome import as_text
+from prx_composer.commands.convert.records import image_of
 from prx_composer.common.errors import UserError
 
 GOOD = jpeg(64, 64)

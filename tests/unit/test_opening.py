@@ -17,9 +17,9 @@ from prx_composer import registry
 from prx_composer.commands.report.page import write_page
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset
-from prx_composer.data.schema import iterate_captions
+from prx_composer.data.decoding import UNDECODABLE, decode_image
+from prx_composer.data.format import iterate_captions
 from prx_composer.data.sources import FolderSource
-from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.models import PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.known_configs import known_config

@@ -11,7 +11,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from prx_composer import cli
-from prx_composer.commands.options import command, parse_size
+from prx_composer.commands.options import Parsed, command, parse_size
 from prx_composer.common.errors import UserError
 
 
@@ -61,6 +61,28 @@ def test_what_is_wrong_never_reaches_the_verb(arguments: tuple[str, ...], expect
 def test_the_help_is_the_verbs_docstring_and_the_fields_words() -> None:
     _, output = invoke("--help")
     assert all(words in output for words in ("Do it.", "-n, --count", "How many.", "[default: 3; x>=1]", "--code FILE"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    sizes: Annotated[
+        dict[str, int], Parsed(list[str], lambda given: {text: len(text) for text in given}, []), typer.Option(help="?")
+    ]
+    made: int = 5  # no option
+
+
+def test_a_verb_takes_the_options_of_several_dataclasses_parsed_and_no_field_that_is_none() -> None:
+    given: list[Any] = []
+
+    def verb(options: Options, reading: Reading) -> None:
+        given.extend((options, reading))
+
+    app = typer.Typer(add_completion=False)
+    app.command("do")(command(verb))
+    assert CliRunner().invoke(app, ["a.yaml", "--output", "x", "--sizes", "ab", "--sizes", "c"]).exit_code == 0
+    assert given == [Options(recipe=["a.yaml"], output="x"), Reading(sizes={"ab": 2, "c": 1})]
+    assert CliRunner().invoke(app, ["a.yaml", "--output", "x"]).exit_code == 0 and given[3] == Reading(sizes={})
+    assert "made" not in CliRunner().invoke(app, ["--help"]).output
 
 
 VERBS = [(name,) for name in cli.VERBS] + [(group, name) for group, (_, verbs) in cli.GROUPS.items() for name in verbs]

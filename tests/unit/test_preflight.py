@@ -17,8 +17,8 @@ from stacks import TEACHER
 
 from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.schema import BucketWriter, RawSample
-from prx_composer.data.shapes import ShapesSource
+from prx_composer.data.format import BucketWriter, RawSample
+from prx_composer.data.small_sets import ShapesSource
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.components import Components, build_components

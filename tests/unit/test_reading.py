@@ -15,16 +15,15 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from prx_composer.commands.data.split import open_split
 from prx_composer.commands.data.statistics import statistics
+from prx_composer.commands.data.subject import open_split
 from prx_composer.commands.drawing import check_prompt, read_prompts, save_captions
-from prx_composer.commands.encode.encode_text import CaptionEncoder, text_column
-from prx_composer.commands.encode.encoded_parts import encode_split
+from prx_composer.commands.encode.encoding import CaptionEncoder, encode_split, text_column
 from prx_composer.commands.evaluate.layouts import _dpg, _geneval
 from prx_composer.commands.plan.conditions import read_throughput
 from prx_composer.common.errors import UserError
-from prx_composer.data.collate import Collator
-from prx_composer.data.schema import Manifest, iterate_captions
+from prx_composer.data.format import Manifest, iterate_captions
+from prx_composer.data.loader import Collator
 from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.data.stored import encoded_folder, read_column
 from prx_composer.metrics.features import ClipScore

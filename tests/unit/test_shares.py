@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 from test_mixture import SQUARE, TALL, WIDE, write
 
-from prx_composer.data.batches import epoch_batches
-from prx_composer.data.bucketed import BucketedDataset
-from prx_composer.data.mixture import MixedDataset
-from prx_composer.data.sampler import BucketBatchSampler
-from prx_composer.data.shares import Shares, apportion
+from prx_composer.data.mixture import MixedDataset, Shares, apportion
+from prx_composer.data.sampler import BucketBatchSampler, BucketedDataset, epoch_batches
 
 Table = list[list[int]]
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 from prx_composer.algorithms.repa import StoredFeatures, stored_features
 from prx_composer.common.errors import UserError
-from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset, read_manifest
-from prx_composer.data.loader import build_loader
-from prx_composer.data.schema import MANIFEST, BucketWriter, Manifest, RawSample
+from prx_composer.data.format import MANIFEST, BucketWriter, Manifest, RawSample
+from prx_composer.data.loader import ImageCaptionData
+from prx_composer.data.sampler import SampleRequest
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training.run import run
@@ -58,10 +58,10 @@ def test_samples_carry_the_features_of_their_own_image(data: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_carry_them_as_a_tensor_of_their_own_dtype(data: Path, tokenizer: Any, workers: int) -> None:
-    loader = build_loader(tokenizer, 14, 16, 8, 4, 0, path=str(data), features=["dino"], num_workers=workers).dataloader
+    loader = ImageCaptionData(tokenizer, 14, 16, 8, 4, 0, path=str(data), features=["dino"], num_workers=workers).dataloader
     shapes = {(batch["dino"].dtype, tuple(batch["dino"].shape)) for batch in loader}  # pyright: ignore
     assert shapes == {(torch.float16, (8, *grid, WIDTH)) for grid in GRIDS.values()}
-    plain = next(iter(build_loader(tokenizer, 14, 16, 8, 4, 0, path=str(data)).dataloader))  # pyright: ignore
+    plain = next(iter(ImageCaptionData(tokenizer, 14, 16, 8, 4, 0, path=str(data)).dataloader))  # pyright: ignore
     assert set(plain) == {"image", "input_ids", "attention_mask", "sample_id"}, "nobody asked for them"
 
 

@@ -37,7 +37,7 @@ class Progress:
         self.begin()
 
     def begin(self, seen: Seen | None = None, shared: Any = None) -> None:
-        """Counts anew.
+        """Count anew.
 
         Args:
             seen: is told the number, from time to time.
@@ -46,7 +46,7 @@ class Progress:
         self._seen, self._shared, self._count, self._told = seen, shared, 0, time.monotonic()
 
     def step(self) -> None:
-        """One more record."""
+        """Count one more record."""
         self._count += 1
         if self._shared is not None:
             self._shared[os.getpid() % SLOTS] = self._count
@@ -63,7 +63,7 @@ progress = Progress()  # of this process: units call `step` for every record, so
 
 
 def prepare(engine: str, workers: int) -> None:
-    """Begins to start what takes long, while others check the settings."""
+    """Begin to start what takes long, while others check the settings."""
     if engine == "local" and workers > 0:
         from multiprocessing import forkserver
 
@@ -72,7 +72,7 @@ def prepare(engine: str, workers: int) -> None:
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """A function by name, `module:function`."""
+    """Call a function by its name, `module:function`."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)(*arguments)
 
@@ -80,7 +80,7 @@ def call(function: str, *arguments: Any) -> Any:
 def run(
     engine: str, workers: int, function: str, tasks: list[Task], address: str | None = None, seen: Seen | None = None
 ) -> Iterator[Any]:
-    """Results of `function(*task)` as they come, in any order.
+    """Yield results of `function(*task)` as they come, in any order.
 
     Args:
         function: `module:function`.
@@ -103,7 +103,7 @@ def run(
 
 
 def _start_worker(environment: dict[str, str], shared: Any) -> None:
-    """One thread per process, and none outlives the process that leads, however that dies.
+    """Give every process one thread, and let none outlive the process that leads, however that dies.
 
     Args:
         environment: of the process that leads. That of the server which forks workers is from when it was started, perhaps before

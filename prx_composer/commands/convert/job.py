@@ -8,30 +8,27 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prx_composer.commands.convert import engine, inputs
-from prx_composer.commands.convert import source_columns as columns
-from prx_composer.commands.convert.expressions import MEASURED, check_where
-from prx_composer.commands.convert.input_kinds import limited, open_source
+from prx_composer.commands.convert import engine
+from prx_composer.commands.convert.input_files import account, differences
+from prx_composer.commands.convert.outcome import Tally, columns_text, files_text, left_out_text
 from prx_composer.commands.convert.output import STATS, Output, open_output
-from prx_composer.commands.convert.reasons import REASONS
-from prx_composer.commands.convert.records import Job, Source, Unit
-from prx_composer.commands.convert.settings import METADATA_TYPES, Settings
-from prx_composer.commands.convert.tally import Tally
+from prx_composer.commands.convert.records import Job, Seen, Source, Unit, limited, open_source
+from prx_composer.commands.convert.settings import MEASURED, METADATA_TYPES, Settings, check_where
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.schema import MANIFEST, Manifest
+from prx_composer.data.format import MANIFEST, Manifest
+from prx_composer.data.storage import survey
 
 log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
 MAX_PICTURES = 24  # of one reason, in the statistics
-DAMAGED = 5  # files that are named in the summary; conversion.json names more
 
 
 def convert(
     settings: Settings, output: str, workers: int = 0, on: str = "local", address: str | None = None, progress: bool = False
 ) -> dict[str, Any]:
-    """Converts, or goes on where an earlier call with the same settings was stopped.
+    """Convert, or go on where an earlier call with the same settings was stopped.
 
     Args:
         output: folder of the data set, local or remote.
@@ -52,7 +49,7 @@ def convert(
         finished = store.finished()
         if finished is not None:
             _compare(finished["settings"], settings, output)
-            inputs.check_finished(finished.get("input"), settings, open_source(settings), f"{output}/{settings.split}")
+            _check_finished(finished.get("input"), settings, f"{output}/{settings.split}")
             return finished
         stored = store.get(PLAN)
         if stored is not None:
@@ -81,17 +78,17 @@ def convert(
         there = store.names("units")
         tasks = [(job, unit, duplicates[unit.number]) for unit in units if unit.name not in there]
         run("convert_unit", tasks, len(there), "Converting")
-        return _finish(store, units, settings, files, source.notes())
+        return _finish(store, units, settings, files, source.notes)
 
 
-def check_columns(settings: Settings, source: Source, units: list[Unit]) -> columns.Seen:
-    """Raises UserError if a column that the settings name is not there; says so, if it may still come."""
+def check_columns(settings: Settings, source: Source, units: list[Unit]) -> Seen:
+    """Raise UserError if a column that the settings name is not there; warn, if it may still come."""
     if settings.where:
         check_where(settings.where)
     seen = source.columns(units)
     if not seen.names:
         return seen  # nothing of the beginning can be read: what is wrong with it is said at the end
-    for option, column in columns.options_of(settings):
+    for option, column in settings.asked:
         if column in seen.missing:
             missing = f"{option}: there is no column {column!r} in"
             there = nearest(column, [*seen.names, *(MEASURED if option == "--where" else ())])
@@ -102,9 +99,9 @@ def check_columns(settings: Settings, source: Source, units: list[Unit]) -> colu
 
 
 def _check_found(tally: Tally, settings: Settings, store: Output) -> None:
-    """Raises UserError if no record at all had a column that the settings name."""
+    """Raise UserError if no record at all had a column that the settings name."""
     records = tally.counts["with_columns"]
-    for option, column in columns.options_of(settings):
+    for option, column in settings.asked:
         if records and settings.limit is None and not tally.columns[column]:
             store.clean()
             raise UserError(
@@ -122,37 +119,69 @@ def _compare(stored: dict[str, Any], settings: Settings, output: str) -> None:
         raise UserError(f"--output: {output} holds a conversion with other settings ({was}). Name a new folder, or delete it.")
 
 
+def _paths(units: list[Unit]) -> set[str]:
+    return {unit.path for unit in units}
+
+
+def _check_same(before: dict[str, Any], units: list[Unit], settings: Settings, made: str, way_on: str) -> None:
+    """Raise UserError if the files that matter are not what they were. Say what is new, gone and changed.
+
+    Args:
+        before: what `account` returned then.
+        units: of all that can be read now.
+        made: what was made of the files, for the message.
+        way_on: what to do, for the message.
+    """
+    if found := differences(before, account(settings, _paths(units), _paths(units))):
+        raise UserError(f"--input: {settings.input} has other files than {made}: {found}. {way_on}")
+
+
+def _check_finished(before: dict[str, Any] | None, settings: Settings, final: str) -> None:
+    """Raise UserError if the same command would read something else now than what a finished conversion was made of.
+
+    Args:
+        before: of the finished conversion; None if it was made before that was stored.
+        final: where it lies.
+    """
+    if before is None:
+        log.warning("%s was made by an earlier version, which didn't store what its input was: it may have changed.", final)
+    elif not survey(settings.input, settings.follow_links):
+        log.warning("%s is there and whole. Its input, %s, is not there any more.", final, settings.input)
+    else:
+        way_on = f"Name a new --output, or delete {final} and give the command again: then all of it is converted."
+        _check_same(before, open_source(settings).plan(), settings, f"when {final} was made", way_on)
+
+
 def _planned(
     store: Output, stored: bytes | None, settings: Settings, source: Source, units: list[Unit]
 ) -> tuple[list[Unit], dict[str, Any]]:
-    """The plan that an earlier call stored, if the input is still the same; else a new one. And what is known of the files."""
+    """Return the plan that an earlier call stored, if the input is still the same, or a new one; and the account of the files."""
     cut = hashlib.sha256(json.dumps([dataclasses.astuple(unit) for unit in units]).encode()).hexdigest()
     if stored is not None:
         plan = json.loads(stored)
         began, way_on = "when this conversion began", "Name a new --output, or delete this one's folder to begin anew."
-        inputs.check_same(plan.get("input", {}), inputs.account(settings, units, units), settings, began, way_on)
+        _check_same(plan.get("input", {}), units, settings, began, way_on)
         if plan["inputs"] != cut:
             raise UserError(f"--input: {settings.input} is cut into other units than {began}. {way_on}")
         return [Unit(**unit) for unit in plan["units"]], plan["input"]
     planned = units
     if settings.limit is not None:
         units = limited(source, units, settings.limit)
-    files = inputs.account(settings, planned, units)
+    files = account(settings, _paths(planned), _paths(units))
     plan = {"settings": settings.to_json(), "inputs": cut, "units": [dataclasses.asdict(unit) for unit in units], "input": files}
     store.put(PLAN, json.dumps(plan).encode())
     return units, files
 
 
 def _decide(store: Output, units: list[Unit], settings: Settings) -> list[dict[int, str]]:
-    from prx_composer.commands.convert.duplicates import decide
-    from prx_composer.commands.convert.units import load_hashes
+    from prx_composer.commands.convert.units import decide
 
     contents = [store.get(f"hashes/{unit.name}") for unit in units]
-    return decide([load_hashes(content) for content in contents if content is not None], settings)
+    return decide([content for content in contents if content is not None], settings)
 
 
 def _finish(store: Output, units: list[Unit], settings: Settings, files: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The indexes of all buckets, then the manifest. Order and content depend on the units alone."""
+    """Write the indexes of all buckets, then the manifest. Order and content depend on the units alone."""
     tally, pictures = Tally(), dict[str, list[str]]()
     shards: dict[str, list[dict[str, Any]]] = {}
     for unit in units:
@@ -167,13 +196,13 @@ def _finish(store: Output, units: list[Unit], settings: Settings, files: dict[st
     tally.check()
     _check_found(tally, settings, store)
     stats = {"settings": settings.to_json(), **tally.to_json(), "pictures": pictures, "input": files, "notes": notes}
-    stats["asked"] = [column for _, column in columns.options_of(settings)]
+    stats["asked"] = [column for _, column in settings.asked]
     if not shards:
         what = f"none of the {tally.counts['read']} samples of {settings.input} is left"
         if not tally.counts["read"]:
             what = f"there is no sample in {settings.input}"
         way_on = store.clean()  # or what it holds would be in the way of the next try, with other options
-        said = [*inputs.as_text(stats), *columns.as_text(stats), *notes, *_left_out(stats)]
+        said = [*files_text(stats), *columns_text(stats), *notes, *left_out_text(stats)]
         raise UserError("\n".join([f"--input: {what}.{way_on}", *said]))
     manifest = Manifest(
         settings.image_size,
@@ -187,29 +216,3 @@ def _finish(store: Output, units: list[Unit], settings: Settings, files: dict[st
     files |= {STATS: json.dumps(stats, indent=1), MANIFEST: manifest.to_json()}
     store.finish(units, sorted(shards), {name: content.encode() for name, content in files.items()})
     return stats
-
-
-def as_text(statistics: dict[str, Any]) -> str:
-    """What came of it, a line each: what is kept, and every reason for which something is not."""
-    counts = statistics["counts"]
-    kept, original = counts["kept"], counts.get("original_bytes", 0)
-    lines = inputs.as_text(statistics)
-    lines += [
-        f"{kept} of {counts['read']} samples in {len(statistics['buckets'])} buckets, {original} with their original bytes."
-    ]
-    for name, what in (
-        ("enlarged", "smaller than their bucket"),
-        ("captions_filled", "with a caption in place of a missing one"),
-    ):
-        if counts.get(name):
-            lines.append(f"{counts[name]} {what}")
-    return "\n".join([*lines, *_left_out(statistics), *columns.as_text(statistics), *statistics.get("notes", [])])
-
-
-def _left_out(statistics: dict[str, Any]) -> list[str]:
-    """Every reason with its count, what it means, and an example; of damaged files, several."""
-    lines = []
-    for reason, count in sorted(statistics["dropped"].items(), key=lambda item: -item[1]):
-        shown = statistics["examples"][reason][: DAMAGED if reason == "damaged_input" else 1]
-        lines.append(f"{count} left out: {reason} ({REASONS[reason]}), such as {'; '.join(shown)}")
-    return lines

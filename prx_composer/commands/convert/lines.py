@@ -12,15 +12,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
-from prx_composer.commands.convert.records import Passed, Record, Unit, damaged
-from prx_composer.commands.convert.settings import Settings
-from prx_composer.commands.convert.source_columns import IMAGE_NAMES, Seen, choose_image, first, look
-from prx_composer.commands.convert.splits import one_split
-from prx_composer.commands.convert.tables import image_inside
-from prx_composer.commands.convert.values import Found, image_of, usable
+from prx_composer.commands.convert.records import (
+    IMAGE_NAMES,
+    Found,
+    Record,
+    Seen,
+    Source,
+    Unit,
+    choose_image,
+    damaged,
+    image_inside,
+    image_of,
+    look,
+    usable,
+)
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import encoding_of
-from prx_composer.data.storage import fetch, is_remote, join, list_files, relative_name
+from prx_composer.data.storage import fetch, is_remote, join
 
 SUFFIXES = (".jsonl", ".ndjson")
 LINE_BYTES = 500  # about what a line takes …
@@ -30,44 +38,38 @@ HEAD = 64  # bytes that say how the text is encoded
 END = 1 << 62  # as `stop`
 
 
-class Lines:
+class Lines(Source):
     """A .jsonl file, or a folder of them. Images are named relative to the folder of their .jsonl file."""
 
-    def __init__(self, settings: Settings):
-        self._settings = settings
-        self.passed = Passed()
-        self._notes: list[str] = []
+    looked_for, suffixes = ".jsonl file", SUFFIXES
+    of_nothing, without = "zero bytes", "Of zero bytes"
 
-    def plan(self) -> list[Unit]:
-        everything = list_files(self._settings.input, self._settings.include, self._settings.follow_links)
-        files = [file for file in everything if file[0].endswith(SUFFIXES)]
-        if not files:
-            raise UserError(f"--input: no .jsonl file in {self._settings.input}.{_advice([name for name, _ in everything])}")
-        one_split([name for name, _ in files], self._settings)
-        units: list[Unit] = []
-        part = max(1, self._settings.unit_bytes * LINE_BYTES // IMAGE_BYTES)
-        for name, size in files:
-            if size is None or (size and not _encoding(Path(name), name).startswith("utf-8")):
-                units.append(Unit(len(units), name, 0, END))  # text that is not UTF-8 is made so first, as a whole
-                continue
-            for start in range(0, size, part):
-                units.append(Unit(len(units), name, start, min(start + part, size)))
-        empty = [relative_name(name, self._settings.input) for name, size in files if size == 0]
-        if not units:
-            raise UserError(f"--input: {first(empty)} in {self._settings.input}: zero bytes. There is nothing to read.")
-        if empty:
-            self._notes.append(f"Of zero bytes: {first(empty)}.")
-        return units
+    def cut(self, name: str, size: int | None) -> list[tuple[int, int]]:
+        if size is None or (size and not _encoding(Path(name), name).startswith("utf-8")):
+            return [(0, END)]  # text that is not UTF-8 is made so first, as a whole
+        part = max(1, self.settings.unit_bytes * LINE_BYTES // IMAGE_BYTES)
+        return [(start, min(start + part, size)) for start in range(0, size, part)]
+
+    def instead(self, names: list[str]) -> str:
+        """Say what to type for what is there instead."""
+        files = [name.rpartition("/")[2] for name in names]
+        if one := next((name for name in files if name.endswith(".json")), None):
+            return (
+                f" {one} is there: if it holds a list, `jq -c '.[]' OLD.json > NEW.jsonl` makes lines of it; if lines, rename it."
+            )
+        if one := next((name for name in files if name.endswith(tuple(f"{suffix}.gz" for suffix in SUFFIXES))), None):
+            return f" {one} is there: gunzip it."
+        return super().instead(names)
 
     def columns(self, units: list[Unit]) -> Seen:
-        wanted, named = self._settings.image, set[str]()
-        seen = look(self._looked_at(units, named), self._settings, enough=lambda: bool(named))
+        wanted, named = self.settings.image, set[str]()
+        seen = look(self._looked_at(units, named), self.settings, enough=lambda: bool(named))
         if seen.whole and seen.names and not named and wanted not in seen.names:
             choose_image([], [], seen.names, wanted)
         return seen
 
     def _looked_at(self, units: list[Unit], named: set[str]) -> Iterator[dict[str, Any]]:
-        """The lines without their images.
+        """Yield the lines without their images.
 
         Args:
             named: gets the keys that hold or name images.
@@ -75,7 +77,7 @@ class Lines:
         Raises:
             UserError: a line names several images.
         """
-        wanted = self._settings.image
+        wanted = self.settings.image
         for unit in units:
             with _scratch(unit) as folder:
                 for _, row in self._rows(unit, Path(folder)):
@@ -85,9 +87,6 @@ class Lines:
                             choose_image([], found, list(row), None)
                         named.update(found)
                         yield row
-
-    def notes(self) -> list[str]:
-        return self._notes
 
     def read(self, unit: Unit) -> Iterator[Record]:
         with _scratch(unit) as folder:
@@ -100,7 +99,7 @@ class Lines:
                     yield self._record(key, row, unit.path, Path(folder))
 
     def _rows(self, unit: Unit, folder: Path) -> Iterator[tuple[str, dict[str, Any] | str | Record]]:
-        """A label with the object of every line, or with the reason why it has none."""
+        """Yield a label with the object of every line, or with the reason why it has none."""
         label = Path(unit.path).name
         path, problem = fetch(unit.path, folder), None
         if unit.stop == END:
@@ -117,14 +116,14 @@ class Lines:
             yield label, damaged(label, problem, count, None)
 
     def _record(self, key: str, row: dict[str, Any], path: str, folder: Path) -> Record:
-        found = [self._settings.image] if self._settings.image else _candidates(row)
+        found = [self.settings.image] if self.settings.image else _candidates(row)
         if not found:
             return Record(key, None, row, "no_image", f"the line has {', '.join(row)}")
 
         def find(name: str) -> Found:
             if is_remote(path):
                 return _remote_image(path, name, folder)
-            return image_inside(Path(path).parent, name, self._settings.follow_links)
+            return image_inside(Path(path).parent, name, self.settings.follow_links)
 
         value = row[found[0]]
         image, problem, detail = image_of(value, find)
@@ -133,7 +132,7 @@ class Lines:
 
 
 def _scratch(unit: Unit) -> contextlib.AbstractContextManager[str]:
-    """A temporary folder, if the unit needs one; there can be very many units that don't."""
+    """Make a temporary folder, if the unit needs one; there can be very many units that don't."""
     if is_remote(unit.path) or unit.stop == END:
         return tempfile.TemporaryDirectory(prefix="prx-convert.")
     return contextlib.nullcontext("")
@@ -157,7 +156,7 @@ def _parse(key: str, line: bytes) -> dict[str, Any] | Record:
 
 
 def _encoding(path: Path, name: str) -> str:
-    """The encoding of a file by its first bytes.
+    """Return the encoding of a file by its first bytes.
 
     Raises:
         UserError: UTF-16 without a byte-order mark: JSON never has a zero byte.
@@ -175,7 +174,7 @@ def _encoding(path: Path, name: str) -> str:
 
 
 def _as_utf8(path: Path, folder: Path, name: str) -> tuple[Path, Exception | None]:
-    """The file, or what can be read of it in UTF-8, if it begins with the mark of UTF-16 or UTF-32; and what broke it off."""
+    """Return the file, or what can be read of it in UTF-8, if it begins as UTF-16 or UTF-32; and what broke it off."""
     encoding = _encoding(path, name)
     if encoding.startswith("utf-8"):
         return path, None
@@ -205,7 +204,7 @@ def _remote_image(path: str, name: str, folder: Path) -> Found:
 
 
 def _lines(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes | None]]:
-    r"""Offset and bytes of every line that begins in [start, stop); None for one that is too long to be one.
+    r"""Yield offset and bytes of every line that begins in [start, stop); None for one that is too long to be one.
 
     A lone "\r" ends a line, too, as old Macs wrote it: inside of JSON text it can only stand as an escape.
     """
@@ -223,13 +222,3 @@ def _lines(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes |
         for piece in line.removesuffix(b"\n").split(b"\r"):
             yield offset, piece
             offset += len(piece) + 1
-
-
-def _advice(names: list[str]) -> str:
-    """What to type for what is there instead."""
-    files = [name.rpartition("/")[2] for name in names]
-    if one := next((name for name in files if name.endswith(".json")), None):
-        return f" {one} is there: if it holds a list, `jq -c '.[]' OLD.json > NEW.jsonl` makes lines of it; if lines, rename it."
-    if one := next((name for name in files if name.endswith(tuple(f"{suffix}.gz" for suffix in SUFFIXES))), None):
-        return f" {one} is there: gunzip it."
-    return f" There are {first(files)}." if files else ""

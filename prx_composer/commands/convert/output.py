@@ -3,7 +3,7 @@
 <output>/.<split>.work/plan.json        settings and work units, written first
 <output>/.<split>.work/units/000012     of a unit that is done: its shards and unit.json (remote: unit.json alone)
 <output>/.<split>.work/hashes/000012    of a unit that was hashed
-<output>/<split>/…                      what schema.py describes; on disk it appears under its name only when it is whole,
+<output>/<split>/…                      what data/format.py describes; on disk it appears under its name only when it is whole,
                                         in an object store its manifest, without which nobody reads it, is written last
 """
 
@@ -18,52 +18,53 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
-from prx_composer.commands.convert.records import RESULT, Unit
+from prx_composer.commands.convert.records import Unit
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import sync, write_whole
-from prx_composer.data.schema import MANIFEST
-from prx_composer.data.storage import fetch, is_remote, join, remote_keys, upload
+from prx_composer.data.format import MANIFEST
+from prx_composer.data.storage import fetched, is_remote, join, remote_keys, upload
 
 STATS = "conversion.json"
+RESULT = "unit.json"  # beside the shards of a unit
 
 
 class Output(Protocol):
     """The state of one conversion."""
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Held by the one process that leads a conversion."""
+        """Hold the lock of the one process that leads a conversion."""
         ...
 
     def put(self, name: str, content: bytes) -> None:
-        """Writes a file of the work folder, all or nothing."""
+        """Write a file of the work folder, all or nothing."""
         ...
 
     def get(self, name: str) -> bytes | None: ...
 
     def names(self, folder: str) -> set[str]:
-        """Names of the units that are done in a folder of the work folder: `units` or `hashes`."""
+        """Return the names of the units that are done in a folder of the work folder: `units` or `hashes`."""
         ...
 
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
-        """An empty folder to write a unit in."""
+        """Make an empty folder to write a unit in."""
         ...
 
     def commit(self, unit: Unit, folder: Path, result: dict[str, Any]) -> None:
-        """Makes a whole unit count as done. Doing so twice is harmless: both are the same."""
+        """Make a whole unit count as done. Doing so twice is harmless: both are the same."""
         ...
 
     def result(self, unit: Unit) -> dict[str, Any]: ...
 
     def finished(self) -> dict[str, Any] | None:
-        """The statistics of a conversion that is whole."""
+        """Return the statistics of a conversion that is whole; None if it is not."""
         ...
 
     def clean(self) -> str:
-        """Takes the work folder away, where that can be done. Returns what to do where it cannot."""
+        """Take the work folder away, where that can be done. Return what to do where it cannot."""
         ...
 
     def finish(self, units: list[Unit], buckets: list[str], files: dict[str, bytes]) -> None:
-        """Puts the shards of all units in place, then these files in this order, and takes the work folder away."""
+        """Put the shards of all units in place, then these files in this order, and take the work folder away."""
         ...
 
 
@@ -184,8 +185,8 @@ class RemoteOutput:
         return {key.removeprefix(prefix) for key in remote_keys(folder) if key.startswith(prefix)}
 
     def _fetch(self, path: str) -> bytes:
-        with tempfile.TemporaryDirectory(prefix="prx-convert.") as folder:
-            return fetch(path, Path(folder)).read_bytes()
+        with fetched(path) as file:
+            return file.read_bytes()
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -3,89 +3,82 @@
 Parquet is cut into work units between row groups, an arrow file is one unit.
 """
 
+import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prx_composer.commands.convert.arrow import Row, image_candidates, names_of, open_arrow, rows_of, schema_has
-from prx_composer.commands.convert.expressions import input_columns
-from prx_composer.commands.convert.records import MAX_FILE_BYTES, Passed, Record, Unit, damaged, is_damage
+from prx_composer.commands.convert.input_files import first
+from prx_composer.commands.convert.records import (
+    IMAGE_NAMES,
+    Record,
+    Seen,
+    Source,
+    Unit,
+    choose_image,
+    damage,
+    damaged,
+    image_inside,
+    image_of,
+)
 from prx_composer.commands.convert.settings import Settings
-from prx_composer.commands.convert.source_columns import Seen, choose_image, first
-from prx_composer.commands.convert.splits import one_split
-from prx_composer.commands.convert.values import Found, image_of
 from prx_composer.common.errors import UserError
-from prx_composer.data.storage import fetch, is_remote, join, list_files, relative_name
+from prx_composer.data.storage import fetched, is_remote, join, relative_name
 
 ROWS = 16  # decoded at a time
 WHOLE = -1  # as `stop`
 STATE = "state.json"  # beside arrow files that `save_to_disk` wrote
+Row = dict[str, Any] | None  # None for one that cannot be decoded
 
 
-class Tables:
+class Tables(Source):
     """A .parquet or .arrow file, or a folder of them. Images are bytes, the struct of `datasets.Image`, or paths."""
 
+    looked_for, suffixes = ".parquet and no .arrow file", (".parquet", ".arrow")
+    of_nothing, without = "no rows, only columns", "Without rows"
+
     def __init__(self, settings: Settings):
-        self._settings = settings
-        self.passed = Passed()
+        super().__init__(settings)
         self._schemas: dict[str, pa.Schema] = {}  # of local files that can be opened
-        self._notes: list[str] = []
 
-    def plan(self) -> list[Unit]:
-        everything = list_files(self._settings.input, self._settings.include, self._settings.follow_links)
-        files = self._without_caches([name for name, _ in everything if name.endswith((".parquet", ".arrow"))])
-        if not files:
-            raise UserError(f"--input: no .parquet and no .arrow file in {self._settings.input}.{_instead(everything)}")
-        one_split(files, self._settings)
-        units: list[Unit] = []
-        empty = []
-        for name in files:
-            parts = [(0, WHOLE)] if name.endswith(".arrow") or is_remote(name) else self._row_groups(name)
-            empty += [] if parts else [relative_name(name, self._settings.input)]
-            units.extend([Unit(len(units) + i, name, *part) for i, part in enumerate(parts)])
-        if not units:
-            raise UserError(
-                f"--input: {first(empty)} in {self._settings.input}: no rows, only columns. There is nothing to read."
-            )
-        if empty:
-            self._notes.append(f"Without rows: {first(empty)}.")
-        return units
-
-    def _without_caches(self, files: list[str]) -> list[str]:
-        """The files without what `datasets` left of later steps beside the arrow files of `save_to_disk`, with the same rows."""
-        self._caches: list[str] = []
-        for folder in {name.rpartition("/")[0] for name in files if name.rpartition("/")[2].startswith("cache-")}:
+    def select(self, listed: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
+        """Leave out what `datasets` left of later steps beside the arrow files of `save_to_disk`, with the same rows."""
+        files = super().select(listed)
+        names = [name for name, _ in files]
+        caches: list[str] = []
+        for folder in {name.rpartition("/")[0] for name in names if name.rpartition("/")[2].startswith("cache-")}:
             try:
-                with tempfile.TemporaryDirectory(prefix="prx-convert.") as cache:
-                    state = json.loads(fetch(join(folder, STATE), Path(cache)).read_bytes())
-                    named = {join(folder, file["filename"]) for file in state["_data_files"]}
+                with fetched(join(folder, STATE)) as file:
+                    state = json.loads(file.read_bytes())
+                named = {join(folder, file["filename"]) for file in state["_data_files"]}
             except Exception:  # no such file, or another program's
                 continue
-            self._caches += [name for name in files if name.rpartition("/")[0] == folder and name not in named]
-        if self._caches:
-            shown = first([relative_name(name, self._settings.input) for name in self._caches])
-            self._notes.append(f"Passed over, as {STATE} beside them does not name them: {shown}.")
-        return [name for name in files if name not in self._caches]
+            caches += [name for name in names if name.rpartition("/")[0] == folder and name not in named]
+        if caches:
+            shown = first(relative_name(name, self.settings.input) for name in caches)
+            self.notes.append(f"Passed over, as {STATE} beside them does not name them: {shown}.")
+        return [file for file in files if file[0] not in caches]
 
-    def _row_groups(self, name: str) -> list[tuple[int, int]]:
+    def cut(self, name: str, size: int | None) -> list[tuple[int, int]]:
+        """Cut parquet between row groups; an arrow file is one unit."""
+        if name.endswith(".arrow") or is_remote(name):
+            return [(0, WHOLE)]
         try:
             metadata = pq.read_metadata(name)
             self._schemas[name] = metadata.schema.to_arrow_schema()
         except Exception as error:
-            if not is_damage(error):
-                raise
+            damage(error)
             return [(0, WHOLE)]  # to be counted when it is read
-        parts, start, size = [], 0, 0
+        parts, start, gathered = [], 0, 0
         for group in range(metadata.num_row_groups):
-            size += metadata.row_group(group).total_byte_size
-            if size >= self._settings.unit_bytes or group + 1 == metadata.num_row_groups:
+            gathered += metadata.row_group(group).total_byte_size
+            if gathered >= self.settings.unit_bytes or group + 1 == metadata.num_row_groups:
                 parts.append((start, group + 1))
-                start, size = group + 1, 0
+                start, gathered = group + 1, 0
         return parts if metadata.num_rows else []
 
     def columns(self, units: list[Unit]) -> Seen:
@@ -93,44 +86,42 @@ class Tables:
         names = list(dict.fromkeys(name for schema in schemas.values() for name in schema.names))
         image = self._image(schemas, names)
         missing = []
-        for column in sorted({*input_columns(self._settings), image}):
-            lacking = [relative_name(f, self._settings.input) for f, schema in schemas.items() if not schema_has(schema, column)]
+        for column in sorted({*self.settings.input_columns, image}):
+            lacking = [relative_name(f, self.settings.input) for f, schema in schemas.items() if not schema_has(schema, column)]
             if len(lacking) == len(schemas):
                 missing.append(column)
             elif lacking:
-                self._notes.append(f"Without a column {column!r}: {first(lacking)}.")
+                self.notes.append(f"Without a column {column!r}: {first(lacking)}.")
         return Seen(list(dict.fromkeys(n for schema in schemas.values() for n in names_of(schema))), missing, image=image)
 
     def _all_schemas(self, units: list[Unit]) -> dict[str, pa.Schema]:
-        """Of every local file, or of the first remote one that can be read: none is downloaded only to be looked at."""
+        """Return the schemas of all local files, or of the first remote one that can be read: no other is downloaded for it."""
         schemas = {}
         for name in dict.fromkeys(unit.path for unit in units):
             if is_remote(name) and schemas:
                 break
             if name not in self._schemas and (is_remote(name) or name.endswith(".arrow")):
-                with tempfile.TemporaryDirectory(prefix="prx-convert.") as folder:
-                    path = fetch(name, Path(folder))
+                with fetched(name) as path:
                     try:
                         self._schemas[name] = pq.read_schema(path) if path.suffix == ".parquet" else open_arrow(path)[0]
                     except Exception as error:
-                        if not is_damage(error):
-                            raise
+                        damage(error)
             if name in self._schemas:
                 schemas[name] = self._schemas[name]
         if not schemas:
-            raise UserError(f"--input: none of the {len(units)} parts of {self._settings.input} can be read.")
+            raise UserError(f"--input: none of the {len(units)} parts of {self.settings.input} can be read.")
         return schemas
 
     def _image(self, schemas: dict[str, pa.Schema], names: list[str]) -> str:
-        """The one column that holds the images in all files. A file without it is read, and its rows are counted."""
-        if self._settings.image is not None:
-            return choose_image([], [], names, self._settings.image)
+        """Return the one column that holds the images in all files. A file without it is read, and its rows are counted."""
+        if self.settings.image is not None:
+            return choose_image([], [], names, self.settings.image)
         chosen: dict[str, list[str]] = {}
         for file, schema in schemas.items():
             candidates = image_candidates(schema)
             if any(candidates):
                 column = choose_image(*candidates, schema.names, None)
-                chosen.setdefault(column, []).append(relative_name(file, self._settings.input))
+                chosen.setdefault(column, []).append(relative_name(file, self.settings.input))
         if len(chosen) > 1:
             each = "; ".join(f"{column} in {first(files)}" for column, files in chosen.items())
             raise UserError(
@@ -139,24 +130,18 @@ class Tables:
             )
         return next(iter(chosen), None) or choose_image([], [], names, None)
 
-    def notes(self) -> list[str]:
-        return self._notes
-
     def read(self, unit: Unit) -> Iterator[Record]:
-        with tempfile.TemporaryDirectory(prefix="prx-convert.") as folder:
-            path = fetch(unit.path, Path(folder))
+        with fetched(unit.path) as path:
             yield from self._read_arrow(path, unit) if path.suffix == ".arrow" else self._read_parquet(path, unit)
 
     def _read_parquet(self, path: Path, unit: Unit) -> Iterator[Record]:
-        """The unit's records. A row group that breaks does not cost those after it."""
+        """Yield the unit's records. A row group that breaks does not cost those after it."""
         label = Path(unit.path).name
         try:
             file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
             metadata, image = file.metadata, self._image_in(file.schema_arrow)
         except Exception as error:
-            if not is_damage(error) or isinstance(error, UserError):
-                raise
-            yield damaged(label, error, 0, None)
+            yield damaged(label, damage(error), 0, None)
             return
         with file:
             number = sum(metadata.row_group(group).num_rows for group in range(unit.start))
@@ -169,9 +154,7 @@ class Tables:
                             yield self._record(unit, number + read, row, image)
                             read += 1
                 except Exception as error:
-                    if not is_damage(error):
-                        raise
-                    problem = error
+                    problem = damage(error)
                 if read < promised:
                     part = f"{label}, row group {group + 1} of {metadata.num_row_groups}"
                     yield damaged(part, problem or "it ends early", read, promised)
@@ -189,19 +172,17 @@ class Tables:
                         yield self._record(unit, number, row, image)
                         number += 1
         except Exception as error:
-            if not is_damage(error) or isinstance(error, UserError):
-                raise
-            yield damaged(Path(unit.path).name, error, number, None)
+            yield damaged(Path(unit.path).name, damage(error), number, None)
 
     def _image_in(self, schema: pa.Schema) -> str | None:
-        """The column of one file, None if it has none: its rows are counted."""
-        if self._settings.image is not None:
-            return self._settings.image if self._settings.image in schema.names else None
+        """Return the column of one file, None if it has none: its rows are counted."""
+        if self.settings.image is not None:
+            return self.settings.image if self.settings.image in schema.names else None
         candidates = image_candidates(schema)
         return choose_image(*candidates, schema.names, None) if any(candidates) else None
 
     def _wanted(self, schema: pa.Schema, image: str | None) -> list[str]:
-        names = input_columns(self._settings)
+        names = self.settings.input_columns
         names |= {name.partition(".")[0] for name in names} | {image or ""}
         return [name for name in schema.names if name in names] or schema.names[:1]
 
@@ -211,34 +192,119 @@ class Tables:
             return Record(key, None, {}, "unreadable_record")
         if image is None:
             return Record(key, None, row, "no_image", "the file has no column of images")
-        folder, follow_links = Path(unit.path).parent, self._settings.follow_links
+        folder, follow_links = Path(unit.path).parent, self.settings.follow_links
         content, problem, detail = image_of(row.get(image), lambda name: image_inside(folder, name, follow_links))
         return Record(key, content, row, problem, detail, image)
 
 
-def _instead(files: list[tuple[str, int | None]]) -> str:
-    """What is there, for a message that something is not."""
-    return f" There are {first([name.rpartition('/')[2] for name, _ in files])}." if files else ""
+# Arrow's types and values as plain Python, one bad value at a time: what cannot be decoded costs its own row only.
 
 
-def image_inside(folder: Path, name: str, follow_links: bool) -> Found:
-    """An encoded file below a local folder, or why there is none. No name opens anything outside of the folder.
-
-    Args:
-        follow_links: open links that lead out of it.
-    """
+def open_arrow(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """Open an arrow file, be it a stream or a file in arrow's terms."""
+    file = pa.memory_map(str(path))
     try:
-        path = folder / os.path.normpath(name)
-        if not path.resolve().is_relative_to(folder.resolve()):
-            if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
-                return None, "outside_input", f"{name} is not below {folder}"
-            if not follow_links:
-                advice = "if that is yours to read, as in a hub's cache, give --follow-links"
-                return None, "outside_input", f"{name} is or passes a symbolic link to {path.resolve()}; {advice}"
-        if not path.is_file():
-            return None, "no_image", f"there is no {path}"
-        if path.stat().st_size > MAX_FILE_BYTES:
-            return None, "file_too_large", ""
-        return path.read_bytes(), "", ""
-    except (OSError, ValueError) as error:  # a name that no file can have, or one that may not be read
-        return None, "no_image", str(error)
+        stream = pa.ipc.open_stream(file)
+    except pa.ArrowInvalid:
+        reader = pa.ipc.open_file(file)
+        return reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
+    return stream.schema, iter(stream)
+
+
+def image_candidates(schema: pa.Schema) -> tuple[list[str], list[str]]:
+    """Return the columns whose type is that of images, and those of text that are called as one of paths might be."""
+    named = [field for field in schema if field.name in IMAGE_NAMES]
+    sure = [field.name for field in schema if _is_image_struct(field.type) or (field in named and _is_bytes(field.type))]
+    return sure, [field.name for field in named if _is_text(field.type)]
+
+
+def schema_has(schema: pa.Schema, name: str) -> bool:
+    """Return whether rows may have a column; `meta.tags.0` looks inside of structs and lists, as `columns.lookup` does."""
+    if name in schema.names:
+        return True
+    head, *parts = name.split(".")
+    if head not in schema.names:
+        return False
+    kind = schema.field(head).type
+    for part in parts:
+        if pa.types.is_struct(kind) and part in [field.name for field in kind]:
+            kind = kind.field(part).type
+        elif _is_list(kind) and part.isdecimal():
+            kind = kind.value_type
+        else:
+            return pa.types.is_null(kind)
+    return True
+
+
+def names_of(schema: pa.Schema) -> list[str]:
+    """Return the names of columns, and of those inside of structs."""
+
+    def inside(prefix: str, field: pa.Field) -> Iterator[str]:
+        yield prefix + field.name
+        if pa.types.is_struct(field.type) and not _is_image_struct(field.type):
+            for child in field.type:
+                yield from inside(f"{prefix}{field.name}.", child)
+
+    return [name for field in schema for name in inside("", field)]
+
+
+def rows_of(batch: pa.RecordBatch) -> list[Row]:
+    """Return the rows of a batch; text that isn't UTF-8 as bytes, for whoever wants it as text to say so."""
+    try:
+        return batch.to_pylist()
+    except Exception:  # one value is enough: text that isn't UTF-8, a time with nanoseconds, a date beyond Python's
+        return [_row(batch, number) for number in range(batch.num_rows)]
+
+
+def _row(batch: pa.RecordBatch, number: int) -> Row:
+    with contextlib.suppress(Exception):
+        return batch.slice(number, 1).to_pylist()[0]
+    try:
+        return {name: _plain(column[number]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    except Exception:
+        return None
+
+
+def _plain(scalar: pa.Scalar) -> Any:
+    if not scalar.is_valid:
+        return None
+    kind = scalar.type
+    if pa.types.is_struct(kind):
+        return {field.name: _plain(scalar[field.name]) for field in kind}
+    if pa.types.is_map(kind):
+        return [(_plain(pair["key"]), _plain(pair["value"])) for pair in scalar.values]
+    if _is_list(kind):
+        return [_plain(value) for value in scalar.values]
+    if pa.types.is_dictionary(kind):
+        return _plain(scalar.value)
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes()
+    except Exception:
+        return scalar.cast(pa.string()).as_py()
+
+
+def _is_image_struct(kind: pa.DataType) -> bool:
+    """Return whether it is that of `datasets.Image`."""
+    return pa.types.is_struct(kind) and {"bytes"} <= {field.name for field in kind} <= {"bytes", "path"}
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    """Return whether values can be encoded files: bytes, lists of them as numbers, or lists of one image."""
+    if pa.types.is_dictionary(kind):
+        return _is_bytes(kind.value_type)
+    if _is_list(kind):
+        return pa.types.is_integer(kind.value_type) or _is_image_struct(kind.value_type)
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(test(kind) for test in tests)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

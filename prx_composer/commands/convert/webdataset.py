@@ -9,23 +9,30 @@ Nothing is extracted: names only tell what belongs together. The rules, which lo
 - A name that comes twice is two samples, if each time it is a whole one; else nobody knows what belongs to what.
 """
 
+import bz2
+import contextlib
+import errno
+import gzip
 import itertools
 import json
+import lzma
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prx_composer.commands.convert.archives import SUFFIXES, members, open_tar
-from prx_composer.commands.convert.expressions import input_columns
-from prx_composer.commands.convert.records import MAX_FILE_BYTES, Passed, Record, Unit, is_damage
+from prx_composer.commands.convert.input_files import Passed
+from prx_composer.commands.convert.records import MAX_FILE_BYTES, PEEKED, Record, Seen, Source, Unit, damage, look
 from prx_composer.commands.convert.settings import Settings
-from prx_composer.commands.convert.source_columns import PEEKED, Seen, first, look
-from prx_composer.commands.convert.splits import one_split
 from prx_composer.common.errors import UserError
-from prx_composer.data.storage import fetch, list_files
+from prx_composer.data.storage import fetched
 
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+CHUNK = 1 << 16
+MOST_ZEROS = 1 << 22  # bytes at a tar's end; what writes in blocks fills up the last one, and none is nearly as large
+UNPACKED_TIMES = 64  # as much may a compressed tar unpack to: images hardly shrink, and what does is made to fill a disk …
+UNPACKED_BYTES = 1 << 30  # … above this size
 IMAGES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "img", "image"])
 DAMAGED = "\0"  # as a key, which no member can have
 
@@ -47,46 +54,39 @@ class Part(NamedTuple):
         return self.suffix.rpartition(".")[2] in IMAGES
 
     def read(self) -> bytes | None:
-        """The content; None if it is too large. Raises tarfile.ReadError if the file ends before."""
+        """Return the content; None if it is too large. Raise tarfile.ReadError if the file ends before."""
         if self.info.size > MAX_FILE_BYTES:
             return None
         file = self.tar.extractfile(self.info)
         return b"" if file is None else file.read()
 
 
-class WebDataset:
+class WebDataset(Source):
     """A tar, or a folder of tars (perhaps compressed), as the webdataset library writes and img2dataset downloads them."""
 
+    looked_for, suffixes = f"{', '.join(SUFFIXES)} file", SUFFIXES
+
     def __init__(self, settings: Settings):
-        self._settings = settings
-        self.passed = Passed()
-        named = input_columns(settings) | ({settings.image} if settings.image else set())
+        super().__init__(settings)
+        named = settings.input_columns | ({settings.image} if settings.image else set())
         self._suffixes = {name.lower() for name in named if "." in name}
 
-    def plan(self) -> list[Unit]:
-        listed = list_files(self._settings.input, self._settings.include, self._settings.follow_links)
-        files = [name for name, _ in listed if name.lower().endswith(SUFFIXES)]
-        if not files:
-            there = [name.rpartition("/")[2] for name, _ in listed]
-            instead = f" There are {first(there)}." if there else ""
-            raise UserError(f"--input: no {', '.join(SUFFIXES)} file in {self._settings.input}.{instead}")
-        one_split(files, self._settings)
-        return [Unit(number, name, 0, 0) for number, name in enumerate(files)]
+    def select(self, listed: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
+        return [file for file in listed if file[0].lower().endswith(SUFFIXES)]
+
+    def cut(self, name: str, size: int | None) -> list[tuple[int, int]]:
+        return [(0, 0)]
 
     def columns(self, units: list[Unit]) -> Seen:
         records = (record for unit in units for record in self.read(unit))
         begin = list(itertools.islice(records, PEEKED))
         if begin and all(record.problem == "several_images" for record in begin):
             raise UserError(f"--image: say which one is meant. In {begin[0].key} there are {begin[0].detail}.")
-        return look((record.columns for record in itertools.chain(begin, records)), self._settings)
-
-    def notes(self) -> list[str]:
-        return []
+        return look((record.columns for record in itertools.chain(begin, records)), self.settings)
 
     def read(self, unit: Unit) -> Iterator[Record]:
         label = Path(unit.path).name
-        with tempfile.TemporaryDirectory(prefix="prx-convert.") as folder, tempfile.TemporaryDirectory(dir=folder) as aside:
-            path = fetch(unit.path, Path(folder))
+        with fetched(unit.path) as path, tempfile.TemporaryDirectory(prefix="prx-convert.") as aside:
             with open_tar(path, Path(aside)) as (file, problem):
                 apart, samples = _apart(file), 0
                 for key, run in itertools.groupby(_parts(file, label, self.passed), key=lambda part: part.key):
@@ -103,7 +103,7 @@ class WebDataset:
                 yield Record(label, None, {}, "damaged_input", f"{problem} ({samples} samples were read)")
 
     def _records(self, label: str, key: str, runs: list[list[Part]]) -> Iterator[Record]:
-        """The samples of one key up to the first dot, from all places where it stands."""
+        """Yield the samples of one key up to the first dot, from all places where it stands."""
         if not runs:
             return
         for stem, some in _by_stem(key, runs, self._suffixes).items():
@@ -118,8 +118,8 @@ class WebDataset:
                 yield Record(f"{label}/{stem}", None, {}, "same_name_twice", detail)
 
     def _record(self, key: str, parts: list[Part]) -> Record | None:
-        """None if the tar ends within its first member."""
-        images = _images(parts, self._settings.image)
+        """Return a sample; None if the tar ends within its first member."""
+        images = _images(parts, self.settings.image)
         columns: dict[str, Any] = {}
         mapping: dict[str, Any] = {}
         problem = detail = ""
@@ -158,7 +158,7 @@ class WebDataset:
 
 
 def _images(parts: list[Part], wanted: str | None) -> list[Part]:
-    """The members that may be a sample's image: one, if it is clear which."""
+    """Return the members that may be a sample's image: one, if it is clear which."""
     if wanted is not None:
         wanted = wanted.lower()
         exactly = [part for part in parts if part.suffix == wanted]
@@ -168,7 +168,7 @@ def _images(parts: list[Part], wanted: str | None) -> list[Part]:
 
 
 def _by_stem(key: str, runs: list[list[Part]], suffixes: set[str]) -> dict[str, list[list[Part]]]:
-    """The runs by key, which ends at the first dot or, where that makes one sample of several, at the last."""
+    """Return the runs by key, which ends at the first dot or, where that makes one sample of several, at the last."""
     kinds: dict[str, set[bool]] = {}
     for part in itertools.chain.from_iterable(runs):
         stem, dot, _ = part.suffix.rpartition(".")
@@ -190,7 +190,7 @@ def _by_stem(key: str, runs: list[list[Part]], suffixes: set[str]) -> dict[str, 
 
 
 def _samples(runs: list[list[Part]]) -> list[list[Part]] | None:
-    """The samples of one key: one, or one for each place where it stands; None if nobody can tell what belongs together."""
+    """Return the samples of one key: one, or one for each place where it stands; None if what belongs together is not known."""
     every = [part for run in runs for part in run]
     if len({part.suffix for part in every}) == len(every):
         return [every]
@@ -201,7 +201,7 @@ def _samples(runs: list[list[Part]]) -> list[list[Part]] | None:
 
 
 def _parts(file: BinaryIO, label: str, passed: Passed) -> Iterator[Part]:
-    """Every regular member that has a key and a suffix, at last the key DAMAGED if the tar does not end where it should."""
+    """Yield every regular member that has a key and a suffix, at last the key DAMAGED if the tar does not end where it should."""
     try:
         for tar, member in members(file):
             folder, slash, name = member.name.rpartition("/")
@@ -217,13 +217,11 @@ def _parts(file: BinaryIO, label: str, passed: Passed) -> Iterator[Part]:
             else:
                 yield Part(folder + slash + stem, suffix.lower(), tar, member)
     except Exception as error:
-        if not is_damage(error):
-            raise
-        yield Part(DAMAGED, str(error), None, None)
+        yield Part(DAMAGED, str(damage(error)), None, None)
 
 
 def _apart(file: BinaryIO) -> dict[str, list[list[Part]]]:
-    """The parts of every key whose members lie in several places, by place. Reads headers alone."""
+    """Return the parts of every key whose members lie in several places, by place. Reads headers alone."""
     seen, again, last = set[int](), set[int](), DAMAGED
     for part in _parts(file, "", Passed()):
         if part.key != last:
@@ -235,3 +233,103 @@ def _apart(file: BinaryIO) -> dict[str, list[list[Part]]]:
             if hash(key) in again and key != DAMAGED:
                 found.setdefault(key, []).append(list(run))
     return found
+
+
+# A tar's members, whole or as far as they can be read: also of a compressed one, and of several written one after the other.
+# A compressed tar is unpacked as one file, because members that belong together may lie far from each other.
+
+
+def _open_zstd(path: Path, _: str) -> Any:
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+
+
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open, b"\x28\xb5\x2f\xfd": _open_zstd}
+
+
+@contextlib.contextmanager
+def open_tar(path: Path, folder: Path, least: int = UNPACKED_BYTES) -> Iterator[tuple[BinaryIO, str]]:
+    """Open the file of a plain tar, and what was wrong with its compression, "" for nothing.
+
+    Args:
+        folder: an empty one, to unpack in.
+        least: bytes that any compressed tar may unpack to; above it, UNPACKED_TIMES its own.
+    """
+    with path.open("rb") as file:
+        start = file.read(6)
+        opener = next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), None)
+        if opener is None:
+            yield file, ""
+            return
+    unpacked = folder / "unpacked.tar"
+    problem = _unpack(path, opener, unpacked, max(least, UNPACKED_TIMES * path.stat().st_size))
+    with unpacked.open("rb") as file:
+        yield file, problem
+
+
+def _unpack(path: Path, opener: Callable[[Path, str], Any], target: Path, most: int) -> str:
+    """Write as much of a compressed file as can be read. Return what was wrong with the rest."""
+    try:
+        with target.open("wb") as file, opener(path, "rb") as stream:
+            while content := stream.read1(CHUNK):  # not `read`, which throws away what it has when it comes upon damage
+                file.write(content)
+                if file.tell() > most:
+                    return f"it unpacks to more than {UNPACKED_TIMES} times its size; what comes after that is not read"
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UserError(
+                f"--input: {target.parent} has no room to unpack {path}. Name a folder that has, TMPDIR=/that/folder, "
+                "or unpack the tars beforehand."
+            ) from error
+        return f"its compression is broken: {damage(error)}"
+    return ""
+
+
+def members(file: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield every member in order, with the archive that can extract it.
+
+    Raises:
+        tarfile.ReadError: the tar is broken there, or does not end as a tar does; says what and where.
+    """
+    size, start, count = file.seek(0, 2), 0, 0
+    while True:
+        file.seek(start)
+        tar: Any = tarfile.TarFile(fileobj=file)
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # or it would keep them all
+            if tar.offset <= member.offset:
+                raise tarfile.ReadError(f"member {count + 1} has an impossible size")  # which would lead back to itself, for ever
+            count += 1
+            yield tar, member
+        start = _after_end(file, tar.offset, size, count)
+        if start == size:
+            return
+
+
+def _after_end(file: BinaryIO, offset: int, size: int, count: int) -> int:
+    """Return where the next archive begins, or the file's size: tarfile takes anything that is no header for the tar's end."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if not block:
+        raise tarfile.ReadError(
+            f"it stops after member {count}, without the zeros that end a tar: it was cut there, or its writer leaves them out"
+        )
+    if block.strip(b"\0"):
+        try:
+            tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+            words = "unreadable header"
+        except tarfile.HeaderError as error:
+            words = str(error)
+        raise tarfile.ReadError(f"{words} after member {count}, at byte {offset:,} of {size:,}: what follows is not read")
+    end = offset
+    while not block.strip(b"\0"):
+        offset += len(block)
+        block = file.read(CHUNK)
+        if not block and offset - end > MOST_ZEROS:
+            raise tarfile.ReadError(
+                f"after member {count} it is zeros, {offset - end:,} bytes of them: it was allocated and not written to its end"
+            )
+        if not block:
+            return size
+    return offset + (len(block) - len(block.lstrip(b"\0"))) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE

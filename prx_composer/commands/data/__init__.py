@@ -57,10 +57,9 @@ def print_statistics(options: StatsOptions) -> None:
 
     With a recipe captions are also counted in its tokens, and buckets against its batches. No image is decoded.
     """
-    from prx_composer.commands.data.split import open_split
     from prx_composer.commands.data.statistics import statistics
     from prx_composer.commands.data.statistics_text import as_text
-    from prx_composer.commands.data.subject import subject_of
+    from prx_composer.commands.data.subject import open_split, subject_of
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     subject, file = subject_of(options.what, options.split), options.json_file
@@ -83,15 +82,13 @@ def draw_samples(options: ViewOptions) -> None:
     With a recipe they are what its loader gives in the first epoch, at its image size, with captions cut to its tokens. Without
     one, images are as stored, or at another --image-size in sides that are multiples of what all stored sides are.
     """
-    from prx_composer.commands.data import sheet
-    from prx_composer.commands.data.split import open_split
-    from prx_composer.commands.data.subject import subject_of
-    from prx_composer.commands.data.view import look
+    from prx_composer.commands.data.subject import open_split, subject_of
+    from prx_composer.commands.data.view import check_output, look, title, write_view
 
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # what cannot be decoded is on the sheet
-    sheet.check_output(options.output)
+    check_output(options.output)
     subject = subject_of(options.what, options.split)
     data = open_split(subject.path, subject.split)
     seen = look(subject, data, options.n, options.seed, options.image_size, options.bucket)
-    sheet.write(seen, options.output)
-    typer.echo(f"{options.output}: {sheet.title(seen)}")
+    write_view(seen, options.output)
+    typer.echo(f"{options.output}: {title(seen)}")

@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,15 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from prx_composer.commands.data.split import Split
-from prx_composer.commands.data.summaries import Distinct, Spread
+from prx_composer.commands.data.subject import Split
 from prx_composer.common.errors import UserError
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.mds import RawShard, encodings_of
+from prx_composer.data.format import RawShard, encodings_of
 from prx_composer.data.storage import is_remote, join
 from prx_composer.models.prompts import cleaned, unknown_id
 
 _FACTS = ("kind", "encoder", "revision", "storage", "width", "max_tokens", "image_size", "cut")
+SHARES = (0.05, 0.5, 0.95)
 TOGETHER = 256  # captions that are tokenised at a time
 
 
@@ -29,7 +30,7 @@ def statistics(
     max_tokens: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """What a split holds, as JSON stores it.
+    """Return what a split holds, as JSON stores it.
 
     Args:
         samples: look at no more than about so many, evenly spaced; of an object store, whole shards, evenly spaced.
@@ -96,7 +97,7 @@ def _bucket(split: Split, bucket: Bucket, total: int, batch_sizes: Sequence[int]
 
 
 def _evenly_spaced(first: int, count: int, total: int, samples: int) -> list[int]:
-    """Which of the samples `first` … `first + count` are among the `samples` evenly spaced ones of `total`; from 0 on."""
+    """Return which of the samples `first` … `first + count` are among the `samples` evenly spaced ones of `total`; from 0 on."""
     start, stop = -(-first * samples // total), -(-(first + count) * samples // total)
     return [index * total // samples - first for index in range(start, stop)]
 
@@ -104,7 +105,7 @@ def _evenly_spaced(first: int, count: int, total: int, samples: int) -> list[int
 def _rows(
     split: Split, bucket: Bucket, shard: dict[str, Any], chosen: Sequence[int], columns: set[str]
 ) -> Iterator[tuple[dict[str, bytes], dict[str, int]]]:
-    """Columns of the chosen samples of a shard, and the sizes of all of theirs."""
+    """Yield the chosen samples of a shard by column, and the sizes of all their columns."""
     if not chosen:
         return
     folder = join(split.folder, str(bucket))
@@ -210,3 +211,80 @@ def _number(content: bytes, encoding: str) -> float:
     if encoding.rstrip("0123456789") not in ("int", "uint", "float") and encoding not in ("str_int", "str_float"):
         return math.nan
     return float(mds_decode(encoding, content))
+
+
+# Summaries of columns in bounded memory, however many values go by.
+
+
+class Spread:
+    """Smallest, largest and mean of numbers, exactly, and their quantiles to three digits: exact for integers below 1,000."""
+
+    def __init__(self) -> None:
+        self.count, self.missing = 0, 0
+        self._sum, self._low, self._high = 0.0, math.inf, -math.inf
+        self._rounded: Counter[float] = Counter()
+
+    def add(self, value: float) -> None:
+        """Add a value; NaN counts as missing."""
+        if math.isnan(value):
+            self.missing += 1
+            return
+        self.count += 1
+        self._sum += value
+        self._low, self._high = min(self._low, value), max(self._high, value)
+        self._rounded[float(f"{value:.3g}")] += 1
+
+    def quantile(self, share: float) -> float:
+        """Return the value that this share of the values, or more, doesn't exceed."""
+        rank, below = math.ceil(share * self.count), 0
+        for value in sorted(self._rounded):
+            below += self._rounded[value]
+            if below >= rank:
+                return min(max(value, self._low), self._high)
+        return math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        if not self.count:
+            return {"count": 0, "missing": self.missing}
+        low, median, high = (_plain(self.quantile(share)) for share in SHARES)
+        return {
+            "count": self.count,
+            "missing": self.missing,
+            "min": _plain(self._low),
+            "5%": low,
+            "median": median,
+            "mean": round(self._sum / self.count, 6),
+            "95%": high,
+            "max": _plain(self._high),
+        }
+
+
+class Distinct:
+    """How many different texts there are, up to a limit, and which are the most frequent of those."""
+
+    LIMIT, LETTERS, NAMED = 1000, 80, 5
+
+    def __init__(self) -> None:
+        self.missing = 0
+        self._counts: Counter[str] = Counter()
+        self._more = False
+
+    def add(self, text: str) -> None:
+        """Add a text; the empty one counts as missing."""
+        if not text:
+            self.missing += 1
+            return
+        text = text[: self.LETTERS]
+        if text in self._counts or len(self._counts) < self.LIMIT:
+            self._counts[text] += 1
+        else:
+            self._more = True
+
+    def to_json(self) -> dict[str, Any]:
+        most = sorted(self._counts.items(), key=lambda entry: (-entry[1], entry[0]))[: self.NAMED]
+        return {"distinct": len(self._counts), "or_more": self._more, "missing": self.missing, "most": dict(most)}
+
+
+def _plain(value: float) -> float | int:
+    """Return 3 rather than 3.0."""
+    return int(value) if math.isfinite(value) and value == int(value) else value

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """What `statistics` returned, for a terminal."""
+    """Return what `statistics` returned, for a terminal."""
     lines = [
         f"{found['path']}, split {found['split']}: {found['samples']:,} samples in {_count(len(found['buckets']), 'bucket')} "
         f"around {found['image_size']}² pixels, {_size(found['bytes'])}",

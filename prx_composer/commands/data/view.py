@@ -1,26 +1,36 @@
-"""Samples of a data set as a model sees them: decoded, scaled and cropped, with the caption that is chosen, where it is cut."""
+"""Samples of a data set as a model sees them: decoded, scaled and cropped, with the caption that is chosen, where it is cut.
 
+`look` draws them, `write_view` makes a picture or a page of them.
+"""
+
+import base64
+import io
 import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prx_composer.commands.data.split import Split
-from prx_composer.commands.data.subject import Subject
+from prx_composer.commands.data.subject import Split, Subject
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.data.bucketed import SampleRequest
+from prx_composer.common.pages import Text, Tile, contact_sheet, picture, render, shown_factor
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
-from prx_composer.data.sampler import BucketBatchSampler
+from prx_composer.data.decoding import UNDECODABLE, decode_image
+from prx_composer.data.sampler import BucketBatchSampler, SampleRequest
 from prx_composer.data.storage import is_remote
-from prx_composer.data.transforms import UNDECODABLE, decode_image
 from prx_composer.models.prompts import cleaned
+
+COLUMNS = 8
+PROBLEM = (190, 30, 30)
+WORDS = 6  # before and after a cut, in a picture
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class View:
 def look(
     subject: Subject, split: Split, count: int = 32, seed: int = 0, image_size: int | None = None, bucket: str | None = None
 ) -> View:
-    """Draws samples, all with the same probability, in the order of their buckets.
+    """Draw samples, all with the same probability, in the order of their buckets.
 
     Args:
         count: samples, at most.
@@ -109,7 +119,7 @@ def look(
 
 @contextmanager
 def _dataset(subject: Subject) -> Iterator[ImageCaptionDataset]:
-    """The data set that the recipe's loader has; without a recipe, one with that loader's defaults."""
+    """Open the data set that the recipe's loader has; without a recipe, one with that loader's defaults."""
     given = {name: subject.loader[name] for name in ("captions", "remote") if subject.loader.get(name)}
     with tempfile.TemporaryDirectory(prefix="prx-look.") as cache, at_path(subject.key if subject.loader else subject.path):
         path = subject.loader.get("path") or subject.path
@@ -139,7 +149,7 @@ def _see(dataset: ImageCaptionDataset, sampler: BucketBatchSampler, subject: Sub
 
 
 def _image(dataset: ImageCaptionDataset, request: SampleRequest, row: dict[str, Any]) -> tuple[Tensor | None, str, int | None]:
-    """What training gets for a request: the image, or why it is another one's and whose."""
+    """Return what training gets for a request: the image, or why it is another one's and whose."""
     try:
         sample = dataset.look_at(request)
         if sample["sample_id"] == request.sample_id:
@@ -155,7 +165,7 @@ def _image(dataset: ImageCaptionDataset, request: SampleRequest, row: dict[str, 
 
 
 def cut(text: str, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int) -> Cut:
-    """Where a caption is cut; without a tokenizer it isn't."""
+    """Return where a caption is cut; without a tokenizer it isn't."""
     if tokenizer is None:
         return Cut(text, "", 0)
     (text,) = cleaned(tokenizer, [text])
@@ -171,3 +181,85 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int) -
     read = tokenizer(text, **options)
     kept = str(tokenizer.decode(read["input_ids"], skip_special_tokens=True))
     return Cut(kept, text[len(kept) :] if text.startswith(kept) else "…", tokens)
+
+
+# Pictures and pages.
+
+
+def check_output(path: str) -> None:
+    """Raise UserError, before anything is read, for a file that will not be written."""
+    if Path(path).suffix.lower() not in (".png", ".html"):
+        raise UserError(f"--output {path}: a picture (.png) or a page (.html) can be written.")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {Path(path).parent}.")
+
+
+def write_view(view: View, path: str) -> None:
+    """Write a .png or .html file. Raise UserError if it cannot be written."""
+    try:
+        if path.lower().endswith(".html"):
+            Path(path).write_text(_page(view), encoding="utf-8")
+        else:
+            contact_sheet([_tile(seen, view.max_tokens) for seen in view.samples], COLUMNS, _font_size(view)).save(path)
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error}") from error
+
+
+def title(view: View) -> str:
+    """Say of which samples a view is."""
+    bucket = f" of bucket {view.bucket}" if view.bucket else ""
+    tokens = f", captions cut to {view.max_tokens} tokens" if view.max_tokens else ""
+    broken = sum(seen.image is None for seen in view.samples)
+    undecodable = f"; {broken} cannot be decoded" if broken else ""
+    what = f"{len(view.samples)} of {view.total:,} samples{bucket} of {view.split.folder}"
+    return f"{what} at {view.image_size} px{tokens}{undecodable}"
+
+
+def _font_size(view: View) -> int:
+    widest = max(seen.size.width for seen in view.samples)
+    return 11 if widest < 256 else 14
+
+
+def _shown(seen: Seen) -> Image.Image:
+    """Return its pixels, or a crossed-out grey field of that size."""
+    if seen.image is not None:
+        return picture(seen.image)
+    height, width = seen.size
+    field = Image.new("RGB", (width, height), (225, 225, 225))
+    draw = ImageDraw.Draw(field)
+    draw.line((0, 0, width, height), fill=PROBLEM)
+    draw.line((0, height, width, 0), fill=PROBLEM)
+    return field
+
+
+def _problem(seen: Seen) -> str:
+    instead = "no image of its bucket can" if seen.replacement is None else f"training shows {seen.replacement} instead"
+    return f"cannot be decoded ({seen.problem}); {instead}"
+
+
+def _tile(seen: Seen, max_tokens: int) -> Tile:
+    texts = [Text(f"{seen.sample_id}  {seen.stored}  {seen.key}", "gray", 2), Text(seen.caption.kept, lines=8)]
+    if seen.caption.lost:
+        before, after = seen.caption.kept.split()[-WORDS:], seen.caption.lost.split()[:WORDS]
+        texts.append(
+            Text(f"cut after {max_tokens} of {seen.caption.tokens} tokens: … {' '.join(before)} | {' '.join(after)} …", "red")
+        )
+    if seen.image is None:
+        texts.append(Text(_problem(seen), "red"))
+    return Tile(_shown(seen), tuple(texts))
+
+
+def _page(view: View) -> str:
+    factor = max(shown_factor(*seen.size) for seen in view.samples)
+    tiles = [
+        {"seen": seen, "image": _png(_shown(seen)), "width": seen.size.width * factor, "problem": _problem(seen)}
+        for seen in view.samples
+    ]
+    return render("prx_composer.commands.data", "sheet.html", title=title(view), tiles=tiles, view=view)
+
+
+def _png(image: Image.Image) -> str:
+    """Return a PNG as base64."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()

@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from composer.utils import dist, get_device
 
-from prx_composer.commands.encode.encode_images import ImageEncoder, features_of
-from prx_composer.commands.encode.encode_text import CaptionEncoder, text_column
-from prx_composer.commands.encode.encoded_parts import encode_split
+from prx_composer.commands.encode.encoding import CaptionEncoder, ImageEncoder, encode_split, features_of, text_column
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import read_manifest
-from prx_composer.data.latents import latent_column
-from prx_composer.data.schema import Manifest
-from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, fingerprint
+from prx_composer.data.format import Manifest
+from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, fingerprint, latent_column
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe

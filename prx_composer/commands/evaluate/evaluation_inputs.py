@@ -12,7 +12,7 @@ from prx_composer.commands.drawing import DrawingSettings, read_prompts
 from prx_composer.commands.evaluate.sweep import SEEDS_APART, image_seeds
 from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.data.schema import MANIFEST
+from prx_composer.data.format import MANIFEST
 from prx_composer.metrics.real_images import DataSet, ImageFolder, default_cache, evenly, open_images
 from prx_composer.metrics.scoring import Networks, Scorer, check_metrics
 from prx_composer.models.sampling import check_seeds

@@ -8,7 +8,7 @@ from typing import Any
 
 from prx_composer.common.errors import UserError, at_path, nearest
 from prx_composer.common.files import read_text
-from prx_composer.data.schema import MANIFEST, Manifest
+from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.data_sets import data_sets
 

@@ -7,8 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer.data.dataset import read_manifest
-from prx_composer.data.mds import open_local
-from prx_composer.data.schema import MANIFEST, Manifest
+from prx_composer.data.format import MANIFEST, Manifest, open_local
 from prx_composer.models.prompts import CaptionCounts, clean_caption, with_cleaning
 from prx_composer.models.text_encoder import load_tokenizer, tokenize, train_tokenizer
 from prx_composer.recipe.arguments import split

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from prx_composer.common.errors import UserError, at_path, raise_all
-from prx_composer.data.batches import epoch_steps
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import read_manifest
-from prx_composer.data.latents import names_of, size_problem
-from prx_composer.data.mds import open_local
-from prx_composer.data.sampler import fewer_than_a_batch
-from prx_composer.data.schema import MANIFEST, Manifest
-from prx_composer.data.shares import Shares
-from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, read_column
-from prx_composer.data.transforms import UNDECODABLE, decode_image
+from prx_composer.data.decoding import UNDECODABLE, decode_image
+from prx_composer.data.format import MANIFEST, Manifest, open_local
+from prx_composer.data.mixture import Shares
+from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
+from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.data_sets import data_sets, weights_of
 from prx_composer.recipe.time_checks import schedule_problems
@@ -132,7 +129,7 @@ def _check_data_set(
             facts.append(f"embeddings of {caption} by {column.encoder}, {column.storage}")
     latents = {}
     if not spec.get("remote"):
-        for column_name in names_of(spec.get("latent")):
+        for column_name in latent_names(spec.get("latent")):
             made = encoded_folder(path, name, column_name, IMAGE)
             latents[column_name] = column = read_column(made, "latents", f"{key}.latent")
             facts.append(f"latents of {column.image_size} px by {column.encoder}, {column.storage}")
@@ -275,7 +272,7 @@ def _check_latents(
     buckets = sorted(manifest.buckets)
     for image_size in sorted(set(image_sizes.values())):
         sizes = [bucket.at(image_size, manifest.image_size, multiple) for bucket in buckets]
-        if problem := size_problem(latents, buckets, manifest.image_size, image_size, sizes):
+        if problem := latent_size_problem(latents, buckets, manifest.image_size, image_size, sizes):
             path = next(path for path, size in image_sizes.items() if size == image_size)
             yield failed(f"{key}.latent: {path}: {problem}")
 

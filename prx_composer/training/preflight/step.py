@@ -28,10 +28,9 @@ from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
 from prx_composer.algorithms.token_routing import TokenRouting
 from prx_composer.common.distributed import from_rank_zero, unwrapped
 from prx_composer.common.errors import UserError, problems_of
-from prx_composer.data.bucketed import SampleRequest
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.collate import channels_first
-from prx_composer.data.loader import ImageCaptionLoader
+from prx_composer.data.loader import ImageCaptionLoader, channels_first
+from prx_composer.data.sampler import SampleRequest
 from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import ScheduleWindow

@@ -1,7 +1,7 @@
-"""Procedural captioned scenes: a coloured shape at a position on a background, some combinations kept out of training.
+"""Two sets that need no download: procedural scenes with captions, and scikit-learn's scans of handwritten digits.
 
-They make the quickstart possible without a download, and its score exact: a drawn image is right if its nearest
-rendering among all combinations is the one that was asked for.
+The scenes are a coloured shape at a position on a background, some combinations kept out of training. They make the quickstart
+possible, and its score exact: a drawn image is right if its nearest rendering among all combinations is the one asked for.
 """
 
 import io
@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from prx_composer.data.buckets import Bucket
-from prx_composer.data.schema import RawSample
+from prx_composer.data.format import RawSample
 
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 160, 50), "blue": (30, 70, 220), "yellow": (245, 210, 20),
@@ -46,19 +47,19 @@ class Scene(NamedTuple):
 
 
 def all_scenes(colours: Iterable[str] = COLOURS) -> list[Scene]:
-    """Every combination: 6 colours × 5 shapes × 3 backgrounds × 3 positions = 270, or those of other colours."""
+    """Return every combination: 6 colours × 5 shapes × 3 backgrounds × 3 positions = 270, or those of other colours."""
     return [Scene(*scene) for scene in itertools.product(colours, SHAPES, BACKGROUNDS, POSITIONS)]
 
 
 def heldout_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """`count` combinations kept out of training; every single attribute, and nearly every pair, is still seen there."""
+    """Return `count` combinations kept out of training; every single attribute, and nearly every pair, is still seen there."""
     scenes = all_scenes()
     order = np.random.default_rng(seed).permutation(len(scenes))
     return [scenes[index] for index in sorted(order[:count])]
 
 
 def render(scene: Scene, height: int, width: int, *, shift: tuple[float, float] = (0, 0), scale: float = 1.0) -> Image.Image:
-    """Draws a scene, antialiased.
+    """Draw a scene, antialiased.
 
     Args:
         shift: of the centre, in fractions of the shorter side, (x, y).
@@ -134,3 +135,40 @@ class ShapesSource:
                 captions = {"caption": scene.caption, "short_caption": scene.short_caption}
                 key = "-".join(scene) + f"-{index}"
                 yield "heldout" if scene in heldout else "train", RawSample(encoded.getvalue(), width, height, captions, key)
+
+
+# The scans are UCI's: 1,797 real images of 8×8 pixels.
+
+
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+HELDOUT = 600  # the last scans, of other writers than the first
+
+
+def load_digit_scans() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return uint8 (1797, 8, 8) and labels (1797,). Raise ImportError, with the remedy, without scikit-learn."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("The digits come with scikit-learn: `uv pip install scikit-learn`.") from error
+    digits: Any = load_digits()
+    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
+
+
+class DigitsSource:
+    """The scans as a data set: `train`, and the last 600 as `heldout`, on which the scoring classifier is fitted."""
+
+    captions = ("caption",)
+    identity: dict[str, Any] = {}
+
+    def __init__(self) -> None:
+        self.image_size = 8
+        self.buckets = [Bucket(8, 8)]
+
+    def samples(self) -> Iterator[tuple[str, RawSample]]:
+        images, labels = load_digit_scans()
+        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            encoded = io.BytesIO()
+            Image.fromarray(image).save(encoded, format="PNG")
+            captions = {"caption": f"a handwritten {DIGIT_WORDS[label]}"}
+            split = "heldout" if index >= len(images) - HELDOUT else "train"
+            yield split, RawSample(encoded.getvalue(), 8, 8, captions, f"scan-{index}")

@@ -10,93 +10,82 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prx_composer.commands.convert.expressions import input_columns
-from prx_composer.commands.convert.records import Passed, Record, Unit, damaged, is_damage
+from prx_composer.commands.convert.input_files import first
+from prx_composer.commands.convert.records import IMAGE_NAMES, Record, Seen, Source, Unit, choose_image, damage, damaged, image_of
 from prx_composer.commands.convert.settings import Settings
-from prx_composer.commands.convert.source_columns import IMAGE_NAMES, Seen, choose_image, first
-from prx_composer.commands.convert.splits import one_split
-from prx_composer.commands.convert.values import image_of
 from prx_composer.common.errors import UserError
-from prx_composer.data.mds import LinkError, RawShard, encodings_of
-from prx_composer.data.storage import fetch, join, list_files, relative_name
+from prx_composer.data.format import LinkError, RawShard, encodings_of
+from prx_composer.data.storage import fetched, join, relative_name
 
 IMAGES = ("jpeg", "jpeg_array", "jpegarray", "png")  # encodings of images as files, perhaps with a quality, `jpeg:90`
 READ = ("str", "str_int", "str_float", "int", "json", "bytes")  # and numpy's numbers
 INDEX = "index.json"
 
 
-class Shards:
-    """A folder with an index.json, or a folder of such folders, such as a split of ours."""
+class Shards(Source):
+    """A folder with an index.json, or a folder of such folders, such as a split of ours. Units lie in the index's folder."""
+
+    looked_for, suffixes = f"{INDEX} of MDS shards", (f"/{INDEX}",)
+    of_nothing = "no shards, and so no samples"
 
     def __init__(self, settings: Settings):
-        self._settings = settings
-        self.passed = Passed()
+        super().__init__(settings)
         self._indexes: dict[str, list[dict[str, Any]]] = {}
-        self._notes: list[str] = []
+        self._taken = set[str]()  # shards' files that an index has named
 
-    def plan(self) -> list[Unit]:
-        files = [name for name, _ in list_files(self._settings.input, self._settings.include, self._settings.follow_links)]
-        found = [name for name in files if name.endswith(f"/{INDEX}")]
-        if not found:
-            pattern = f" of the pattern --include '{self._settings.include}'" if self._settings.include != "*" else ""
-            raise UserError(f"--input: no {INDEX} of MDS shards in {self._settings.input}{pattern}.")
-        one_split(found, self._settings)
-        units: list[Unit] = []
-        taken = set[str]()
-        for folder in [name.rpartition("/")[0] for name in found]:
-            for start, stop in self._parts(folder, taken):
-                units.append(Unit(len(units), folder, start, stop))
-        if not units:
-            raise UserError(f"--input: {first(found)}: no shards, and so no samples. There is nothing to read.")
-        return units
+    def select(self, listed: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
+        self._taken.clear()
+        return super().select(listed)
 
-    def _parts(self, folder: str, taken: set[str]) -> Iterator[tuple[int, int]]:
-        """Ranges of an index's shards, without those that another index named already: `merge_index` leaves both."""
+    def path_of(self, name: str) -> str:
+        return name.rpartition("/")[0]
+
+    def cut(self, name: str, size: int | None) -> list[tuple[int, int]]:
+        """Return ranges of an index's shards, without those that another named already: `merge_index` leaves both."""
+        folder = self.path_of(name)
         shards = self._index(folder)
         new = []
         for number, shard in enumerate(shards):
             file = posixpath.normpath(join(folder, shard["raw_data"]["basename"]))
-            if file not in taken:
+            if file not in self._taken:
                 new.append(number)
-            taken.add(file)
+            self._taken.add(file)
         if len(new) < len(shards):
-            name = relative_name(join(folder, INDEX), self._settings.input)
-            self._notes.append(
-                f"{name}: {len(shards) - len(new)} of its {len(shards)} shards are in other indexes, too; read once."
+            self.notes.append(
+                f"{relative_name(name, self.settings.input)}: {len(shards) - len(new)} of its {len(shards)} shards are in other "
+                "indexes, too; read once."
             )
-        start, size = 0, 0
+        ranges, start, gathered = [], 0, 0
         for position, number in enumerate(new):
-            size += shards[number]["raw_data"]["bytes"]
+            gathered += shards[number]["raw_data"]["bytes"]
             last = position + 1 == len(new) or new[position + 1] != number + 1
-            if size >= self._settings.unit_bytes or last:
-                yield new[start], number + 1
-                start, size = position + 1, 0
+            if gathered >= self.settings.unit_bytes or last:
+                ranges.append((new[start], number + 1))
+                start, gathered = position + 1, 0
+        return ranges
 
     def _index(self, folder: str) -> list[dict[str, Any]]:
         if folder not in self._indexes:
-            with tempfile.TemporaryDirectory(prefix="prx-convert.") as cache:
-                try:
-                    shards = json.loads(fetch(join(folder, INDEX), Path(cache)).read_text())["shards"]
-                    for shard in shards:
-                        _ = shard["raw_data"]["bytes"], shard["raw_data"]["basename"], shard["samples"], encodings_of(shard)
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(f"--input: {join(folder, INDEX)} is no index of MDS shards: {error}") from error
+            try:
+                with fetched(join(folder, INDEX)) as file:
+                    shards = json.loads(file.read_text())["shards"]
+                for shard in shards:
+                    _ = shard["raw_data"]["bytes"], shard["raw_data"]["basename"], shard["samples"], encodings_of(shard)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"--input: {join(folder, INDEX)} is no index of MDS shards: {error}") from error
             self._indexes[folder] = shards
         return self._indexes[folder]
-
-    def notes(self) -> list[str]:
-        return self._notes
 
     def columns(self, units: list[Unit]) -> Seen:
         kinds: dict[str, set[str]] = {}  # of every column, over all shards
         images: dict[str, str] = {}
         names: list[str] = []
-        wanted = input_columns(self._settings)
+        wanted = self.settings.input_columns
         lacking: dict[str, list[str]] = {name: [] for name in wanted}
         for unit in units:
             for shard in self._index(unit.path)[unit.start : unit.stop]:
                 encodings = encodings_of(shard)
-                images.setdefault(_image_column(encodings, self._settings.image), unit.path)
+                images.setdefault(_image_column(encodings, self.settings.image), unit.path)
                 for name, kind in encodings.items():
                     kinds.setdefault(name, set()).add(kind)
                 for name in wanted:
@@ -106,7 +95,7 @@ class Shards:
         self._check(images, kinds, wanted)
         for name, shards in lacking.items():
             if 0 < len(shards) < total:
-                self._notes.append(f"Without a column {name!r}: {first(shards)}.")
+                self.notes.append(f"Without a column {name!r}: {first(shards)}.")
         names = [name for name, found in kinds.items() if all(map(_is_read, found))]
         missing = sorted(name for name, shards in lacking.items() if len(shards) == total)
         return Seen(names, missing, image=next(iter(images)))
@@ -136,7 +125,7 @@ class Shards:
             read, problem = 0, None
             try:
                 with tempfile.TemporaryDirectory(prefix="prx-convert.") as folder:
-                    samples = RawShard(unit.path, shard, Path(folder), self._settings.follow_links)
+                    samples = RawShard(unit.path, shard, Path(folder), self.settings.follow_links)
                     for index in range(len(samples)):
                         try:
                             sample = samples.read(index)
@@ -146,9 +135,7 @@ class Shards:
                         read += 1
                         yield self._record(f"{label}:{index}", sample, shard)
             except Exception as error:
-                if not is_damage(error) and not isinstance(error, FileNotFoundError):
-                    raise
-                problem = error
+                problem = error if isinstance(error, FileNotFoundError) else damage(error)
                 if isinstance(error, LinkError):
                     problem = f"{error}; if that is yours to read, as in a hub's cache, give --follow-links"
             if problem is not None:
@@ -158,7 +145,7 @@ class Shards:
         from streaming.base.format.mds.encodings import mds_decode
 
         encodings = encodings_of(shard)
-        name = _image_column(encodings, self._settings.image)
+        name = _image_column(encodings, self.settings.image)
         columns: dict[str, Any] = {}
         for column, content in sample.items():
             if encodings[column] == "str":
@@ -175,7 +162,7 @@ class Shards:
 
 
 def _has(encodings: dict[str, str], name: str) -> bool:
-    """Whether a sample may have a column; what JSON columns hold is not known before they are read."""
+    """Return whether a sample may have a column; what JSON columns hold is not known before they are read."""
     return name in encodings or encodings.get(name.partition(".")[0]) == "json"
 
 

@@ -1,7 +1,7 @@
 """Images per second and core on their way from files into batches, against plain pipelines over the same files, in turns.
 
-python benchmarks/data.py convert --output convert.json
-OMP_NUM_THREADS=1 python benchmarks/data.py loader --output loader.json
+python benchmarks/images.py convert --output convert.json
+OMP_NUM_THREADS=1 python benchmarks/images.py loader --output loader.json
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from transformers import PreTrainedTokenizerFast
 from prx_composer.commands.convert import job
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
-from prx_composer.data.loader import build_loader
-from prx_composer.data.schema import BucketWriter, RawSample
+from prx_composer.data.format import BucketWriter, RawSample
+from prx_composer.data.loader import ImageCaptionData
 
 
 def photograph(rng: np.random.Generator, height: int, width: int) -> bytes:
@@ -248,7 +248,7 @@ def make_loaders(folder: Path, files: list[Path], size: int, workers: int, batch
         return DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0)
 
     options: dict[str, Any] = dict(path=str(folder / "set"), shuffle=False, num_workers=workers)
-    ours = build_loader(tokenizer, 256, size, batch_size, 32, 0, **options).dataloader
+    ours = ImageCaptionData(tokenizer, 256, size, batch_size, 32, 0, **options).dataloader
     assert isinstance(ours, DataLoader)
     filters = v2.InterpolationMode
     return {"ours": ours, "plain": plain(filters.BILINEAR), "plain_lanczos": plain(filters.LANCZOS)}
