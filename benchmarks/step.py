@@ -8,6 +8,7 @@ All steps run in turns, and those that should compute the same are compared befo
 
 import copy
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from torch import Tensor
 from prx_composer.algorithms.float8 import apply_float8, hardware_problem
 from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
 from prx_composer.models import PRXBackbone
+from prx_composer.models.counting import flops_of_backbone, flops_of_batch
 from prx_composer.models.routing import RandomRouter, Route, draw_kept_indices
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, train_tokenizer
 from prx_composer.models.text_to_image import TextToImage
@@ -34,6 +36,12 @@ from prx_composer.models.text_to_image import TextToImage
 IMAGES = (1, 2, 4, 8, 16)
 SIDES = (8, 12, 16, 24, 32)  # in patches: 64 to 1024 tokens
 TOKENS_BATCH = 4
+
+
+def _flops(backbone: Any, tokens: int, text_tokens: int) -> int:
+    """Return the FLOPs of training on one square image of so many tokens."""
+    side = backbone.patch_size * math.isqrt(tokens)
+    return flops_of_backbone(backbone, side, side, text_tokens)
 
 
 def linear_cost(
@@ -66,7 +74,7 @@ def linear_cost(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in series}
     for name, points in series.items():
         for x, batch, tokens in points:
-            milliseconds, flops = summary(times[f"{x} {name}"], 2), batch * model.flops(tokens, text_tokens, training=True)
+            milliseconds, flops = summary(times[f"{x} {name}"], 2), batch * _flops(model, tokens, text_tokens)
             rate = round(flops / 1e6 / milliseconds["median"], 1)
             found[name].append({"x": x, "gflop": round(flops / 1e9, 3), "ms": milliseconds, "gflop_per_second": rate})
     exponents = {name: {by: round(_exponent(rows, by), 3) for by in ("x", "gflop")} for name, rows in found.items()}
@@ -123,9 +131,9 @@ def routing(
         "tread": training_step(backbone, inputs, route=lambda: router.draw(batch_size, 256, generator)),
     }
     times = time_in_turns(steps, rounds)
-    flops = [backbone.flops(256, text_tokens, training=True)]
+    flops = [_flops(backbone, 256, text_tokens)]
     backbone.router = router
-    flops.append(backbone.flops(256, text_tokens, training=True))
+    flops.append(_flops(backbone, 256, text_tokens))
     return {
         "largest_difference_with_every_token_kept": difference,
         "milliseconds": {name: summary(values, 1) for name, values in times.items()},
@@ -166,7 +174,7 @@ def stored_text(*, batch_size: int = 8, text_tokens: int = 64, rounds: int = 21,
         "difference_of_losses": difference,
         "milliseconds": {name: summary(values, 2) for name, values in times.items()},
         "ratios": {"online / stored": ratio(times, "online", "stored")},
-        "ratio_of_flops": round(model.flops_per_batch(online) / model.flops_per_batch(stored), 3),
+        "ratio_of_flops": round(flops_of_batch(model, online) / flops_of_batch(model, stored), 3),
     }
 
 

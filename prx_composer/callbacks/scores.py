@@ -82,7 +82,7 @@ class GenerationMetrics(Callback):
         self._due = with_rehearsal(create_interval_scheduler(Time.from_timestring(interval), include_end_of_training=True))
 
     def init(self, state: State, logger: Logger) -> None:
-        check_size(state, self._image_size, self._image_size, "callbacks.scores.image_size")
+        check_size(state, self._image_size, self._image_size, "callbacks.generation_metrics.image_size")
         unwrap(state).say_what_is_lost(self._prompts)
 
     def fit_start(self, state: State, logger: Logger) -> None:

@@ -1,13 +1,29 @@
 """Composer's SpeedMonitor, but nobody waits for the device to learn how fast it is."""
 
+from collections.abc import Callable
+
 import composer.callbacks
-from composer.core import State
+from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.distributed import unwrapped
 from prx_composer.models.counting import StepCounter, shape_of
+
+
+class _Last(Algorithm):
+    """Looks at the model when every trick has been attached to it and before it is sharded; no callback is asked then."""
+
+    def __init__(self, look: Callable[[State], None]):
+        self._look = look
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.INIT
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        state.algorithms.remove(self)
+        self._look(state)
 
 
 class SpeedMonitor(composer.callbacks.SpeedMonitor):
@@ -34,7 +50,9 @@ class SpeedMonitor(composer.callbacks.SpeedMonitor):
         self._counter: StepCounter | None = None
 
     def init(self, state: State, logger: Logger) -> None:
-        """Copy the model before it is sharded, with the tricks that were attached to it."""
+        state.algorithms.append(_Last(self._copy))
+
+    def _copy(self, state: State) -> None:
         model = unwrapped(state.model)
         self._tricks = [algorithm for algorithm in state.algorithms if isinstance(algorithm, Trick)]
         self._counter = StepCounter(model, self._tricks) if hasattr(model, "auxiliary_losses") else None

@@ -147,6 +147,7 @@ def _attention_backward_flops(_: Tensor, query: Tensor, key: Tensor, value: Tens
     return 2 * _attention_flops(query, key, value)
 
 
+_CAST: Any = getattr(torch.ops.aten._to_copy, "default")  # noqa: B009 (types of torch.ops are not known)
 _CPU: dict[Any, Any] = {  # torch's formulas are of the kernels of GPUs alone
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
@@ -169,22 +170,26 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)} - self.storages.keys()
         made = func(*args, **kwargs)
         if (formula := self._formulas.get(func.overloadpacket)) is not None:
             self.flops += formula(*args, **kwargs, out_val=made)
-        for tensor in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if func is torch.ops.aten._to_copy.default and self._is_weight(args[0]):
-                    self.copies.add(storage._cdata)
-                if storage._cdata not in known:  # but for views of what was there before
-                    self.storages.setdefault(storage._cdata, storage)
+        if isinstance(made, Tensor):
+            self._note(made, func, args)
+        elif isinstance(made, tuple | list):
+            for tensor in made:
+                self._note(tensor, func, args)
         return made
 
-    def _is_weight(self, tensor: Tensor) -> bool:
-        storage = tensor.untyped_storage()._cdata
-        return storage not in self.storages and storage not in self._given
+    def _note(self, tensor: Any, func: Any, args: Any) -> None:
+        """Know what was made, but for views of what was there before."""
+        if not isinstance(tensor, Tensor) or (storage := tensor.untyped_storage())._cdata in self.storages:
+            return
+        before = [arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)]
+        if storage._cdata in before:
+            return
+        if func is _CAST and before[0] not in self.storages and before[0] not in self._given:
+            self.copies.add(storage._cdata)
+        self.storages[storage._cdata] = storage
 
 
 class _Step:

@@ -4,6 +4,7 @@ Nothing is downloaded: networks are made from their configuration, which is in t
 the table of `models.known_configs`.
 """
 
+import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from prx_composer.runs.model_parts import UnknownNetwork
 from prx_composer.training.components import Components, build_components
 
 OPTION = "--leave-out"
+_counts: dict[
+    tuple[Any, ...], StepCount
+] = {}  # a schedule that is moved until it fits is planned often, and its steps cost the same
 _IMAGES = 2  # of the step that is counted: a loss may need an image's neighbour
 
 
@@ -127,6 +131,17 @@ class MetaModel:
         self._counter: StepCounter | None = None
 
     @property
+    def _identity(self) -> tuple[Any, ...]:
+        """All that the cost of a step follows from, but for the image's size and what is active."""
+        untimed = {
+            name: {key: value for key, value in arguments.items() if key not in ("start", "end", "stages")}
+            for name, arguments in entries(self._recipe.algorithms, "algorithms")
+            if name in self.tricks
+        }
+        given = [self._recipe.model, untimed, self._recipe.train_loader, self._stores_text, self._stores_latents, self.amp]
+        return json.dumps(given, sort_keys=True, default=str), *(type(trick) for trick in self.tricks.values())
+
+    @property
     def amp(self) -> bool:
         return self._recipe.precision.startswith("amp")
 
@@ -156,10 +171,14 @@ class MetaModel:
         Raises:
             UserError: a network whose work cannot be told from its shapes.
         """
+        key = (*self._identity, image_size, frozenset(active))
+        if key in _counts:
+            return _counts[key]
         if self._counter is None:
             self._counter = StepCounter(self.model, list(self.tricks.values()), self.amp)
         try:
-            return self._counter.count(self._batch(image_size), active)
+            _counts[key] = self._counter.count(self._batch(image_size), active)
+            return _counts[key]
         except CannotCount as error:
             part = {TEXT_ENCODER: "text_encoder", AUTOENCODER: "autoencoder"}.get(error.part, error.part)
             path = f"algorithms.{part}" if part == error.part else f"model.{part}"
@@ -169,12 +188,15 @@ class MetaModel:
     def _batch(self, image_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         encoder, autoencoder, loader = self.model.text_encoder, self.model.autoencoder, self._recipe.train_loader
         tokens, side = encoder.max_tokens, image_size // autoencoder.downsampling
-        batch = {"input_ids": ((tokens,), torch.int64), "attention_mask": ((tokens,), torch.bool)}
+        batch: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "input_ids": ((tokens,), torch.int64),
+            "attention_mask": ((tokens,), torch.bool),
+        }
         if self._stores_text:
             batch["text_embedding"] = ((tokens, encoder.hidden_size), torch.bfloat16)
         if self._stores_latents:
             batch["latent"] = ((autoencoder.channels, side, side), torch.bfloat16)
-        if not self._stores_latents or loader.get("images"):
+        if not loader.get("latent") or loader.get("images"):
             batch["image"] = ((3, image_size, image_size), torch.uint8)
         grid = side // self.model.backbone.patch_size
         for trick in self.tricks.values():
@@ -183,60 +205,64 @@ class MetaModel:
 
     # ------------------------------------------------------------------------------------------------------ parts
 
+    def _make(self, part: str, title: str, needed: bool) -> tuple[Any, int]:
+        """Return a part of the model and the bytes that are frozen in it; None if it cannot be made and isn't needed.
+
+        Raises:
+            UserError: it is needed and cannot be made, or the recipe is wrong there.
+        """
+        path = f"model.{part}"
+        left_out = needed and self.uncounted.leaves(part, path)
+        try:
+            with frozen_inside() as made:
+                return getattr(self._components, part), _bytes(made)
+        except Exception as error:  # whatever a network's code raises
+            if isinstance(error, UserError) and not isinstance(error, UnknownNetwork) and needed and not left_out:
+                raise
+            if needed and not left_out:
+                if isinstance(error, UnknownNetwork):
+                    self.uncounted.refuse_unknown(part, path, title)
+                else:
+                    self.uncounted.refuse(part, path, f"{title} cannot be made without storage ({error})")
+            return None, 0
+
     def _add_autoencoder(self, components: Components) -> None:
         """Make it; where it cannot be made or is left out, the step that is counted begins with latents."""
         path, spec = "model.autoencoder", self._recipe.model.get("autoencoder")
         name, arguments = ("pixels", {}) if spec is None else split(spec, path)
-        left_out = not self._stores_latents and self.uncounted.leaves("autoencoder", path)
-        try:
-            with frozen_inside() as made:
-                autoencoder = components.autoencoder
-            if not self._stores_latents and not left_out:
-                self.frozen["autoencoder"] = _bytes(made)
-        except UnknownNetwork:
-            if not self._stores_latents and not left_out:
-                pretrained = str(arguments.get("pretrained") or name)
-                self.uncounted.refuse_unknown("autoencoder", path, pretrained, also="")
-            named = re.search(r"f(\d+)c\d+", str(arguments.get("pretrained")))  # as DC-AEs are called
+        pretrained = str(arguments.get("pretrained") or name)
+        autoencoder, frozen = self._make("autoencoder", pretrained, needed=not self._stores_latents)
+        if autoencoder is None:
+            named = re.search(r"f(\d+)c\d+", pretrained)  # as DC-AEs are called
             downsampling = int(named[1]) if named else 8
             self.uncounted.told.append(f"{path}: taken to divide an image's sides by {downsampling}")
-            autoencoder = _StandIn(channels=components.backbone.in_channels, downsampling=downsampling)
-            components.autoencoder = autoencoder
-            left_out = True
-        self._stores_latents = self._stores_latents or left_out
+            components.autoencoder = _StandIn(channels=components.backbone.in_channels, downsampling=downsampling)
+        if autoencoder is None or "autoencoder" in (self.uncounted.leave_out or ()):
+            self._stores_latents = True
+        elif not self._stores_latents:
+            self.frozen["autoencoder"] = frozen
 
     def _add_text_encoder(self, components: Components) -> None:
         """Make it; where it cannot be made or is left out, the step that is counted begins with embeddings."""
         path = "model.text_encoder"
         name, arguments = split(self._recipe.model.get("text_encoder"), path)
         title = arguments.get("pretrained") or name
-        stored, left_out = self._stores_text, False
-        encoder: Any = None
-        try:
-            with frozen_inside() as made:
-                encoder = components.text_encoder
-            config = arguments.get("config") or {}
-            title = arguments.get("pretrained") or f"random {config.get('model_type', name)}"
-        except UnknownNetwork:
-            made = []
-            if not stored and not (left_out := self.uncounted.leaves("text_encoder", path)):
-                self.uncounted.refuse_unknown("text_encoder", path, title)
-        else:
-            if not stored:
-                left_out = self.uncounted.leaves("text_encoder", path)
+        encoder, frozen = self._make("text_encoder", title, needed=not self._stores_text)
         if encoder is None:
             max_tokens = int(arguments.get("max_tokens", 256))
             components.text_encoder = _StandIn(hidden_size=components.backbone.context_in_dim, max_tokens=max_tokens)
-        elif stored and encoder.trainable:
+            self.text, self._stores_text = f"{title}, not counted", True
+            return
+        if self._stores_text and encoder.trainable:
             raise UserError(f"--stored-text: {path} is trained along, so that its embeddings cannot be stored.")
-        if left_out or (encoder is None and not stored):
-            self.text = f"{title}, not counted"
-            self._stores_text = True
-        elif stored:
-            self.text = f"embeddings of {title} stored with the data" if encoder is not None else f"{title}, not counted"
+        title = arguments.get("pretrained") or f"random {(arguments.get('config') or {}).get('model_type', name)}"
+        if self._stores_text:
+            self.text = f"embeddings of {title} stored with the data"
+        elif "text_encoder" in (self.uncounted.leave_out or ()):
+            self.text, self._stores_text = f"{title}, not counted", True
         else:
             self.text = f"{title}, {'trained along' if encoder.trainable else 'run online'}"
-            self.frozen["text_encoder"] = _bytes(made)
+            self.frozen["text_encoder"] = frozen
 
     def _attach(self, name: str, algorithm: Algorithm) -> None:
         path = f"algorithms.{name}"

@@ -18,6 +18,7 @@ from prx_composer.data.sampler import SampleRequest
 from prx_composer.data.small_sets import ShapesSource
 from prx_composer.data.sources import prepare
 from prx_composer.data.stored import encoded_folder, unpack
+from prx_composer.models.counting import flops_of_batch
 from prx_composer.recipe import config
 from prx_composer.training.run import build_trainer, run
 from prx_composer.training.trial import check_recipe
@@ -103,7 +104,7 @@ def test_batches_bring_no_image_unless_it_is_asked_for_and_cost_the_same_flops(r
         loader: Any = trainer.state.train_dataloader
         model: Any = trainer.state.model
         batch = next(iter(loader))
-        seen[name] = batch.keys() & {"image", "latent"}, model.flops_per_batch(batch), len(batch["sample_id"])
+        seen[name] = batch.keys() & {"image", "latent"}, flops_of_batch(model, batch), len(batch["sample_id"])
         if "latent" in batch:
             sides = {bucket: (4, bucket.height // 2, bucket.width // 2) for bucket in loader.dataset.buckets}
             assert batch["latent"].dtype == torch.bfloat16 and tuple(batch["latent"].shape[1:]) in sides.values()

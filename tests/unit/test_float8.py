@@ -243,7 +243,7 @@ def test_a_plan_counts_the_run_without_it_and_says_so(recipe: Recipe, write_reci
     del plain["algorithms"]["float8"]
     ours, theirs = (MetaModel(config.load([write_recipe(r)])) for r in (recipe, plain))
     assert list(ours.trained) == list(theirs.trained)
-    assert [line for line in ours.unknown if line not in theirs.unknown] == [
+    assert [line for line in ours.uncounted.told if line not in theirs.uncounted.told] == [
         "algorithms.float8: what it saves is not known to the plan: time and memory are those of a run without it"
     ]
 

@@ -14,7 +14,7 @@ from diffusers import PRXTransformer2DModel
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from prx_composer.cli import app, main
+from prx_composer.cli import app
 from prx_composer.commands.export.pipeline import write_pipeline, written_aside
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
@@ -23,6 +23,7 @@ from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.init_from import initialise
 from prx_composer.runs.opening import Trained, load_trained
 from prx_composer.training.run import build_trainer, run
+from prx_composer.training.start import main
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

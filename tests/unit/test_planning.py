@@ -1,6 +1,5 @@
 """The plan of a run against reference numbers, torch's counters, and what real tiny runs hold in memory and leave on disk."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,21 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from prx_composer.models.activations import backbone_activations
-from prx_composer.models.flops import lpips_flops, vision_flops
+from kept_bytes import KeptBytes
 from stacks import REPOSITORY, TEACHER, stack_of_24h
 from torch.nn.attention import SDPBackend, sdpa_kernel  # the counter knows no formula of the CPU's own kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel
 
-from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
-from prx_composer.algorithms.lpips import LPIPS, build_network
+from prx_composer.algorithms.lpips import LPIPS
 from prx_composer.algorithms.perceptual_dino import PerceptualDINO
 from prx_composer.commands.plan.conditions import GPUS, Conditions, Measured, find_gpu
 from prx_composer.commands.plan.plan import make_plan
 from prx_composer.commands.plan.plan_text import as_text
-from prx_composer.models.huggingface import random_config
-from prx_composer.models.known_configs import vision_size
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.meta_model import MetaModel
@@ -49,6 +43,20 @@ def test_parameters_are_those_of_the_reference() -> None:
     assert make_plan(full(), LIMIT).parameters / 1e6 == pytest.approx(1177, abs=0.5)
 
 
+def resizing(side: int, target: int, passes: int) -> float:
+    """GFLOP of an image resized by two matrix products, which the reference leaves out."""
+    return passes * 2 * 3 * (target * side * side + target * side * target) / 1e9
+
+
+# Of both products of attention a backward pass needs two gradients each; the reference counts one, where weights are frozen.
+ATTENTION = 12 * 4 * 261**2 * 768 / 1e9
+LEFT_OUT = {  # by the reference, in GFLOP at 512 and at 1024 px
+    "repa": [resizing(512, 256, 1), resizing(1024, 512, 1)],
+    "lpips": [resizing(512, 256, 3), resizing(1024, 512, 3)],
+    "perceptual_dino": [resizing(512, 224, 3) + ATTENTION, resizing(1024, 224, 3) + ATTENTION],
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "name", "at_512", "at_1024"),
     [
@@ -68,14 +76,17 @@ def test_flops_of_every_component_are_those_of_the_reference(
     online = dataclasses.replace(LIMIT, stored_text=False)
     stages = make_plan(full(*AS_REFERENCE, *changes), online).stages
     tolerance = 3e-3 if name == "denoiser" else 1e-3
-    assert [stage.flops[name] / 1e9 for stage in stages] == pytest.approx([at_512, at_1024], rel=tolerance)
+    assert [stage.flops[name] / 1e9 for stage in stages] == pytest.approx(
+        [a + b for a, b in zip((at_512, at_1024), LEFT_OUT.get(name, (0, 0)), strict=True)], rel=tolerance
+    )
     assert stages[0].flops["denoiser"] / 1e9 < 878.1 or changes
 
 
 def test_the_limit_is_that_of_the_reference_and_half_of_it_takes_twice_as_long() -> None:
     plan = make_plan(full(*AS_REFERENCE), LIMIT)
-    assert [stage.total_flops / 1e9 for stage in plan.stages] == pytest.approx([1307, 4482], rel=2e-3)
-    assert [stage.images_per_second for stage in plan.stages] == pytest.approx([604, 176], rel=3e-3)
+    more = [1 + sum(extra) / work for extra, work in zip(zip(*LEFT_OUT.values(), strict=True), (1307, 4482), strict=True)]
+    assert [stage.total_flops / 1e9 for stage in plan.stages] == pytest.approx([1307 * more[0], 4482 * more[1]], rel=2e-3)
+    assert [stage.images_per_second for stage in plan.stages] == pytest.approx([604 / more[0], 176 / more[1]], rel=3e-3)
     assert plan.training_hours == pytest.approx(2.0, abs=0.05)
     half = make_plan(full(*AS_REFERENCE), dataclasses.replace(LIMIT, utilisation=0.5))
     assert half.training_hours == pytest.approx(4.0, abs=0.1) and half.training_hours == pytest.approx(2 * plan.training_hours)
@@ -112,39 +123,6 @@ def test_a_window_that_opens_inside_of_a_stage_counts_for_its_share_and_for_all_
 
 
 # --------------------------------------------------------------------------------------------- torch's counters
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(model_type="dinov2"),
-        dict(model_type="dinov2_with_registers", num_register_tokens=3),
-        dict(model_type="dinov2", use_swiglu_ffn=True),
-        dict(model_type="dinov3_vit", intermediate_size=64, num_register_tokens=2),
-        dict(model_type="clip_vision_model", intermediate_size=64),
-        dict(model_type="siglip_vision_model", intermediate_size=64),
-    ],
-    ids=lambda settings: "-".join(map(str, settings.values())),
-)
-def test_teacher_flops_and_parameters_are_those_of_the_real_class(settings: dict[str, Any]) -> None:
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=4, image_size=16)
-    teacher = AutoModel.from_config(random_config(settings | sizes))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        teacher(pixel_values=torch.zeros(3, 3, 16, 16))
-    size = vision_size(settings | sizes)
-    # SigLIP's head does a little for one token that is not counted.
-    tolerance = 0.05 if "siglip" in settings["model_type"] else 0
-    assert 3 * vision_flops(size, 16) == pytest.approx(counter.get_total_flops(), rel=tolerance)
-    assert size.parameters == sum(p.numel() for p in teacher.parameters())
-
-
-@pytest.mark.parametrize("net", ["vgg", "alex", "squeeze"])
-@pytest.mark.parametrize("sides", [(64, 64), (67, 45)])
-def test_lpips_flops_are_those_of_the_real_class(net: Any, sides: tuple[int, int]) -> None:
-    network: Any = build_network(net, random_weights=True)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.net(torch.zeros(2, 3, *sides))
-    assert 2 * lpips_flops(net, *sides) == counter.get_total_flops()
 
 
 @pytest.fixture
@@ -208,7 +186,7 @@ def test_state_is_byte_for_byte_that_of_a_run_and_a_checkpoint_is_as_large_as_fo
     trainer = build_trainer(config.load([path]))
     trainer.fit()
     recipe = config.load([path])  # now the run's tokenizer is there, whose size the plan needs
-    state, model = training_state(MetaModel(recipe), recipe), trainer.state.model
+    state, model = training_state(MetaModel(recipe)), trainer.state.model
     assert state.weights == bytes_of([p for p in model.parameters() if p.requires_grad])
     held = trainer.state.optimizers[0].state.values()
     assert state.optimizer == bytes_of([tensor for tensors in held for tensor in tensors.values()])
@@ -220,38 +198,7 @@ def test_state_is_byte_for_byte_that_of_a_run_and_a_checkpoint_is_as_large_as_fo
     assert checkpoint_bytes(recipe) == pytest.approx(largest, rel=0.1, abs=200_000)
 
 
-class Kept:
-    """Counts the bytes of distinct storages that autograd saves, but for the parameters'."""
-
-    def __init__(self, model: torch.nn.Module):
-        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._storages: dict[int, torch.UntypedStorage] = {}
-
-    def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._parameters:
-            self._storages[storage.data_ptr()] = storage  # held, so that no other takes its place
-        return tensor
-
-    def __enter__(self) -> "Kept":
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._hooks.__exit__(*_)
-
-    @property
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._storages.values())
-
-
-WITHIN = 1.15  # the factor that an estimate of activations is held to
-
-
-def images_of(outputs: Any) -> list[torch.Tensor]:
-    """What a step holds until the backward pass, whether or not autograd saves it."""
-    return [outputs.prediction, outputs.clean, outputs.noise, outputs.noised, outputs.text.embedding]
+WITHIN = 1.05  # the factor that an estimate of activations is held to
 
 
 def test_activations_of_the_whole_stack_are_about_what_a_step_really_keeps(stack: dict[str, Any], write_recipe: Write) -> None:
@@ -265,11 +212,10 @@ def test_activations_of_the_whole_stack_are_about_what_a_step_really_keeps(stack
     batch = {name: values[:6] for name, values in next(iter(trainer.state.train_dataloader)).items()}
     frozen = [trick.encoder._frozen.module for trick in trainer.state.algorithms if isinstance(trick, PerceptualDINO)]
     frozen += [trick.network.module for trick in trainer.state.algorithms if isinstance(trick, LPIPS)]
-    with Kept(torch.nn.ModuleList([model, *frozen])) as kept:
+    with KeptBytes(model, *frozen) as kept:
         outputs = model(batch)
         loss = model.loss(outputs, batch)["total"]
-        for tensor in images_of(outputs):
-            kept.add(tensor)
+        kept.add_outputs(outputs)
     trainer.close()
     assert loss.requires_grad
     stage = make_plan(config.load([path]), Conditions(H200, utilisation=1.0)).stages[0]
@@ -277,29 +223,9 @@ def test_activations_of_the_whole_stack_are_about_what_a_step_really_keeps(stack
     assert 1 / WITHIN < stage.memory.activations / kept.bytes < WITHIN
 
 
-@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16 autocast"])
-@pytest.mark.parametrize("trained_text", [False, True])
-@pytest.mark.parametrize("backbone", [{}, dict(hidden_size=64, mlp_ratio=3.5, bottleneck_size=16), dict(depth=4)], ids=str)
-def test_activations_of_the_backbone_are_about_what_a_step_really_keeps(
-    backbone: dict[str, Any], trained_text: bool, amp: bool, tiny_model: Any, tiny_batch: Any
-) -> None:
-    model = tiny_model(trainable_text=trained_text, **backbone)
-    if amp:
-        apply_low_precision_norm(model)
-    with torch.autocast("cpu", torch.bfloat16) if amp else contextlib.nullcontext(), Kept(model) as kept:
-        outputs = model(tiny_batch)
-        model.loss(outputs, tiny_batch)
-        for tensor in images_of(outputs):
-            kept.add(tensor)
-    image_tokens = model.backbone.num_tokens(*tiny_batch["image"].shape[-2:])
-    estimate = 4 * backbone_activations(model.backbone.config, image_tokens, 14, amp=amp)
-    copies = 2 * sum(p.numel() for p in model.parameters() if p.ndim >= 2) if amp else 0
-    assert 1 / WITHIN < (estimate + copies) / kept.bytes < WITHIN
-
-
 def test_fsdp_cuts_the_state_into_parts_and_ddp_holds_all_of_it_and_buckets() -> None:
     degree = "parallelism_config.fsdp.shard_degree"
-    whole = training_state(MetaModel(full()), full())
+    whole = training_state(MetaModel(full()))
     ranks = [make_plan(full(f"{degree}=-1"), LIMIT), make_plan(full("parallelism_config=null"), LIMIT)]
     sharded, replicated = (plan.stages[0].memory for plan in ranks)
     for name in ("weights", "optimizer", "ema"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from stacks import REPOSITORY
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from prx_composer.commands.plan.plan import make_plan
 from prx_composer.commands.plan.plan_text import as_text
 from prx_composer.commands.plan.timeline import timeline
 from prx_composer.common.errors import UserError
-from prx_composer.models.known_configs import known_config, vision_size
+from prx_composer.models.vision_encoder import VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.state_bytes import checkpoint_bytes
@@ -26,6 +27,7 @@ from prx_composer.training.state_bytes import checkpoint_bytes
 Write = Callable[..., str]
 H200 = find_gpu("h200")
 FAST = dataclasses.replace(H200, link=float("inf"), network=float("inf"))  # as the reference counts: nothing waits for links
+LIMIT_OF_ONE = Conditions(H200, utilisation=1.0)
 LIMIT = Conditions(FAST, num_gpus=32, price=2.0, utilisation=1.0, stored_text=True)
 FULL = str(REPOSITORY / "yamls" / "24h.yaml")
 # reference.md counts a projector of 1,024 channels, and REPA in both stages.
@@ -270,11 +272,14 @@ def test_an_encoder_that_nothing_is_known_of_stops_the_plan_until_it_is_left_out
         make_plan(full(), dataclasses.replace(LIMIT, leave_out=("repo",)))
 
 
-def test_an_algorithm_of_ones_own_is_named_and_not_counted(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
-    recipe = tiny_recipe | {"code_paths": [str(REPOSITORY / "recipes" / "custom_stack" / "brightness.py")]}
+def test_a_trick_of_ones_own_is_planned_like_ours(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
+    recipe = copy.deepcopy(tiny_recipe) | {"code_paths": [str(REPOSITORY / "recipes" / "custom_stack" / "brightness.py")]}
     recipe["algorithms"] |= {"brightness": {}}
     found = prx(write_recipe(recipe))
-    assert found.exit_code == 0 and "algorithms.brightness: what it costs is not known" in found.output
+    assert found.exit_code == 0 and "brightness" not in found.output  # it has no matrix product, and nothing is unknown
+    plain = make_plan(config.load([write_recipe(tiny_recipe)]), LIMIT_OF_ONE).stages[0]
+    ours = make_plan(config.load([write_recipe(recipe)]), LIMIT_OF_ONE).stages[0]
+    assert ours.flops == plain.flops and ours.memory.activations > plain.memory.activations
 
 
 @pytest.mark.parametrize(
@@ -288,8 +293,9 @@ def test_an_algorithm_of_ones_own_is_named_and_not_counted(tiny_recipe: dict[str
     ],
 )
 def test_known_teachers_have_the_published_number_of_parameters(name: str, millions: float) -> None:
-    settings = known_config(name)
-    assert settings is not None and vision_size(settings).parameters / 1e6 == pytest.approx(millions, abs=0.06)
+    with torch.device("meta"):
+        teacher = VisionEncoder(name)
+    assert sum(p.numel() for p in teacher.module.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
 def test_no_gpu_reaches_its_datasheet() -> None:

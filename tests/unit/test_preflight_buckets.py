@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from test_preflight import Load, marked, scenes
+from test_preflight import Load, load, marked, scenes
 
 from prx_composer.training.preflight.data_fit import check_data
+
+__all__ = ["load"]  # a fixture
 
 
 def test_buckets_that_cannot_fill_a_batch_are_warned_of_with_their_share(load: Load, tmp_path: Path) -> None:

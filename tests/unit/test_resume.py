@@ -361,22 +361,22 @@ def test_a_line_to_type_is_safe_in_a_shell() -> None:
 
 # Where a message advises to change a key of a run that has begun: the file, its words, and the key.
 ADVISED = [
-    ("train.py", "Train it on with a longer max_duration=…", "max_duration"),
-    ("train.py", "Train it on with a longer time_budget=…", "time_budget"),
-    ("run_folder.py", "Go on with that run with autoresume=true", "autoresume"),
+    ("training/run.py", "Train it on with a longer max_duration=…", "max_duration"),
+    ("training/run.py", "Train it on with a longer time_budget=…", "time_budget"),
+    ("runs/folder.py", "Go on with that run with autoresume=true", "autoresume"),
     ("callbacks/checkpointing.py", "Make room (save_num_checkpoints_to_keep", "save_num_checkpoints_to_keep"),
     ("callbacks/finite_guard.py", "algorithms.skip_nonfinite={}", "algorithms.skip_nonfinite"),
     ("callbacks/finite_guard.py", "against_what_is_not_finite()", "optimizer.lr"),
     ("algorithms/skip_nonfinite.py", "against_what_is_not_finite()", "optimizer.lr"),
-    ("resume.py", "a longer warm-up (scheduler.t_warmup=…)", "scheduler.t_warmup"),
-    ("resume.py", "algorithms.gradient_clipping, or", "algorithms.gradient_clipping"),
-    ("resume.py", "algorithms.<term>.end=<batch>ba", "algorithms.lpips.end"),
+    ("recipe/resume.py", "a longer warm-up (scheduler.t_warmup=…)", "scheduler.t_warmup"),
+    ("recipe/resume.py", "algorithms.gradient_clipping, or", "algorithms.gradient_clipping"),
+    ("recipe/resume.py", "algorithms.<term>.end=<batch>ba", "algorithms.lpips.end"),
     ("data/dataset.py", "train_loader.max_undecodable", "train_loader.max_undecodable"),
     ("data/bucketed.py", "to begin a new pass over these, add  {advice([DATA])}", "data"),
-    ("preflight/storage.py", "save_num_checkpoints_to_keep to", "save_num_checkpoints_to_keep"),
-    ("preflight/storage.py", "run_folder to a larger disk", "run_folder"),
-    ("prolonged.py", "save_num_checkpoints_to_keep=-1", "save_num_checkpoints_to_keep"),
-    ("preflight/step.py", "device_train_microbatch_size: out of memory", "device_train_microbatch_size"),
+    ("training/preflight/disk.py", "save_num_checkpoints_to_keep to", "save_num_checkpoints_to_keep"),
+    ("training/preflight/disk.py", "run_folder to a larger disk", "run_folder"),
+    ("training/prolonged.py", "save_num_checkpoints_to_keep=-1", "save_num_checkpoints_to_keep"),
+    ("training/preflight/step.py", "device_train_microbatch_size: out of memory", "device_train_microbatch_size"),
 ]
 
 

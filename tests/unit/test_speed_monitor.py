@@ -6,11 +6,14 @@ from typing import Any
 
 import composer.callbacks
 import torch
-from composer.core import Timestamp
+from composer.core import Event, Timestamp
 from composer.devices import DeviceCPU
 from composer.models import ComposerModel
+from torch.optim import SGD
 
+from prx_composer.algorithms.lpips import LPIPS
 from prx_composer.callbacks.speed_monitor import SpeedMonitor
+from prx_composer.models.counting import StepCounter, shape_of
 
 
 class Counted(ComposerModel):
@@ -48,3 +51,20 @@ def test_it_logs_what_composers_does() -> None:
     assert "throughput/device/mfu" in ours[-2] and [row.keys() for row in ours] == [row.keys() for row in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert all(torch.isclose(torch.tensor(a[name]), torch.tensor(b[name])) for name in a)
+
+
+def test_it_counts_the_work_of_the_tricks_that_are_active(tiny_model: Any, tiny_batch: Any) -> None:
+    model, trick = tiny_model(trainable_text=False), LPIPS(random_weights=True, scale=2.0)
+    monitor = SpeedMonitor()
+    state: Any = SimpleNamespace(
+        timestamp=Timestamp(), batch=tiny_batch, model=model, algorithms=[trick], optimizers=[SGD(model.parameters(), 0.1)]
+    )
+    monitor.init(state, Log())  # pyright: ignore[reportArgumentType]
+    for algorithm in list(state.algorithms):  # as Composer's engine does, after the callbacks
+        algorithm.apply(Event.INIT, state, Log())
+    assert state.algorithms == [trick]
+    for trick.active in (True, False):
+        monitor.batch_end(state, Log())  # pyright: ignore[reportArgumentType]
+    counter, shapes = StepCounter(model, [trick]), shape_of(tiny_batch)
+    expected = [4 * counter.count(shapes, active).total_flops for active in ({"lpips"}, set())]
+    assert list(monitor.history_flops) == expected and expected[0] > 2 * expected[1]

@@ -1,22 +1,49 @@
 """The count of a step against closed forms by hand, torch's counter at work, and what autograd really keeps."""
 
 import contextlib
+import copy
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from kept import KeptBytes
+from kept_bytes import KeptBytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from prx_composer.algorithms.base import LossTrick
+from prx_composer.algorithms.lora import LoRA
 from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
+from prx_composer.algorithms.lpips import LPIPS, Net
+from prx_composer.algorithms.perceptual_dino import PerceptualDINO
+from prx_composer.algorithms.repa import IREPA, REPA, Adapter
+from prx_composer.algorithms.token_routing import SPRINT
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.counting import StepCounter, flops_of_backbone, flops_of_batch, shape_of
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.models.vision_encoder import TeacherSpec
 
 Build = Callable[..., TextToImage]
 Batch = dict[str, torch.Tensor]
+
+
+class Brightness(LossTrick):
+    """A stranger's, with a matrix of its own."""
+
+    name = "brightness"
+
+    def __init__(self) -> None:
+        super().__init__(weight=1.0)
+        self.head: Any = None
+
+    def build(self, model: Any) -> dict[str, torch.nn.Module]:
+        self.head = torch.nn.Linear(3, 5)
+        return {"head": self.head}
+
+    def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+        return self.head(outputs.prediction.mean((2, 3))).square().mean()
 
 
 def by_hand(d: int, mlp: int, depth: int, patch: int, n: int, s: int, context: int) -> int:
@@ -69,11 +96,58 @@ def test_counting_leaves_the_model_its_draws_and_what_is_cached_as_they_were(tin
 
 
 def test_checkpointed_blocks_keep_their_inputs_and_the_inside_of_one(tiny_model: Build, tiny_batch: Batch) -> None:
-    count = StepCounter(tiny_model(trainable_text=False)).count(shape_of(tiny_batch))
-    (given, inside), *_ = count.blocks
-    depth = len(count.blocks)
-    assert given == 24 * 32 * 4 and inside > 10 * given
-    assert count.kept_with_checkpoints == pytest.approx(count.kept - (depth - 1) * inside + depth * given, rel=0.01)
+    model = tiny_model(trainable_text=False)
+    count = StepCounter(model).count(shape_of(tiny_batch))
+    assert len(count.blocks) == model.backbone.depth and count.blocks[0][0] == 24 * 32 * 4
+    for block in model.backbone.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    with KeptBytes(model) as kept:
+        kept.add_outputs(model(tiny_batch))
+    inputs, inside = sum(given for given, _ in count.blocks), max(inside for _, inside in count.blocks)
+    assert count.kept_with_checkpoints == pytest.approx(kept.bytes / 4 + inputs + inside, rel=0.02)
+
+
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=4, image_size=16)
+TEACHERS: list[dict[str, Any]] = [
+    dict(model_type="dinov2"),
+    dict(model_type="dinov2_with_registers", num_register_tokens=3),
+    dict(model_type="dinov2", use_swiglu_ffn=True),
+    dict(model_type="dinov3_vit", intermediate_size=64, num_register_tokens=2),
+    dict(model_type="clip_vision_model", intermediate_size=64),
+    dict(model_type="siglip_vision_model", intermediate_size=64),
+]
+TRICKS = {
+    **{
+        "-".join(map(str, teacher.values())): PerceptualDINO(TeacherSpec(config=teacher | SIZES), image_size=20)
+        for teacher in TEACHERS
+    },
+    **{f"lpips {net}": LPIPS(net=net, random_weights=True, scale=scale) for net in get_args(Net) for scale in (2.0, 2.3)},
+    "repa": REPA(TeacherSpec(config=TEACHERS[0] | SIZES), block=1),
+    "adapter": REPA(TeacherSpec(config=TEACHERS[0] | SIZES), block=1, adapter=Adapter(depth=2)),
+    "irepa": IREPA(TeacherSpec(config=TEACHERS[0] | SIZES), block=1),
+    "sprint": SPRINT(start_block=1, rate=0.5),
+    "lora": LoRA(rank=4),
+    "brightness": Brightness(),
+}
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_what_a_trick_adds_is_counted_as_it_works(name: str, tiny_model: Build, tiny_batch: Batch) -> None:
+    """Teachers, heads, fusions and adapters; a stranger's trick like ours."""
+    trick, model = copy.deepcopy(TRICKS[name]), tiny_model(trainable_text=False, depth=4)
+    plain = StepCounter(model).count(shape_of(tiny_batch))
+    trick.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    counter = StepCounter(model, [trick])
+    trick.set_active(model, True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as real:
+        model.loss(model(tiny_batch), tiny_batch)["total"].backward()
+    count = counter.count(shape_of(tiny_batch), {trick.name})
+    assert 4 * count.total_flops == pytest.approx(real.get_total_flops(), rel=1e-3)
+    if name in ("sprint", "lora"):
+        assert count.flops.keys() == plain.flops.keys() and count.flops["denoiser"] != plain.flops["denoiser"]
+    elif name != "brightness":
+        assert count.flops[trick.name] > 0 and count.flops["denoiser"] == plain.flops["denoiser"]
+        assert counter.count(shape_of(tiny_batch)).flops == plain.flops  # outside of its window
 
 
 def test_a_compiled_model_is_counted_as_an_eager_one(tiny_model: Build, tiny_batch: Batch) -> None:

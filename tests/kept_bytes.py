@@ -1,4 +1,4 @@
-"""What autograd keeps of a real step: the oracle of what `prx plan` counts."""
+"""The bytes that autograd really keeps."""
 
 from typing import Any
 
