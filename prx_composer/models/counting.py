@@ -148,6 +148,7 @@ def _attention_backward_flops(_: Tensor, query: Tensor, key: Tensor, value: Tens
 
 
 _CAST: Any = getattr(torch.ops.aten._to_copy, "default")  # noqa: B009 (types of torch.ops are not known)
+_READ: Any = getattr(torch.ops.aten._local_scalar_dense, "default")  # noqa: B009
 _CPU: dict[Any, Any] = {  # torch's formulas are of the kernels of GPUs alone
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
@@ -170,6 +171,8 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _READ and args[0].dtype == torch.bool:
+            return False  # networks ask whether a mask has no padding, so that it can be left out: in training it has
         made = func(*args, **kwargs)
         if (formula := self._formulas.get(func.overloadpacket)) is not None:
             self.flops += formula(*args, **kwargs, out_val=made)
