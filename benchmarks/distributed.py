@@ -34,9 +34,8 @@ from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import write_checkpoint
 from prx_composer.runs.folder import read_metrics
 from prx_composer.schedule.moments import Point
-from prx_composer.training.meta_model import MetaModel
+from prx_composer.training.meta_model import MetaModel, checkpoint_bytes
 from prx_composer.training.run import build_trainer
-from prx_composer.training.state_bytes import checkpoint_bytes
 
 # ------------------------------------------------------------------------------------------- counting collectives
 

@@ -14,8 +14,7 @@ from prx_composer.models.flow import FlowMatching
 from prx_composer.models.prompts import clean_caption, cleaning_of
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.runs.locate import read_json
-from prx_composer.runs.weights import read_safetensors
+from prx_composer.runs.weights import read_json, read_safetensors
 
 REFERENCE = "text_encoder_reference.json"
 RECIPE = "recipe.yaml"  # of the run that it was exported from

@@ -16,8 +16,7 @@ from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.time_checks import strings
 from prx_composer.runs import diffusers_folder as pipeline_folder
-from prx_composer.runs.locate import Located, locate
-from prx_composer.runs.weights import nonfinite, read_checkpoint, read_safetensors, safetensors_shapes
+from prx_composer.runs.weights import Located, locate, nonfinite, read_checkpoint, read_safetensors, safetensors_shapes
 
 log = logging.getLogger(__name__)
 

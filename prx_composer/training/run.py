@@ -14,7 +14,7 @@ from prx_composer.callbacks.checkpointing import Checkpointing, due_every
 from prx_composer.callbacks.data_monitor import DataMonitor
 from prx_composer.callbacks.finite_guard import FiniteGuard
 from prx_composer.callbacks.random_step import RandomStep
-from prx_composer.callbacks.resumed import NewValues
+from prx_composer.callbacks.resumed import NewValues, say_what_moves
 from prx_composer.common.distributed import GlooAverage, from_rank_zero
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path
 from prx_composer.common.secrets import redacted
@@ -46,10 +46,9 @@ from prx_composer.training.components import Components, build_components, paral
 from prx_composer.training.preflight import check_surroundings
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.examine import examine
-from prx_composer.training.preflight.gpus import check_gpus
 from prx_composer.training.preflight.result import Result, failed, require
 from prx_composer.training.preflight.step import remember_steps, try_steps_before_training
-from prx_composer.training.prolonged import say_what_moves
+from prx_composer.training.preflight.surroundings import check_gpus
 from prx_composer.training.signals import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
 from prx_composer.training.source_data import make_recipe_data
 from prx_composer.training.trainer import Trainer

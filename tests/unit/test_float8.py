@@ -29,7 +29,7 @@ from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.opening import load_trained
 from prx_composer.training.components import parallelism
 from prx_composer.training.meta_model import MetaModel
-from prx_composer.training.preflight.gpus import check_gpus
+from prx_composer.training.preflight.surroundings import check_gpus
 from prx_composer.training.run import build_trainer, run
 from prx_composer.training.trial import check_config
 

@@ -19,9 +19,8 @@ from prx_composer.commands.plan.plan import make_plan
 from prx_composer.commands.plan.plan_text import as_text
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.meta_model import MetaModel
+from prx_composer.training.meta_model import MetaModel, checkpoint_bytes, training_state
 from prx_composer.training.run import build_trainer
-from prx_composer.training.state_bytes import checkpoint_bytes, training_state
 
 Write = Callable[..., str]
 H200 = find_gpu("h200")

@@ -22,7 +22,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.models.vision_encoder import VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.state_bytes import checkpoint_bytes
+from prx_composer.training.meta_model import checkpoint_bytes
 
 Write = Callable[..., str]
 H200 = find_gpu("h200")

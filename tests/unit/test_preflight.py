@@ -23,13 +23,11 @@ from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.components import Components, build_components
 from prx_composer.training.preflight.data_fit import check_data
-from prx_composer.training.preflight.disk import check_storage, checkpoints_to_keep
 from prx_composer.training.preflight.examine import check_callbacks, examine
-from prx_composer.training.preflight.gpus import check_gpus
-from prx_composer.training.preflight.logger_access import check_loggers
 from prx_composer.training.preflight.pretrained import check_weights
 from prx_composer.training.preflight.result import Result, require
 from prx_composer.training.preflight.step import extremes
+from prx_composer.training.preflight.surroundings import check_gpus, check_loggers, check_storage, checkpoints_to_keep
 from prx_composer.training.trial import check_config
 
 Load = Callable[..., tuple[Recipe, Components]]
@@ -325,7 +323,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_room_for_one_checkpoint_more_than_is_kept_is_asked_for(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prx_composer.training.state_bytes import checkpoint_bytes
+    from prx_composer.training.meta_model import checkpoint_bytes
 
     recipe, _ = load("save_num_checkpoints_to_keep=3")
     size = checkpoint_bytes(recipe)

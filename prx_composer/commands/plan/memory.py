@@ -10,8 +10,7 @@ from prx_composer.common.errors import UserError, at_path
 from prx_composer.models.counting import StepCount
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import SECONDS, Point
-from prx_composer.training.meta_model import MetaModel
-from prx_composer.training.state_bytes import bytes_of, training_state
+from prx_composer.training.meta_model import MetaModel, bytes_of, training_state
 
 FP32 = 4
 RESERVE = 0.1  # of a GPU's memory: CUDA's context, communication buffers, fragments, what runs without gradients

@@ -37,8 +37,7 @@ from prx_composer.commands.plan.timeline import Span
 from prx_composer.common.errors import UserError
 from prx_composer.optim.exchange import Plan, plan_for
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.meta_model import MetaModel
-from prx_composer.training.state_bytes import muon_groups
+from prx_composer.training.meta_model import MetaModel, muon_groups
 
 LINK_SHARE = 0.8  # of a link's bandwidth that collectives of large messages reach: about 360 of NVLink 4's 450 GB/s
 FP32, BF16 = 4, 2

@@ -4,7 +4,7 @@ examine.py     names, arguments, types; what must divide
 pretrained.py  hub ids: a folder, in the cache, or answered for by the hub
 data_fit.py    splits, columns, shards, buckets
 captions.py    whether captions are read whole; a run says that itself, of all that it has seen
-disk.py        run folder and disk      logger_access.py, gpus.py
+surroundings.py  run folder, disk, GPUs, loggers
 step.py        one forward and backward pass of every stage, without a trace
 """
 
@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.components import Components
 from prx_composer.training.preflight.data_fit import check_data
-from prx_composer.training.preflight.disk import check_storage
-from prx_composer.training.preflight.logger_access import check_loggers
 from prx_composer.training.preflight.pretrained import check_weights
 from prx_composer.training.preflight.result import Result, guarded
+from prx_composer.training.preflight.surroundings import check_loggers, check_storage
 
 
 def check_surroundings(recipe: Recipe, parts: Components) -> Iterator[Result]:

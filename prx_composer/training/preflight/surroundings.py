@@ -1,0 +1,259 @@
+"""What a run finds around it: a folder and room for its checkpoints, the node's GPUs, and the services that metrics go to."""
+
+import importlib.util
+import math
+import netrc
+import os
+import re
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from composer.core import TimeUnit
+
+from prx_composer.algorithms.base import Trick
+from prx_composer.common.secrets import redacted
+from prx_composer.loggers.wandb import wandb_mode
+from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.config import Recipe
+from prx_composer.runs.folder import CHECKPOINTS, holds_run
+from prx_composer.schedule.moments import SECONDS, Point, parse_duration
+from prx_composer.training.components import Components
+from prx_composer.training.meta_model import checkpoint_bytes
+from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped, warned
+
+
+def check_storage(recipe: Recipe, parts: Components) -> Iterator[Result]:
+    """Who the run folder belongs to, whether it can be written, and whether the checkpoints fit its file system."""
+    folder = Path(recipe.run_folder)
+    if (problem := why_not_writable(folder)) is not None:
+        yield failed(f"run_folder: {folder} cannot be written: {problem}. Set run_folder to another place.")
+        return
+
+    def whose() -> Iterator[Result]:
+        fact = "holds this run, which goes on" if holds_run(recipe, folder) else "is free and can be written"
+        yield passed("run_folder", f"{folder} {fact}")
+
+    yield from guarded(whose())
+    if parts.problems:
+        yield skipped("disk", "names and arguments must be right first")
+    else:
+        yield from guarded(_check_room(recipe, folder))
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest of its parents that is there."""
+    absolute = folder.absolute()
+    return next(path for path in (absolute, *absolute.parents) if path.exists())
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Makes a file in a folder, or in the nearest parent that is there, and deletes it again; returns why that fails, or None."""
+    parent = _existing(folder)
+    if not parent.is_dir():
+        return f"{parent} is a file"
+    try:
+        with tempfile.TemporaryFile(dir=parent, prefix=".prx-check-"):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def checkpoints_to_keep(recipe: Recipe) -> int | None:
+    """How many checkpoints lie on the disk at most: one more than are kept, while it is written. None if that can't be known."""
+    keep = recipe.save_num_checkpoints_to_keep
+    if keep >= 0:
+        return max(keep, 1) + 1
+    try:
+        interval, duration = Point.parse_interval(recipe.save_interval), Point.parse(recipe.max_duration)
+    except ValueError:
+        return None
+    if interval.unit == TimeUnit.DURATION.value:
+        return math.ceil(1 / interval.value)
+    if interval.unit == SECONDS and recipe.time_budget is not None:
+        return math.ceil(parse_duration(recipe.time_budget) / interval.value)
+    return math.ceil(duration.value / interval.value) if interval.unit == duration.unit else None
+
+
+def _check_room(recipe: Recipe, folder: Path) -> Iterator[Result]:
+    count = checkpoints_to_keep(recipe)
+    if count is None:
+        units = f"save_interval {recipe.save_interval} and max_duration {recipe.max_duration} are not in one unit"
+        yield skipped("disk", f"save_num_checkpoints_to_keep is {recipe.save_num_checkpoints_to_keep} (all), and {units}")
+        return
+    try:
+        size = checkpoint_bytes(recipe)
+    except (ValueError, OSError) as error:
+        yield skipped("disk", f"the size of a checkpoint is not known ({error})")
+        return
+    written = sum(path.stat().st_size for path in (folder / CHECKPOINTS).rglob("*") if path.is_file())
+    free, needed = shutil.disk_usage(_existing(folder)).free, max(count * size - written, 0)
+    what = f"{count} checkpoints of {size / 1e9:.2f} GB"
+    if written:
+        what += f", {written / 1e9:.2f} GB of which are there"
+    if free < needed:
+        fitting = int((free + written) / size) - 1
+        keep = f"save_num_checkpoints_to_keep to {fitting} or less, or " if fitting >= 1 else ""
+        remedy = f"Set {keep}run_folder to a larger disk{', where you have moved it' if written else ''}."
+        yield failed(
+            f"run_folder: {_existing(folder)} has {free / 1e9:.2f} GB free, but the run needs {needed / 1e9:.2f} GB for {what}. "
+            + remedy
+        )
+    else:
+        yield passed("disk", f"{free / 1e9:,.1f} GB free, {needed / 1e9:.2f} GB needed for {what}")
+
+
+FOREIGN_MEMORY = 2e9  # bytes in use on a GPU that cannot be this process's own context
+
+
+def check_gpus(recipe: Recipe, algorithms: Iterable[Any], local_ranks: int, num_ranks: int) -> Iterator[Result]:
+    """Number, precision and free memory of the GPUs of this node.
+
+    Args:
+        algorithms: of the run.
+        local_ranks: processes of this run on this node; 0 = not known, as in a check before the run.
+        num_ranks: processes on all nodes.
+    """
+    problems = [problem for one in algorithms if isinstance(one, Trick) and (problem := one.hardware_problem()) is not None]
+    if not torch.cuda.is_available():
+        if recipe.precision == "fp32" and problems:
+            yield from map(failed, problems)
+        elif recipe.precision == "fp32":
+            yield passed("GPUs", "none here; fp32 trains on the CPU too")
+        else:
+            yield skipped(
+                f"GPUs and precision: {recipe.precision}", "there is no GPU here; train.py needs one, or precision=fp32"
+            )
+        return
+    count = torch.cuda.device_count()
+    names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(index) for index in range(count)))
+    if local_ranks > count:
+        yield failed(
+            f"{local_ranks} processes on this node, but {count} visible GPUs. Launch with `composer -n {count}`, or mend "
+            "CUDA_VISIBLE_DEVICES."
+        )
+        return
+    fact = f"{count} × {names}"
+    if not local_ranks and num_ranks > count:
+        fact += f"; {num_ranks} ranks take {-(-num_ranks // count)} such nodes"
+    yield passed("GPUs", fact)
+    if recipe.precision == "amp_bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield failed(f"precision: {names} has no bf16; use precision=amp_fp16 or fp32.")
+    yield from map(failed, problems)
+    for index in [int(os.environ.get("LOCAL_RANK", "0"))] if local_ranks else range(count):
+        free, total = torch.cuda.mem_get_info(index)
+        used = total - free - torch.cuda.memory_reserved(index)
+        if used > FOREIGN_MEMORY:
+            yield warned("GPUs", f"another process holds {used / 1e9:.1f} of {total / 1e9:.1f} GB on GPU {index}; see nvidia-smi")
+
+
+TIMEOUT = 5.0  # seconds for a host to answer
+
+
+def check_loggers(recipe: Recipe, parts: Components) -> Iterator[Result]:
+    """Whether what metrics are sent to is installed, writable, logged in and reachable."""
+    checks = {"wandb": _check_wandb, "mlflow": _check_mlflow, "tensorboard": _check_tensorboard}
+    for name, arguments in entries(recipe.loggers, "loggers"):
+        if name in checks and not parts.is_wrong(f"loggers.{name}"):
+            yield from guarded(checks[name](arguments))
+
+
+def _check_wandb(arguments: dict[str, Any]) -> Iterator[Result]:
+    if not _installed("wandb"):
+        yield failed("loggers.wandb: wandb is not installed; `uv pip install wandb`, or set loggers.wandb=false.")
+        return
+    folder = Path((arguments.get("init_kwargs") or {}).get("dir") or os.environ.get("WANDB_DIR") or ".")
+    if (problem := why_not_writable(folder)) is not None:
+        yield failed(f"loggers.wandb: {folder}, where wandb keeps its files, cannot be written: {problem}. Set WANDB_DIR.")
+    mode = wandb_mode(arguments.get("init_kwargs"))
+    if mode in ("offline", "dryrun", "disabled"):
+        yield passed(
+            "loggers.wandb", f"{mode}: nothing is sent" + ("" if mode == "disabled" else "; `wandb sync` does that later")
+        )
+        return
+    host = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(host):
+        yield failed("loggers.wandb: there is no API key; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline.")
+    elif (reason := _silence(host)) is not None:
+        yield failed(f"loggers.wandb: {host} does not answer ({reason}); set WANDB_MODE=offline and `wandb sync` later.")
+    else:
+        yield passed("loggers.wandb", f"{host} answers, and there is an API key")
+
+
+def _check_mlflow(arguments: dict[str, Any]) -> Iterator[Result]:
+    if not _installed("mlflow"):
+        yield failed("loggers.mlflow: mlflow is not installed; `uv pip install 'mlflow<3'`, or set loggers.mlflow=false.")
+        return
+    uri = arguments.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or ""
+    shown = redacted(uri)
+    if uri.startswith("http"):
+        if (reason := _silence(uri)) is not None:
+            yield failed(
+                f"loggers.mlflow.tracking_uri: {shown} does not answer ({reason}); mend it, or set loggers.mlflow=false."
+            )
+        else:
+            yield passed("loggers.mlflow", f"{shown} answers")
+    elif uri.startswith("databricks"):
+        yield skipped("loggers.mlflow", f"{shown} is asked when the run starts")
+    elif (reason := _unusable_store(uri)) is not None:
+        yield failed(
+            f"loggers.mlflow.tracking_uri: the store {shown or './mlruns'} cannot be used ({reason}); mend or delete it, set "
+            "tracking_uri to another place, or set loggers.mlflow=false."
+        )
+    else:
+        yield passed("loggers.mlflow", f"the store {shown or './mlruns'} can be used")
+
+
+def _check_tensorboard(arguments: dict[str, Any]) -> Iterator[Result]:
+    folder = Path(arguments.get("log_dir") or "tensorboard_logs")
+    if not _installed("tensorboard"):
+        yield failed("loggers.tensorboard: tensorboard is not installed; `uv pip install tensorboard`.")
+    elif "://" not in str(arguments.get("log_dir")) and (problem := why_not_writable(folder)) is not None:
+        yield failed(f"loggers.tensorboard.log_dir: {folder} cannot be written: {problem}. Set it to another folder.")
+    else:
+        yield passed("loggers.tensorboard", f"{folder} can be written")
+
+
+def _unusable_store(uri: str) -> str | None:
+    """Why a store on this machine, or a database, cannot be read and written; None if it can, or is still to be made."""
+    file = re.fullmatch(r"sqlite:///(.*?)(\?.*)?", uri)
+    place = Path(file[1] if file else uri.removeprefix("file://") or "mlruns")
+    if (file or "://" not in uri.removeprefix("file://")) and (problem := why_not_writable(place.parent if file else place)):
+        return problem
+    if not place.exists() and (file or "://" not in uri):
+        return None  # it is made when the run starts
+    try:
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+
+        MlflowClient(uri or None).search_experiments(max_results=1000)
+    except Exception as error:  # of mlflow, its YAML files or its database
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return None
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _in_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlparse(host).hostname or host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _silence(address: str) -> str | None:
+    """Why a host does not answer; None if it does, whatever it says."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "reason", error))
+    return None
