@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import yaml
 from common import ROOT, main, train_command
-from data import add_to_tar, photograph
+from data_speed import add_to_tar, photograph
 from killing import Killable, contents, kill_again_and_again, processor_time, session_of
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import T5Config, T5EncoderModel

@@ -31,6 +31,7 @@ from prx_composer.models.known_configs import known_config
 from prx_composer.models.text_encoder import train_tokenizer
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
+from prx_composer.schedule.moments import ScheduleWindow
 
 SHAPE = "progressive_resolution"  # the algorithm that is the stages
 ALWAYS: dict[str, Any] = {"start": "0ba", "end": None}
@@ -85,7 +86,8 @@ def closed_algorithms(recipe: Recipe, line: Timeline, span: Span) -> list[str]:
     """Return those whose window isn't open in the middle of the stage."""
     middle, closed = (span.start + span.end - 1) // 2, []  # of two middle steps the first, so that a window to 0.5dur is open
     for name, window in _windows(recipe).items():
-        first, last = line.window(str(window.get("start", "0ba")), window.get("end"), f"algorithms.{name}")
+        opened = ScheduleWindow(str(window.get("start", "0ba")), window.get("end"))
+        first, last = line.window(opened, f"algorithms.{name}")
         if not first <= middle < last:
             closed.append(name)
     return closed

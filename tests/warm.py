@@ -2,8 +2,9 @@
 
 `python`, `composer` and `prx` stand in a folder as small programs with the names of the real ones. Each passes what it was given
 (arguments, folder, environment, open files) to a server, which forks; the fork becomes the command. The small program stays as
-the fork's deputy: it passes signals on, its death kills the fork, and it ends as the fork ended. In a fork `sys.executable` is
-the small `python`, so that what starts processes itself, as Composer's launcher and the benchmarks do, starts forks too.
+the fork's deputy: it passes signals on, its death kills the fork and its children, and it ends as the fork ended. In a fork
+`sys.executable` is the small `python`, so that what starts processes itself, as Composer's launcher and the benchmarks do,
+starts forks too.
 
 What differs from a process of its own: modules are imported already (what is read of the environment at an import is the
 server's), hashes of strings are the same in all forks, and the parent of a fork is none of the test's processes. Tests of these
@@ -193,9 +194,13 @@ def _keep(connection: socket.socket, folder: str) -> None:
         asked = json.loads(_receive(connection, *struct.unpack("q", header)))
         pid = os.fork()
         if not pid:
-            connection.close()
-            _become(asked, received, folder)
-        os.setpgid(pid, pid)
+            try:
+                connection.close()
+                _become(asked, received, folder)
+            finally:  # it did not come to its own end
+                os._exit(70)
+        with contextlib.suppress(OSError):  # as the command does; whoever comes first
+            os.setpgid(pid, pid)
         for number in received:
             os.close(number)
         connection.sendall(struct.pack("q", pid))

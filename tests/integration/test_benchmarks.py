@@ -51,7 +51,7 @@ def test_other_questions_find_agreement_and_end(script: str, name: str, options:
     assert question(script, name, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_ways_of_data_are_timed_and_the_memory_of_a_conversion_is_measured() -> None:
     found = question("data", "convert", images=2, rounds=2, tiny=20)
     assert [run["base_size"] for run in found["speed"]] == [1024, 512]

@@ -1,4 +1,4 @@
-"""Components of one's own, in a file beside the recipe, are checked, trained, resumed and exported as this package's are."""
+"""Components of one's own, in a file beside the recipe, are checked, planned, trained, resumed and exported as ours are."""
 
 import json
 from collections.abc import Iterator
@@ -26,18 +26,22 @@ import json
 from pathlib import Path
 
 import torch
-from composer.core import Algorithm, Callback, Event
+from composer.core import Callback, Event
 from PIL import Image
 from torch import nn
 
 from prx_composer import registry
+from prx_composer.algorithms.base import Trick
 from prx_composer.data.buckets import Bucket
 from prx_composer.data.format import RawSample
 
 
 @registry.algorithms.register("slowed")
-class Slowed(Algorithm):  # what it needs of the program has no default
-    def __init__(self, image_size: int, factor: float = 0.5):
+class Slowed(Trick):  # what it needs of the program has no default
+    name = "slowed"
+
+    def __init__(self, image_size: int, factor: float = 0.5, start: str = "0ba", end: str | None = None):
+        super().__init__(start, end)
         self.factor = factor * image_size / 16
 
     def match(self, event, state):
@@ -157,6 +161,12 @@ def test_an_algorithm_a_callback_a_source_and_an_optimizer_go_on_bit_for_bit(run
     assert losses(run) == losses(run.with_name(whole)) and len(losses(run)) == 4
     theirs, ours = (newest_checkpoint(folder) for folder in (run, run.with_name(whole)))
     assert theirs is not None and ours is not None and theirs.batch == ours.batch == 4
+
+
+def test_the_plan_counts_an_algorithm_a_source_and_an_optimizer(stranger: Path) -> None:
+    said = prx("plan", stranger / "four.yaml")
+    assert "slowed" not in said, "nothing is said of a trick that is counted"
+    assert "momentum" not in said or "taken to keep" in said
 
 
 def test_what_a_component_declares_it_is_given(run: Path, stranger: Path) -> None:

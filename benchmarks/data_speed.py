@@ -1,7 +1,7 @@
 """Images per second and core on their way from files into batches, against plain pipelines over the same files, in turns.
 
-python benchmarks/data.py convert --output convert.json
-OMP_NUM_THREADS=1 python benchmarks/data.py loader --output loader.json
+python benchmarks/data_speed.py convert --output convert.json
+OMP_NUM_THREADS=1 python benchmarks/data_speed.py loader --output loader.json
 """
 
 import contextlib
