@@ -160,7 +160,7 @@ def decode_image(encoded: bytes, height: int, width: int) -> "Tensor":
 def resize(pixels: np.ndarray, bucket: Bucket) -> np.ndarray:
     """Return the largest centred part of the bucket's aspect ratio, resized to it, antialiased (bicubic).
 
-    torch's kernel is within 1/255 of Pillow's at 2.5 to 4.6 times the speed (benchmarks/images.py).
+    torch's kernel is within 1/255 of Pillow's at 2.5 to 4.6 times the speed (benchmarks/data_speed.py).
 
     Args:
         pixels: uint8 (height, width, 3).
@@ -202,7 +202,7 @@ def _load(image: Image.Image) -> None:
 def _decode_jpeg(encoded: bytes, image: Image.Image, least: tuple[int, int] | None) -> np.ndarray | None:
     """Decode a JPEG as it lies in the file, at the smallest of libjpeg's sizes that covers `least`.
 
-    libjpeg-turbo's own interface is 1.1 to 1.4 times as fast as Pillow's (benchmarks/images.py), and reports damage.
+    libjpeg-turbo's own interface is 1.1 to 1.4 times as fast as Pillow's (benchmarks/data_speed.py), and reports damage.
 
     Returns:
         uint8 (height, width, 3); None for something that Pillow has to decode.

@@ -197,6 +197,9 @@ class _StepStreams(RandomStreams):
 
     _begun = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RandomStreams:
+        return RandomStreams(self.seed)  # of a copy that is counted, which is no run
+
     def begin_step(self, step: int) -> None:
         self._begun = True
         super().begin_step(step)

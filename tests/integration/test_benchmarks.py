@@ -53,10 +53,10 @@ def test_other_questions_find_agreement_and_end(script: str, name: str, options:
 
 @pytest.mark.long
 def test_the_ways_of_data_are_timed_and_the_memory_of_a_conversion_is_measured() -> None:
-    found = question("images", "convert", images=2, rounds=2, tiny=20)
+    found = question("data_speed", "convert", images=2, rounds=2, tiny=20)
     assert [run["base_size"] for run in found["speed"]] == [1024, 512]
     assert [run["counts"]["read"] for run in found["memory"]] == [20, 20]
-    found = question("images", "loader", images=4, rounds=2, workers=(0,), batch_size=2)
+    found = question("data_speed", "loader", images=4, rounds=2, workers=(0,), batch_size=2)
     assert all(run["mean_difference_of_255"]["plain"] < 3 for run in found["runs"])
 
 

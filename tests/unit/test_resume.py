@@ -372,7 +372,7 @@ ADVISED = [
     ("recipe/resume.py", "algorithms.gradient_clipping, or", "algorithms.gradient_clipping"),
     ("recipe/resume.py", "algorithms.<term>.end=<batch>ba", "algorithms.lpips.end"),
     ("data/dataset.py", "train_loader.max_undecodable", "train_loader.max_undecodable"),
-    ("data/bucketed.py", "to begin a new pass over these, add  {advice([DATA])}", "data"),
+    ("data/sampler.py", "to begin a new pass over these, add  {advice([DATA])}", "data"),
     ("training/preflight/surroundings.py", "save_num_checkpoints_to_keep to", "save_num_checkpoints_to_keep"),
     ("training/preflight/surroundings.py", "run_folder to a larger disk", "run_folder"),
     ("callbacks/resumed.py", "save_num_checkpoints_to_keep=-1", "save_num_checkpoints_to_keep"),
