@@ -1,6 +1,8 @@
 """Composer's SpeedMonitor, but nobody waits for the device to learn how fast it is."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import composer.callbacks
 from composer.core import Algorithm, Event, State
@@ -10,6 +12,8 @@ from composer.utils import dist
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.distributed import unwrapped
 from prx_composer.models.counting import StepCounter, shape_of
+
+log = logging.getLogger(__name__)
 
 
 class _Last(Algorithm):
@@ -55,7 +59,9 @@ class SpeedMonitor(composer.callbacks.SpeedMonitor):
     def _copy(self, state: State) -> None:
         model = unwrapped(state.model)
         self._tricks = [algorithm for algorithm in state.algorithms if isinstance(algorithm, Trick)]
-        self._counter = StepCounter(model, self._tricks) if hasattr(model, "auxiliary_losses") else None
+        if hasattr(model, "auxiliary_losses"):
+            with self._without_stopping():
+                self._counter = StepCounter(model, self._tricks)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         timestamp, ranks = state.timestamp, dist.get_world_size()
@@ -88,6 +94,18 @@ class SpeedMonitor(composer.callbacks.SpeedMonitor):
         """Of this rank's batch."""
         if self._counter is not None:
             active = [trick.name for trick in self._tricks if trick.active]
-            return len(state.batch["input_ids"]) * self._counter.count(shape_of(state.batch), active).total_flops
+            with self._without_stopping():
+                return len(state.batch["input_ids"]) * self._counter.count(shape_of(state.batch), active).total_flops
         flops_per_batch = getattr(unwrapped(state.model), "flops_per_batch", None)
         return None if flops_per_batch is None else flops_per_batch(state.batch)
+
+    @contextmanager
+    def _without_stopping(self) -> Iterator[None]:
+        """Whatever a network or an algorithm cannot do with tensors that have no content costs the MFU, and not the run."""
+        try:
+            yield
+        except Exception as error:
+            self._counter = None
+            if dist.get_global_rank() == 0:
+                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                log.warning("The FLOPs of a step cannot be counted, so that no MFU is logged (%s).", reason)

@@ -6,7 +6,7 @@ Nothing is derived by hand: what a trick puts into the model is counted because 
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -61,6 +61,8 @@ class StepCount:
     @property
     def kept_with_checkpoints(self) -> int:
         """Bytes kept if every block keeps its input alone and computes the rest again, one block at a time."""
+        if not self.blocks:
+            return self.kept
         inputs, inside = (sum(values) for values in zip(*self.blocks, strict=True))
         return self.kept - inside + inputs + max(kept for _, kept in self.blocks)
 
@@ -213,11 +215,11 @@ class _Step:
         with self._counter, self._hooked(parts | losses):
             with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
                 with self._counted(AUTOENCODER):  # what is neither of the others
-                    outputs = self._run()
+                    outputs = self._attempt(model, self._batch)
                 cut = dataclasses.replace(
                     outputs, prediction=_leaf(outputs.prediction), taps={i: _leaf(tap) for i, tap in outputs.taps.items()}
                 )
-                terms = model.loss(cut, self._batch)
+                terms = self._attempt(model.loss, cut, self._batch)
             for tensor in (outputs.prediction, outputs.clean, outputs.noise, outputs.noised, outputs.text.embedding):
                 self._keep(tensor)
             self._backward(outputs, cut, {name: terms[name] for name in losses if name in terms})
@@ -244,9 +246,9 @@ class _Step:
         with self._counted(TEXT_ENCODER):
             _gradients([text], list(model.text_encoder.parameters()))
 
-    def _run(self) -> Any:
+    def _attempt(self, function: Callable[..., Any], *given: Any) -> Any:
         try:
-            return self._model(self._batch)
+            return function(*given)
         except UserError:
             raise
         except Exception as error:  # whatever a network's code raises
@@ -279,7 +281,8 @@ class _Step:
 
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         backbone = self._model.backbone
-        for index, block in enumerate(module for module in backbone.modules() if backbone.fsdp_wrap_fn(module)):
+        is_block = getattr(backbone, "fsdp_wrap_fn", lambda module: False)  # a backbone of somebody's own may have no blocks
+        for index, block in enumerate(filter(is_block, backbone.modules())):
             handles += [
                 block.register_forward_pre_hook(lambda _, given, index=index: self._enter_block(index, given[0])),
                 block.register_forward_hook(lambda *_: self._leave_block()),

@@ -119,8 +119,8 @@ class MetaModel:
         names = [name for name, _ in entries(recipe.algorithms, "algorithms")]
         self.uncounted.check(["text_encoder", "autoencoder", *names])
         name = split(recipe.model, "model")[0]
-        if "backbone" not in recipe.model or not hasattr(self._components.backbone, "fsdp_wrap_fn"):
-            raise UserError(f"model: prx plan counts text_to_image with a PRX backbone, not {name!r}.")
+        if "backbone" not in recipe.model:
+            raise UserError(f"model: prx plan counts text_to_image with a backbone, not {name!r}.")
         self.frozen: dict[str, int] = {}
         self._stores_latents = bool(recipe.train_loader.get("latent"))
         self._stores_text = stored_text

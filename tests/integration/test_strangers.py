@@ -128,7 +128,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "max_duration": "4ba",
         "save_interval": "2ba",
         "algorithms": {"slowed": {}, "ema": {"half_life": "2ba"}},
-        "callbacks": {"diary": {}},
+        "callbacks": {"diary": {}, "speed_monitor": {"window_size": 2}},
         "progress_bar": False,
         "autoresume": True,
     }
@@ -163,8 +163,10 @@ def test_an_algorithm_a_callback_a_source_and_an_optimizer_go_on_bit_for_bit(run
     assert theirs is not None and ours is not None and theirs.batch == ours.batch == 4
 
 
-def test_the_plan_counts_an_algorithm_a_source_and_an_optimizer(stranger: Path) -> None:
-    said = prx("plan", stranger / "four.yaml")
+@pytest.mark.parametrize("recipe", BACKBONES)
+def test_the_plan_counts_an_algorithm_a_source_an_optimizer_and_a_backbone(stranger: Path, recipe: str) -> None:
+    said = prx("plan", stranger / f"{recipe}.yaml")
+    assert "denoiser" in said
     assert "slowed" not in said, "nothing is said of a trick that is counted"
     assert "momentum" not in said or "taken to keep" in said
 

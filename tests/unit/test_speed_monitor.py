@@ -57,7 +57,12 @@ def test_it_counts_the_work_of_the_tricks_that_are_active(tiny_model: Any, tiny_
     model, trick = tiny_model(trainable_text=False), LPIPS(random_weights=True, scale=2.0)
     monitor = SpeedMonitor()
     state: Any = SimpleNamespace(
-        timestamp=Timestamp(), batch=tiny_batch, model=model, algorithms=[trick], optimizers=[SGD(model.parameters(), 0.1)]
+        timestamp=Timestamp(),
+        batch=tiny_batch,
+        model=model,
+        algorithms=[trick],
+        optimizers=[SGD(model.parameters(), 0.1)],
+        fsdp_config=None,
     )
     monitor.init(state, Log())  # pyright: ignore[reportArgumentType]
     for algorithm in list(state.algorithms):  # as Composer's engine does, after the callbacks
@@ -68,3 +73,29 @@ def test_it_counts_the_work_of_the_tricks_that_are_active(tiny_model: Any, tiny_
     counter, shapes = StepCounter(model, [trick]), shape_of(tiny_batch)
     expected = [4 * counter.count(shapes, active).total_flops for active in ({"lpips"}, set())]
     assert list(monitor.history_flops) == expected and expected[0] > 2 * expected[1]
+
+
+class Reading(LPIPS):
+    """A stranger's loss, which reads a number of its tensors: there is none while a step is counted."""
+
+    def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+        return super().loss(outputs, batch) * float(outputs.timestep.max().item())
+
+
+def test_what_cannot_be_counted_costs_the_mfu_and_not_the_run(tiny_model: Any, tiny_batch: Any, caplog: Any) -> None:
+    model, trick, monitor = tiny_model(trainable_text=False), Reading(random_weights=True, scale=2.0), SpeedMonitor()
+    state: Any = SimpleNamespace(
+        timestamp=Timestamp(),
+        batch=tiny_batch,
+        model=model,
+        algorithms=[trick],
+        optimizers=[SGD(model.parameters(), 0.1)],
+        fsdp_config=None,
+    )
+    monitor.init(state, Log())  # pyright: ignore[reportArgumentType]
+    for algorithm in list(state.algorithms):
+        algorithm.apply(Event.INIT, state, Log())
+    trick.active = True
+    for _ in range(2):
+        monitor.batch_end(state, Log())  # pyright: ignore[reportArgumentType]
+    assert not monitor.history_flops and caplog.text.count("no MFU is logged") == 1

@@ -108,9 +108,10 @@ def memory(
 
 
 def blocks_of(planned: MetaModel) -> list[nn.Module]:
-    """Return what FSDP2 shards as one unit each."""
+    """Return what FSDP2 shards as one unit each: nothing of a backbone that doesn't say."""
     backbone = planned.model.backbone
-    return [module for module in backbone.modules() if backbone.fsdp_wrap_fn(module)]
+    is_unit = getattr(backbone, "fsdp_wrap_fn", lambda module: False)
+    return [module for module in backbone.modules() if is_unit(module)]
 
 
 def _gathered(planned: MetaModel, recipe: Recipe, num_gpus: int) -> int:
@@ -120,8 +121,8 @@ def _gathered(planned: MetaModel, recipe: Recipe, num_gpus: int) -> int:
     blocks = [bytes_of(p for p in block.parameters() if p.requires_grad) for block in blocks_of(planned)]
     outside = whole - sum(blocks)
     fsdp = recipe.parallelism_config.get("fsdp") or {}
-    weights = outside + 2 * max(blocks) if fsdp.get("reshard_after_forward", True) else whole
-    return weights + outside + 2 * max(blocks)  # gradients: of a block at work, and of one on its way
+    weights = outside + 2 * max(blocks, default=0) if fsdp.get("reshard_after_forward", True) else whole
+    return weights + outside + 2 * max(blocks, default=0)  # gradients: of a block at work, and of one on its way
 
 
 @dataclass(frozen=True)
