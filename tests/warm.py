@@ -155,10 +155,7 @@ def _forget_the_tests(kept: set[int]) -> None:
     import logging
 
     faulthandler.disable()
-    null = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1, 2):
-        os.dup2(null, number)
-    _close_all_but(kept | {0, 1, 2})
+    _empty_all_but(kept)
     _open_standard_streams()
     signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))  # Composer's import sets both; workers of xdist ignore SIGINT
     logging.root.handlers.clear()
@@ -225,7 +222,7 @@ def _become(asked: dict[str, Any], received: list[int], folder: str) -> None:
     moved = [os.dup2(number, high + index) for index, number in enumerate(received)]
     for number, to in zip(moved, asked["numbers"], strict=True):
         os.dup2(number, to)
-    _close_all_but(set(asked["numbers"]))
+    _empty_all_but(set(asked["numbers"]))
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"])
@@ -283,13 +280,27 @@ def _exit_code_of(run: Any) -> int:
 
 
 def _open_standard_streams() -> None:
+    """Make them anew, for handlers of logs too, which libraries have bound to the streams of when they were imported."""
+    import logging
+
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    for handler in {handler for logger in loggers for handler in logger.handlers}:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setStream(sys.stderr)
 
 
-def _close_all_but(kept: set[int]) -> None:
+def _empty_all_but(kept: set[int]) -> None:
+    """Put the null device behind every open number but these.
+
+    Were they closed, objects that still have such a number would write to what opens next, or close it: a loader's pipe, say.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
     for number in map(int, os.listdir("/proc/self/fd")):
-        if number not in kept:
+        if number not in kept and number != null:
             with contextlib.suppress(OSError):  # the one that listed them
-                os.close(number)
+                os.fstat(number)
+                os.dup2(null, number)
+    os.close(null)

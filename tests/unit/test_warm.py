@@ -17,7 +17,7 @@ print(json.dumps(dict(
     argv=sys.argv[1:], cwd=os.getcwd(), path0=sys.path[0], name=__name__, mark=os.environ.get("MARK"), stdin=sys.stdin.read(),
     threads=threading.active_count(), handlers=len(logging.root.handlers), main=sys.modules["__main__"].__file__,
     children=sys.executable, tests=[name for name in sys.modules if name in ("conftest", "warm", "hostile")],
-    opened=sorted(map(int, os.listdir("/proc/self/fd")))[:-1],
+    opened=[n for n in range(64) if os.path.exists(f"/proc/self/fd/{n}") and os.readlink(f"/proc/self/fd/{n}") != os.devnull],
 )))
 print("said", file=sys.stderr)
 if "raise" in sys.argv: raise ValueError("odd")
@@ -53,6 +53,23 @@ def test_a_signal_ends_a_command_as_it_ends_what_has_imported_composer(number: s
     process.send_signal(number)
     assert process.wait(timeout=30) == code
     assert process.stdout.read() == ("at exit\n" if code > 0 else ""), "what is read ends when the fork is gone"
+
+
+def test_nothing_that_the_tests_had_open_writes_into_what_a_command_opens(tmp_path: Path) -> None:
+    """A library's handler was bound to the stream of when it was imported; its number must not become a pipe of the command's."""
+    (tmp_path / "pipes.py").write_text(
+        "import gc, logging, os\n"
+        "pipes = [os.pipe() for _ in range(8)]\n"
+        "gc.unfreeze(); gc.collect()\n"
+        "for logger in [*logging.root.manager.loggerDict.values()]:\n"
+        "    for handler in getattr(logger, 'handlers', []):\n"
+        "        handler.handle(logging.LogRecord('any', logging.CRITICAL, 'file', 1, 'said', (), None))\n"
+        "for reading, writing in pipes:\n"
+        "    os.write(writing, b'mine'); os.close(writing)\n"
+        "    assert os.read(reading, 9) == b'mine'\n"
+    )
+    finished = run("python", tmp_path / "pipes.py")
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_composer_s_launcher_starts_forks_and_ends_both_when_one_fails(tmp_path: Path) -> None:
