@@ -28,4 +28,5 @@ def cached_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
             made[arguments] = tensor
         return made[arguments]
 
+    cached.cache_clear = made.clear  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue] -- as lru_cache has
     return cached

@@ -4,6 +4,7 @@ Nothing is downloaded: networks are made from their configuration, which is in t
 the table of `models.known_configs`.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -360,10 +361,32 @@ def optimizer_state(planned: MetaModel) -> list[Tensor]:
         parameters = [parameter for group in groups for parameter in group["params"]]
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
-        try:
+        with contextlib.suppress(Exception):  # it reads a number, say, where tensors have no content
             optimizer.step()
-        except Exception as error:  # whatever an optimizer of one's own raises where tensors have no content
-            name = type(optimizer).__name__
-            planned.uncounted.told.append(f"optimizer: {name} is taken to keep two numbers per weight, as Adam does ({error})")
-            optimizer.state = defaultdict(dict, {p: {"first": p, "second": p} for p in parameters})
-        return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+            return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return _state_of_small_steps(planned)
+
+
+def _state_of_small_steps(planned: MetaModel) -> list[Tensor]:
+    """Return the same of an optimizer that needs content: the state of a step on small tensors, as large as the real ones need."""
+    groups, sizes = [], dict[Tensor, torch.Size]()
+    for group in planned.optimizer.param_groups:
+        small = [nn.Parameter(torch.zeros([min(side, 2) for side in p.shape], dtype=p.dtype)) for p in group["params"]]
+        sizes |= {parameter: p.shape for parameter, p in zip(small, group["params"], strict=True)}
+        groups.append(group | {"params": small})
+    optimizer = copy.copy(planned.optimizer)
+    optimizer.param_groups, optimizer.state = groups, defaultdict(dict)
+    for parameter in sizes:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer.step()
+    except Exception as error:  # whatever an optimizer of one's own raises
+        name = type(optimizer).__name__
+        planned.uncounted.told.append(f"optimizer: {name} is taken to keep two numbers per weight, as Adam does ({error})")
+        optimizer.state = defaultdict(dict, {parameter: {"first": parameter, "second": parameter} for parameter in sizes})
+    return [
+        torch.empty(sizes[parameter], dtype=value.dtype, device="meta") if value.shape == parameter.shape else value
+        for parameter, state in optimizer.state.items()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]

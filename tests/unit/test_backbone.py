@@ -171,9 +171,10 @@ def test_no_mask_is_made_per_head_or_query() -> None:
 def test_the_rope_table_is_made_once_per_grid() -> None:
     _, ours = both(PIXELS)
     cached_rotation.cache_clear()
-    for height, width in ((16, 48), (16, 48), (48, 16)):
-        ours(**inputs(PIXELS, height, width))
-    assert (cached_rotation.cache_info().misses, cached_rotation.cache_info().hits) == (2, 1)
+    wide, again, high = (ours._rotation(*sides, torch.device("cpu")) for sides in ((16, 48), (16, 48), (48, 16)))
+    assert wide is again and wide.shape == high.shape and not torch.equal(wide, high)
+    cached_rotation.cache_clear()
+    assert ours._rotation(16, 48, torch.device("cpu")) is not wide
 
 
 def test_a_fresh_model_predicts_zero_and_its_blocks_are_the_identity() -> None:

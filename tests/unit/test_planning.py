@@ -197,7 +197,7 @@ def test_state_is_byte_for_byte_that_of_a_run_and_a_checkpoint_is_as_large_as_fo
     assert checkpoint_bytes(recipe) == pytest.approx(largest, rel=0.1, abs=200_000)
 
 
-WITHIN = 1.05  # the factor that an estimate of activations is held to
+WITHIN = 1.1  # the factor that an estimate of activations is held to
 
 
 def test_activations_of_the_whole_stack_are_about_what_a_step_really_keeps(stack: dict[str, Any], write_recipe: Write) -> None:
