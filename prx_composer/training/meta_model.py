@@ -368,7 +368,7 @@ def optimizer_state(planned: MetaModel) -> list[Tensor]:
 
 
 def _state_of_small_steps(planned: MetaModel) -> list[Tensor]:
-    """Return the same of an optimizer that needs content: the state of a step on small tensors, as large as the real ones need."""
+    """Return the same of an optimizer that needs content: the state of a step on small tensors, of the real shapes."""
     groups, sizes = [], dict[Tensor, torch.Size]()
     for group in planned.optimizer.param_groups:
         small = [nn.Parameter(torch.zeros([min(side, 2) for side in p.shape], dtype=p.dtype)) for p in group["params"]]
