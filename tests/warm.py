@@ -3,8 +3,9 @@
 `python`, `composer` and `prx` stand in a folder as small programs with the names of the real ones. Each passes what it was given
 (arguments, folder, environment, open files) to a server, which forks; the fork becomes the command. The small program stays as
 the fork's deputy: it passes signals on, its death kills the fork and its children, and it ends as the fork ended. In a fork
-`sys.executable` is the small `python`, so that what starts processes itself, as Composer's launcher and the benchmarks do,
-starts forks too.
+`sys.executable` is the small `python`, so that what starts processes itself, as the benchmarks do, starts forks too.
+
+Several ranks are real processes: in forks gloo has been seen to hang.
 
 What differs from a process of its own: modules are imported already (what is read of the environment at an import is the
 server's), hashes of strings are the same in all forks, and the parent of a fork is none of the test's processes. Tests of these
@@ -46,6 +47,8 @@ def deputy(address: str, program: str, arguments: list[str], real: str) -> None:
     """
     rest = [a for a in arguments if a != "-u"]
     script = bool(rest) and not rest[0].startswith("-")
+    if program == "composer" and "-n" in rest:  # ranks have been seen to wait for each other for ever in forks
+        os.execv(os.path.join(os.path.dirname(real), program), [program, *arguments])
     if program == "python" and not script and not (rest[:1] == ["-m"] and rest[1].startswith(WARM_MODULES)):
         os.execv(real, [real, *arguments])
     connection = socket.socket(socket.AF_UNIX)

@@ -72,7 +72,7 @@ def test_nothing_that_the_tests_had_open_writes_into_what_a_command_opens(tmp_pa
     assert finished.returncode == 0, finished.stderr
 
 
-def test_composer_s_launcher_starts_forks_and_ends_both_when_one_fails(tmp_path: Path) -> None:
+def test_composer_s_launcher_starts_ranks_and_ends_both_when_one_fails(tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(
         "import os, time, torch.distributed as dist, torch\n"
         "dist.init_process_group('gloo')\nmine = torch.tensor([float(os.environ['RANK']) + 1])\ndist.all_reduce(mine)\n"
