@@ -5,7 +5,10 @@
 the fork's deputy: it passes signals on, its death kills the fork and its children, and it ends as the fork ended. In a fork
 `sys.executable` is the small `python`, so that what starts processes itself, as the benchmarks do, starts forks too.
 
-Several ranks are real processes: in forks gloo has been seen to hang.
+Several ranks are real processes always.
+
+They are there where WARM_COMMANDS is set, for somebody who waits for the tests. CI starts real processes: in forks a loader and
+gloo have been seen to hang, once each in some hundred commands, the first of which is understood.
 
 What differs from a process of its own: modules are imported already (what is read of the environment at an import is the
 server's), hashes of strings are the same in all forks, and the parent of a fork is none of the test's processes. Tests of these
@@ -99,7 +102,7 @@ deputy({address!r}, {program!r}, sys.argv[1:], {real!r})
 
 def open_folder() -> None:
     """Fork a server of this process as it is now, which should have one thread and have computed nothing."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not os.environ.get("WARM_COMMANDS"):
         return
     import tempfile
 
