@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from commands import path_of, run, start
 
+pytestmark = pytest.mark.skipif("WARM_COMMANDS" not in os.environ, reason="commands are warm where WARM_COMMANDS is set")
+
 SCRIPT = """
 import atexit, json, os, signal, sys, threading, logging
 atexit.register(lambda: print("at exit"))
