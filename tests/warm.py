@@ -7,8 +7,8 @@ the fork's deputy: it passes signals on, its death kills the fork and its childr
 
 Several ranks are real processes always.
 
-They are there where WARM_COMMANDS is set, for somebody who waits for the tests. CI starts real processes: in forks a loader and
-gloo have been seen to hang, once each in some hundred commands, the first of which is understood.
+They are there where WARM_COMMANDS is set, for somebody who waits for the tests. CI starts real processes: in a fork a loader has
+been seen to hang, for a reason that is mended since, and they are to prove themselves first.
 
 What differs from a process of its own: modules are imported already (what is read of the environment at an import is the
 server's), hashes of strings are the same in all forks, and the parent of a fork is none of the test's processes. Tests of these
@@ -50,7 +50,7 @@ def deputy(address: str, program: str, arguments: list[str], real: str) -> None:
     """
     rest = [a for a in arguments if a != "-u"]
     script = bool(rest) and not rest[0].startswith("-")
-    if program == "composer" and "-n" in rest:  # ranks have been seen to wait for each other for ever in forks
+    if program == "composer" and "-n" in rest:  # what several ranks do is worth real processes
         os.execv(os.path.join(os.path.dirname(real), program), [program, *arguments])
     if program == "python" and not script and not (rest[:1] == ["-m"] and rest[1].startswith(WARM_MODULES)):
         os.execv(real, [real, *arguments])

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from composer.core import Algorithm
+from composer.utils import dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
@@ -379,6 +380,8 @@ def _state_of_small_steps(planned: MetaModel) -> list[Tensor]:
     for parameter in sizes:
         parameter.grad = torch.zeros_like(parameter)
     try:
+        if dist.get_world_size() > 1:
+            raise RuntimeError("its step may wait for the other ranks")  # which don't take it: rank 0 alone asks
         optimizer.step()
     except Exception as error:  # whatever an optimizer of one's own raises
         name = type(optimizer).__name__
