@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ def processor_time(pid: int) -> int:
     return 0
 
 
-class Killable:
+class Killable(ABC):
     """A command that can be started, killed and started again, in a session of its own.
 
     Args:
@@ -127,13 +128,13 @@ class Killable:
 
     # What a kind of command has to say.
 
+    @abstractmethod
     def watch(self, moment: str, rng: random.Random) -> Callable[[], bool]:
         """Return what says whether a moment has come, from now on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def progress(self) -> dict[str, Any]:
         """Return where it is; `moment` is its name."""
-        raise NotImplementedError
 
     def outcome(self) -> dict[str, Any]:
         """Return what must be equal in the end."""

@@ -53,20 +53,23 @@ def test_it_logs_what_composers_does() -> None:
         assert all(torch.isclose(torch.tensor(a[name]), torch.tensor(b[name])) for name in a)
 
 
+def begun(monitor: SpeedMonitor, model: Any, trick: Any, batch: Any) -> Any:
+    """Return a state whose callback and algorithms have seen Event.INIT, in the order of Composer's engine."""
+    optimizers = [SGD(model.parameters(), 0.1)]
+    state: Any = SimpleNamespace(
+        timestamp=Timestamp(), batch=batch, model=model, algorithms=[trick], optimizers=optimizers, fsdp_config=None
+    )
+    log: Any = Log()
+    monitor.init(state, log)
+    for algorithm in list(state.algorithms):
+        algorithm.apply(Event.INIT, state, log)
+    return state
+
+
 def test_it_counts_the_work_of_the_tricks_that_are_active(tiny_model: Any, tiny_batch: Any) -> None:
     model, trick = tiny_model(trainable_text=False), LPIPS(random_weights=True, scale=2.0)
     monitor = SpeedMonitor()
-    state: Any = SimpleNamespace(
-        timestamp=Timestamp(),
-        batch=tiny_batch,
-        model=model,
-        algorithms=[trick],
-        optimizers=[SGD(model.parameters(), 0.1)],
-        fsdp_config=None,
-    )
-    monitor.init(state, Log())  # pyright: ignore[reportArgumentType]
-    for algorithm in list(state.algorithms):  # as Composer's engine does, after the callbacks
-        algorithm.apply(Event.INIT, state, Log())
+    state = begun(monitor, model, trick, tiny_batch)
     assert state.algorithms == [trick]
     for trick.active in (True, False):
         monitor.batch_end(state, Log())  # pyright: ignore[reportArgumentType]
@@ -84,17 +87,7 @@ class Reading(LPIPS):
 
 def test_what_cannot_be_counted_costs_the_mfu_and_not_the_run(tiny_model: Any, tiny_batch: Any, caplog: Any) -> None:
     model, trick, monitor = tiny_model(trainable_text=False), Reading(random_weights=True, scale=2.0), SpeedMonitor()
-    state: Any = SimpleNamespace(
-        timestamp=Timestamp(),
-        batch=tiny_batch,
-        model=model,
-        algorithms=[trick],
-        optimizers=[SGD(model.parameters(), 0.1)],
-        fsdp_config=None,
-    )
-    monitor.init(state, Log())  # pyright: ignore[reportArgumentType]
-    for algorithm in list(state.algorithms):
-        algorithm.apply(Event.INIT, state, Log())
+    state = begun(monitor, model, trick, tiny_batch)
     trick.active = True
     for _ in range(2):
         monitor.batch_end(state, Log())  # pyright: ignore[reportArgumentType]
