@@ -112,11 +112,10 @@ def run_conversion(
 
         duplicates: list[dict[int, str]] = [{} for _ in units]
         if settings.duplicates != "keep":
-            from prx_composer.commands.convert.units import decide  # slow to import
-
             run("hash_unit", [(unit,) for unit in units], "hashes", "Hashing")
-            hashes = (store.get(f"hashes/{unit.name}") for unit in units)
-            duplicates = decide([content for content in hashes if content is not None], settings)
+            from prx_composer.commands.convert.units import decide  # slow to import: workers begin before
+
+            duplicates = decide([store.get(f"hashes/{unit.name}") or b"" for unit in units], settings)
         run("convert_unit", list(zip(units, duplicates, strict=True)), "units", "Converting")
         return _finish(store, units, settings, files, source.notes)
 

@@ -45,11 +45,10 @@ MAX_KEY = 1024  # characters
 EXAMPLES = 5  # keys that are kept of every reason …
 FILES = 100  # … and of the one that stands for a whole file
 DETAIL = 600  # characters: messages of other libraries can be long
-HISTOGRAMS = {"size": 64, "log2_aspect": 0.25, "caption_length": 50}  # widths of their bins
-TITLES = {
-    "size": "Size of the originals: √(height · width), pixels",
-    "log2_aspect": "Aspect ratio of the originals: log₂(width / height)",
-    "caption_length": "Longest caption, characters",
+HISTOGRAMS = {  # name → width of the bins, and title
+    "size": (64, "Size of the originals: √(height · width), pixels"),
+    "log2_aspect": (0.25, "Aspect ratio of the originals: log₂(width / height)"),
+    "caption_length": (50, "Longest caption, characters"),
 }
 SAMPLES = 6  # pictures of every bucket
 DAMAGED = 5  # files that are named in the summary; conversion.json names more
@@ -137,7 +136,7 @@ class Tally:
         if height and width:
             values |= {"size": math.sqrt(height * width), "log2_aspect": math.log2(width / height)}
         for name, value in values.items():
-            self.histograms[name][str(math.floor(value / HISTOGRAMS[name]))] += 1
+            self.histograms[name][str(math.floor(value / HISTOGRAMS[name][0]))] += 1
         if isinstance(outcome, Dropped):
             self.dropped[outcome.reason] += 1
             detail = f": {clean_key(outcome.detail)[:DETAIL]}" if outcome.detail else ""
@@ -251,7 +250,7 @@ def write_report(statistics: dict[str, Any], output: str, path: str) -> None:
         sizes=buckets,
         reasons=sorted(statistics["dropped"].items(), key=lambda item: (-item[1], item[0])),
         meanings=REASONS,
-        plots=[(TITLES[name], _histogram(statistics["histograms"][name], width)) for name, width in HISTOGRAMS.items()],
+        plots=[(title, _histogram(statistics["histograms"][name], width)) for name, (width, title) in HISTOGRAMS.items()],
     )
     Path(path).write_text(page, encoding="utf-8")
 
