@@ -15,7 +15,6 @@ from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from hostile import command, write_run
 
-from prx_composer.commands.drawing import recipe_settings
 from prx_composer.commands.export.card import (
     Card,
     fenced,
@@ -27,6 +26,7 @@ from prx_composer.commands.export.card import (
 )
 from prx_composer.commands.export.lora_file import write_adapters
 from prx_composer.commands.export.pipeline import write_pipeline
+from prx_composer.commands.generate import recipe_settings
 from prx_composer.models import TextToImage
 from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters
 from prx_composer.runs.diffusers_folder import pipeline_prompt

@@ -1,21 +1,27 @@
 """`prx evaluate`: numbers of a trained model, or the folders that other benchmarks' scorers read."""
 
+import math
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast
 
 from typer import Option, echo
 
 from prx_composer.commands.options import CodeOption, ModelArgument, made_folder, show_log
-from prx_composer.common.errors import UserError
+from prx_composer.common.errors import UserError, at_path
 
 if TYPE_CHECKING:
+    import torch
+
     from prx_composer.commands.evaluate.sweep import Sweep
     from prx_composer.runs.opening import Trained
 
+T = TypeVar("T", int, float)
+Kinds = list[Literal["ema", "raw"] | None]
 _SEEDS = "0,1,2"
+_LAYOUTS = ("geneval", "dpg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +90,22 @@ def evaluate_model(options: EvaluateOptions) -> None:
     """
     from composer.utils import dist
 
-    from prx_composer.commands.drawing import check_settings, chosen_settings
-    from prx_composer.commands.evaluate import evaluation_inputs as inputs
     from prx_composer.commands.evaluate.layouts import write_layout
-    from prx_composer.commands.evaluate.sweep import Sweep
+    from prx_composer.commands.evaluate.sweep import SEEDS_APART, Sweep, image_seeds
+    from prx_composer.commands.generate import check_settings, chosen_settings
+    from prx_composer.models.sampling import check_seeds
     from prx_composer.recipe.config import import_code
     from prx_composer.runs.opening import load_trained
 
     o = options
     show_log()
-    names, kinds = inputs.check_choices(o.layout, o.metrics, o.output, o.weights)
-    scales, steps, seeds = inputs.parse_lists(o.guidance_scale, o.steps, o.seeds)
-    device = inputs.start(o.device)
+    names, kinds = _chosen(o)
+    scales = () if o.guidance_scale is None else _numbers(o.guidance_scale, float, "--guidance-scale", 1.0)
+    steps = () if o.steps is None else _numbers(o.steps, int, "--steps", 1)
+    seeds = _numbers(o.seeds, int, "--seeds", 0)
+    with at_path("--seeds"):
+        check_seeds(image_seeds(max(seeds), [SEEDS_APART - 1]), f"image i of seed s is drawn from s·{SEEDS_APART}+i")
+    device = _connect(o.device)
     import_code(o.code, "--code")
     trained = load_trained(o.model, kinds[0])
     base = chosen_settings(trained, device, o.size, o.guidance, o.precision)
@@ -107,7 +117,7 @@ def evaluate_model(options: EvaluateOptions) -> None:
     for settings in sweep.settings:
         check_settings(trained.model, settings, device)
     if o.layout is None:
-        _measure(options, names, kinds, trained, sweep)
+        _measure(o, names, kinds, trained, sweep)
         return
     if len(sweep.settings) * len(kinds) > 1 or (len(seeds) > 1 and o.seeds != _SEEDS):
         raise UserError("--layout: one folder is of one guidance scale, one number of steps, one kind of weights and one seed.")
@@ -116,29 +126,74 @@ def evaluate_model(options: EvaluateOptions) -> None:
     echo(write_layout(o.layout, trained, o.prompts, Path(o.output).expanduser(), o.images_per_prompt, sweep))
 
 
-def _measure(
-    options: EvaluateOptions, names: list[str], kinds: list[Literal["ema", "raw"] | None], trained: "Trained", sweep: "Sweep"
-) -> None:
+def _chosen(o: EvaluateOptions) -> tuple[list[str], Kinds]:
+    """Return the metrics and the kinds of weights that are asked for; None is the model's own choice.
+
+    Raises:
+        UserError: naming the option.
+    """
+    from prx_composer.metrics.scoring import check_metrics
+
+    if o.layout is not None and o.layout not in _LAYOUTS:
+        raise UserError(f"--layout: {o.layout!r} is none of {', '.join(_LAYOUTS)}.")
+    try:
+        names = check_metrics([name.strip() for name in o.metrics.split(",") if name.strip()])
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    if o.layout is None and o.output is not None and Path(o.output).suffix != ".json":
+        raise UserError(f"--output: {o.output} must be a file that ends in .json; the table becomes the .md beside it.")
+    kinds = [None] if o.weights is None else [kind.strip() for kind in o.weights.split(",") if kind.strip()]
+    if any(kind not in (None, "ema", "raw") for kind in kinds) or not kinds:
+        raise UserError(f"--weights must be ema, raw, or ema,raw, not {o.weights!r}.")
+    return names, cast(Kinds, kinds)
+
+
+def _numbers(text: str, kind: type[T], option: str, least: T) -> tuple[T, ...]:
+    """Return the numbers of a list, each once. Raise UserError for one that is smaller than `least`, or for none."""
+    try:
+        values = tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        values = ()
+    if not values or not all(math.isfinite(value) and value >= least for value in values):
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option}: {text!r} must be {what} from {least:g} on, such as 1,2,5.")
+    return tuple(dict.fromkeys(values))
+
+
+def _connect(name: str | None) -> "torch.device":
+    """Connect the ranks and return this one's device. Raise UserError if there is no device of that name."""
+    import torch
+    from composer.utils import dist, get_device
+
+    if name not in (None, "cpu", "gpu", "cuda"):
+        raise UserError(f"--device must be cpu or gpu, not {name!r}; several GPUs: composer -n 8 -m prx_composer.cli evaluate …")
+    if name in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError("--device: there is no GPU here; use --device cpu.")
+    device = get_device("gpu" if name == "cuda" else name)
+    dist.initialize_dist(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device.name == "gpu" else torch.device("cpu")
+
+
+def _measure(options: EvaluateOptions, names: list[str], kinds: Kinds, trained: "Trained", sweep: "Sweep") -> None:
     """Measure every combination with every kind of weights, write the numbers down and print their table."""
     from composer.utils import dist
 
-    from prx_composer.commands.evaluate import evaluation_inputs as inputs
-    from prx_composer.commands.evaluate.sweep import Results, measure
+    from prx_composer.commands.evaluate import sweep as evaluation
     from prx_composer.metrics.real_images import default_cache
     from prx_composer.runs.opening import load_trained
 
     o = options
-    data = inputs.find_data(trained, o.data, o.split, o.caption, needed=o.prompts is None)
-    prompts, source = inputs.choose_prompts(o.prompts, data, o.num)
-    scorer = inputs.make_scorer(names, clip=o.clip, dino=o.dino, clip_score=o.clip_score, inception=o.inception)
-    real = inputs.find_real_images(scorer, o.reference, o.split, o.caption, data)
+    data = evaluation.find_data(trained, o.data, o.split, o.caption, needed=o.prompts is None)
+    prompts, source = evaluation.choose_prompts(o.prompts, data, o.num)
+    scorer = evaluation.make_scorer(names, clip=o.clip, dino=o.dino, clip_score=o.clip_score, inception=o.inception)
+    real = evaluation.find_real_images(scorer, o.reference, o.split, o.caption, data)
     cache = default_cache() if o.cache is None else Path(o.cache).expanduser()
-    conditions = inputs.describe(scorer, prompts, source, sweep.base, real, o.reference_num, cache)
-    results = Results(Path(o.output or "evaluation.json").expanduser(), conditions)
+    conditions = evaluation.describe(scorer, prompts, source, sweep.base, real, o.reference_num, cache)
+    results = evaluation.Results(Path(o.output or "evaluation.json").expanduser(), conditions)
     made_folder(str(results.path.parent))
     if real is not None:
         scorer.compare_with(real, o.reference_num, cache, sweep.batch_size, sweep.device)
     for index, kind in enumerate(kinds):
-        measure(trained if index == 0 else load_trained(o.model, kind), sweep, prompts, scorer, results)
+        evaluation.measure(trained if index == 0 else load_trained(o.model, kind), sweep, prompts, scorer, results)
     if dist.get_global_rank() == 0:
         echo(results.table() + f"\n{results.path}")

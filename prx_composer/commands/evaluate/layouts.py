@@ -20,8 +20,8 @@ from composer.utils import dist
 from PIL import Image
 from torch import Tensor
 
-from prx_composer.commands.drawing import draw, metadata, save_png, weights_hash
 from prx_composer.commands.evaluate.sweep import Sweep, image_seeds
+from prx_composer.commands.generate import draw, metadata, save_png, weights_hash
 from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import read_lines, read_text, write_whole

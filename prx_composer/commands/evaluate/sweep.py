@@ -1,6 +1,10 @@
-"""A trained model's numbers over a sweep of settings, each with all that is needed to get it again."""
+"""A trained model's numbers over a sweep of settings, each with all that is needed to get it again.
+
+First what they are measured with, from the options: prompts, real images and networks; then the sweep and its table.
+"""
 
 import datetime
+import hashlib
 import json
 import logging
 import math
@@ -15,11 +19,13 @@ import torch
 from composer.utils import dist
 from torch import Tensor
 
-from prx_composer.commands.drawing import DrawingSettings, draw, metadata, weights_hash
+from prx_composer.commands.generate import DrawingSettings, draw, metadata, read_prompts, weights_hash
 from prx_composer.common.distributed import from_rank_zero
-from prx_composer.common.errors import UserError
+from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import write_whole
-from prx_composer.metrics.scoring import METRICS, Scorer, interval_95
+from prx_composer.data.format import MANIFEST
+from prx_composer.metrics.real_images import DataSet, ImageFolder, default_cache, evenly, open_images
+from prx_composer.metrics.scoring import METRICS, Networks, Scorer, interval_95
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.opening import Trained, choose_guidance
 
@@ -27,6 +33,107 @@ log = logging.getLogger(__name__)
 
 SEEDS_APART = 1_000_000
 """Image i of seed s is what `prx generate --seed s·1000000+i` draws of its prompt."""
+_PROMPTS_AT_MOST = 5000
+
+
+def find_data(trained: Trained, data: str | None, split: str | None, caption: str | None, needed: bool) -> DataSet | None:
+    """Return the data set that was named, or the recipe's, if it is there or needed."""
+    if data is not None:
+        with at_path("--data"):
+            return DataSet(data, split or "train", caption)
+    recipe = trained.recipe or {}
+    spec = recipe.get("eval_loader") or recipe.get("train_loader") or {}
+    if not spec.get("path"):
+        if needed:
+            raise UserError("What is to be drawn? Name a data set with --data DIR, or a file with --prompts FILE.")
+        return None
+    try:
+        column = caption or next(iter(spec.get("captions") or {}), None)
+        with at_path("the recipe's data; name others with --data DIR or --prompts FILE"):
+            name, remote = split or spec.get("split", "train"), spec.get("remote")
+            return DataSet(_local_path(spec["path"], name, remote), name, column, remote)
+    except UserError:
+        if needed:
+            raise
+        return None
+
+
+def _local_path(path: str, split: str, remote: str | None) -> str:
+    """Return where data of a run's recipe lie, or are downloaded to: not wherever somebody's recipe says."""
+    if remote is None or Path(path, split, MANIFEST).exists():
+        return path
+    return str(default_cache() / f"data-{_hash([remote])[:16]}")
+
+
+def choose_prompts(file: str | None, data: DataSet | None, num: int | None) -> tuple[list[str], str]:
+    """Return the prompts and where they are from."""
+    if file is not None:
+        texts = read_prompts(file)
+        chosen, source = [texts[index] for index in evenly(len(texts), num or _PROMPTS_AT_MOST)], file
+    else:
+        assert data is not None
+        chosen, source = [data.caption(index) for index in evenly(len(data), num or _PROMPTS_AT_MOST)], data.name
+    if len(chosen) < 2:
+        raise UserError(f"{source}: a number needs at least two prompts.")
+    return chosen, source
+
+
+def make_scorer(names: list[str], **networks: str | None) -> Scorer:
+    """Return a scorer with the networks that are named, the usual ones elsewhere."""
+    try:
+        return Scorer(names, Networks(**{kind: name for kind, name in networks.items() if name is not None}))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{error} Each network has an option (--clip, --dino, --clip-score, --inception).") from error
+
+
+def find_real_images(
+    scorer: Scorer, reference: str | None, split: str | None, caption: str | None, data: DataSet | None
+) -> DataSet | ImageFolder | None:
+    """Return the images to compare with: those that were named, or the prompts' data; None if no metric compares."""
+    if not scorer.needs_reference:
+        return None
+    if reference is not None:
+        with at_path("--reference"):
+            return open_images(reference, split or "train", caption)
+    if data is None:
+        comparing = ", ".join(name for name in scorer.metrics if name != "clip_score")
+        raise UserError(f"{comparing}: name real images to compare with: --reference DIR.")
+    return data
+
+
+def describe(
+    scorer: Scorer,
+    prompts: list[str],
+    source: str,
+    base: DrawingSettings,
+    real: DataSet | ImageFolder | None,
+    reference_num: int | None,
+    cache: Path,
+) -> dict[str, Any]:
+    """Return what all numbers of this evaluation have in common, and must have to be compared."""
+    conditions: dict[str, Any] = {
+        "metrics": scorer.metrics,
+        "prompts": {"source": source, "count": len(prompts), "sha256": _hash(prompts)},
+        "height": base.height,
+        "width": base.width,
+        "guidance": base.guidance,
+        "precision": base.precision,
+        "networks": scorer.description(),
+    }
+    if real is not None:
+        count = len(real) if reference_num is None else min(reference_num, len(real))
+        identity = from_rank_zero(real.identity(cache) if dist.get_global_rank() == 0 else "")
+        conditions["reference"] = {"source": real.name, "count": count, "identity": identity}
+    return conditions
+
+
+def _hash(texts: list[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- the sweep
 
 
 @dataclass(frozen=True)

@@ -89,12 +89,12 @@ def export_model(options: ExportOptions) -> None:
 
 def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOptions) -> None:
     """Write the model card, with samples that are drawn as the exported pipeline draws."""
-    from prx_composer.commands import drawing
+    from prx_composer.commands import generate
     from prx_composer.commands.export.card import SAMPLES, Card, public_command, write_card
     from prx_composer.runs.diffusers_folder import mends_prompts, pipeline_prompt
     from prx_composer.runs.opening import choose_guidance
 
-    prompts, settings = drawing.recipe_settings(trained)
+    prompts, settings = generate.recipe_settings(trained)
     prompts = (options.prompt or prompts)[:_MOST_SAMPLES]
     choose_guidance(trained.model, "cfg")
     if mends_prompts(trained.model):
@@ -109,8 +109,8 @@ def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOpt
                 pipeline_prompt(changed[0]),
             )
     if prompts and not options.no_samples:
-        images = [image for _, image in drawing.draw(trained.model, prompts, list(range(len(prompts))), settings, 4)]
-        drawing.save_grid(images, prompts, folder / SAMPLES)
+        images = [image for _, image in generate.draw(trained.model, prompts, list(range(len(prompts))), settings, 4)]
+        generate.save_grid(images, prompts, folder / SAMPLES)
     command = shlex.join(public_command(["prx", *sys.argv[1:]]))
-    card = Card(title, options.license, command, drawing.weights_hash(trained.model), settings, prompts)
+    card = Card(title, options.license, command, generate.weights_hash(trained.model), settings, prompts)
     write_card(trained, folder, card)

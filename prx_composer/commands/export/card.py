@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from prx_composer import __version__
-from prx_composer.commands.drawing import DrawingSettings
+from prx_composer.commands.generate import DrawingSettings
 from prx_composer.common.secrets import redacted
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.prompts import clean_caption, cleaning_of
