@@ -24,8 +24,7 @@ from prx_composer.commands.export.card import (
     without_places,
     write_card,
 )
-from prx_composer.commands.export.lora_file import write_adapters
-from prx_composer.commands.export.pipeline import write_pipeline
+from prx_composer.commands.export.pipeline import write_adapters, write_pipeline
 from prx_composer.commands.generate import recipe_settings
 from prx_composer.models import TextToImage
 from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters

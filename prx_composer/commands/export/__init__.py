@@ -49,12 +49,13 @@ def export_model(options: ExportOptions) -> None:
     """Write a folder that diffusers opens without this package, with a model card; its pipeline draws what `prx generate` draws.
 
     PRXPixelPipeline.from_pretrained(DIR) opens a model on pixels, PRXPipeline.from_pretrained(DIR) one on latents. Adapters of a
-    run with algorithms.lora are merged into its weights. A setting that
-    diffusers has no place for is named and refused. The folder appears under its name only when it is complete.
+    run with algorithms.lora are merged into its weights. A setting that diffusers has no place for is named and refused. The
+    folder appears under its name only when it is complete.
 
     prx export runs/quickstart --output exported --license apache-2.0
     """
-    from prx_composer.commands.export import lora_file, pipeline
+    from prx_composer.commands.export import pipeline
+    from prx_composer.models.backbone import PRXBackbone
     from prx_composer.recipe.config import import_code
     from prx_composer.runs.opening import load_trained
 
@@ -70,8 +71,8 @@ def export_model(options: ExportOptions) -> None:
     title = options.name or str((trained.recipe or {}).get("run_name") or target.name)
     with writing_output(), pipeline.written_aside(target) as partial:
         if options.format == "lora":
-            lora_file.write_adapters(trained, partial, title, options.license)
-        elif not pipeline.is_diffusers(trained.model):
+            pipeline.write_adapters(trained, partial, title, options.license)
+        elif not isinstance(trained.model.backbone, PRXBackbone):
             pipeline.write_weights(trained, partial)
             echo(
                 "diffusers has no class for the backbone: model.safetensors has the weights, with which a recipe can begin "

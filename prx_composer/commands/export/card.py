@@ -8,25 +8,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import yaml
+from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 
 from prx_composer import __version__
 from prx_composer.commands.generate import DrawingSettings
 from prx_composer.common.secrets import redacted
+from prx_composer.models.adapters import adapter_config
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.prompts import clean_caption, cleaning_of
 from prx_composer.runs.diffusers_folder import RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
 
 SAMPLES = "samples.png"
-_CLEAN_FIRST = (
-    " Clean a prompt first, with `diffusers.pipelines.prx.pipeline_prx.TextPreprocessor().clean_text`: the captions of training "
-    "were, and this pipeline doesn't."
-)
-_MENDED = (
-    " The pipeline mends a prompt before it reads it: HTML entities become the characters that they stand for, curly quotes "
-    "straight ones, and what a wrong encoding has garbled is repaired."
-)
+ADAPTERS = "pytorch_lora_weights.safetensors"  # by the name that diffusers looks for
 VERSIONS = ("torch", "diffusers", "transformers", "mosaicml", "mosaicml-streaming")
 _PLACE = re.compile(r"(?:/|~|file:|[A-Za-z]:\\)")  # how a path begins that another machine does not have
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)(?:/|$)")  # in the hub's cache
@@ -121,11 +117,19 @@ def _usage(trained: Trained, folder: Path, card: Card, pixels: bool) -> str:
         f"image = pipe({prompt!r}, {arguments},",
         f"    use_resolution_binning=False{skip}, generator=torch.Generator().manual_seed(0)).images[0]",
     ]
-    code = "\n".join(lines)
-    return (
-        f"{fenced(code, 'python')}\n\nIt needs `pip install diffusers transformers ftfy`. `use_resolution_binning=False` keeps "
-        "the size that is asked for; one prompt at a time."
-    ) + (_CLEAN_FIRST if pixels and cleaning == "prx" else "" if cleaning == "prx" else _MENDED)
+    said = "It needs `pip install diffusers transformers ftfy`. `use_resolution_binning=False` keeps the size that is asked for; "
+    said += "one prompt at a time."
+    if cleaning != "prx":
+        said += (
+            " The pipeline mends a prompt before it reads it: HTML entities become the characters that they stand for, curly "
+            "quotes straight ones, and what a wrong encoding has garbled is repaired."
+        )
+    elif pixels:
+        said += (
+            " Clean a prompt first, with `diffusers.pipelines.prx.pipeline_prx.TextPreprocessor().clean_text`: the captions of "
+            "training were, and this pipeline doesn't."
+        )
+    return fenced("\n".join(lines), "python") + f"\n\n{said}"
 
 
 def _samples(folder: Path, card: Card) -> str:
@@ -171,6 +175,37 @@ def _provenance(trained: Trained, card: Card) -> str:
         "flow": asdict(trained.model.flow),
     }
     return "## Made with\n\n" + fenced(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), "yaml")
+
+
+def write_adapter_card(trained: Trained, folder: Path, title: str, licence: str | None, base: str, of_hub: bool) -> None:
+    """Write README.md beside the adapters of a LoRA run.
+
+    Args:
+        title, licence: as of a `Card`.
+        base: name of what the run began with.
+        of_hub: whether that is an id of the hub.
+    """
+    pipeline = "PRXPixelPipeline" if isinstance(trained.model.autoencoder, Pixels) else "PRXPipeline"
+    rank = adapter_config(trained.model.backbone).r
+    head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer", "lora"]}
+    head |= ({"base_model": base} if of_hub else {}) | ({} if licence is None else {"license": licence})
+    code = f"""from diffusers import {pipeline}
+from peft import PeftModel
+
+pipe = {pipeline}.from_pretrained({base if of_hub else f"PATH_OR_HUB_ID_OF_{base}"!r})
+pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "THIS_FOLDER").merge_and_unload()
+"""
+    about = (
+        f"LoRA adapters of rank {rank} ({trained.weights} weights, batch {trained.batch}) for the PRX backbone of "
+        f"`{inline(base)}`, which training began with. diffusers opens it, or what `prx export` makes of it if it is a run."
+    )
+    reader = (
+        f"`pipe.transformer.load_lora_adapter(THIS_FOLDER, weight_name={ADAPTERS!r})` reads them."
+        if hasattr(PRXTransformer2DModel, "load_lora_adapter")
+        else f"diffusers {diffusers.__version__} reads no adapters of PRX itself."
+    )
+    names = f"`{ADAPTERS}` holds the same weights by the names that diffusers gives adapters. {reader}"
+    write_readme(folder, head, title, [about, fenced(code, "python"), names])
 
 
 # ------------------------------------------- text that leaves this machine: nobody's markup, and none of its paths
