@@ -14,7 +14,7 @@ from hostile import Leaves, Place, command, edited, pickled_call, pickled_rows, 
 from PIL import EpsImagePlugin
 
 from prx_composer import registry
-from prx_composer.commands.report.page import write_page
+from prx_composer.commands.report import write_page
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.decoding import UNDECODABLE, decode_image

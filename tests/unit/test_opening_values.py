@@ -10,7 +10,7 @@ import pytest
 from hostile import Place, command, edited, pickled_rows
 
 from prx_composer.commands.evaluate.sweep import find_data
-from prx_composer.commands.report.page import write_page
+from prx_composer.commands.report import write_page
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.runs.checkpoints import INDEX

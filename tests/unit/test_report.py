@@ -14,10 +14,9 @@ import torch
 import yaml
 from PIL import Image
 
+from prx_composer.commands.report import make_page, write_page
 from prx_composer.commands.report.charts import POINTS, chart_sections, thinned
-from prx_composer.commands.report.page import make_page, write_page
-from prx_composer.commands.report.reported_run import History, read_run
-from prx_composer.commands.report.stages import gpu_hours, stage_rows
+from prx_composer.commands.report.reported_run import History, gpu_hours, read_run, stage_rows
 from prx_composer.common.errors import UserError
 from prx_composer.common.pages import cut, image_grid
 from prx_composer.runs.environment import record

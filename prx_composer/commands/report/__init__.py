@@ -1,9 +1,25 @@
-"""`prx report`: a run as one page of charts, samples and stages."""
+"""`prx report`: a run as one page of facts, samples prompt by prompt, charts and stages."""
 
+import io
+import os
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import yaml
 from typer import Argument, Option, echo
+
+from prx_composer.common.errors import UserError
+from prx_composer.schedule.moments import duration_string
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from prx_composer.commands.report.reported_run import Run
+
+STEPS, PROMPTS = 8, 12
+SIDE = 192  # pixels of one image
+SHEET_WIDTH = 720  # of a grid that cannot be taken apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +37,209 @@ def report_run(options: ReportOptions) -> None:
 
     The page is one file, needs no network, and can be made while the run goes on.
     """
-    from prx_composer.commands.report.page import write_page
-
     echo(write_page(options.run, options.output, options.price, options.title))
+
+
+def write_page(run_path: str, output: str | None = None, price: float | None = None, title: str | None = None) -> str:
+    """Write the page and say where it is.
+
+    Args:
+        run_path: the run's folder.
+        output: by default `report.html` in it.
+        price: dollars per GPU-hour.
+
+    Raises:
+        UserError: no run, or a file that cannot be written.
+    """
+    from prx_composer.commands.report.reported_run import read_run
+
+    file = Path(output) if output is not None else Path(run_path) / "report.html"
+    if output is not None and file.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it, such as {file / 'report.html'}.")
+    run = read_run(run_path)
+    page = make_page(run, price, title)
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        raise UserError(f"--output {file} cannot be written: {error}") from error
+    return f"{file}: {len(page.encode()) / 1e6:.1f} MB, {run.history.steps:,} steps of {run.name}"
+
+
+def make_page(run: "Run", price: float | None, title: str | None) -> str:
+    """Return the HTML of the page."""
+    from prx_composer.commands.report.charts import chart_sections, evaluation
+    from prx_composer.commands.report.reported_run import gpu_hours, stage_rows
+    from prx_composer.common.pages import render
+
+    hours = gpu_hours(run)
+    steps, evaluations, rows = evaluation(run)
+    return render(
+        "prx_composer.commands.report",
+        "report.html",
+        title=title or run.name,
+        run=run,
+        status=_status(run),
+        facts=_facts(run, hours, price),
+        samples=read_samples(run),
+        charts=chart_sections(run),
+        stages=stage_rows(run),
+        evaluation={"steps": steps, "of": evaluations, "rows": rows},
+        stack=_stack(run),
+        cost={"hours": hours, "price": price, "unit": _unit(run)},
+        number=number,
+        duration=duration_string,
+        at=run.history.seconds_at,
+    )
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Write a number with so many significant digits; "–" for none, and what is not finite by that name."""
+    if value is None:
+        return "–"
+    if value != value:
+        return "not finite"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    text = f"{value:.{digits}g}" if abs(value) < 1e-4 else f"{value:#.{digits}g}"
+    return text.rstrip(".")
+
+
+def _unit(run: "Run") -> str:
+    """Return the name of what is paid by the hour."""
+    return "process-hours" if set(run.devices) == {"cpu"} else "GPU-hours"
+
+
+def _status(run: "Run") -> str:
+    if not run.history.steps:
+        return "No step yet."
+    if run.history.finished:
+        return "Finished."
+    when = f" at {run.written:%Y-%m-%d %H:%M} UTC" if run.written else ""
+    return f"Not finished: this is how it stood{when}."
+
+
+def _facts(run: "Run", hours: float | None, price: float | None) -> list[tuple[str, str]]:
+    history = run.history
+    facts: list[tuple[str, str]] = [("steps", f"{history.steps:,}")]
+    if run.elapsed is not None:
+        facts.append(("training time", duration_string(run.elapsed)))
+    images = history.last("time/sample")
+    if images is not None and images == images:
+        facts.append(("images trained on", f"{int(images):,}"))
+    if (loss := history.last("loss/train/total")) is not None:
+        facts.append(("last loss", number(loss)))
+    for name, label in {"heldout_accuracy": "held-out accuracy", "classifier_accuracy": "classifier accuracy"}.items():
+        if (score := history.last(name)) is not None and score == score:
+            facts.append((label, f"{score:.1%}"))
+    if (speed := history.last("throughput/device/samples_per_sec")) is not None:
+        facts.append(("images/s per GPU" if _unit(run) == "GPU-hours" else "images/s per process", number(speed, 3)))
+    if (mfu := history.last("throughput/device/mfu")) is not None and mfu == mfu:
+        facts.append(("MFU", f"{mfu:.1%}"))
+    if hours is not None:
+        facts.append((_unit(run), number(hours, 3)))
+        if price is not None:
+            facts.append(("cost", f"${hours * price:,.2f}"))
+    return facts
+
+
+def _stack(run: "Run") -> list[tuple[str, str, str]]:
+    """Return of each part its name and the arguments that the recipe gives it, as one line of YAML."""
+    recipe, model = run.recipe, run.part("model")
+    parts: list[tuple[str, Any]] = [
+        ("backbone", model.get("backbone")),
+        ("flow", model.get("flow")),
+        ("text encoder", model.get("text_encoder")),
+        ("autoencoder", model.get("autoencoder")),
+        ("model", {key: value for key, value in model.items() if not isinstance(value, dict)}),
+        ("optimizer", recipe.get("optimizer")),
+        ("schedule", recipe.get("scheduler")),
+        ("data", recipe.get("train_loader")),
+    ]
+    parts += [("algorithm", {"name": name} | spec) for name, spec in run.part("algorithms").items() if isinstance(spec, dict)]
+    whole = ("precision", "parallelism_config", "global_train_batch_size", "image_size", "max_duration", "time_budget", "seed")
+    parts.append(("training", {key: recipe[key] for key in whole if recipe.get(key) is not None}))
+    rows = []
+    for label, spec in parts:
+        if isinstance(spec, dict) and spec:
+            arguments = {key: value for key, value in spec.items() if key != "name"}
+            rows.append((label, str(spec.get("name", "")), _one_line(arguments)))
+    return rows
+
+
+def _one_line(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 20).strip()
+    return text[1:-1] if text.startswith("{") else text
+
+
+# ---------------------------------------------------------------------------------------------------------- samples
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples that a run drew, from its first step to its last.
+
+    Args:
+        steps: that are shown.
+        drawn: how many there were.
+        images: prompt → one picture of each step, as `src`.
+        sheets: the whole grids instead, where they cannot be taken apart.
+        prompts: how many the recipe has.
+        unreadable: names of files.
+    """
+
+    steps: list[int]
+    drawn: int
+    images: list[tuple[str, list[str]]]
+    sheets: list[str]
+    prompts: int
+    unreadable: list[str]
+
+
+def read_samples(run: "Run") -> Samples | None:
+    """Return what is shown of the samples; None if the run drew none."""
+    from PIL import Image
+
+    from prx_composer.commands.report.reported_run import spread
+    from prx_composer.common.pages import cut
+
+    callbacks = run.part("callbacks")
+    spec = next(
+        (v for k, v in callbacks.items() if isinstance(v, dict) and "images" in (k, v.get("name")) and v.get("prompts")), {}
+    )
+    prompts = [str(prompt) for prompt in spec.get("prompts", [])]
+    height, width = (spec.get(key) for key in ("height", "width"))
+    aspect = width / height if isinstance(height, int) and isinstance(width, int) and height and width else 1.0
+    steps, tiles, sheets, unreadable = [], [], [], []
+    for step in spread(list(run.grids), STEPS):
+        try:
+            with Image.open(run.grids[step], formats=["PNG"]) as file:
+                sheet = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError):  # half written
+            unreadable.append(run.grids[step].name)
+            continue
+        steps.append(step)
+        sheets.append(sheet)
+        tiles.append(cut(sheet, prompts, aspect) if prompts else None)
+    if not steps:
+        return None
+    rows: list[tuple[str, list[str]]] = []
+    if all(tile is not None for tile in tiles):
+        for index, prompt in list(enumerate(prompts))[:PROMPTS]:
+            rows.append((prompt, [_webp(tile[index], SIDE) for tile in tiles if tile is not None]))
+    whole = [] if rows else [_webp(sheet, SHEET_WIDTH) for sheet in sheets]
+    return Samples(steps, len(run.grids), rows, whole, len(prompts), unreadable)
+
+
+def _webp(image: "Image", longest: int) -> str:
+    from PIL.Image import Resampling
+
+    from prx_composer.common.pages import data_uri
+
+    image.thumbnail((longest, longest * 4 if longest == SHEET_WIDTH else longest), Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=80)
+    return data_uri(file.getvalue(), "webp")
