@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from prx_composer.commands.data.split import open_split
 from prx_composer.commands.data.statistics import statistics
-from prx_composer.commands.data.subject import open_split
 from prx_composer.commands.encode.encoding import CaptionEncoder, encode_split, text_column
 from prx_composer.commands.evaluate.layouts import _dpg, _geneval
 from prx_composer.commands.generate import check_prompt, read_prompts, save_captions

@@ -192,8 +192,7 @@ class Run:
             f"{CONFIG} is no YAML that can be read.": has and not self.recipe,
             f"There is no {METRICS}: nothing is known of the losses and the speed.": self.written is None,
             f"{METRICS} has no line yet: no step was finished.": self.written is not None and not history.steps,
-            f"{history.unreadable} lines of {METRICS} cannot be read (a crash cuts one) and are left out.": history.unreadable
-            > 0,
+            f"{unreadable} lines of {METRICS} cannot be read (a crash cuts one) and are left out.": unreadable > 0,
             f"{repeated} steps were trained again after a resume; the later values are shown.": repeated > 0,
             f"There is no {ENVIRONMENT}, which newer runs write: versions and machine aren't known.": not self.starts,
             "No images were drawn (callbacks.images).": not self.grids,
