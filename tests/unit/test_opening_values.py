@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hostile import Place, command, edited, pickled_rows
 
-from prx_composer.commands.evaluate.sweep import find_data
+from prx_composer.commands.evaluate import find_data
 from prx_composer.commands.report import write_page
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset

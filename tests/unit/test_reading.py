@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from prx_composer.commands.data.split import open_split
 from prx_composer.commands.data.statistics import statistics
 from prx_composer.commands.encode.encoding import CaptionEncoder, encode_split, text_column
-from prx_composer.commands.evaluate.layouts import _dpg, _geneval
+from prx_composer.commands.evaluate.sweep import _dpg, _geneval
 from prx_composer.commands.generate import check_prompt, read_prompts, save_captions
 from prx_composer.commands.plan.conditions import read_throughput
 from prx_composer.common.errors import UserError

@@ -73,8 +73,8 @@ class Split:
             about = {"name": name, "source": source}
             manifest = _json(join(self.folder, ENCODED, name, source, MANIFEST)) if MANIFEST in files else None
             if manifest is None:
-                parts = sum(file.endswith(".json") and "/part." in file for file in files)
-                yield about | {"whole": False, "parts": parts}
+                done = sum(file.endswith(".json") and "/part." in file for file in files)
+                yield about | {"whole": False, "parts": done}
                 continue
             buckets = manifest["buckets"]
             shards = [shard for bucket in buckets for shard in self._listed(join(ENCODED, name, source, bucket))]

@@ -1,11 +1,12 @@
 """`prx evaluate`: numbers of a trained model, or the folders that other benchmarks' scorers read."""
 
+import hashlib
 import math
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from typer import Option, echo
 
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
     import torch
 
     from prx_composer.commands.evaluate.sweep import Sweep
+    from prx_composer.metrics.real_images import DataSet, ImageFolder
+    from prx_composer.metrics.scoring import Scorer
     from prx_composer.runs.opening import Trained
 
 T = TypeVar("T", int, float)
 Kinds = list[Literal["ema", "raw"] | None]
 _SEEDS = "0,1,2"
+_PROMPTS_AT_MOST = 5000
 _LAYOUTS = ("geneval", "dpg")
 
 
@@ -90,8 +94,7 @@ def evaluate_model(options: EvaluateOptions) -> None:
     """
     from composer.utils import dist
 
-    from prx_composer.commands.evaluate.layouts import write_layout
-    from prx_composer.commands.evaluate.sweep import SEEDS_APART, Sweep, image_seeds
+    from prx_composer.commands.evaluate.sweep import SEEDS_APART, Sweep, image_seeds, write_layout
     from prx_composer.commands.generate import check_settings, chosen_settings
     from prx_composer.models.sampling import check_seeds
     from prx_composer.recipe.config import import_code
@@ -174,26 +177,109 @@ def _connect(name: str | None) -> "torch.device":
     return torch.device("cuda", torch.cuda.current_device()) if device.name == "gpu" else torch.device("cpu")
 
 
-def _measure(options: EvaluateOptions, names: list[str], kinds: Kinds, trained: "Trained", sweep: "Sweep") -> None:
+def _measure(o: EvaluateOptions, names: list[str], kinds: Kinds, trained: "Trained", sweep: "Sweep") -> None:
     """Measure every combination with every kind of weights, write the numbers down and print their table."""
     from composer.utils import dist
 
-    from prx_composer.commands.evaluate import sweep as evaluation
+    from prx_composer.commands.evaluate.sweep import Results, measure
+    from prx_composer.common.distributed import from_rank_zero
     from prx_composer.metrics.real_images import default_cache
+    from prx_composer.metrics.scoring import Networks, Scorer
     from prx_composer.runs.opening import load_trained
 
-    o = options
-    data = evaluation.find_data(trained, o.data, o.split, o.caption, needed=o.prompts is None)
-    prompts, source = evaluation.choose_prompts(o.prompts, data, o.num)
-    scorer = evaluation.make_scorer(names, clip=o.clip, dino=o.dino, clip_score=o.clip_score, inception=o.inception)
-    real = evaluation.find_real_images(scorer, o.reference, o.split, o.caption, data)
+    data = find_data(trained, o.data, o.split, o.caption, needed=o.prompts is None)
+    prompts, source = _choose_prompts(o, data)
+    networks = {"clip": o.clip, "dino": o.dino, "clip_score": o.clip_score, "inception": o.inception}
+    try:
+        scorer = Scorer(names, Networks(**{kind: name for kind, name in networks.items() if name is not None}))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{error} Each network has an option (--clip, --dino, --clip-score, --inception).") from error
+    real = _find_real_images(o, scorer, data)
     cache = default_cache() if o.cache is None else Path(o.cache).expanduser()
-    conditions = evaluation.describe(scorer, prompts, source, sweep.base, real, o.reference_num, cache)
-    results = evaluation.Results(Path(o.output or "evaluation.json").expanduser(), conditions)
+    conditions: dict[str, Any] = {
+        "metrics": scorer.metrics,
+        "prompts": {"source": source, "count": len(prompts), "sha256": _hash(prompts)},
+        "height": sweep.base.height,
+        "width": sweep.base.width,
+        "guidance": sweep.base.guidance,
+        "precision": sweep.base.precision,
+        "networks": scorer.description(),
+    }
+    if real is not None:
+        count = len(real) if o.reference_num is None else min(o.reference_num, len(real))
+        identity = from_rank_zero(real.identity(cache) if dist.get_global_rank() == 0 else "")
+        conditions["reference"] = {"source": real.name, "count": count, "identity": identity}
+    results = Results(Path(o.output or "evaluation.json").expanduser(), conditions)
     made_folder(str(results.path.parent))
     if real is not None:
         scorer.compare_with(real, o.reference_num, cache, sweep.batch_size, sweep.device)
     for index, kind in enumerate(kinds):
-        evaluation.measure(trained if index == 0 else load_trained(o.model, kind), sweep, prompts, scorer, results)
+        measure(trained if index == 0 else load_trained(o.model, kind), sweep, prompts, scorer, results)
     if dist.get_global_rank() == 0:
         echo(results.table() + f"\n{results.path}")
+
+
+def find_data(trained: "Trained", data: str | None, split: str | None, caption: str | None, needed: bool) -> "DataSet | None":
+    """Return the data set that was named, or the recipe's, if it is there or needed."""
+    from prx_composer.data.format import MANIFEST
+    from prx_composer.metrics.real_images import DataSet, default_cache
+
+    if data is not None:
+        with at_path("--data"):
+            return DataSet(data, split or "train", caption)
+    recipe = trained.recipe or {}
+    spec = recipe.get("eval_loader") or recipe.get("train_loader") or {}
+    if not spec.get("path"):
+        if needed:
+            raise UserError("What is to be drawn? Name a data set with --data DIR, or a file with --prompts FILE.")
+        return None
+    try:
+        column = caption or next(iter(spec.get("captions") or {}), None)
+        with at_path("the recipe's data; name others with --data DIR or --prompts FILE"):
+            path, name, remote = spec["path"], split or spec.get("split", "train"), spec.get("remote")
+            if remote is not None and not Path(path, name, MANIFEST).exists():
+                # Downloaded to the cache, and not wherever somebody's recipe says.
+                path = str(default_cache() / f"data-{_hash([remote])[:16]}")
+            return DataSet(path, name, column, remote)
+    except UserError:
+        if needed:
+            raise
+        return None
+
+
+def _choose_prompts(o: EvaluateOptions, data: "DataSet | None") -> tuple[list[str], str]:
+    """Return the prompts and where they are from."""
+    from prx_composer.commands.generate import read_prompts
+    from prx_composer.metrics.real_images import evenly
+
+    num = o.num or _PROMPTS_AT_MOST
+    if o.prompts is not None:
+        texts, source = read_prompts(o.prompts), o.prompts
+        chosen = [texts[index] for index in evenly(len(texts), num)]
+    else:
+        assert data is not None
+        chosen, source = [data.caption(index) for index in evenly(len(data), num)], data.name
+    if len(chosen) < 2:
+        raise UserError(f"{source}: a number needs at least two prompts.")
+    return chosen, source
+
+
+def _find_real_images(o: EvaluateOptions, scorer: "Scorer", data: "DataSet | None") -> "DataSet | ImageFolder | None":
+    """Return the images to compare with: those that were named, or the prompts' data; None if no metric compares."""
+    from prx_composer.metrics.real_images import open_images
+
+    if not scorer.needs_reference:
+        return None
+    if o.reference is not None:
+        with at_path("--reference"):
+            return open_images(o.reference, o.split or "train", o.caption)
+    if data is None:
+        comparing = ", ".join(name for name in scorer.metrics if name != "clip_score")
+        raise UserError(f"{comparing}: name real images to compare with: --reference DIR.")
+    return data
+
+
+def _hash(texts: list[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
