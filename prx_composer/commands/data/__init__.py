@@ -99,30 +99,20 @@ def draw_samples(options: ViewOptions) -> None:
 
 def as_text(found: dict[str, Any]) -> str:
     """Return what `statistics` returned, for a terminal."""
-    head = (
-        f"{found['path']}, split {found['split']}: {found['samples']:,} samples in {_count(len(found['buckets']), 'bucket')} "
-        f"around {found['image_size']}² pixels, {_size(found['bytes'])}"
-    )
-    sections = {
-        "Images": _images(found["images"]),
-        "Captions": _captions(found["captions"]),
-        "Metadata": _metadata(found["metadata"]),
-        "Features in the shards": _features(found["features"]),
-        "Stored beside the shards, by `prx encode`": _stored(found["stored"]),
-    }
-    lines = [head, _looked_at(found), "", *_buckets(found), ""]
-    for title, section in sections.items():
-        lines += [title, *section, ""] if section else []
-    return "\n".join([*lines, *_conversion(found["conversion"])]).rstrip()
+    from prx_composer.common.pages import render
 
-
-def _looked_at(found: dict[str, Any]) -> str:
-    seen, shards = found["looked_at"], found["looked_at"]["of_shards"]
-    if seen["samples"] == found["samples"]:
-        return "Every sample was read."
-    if seen["shards"] < shards:
-        return f"Columns: from {seen['samples']:,} samples, those of {seen['shards']:,} of {shards:,} shards, evenly spaced."
-    return f"Columns: from {seen['samples']:,} samples, evenly spaced."
+    return render(
+        __name__,
+        "statistics.txt.jinja",
+        **found,
+        bucket_lines=_buckets(found),
+        number=_number,
+        spread=_spread,
+        share=_share,
+        size=_size,
+        counted=_count,
+        repr=repr,
+    ).rstrip()
 
 
 def _buckets(found: dict[str, Any]) -> list[str]:
@@ -145,81 +135,6 @@ def _buckets(found: dict[str, Any]) -> list[str]:
         else:
             lines.append(f"Every bucket fills a batch of {size:,}.")
     return lines
-
-
-def _images(images: dict[str, Any]) -> list[str]:
-    lines = [f"  bytes   {_spread(images['bytes'])}"]
-    if images["smaller_than_bucket"]:
-        lines.append(f"  {images['smaller_than_bucket']:,} are smaller than their bucket: training enlarges them")
-    return lines
-
-
-def _captions(captions: dict[str, Any]) -> list[str]:
-    lines = []
-    for name, caption in captions.items():
-        lines += [f"  {name}", f"    characters   {_spread(caption['characters'])}"]
-        if "tokens" in caption:
-            cut, count = caption["cut"], caption["tokens"]["count"]
-            lines.append(f"    tokens       {_spread(caption['tokens'])}")
-            lines.append(f"    longer than {caption['max_tokens']} tokens, and cut: {cut:,} ({_share(cut, count)})")
-            if caption["unknown"]:
-                share = _share(caption["unknown"], caption["tokens_together"])
-                lines.append(f"    words that the tokenizer does not know: {caption['unknown']:,} ({share} of the tokens)")
-        if caption["empty"]:
-            lines.append(f"    empty: {caption['empty']:,} ({_share(caption['empty'], caption['characters']['count'])})")
-    return lines
-
-
-def _metadata(metadata: dict[str, Any]) -> list[str]:
-    lines = []
-    for name, column in metadata.items():
-        missing = f"; missing: {column['missing']:,}" if column["missing"] else ""
-        if "distinct" in column:
-            most = ", ".join(f"{text!r} {count:,}" for text, count in column["most"].items())
-            more = "more than " if column["or_more"] else ""
-            lines.append(f"  {name}   {more}{column['distinct']:,} distinct: {most}{missing}")
-        else:
-            lines.append(f"  {name}   {_spread(column)}{missing}")
-    return lines
-
-
-def _features(features: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for column in features:
-        arrays = sorted({array.removeprefix("ndarray:") for array in column["arrays"].values()})
-        lines.append(
-            f"  {column['name']}   {column['channels']} channels; {'; '.join(arrays[:3])}{' …' if len(arrays) > 3 else ''}"
-        )
-    return lines
-
-
-def _stored(stored: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for column in stored:
-        name = f"  {column['name']} of {column['source']}   "
-        if not column["whole"]:
-            lines.append(f"{name}only begun, {_count(column['parts'], 'part')} done; the same `prx encode` goes on")
-            continue
-        cut = f", up to {column['max_tokens']} tokens" if column["max_tokens"] else ""
-        cut += f" ({column['cut']:,} captions are cut)" if column["cut"] else ""
-        cut += f", at {column['image_size']} px" if column["image_size"] else ""
-        other = "" if column["of_this_data"] else "; ! made of other data than lies here: training refuses it"
-        lines.append(
-            f"{name}{column['kind']} by {column['encoder']}, {column['width']} wide, {column['storage']}{cut}: "
-            f"{column['samples']:,} samples, {_size(column['bytes'])}{other}"
-        )
-    return lines
-
-
-def _conversion(conversion: dict[str, Any] | None) -> list[str]:
-    if not conversion:
-        return []
-    counts, dropped = conversion["counts"], conversion["dropped"] or {}
-    lines = [
-        f"Converted from {(conversion['settings'] or {}).get('input')}",
-        f"  read {counts['read']:,}, kept {counts['kept']:,}",
-    ]
-    return [*lines, *(f"  left out: {reason} {n:,}" for reason, n in sorted(dropped.items(), key=lambda item: -item[1]))]
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -31,7 +31,7 @@ from prx_composer.commands.generate import DrawingSettings, draw, metadata, save
 from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import read_lines, read_text, write_whole
-from prx_composer.common.pages import picture
+from prx_composer.common.pages import picture, render
 from prx_composer.metrics.scoring import METRICS, Scorer, interval_95
 from prx_composer.runs.opening import Trained, choose_guidance
 
@@ -121,35 +121,16 @@ class Results:
 
     def table(self) -> str:
         """Return Markdown: a row per combination, then what makes it repeatable."""
-        names = list(self.conditions["metrics"])
-        head = ["weights", "guidance scale", "steps", *(f"{name} {METRICS[name].better}" for name in names)]
-        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-        for row in self.rows:
-            cells = [row["weights"], f"{row['guidance_scale']:g}", str(row["num_inference_steps"])]
-            for metric in (row["metrics"][name] for name in names):
-                interval = "" if metric["interval_95"] is None else f" ± {metric['interval_95']:.2g}"
-                cells.append(f"{metric['mean']:.4g}{interval}")
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join([*lines, "", *(f"- {line}" for line in self._notes())]) + "\n"
-
-    def _notes(self) -> list[str]:
-        conditions = self.conditions
-        notes = [f"{conditions['prompts']['count']} prompts of {conditions['prompts']['source']}, one image each per seed."]
-        if reference := conditions.get("reference"):
-            notes.append(f"Compared with {reference['count']} images of {reference['source']}.")
-        size, guidance = f"{conditions['height']}×{conditions['width']}", conditions["guidance"]
-        notes.append(f"Images of {size}, guidance {guidance}, {conditions['precision']}.")
-        for seeds in sorted({tuple(row["seeds"]) for row in self.rows}):
-            interval = "; ± is the 95% t-interval over them" if len(seeds) > 1 else "; a single one says nothing of the spread"
-            notes.append(f"Seeds {', '.join(map(str, seeds))}{interval}.")
-        for kind, network in conditions["networks"].items():
-            notes.append(f"{kind}: {network['name']} at {network['image_size']}, {network['fingerprint'][:12]}.")
-        for weights, batch, digest in sorted({(r["weights"], r["batch"] or 0, r["weights_sha256"]) for r in self.rows}):
-            notes.append(f"Weights {weights} of batch {batch}: SHA-256 {digest}.")
-        for command, versions in sorted({(r["command"], json.dumps(r["versions"])) for r in self.rows}):
-            said = ", ".join(f"{name} {number}" for name, number in json.loads(versions).items())
-            notes.append(f"`{command}` with {said}.")
-        return notes
+        return render(
+            "prx_composer.commands.evaluate",
+            "evaluation.md.jinja",
+            conditions=self.conditions,
+            rows=self.rows,
+            metrics=METRICS,
+            drawn=sorted({tuple(row["seeds"]) for row in self.rows}),
+            models=sorted({(row["weights"], row["batch"] or 0, row["weights_sha256"]) for row in self.rows}),
+            commands=sorted({(row["command"], tuple(row["versions"].items())) for row in self.rows}),
+        )
 
 
 def _prepared(trained: Trained, sweep: Sweep, prompts: list[str]) -> str:

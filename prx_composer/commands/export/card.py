@@ -142,7 +142,7 @@ def _write(folder: Path, template: str, **values: Any) -> None:
     def as_yaml(value: Any) -> str:
         return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
-    content = render(__package__, template, yaml=as_yaml, inline=inline, fenced=fenced, repr=repr, **values)
+    content = render("prx_composer.commands.export", template, yaml=as_yaml, inline=inline, fenced=fenced, repr=repr, **values)
     (folder / "README.md").write_text(content.rstrip("\n") + "\n", encoding="utf-8")
 
 
