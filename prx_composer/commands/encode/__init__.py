@@ -1,6 +1,5 @@
 """`prx encode …`: what is computed from a data set once, on any number of processes, and stored beside it."""
 
-import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, echo
 
+from prx_composer.commands.options import show_log
 from prx_composer.common.errors import UserError, at_path
 
 HELP = (
@@ -67,7 +67,7 @@ def store_text(options: TextOptions) -> None:
     from prx_composer.data.stored import encoded_folder
     from prx_composer.runs.model_parts import ModelParts
 
-    _show_log()
+    show_log(timed=True)
     o = options
     recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, (*_STORAGE, "int8"))
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,7 +100,7 @@ def store_features(options: FeaturesOptions) -> None:
     from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
     from prx_composer.runs.model_parts import ModelParts
 
-    _show_log()
+    show_log(timed=True)
     o = options
     recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, _STORAGE)
     spec: Any = {"algorithms": recipe.algorithms}
@@ -132,7 +132,7 @@ def store_latents(options: LatentsOptions) -> None:
     from prx_composer.data.stored import IMAGE, encoded_folder, latent_column
     from prx_composer.runs.model_parts import ModelParts
 
-    _show_log()
+    show_log(timed=True)
     o = options
     recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, _STORAGE)
     autoencoder, given = ModelParts(recipe.model, recipe.seed).autoencoder, recipe.model.get("autoencoder") or {}
@@ -151,9 +151,3 @@ def store_latents(options: LatentsOptions) -> None:
         work = encoding.ImageEncoder(autoencoder.encode, data.size_of(size, multiple), o.storage, o.batch_size, device)
         made = encoding.encode_split(data.path / o.split, target, column, work, o.part, batch_size=o.batch_size)
         echo(f"{target}: latents of {sum(made.buckets.values()):,} images of {size} px by {title}, {o.storage}")
-
-
-def _show_log() -> None:
-    """Show what this package logs from INFO on, and others' warnings, with the time."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("prx_composer").setLevel(logging.INFO)

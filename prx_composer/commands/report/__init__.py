@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from prx_composer.commands.report.reported_run import Run
 
 STEPS, PROMPTS = 8, 12
+_OF_MODEL = ("backbone", "flow", "text_encoder", "autoencoder")
+_OF_RECIPE = {"optimizer": "optimizer", "scheduler": "schedule", "train_loader": "data"}
+_OF_TRAINING = ("precision", "parallelism_config", "global_train_batch_size", "image_size", "max_duration", "time_budget", "seed")
 SIDE = 192  # pixels of one image
 SHEET_WIDTH = 720  # of a grid that cannot be taken apart
 
@@ -73,21 +76,21 @@ def make_page(run: "Run", price: float | None, title: str | None) -> str:
     from prx_composer.commands.report.reported_run import gpu_hours, stage_rows
     from prx_composer.common.pages import render
 
-    hours = gpu_hours(run)
-    steps, evaluations, rows = evaluation(run)
     return render(
         "prx_composer.commands.report",
         "report.html",
         title=title or run.name,
         run=run,
-        status=_status(run),
-        facts=_facts(run, hours, price),
         samples=read_samples(run),
         charts=chart_sections(run),
         stages=stage_rows(run),
-        evaluation={"steps": steps, "of": evaluations, "rows": rows},
+        evaluation=evaluation(run),
         stack=_stack(run),
-        cost={"hours": hours, "price": price, "unit": _unit(run)},
+        cost={
+            "hours": gpu_hours(run),
+            "price": price,
+            "unit": "process" if set(run.devices) == {"cpu"} else "GPU",
+        },
         number=number,
         duration=duration_string,
         at=run.history.seconds_at,
@@ -108,60 +111,14 @@ def number(value: float | None, digits: int = 4) -> str:
     return text.rstrip(".")
 
 
-def _unit(run: "Run") -> str:
-    """Return the name of what is paid by the hour."""
-    return "process-hours" if set(run.devices) == {"cpu"} else "GPU-hours"
-
-
-def _status(run: "Run") -> str:
-    if not run.history.steps:
-        return "No step yet."
-    if run.history.finished:
-        return "Finished."
-    when = f" at {run.written:%Y-%m-%d %H:%M} UTC" if run.written else ""
-    return f"Not finished: this is how it stood{when}."
-
-
-def _facts(run: "Run", hours: float | None, price: float | None) -> list[tuple[str, str]]:
-    history = run.history
-    facts: list[tuple[str, str]] = [("steps", f"{history.steps:,}")]
-    if run.elapsed is not None:
-        facts.append(("training time", duration_string(run.elapsed)))
-    images = history.last("time/sample")
-    if images is not None and images == images:
-        facts.append(("images trained on", f"{int(images):,}"))
-    if (loss := history.last("loss/train/total")) is not None:
-        facts.append(("last loss", number(loss)))
-    for name, label in {"heldout_accuracy": "held-out accuracy", "classifier_accuracy": "classifier accuracy"}.items():
-        if (score := history.last(name)) is not None and score == score:
-            facts.append((label, f"{score:.1%}"))
-    if (speed := history.last("throughput/device/samples_per_sec")) is not None:
-        facts.append(("images/s per GPU" if _unit(run) == "GPU-hours" else "images/s per process", number(speed, 3)))
-    if (mfu := history.last("throughput/device/mfu")) is not None and mfu == mfu:
-        facts.append(("MFU", f"{mfu:.1%}"))
-    if hours is not None:
-        facts.append((_unit(run), number(hours, 3)))
-        if price is not None:
-            facts.append(("cost", f"${hours * price:,.2f}"))
-    return facts
-
-
 def _stack(run: "Run") -> list[tuple[str, str, str]]:
     """Return of each part its name and the arguments that the recipe gives it, as one line of YAML."""
     recipe, model = run.recipe, run.part("model")
-    parts: list[tuple[str, Any]] = [
-        ("backbone", model.get("backbone")),
-        ("flow", model.get("flow")),
-        ("text encoder", model.get("text_encoder")),
-        ("autoencoder", model.get("autoencoder")),
-        ("model", {key: value for key, value in model.items() if not isinstance(value, dict)}),
-        ("optimizer", recipe.get("optimizer")),
-        ("schedule", recipe.get("scheduler")),
-        ("data", recipe.get("train_loader")),
-    ]
+    parts: list[tuple[str, Any]] = [(key.replace("_", " "), model.get(key)) for key in _OF_MODEL]
+    parts.append(("model", {key: value for key, value in model.items() if not isinstance(value, dict)}))
+    parts += [(label, recipe.get(key)) for key, label in _OF_RECIPE.items()]
     parts += [("algorithm", {"name": name} | spec) for name, spec in run.part("algorithms").items() if isinstance(spec, dict)]
-    whole = ("precision", "parallelism_config", "global_train_batch_size", "image_size", "max_duration", "time_budget", "seed")
-    parts.append(("training", {key: recipe[key] for key in whole if recipe.get(key) is not None}))
+    parts.append(("training", {key: recipe[key] for key in _OF_TRAINING if recipe.get(key) is not None}))
     rows = []
     for label, spec in parts:
         if isinstance(spec, dict) and spec:
@@ -178,29 +135,12 @@ def _one_line(value: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------- samples
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The samples that a run drew, from its first step to its last.
+def read_samples(run: "Run") -> dict[str, Any] | None:
+    """Return what is shown of the samples that a run drew, from its first step to its last; None if it drew none.
 
-    Args:
-        steps: that are shown.
-        drawn: how many there were.
-        images: prompt → one picture of each step, as `src`.
-        sheets: the whole grids instead, where they cannot be taken apart.
-        prompts: how many the recipe has.
-        unreadable: names of files.
+    `images` has, for every prompt that is shown, a picture of each of `steps`. Where the grids cannot be taken apart, `sheets`
+    has them whole instead. `drawn` is how many grids there were, `prompts` how many prompts the recipe has.
     """
-
-    steps: list[int]
-    drawn: int
-    images: list[tuple[str, list[str]]]
-    sheets: list[str]
-    prompts: int
-    unreadable: list[str]
-
-
-def read_samples(run: "Run") -> Samples | None:
-    """Return what is shown of the samples; None if the run drew none."""
     from PIL import Image
 
     from prx_composer.commands.report.reported_run import spread
@@ -231,7 +171,14 @@ def read_samples(run: "Run") -> Samples | None:
         for index, prompt in list(enumerate(prompts))[:PROMPTS]:
             rows.append((prompt, [_webp(tile[index], SIDE) for tile in tiles if tile is not None]))
     whole = [] if rows else [_webp(sheet, SHEET_WIDTH) for sheet in sheets]
-    return Samples(steps, len(run.grids), rows, whole, len(prompts), unreadable)
+    return {
+        "steps": steps,
+        "drawn": len(run.grids),
+        "images": rows,
+        "sheets": whole,
+        "prompts": len(prompts),
+        "unreadable": unreadable,
+    }
 
 
 def _webp(image: "Image", longest: int) -> str:

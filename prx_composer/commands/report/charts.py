@@ -82,8 +82,8 @@ def scores(run: Run) -> dict[str, Column]:
     return {name: column for name, column in run.history.columns.items() if not _NOT_SCORES.match(name)}
 
 
-def evaluation(run: Run) -> tuple[list[int], int, list[tuple[str, list[float | None]]]]:
-    """Return the steps shown, how many there were, and the scores at each of those shown."""
+def evaluation(run: Run) -> dict[str, Any]:
+    """Return the `steps` that are shown, `of` how many, and `rows` of each score at those."""
     found = scores(run)
     steps = sorted({int(batch) for column in found.values() for batch in column.batches})
     shown = spread(steps, EVALUATIONS)
@@ -91,7 +91,7 @@ def evaluation(run: Run) -> tuple[list[int], int, list[tuple[str, list[float | N
     for name, column in found.items():
         values = dict(zip(column.batches.astype(int).tolist(), column.values.tolist(), strict=True))
         rows.append((name.removeprefix("metrics/"), [values.get(step) for step in shown]))
-    return shown, len(steps), rows
+    return {"steps": shown, "of": len(steps), "rows": rows}
 
 
 def _score_groups(run: Run) -> dict[str, dict[str, Column]]:
