@@ -105,7 +105,6 @@ def as_text(found: dict[str, Any]) -> str:
         __name__,
         "statistics.txt.jinja",
         **found,
-        bucket_lines=_buckets(found),
         number=_number,
         spread=_spread,
         share=_share,
@@ -113,36 +112,6 @@ def as_text(found: dict[str, Any]) -> str:
         counted=_count,
         repr=repr,
     ).rstrip()
-
-
-def _buckets(found: dict[str, Any]) -> list[str]:
-    rows = [("height x width", "width/height", "samples", "share", "shards", "bytes", "")]
-    for bucket in found["buckets"]:
-        small = ", ".join(f"{size:,}" for size in bucket["smaller_than"])
-        rows.append(
-            (
-                bucket["name"], f"{bucket['aspect']:.2f}", f"{bucket['samples']:,}", f"{bucket['share']:.1%}",
-                f"{bucket['shards']:,}", _size(bucket["bytes"]), f"! fewer than a batch of {small}" if small else "",
-            )
-        )  # fmt: skip
-    lines = _table(rows)
-    for size in found["batch_sizes"]:
-        small = [bucket for bucket in found["buckets"] if size in bucket["smaller_than"]]
-        share = sum(bucket["share"] for bucket in small)
-        if small:
-            of = f"{len(small)} of {_count(len(found['buckets']), 'bucket')}, with {share:.1%} of the samples"
-            lines.append(f"! A batch of {size:,} is filled by repetition in {of}.")
-        else:
-            lines.append(f"Every bucket fills a batch of {size:,}.")
-    return lines
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)) + f"  {row[-1]}".rstrip()
-        for row in rows
-    ]
 
 
 def _spread(column: dict[str, Any]) -> str:

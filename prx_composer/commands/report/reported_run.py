@@ -139,6 +139,7 @@ class Run:
 
     Args:
         recipe: as saved, without secrets; empty if it wasn't.
+        recipe_text: the file's, without secrets; None without a file.
         starts: the lines of environment.jsonl, one for every start.
         elapsed: seconds that were paid for, with what a crash lost; None if unknown.
         grids: step → picture of the samples.
@@ -148,7 +149,7 @@ class Run:
 
     folder: Path
     recipe: dict[str, Any]
-    recipe_text: str
+    recipe_text: str | None
     history: History
     starts: list[dict[str, Any]]
     elapsed: float | None
@@ -182,23 +183,6 @@ class Run:
         devices = self.starts[-1].get("devices") if self.starts else None
         return devices if isinstance(devices, dict) else {}
 
-    @property
-    def missing(self) -> list[str]:
-        """Sentences about what isn't there."""
-        has, history = (self.folder / CONFIG).exists(), self.history
-        unreadable, repeated = history.unreadable, history.repeated
-        facts = {
-            f"There is no {CONFIG}: the recipe isn't known.": not has,
-            f"{CONFIG} is no YAML that can be read.": has and not self.recipe,
-            f"There is no {METRICS}: nothing is known of the losses and the speed.": self.written is None,
-            f"{METRICS} has no line yet: no step was finished.": self.written is not None and not history.steps,
-            f"{unreadable} lines of {METRICS} cannot be read (a crash cuts one) and are left out.": unreadable > 0,
-            f"{repeated} steps were trained again after a resume; the later values are shown.": repeated > 0,
-            f"There is no {ENVIRONMENT}, which newer runs write: versions and machine aren't known.": not self.starts,
-            "No images were drawn (callbacks.images).": not self.grids,
-        }
-        return [sentence for sentence, holds in facts.items() if holds]
-
 
 def read_run(path: str) -> Run:
     """Read a run. Raise UserError, naming runs nearby, for a path that isn't a run's folder."""
@@ -224,10 +208,10 @@ def read_run(path: str) -> Run:
     return Run(folder, recipe, recipe_text, history, starts, elapsed, dict(sorted(grids.items())), spikes, written)
 
 
-def _recipe(folder: Path) -> tuple[str, dict[str, Any]]:
+def _recipe(folder: Path) -> tuple[str | None, dict[str, Any]]:
     file = folder / CONFIG
     if not file.exists():
-        return "", {}
+        return None, {}
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
         recipe = yaml.safe_load(text)
