@@ -21,7 +21,7 @@ from prx_composer.commands.options import parse_size
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import read_lines, write_whole
 from prx_composer.common.pages import image_grid
-from prx_composer.models.sampling import check_guidance_scale, check_seeds
+from prx_composer.models.flow import check_guidance_scale, check_seeds
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.opening import Trained, choose_guidance
 

@@ -26,8 +26,7 @@ from prx_composer.data.contents import FileRecord, column_contents
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import MANIFEST
-from prx_composer.metrics.distances import mean_kernel, moments
-from prx_composer.metrics.features import Extractor
+from prx_composer.metrics.features import Extractor, mean_kernel, moments
 
 log = logging.getLogger(__name__)
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -15,14 +15,12 @@ from torchmetrics import Metric
 
 from prx_composer.models.autoencoder import Autoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
-from prx_composer.models.flow import FlowMatching
-from prx_composer.models.huggingface import returned_afterwards
-from prx_composer.models.losses import AuxiliaryLosses, FlowOutput
-from prx_composer.models.prompts import what_is_lost
-from prx_composer.models.randomness import RandomStreams, seeded_generator
-from prx_composer.models.routing import Route, counted_pixels
-from prx_composer.models.sampling import (
+from prx_composer.models.encoders import HuggingFaceTextEncoder
+from prx_composer.models.flow import (
+    AuxiliaryLosses,
     ClassifierFreeGuidance,
+    FlowMatching,
+    FlowOutput,
     Guidance,
     SamplingStep,
     TextConditioning,
@@ -30,7 +28,10 @@ from prx_composer.models.sampling import (
     initial_noise,
     sample_flow,
 )
-from prx_composer.models.text_encoder import HuggingFaceTextEncoder
+from prx_composer.models.huggingface import returned_afterwards
+from prx_composer.models.prompts import what_is_lost
+from prx_composer.models.randomness import RandomStreams, seeded_generator
+from prx_composer.models.routing import Route, counted_pixels
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from prx_composer.optim import parameter_groups
 from prx_composer.optim.exchange import Exchange, Plan, Stack, local, make_plans
-from prx_composer.optim.groups import parameter_groups
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _WIDE = 1.5  # long side / short side from which iterating on XXᵀ is less work, at five steps

@@ -13,8 +13,8 @@ from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 from prx_composer.data.loader import Collator
 from prx_composer.data.stored import fingerprint
 from prx_composer.models import HuggingFaceTextEncoder
+from prx_composer.models.encoders import tokenize
 from prx_composer.models.prompts import cleaned, cleaner, with_cleaning
-from prx_composer.models.text_encoder import tokenize
 from prx_composer.recipe import config
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.training.preflight.examine import examine

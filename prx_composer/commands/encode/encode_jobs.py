@@ -15,7 +15,7 @@ from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.format import Manifest
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, fingerprint, latent_column
-from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
+from prx_composer.models.encoders import TeacherSpec, VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.data_sets import data_sets

@@ -28,9 +28,8 @@ from prx_composer.data.contents import column_contents
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import Manifest, open_local
 from prx_composer.data.stored import COLUMNS, RESULTS, StoredColumn, fingerprint, is_whole, manifest_path, pack, unpack
+from prx_composer.models.encoders import HuggingFaceTextEncoder, VisionEncoder, teacher_features, tokenize
 from prx_composer.models.prompts import readings
-from prx_composer.models.text_encoder import HuggingFaceTextEncoder, tokenize
-from prx_composer.models.vision_encoder import VisionEncoder, teacher_features
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from prx_composer.common.errors import UserError, at_path
 from prx_composer.data.format import MANIFEST
 from prx_composer.metrics.real_images import DataSet, ImageFolder, default_cache, evenly, open_images
 from prx_composer.metrics.scoring import Networks, Scorer, check_metrics
-from prx_composer.models.sampling import check_seeds
+from prx_composer.models.flow import check_seeds
 from prx_composer.runs.opening import Trained
 
 T = TypeVar("T", int, float)

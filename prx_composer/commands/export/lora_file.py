@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from prx_composer.commands.export.card import fenced, inline, public_name, write_readme
 from prx_composer.common.errors import UserError
-from prx_composer.models.adapters import adapter_config, adapter_state, is_adapted
 from prx_composer.models.autoencoder import Pixels
+from prx_composer.models.layers import is_adapted
 from prx_composer.runs.opening import Trained
 
 PEFT, DIFFUSERS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
@@ -30,10 +30,12 @@ def write_adapters(trained: Trained, folder: Path, title: str, licence: str | No
     """
     if not is_adapted(trained.model.backbone):
         raise UserError(f"--format lora: {trained.source} is not of a run with algorithms.lora; leave the option out.")
+    from peft import get_peft_model_state_dict
+
     base, of_hub = public_name(str(((trained.recipe or {}).get("model") or {}).get("init_from") or "its base"))
-    backbone = trained.model.backbone
-    config = adapter_config(backbone)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(backbone).items()}
+    backbone: Any = trained.model.backbone
+    config = backbone.peft_config["default"]
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(backbone).items()}
     kept = config.base_model_name_or_path, config.inference_mode
     config.base_model_name_or_path, config.inference_mode = base, True
     try:
@@ -59,7 +61,8 @@ def _write_card(trained: Trained, folder: Path, title: str, licence: str | None,
         of_hub: whether that is an id of the hub.
     """
     pipeline = "PRXPixelPipeline" if isinstance(trained.model.autoencoder, Pixels) else "PRXPipeline"
-    rank = adapter_config(trained.model.backbone).r
+    backbone: Any = trained.model.backbone
+    rank = backbone.peft_config["default"].r
     head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer", "lora"]}
     head |= ({"base_model": base} if of_hub else {}) | ({} if licence is None else {"license": licence})
     code = f"""from diffusers import {pipeline}

@@ -24,7 +24,7 @@ from prx_composer.common.files import sync
 from prx_composer.common.secrets import redacted
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
-from prx_composer.models.sampling import NUM_TRAIN_TIMESTEPS
+from prx_composer.models.flow import NUM_TRAIN_TIMESTEPS
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.diffusers_folder import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.format import MANIFEST, Manifest, open_local
+from prx_composer.models.encoders import load_tokenizer, tokenize, train_tokenizer
 from prx_composer.models.prompts import CaptionCounts, clean_caption, with_cleaning
-from prx_composer.models.text_encoder import load_tokenizer, tokenize, train_tokenizer
 from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.data_sets import data_sets
