@@ -1,10 +1,8 @@
-"""Encoders of text and of images."""
+"""Encoders of transformers: of text, frozen or trained along, with their tokenizers, and of images, as frozen teachers."""
 
 import inspect
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,7 +10,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.image_processing_utils import BaseImageProcessor
 
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.huggingface import (
@@ -28,14 +25,12 @@ from prx_composer.models.huggingface import (
 from prx_composer.models.layers import cached_tensor
 from prx_composer.models.prompts import CaptionCounts, Cleaning, Reading, cleaned, readings, with_cleaning
 
-log = logging.getLogger(__name__)
-
 # Encoder-only classes, so that a decoder's weights are never loaded only to be thrown away.
 _ENCODER_CLASSES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "t5gemma": "T5GemmaEncoderModel", "clip": "CLIPTextModel"}
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerBase:
-    """A word-level tokenizer of these captions: lower-cased words and punctuation, then an end token.
+    """Return a word-level tokenizer of these captions: lower-cased words and punctuation, then an end token.
 
     The end token makes the empty caption one real token long, which is what the unconditional branch attends to.
     """
@@ -55,7 +50,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrain
 
 
 def load_tokenizer(name_or_folder: str, revision: str | None = None, local_files_only: bool = False) -> PreTrainedTokenizerBase:
-    """A tokenizer by hub id or folder; one without a padding token pads with its end token."""
+    """Return a tokenizer by hub id or folder; one without a padding token pads with its end token."""
     with says_how_to_get(name_or_folder):
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_folder, revision=revision, local_files_only=local_files_only, trust_remote_code=False
@@ -66,7 +61,7 @@ def load_tokenizer(name_or_folder: str, revision: str | None = None, local_files
 
 
 def _text_tower(model: nn.Module) -> nn.Module:
-    """The part of a multimodal or encoder-decoder model that reads text."""
+    """Return the part of a multimodal or encoder-decoder model that reads text."""
     if getattr(model.config, "is_encoder_decoder", False):
         return model.get_encoder()  # pyright: ignore[reportCallIssue]
     if hasattr(model, "vision_model") or hasattr(model, "visual"):
@@ -74,33 +69,26 @@ def _text_tower(model: nn.Module) -> nn.Module:
     return model
 
 
-def _build_encoder(pretrained: str | None, config: dict[str, Any] | None, revision: str | None, vocab_size: int) -> nn.Module:
-    if pretrained is not None:
-        with says_how_to_get(pretrained):
-            hf_config = load_config(pretrained, revision)
-            cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), AutoModel)
-            extra: dict[str, Any] = {"trust_remote_code": False}
-            if hf_config.model_type == "t5gemma":  # diffusers' own PRX folders have the inner encoder's names
-                extra |= {"is_encoder_decoder": False, "key_mapping": {r"^(embed_tokens|layers|norm)\.": r"encoder.\1."}}
-            return _text_tower(cls.from_pretrained(pretrained, revision=revision, dtype=torch.float32, **extra))
-    return random_encoder(random_config(config or {}, vocab_size=vocab_size))
+def _pretrained_encoder(name: str, revision: str | None) -> nn.Module:
+    with says_how_to_get(name):
+        hf_config = load_config(name, revision)
+        cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), AutoModel)
+        extra: dict[str, Any] = {"trust_remote_code": False}
+        if hf_config.model_type == "t5gemma":  # diffusers' own PRX folders have the inner encoder's names
+            extra |= {"is_encoder_decoder": False, "key_mapping": {r"^(embed_tokens|layers|norm)\.": r"encoder.\1."}}
+        return _text_tower(cls.from_pretrained(name, revision=revision, dtype=torch.float32, **extra))
 
 
-def random_encoder(hf_config: Any, **options: Any) -> nn.Module:
-    """The part of a transformers network that reads text, with random weights.
-
-    Args:
-        hf_config: transformers' configuration of the whole network.
-        options: of its construction, such as `attn_implementation`.
-    """
+def random_encoder(hf_config: Any) -> nn.Module:
+    """Return the part of a network that reads text, with random weights, by the configuration of the whole network."""
     cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), None)
     if hf_config.model_type == "t5gemma":
         hf_config.is_encoder_decoder = False
     if cls is None:
-        return _text_tower(AutoModel.from_config(hf_config, trust_remote_code=False, **options))
+        return _text_tower(AutoModel.from_config(hf_config, trust_remote_code=False))
     if not isinstance(hf_config, cls.config_class):  # of a network that also sees
         hf_config = hf_config.get_text_config()
-    return _text_tower(cls._from_config(hf_config, **options) if options else cls(hf_config))
+    return _text_tower(cls(hf_config))
 
 
 class HuggingFaceTextEncoder(nn.Module):
@@ -141,7 +129,10 @@ class HuggingFaceTextEncoder(nn.Module):
         self.trainable = trainable
         self.null_input_ids: Tensor
         self.null_attention_mask: Tensor
-        encoder = _build_encoder(pretrained, config, revision, len(tokenizer))
+        if pretrained is not None:
+            encoder = _pretrained_encoder(pretrained, revision)
+        else:
+            encoder = random_encoder(random_config(config or {}, vocab_size=len(tokenizer)))
         attend_without_reading(encoder)
         vocabulary = encoder.get_input_embeddings().num_embeddings  # pyright: ignore[reportCallIssue]
         if vocabulary < len(tokenizer):
@@ -162,36 +153,33 @@ class HuggingFaceTextEncoder(nn.Module):
 
     @property
     def network(self) -> nn.Module:
-        """transformers' module, trained or frozen."""
+        """The module of transformers, trained or frozen."""
         return self.encoder if self.trainable else self._frozen.module
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        """`input_ids` int64 and `attention_mask` bool, both (B, max_tokens)."""
+        """Return `input_ids` int64 and `attention_mask` bool, both (B, max_tokens)."""
         return tokenize(self.tokenizer, texts, self.max_tokens)
 
     def readings(self, texts: list[str]) -> list[Reading]:
-        """What `tokenize` leaves of each text."""
+        """Return what `tokenize` leaves of each text."""
         return readings(self.tokenizer, texts, self.max_tokens)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T), (B, T) → embeddings (B, T, hidden_size), fp32 outside of autocast."""
+        """Return embeddings (B, T, hidden_size), fp32 outside of autocast, of token ids and a mask, both (B, T)."""
         if self.trainable:
             return self.encoder(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
         with torch.no_grad():
             encoder = self._frozen.on(input_ids.device)
             return encoder(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state.float()
 
-    def save_pretrained(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(str(folder))
-
 
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int, counts: CaptionCounts | None = None
 ) -> dict[str, Tensor]:
-    """Captions → `input_ids` int64 (B, max_tokens) and `attention_mask` bool (B, max_tokens); cleaned, if the tokenizer does.
+    """Return `input_ids` int64 and `attention_mask` bool, both (B, max_tokens), of captions, cleaned as the tokenizer says.
 
     Args:
-        counts: told how many were cut.
+        counts: is told how many were cut.
     """
     texts = cleaned(tokenizer, texts)
     tokens: Any = tokenizer(
@@ -207,14 +195,16 @@ def tokenize(
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"].bool()}
 
 
-# The image towers of models that also read text.
-_VISION_CLASSES = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}
+# ------------------------------------------------------------------------------------------------------- images
+
+
+_VISION_CLASSES = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}  # image towers of models that also read text
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """Which vision encoder.
+    """Says which vision encoder a teacher is.
 
     Args:
         pretrained: hub id or folder.
@@ -240,16 +230,16 @@ class TeacherSpec:
 
 @cached_tensor
 def _resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
-    """(target, source): what torch's antialiased bicubic interpolation does to one side."""
+    """Return what torch's antialiased bicubic interpolation does to one side, as a matrix (target, source)."""
     with torch.inference_mode(False), torch.no_grad():
         identity = torch.eye(source)[None, None]
         return F.interpolate(identity, (target, source), mode="bicubic", antialias=True)[0, 0].to(device)
 
 
 def resize_antialiased(image: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic, antialiased, differentiable: (B, C, H, W) → (B, C, height, width); the same tensor if nothing changes.
+    """Resize (B, C, H, W) to (B, C, height, width), bicubic and antialiased; return the same tensor if nothing changes.
 
-    As two matrix products, since the backward pass of `interpolate` adds up in no fixed order on a GPU.
+    It is two matrix products, since the backward pass of `interpolate` adds up in no fixed order on a GPU.
     """
     if image.shape[-2:] == (height, width):
         return image
@@ -259,20 +249,13 @@ def resize_antialiased(image: Tensor, height: int, width: int) -> Tensor:
         return rows @ image.float() @ columns.mT
 
 
-def _known(name: str, revision: str | None) -> dict[str, Any]:
-    config = known_config(name, revision)
-    if config is None:
-        raise UnknownConfiguration(name)
-    return config
-
-
 class VisionEncoder:
     """Patch features of a frozen vision encoder (DINOv2, DINOv3, SigLIP, CLIP, ViT …). Not a module: no checkpoint has it.
 
     On the meta device it is made from its configuration, if that is known here: nothing is loaded or downloaded.
 
     Args:
-        spec: which, or its hub id or folder.
+        spec: which one, or its hub id or folder.
 
     Raises:
         ValueError: a configuration without patches.
@@ -283,7 +266,10 @@ class VisionEncoder:
         spec = TeacherSpec(pretrained=spec) if isinstance(spec, str) else spec
         on_meta = makes_no_storage()
         if on_meta and spec.pretrained is not None:
-            spec = TeacherSpec(config=_known(spec.pretrained, spec.revision), dtype=spec.dtype)
+            known = known_config(spec.pretrained, spec.revision)
+            if known is None:
+                raise UnknownConfiguration(spec.pretrained)
+            spec = TeacherSpec(config=known, dtype=spec.dtype)
         if spec.pretrained is not None:
             self.name = spec.pretrained
             with says_how_to_get(spec.pretrained):
@@ -292,7 +278,7 @@ class VisionEncoder:
                 module = cls.from_pretrained(
                     spec.pretrained, revision=spec.revision, dtype=torch.float32, trust_remote_code=False
                 )
-                processor = self._processor(spec.pretrained, spec.revision)
+                processor = _image_processor(spec.pretrained, spec.revision)
         else:
             config, processor = random_config(spec.config or {}), {}
             if on_meta:
@@ -312,20 +298,13 @@ class VisionEncoder:
         takes = inspect.signature(module.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
 
-    @staticmethod
-    def _processor(name: str, revision: str | None) -> dict[str, Any]:
-        try:
-            return BaseImageProcessor.get_image_processor_dict(name, revision=revision)[0]
-        except OSError:  # a folder with weights alone
-            return {}
-
     @property
-    def module(self) -> torch.nn.Module:
-        """transformers' own."""
+    def module(self) -> nn.Module:
+        """The module of transformers."""
         return self._frozen.module
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Features of the patches, without class and register tokens; gradients flow to the image.
+        """Return features of the patches, without class and register tokens; gradients flow to the image.
 
         Args:
             image: (B, 3, H, W) in [−1, 1] (values outside are kept), H and W divisible by `patch_size`.
@@ -341,8 +320,18 @@ class VisionEncoder:
         return tokens[:, -rows * columns :].float().unflatten(1, (rows, columns))  # what comes before are prefix tokens
 
 
+def _image_processor(name: str, revision: str | None) -> dict[str, Any]:
+    """Return the settings that images are prepared with; none if a folder holds weights alone."""
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    try:
+        return BaseImageProcessor.get_image_processor_dict(name, revision=revision)[0]
+    except OSError:
+        return {}
+
+
 @torch.no_grad()
 def teacher_features(teacher: VisionEncoder, batch: Mapping[str, Any], rows: int, columns: int) -> Tensor:
-    """Features of the clean images, resized so that the teacher's patches are the backbone's tokens: (B, rows · columns, C)."""
+    """Return features (B, rows · columns, C) of a batch's images, resized so that its patches are the backbone's tokens."""
     image = resize_antialiased(Pixels().encode(batch["image"]), rows * teacher.patch_size, columns * teacher.patch_size)
     return teacher(image).flatten(1, 2)

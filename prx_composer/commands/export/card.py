@@ -14,7 +14,7 @@ from prx_composer import __version__
 from prx_composer.commands.drawing import DrawingSettings
 from prx_composer.common.secrets import redacted
 from prx_composer.models.autoencoder import Pixels
-from prx_composer.models.prompts import clean_caption, cleaning_of
+from prx_composer.models.prompts import cleaner, cleaning_of
 from prx_composer.runs.diffusers_folder import RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
 
@@ -115,7 +115,7 @@ def _usage(trained: Trained, folder: Path, card: Card, pixels: bool) -> str:
     cleaning = cleaning_of(trained.model.text_encoder.tokenizer)
     skip = "" if pixels or cleaning == "prx" else ", skip_text_cleaning=True"
     if pixels and cleaning == "prx":
-        prompt = clean_caption(prompt, "prx")
+        prompt = cleaner("prx")(prompt)
     lines += [
         f"pipe = {pipeline}.from_pretrained({load})",
         f"image = pipe({prompt!r}, {arguments},",
