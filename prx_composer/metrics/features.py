@@ -1,4 +1,7 @@
-"""Features of frozen networks, which images are compared by."""
+"""Features of images by frozen networks, and how far two sets of images are apart in them.
+
+Distances are Fréchet's and the maximum mean discrepancy (MMD).
+"""
 
 import hashlib
 import logging
@@ -42,10 +45,10 @@ class Extractor:
 
     Args:
         name: hub id, folder or description.
-        module: the network, which a fingerprint is taken of.
+        module: the network, whose fingerprint tells it from others.
         image_size: side of the squares that it reads.
         extract: module, uint8 (B, 3, image_size, image_size) on its device → (B, D).
-        recipe: how images become features, in a few words; cached features are recognised by it, too.
+        recipe: how images become features, in a few words, by which cached features are recognised too.
     """
 
     def __init__(self, name: str, module: nn.Module, image_size: int, extract: Callable[[Any, Tensor], Tensor], recipe: str):
@@ -200,6 +203,9 @@ class ClipScore:
 def _check_type(name: str, model_type: str, allowed: tuple[str, ...]) -> None:
     if model_type not in allowed:
         raise ValueError(f"{name} is a {model_type}; what is needed here is one of: {', '.join(allowed)}.")
+
+
+# ------------------------------------------------------------------------------------------------------------ distances
 
 
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD (Jayasumana et al., arXiv:2401.09603, section 4.1)

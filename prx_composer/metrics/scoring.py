@@ -1,7 +1,6 @@
-"""Numbers for drawn images: each metric by name, computed by all ranks together."""
+"""Scores of drawn images: each metric by name, computed by all ranks together, and what the bundled data are judged by."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,13 @@ from prx_composer.metrics.features import (
     CLIP_SCORE,
     DINO,
     INCEPTION,
-    SCALE,
     ClipScore,
     Extractor,
     clip_images,
     dino_images,
     frechet_distance,
     inception_images,
-    mean_kernel,
+    mmd,
     moments,
 )
 from prx_composer.metrics.real_images import ImageSet, Reference, reference_features
@@ -159,16 +157,13 @@ class Scorer:
 
 def _distance(name: str, features: Tensor, reference: Reference, device: torch.device) -> float:
     if METRICS[name].kind == "mmd":
-        real, drawn = reference.unit.to(device), F.normalize(features, dim=-1)
-        return SCALE * (mean_kernel(drawn) + reference.within - 2 * mean_kernel(drawn, real))
+        return mmd(F.normalize(features, dim=-1), reference.unit.to(device), within_y=reference.within)
     fewest = min(len(features), len(reference.features))
     if fewest <= features.shape[1]:
         log.warning(
             "%s of %d images in %d dimensions is biased upwards; compare it only with one of as many images, or take an MMD.",
-            name,
-            fewest,
-            features.shape[1],
-        )
+            name, fewest, features.shape[1],
+        )  # fmt: skip
     mean, covariance = moments(features)
     real_mean, real_covariance = (moment.to(device) for moment in reference.moments)
     return frechet_distance(mean, covariance, real_mean, real_covariance)
@@ -176,12 +171,9 @@ def _distance(name: str, features: Tensor, reference: Reference, device: torch.d
 
 def interval_95(values: Sequence[float]) -> float | None:
     """Return half the width of the 95% t-interval of the mean; None of a single value."""
-    count = len(values)
-    if count < 2:
+    if len(values) < 2:
         return None
-    mean = math.fsum(values) / count
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return float(scipy.stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+    return float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
 
 
 def nearest_scenes(images: Tensor, scenes: list[Scene] | None = None) -> list[Scene]:

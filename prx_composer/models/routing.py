@@ -71,13 +71,11 @@ class RandomRouter:
         self.start, self.end, self.rate, self.discard = start, end, rate, discard
         self.active = True
 
-    def num_kept(self, num_tokens: int) -> int:
-        return max(1, num_tokens - round(self.rate * num_tokens))
-
     def draw(self, batch_size: int, num_tokens: int, generator: torch.Generator) -> Route | None:
         if not self.active:
             return None
-        kept = draw_kept_indices(batch_size, num_tokens, self.num_kept(num_tokens), generator)
+        num_kept = max(1, num_tokens - round(self.rate * num_tokens))
+        kept = draw_kept_indices(batch_size, num_tokens, num_kept, generator)
         return Route(self.start, self.end, kept, self.discard)
 
 

@@ -1,5 +1,6 @@
-"""Which parameters decay."""
+"""Optimizers and the parameters that they train: in groups with and without weight decay, and whether they are finite."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from prx_composer.optim.exchange import local
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of trained parameters: matrices with `weight_decay`; biases, gains and embeddings without."""
+    """Return two groups of trained parameters: matrices with `weight_decay`; biases, gains and embeddings without."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed, plain = [], []
     for parameter in model.parameters():
@@ -32,7 +33,7 @@ def add_parameters(optimizer: torch.optim.Optimizer | None, module: nn.Module) -
 
 
 def drop_frozen(optimizer: torch.optim.Optimizer) -> None:
-    """Takes parameters that are trained no more out of an optimizer that hasn't stepped yet."""
+    """Take parameters that are trained no more out of an optimizer that hasn't stepped yet."""
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
@@ -63,80 +64,70 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=True)
 
 
+# ------------------------------------------------------------------------------------------- finite numbers
+
+
 _AT_ONCE = 256  # tensors between two answers of the device
 
 
 def magnitudes(tensors: list[Tensor]) -> Tensor:
-    """One number per tensor, on their device: finite if every element is, else NaN or infinite. Waits for nothing."""
+    """Return one number per tensor, on their device: finite if every element is, else NaN or infinite. Wait for nothing."""
     # Sums of magnitudes hand NaN and infinity on, and don't overflow where the squares of a 2-norm would.
     return torch.stack([norm.float() for norm in torch._foreach_norm(tensors, 1)])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def not_finite(tensors: list[Tensor]) -> Tensor:
-    """A scalar on the tensors' device: 0 if every element is finite, else NaN. Waits for nothing."""
+    """Return a scalar on the tensors' device: 0 if every element is finite, else NaN. Wait for nothing."""
     tensors = [tensor for tensor in tensors if tensor.numel()]  # a rank's shard of a small parameter may be empty
     return 0 * magnitudes(tensors).sum() if tensors else torch.zeros(())
 
 
 def trained(state: State) -> list[nn.Parameter]:
-    """What the optimizers would update in this step: the parameters that have a gradient."""
+    """Return what the optimizers would update in this step: the parameters that have a gradient."""
     groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
     return [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
 
 
 def bad_tensor(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor with an element that isn't finite, of what this rank holds; None if there is none."""
-    names: list[str] = []
-    answers: list[Tensor] = []
-    for name, tensor in named:
-        tensor = local(tensor.detach())
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        names.append(name)
-        answers.append(torch.isfinite(tensor).all())
-        if len(answers) == _AT_ONCE:
-            if (found := _first_bad(names, answers)) is not None:
-                return found
-            names, answers = [], []
-    return _first_bad(names, answers)
-
-
-def _first_bad(names: list[str], answers: list[Tensor]) -> str | None:
-    device = answers[0].device if answers else None
-    good = torch.stack([answer.to(device) for answer in answers]).tolist() if answers else []
-    return next((name for name, is_good in zip(names, good, strict=True) if not is_good), None)
+    """Return the name of the first tensor with an element that isn't finite, of what this rank holds; None if all are."""
+    held = ((name, local(tensor.detach())) for name, tensor in named)
+    asked = ((name, torch.isfinite(tensor).all()) for name, tensor in held if tensor.is_floating_point() and tensor.numel())
+    while some := list(itertools.islice(asked, _AT_ONCE)):
+        names, answers = zip(*some, strict=True)
+        good = torch.stack([answer.to(answers[0].device) for answer in answers]).tolist()
+        if not all(good):
+            return names[good.index(False)]
+    return None
 
 
 def bad_state(state: State) -> str | None:
-    """What of a run's state isn't finite, in words: a weight, an average, an optimizer's state; None if all of it is.
+    """Return what of a run's state isn't finite, in words: a weight, an average, an optimizer's state; None if all of it is.
 
-    A collective, which waits for the device; every rank gets the same answer.
+    It is a collective and waits for the device; every rank gets the same answer.
     """
     return first_of_ranks(bad_tensor(_kept(state)))
 
 
 def first_of_ranks(found: str | None) -> str | None:
-    """The first rank's finding that is one. A collective."""
+    """Return, of what the ranks have found, what the first of them has that found anything. It is a collective."""
     return next((of_rank for of_rank in dist.all_gather_object(found) if of_rank is not None), None)
 
 
 def plain_names(state: State) -> dict[Tensor, str]:
-    """The model's parameters and their names, without what DDP, FSDP and compile put around them."""
+    """Return the model's parameters and their names, without what DDP, FSDP and compile put around them."""
     return {parameter: clean_name(name) for name, parameter in state.model.named_parameters()}
 
 
 def _kept(state: State) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint has of floating-point numbers, but buffers: an infinite one may well be meant, as a mask is.
+    """Return what a checkpoint has of floating-point numbers, with what callbacks name in `kept_tensors`.
 
-    Of callbacks it is what they name in `kept_tensors`.
+    Buffers are left out: an infinite one may well be meant, as a mask is.
     """
     names = plain_names(state)
     for parameter, name in names.items():
         yield f"the weight {name}", parameter
     for callback in state.callbacks:
-        kept: Any = getattr(callback, "kept_tensors", None)
-        if kept is not None:
-            yield from kept()
+        yield from getattr(callback, "kept_tensors", lambda: ())()
     for optimizer in state.optimizers:
         for parameter, slots in optimizer.state.items():
             for slot, value in slots.items():
