@@ -143,7 +143,7 @@ def stored_config(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
 
     if not arguments.get("pretrained"):
         return None
-    where = {key: arguments.get(key) for key in ("subfolder", "revision")}
+    where: dict[str, Any] = {key: arguments.get(key) for key in ("subfolder", "revision")}
     try:
         loaded: Any = AutoencoderKL.load_config(arguments["pretrained"], local_files_only=True, **where)
     except (OSError, ValueError):

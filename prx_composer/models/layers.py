@@ -332,8 +332,8 @@ def add_adapters(backbone: nn.Module, rank: int, alpha: float, targets: Sequence
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ValueError(f"targets: {target!r} ends no linear layer's name; the blocks have {', '.join(BLOCK_LAYERS)}.")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
-    inject_adapter_in_model(config, backbone)  # pyright: ignore[reportArgumentType]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # pyright: ignore[reportArgumentType]
+    inject_adapter_in_model(config, backbone)
 
 
 def is_adapted(backbone: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """A recipe's model without storage, with its tricks attached: what is trained, what is frozen, and what a step costs.
 
 Nothing is downloaded: networks are made from their configuration, which is in the recipe, in a folder, in the hub's cache, or in
-the table of `models.known_configs`.
+the table of `models.huggingface`.
 """
 
 import contextlib
