@@ -113,7 +113,7 @@ class Registry:
 
 models = Registry("models", {"text_to_image": "prx_composer.models.text_to_image:TextToImage"})
 backbones = Registry("backbones", {"prx": "prx_composer.models.backbone:PRXBackbone"})
-text_encoders = Registry("text_encoders", {"huggingface": "prx_composer.models.text_encoder:HuggingFaceTextEncoder"})
+text_encoders = Registry("text_encoders", {"huggingface": "prx_composer.models.encoders:HuggingFaceTextEncoder"})
 autoencoders = Registry(
     "autoencoders",
     {
@@ -182,7 +182,7 @@ loggers = Registry(
 optimizers = Registry(
     "optimizers",
     {
-        "adamw": "prx_composer.optim.groups:AdamW",
+        "adamw": "prx_composer.optim:AdamW",
         "decoupled_adamw": "composer.optim:DecoupledAdamW",
         "muon": "prx_composer.optim.muon:Muon",
     },

@@ -60,7 +60,7 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     from prx_composer.data.small_sets import all_scenes
-    from prx_composer.models.text_encoder import train_tokenizer
+    from prx_composer.models.encoders import train_tokenizer
 
     return train_tokenizer(scene.caption for scene in all_scenes())
 
@@ -90,7 +90,7 @@ def tiny_batch(tokenizer: Any) -> "dict[str, torch.Tensor]":
     import torch
 
     from prx_composer.data.small_sets import all_scenes
-    from prx_composer.models.text_encoder import tokenize
+    from prx_composer.models.encoders import tokenize
 
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (4, 3, 16, 24), generator=generator, dtype=torch.uint8)

@@ -39,9 +39,9 @@ from torch import Tensor, nn
 
 from prx_composer.common.distributed import unwrapped
 from prx_composer.common.errors import UserError
-from prx_composer.models.losses import AuxiliaryLoss, FlowOutput
+from prx_composer.models.flow import AuxiliaryLoss, FlowOutput
 from prx_composer.models.randomness import seeded_initialisation
-from prx_composer.optim.groups import add_parameters
+from prx_composer.optim import add_parameters
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import Moment, ScheduleWindow
 
@@ -109,7 +109,7 @@ class Trick(Algorithm):
 
         Args:
             model: such as `TextToImage`.
-            optimizer: takes what is trained (`optim.groups.add_parameters`); None for a model that is only drawn from.
+            optimizer: takes what is trained (`optim.add_parameters`); None for a model that is only drawn from.
 
         Raises:
             UserError, ValueError: the trick cannot be used with this model; the latter is given the path `algorithms.<name>`.

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from prx_composer.algorithms.base import LossTrick
 from prx_composer.common.errors import UserError
-from prx_composer.models.flow import FlowMatching
-from prx_composer.models.losses import FlowOutput
+from prx_composer.models.flow import FlowMatching, FlowOutput
 
 
 def contrastive_error(flow: FlowMatching, outputs: FlowOutput) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.models.adapters import BLOCK_LAYERS, is_adapted
+from prx_composer.models.layers import BLOCK_LAYERS, is_adapted
 
 log = logging.getLogger(__name__)
 

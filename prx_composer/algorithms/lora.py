@@ -6,9 +6,9 @@ import torch
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
-from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters
+from prx_composer.models.layers import BLOCK_LAYERS, add_adapters
 from prx_composer.models.randomness import seeded_initialisation
-from prx_composer.optim.groups import add_parameters, drop_frozen
+from prx_composer.optim import add_parameters, drop_frozen
 
 
 class LoRA(Trick):

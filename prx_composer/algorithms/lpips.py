@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.pixel_prediction import PixelLoss
 from prx_composer.common.errors import UserError
+from prx_composer.models.encoders import resize_antialiased
 from prx_composer.models.huggingface import Frozen, makes_no_storage
-from prx_composer.models.vision_encoder import resize_antialiased
 
 Net = Literal["vgg", "alex", "squeeze"]
 _TORCHVISION: dict[str, tuple[str, str]] = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.pixel_prediction import PixelLoss
 from prx_composer.common.errors import at_path
-from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder, resize_antialiased
+from prx_composer.models.encoders import TeacherSpec, VisionEncoder, resize_antialiased
 
 
 def fit_size(height: int, width: int, image_size: int, multiple: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.base import LossTrick
 from prx_composer.common.errors import UserError
-from prx_composer.models.losses import FlowOutput
+from prx_composer.models.flow import FlowOutput
 
 
 class PixelLoss(LossTrick):

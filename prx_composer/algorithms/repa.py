@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.base import LossTrick
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.models.backbone import PRXBackbone, cached_rotation
-from prx_composer.models.layers import MLPEmbedder, Modulation, PRXBlock, sinusoid
-from prx_composer.models.losses import FlowOutput
+from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.encoders import TeacherSpec, VisionEncoder, teacher_features
+from prx_composer.models.flow import FlowOutput, TextConditioning
+from prx_composer.models.layers import MLPEmbedder, Modulation, PRXBlock, cached_rotation, sinusoid
 from prx_composer.models.routing import merge_tokens, select_tokens
-from prx_composer.models.sampling import TextConditioning
-from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder, teacher_features
 
 FeatureSource = Callable[[Mapping[str, Any], int, int], Tensor]  # batch, rows, columns → (B, rows · columns, C)
 EPSILON = 1e-6

@@ -11,7 +11,7 @@ from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
 from prx_composer.models.backbone import PRXBackbone, ResolutionEmbedder
 from prx_composer.models.randomness import seeded_initialisation
-from prx_composer.optim.groups import add_parameters
+from prx_composer.optim import add_parameters
 
 
 def add_resolution_embedder(backbone: PRXBackbone) -> ResolutionEmbedder:

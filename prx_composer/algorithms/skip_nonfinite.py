@@ -13,8 +13,8 @@ from torch import Tensor
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
+from prx_composer.optim import not_finite, trained
 from prx_composer.optim.exchange import local
-from prx_composer.optim.finite import not_finite, trained
 from prx_composer.recipe.resume import against_what_is_not_finite
 from prx_composer.runs.checkpoints import newest_checkpoint
 

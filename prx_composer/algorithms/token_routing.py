@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from prx_composer.algorithms.base import LossTrick, Trick
 from prx_composer.common.errors import UserError
 from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.flow import Guidance, RoutedSelfGuidance
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.models.routing import RandomRouter, TokenFusion, merge_tokens
-from prx_composer.models.sampling import Guidance, RoutedSelfGuidance
-from prx_composer.optim.groups import add_parameters
+from prx_composer.optim import add_parameters
 from prx_composer.recipe.config import Recipe
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.skip_nonfinite import SkipNonfinite
 from prx_composer.common.errors import UserError
+from prx_composer.optim import bad_state, first_of_ranks, magnitudes, plain_names, trained
 from prx_composer.optim.exchange import local
-from prx_composer.optim.finite import bad_state, first_of_ranks, magnitudes, plain_names, trained
 from prx_composer.recipe.resume import against_what_is_not_finite
 from prx_composer.runs.checkpoints import newest_checkpoint
 

@@ -15,8 +15,8 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler, BucketedDataset, fewer_than_a_batch
+from prx_composer.models.encoders import tokenize
 from prx_composer.models.prompts import CaptionCounts
-from prx_composer.models.text_encoder import tokenize
 from prx_composer.recipe.data_sets import data_sets, weights_of
 
 PACKED = ("text_embedding", "text_position")

@@ -27,9 +27,9 @@ from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.data.loader import ImageCaptionData, ImageCaptionLoader
 from prx_composer.data.stored import check_latent_column, check_text_column
 from prx_composer.integrations.foundry_names import OURS
+from prx_composer.models.encoders import load_tokenizer
 from prx_composer.models.prompts import cleaning_of
 from prx_composer.models.randomness import RandomStreams
-from prx_composer.models.text_encoder import load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.arguments import check_arguments
 from prx_composer.recipe.config import build

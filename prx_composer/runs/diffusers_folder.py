@@ -10,9 +10,9 @@ from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import read_text
 from prx_composer.models.autoencoder import Autoencoder, DiffusersAutoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.encoders import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.flow import FlowMatching
-from prx_composer.models.prompts import clean_caption, cleaning_of
-from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
+from prx_composer.models.prompts import cleaner, cleaning_of
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.weights import read_json, read_safetensors
 
@@ -24,7 +24,7 @@ _DEFAULTS = {"PRXPixelPipeline": (1024, 256), "PRXPipeline": (512, None)}  # def
 
 def pipeline_prompt(prompt: str) -> str:
     """Return what diffusers' PRXPixelPipeline, and PRXPipeline with `skip_text_cleaning=True`, read instead of a prompt."""
-    return clean_caption(prompt, "basic")
+    return cleaner("basic")(prompt)
 
 
 def mends_prompts(model: TextToImage) -> bool:

@@ -13,8 +13,8 @@ from prx_composer import registry
 from prx_composer.common.errors import UserError
 from prx_composer.common.outlines import constructor
 from prx_composer.models.autoencoder import Pixels, stored_config
-from prx_composer.models.known_configs import known_config
-from prx_composer.models.text_encoder import load_tokenizer
+from prx_composer.models.encoders import load_tokenizer
+from prx_composer.models.huggingface import known_config
 from prx_composer.recipe.arguments import Spec, split
 from prx_composer.recipe.config import build
 from prx_composer.recipe.sizes import downsampling_of

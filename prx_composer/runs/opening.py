@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from prx_composer import registry
 from prx_composer.common.distributed import clean_name
 from prx_composer.common.errors import Problems, UserError
-from prx_composer.models.adapters import merge_adapters
-from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance
+from prx_composer.models.flow import ClassifierFreeGuidance, RoutedSelfGuidance
+from prx_composer.models.layers import merge_adapters
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.arguments import check_spec, check_type, entries, provided_by, split
 from prx_composer.recipe.checks import OF_MODELS

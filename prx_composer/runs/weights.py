@@ -25,7 +25,7 @@ from torch.torch_version import TorchVersion
 
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import inside
-from prx_composer.optim.finite import bad_tensor
+from prx_composer.optim import bad_tensor
 from prx_composer.runs.checkpoints import MONOLITH, Checkpoint, all_checkpoints, damage
 
 _reconstruct = np.zeros(0).__reduce__()[0]

@@ -14,7 +14,7 @@ from prx_composer import registry
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
 from prx_composer.common.errors import Problems, UserError
 from prx_composer.data.stored import check_latent_column, check_text_column
-from prx_composer.optim.groups import parameter_groups
+from prx_composer.optim import parameter_groups
 from prx_composer.recipe.arguments import entries, provided_by, split
 from prx_composer.recipe.checks import check_parallelism
 from prx_composer.recipe.config import Recipe, build

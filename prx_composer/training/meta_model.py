@@ -1,7 +1,7 @@
 """A recipe's model without storage, with its tricks attached: what is trained, what is frozen, and what a step costs.
 
 Nothing is downloaded: networks are made from their configuration, which is in the recipe, in a folder, in the hub's cache, or in
-the table of `models.known_configs`.
+the table of `models.huggingface`.
 """
 
 import contextlib
@@ -25,8 +25,7 @@ from torch.optim import Optimizer
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.models.counting import AUTOENCODER, TEXT_ENCODER, CannotCount, StepCount, StepCounter
-from prx_composer.models.huggingface import Frozen, frozen_inside
-from prx_composer.models.known_configs import UnknownConfiguration
+from prx_composer.models.huggingface import Frozen, UnknownConfiguration, frozen_inside
 from prx_composer.recipe.arguments import entries, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import TOKENIZER

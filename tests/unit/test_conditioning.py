@@ -18,7 +18,7 @@ from prx_composer.algorithms.resolution_aware import ResolutionAware
 from prx_composer.models import FlowMatching, TextToImage
 from prx_composer.models.counting import flops_of_batch
 from prx_composer.models.flow import shift_timesteps
-from prx_composer.optim.groups import AdamW
+from prx_composer.optim import AdamW
 
 Build = Callable[..., TextToImage]
 Batch = dict[str, torch.Tensor]

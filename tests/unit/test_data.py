@@ -23,7 +23,7 @@ from prx_composer.data.loader import ImageCaptionData
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest, epoch_batches, epoch_steps, evaluation_batches
 from prx_composer.data.small_sets import ShapesSource, all_scenes, heldout_scenes, render
 from prx_composer.data.sources import FolderSource, prepare
-from prx_composer.metrics.recognition import nearest_scenes
+from prx_composer.metrics.scoring import nearest_scenes
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -24,7 +24,7 @@ from prx_composer.callbacks.garbage_collection import GarbageCollection
 from prx_composer.callbacks.loss_spikes import LossSpikes, robust_score
 from prx_composer.callbacks.watchdog import Watchdog
 from prx_composer.common.errors import UserError
-from prx_composer.optim.finite import not_finite
+from prx_composer.optim import not_finite
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics, save_recipe
 from prx_composer.training.run import build_trainer, run

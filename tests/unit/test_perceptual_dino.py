@@ -20,7 +20,7 @@ from scipy.spatial.distance import cosine
 from prx_composer.algorithms.perceptual_dino import PerceptualDINO, fit_size, patch_dissimilarity
 from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput, TextToImage
-from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
+from prx_composer.models.encoders import TeacherSpec, VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training.run import run

@@ -19,7 +19,7 @@ from prx_composer.commands.plan.plan import make_plan
 from prx_composer.commands.plan.plan_text import as_text
 from prx_composer.commands.plan.timeline import timeline
 from prx_composer.common.errors import UserError
-from prx_composer.models.vision_encoder import VisionEncoder
+from prx_composer.models.encoders import VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.meta_model import checkpoint_bytes

@@ -28,8 +28,8 @@ from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.data.stored import encoded_folder, read_column
 from prx_composer.metrics.features import ClipScore
 from prx_composer.models import HuggingFaceTextEncoder, TextToImage
+from prx_composer.models.encoders import tokenize, train_tokenizer
 from prx_composer.models.prompts import CaptionCounts, readings, what_is_lost, with_cleaning
-from prx_composer.models.text_encoder import tokenize, train_tokenizer
 from prx_composer.recipe import config
 from prx_composer.training.components import build_components
 from prx_composer.training.preflight.captions import check_captions

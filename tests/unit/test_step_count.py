@@ -22,8 +22,8 @@ from prx_composer.algorithms.repa import IREPA, REPA, Adapter
 from prx_composer.algorithms.token_routing import SPRINT
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.counting import StepCounter, flops_of_backbone, flops_of_batch, shape_of
+from prx_composer.models.encoders import TeacherSpec
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.models.vision_encoder import TeacherSpec
 
 Build = Callable[..., TextToImage]
 Batch = dict[str, torch.Tensor]

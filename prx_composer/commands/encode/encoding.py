@@ -33,9 +33,8 @@ from prx_composer.data.dataset import read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import Manifest, open_local
 from prx_composer.data.stored import COLUMNS, RESULTS, StoredColumn, fingerprint, is_whole, manifest_path, pack, unpack
+from prx_composer.models.encoders import HuggingFaceTextEncoder, VisionEncoder, teacher_features, tokenize
 from prx_composer.models.prompts import readings
-from prx_composer.models.text_encoder import HuggingFaceTextEncoder, tokenize
-from prx_composer.models.vision_encoder import VisionEncoder, teacher_features
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.data_sets import data_sets

@@ -16,9 +16,8 @@ from prx_composer import __version__
 from prx_composer.commands.generate import DrawingSettings
 from prx_composer.common.pages import render
 from prx_composer.common.secrets import redacted
-from prx_composer.models.adapters import adapter_config
 from prx_composer.models.autoencoder import Pixels
-from prx_composer.models.prompts import clean_caption, cleaning_of
+from prx_composer.models.prompts import cleaner, cleaning_of
 from prx_composer.runs.diffusers_folder import RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
 
@@ -89,7 +88,7 @@ def write_card(trained: Trained, folder: Path, card: Card) -> None:
         network=type(model.text_encoder.network).__name__,
         reference=_public_reference(folder),
         cleaned=cleaned,
-        prompt=clean_caption(prompt, "prx") if pixels and cleaned else prompt,
+        prompt=cleaner("prx")(prompt) if pixels and cleaned else prompt,
         s=card.sampling,
         samples=SAMPLES if (folder / SAMPLES).exists() else None,
         recipe_file=RECIPE,
@@ -120,6 +119,7 @@ def write_adapter_card(trained: Trained, folder: Path, title: str, licence: str 
     """
     head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer", "lora"]}
     head |= ({"base_model": base} if of_hub else {}) | ({} if licence is None else {"license": licence})
+    backbone: Any = trained.model.backbone
     _write(
         folder,
         "adapters.md.jinja",
@@ -128,7 +128,7 @@ def write_adapter_card(trained: Trained, folder: Path, title: str, licence: str 
         head=head,
         base=base,
         of_hub=of_hub,
-        rank=adapter_config(trained.model.backbone).r,
+        rank=backbone.peft_config["default"].r,
         pipeline="PRXPixelPipeline" if isinstance(trained.model.autoencoder, Pixels) else "PRXPipeline",
         adapters=ADAPTERS,
         readable=hasattr(PRXTransformer2DModel, "load_lora_adapter"),

@@ -22,9 +22,9 @@ from prx_composer.commands.export.card import ADAPTERS, public_name, without_pla
 from prx_composer.common.errors import UserError, raise_all
 from prx_composer.common.files import sync
 from prx_composer.common.secrets import redacted
-from prx_composer.models.adapters import adapter_config, adapter_state, is_adapted
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
-from prx_composer.models.sampling import NUM_TRAIN_TIMESTEPS
+from prx_composer.models.flow import NUM_TRAIN_TIMESTEPS
+from prx_composer.models.layers import is_adapted
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.diffusers_folder import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
@@ -216,15 +216,17 @@ def write_adapters(trained: Trained, folder: Path, title: str, licence: str | No
     Raises:
         UserError: the model has no adapters.
     """
-    backbone = trained.model.backbone
+    backbone: Any = trained.model.backbone
     if not is_adapted(backbone):
         raise UserError(f"--format lora: {trained.source} is not of a run with algorithms.lora; leave the option out.")
+    from peft import get_peft_model_state_dict
+
     base, of_hub = public_name(str(((trained.recipe or {}).get("model") or {}).get("init_from") or "its base"))
-    config = copy.copy(adapter_config(backbone))
+    config = copy.copy(backbone.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(folder))
     facts = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(backbone).items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(backbone).items()}
     save_file(
         {f"base_model.model.{name}": tensor for name, tensor in state.items()},
         folder / "adapter_model.safetensors",

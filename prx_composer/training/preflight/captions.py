@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.format import MANIFEST, Manifest, open_local
-from prx_composer.models.prompts import CaptionCounts, clean_caption, with_cleaning
-from prx_composer.models.text_encoder import load_tokenizer, tokenize, train_tokenizer
+from prx_composer.models.encoders import load_tokenizer, tokenize, train_tokenizer
+from prx_composer.models.prompts import CaptionCounts, cleaner, with_cleaning
 from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.data_sets import data_sets
@@ -37,7 +37,7 @@ def check_captions(recipe: Recipe, parts: Components) -> Iterator[Result]:
         return
     own = not isinstance(encoder.get("tokenizer", encoder.get("pretrained")), str)
     cleaning = encoder.get("clean", "none")
-    tokenizer = _tokenizer(recipe, encoder, [clean_caption(text, cleaning) for text in captions])
+    tokenizer = _tokenizer(recipe, encoder, list(map(cleaner(cleaning), captions)))
     if tokenizer is None:
         yield skipped("train_loader: captions", "their tokenizer is not on this machine")
         return

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
-from prx_composer.models.vision_encoder import TeacherSpec
+from prx_composer.models.encoders import TeacherSpec
 from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.checkpoints import newest_checkpoint
