@@ -1,4 +1,4 @@
-"""Writes checkpoints at an interval, at the end, and when the run is asked to stop."""
+"""Write checkpoints at an interval, at the end, and when the run is asked to stop; stop early on purpose."""
 
 import logging
 import time
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from composer.callbacks import CheckpointSaver
-from composer.core import Event, State, Time
+from composer.core import Callback, Event, State, Time
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
 from prx_composer.common.errors import TrainingInterrupted, UserError
-from prx_composer.loggers.tracker import log_checkpoint
+from prx_composer.loggers.trackers import log_checkpoint
 from prx_composer.runs.checkpoints import clean_up, keep_newest, newest_checkpoint, write_checkpoint
 from prx_composer.schedule.clock import clock_of
-from prx_composer.schedule.moments import SECONDS, Point
+from prx_composer.schedule.moments import SECONDS, Moment, Point
 
 log = logging.getLogger(__name__)
 
@@ -113,3 +113,21 @@ class Checkpointing(CheckpointSaver):
             remedy = "Make room (save_num_checkpoints_to_keep, other runs); then the same command goes on from there."
             raise UserError(f"{message} {remedy}")
         log.error("%s Training goes on; the next one is tried at save_interval.", message)
+
+
+class StopAfter(Callback):
+    """Stops training at a time, with a checkpoint and the final evaluation, as a time slot of a cluster would.
+
+    `max_duration`, and with it the learning rate and everything given as a part of the run, stays what it is: the same command
+    without this callback and with `autoresume: true` goes on bit for bit. A shorter `max_duration` would be another schedule.
+
+    Args:
+        time: a `Moment`, such as "500ba", "2h" (of training, over all restarts) or "500ba or 0.5budget".
+    """
+
+    def __init__(self, time: str):
+        self._time = Moment(time)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self._time.has_come(state):
+            state.stop_training()

@@ -1,16 +1,23 @@
-"""Stages of growing image size in one run, each with its own batch and microbatch."""
+"""Image sizes: stages of growing size in one run, and a network that is told height and width."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from composer.algorithms.warnings import NoEffectWarning
 from composer.core import Event, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
+from torch import nn
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, at_path
+from prx_composer.models.backbone import PRXBackbone, ResolutionEmbedder
+from prx_composer.models.randomness import seeded_initialisation
+from prx_composer.optim.groups import add_parameters
 from prx_composer.recipe.sizes import check_batch_sizes
 from prx_composer.schedule.moments import Moment
 
@@ -181,3 +188,41 @@ class ProgressiveResolution(Trick):
                 f"The checkpoint is in stage {self._current}, but algorithms.progressive_resolution has only "
                 f"{len(self.stages)} stages. Resume with the recipe the run was started with."
             )
+
+
+def add_resolution_embedder(backbone: PRXBackbone) -> ResolutionEmbedder:
+    """Gives a backbone diffusers' `resolution_embeds` without changing what it computes: the last layer starts at zero."""
+    embedder = ResolutionEmbedder(backbone.hidden_size, backbone.time_max_period)
+    nn.init.normal_(embedder.mlp.in_layer.weight, std=0.02)
+    nn.init.zeros_(embedder.mlp.in_layer.bias)
+    nn.init.zeros_(embedder.mlp.out_layer.weight)
+    nn.init.zeros_(embedder.mlp.out_layer.bias)
+    backbone.resolution_embedder = embedder
+    backbone.config["resolution_embeds"] = True
+    return embedder
+
+
+class ResolutionAware(Trick):
+    """Adds an embedding of height and width, in the pixels that the backbone sees, to the time vector.
+
+    Args:
+        start, end: window; outside of it nothing is added, in training or sampling.
+    """
+
+    name = "resolution_aware"
+    shapes_sampling = True
+    experimental = True
+
+    def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
+        if not isinstance(getattr(model, "backbone", None), PRXBackbone):
+            raise UserError("algorithms.resolution_aware needs a model with a PRX backbone, such as text_to_image.")
+        if model.backbone.resolution_embedder is not None:
+            message = "resolution_aware adds nothing to a backbone with resolution_embeds: true."
+            warnings.warn(NoEffectWarning(message), stacklevel=2)
+            return
+        with seeded_initialisation(model.random.seed, self.name):
+            embedder = add_resolution_embedder(model.backbone)
+        add_parameters(optimizer, embedder)
+
+    def set_active(self, model: Any, active: bool) -> None:
+        model.backbone.resolution_embedder.active = active

@@ -1,22 +1,46 @@
-"""What changes when a run goes on with other values: said before its first step, and held after its checkpoint is loaded."""
+"""What a run that goes on from a checkpoint needs: the same random draws, and new values where the recipe has them."""
 
 import logging
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from composer.core import Callback, State, Timestamp
 from composer.loggers import Logger
+from composer.utils import dist
 from torch.optim import Optimizer
 
 from prx_composer import registry
 from prx_composer.algorithms.base import Trick
+from prx_composer.common.distributed import unwrapped
+from prx_composer.models.randomness import RandomStreams, derive_seed
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
 from prx_composer.runs.checkpoints import Checkpoint
 from prx_composer.schedule.moments import ScheduleWindow
 from prx_composer.schedule.time_budget import time_budget_of
+
+
+class RandomStep(Callback):
+    """Tells the model's `RandomStreams` which step it is, and reseeds the global generators.
+
+    Our own code draws from the streams; the global generators are for dropout layers and other people's algorithms.
+    """
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        step = int(state.timestamp.batch)
+        streams = getattr(unwrapped(state.model), "random", None)
+        if isinstance(streams, RandomStreams):
+            streams.begin_step(step)
+        seed = derive_seed(state.rank_zero_seed, dist.get_global_rank(), step)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
 
 log = logging.getLogger(__name__)
 

@@ -1,23 +1,68 @@
-"""LPIPS between the predicted and the true image: the distance of deep features that people's judgement calibrated.
+"""Perceptual losses: the predicted clean image x̂0 is compared with the true one by the features of a frozen network.
 
 Shapes: B images, C channels, H × W pixels (of the image, or of a layer's features).
 """
 
+import math
 import pickle
 import urllib.request
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor, nn
 
-from prx_composer.algorithms.pixel_prediction import PixelLoss
-from prx_composer.common.errors import UserError
+from prx_composer.algorithms.base import LossTrick
+from prx_composer.common.errors import UserError, at_path
 from prx_composer.models.huggingface import Frozen, makes_no_storage
-from prx_composer.models.vision_encoder import resize_antialiased
+from prx_composer.models.losses import FlowOutput
+from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder, resize_antialiased
+
+
+class PixelLoss(LossTrick):
+    """(1/B) · Σ distance(x̂0, x0) over the images with t ≤ `max_timestep`; B counts all, so that microbatches add up.
+
+    Args:
+        weight: of the term in the total loss.
+        max_timestep: noisier images than that don't count; 1 = all do.
+        start, end: window.
+
+    Raises:
+        ValueError: a negative weight, a timestep outside of (0, 1].
+    """
+
+    needs_whole_image = True
+
+    def __init__(self, weight: float, max_timestep: float, start: str, end: str | None):
+        super().__init__(weight, start, end)
+        if not 0 < max_timestep <= 1:
+            raise ValueError(f"max_timestep must lie in (0, 1], not {max_timestep}.")
+        self.max_timestep = max_timestep
+
+    def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
+        """Raise UserError unless the model predicts pixels."""
+        channels = model.autoencoder.channels
+        if (channels, model.autoencoder.downsampling) != (3, 1):
+            raise UserError(
+                f"algorithms.{self.name} compares images, but the model predicts latents of {channels} channels; "
+                f"{self.name} needs model.autoencoder: {{name: pixels}}."
+            )
+        return {}
+
+    @abstractmethod
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Of images (B, 3, H, W) around [−1, 1], not clamped: (B,). Gradients flow to `prediction` alone."""
+
+    def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
+        predicted = self.flow.to_x0(outputs.prediction, outputs.noised, outputs.timestep).float()
+        counts = outputs.timestep <= self.max_timestep
+        return (self.distance(predicted, outputs.clean.float()) * counts).mean()
+
 
 Net = Literal["vgg", "alex", "squeeze"]
 _TORCHVISION: dict[str, tuple[str, str]] = {
@@ -206,3 +251,70 @@ def _cached_weights(net: Net) -> Path:
     if reason is not None:
         raise UserError(_weights_are_missing(net, reason))
     return file
+
+
+def fit_size(height: int, width: int, image_size: int, multiple: int) -> tuple[int, int]:
+    """Height and width of about image_size² pixels and the same aspect ratio, both multiples of `multiple`.
+
+    Smaller images grow: an encoder has seen nothing but images of about the size that it was trained at.
+    """
+    scale = image_size / math.sqrt(height * width)
+    rows, columns = (max(1, round(side * scale / multiple)) for side in (height, width))
+    return rows * multiple, columns * multiple
+
+
+def patch_dissimilarity(teacher: VisionEncoder, prediction: Tensor, target: Tensor) -> Tensor:
+    """1 − cos between the features of two images (B, 3, H, W), averaged over patches: (B,). No graph for the target."""
+    with torch.no_grad():
+        expected = teacher(target)  # (B, rows, columns, D)
+    return 1 - F.cosine_similarity(teacher(prediction), expected, dim=-1).mean((1, 2))
+
+
+class PerceptualDINO(PixelLoss):
+    """`patch_dissimilarity` of the images at `fit_size`, for a model that predicts pixels.
+
+    Args:
+        teacher: vision encoder, by hub id or folder or as a `TeacherSpec`.
+        weight: of the term in the total loss.
+        image_size: side of the square whose area the teacher sees, in pixels; the aspect ratio is kept.
+        max_timestep: images noisier than that don't count; 1 = all do.
+        start, end: window; after it the teacher is let go.
+
+    Raises:
+        ValueError: an argument out of range.
+        UserError: when it is attached, for a model of latents, for a teacher that cannot be had, and for an image size smaller
+            than the teacher's patches.
+    """
+
+    name = "perceptual_dino"
+
+    def __init__(
+        self,
+        teacher: str | TeacherSpec = "facebook/dinov2-with-registers-base",
+        weight: float = 0.01,
+        image_size: int = 224,
+        max_timestep: float = 1.0,
+        start: str = "0ba",
+        end: str | None = None,
+    ):
+        super().__init__(weight, max_timestep, start, end)
+        self.teacher, self.image_size = teacher, image_size
+        self.encoder: VisionEncoder | None = None
+
+    def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
+        nothing = super().build(model)
+        with at_path(f"algorithms.{self.name}.teacher"):
+            self.encoder = VisionEncoder(self.teacher)
+        if self.image_size < self.encoder.patch_size:
+            raise ValueError(
+                f"image_size must be at least {self.encoder.patch_size}, the teacher's patch size, not {self.image_size}."
+            )
+        return nothing
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        assert self.encoder is not None
+        sides = fit_size(target.shape[-2], target.shape[-1], self.image_size, self.encoder.patch_size)
+        return patch_dissimilarity(self.encoder, resize_antialiased(prediction, *sides), resize_antialiased(target, *sides))
+
+    def release(self) -> None:
+        self.encoder = None
