@@ -1,7 +1,8 @@
 """Between backward pass and update: gradients are clipped, and a step that is not finite is skipped or ends the run."""
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import composer.algorithms
 import torch
 from composer.core import Callback, Event, Precision, State
 from composer.loggers import Logger
-from composer.utils import dist
+from composer.utils import dist, ensure_tuple
 from torch import Tensor, nn
 
 from prx_composer.algorithms.base import Trick
@@ -19,9 +20,14 @@ from prx_composer.optim.finite import bad_state, first_of_ranks, magnitudes, not
 from prx_composer.recipe.resume import against_what_is_not_finite
 from prx_composer.runs.checkpoints import newest_checkpoint
 
+log = logging.getLogger(__name__)
 
-class GradientClipping(Trick, composer.algorithms.GradientClipping):
-    """Clips gradients before every optimizer step.
+TOTAL = "loss/train/total"
+_GRADIENT = "finite_guard/gradient"
+
+
+class GradientClipping(composer.algorithms.GradientClipping, Trick):
+    """Composer's gradient clipping, inside of a window.
 
     Args:
         clipping_type: "norm" of all gradients together, "value" of every element, or "adaptive" per unit (arXiv:2102.06171).
@@ -43,21 +49,18 @@ class GradientClipping(Trick, composer.algorithms.GradientClipping):
     ):
         if clipping_threshold <= 0:
             raise ValueError(f"clipping_threshold must be positive, not {clipping_threshold}.")
-        Trick.__init__(self, start, end)
         composer.algorithms.GradientClipping.__init__(self, clipping_type, clipping_threshold)
+        Trick.__init__(self, start, end)
 
     def match(self, event: Event, state: State) -> bool:
-        return composer.algorithms.GradientClipping.match(self, event, state) and self.window.contains(state)
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        composer.algorithms.GradientClipping.apply(self, event, state, logger)
+        return super().match(event, state) and self.window.contains(state)
 
 
-log = logging.getLogger(__name__)
+# --------------------------------------------------------------------------------------- steps that are not finite are skipped
 
 
 class _ReadLast(Callback):
-    """Lets the host wait for the decision when all that others do at AFTER_TRAIN_BATCH has been handed to the device."""
+    """Let the host wait for the decision when all that others do at AFTER_TRAIN_BATCH has been handed to the device."""
 
     def __init__(self, decide: Callable[[State, Logger], None]):
         self._decide = decide
@@ -67,7 +70,7 @@ class _ReadLast(Callback):
 
 
 class SkipNonfinite(Trick):
-    """Makes no update in a step whose loss or gradient is not finite; after `limit` such steps in a row training ends.
+    """Make no update in a step whose loss or gradient is not finite; after `limit` such steps in a row, end training.
 
     In a skipped step the optimizer finds no gradients: weights, moments, momentum and step counts stay what they were, to the
     bit. The batch counts as trained and the learning rate goes on. The gradients are looked at before they are clipped, wherever
@@ -111,7 +114,10 @@ class SkipNonfinite(Trick):
             term = not_finite([loss.detach().float() for loss in _losses(state)])
             self._loss = term if self._loss is None else self._loss + term
         else:
-            self._look(state)
+            assert self._loss is not None
+            gradient = not_finite([local(parameter.grad) for parameter in trained(state)])
+            self._flags = torch.stack([self._loss, gradient.to(self._loss.device)])
+            dist.all_reduce(self._flags)
 
     def attach_to(self, state: State) -> None:
         if state.precision == Precision.AMP_FP16:
@@ -125,43 +131,32 @@ class SkipNonfinite(Trick):
         state.algorithms.append(self)
         state.callbacks.append(_ReadLast(self._decide))
 
-    def _look(self, state: State) -> None:
-        assert self._loss is not None
-        gradient = not_finite([local(parameter.grad) for parameter in trained(state)])
-        self._flags = torch.stack([self._loss, gradient.to(self._loss.device)])
-        dist.all_reduce(self._flags)
-
     def _decide(self, state: State, logger: Logger) -> None:
         assert self._flags is not None
         bad_loss, bad_gradient = torch.isnan(self._flags).tolist()
         if bad_loss or bad_gradient:
             for parameter in trained(state):
                 parameter.grad = None
-            self._count(state, "loss" if bad_loss else "gradient")
+            self._count("loss" if bad_loss else "gradient", int(state.timestamp.batch) + 1)
         else:
             self.in_a_row = 0
         logger.log_metrics({"guard/skipped_steps": self.skipped})
 
-    def _count(self, state: State, what: str) -> None:
+    def _count(self, what: str, batch: int) -> None:
         self.skipped += 1
         self.in_a_row += 1
-        batch = int(state.timestamp.batch) + 1
         if self.in_a_row >= self.limit:
-            raise UserError(self._verdict(what, batch))
+            row = f"the last {self.in_a_row} in a row were skipped" if self.in_a_row > 1 else "one is the limit"
+            raise UserError(
+                f"Training ended at batch {batch}: the {what} is not finite, and {row} "
+                f"(algorithms.skip_nonfinite.limit: {self.limit}). The weights are those of batch {batch - self.in_a_row}. "
+                f"{self._where_to_look()} Go on from the checkpoint with {against_what_is_not_finite()}"
+            )
         if dist.get_global_rank() == 0:
             message = "Batch %d: the %s is not finite; no update was made (%d in a row, %d in all)."
             log.warning(message, batch, what, self.in_a_row, self.skipped)
 
-    def _verdict(self, what: str, batch: int) -> str:
-        row = f"the last {self.in_a_row} in a row were skipped" if self.in_a_row > 1 else "one is the limit"
-        return (
-            f"Training ended at batch {batch}: the {what} is not finite, and {row} "
-            f"(algorithms.skip_nonfinite.limit: {self.limit}). The weights are those of batch {batch - self.in_a_row}. "
-            f"{self._places()} Go on from the checkpoint with {against_what_is_not_finite()}"
-        )
-
-    def _places(self) -> str:
-        """Where to look, and where the run could go on."""
+    def _where_to_look(self) -> str:
         if self._folder is None:
             return "Look at the terms of the loss before it."
         folder = Path(self._folder)
@@ -176,35 +171,17 @@ class SkipNonfinite(Trick):
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
 
 
-def _losses(state: State) -> list[Tensor]:
-    """What this microbatch is trained on: `total` if the model says it, else every term."""
+def _losses(state: State) -> Sequence[Tensor]:
+    """Return what this microbatch is trained on: `total` if the model says it, else every term."""
     loss: Any = state.loss
-    if isinstance(loss, dict):
-        return [loss["total"]] if "total" in loss else list(loss.values())
-    return [loss] if isinstance(loss, Tensor) else list(loss)
+    return [loss["total"]] if isinstance(loss, dict) and "total" in loss else ensure_tuple(loss)
 
 
-TOTAL = "loss/train/total"
-_GRADIENT = "finite_guard/gradient"
-
-
-def ways_on(folder: Path | None) -> str:
-    """The last good checkpoint of a run that met what is not finite, and what to do about it."""
-    newest = None if folder is None else newest_checkpoint(folder)
-    if newest is None:
-        return (
-            "The run has no checkpoint before it. Start it anew (run_name=<another name>) with a lower optimizer.lr, a longer "
-            "warm-up or gradient_clipping; or with algorithms.skip_nonfinite={}, which leaves single bad batches out."
-        )
-    return (
-        f"The last good checkpoint is {newest.path}; nothing that came after it was kept. Go on from there with autoresume=true "
-        "algorithms.skip_nonfinite={} , which leaves single bad batches out, or with "
-        f"{against_what_is_not_finite()} Or in another run: run_name=<another name> model.init_from={newest.path}"
-    )
+# ------------------------------------------------------------------------------------------------- … or end the run
 
 
 class FiniteGuard(Callback):
-    """Every recipe has it: what is not finite ends training at the batch where it is first seen, on all ranks at once.
+    """End training at the batch where something that is not finite is first seen, on all ranks at once; every recipe has it.
 
     `Trainer` reads the losses of a step once, summed over the ranks, and asks this guard for one number more: 0 if every element
     of every gradient is finite, else NaN. It costs one pass over the gradients, and neither a collective nor a wait. With
@@ -225,10 +202,11 @@ class FiniteGuard(Callback):
         self._bad: list[str] = []  # names of the losses of this step that are not finite
         self._bad_gradient = False
 
-    # ------------------------------------------------------------------------------------ called by the Trainer
-
     def questions(self, state: State) -> dict[str, Tensor]:
-        """What must be read with the losses of a step, when its gradients are complete and nobody has changed them yet."""
+        """Return what the Trainer must read with the losses of a step.
+
+        It asks when the gradients are complete and nobody has changed them yet.
+        """
         self._magnitudes = None
         if state.precision == Precision.AMP_FP16 or _is_skipped(state):
             return {}
@@ -240,19 +218,16 @@ class FiniteGuard(Callback):
         return {_GRADIENT: 0 * self._magnitudes.sum()}
 
     def take_answers(self, state: State, values: Mapping[str, float]) -> dict[str, float]:
-        """Notes what isn't finite of the losses, and of the answers to `questions`; returns the losses alone."""
+        """Note what isn't finite of the losses, and of the answers to `questions`; return the losses alone."""
         losses = {name: value for name, value in values.items() if name != _GRADIENT}
         if not _is_skipped(state):
             judged = [TOTAL] if TOTAL in losses else list(losses)
-            wrong = any(not _finite(losses[name]) for name in judged)
-            self._bad = [name for name, value in losses.items() if not _finite(value)] if wrong else []
-            self._bad_gradient = not _finite(values.get(_GRADIENT, 0.0))
+            wrong = not all(math.isfinite(losses[name]) for name in judged)
+            self._bad = [name for name, value in losses.items() if not math.isfinite(value)] if wrong else []
+            self._bad_gradient = not math.isfinite(values.get(_GRADIENT, 0.0))
         return losses
 
-    # --------------------------------------------------------------------------------------------------- events
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        """As the last of the callbacks: others have named the samples of the batch by now."""
+    def batch_end(self, state: State, logger: Logger) -> None:  # as the last callback: others have named the batch's samples
         if not self._bad and not self._bad_gradient:
             return
         for destination in logger.destinations:  # the line of this batch is written too
@@ -263,7 +238,7 @@ class FiniteGuard(Callback):
             what = "the loss is not finite" + (f" (first {terms[0]})" if terms else "")
         else:
             what = f"the gradient is not finite (first that of {self._first_gradient(state)})"
-        raise UserError(f"Training ended at batch {int(state.timestamp.batch)}: {what}. {ways_on(self._folder)}")
+        raise UserError(f"Training ended at batch {int(state.timestamp.batch)}: {what}. {self._ways_on()}")
 
     def _first_gradient(self, state: State) -> str:
         names, good = plain_names(state), [] if self._magnitudes is None else torch.isfinite(self._magnitudes).tolist()
@@ -271,18 +246,28 @@ class FiniteGuard(Callback):
         return first_of_ranks(next((names.get(parameter, "a parameter") for parameter in bad), None)) or "a parameter"
 
     def check_state(self, state: State) -> None:
-        """Raises UserError, on all ranks, if what a checkpoint would hold is not finite."""
+        """Raise UserError, on all ranks, if what a checkpoint would hold is not finite."""
         bad = bad_state(state)
         if bad is not None:
             raise UserError(
                 f"Training ended at batch {int(state.timestamp.batch)}: {bad} is not finite, and no checkpoint of it is written. "
-                f"{ways_on(self._folder)}"
+                f"{self._ways_on()}"
             )
+
+    def _ways_on(self) -> str:
+        """Return the last good checkpoint, and what to do about what is not finite, in words."""
+        newest = newest_checkpoint(self._folder)
+        if newest is None:
+            return (
+                "The run has no checkpoint before it. Start it anew (run_name=<another name>) with a lower optimizer.lr, a "
+                "longer warm-up or gradient_clipping; or with algorithms.skip_nonfinite={}, which leaves single bad batches out."
+            )
+        return (
+            f"The last good checkpoint is {newest.path}; nothing that came after it was kept. Go on from there with "
+            "autoresume=true algorithms.skip_nonfinite={} , which leaves single bad batches out, or with "
+            f"{against_what_is_not_finite()} Or in another run: run_name=<another name> model.init_from={newest.path}"
+        )
 
 
 def _is_skipped(state: State) -> bool:
     return any(isinstance(algorithm, SkipNonfinite) for algorithm in state.algorithms)
-
-
-def _finite(value: Any) -> bool:
-    return abs(float(value)) < float("inf")  # NaN is not

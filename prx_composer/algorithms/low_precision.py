@@ -68,7 +68,7 @@ _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def apply_low_precision_norm(model: nn.Module) -> int:
-    """Replaces every nn.LayerNorm and nn.RMSNorm, affine or not, in place; returns how many.
+    """Replace every nn.LayerNorm and nn.RMSNorm, affine or not, in place; return how many.
 
     Subclasses but our own are left alone, since their own forward would be lost. Parameters stay the same objects, so optimizers
     and state dicts don't notice.
@@ -87,7 +87,7 @@ def apply_low_precision_norm(model: nn.Module) -> int:
 
 
 class LowPrecisionNorm(Trick):
-    """Applies `apply_low_precision_norm` when training runs under bf16 or fp16 autocast.
+    """Apply `apply_low_precision_norm` when training runs under bf16 or fp16 autocast.
 
     Args:
         start, end: window; outside of it the norms compute in fp32 as before. Opening or closing it recompiles a compiled model.
@@ -127,7 +127,7 @@ INSTALL = 'pip install "prx-composer[float8]" (or: pip install "torchao>=0.16,<0
 
 
 def hardware_problem() -> str | None:
-    """Why the GPU that this process uses computes no float8 products, in words; None if it does."""
+    """Return why the GPU that this process uses computes no float8 products, in words; None if it does."""
     if not torch.cuda.is_available():
         found = "there is no CUDA device here"
     elif (capability := torch.cuda.get_device_capability()) < CAPABILITY:
@@ -141,7 +141,7 @@ def hardware_problem() -> str | None:
 
 
 def float8_layers(backbone: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
-    """Names of the linear layers that float8 takes: every matrix of a block but its modulation.
+    """Return the names of the linear layers that float8 takes: every matrix of a block but its modulation.
 
     They are nearly all of the FLOPs, over thousands of tokens. What is left out costs little and says much: modulation, time and
     resolution embedders see one vector per image; img_in, txt_in and final_layer touch pixels, text and prediction themselves.
@@ -164,10 +164,8 @@ def float8_layers(backbone: nn.Module, exclude: Sequence[str] = ()) -> list[str]
             )
     layers = {name: module for name, module in layers.items() if not _ends(name, exclude)}
     if not layers:
-        reason = (
-            "exclude names all of them" if exclude else f"the blocks of model.backbone have none of {', '.join(BLOCK_LAYERS)}"
-        )
-        raise ValueError(f"there is no layer to compute in float8: {reason}.")
+        none = f"the blocks of model.backbone have none of {', '.join(BLOCK_LAYERS)}"
+        raise ValueError(f"there is no layer to compute in float8: {'exclude names all of them' if exclude else none}.")
     for name, module in layers.items():
         if module.in_features % MULTIPLE or module.out_features % MULTIPLE:
             raise ValueError(
@@ -184,7 +182,7 @@ def _ends(name: str, ends: Collection[str]) -> bool:
 def apply_float8(
     backbone: nn.Module, recipe: Recipe = "tensorwise", emulate: bool = False, exclude: Sequence[str] = ()
 ) -> list[str]:
-    """Puts torchao's Float8Linear in the place of the blocks' linear layers; returns their names.
+    """Put torchao's Float8Linear in the place of the blocks' linear layers; return their names.
 
     The weights stay the same parameters under the same names, so that optimizers, averages and state dicts don't notice. Every
     product scales its operands anew by their greatest magnitude (dynamic scaling): no state is kept between steps.
@@ -203,15 +201,18 @@ def apply_float8(
     if is_adapted(backbone):
         raise UserError(_WITH_LORA)
     names = float8_layers(backbone, exclude)
-    convert_to_float8_training, Float8LinearConfig = _torchao()
+    try:  # it takes seconds, and few runs need it
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        what = f"cannot be imported with torch {torch.__version__} ({error})" if _is_installed() else "isn't installed"
+        raise UserError(f"algorithms.float8: torchao {what}: {INSTALL}.") from error
     settings: Any = dataclasses.replace(
         Float8LinearConfig.from_recipe_name(recipe),
         emulate=emulate,
         # A weight's gradient sums over the tokens of a microbatch, whose number buckets and routing choose: no multiple of 16.
         pad_inner_dim=not emulate,
     )
-    chosen = frozenset(names)
-    convert_to_float8_training(backbone, module_filter_fn=lambda _, name: name in chosen, config=settings)
+    convert_to_float8_training(backbone, module_filter_fn=lambda _, name: name in names, config=settings)
     return names
 
 
@@ -219,18 +220,8 @@ def _is_installed() -> bool:
     return importlib.util.find_spec("torchao") is not None
 
 
-def _torchao() -> tuple[Any, Any]:
-    """torchao's converter and its settings; imported here, since it takes seconds and few runs need it."""
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError as error:
-        what = f"cannot be imported with torch {torch.__version__} ({error})" if _is_installed() else "isn't installed"
-        raise UserError(f"algorithms.float8: torchao {what}: {INSTALL}.") from error
-    return convert_to_float8_training, Float8LinearConfig
-
-
 class Float8(Trick):
-    """Applies `apply_float8` to the backbone, before weights are sharded and graphs compiled.
+    """Apply `apply_float8` to the backbone, before weights are sharded and graphs compiled.
 
     Weights stay fp32 and are rounded for every product. What the trained model draws outside of the run has no float8 in it.
 

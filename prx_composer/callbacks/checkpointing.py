@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, Event, State, Time
+from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
@@ -21,23 +21,23 @@ log = logging.getLogger(__name__)
 
 
 def due_every(interval: str) -> Any:
-    """`(state, event) → bool` for "2000ba", "0.1dur" …, or for training time ("30m", "1h"), counted over restarts.
+    """Return `(state, event) → bool` for "2000ba", "0.1dur" …, or for training time ("30m", "1h"), counted over restarts.
 
     Raises:
         ValueError: not a time, or not a positive one.
     """
     point = Point.parse_interval(interval)
     if point.unit != SECONDS:
-        return create_interval_scheduler(interval, include_end_of_training=True)
-    at_end = create_interval_scheduler(Time.from_timestring("1dur"), include_end_of_training=True)
-    last: list[float] = []
+        return create_interval_scheduler(interval)
+    at_end = create_interval_scheduler("1dur")
+    last: float | None = None
 
     def due(state: State, event: Event) -> bool:
+        nonlocal last
         elapsed = clock_of(state).elapsed
-        if not last:
-            last.append(elapsed)
-        if elapsed - last[0] >= point.value:
-            last[0] = elapsed
+        last = elapsed if last is None else last
+        if elapsed - last >= point.value:
+            last = elapsed
             return True
         return at_end(state, event)
 
@@ -116,7 +116,7 @@ class Checkpointing(CheckpointSaver):
 
 
 class StopAfter(Callback):
-    """Stops training at a time, with a checkpoint and the final evaluation, as a time slot of a cluster would.
+    """Stop training at a time, with a checkpoint and the final evaluation, as a time slot of a cluster would.
 
     `max_duration`, and with it the learning rate and everything given as a part of the run, stays what it is: the same command
     without this callback and with `autoresume: true` goes on bit for bit. A shorter `max_duration` would be another schedule.

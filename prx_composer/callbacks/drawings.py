@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import Callback, Event, State, Time, TimeUnit
+from composer.core import Callback, Event, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
@@ -25,13 +25,13 @@ from prx_composer.metrics.scoring import DEFAULT_METRICS, Networks, Scorer
 from prx_composer.models.sampling import check_guidance_scale, check_seeds
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.schedule.moments import Point
-from prx_composer.schedule.time_budget import rehearsing, with_rehearsal
+from prx_composer.schedule.time_budget import Due, rehearsing, with_rehearsal
 
 log = logging.getLogger(__name__)
 
 
 def unwrap(state: State) -> TextToImage:
-    """The model itself, without what DDP puts around it."""
+    """Return the model itself, without what DDP puts around it."""
     model = unwrapped(state.model)
     if not isinstance(model, TextToImage):
         raise TypeError(f"This callback draws with a TextToImage model, not a {type(model).__name__}.")
@@ -39,7 +39,7 @@ def unwrap(state: State) -> TextToImage:
 
 
 def check_size(state: State, height: int, width: int, path: str) -> None:
-    """Raises UserError, before training, if the model cannot draw images of that size."""
+    """Raise UserError, before training, if the model cannot draw images of that size."""
     model = unwrap(state)
     multiple = model.backbone.patch_size * model.autoencoder.downsampling
     if height % multiple or width % multiple:
@@ -56,7 +56,7 @@ def draw_images(
     guidance_scale: float,
     batch_size: int = 256,
 ) -> Tensor:
-    """Draws on every rank, with averaged weights when there are any and without touching training's random state.
+    """Draw on every rank, with averaged weights when there are any and without touching training's random state.
 
     Returns:
         uint8 (len(prompts), 3, height, width), on the CPU.
@@ -71,8 +71,46 @@ def draw_images(
     return torch.cat(drawn)
 
 
-class Images(Callback):
-    """Draws the same prompts from the same seeds at an interval and at the end.
+class Drawing(Callback):
+    """Base of what draws images: with an `interval`, it calls `draw` then and at the end of the run.
+
+    Args:
+        seed: of the first image; the next ones count on.
+        images: how many there are at most.
+        num_inference_steps: Euler steps.
+        guidance_scale: 1 = unguided.
+        interval: a time string, such as "0.25dur" or "1000ba".
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(self, seed: int, images: int, num_inference_steps: int, guidance_scale: float, interval: str | None = None):
+        check_seeds([seed, seed + images - 1])
+        check_guidance_scale(guidance_scale)
+        self._seed, self._sampling = seed, (num_inference_steps, guidance_scale)
+        self._due: Due = lambda state, event: False
+        if interval is not None:
+            Point.parse_interval(interval)
+            self._due = with_rehearsal(create_interval_scheduler(interval))
+
+    def draw(self, state: State, logger: Logger) -> None:
+        """Draw images, and log them or what they are worth."""
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self._due(state, Event.BATCH_CHECKPOINT):
+            self.draw(state, logger)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self._due(state, Event.EPOCH_CHECKPOINT):
+            self.draw(state, logger)
+
+    def _seeds(self, images: int) -> list[int]:
+        return [self._seed + index for index in range(images)]
+
+
+class Images(Drawing):
+    """Draw the same prompts from the same seeds at an interval and at the end.
 
     Grids go to `<run folder>/images/ba<batch>.png` and to every logger that takes images (wandb, TensorBoard, MLflow). Also logs
     `images/grid_energy` and `images/seam_energy`, medians over the images of how much of the grid of patches shows in them (1 =
@@ -83,11 +121,8 @@ class Images(Callback):
         folder: the run folder.
         image_size: side of the image, unless `height` and `width` are given. With progressive resolution it is the size that the
             model is trained at by then; else the recipe's.
-        interval: a time string, such as "0.25dur" or "1000ba".
         height, width: for other aspect ratios.
-        seed: of the first image; the next ones count on.
-        num_inference_steps: Euler steps.
-        guidance_scale: 1 = unguided.
+        interval, seed, num_inference_steps, guidance_scale: see `Drawing`.
     """
 
     def __init__(
@@ -104,16 +139,11 @@ class Images(Callback):
     ):
         if not prompts:
             raise ValueError("prompts must name at least one prompt.")
+        super().__init__(seed, len(prompts), num_inference_steps, guidance_scale, interval)
         self.prompts = list(prompts)
         self.folder = Path(folder) / "images"
         self._given = (height, width)
         self.height, self.width = height or image_size, width or image_size
-        self.seeds = [seed + index for index in range(len(prompts))]
-        check_seeds(self.seeds)
-        check_guidance_scale(guidance_scale)
-        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
-        Point.parse_interval(interval)
-        self._due = with_rehearsal(create_interval_scheduler(Time.from_timestring(interval), include_end_of_training=True))
 
     def init(self, state: State, logger: Logger) -> None:
         check_size(state, self.height, self.width, "callbacks.images.height and width")
@@ -123,18 +153,9 @@ class Images(Callback):
         if (stage_size := getattr(state.train_dataloader, "image_size", None)) is not None:
             self.height, self.width = (side or stage_size for side in self._given)
 
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self._draw_if_due(Event.BATCH_CHECKPOINT, state, logger)
-
-    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        self._draw_if_due(Event.EPOCH_CHECKPOINT, state, logger)
-
-    def _draw_if_due(self, event: Event, state: State, logger: Logger) -> None:
-        if not self._due(state, event):
-            return
-        images = draw_images(
-            state, self.prompts, self.height, self.width, self.seeds, self.num_inference_steps, self.guidance_scale
-        )
+    def draw(self, state: State, logger: Logger) -> None:
+        seeds = self._seeds(len(self.prompts))
+        images = draw_images(state, self.prompts, self.height, self.width, seeds, *self._sampling)
         if dist.get_global_rank() == 0:
             path = self.folder / f"ba{int(state.timestamp.batch):06d}.png"
             try:
@@ -158,9 +179,10 @@ class Images(Callback):
                 log.warning("The grid of patches shows in the images: %s energy %.1f, where 1 is nothing.", name, energy)
 
 
-class GenerationMetrics(Callback):
-    """Draws prompts of a data set at an interval and at the end, with averaged weights if there are any, and logs
-    `metrics/generation/<name>`. Ranks share the prompts; nothing of it touches training's random state.
+class GenerationMetrics(Drawing):
+    """Draw prompts of a data set at an interval and at the end, and log `metrics/generation/<name>`.
+
+    Weights are averaged if there is an average. Ranks share the prompts; nothing of it touches training's random state.
 
     Args:
         path: folder of the data set whose captions are drawn and whose images are compared with. Keep it out of training.
@@ -170,9 +192,7 @@ class GenerationMetrics(Callback):
         num: prompts, evenly spaced. reference_num: real images, likewise; all by default.
         metrics: of cmmd, dino_mmd, fd_dino, fid, clip_score.
         networks: hub id or folder behind a metric, by `clip`, `dino`, `clip_score`, `inception`.
-        interval: a time string, such as "0.1dur" or "5000ba".
-        seed: of the first image; the next ones count on.
-        num_inference_steps, guidance_scale: of sampling.
+        interval, seed, num_inference_steps, guidance_scale: see `Drawing`.
         batch_size: images at a time, per GPU.
         cache: folder for features of real images.
 
@@ -204,18 +224,14 @@ class GenerationMetrics(Callback):
             raise ValueError(f"networks.{unknown[0]}: there are {', '.join(known)}.")
         if num < 2 or batch_size < 1:
             raise ValueError(f"num must be at least 2 and batch_size 1, not {num} and {batch_size}.")
-        check_seeds([seed, seed + num - 1])
-        check_guidance_scale(guidance_scale)
+        super().__init__(seed, num, num_inference_steps, guidance_scale, interval)
         data = DataSet(path, split, caption)
         self._prompts = [data.caption(index) for index in evenly(len(data), num)]
         self._real: DataSet | ImageFolder = data if reference is None else open_images(reference, split, caption)
         self._reference_num = reference_num
         self._scorer = Scorer(metrics or DEFAULT_METRICS, Networks(**(networks or {})))
         self._cache = default_cache() if cache is None else Path(cache).expanduser()
-        self._image_size, self._seed, self._batch_size = image_size, seed, batch_size
-        self._sampling = (num_inference_steps, guidance_scale)
-        Point.parse_interval(interval)
-        self._due = with_rehearsal(create_interval_scheduler(Time.from_timestring(interval), include_end_of_training=True))
+        self._image_size, self._batch_size = image_size, batch_size
 
     def init(self, state: State, logger: Logger) -> None:
         check_size(state, self._image_size, self._image_size, "callbacks.generation_metrics.image_size")
@@ -226,30 +242,22 @@ class GenerationMetrics(Callback):
         if self._scorer.needs_reference:
             self._scorer.compare_with(self._real, self._reference_num, self._cache, self._batch_size, device)
 
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self._score_if_due(Event.BATCH_CHECKPOINT, state, logger)
-
-    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        self._score_if_due(Event.EPOCH_CHECKPOINT, state, logger)
-
-    def _score_if_due(self, event: Event, state: State, logger: Logger) -> None:
-        if not self._due(state, event):
-            return
+    def draw(self, state: State, logger: Logger) -> None:
         model: Any = unwrap(state)
         device: torch.device = next(model.parameters()).device
 
-        def draw(indices: list[int]) -> Tensor:
+        def images_of(indices: list[int]) -> Tensor:
             prompts, seeds = [self._prompts[i] for i in indices], [self._seed + i for i in indices]
             with get_precision_context(state.precision, state.precision_config):
                 return model.generate(prompts, self._image_size, self._image_size, seeds, *self._sampling)
 
         with model.sampling_weights():
-            found = self._scorer.score(draw, self._prompts, self._batch_size, device)
+            found = self._scorer.score(images_of, self._prompts, self._batch_size, device)
         logger.log_metrics({f"metrics/generation/{name}": value for name, value in found.items()})
 
 
-class ShapesScore(Callback):
-    """Draws every held-out combination of the `shapes` source and logs `heldout_accuracy`: at the end, and at an interval.
+class ShapesScore(Drawing):
+    """Draw every held-out combination of the `shapes` source and log `heldout_accuracy`: at the end, and at an interval.
 
     An image is right if, of the renderings of all combinations, the one asked for is the nearest.
 
@@ -257,7 +265,7 @@ class ShapesScore(Callback):
         source: the recipe's `train_loader.source`, which says what was held out.
         image_size: side of the images; the recipe's by default.
         images_per_prompt: with different seeds.
-        seed, num_inference_steps, guidance_scale: of sampling.
+        seed, num_inference_steps, guidance_scale: see `Drawing`.
         interval: score during training too, every "100ba", "6400sp" or "0.05dur".
         images_per_prompt_during: fewer images then; they are the first of those that the end draws.
 
@@ -282,18 +290,12 @@ class ShapesScore(Callback):
         arguments.apply_defaults()
         self._scenes = heldout_scenes(arguments.arguments["heldout"], arguments.arguments["seed"])
         self._images_per_prompt, self._images_per_prompt_during = images_per_prompt, images_per_prompt_during
-        check_seeds([seed, seed + images_per_prompt * len(self._scenes) - 1])
-        check_guidance_scale(guidance_scale)
-        self._seed = seed
+        super().__init__(seed, images_per_prompt * len(self._scenes), num_inference_steps, guidance_scale)
         self._image_size = image_size
-        self._sampling = (num_inference_steps, guidance_scale)
-        self._due = None
         if interval is not None:
-            Point.parse_interval(interval)
-            time = Time.from_timestring(interval)
-            if time.unit not in (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.DURATION) or time.value <= 0:
+            if Point.parse_interval(interval).unit not in ("ba", "sp", "dur"):
                 raise ValueError(f"interval must be a time such as 100ba, 6400sp or 0.05dur, not {interval}.")
-            self._due = create_interval_scheduler(time, include_end_of_training=False)
+            self._due = create_interval_scheduler(interval, include_end_of_training=False)
 
     def init(self, state: State, logger: Logger) -> None:
         check_size(state, self._image_size, self._image_size, "callbacks.shapes_score.image_size")
@@ -301,8 +303,7 @@ class ShapesScore(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         elapsed = state.get_elapsed_duration()
         ends = elapsed is not None and elapsed.value >= 1  # then fit_end scores
-        due = self._due is not None and self._due(state, Event.BATCH_CHECKPOINT)
-        if (due or rehearsing(state)) and not ends:
+        if (self._due(state, Event.BATCH_CHECKPOINT) or rehearsing(state)) and not ends:
             images_per_prompt = self._images_per_prompt if rehearsing(state) else self._images_per_prompt_during
             logger.log_metrics(self._score(state, images_per_prompt))
 
@@ -311,9 +312,8 @@ class ShapesScore(Callback):
 
     def _score(self, state: State, images_per_prompt: int) -> dict[str, float]:
         asked = self._scenes * images_per_prompt
-        seeds = [self._seed + index for index in range(len(asked))]
-        prompts = [scene.caption for scene in asked]
-        drawn = nearest_scenes(draw_images(state, prompts, self._image_size, self._image_size, seeds, *self._sampling))
+        prompts, side = [scene.caption for scene in asked], self._image_size
+        drawn = nearest_scenes(draw_images(state, prompts, side, side, self._seeds(len(asked)), *self._sampling))
         pairs = list(zip(drawn, asked, strict=True))
         right = {"heldout_accuracy": [d == a for d, a in pairs]}
         for attribute in asked[0]._fields:
@@ -321,20 +321,17 @@ class ShapesScore(Callback):
         return {name: sum(values) / len(values) for name, values in right.items()}
 
 
-class DigitsScore(Callback):
-    """At the end: draws digits and logs `classifier_accuracy`, and `classifier_accuracy_real` on real scans.
+class DigitsScore(Drawing):
+    """Draw digits at the end and log `classifier_accuracy`, and `classifier_accuracy_real` on real scans.
 
     Args:
         images: how many, the ten digits in turn.
-        seed, num_inference_steps, guidance_scale: of sampling.
+        seed, num_inference_steps, guidance_scale: see `Drawing`.
     """
 
     def __init__(self, images: int = 200, seed: int = 1000, num_inference_steps: int = 20, guidance_scale: float = 3.0):
+        super().__init__(seed, images, num_inference_steps, guidance_scale)
         self._labels = [index % 10 for index in range(images)]
-        self._seeds = [seed + index for index in range(images)]
-        check_seeds(self._seeds)
-        check_guidance_scale(guidance_scale)
-        self._sampling = (num_inference_steps, guidance_scale)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if rehearsing(state):
@@ -342,5 +339,6 @@ class DigitsScore(Callback):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         prompts = [f"a handwritten {DIGIT_WORDS[label]}" for label in self._labels]
-        score = score_digits(draw_images(state, prompts, 8, 8, self._seeds, *self._sampling), self._labels)
+        drawn = draw_images(state, prompts, 8, 8, self._seeds(len(prompts)), *self._sampling)
+        score = score_digits(drawn, self._labels)
         logger.log_metrics({"classifier_accuracy": score.generated, "classifier_accuracy_real": score.real})

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.distributed import unwrapped
+from prx_composer.common.files import write_whole
 from prx_composer.models.counting import StepCounter, shape_of
 from prx_composer.runs.folder import read_metrics
 
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class _Last(Algorithm):
-    """Looks at the model when every trick has been attached to it and before it is sharded; no callback is asked then."""
+    """Call `look` when every trick is attached to the model, and before it is sharded: Composer asks no callback then."""
 
     def __init__(self, look: Callable[[State], None]):
         self._look = look
@@ -40,7 +41,7 @@ class _Last(Algorithm):
 
 
 class SpeedMonitor(composer.callbacks.SpeedMonitor):
-    """Logs `throughput/…` and, where the GPU's peak is known, `throughput/device/mfu`, under Composer's names.
+    """Log `throughput/…` and, where the GPU's peak is known, `throughput/device/mfu`, under Composer's names.
 
     FLOPs are counted as `models.counting` does, with the teachers and the text encoder: once for each shape of batch and set of
     active tricks, which takes a second or a few. A model that isn't ours may say them itself (`flops_per_batch`).
@@ -100,7 +101,7 @@ class SpeedMonitor(composer.callbacks.SpeedMonitor):
         )
 
     def _flops(self, state: State) -> int | None:
-        """Of this rank's batch."""
+        """Return what it took to train on this rank's batch; None if it cannot be counted."""
         if self._counter is not None:
             active = [trick.name for trick in self._tricks if trick.active]
             with self._without_stopping():
@@ -110,7 +111,7 @@ class SpeedMonitor(composer.callbacks.SpeedMonitor):
 
     @contextmanager
     def _without_stopping(self) -> Iterator[None]:
-        """Whatever a network or an algorithm cannot do with tensors that have no content costs the MFU, and not the run."""
+        """Let what cannot be done with tensors that have no content cost the MFU, and not the run."""
         try:
             yield
         except Exception as error:
@@ -124,8 +125,9 @@ FIRST_LOOK = 1000  # captions after which it is said how many of them were cut
 
 
 class DataMonitor(Callback):
-    """Logs `data/undecodable` (of this rank, so far) whenever it has grown; and says once what the captions lose, if they do:
-    after a thousand of them or as soon as they lose anything later, at the latest at the end.
+    """Log `data/undecodable` (of this rank, so far) whenever it has grown, and say once what the captions lose, if they do.
+
+    The captions are looked at after a thousand of them, then whenever there are twice as many, and at the end.
     """
 
     def __init__(self) -> None:
@@ -162,14 +164,14 @@ _RECENT, _NEW_LEVEL = 20, 10  # steps; when so many of the recent ones are spike
 
 
 def robust_score(value: float, normal: list[float]) -> float:
-    """How many standard deviations `value` lies above the median of `normal`, by their median absolute deviation."""
+    """Return how many standard deviations `value` lies above the median of `normal`, by their median absolute deviation."""
     middle = median(normal)
     spread = _TO_SIGMA * median(abs(other - middle) for other in normal)
     return (value - middle) / max(spread, _LEAST_SPREAD * abs(middle), 1e-12)
 
 
 class LossSpikes(Callback):
-    """Compares each step's total loss with the last ones, and says which samples were in a batch that stands out above them.
+    """Compare each step's total loss with the last ones, and say which samples were in a batch that stands out above them.
 
     A spike, or a loss that isn't finite, is a warning in the log and a line in `<run folder>/spikes.jsonl`: `batch`, `loss`,
     `median`, `score`, and for every rank its `sample_id`s and the `timestep` that each was trained at. A spike isn't taken into
@@ -203,12 +205,10 @@ class LossSpikes(Callback):
         self._image_size: int | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """What a run that was killed wrote after the checkpoint comes again."""
+        """Drop what a run that was killed wrote after the checkpoint: it comes again."""
         if dist.get_global_rank() == 0 and self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["batch"] <= int(state.timestamp.batch)]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            partial.rename(self.path)
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def batch_start(self, state: State, logger: Logger) -> None:
         image_size = getattr(state.train_dataloader, "image_size", None)
@@ -246,9 +246,9 @@ class LossSpikes(Callback):
         self._recent.clear()
 
     def _report(self, state: State, loss: float, score: float | None) -> None:
-        own = {"sample_id": _listed(state.batch, "sample_id"), "timestep": None}
-        if self._timesteps:
-            own["timestep"] = [round(t, 4) for t in torch.cat(self._timesteps).tolist()]
+        ids = state.batch.get("sample_id") if isinstance(state.batch, dict) else None
+        timesteps = [round(t, 4) for t in torch.cat(self._timesteps).tolist()] if self._timesteps else None
+        own = {"sample_id": ids.tolist() if isinstance(ids, Tensor) else None, "timestep": timesteps}
         ranks = dist.all_gather_object(own)
         if dist.get_global_rank() != 0:
             return
@@ -273,8 +273,3 @@ class LossSpikes(Callback):
         self._begin_anew()
         self._normal.extend(state["normal"])
         self._recent.extend(state["recent"])
-
-
-def _listed(batch: Any, key: str) -> list[Any] | None:
-    value = batch.get(key) if isinstance(batch, dict) else None
-    return value.tolist() if isinstance(value, Tensor) else None

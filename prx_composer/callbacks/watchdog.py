@@ -64,7 +64,7 @@ class _Watch:
 
 
 class Watchdog(Callback):
-    """Watches for training that has stopped without an error: a collective that a rank never joins, a data loader that hangs.
+    """Watch for training that has stopped without an error: a collective that a rank never joins, a data loader that hangs.
 
     Every event of Composer is a sign of life, those of evaluation too. When none has come for `timeout`, each process writes the
     stacks of its threads to `<run folder>/stacks/rank<rank>-<time>.txt`, says so in the log, and again after every further
@@ -84,7 +84,9 @@ class Watchdog(Callback):
 
     def __init__(self, folder: str, timeout: float | str = 600, abort: bool = False):
         self._folder, self._abort = Path(folder) / "stacks", abort
-        self.timeout = _seconds(timeout)
+        self.timeout = parse_duration(timeout) if isinstance(timeout, str) else float(timeout)
+        if not 0 < self.timeout < threading.TIMEOUT_MAX:
+            raise ValueError(f"timeout must be positive, in seconds or as a duration such as 10m, not {timeout}.")
         self._watch: _Watch | None = None
         self._thread: threading.Thread | None = None
 
@@ -113,15 +115,8 @@ class Watchdog(Callback):
         self._watch = self._thread = None
 
 
-def _seconds(timeout: float | str) -> float:
-    seconds = parse_duration(timeout) if isinstance(timeout, str) else timeout
-    if not 0 < seconds < threading.TIMEOUT_MAX:
-        raise ValueError(f"timeout must be positive, in seconds or as a duration such as 10m, not {timeout}.")
-    return float(seconds)
-
-
 class GarbageCollection(Callback):
-    """Turns the automatic collection off while training, and collects every so many batches.
+    """Turn Python's automatic garbage collection off while training, and collect every so many batches.
 
     A full collection stops a process for tens to hundreds of milliseconds. When ranks come to it at different steps, all wait for
     each in turn at the next collective; at the same step they pay once. Only cycles of Python objects wait for it:
