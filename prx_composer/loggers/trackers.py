@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def log_drawings(logger: Logger, images: Tensor, prompts: list[str], step: int) -> None:
-    """Gives images with their prompts to every logger; one that knows no prompts gets the images alone.
+    """Give images with their prompts to every logger; one that knows no prompts gets the images alone.
 
     Args:
         images: uint8 (len(prompts), 3, height, width), on the CPU.
@@ -36,7 +36,7 @@ def log_drawings(logger: Logger, images: Tensor, prompts: list[str], step: int) 
 
 
 def log_checkpoint(logger: Logger, checkpoint: Checkpoint) -> None:
-    """Tells every tracker that a checkpoint is complete. On rank 0."""
+    """Tell every tracker that a checkpoint is complete. On rank 0."""
     for destination in logger.destinations:
         if isinstance(destination, Tracker):
             destination.log_checkpoint(checkpoint)
@@ -47,7 +47,7 @@ def run_folder_of(state: State) -> Path:
 
 
 class Tracker(LoggerDestination):
-    """To be mixed into one of Composer's loggers.
+    """Base of a tracker, to be mixed into one of Composer's loggers.
 
     Step n is the n-th batch and all that comes after it, its evaluation say, as in metrics.jsonl. (Composer counts the batches
     that are complete, by which a batch's own loss is at n − 1 and what is said about it at n.) A run that goes on from the
@@ -60,7 +60,7 @@ class Tracker(LoggerDestination):
 
     @property
     def tracked_run(self) -> str | None:
-        """The tracker's id of this run, if it has ids and knows it."""
+        """Return the tracker's id of this run, if it has ids and knows it."""
         return None
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -74,8 +74,23 @@ class Tracker(LoggerDestination):
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._batch = int(state.timestamp.batch) + 1
 
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if self._sends(step):
+            with self._without_stopping("metrics"):
+                super().log_metrics(metrics, self._step(step))
+
+    def log_images(self, *args: Any, **options: Any) -> None:
+        if self._sends(options.get("step")):
+            with self._without_stopping("images"):
+                super().log_images(*args, **options | {"step": self._step(options.get("step"))})
+
     def log_drawings(self, images: Tensor, prompts: list[str], step: int) -> None:
-        """See the function of this name."""
+        """See the function of this name; a subclass says `_log_drawings`."""
+        if self._sends(step):
+            with self._without_stopping("images"):
+                self._log_drawings(images, prompts, self._step(step))
+
+    def _log_drawings(self, images: Tensor, prompts: list[str], step: int) -> None: ...
 
     def log_checkpoint(self, checkpoint: Checkpoint) -> None:
         """See the function of this name."""
@@ -84,12 +99,16 @@ class Tracker(LoggerDestination):
         with self._without_stopping("the run's end"):
             super().post_close()
 
+    def _sends(self, step: int | None) -> bool:
+        """Return whether this rank tells the tracker anything about a step."""
+        return True
+
     def _step(self, step: int | None) -> int:
         return max(step or 0, self._batch)
 
     @contextmanager
     def _without_stopping(self, what: str) -> Iterator[None]:
-        """Whatever fails inside of this context is a warning, once for each `what`, and training goes on."""
+        """Turn whatever fails inside of this context into a warning, once for each `what`, and let training go on."""
         try:
             yield
         except Exception as error:  # of the tracker's own classes, its server's and the system's
@@ -105,13 +124,13 @@ TRACKING = "tracking.json"
 
 
 def remembered_run(folder: Path, tracker: str) -> str | None:
-    """The id of this run at a tracker, if it has been there before."""
+    """Return the id of this run at a tracker, if it has been there before."""
     run_id = _read(folder).get(tracker)
     return run_id if isinstance(run_id, str) and run_id else None
 
 
 def remember_run(folder: Path, tracker: str, run_id: str) -> None:
-    """On rank 0. A disk that is full is no reason not to train."""
+    """Keep the id of this run at a tracker, on rank 0. A disk that is full is no reason not to train."""
     known = _read(folder)
     if known.get(tracker) == run_id:
         return
@@ -174,21 +193,12 @@ class TensorBoard(Tracker, TensorboardLogger):
                 text = yaml.safe_dump(self.hyperparameters, sort_keys=False, allow_unicode=True)
                 self.writer.add_text("recipe", f"```yaml\n{text}```", global_step=int(state.timestamp.batch))
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if self.writer is not None:
-            with self._without_stopping("metrics"):
-                super().log_metrics(metrics, self._step(step))
+    def _sends(self, step: int | None) -> bool:
+        return self.writer is not None
 
-    def log_images(self, *args: Any, **options: Any) -> None:
-        if self.writer is not None:
-            with self._without_stopping("images"):
-                super().log_images(*args, **options | {"step": self._step(options.get("step"))})
-
-    def log_drawings(self, images: Tensor, prompts: list[str], step: int) -> None:
-        if self.writer is not None:
-            with self._without_stopping("images"):
-                grid = np.asarray(image_grid(images, prompts))
-                self.writer.add_image("images", grid, global_step=self._step(step), dataformats="HWC")
+    def _log_drawings(self, images: Tensor, prompts: list[str], step: int) -> None:
+        assert self.writer is not None
+        self.writer.add_image("images", np.asarray(image_grid(images, prompts)), global_step=step, dataformats="HWC")
 
     def log_checkpoint(self, checkpoint: Checkpoint) -> None:
         self._write()

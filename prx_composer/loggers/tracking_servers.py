@@ -23,11 +23,13 @@ from prx_composer.common.secrets import redacted, redacted_text
 from prx_composer.loggers.trackers import Tracker, remembered_run, run_folder_of
 from prx_composer.runs.checkpoints import INDEX, Checkpoint
 
+log = logging.getLogger(__name__)
+
 _ASKS_NO_SERVER = Version("0.19.4")  # before, a table waits minutes for the server even offline (wandb/wandb#8957)
 
 
 def wandb_mode(init_kwargs: dict[str, Any] | None) -> str:
-    """What `wandb.init` will take as its mode."""
+    """Return what `wandb.init` will take as its mode."""
     return (init_kwargs or {}).get("mode") or os.environ.get("WANDB_MODE") or "online"
 
 
@@ -101,33 +103,20 @@ class WandB(Tracker, WandBLogger):
             with self._without_stopping("the recipe"):
                 self._run.config.update(hyperparameters, allow_val_change=True)  # what may change when a run goes on
 
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        if not self._refuses(step):
-            with self._without_stopping("metrics"):
-                super().log_metrics(metrics, self._step(step))
-
     def log_table(self, columns: list[str], rows: list[list[Any]], name: str = "Table", step: int | None = None) -> None:
-        if not self._refuses(step):
+        if self._sends(step):
             import wandb
 
             with self._without_stopping("tables"):  # Composer's own names an argument that wandb's Table doesn't have
                 self._run.log({name: wandb.Table(columns=columns, data=rows)}, step=self._step(step))
 
-    def log_images(self, *args: Any, **options: Any) -> None:
-        if not self._refuses(options.get("step")):
-            with self._without_stopping("images"):
-                super().log_images(*args, **options | {"step": self._step(options.get("step"))})
-
-    def log_drawings(self, images: Tensor, prompts: list[str], step: int) -> None:
-        if self._refuses(step):
-            return
+    def _log_drawings(self, images: Tensor, prompts: list[str], step: int) -> None:
         import wandb
 
-        with self._without_stopping("images"):
-            drawings = [wandb.Image(picture(image), caption=prompt) for image, prompt in zip(images, prompts, strict=True)]
-            rows = [[self._step(step), prompt, drawing] for prompt, drawing in zip(prompts, drawings, strict=True)]
-            table = wandb.Table(columns=["step", "prompt", "image"], data=rows)
-            self._run.log({"images": drawings, "images_table": table}, step=self._step(step))
+        drawings = [wandb.Image(picture(image), caption=prompt) for image, prompt in zip(images, prompts, strict=True)]
+        rows = [[step, prompt, drawing] for prompt, drawing in zip(prompts, drawings, strict=True)]
+        table = wandb.Table(columns=["step", "prompt", "image"], data=rows)
+        self._run.log({"images": drawings, "images_table": table}, step=step)
 
     def log_checkpoint(self, checkpoint: Checkpoint) -> None:
         if not self._log_artifacts or self._run is None:
@@ -145,14 +134,14 @@ class WandB(Tracker, WandBLogger):
                 json.dump(redacted(index), file, indent=1)
             self._run.log_artifact(artifact, aliases=["latest", checkpoint.path.name])
 
-    def _refuses(self, step: int | None) -> bool:
-        """Whether nothing is sent: on other ranks, and what wandb has from before a restart (it would warn, step by step)."""
-        return self._run is None or self._step(step) < self._run.starting_step
+    def _sends(self, step: int | None) -> bool:
+        """Return whether it is sent: not on other ranks, nor what wandb has from before a restart, of which it would warn."""
+        return self._run is not None and self._step(step) >= self._run.starting_step
 
 
 @contextmanager
 def _redacted_command() -> Iterator[None]:
-    """wandb keeps the command of every run."""
+    """Hide secrets in the command inside of this context: wandb keeps it with every run."""
     arguments = sys.argv
     sys.argv = [redacted_text(argument) for argument in arguments]
     try:
@@ -161,8 +150,6 @@ def _redacted_command() -> Iterator[None]:
         sys.argv = arguments
 
 
-log = logging.getLogger(__name__)
-
 _LONGEST_VALUE = 500  # characters that servers of any age take
 _LONGEST_KEY = 250
 _PER_BATCH = 100
@@ -170,7 +157,7 @@ _RUN_ID = "MLFLOW_RUN_ID"
 
 
 def parameters(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """A nested recipe as MLflow's parameters: `algorithms.ema.half_life` and so on, values as text of at most 500 characters.
+    """Yield a nested recipe as MLflow's parameters: `algorithms.ema.half_life` …, with at most 500 characters as values.
 
     Lists of plain values are one parameter, lists of mappings one for each key in them.
     """
@@ -243,6 +230,9 @@ class MLflow(Tracker, MLFlowLogger):
                 text = yaml.safe_dump(hyperparameters, sort_keys=False, allow_unicode=True)
                 self._mlflow_client.log_text(self._run_id, text, "config.yaml")
 
+    def _sends(self, step: int | None) -> bool:
+        return self._enabled
+
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if self._enabled:
             with self._without_stopping("metrics"):
@@ -252,27 +242,18 @@ class MLflow(Tracker, MLFlowLogger):
                     super().log_metrics(new, step)
 
     def _last(self, name: str) -> int:
-        """The last step of a metric that the store had when the run went on."""
+        """Return the last step of a metric that the store had when the run went on."""
         assert self._last_steps is not None and isinstance(self._run_id, str)
         if name not in self._last_steps:
             history = self._mlflow_client.get_metric_history(self._run_id, self.rename(name))
             self._last_steps[name] = max((metric.step for metric in history), default=-1)
         return self._last_steps[name]
 
-    def log_images(self, *args: Any, **options: Any) -> None:
-        with self._without_stopping("images"):
-            super().log_images(*args, **options | {"step": self._step(options.get("step"))})
-
-    def log_drawings(self, images: Tensor, prompts: list[str], step: int) -> None:
-        if not self._enabled:
-            return
-        with self._without_stopping("images"):
-            assert isinstance(self._run_id, str)
-            for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-                words = re.sub(r"[^\w\-. ]", "", prompt, flags=re.ASCII)[:80].strip()
-                self._mlflow_client.log_image(
-                    self._run_id, picture(image), key=f"images/{index} {words}".strip(), step=self._step(step)
-                )
+    def _log_drawings(self, images: Tensor, prompts: list[str], step: int) -> None:
+        assert isinstance(self._run_id, str)
+        for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            words = re.sub(r"[^\w\-. ]", "", prompt, flags=re.ASCII)[:80].strip()
+            self._mlflow_client.log_image(self._run_id, picture(image), key=f"images/{index} {words}".strip(), step=step)
 
     def log_table(self, *args: Any, **options: Any) -> None:
         with self._without_stopping("tables"):
