@@ -148,13 +148,7 @@ class EMA(Trick):
             raise ValueError(f"smoothing must lie in [0, 1), not {smoothing}.")
         self.smoothing, self.interval = smoothing, _batches("update_interval", update_interval, "10ba")
         self.average: WeightAverage | None = None
-        self._started = False
         self._swapped = False
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether there is an average, which is then kept up until `end`, also if a longer run puts `start` off."""
-        return self._started
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.BEFORE_LOAD, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
@@ -167,7 +161,7 @@ class EMA(Trick):
             state.callbacks.append(AverageState(self.average, gather=state.fsdp_state_dict_type == "full"))
         elif event == Event.BATCH_END:
             self._update(state)
-        elif (event == Event.EVAL_START and self._started) or (event == Event.EVAL_END and self._swapped):
+        elif (event == Event.EVAL_START and self.has_begun) or (event == Event.EVAL_END and self._swapped):
             self._exchange()
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
@@ -178,7 +172,7 @@ class EMA(Trick):
     @contextmanager
     def sampling_weights(self) -> Iterator[None]:
         """Give the model the averaged weights inside of this context, once there are any; before `start` the plain ones."""
-        if not self._started or self._swapped or self.average is None:
+        if not self.has_begun or self._swapped or self.average is None:
             yield
             return
         with self.average.swapped():
@@ -191,10 +185,10 @@ class EMA(Trick):
 
     def _update(self, state: State) -> None:
         assert self.average is not None
-        if self.window.is_over(state) or not (self._started or self.window.start.has_come(state)):
+        if self.window.is_over(state) or not (self.has_begun or self.window.start.has_come(state)):
             return
-        if not self._started:
-            self._started = True
+        if not self.has_begun:
+            self.has_begun = True
             if not self.window.start.is_beginning:
                 self.average.reset()
                 return
@@ -202,10 +196,10 @@ class EMA(Trick):
             self.average.update(self.smoothing**self.interval)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"started": self._started}
+        return {"started": self.has_begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._started = bool(state["started"])
+        self.has_begun = bool(state["started"])
 
 
 def _batches(argument: str, time: str, example: str) -> int:
