@@ -11,7 +11,7 @@ from composer.utils import FSDP2Config, ParallelismConfig
 from torch.optim import Optimizer
 
 from prx_composer import registry
-from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
+from prx_composer.algorithms.resolution import ProgressiveResolution
 from prx_composer.common.errors import Problems, UserError
 from prx_composer.data.stored import check_latent_column, check_text_column
 from prx_composer.optim import parameter_groups

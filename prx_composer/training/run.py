@@ -10,11 +10,10 @@ from typing import Any
 from composer.core import Callback, Evaluator, Event, State
 from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 
+from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.callbacks.checkpointing import Checkpointing, due_every
-from prx_composer.callbacks.data_monitor import DataMonitor
-from prx_composer.callbacks.finite_guard import FiniteGuard
-from prx_composer.callbacks.random_step import RandomStep
-from prx_composer.callbacks.resumed import NewValues, say_what_moves
+from prx_composer.callbacks.monitors import DataMonitor
+from prx_composer.callbacks.resuming import NewValues, RandomStep, say_what_moves
 from prx_composer.common.distributed import GlooAverage, from_rank_zero
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path
 from prx_composer.common.secrets import redacted

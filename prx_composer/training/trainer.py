@@ -10,7 +10,7 @@ from composer.core import Event, Precision
 from composer.utils import dist
 from torch import Tensor
 
-from prx_composer.callbacks.finite_guard import FiniteGuard
+from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.common.distributed import HostGroup
 from prx_composer.recipe.resume import Change
 

@@ -269,7 +269,7 @@ def test_a_recipe_of_any_shape_becomes_parameters_that_mlflow_takes(tmp_path: Pa
     mlflow = pytest.importorskip("mlflow")
     from mlflow.entities import Param
 
-    from prx_composer.loggers.mlflow import parameters
+    from prx_composer.loggers.tracking_servers import parameters
 
     recipe = {
         "long": "x" * 9000,

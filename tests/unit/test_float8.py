@@ -16,8 +16,8 @@ from diffusers import PRXPixelPipeline
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from prx_composer.algorithms.float8 import Float8, apply_float8, float8_layers, hardware_problem
 from prx_composer.algorithms.lora import LoRA
+from prx_composer.algorithms.low_precision import Float8, apply_float8, float8_layers, hardware_problem
 from prx_composer.cli import app
 from prx_composer.common.errors import UserError
 from prx_composer.models import PRXBackbone, TextToImage

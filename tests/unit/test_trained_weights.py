@@ -10,8 +10,7 @@ import torch
 from hostile import command, write_run
 from safetensors.torch import load_file, save_file
 
-from prx_composer.callbacks.images import Images
-from prx_composer.callbacks.scores import DigitsScore, GenerationMetrics, ShapesScore
+from prx_composer.callbacks.drawings import DigitsScore, GenerationMetrics, Images, ShapesScore
 from prx_composer.commands.export.pipeline import write_pipeline, written_aside
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage

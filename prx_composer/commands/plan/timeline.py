@@ -7,7 +7,7 @@ from typing import Any
 
 from composer.core import TimeUnit
 
-from prx_composer.algorithms.progressive_resolution import Stage
+from prx_composer.algorithms.resolution import Stage
 from prx_composer.common.errors import UserError
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.sizes import check_batch_sizes
