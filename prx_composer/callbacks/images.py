@@ -17,8 +17,8 @@ from prx_composer.loggers.tracker import log_drawings
 from prx_composer.metrics.grid_artifacts import VISIBLE_GRID, can_measure_grid, grid_energy, seam_energy
 from prx_composer.models.sampling import check_guidance_scale, check_seeds
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.schedule.clock import with_rehearsal
 from prx_composer.schedule.moments import Point
-from prx_composer.schedule.time_budget import with_rehearsal
 
 log = logging.getLogger(__name__)
 

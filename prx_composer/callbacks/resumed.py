@@ -15,8 +15,8 @@ from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
 from prx_composer.runs.checkpoints import Checkpoint
+from prx_composer.schedule.clock import time_budget_of
 from prx_composer.schedule.moments import ScheduleWindow
-from prx_composer.schedule.time_budget import time_budget_of
 
 log = logging.getLogger(__name__)
 

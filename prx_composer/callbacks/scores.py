@@ -13,13 +13,13 @@ from composer.utils import create_interval_scheduler
 from torch import Tensor
 
 from prx_composer.callbacks.images import check_size, draw_images, unwrap
-from prx_composer.data.small_sets import DIGIT_WORDS, ShapesSource, heldout_scenes
+from prx_composer.data.sources import DIGIT_WORDS, ShapesSource, heldout_scenes
 from prx_composer.metrics.real_images import DataSet, ImageFolder, default_cache, evenly, open_images
 from prx_composer.metrics.recognition import nearest_scenes, score_digits
 from prx_composer.metrics.scoring import DEFAULT_METRICS, Networks, Scorer
 from prx_composer.models.sampling import check_guidance_scale, check_seeds
+from prx_composer.schedule.clock import rehearsing, with_rehearsal
 from prx_composer.schedule.moments import Point
-from prx_composer.schedule.time_budget import rehearsing, with_rehearsal
 
 
 class GenerationMetrics(Callback):

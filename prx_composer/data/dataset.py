@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.contents import fetch_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import MANIFEST, Manifest, check_shards, open_local
+from prx_composer.data.format import MANIFEST, Bucket, Manifest, check_shards, open_local
 from prx_composer.data.sampler import BucketedDataset, SampleRequest
 from prx_composer.data.stored import (
     ENCODED,

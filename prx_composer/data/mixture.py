@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset
+from prx_composer.data.format import Bucket
 from prx_composer.data.sampler import BucketedDataset, SampleRequest
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
+from prx_composer.data.format import Bucket
 from prx_composer.data.stored import StoredColumn
 from prx_composer.recipe.resume import DATA, advice
 

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from prx_composer.common.errors import UserError, nearest
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.contents import column_contents
-from prx_composer.data.format import MANIFEST
+from prx_composer.data.format import MANIFEST, Bucket
 from prx_composer.models.prompts import cleaning_of
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder
 

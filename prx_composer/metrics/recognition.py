@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prx_composer.data.small_sets import HELDOUT, Scene, all_scenes, load_digit_scans, render
+from prx_composer.data.sources import HELDOUT, Scene, all_scenes, load_digit_scans, render
 
 
 def nearest_scenes(images: Tensor, scenes: list[Scene] | None = None) -> list[Scene]:

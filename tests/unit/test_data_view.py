@@ -19,8 +19,7 @@ from prx_composer.commands.data.subject import open_split, subject_of
 from prx_composer.commands.data.view import PROBLEM, View, check_output, cut, look, title, write_view
 from prx_composer.common import pages
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.format import BucketWriter, RawSample
+from prx_composer.data.format import Bucket, BucketWriter, RawSample
 from prx_composer.data.loader import ImageCaptionData
 from prx_composer.models.text_encoder import tokenize
 

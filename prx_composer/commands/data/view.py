@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from prx_composer.commands.data.subject import Split, Subject
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.pages import Text, Tile, contact_sheet, picture, render, shown_factor
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.decoding import UNDECODABLE, decode_image
+from prx_composer.data.format import Bucket
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest
 from prx_composer.data.storage import is_remote
 from prx_composer.models.prompts import cleaned

@@ -11,9 +11,8 @@ from composer.utils import dist, get_device
 
 from prx_composer.commands.encode.encoding import CaptionEncoder, ImageEncoder, encode_split, features_of, text_column
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import read_manifest
-from prx_composer.data.format import Manifest
+from prx_composer.data.format import Bucket, Manifest
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, fingerprint, latent_column
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
 from prx_composer.recipe import config

@@ -12,11 +12,11 @@ import yaml
 
 from prx_composer import __version__
 from prx_composer.commands.drawing import DrawingSettings
-from prx_composer.common.secrets import redacted
+from prx_composer.common.errors import redacted
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.prompts import clean_caption, cleaning_of
-from prx_composer.runs.diffusers_folder import RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
+from prx_composer.runs.pretrained_models import RECIPE, REFERENCE
 
 SAMPLES = "samples.png"
 _CLEAN_FIRST = (
