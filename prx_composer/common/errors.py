@@ -71,6 +71,11 @@ class TrainingInterrupted(Exception):
     """A run that was asked to stop and did; says where it goes on."""
 
 
+def listed(said: list[str], most: int = 5) -> str:
+    """Return the first of several mistakes, and how many more there are."""
+    return "; ".join(said[:most]) + (f"; and {len(said) - most} more" if len(said) > most else "")
+
+
 def nearest(name: str, allowed: list[str]) -> str:
     """Return " Did you mean …?" if something is close, and all that is allowed."""
     close = difflib.get_close_matches(name, allowed, n=1)

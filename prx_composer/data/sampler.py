@@ -68,7 +68,7 @@ class BucketedDataset(Dataset, ABC):
     @property
     @abstractmethod
     def undecodable(self) -> int:
-        """How many decodings failed so far, over all workers of this rank."""
+        """Return how many decodings failed so far, over all workers of this rank."""
 
     @abstractmethod
     def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
@@ -218,6 +218,7 @@ class BucketBatchSampler(DistributedSampler):
     as they can. A rank that would have none gets one that isn't counted, so that all take the same number of steps.
 
     Attributes:
+        sizes: of the images in this stage, bucket by bucket.
         keeps_shape: in evaluation, whether all batches are full, with samples that aren't counted: for a compiled model.
 
     Args:
@@ -264,19 +265,14 @@ class BucketBatchSampler(DistributedSampler):
             )
         self.image_size, self.global_batch_size = image_size, global_batch_size
         base = self._dataset.image_size
-        self._sizes = [bucket.at(image_size, base, self.multiple) for bucket in self._dataset.buckets]
-        for stored, size in zip(self._dataset.buckets, self._sizes, strict=True):
+        self.sizes = [bucket.at(image_size, base, self.multiple) for bucket in self._dataset.buckets]
+        for stored, size in zip(self._dataset.buckets, self.sizes, strict=True):
             if any(side % self.multiple for side in size):
                 raise ValueError(
                     f"The data set's bucket {stored} cannot be cut into patches of {self.multiple}; "
                     "convert the data with that multiple, or change model.backbone.patch_size."
                 )
-        self._dataset.check_sizes(image_size, self._sizes)
-
-    @property
-    def sizes(self) -> list[Bucket]:
-        """Image sizes of this stage, bucket by bucket."""
-        return self._sizes
+        self._dataset.check_sizes(image_size, self.sizes)
 
     def _batches(self) -> NDArray[np.int64]:
         ids = self._dataset.epoch_ids(self.epoch, self.global_batch_size) if self.shuffle else self._dataset.ids()
@@ -306,4 +302,4 @@ class BucketBatchSampler(DistributedSampler):
             yield [SampleRequest(int(filled[place]), height, width, 0, bool(place < len(batch))) for place in own]
 
     def _size_of(self, batch: NDArray[np.int64]) -> Bucket:
-        return self._sizes[self._dataset.bucket_of(int(batch[0]))]
+        return self.sizes[self._dataset.bucket_of(int(batch[0]))]

@@ -49,7 +49,7 @@ class UnknownNetwork(UserError):
 
 
 class Vocabulary:
-    """Stands for a tokenizer on the meta device."""
+    """Stand in for a tokenizer on the meta device."""
 
     def __init__(self, size: int):
         self._size = size

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor, nn
 
 from prx_composer.common.distributed import clean_name
-from prx_composer.common.errors import UserError, at_path
+from prx_composer.common.errors import UserError, at_path, listed
 from prx_composer.common.files import read_text, write_whole
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
@@ -22,7 +22,16 @@ from prx_composer.models.prompts import clean_caption, cleaning_of
 from prx_composer.models.text_encoder import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.time_checks import strings
-from prx_composer.runs.weights import Located, locate, nonfinite, read_checkpoint, read_json, read_safetensors, safetensors_shapes
+from prx_composer.runs.weights import (
+    Located,
+    below,
+    locate,
+    nonfinite,
+    read_checkpoint,
+    read_json,
+    read_safetensors,
+    safetensors_shapes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -117,13 +126,11 @@ def _trained_as(folder: Path) -> dict[str, Any] | None:
     """Return `model` of the recipe that lies beside an export, if there is one."""
     if not (folder / RECIPE).exists():
         return None
-    try:
+    with at_path(f"{folder / RECIPE} is no recipe of a run; mend or delete it", yaml.YAMLError, TypeError):
         model = yaml.safe_load(read_text(folder / RECIPE))["model"]
         if not isinstance(model, dict):
             raise TypeError(f"model is {model!r}")
         return model
-    except (OSError, yaml.YAMLError, LookupError, TypeError) as error:
-        raise UserError(f"{folder / RECIPE} is no recipe of a run; mend or delete it. ({error})") from error
 
 
 def open_pipeline(folder: Path) -> tuple[TextToImage, int]:
@@ -210,11 +217,7 @@ def _split(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     if not any(name.startswith(BACKBONE) for name in tensors):  # a file of the backbone alone, such as diffusers writes
         return tensors, {}
-
-    def below(prefix: str) -> dict[str, Any]:
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-    return below(BACKBONE), below(ENCODER)
+    return below(tensors, BACKBONE), below(tensors, ENCODER)
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -231,10 +234,8 @@ def _compare(theirs: Shapes, ours: Shapes, source: str, what: str) -> None:
     said += [f"{name} is only there" for name in theirs if name not in ours]
     said += [f"{name} is only here" for name in ours if name not in theirs]
     if said:
-        more = f"; and {len(said) - 5} more" if len(said) > 5 else ""
         raise UserError(
-            f"{PATH}: {source} does not fit {what}: {'; '.join(said[:5])}{more}. "
-            "`prx import` writes the sizes of a diffusers folder."
+            f"{PATH}: {source} does not fit {what}: {listed(said)}. `prx import` writes the sizes of a diffusers folder."
         )
 
 
