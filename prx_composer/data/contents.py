@@ -159,12 +159,10 @@ def loader_identity(spec: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not spec or spec.get("name") != "image_caption":
         return None
     try:
-        parts = data_sets(spec)
+        folders = {where: Path(part["path"]) / (part.get("split") or "train") for where, part in data_sets(spec).items()}
     except UserError:
         return None
-    found = {
-        where.removeprefix("mix."): split_identity(Path(p["path"]) / (p.get("split") or "train")) for where, p in parts.items()
-    }
+    found = {where.removeprefix("mix."): split_identity(folder) for where, folder in folders.items()}
     return None if None in found.values() else found
 
 

@@ -64,25 +64,19 @@ def is_made(path: Path, source: Source, spec: dict[str, Any]) -> bool:
                 f"{path} was made with other settings of train_loader.source ({', '.join(different)}). "
                 "Set train_loader.path to a new folder, or delete this one."
             )
-        _check_files(path, source)
+        files, record = getattr(source, "files", None), FileRecord(path / FILES)
+        if files is not None and not record.exists:
+            log.warning("%s doesn't say of which images it was made. If they may have changed since, delete it.", path)
+        elif files is not None and (changed := record.different(files)):
+            more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+            raise ValueError(
+                f"{path} was made of other images than train_loader.source finds now: {len(changed)} of {len(files)} have "
+                f"changed ({', '.join(changed[:NAMED])}{more}). Set train_loader.path to a new folder, or delete this one."
+            )
         return True
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} is not empty and was not made by train_loader.source; set train_loader.path to a new folder.")
     return False
-
-
-def _check_files(path: Path, source: Source) -> None:
-    files, record = getattr(source, "files", None), FileRecord(path / FILES)
-    if files is None:
-        return
-    if not record.exists:
-        log.warning("%s doesn't say of which images it was made. If they may have changed since, delete it.", path)
-    elif changed := record.different(files):
-        more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
-        raise ValueError(
-            f"{path} was made of other images than train_loader.source finds now: {len(changed)} of {len(files)} have changed "
-            f"({', '.join(changed[:NAMED])}{more}). Set train_loader.path to a new folder, or delete this one."
-        )
 
 
 def prepare(path: Path, source: Source, spec: dict[str, Any], limit: int | None = None) -> None:
@@ -113,8 +107,7 @@ def prepare(path: Path, source: Source, spec: dict[str, Any], limit: int | None 
         with contextlib.ExitStack() as whole:
             for split, sample in itertools.islice(source.samples(), limit):
                 if split not in writers:
-                    writer = BucketWriter(partial / split, source.image_size, source.captions)
-                    writers[split] = whole.enter_context(writer)
+                    writers[split] = whole.enter_context(BucketWriter(partial / split, source.image_size, source.captions))
                 writers[split].write(assign_bucket(sample.height, sample.width, source.buckets), sample)
         if "train" not in writers:
             raise ValueError("The source gave no training samples.")
@@ -229,6 +222,11 @@ class FolderSource:
             yield "heldout" if held_out else "train", sample
 
 
+# ------------------------------------------------------------------------------------------------ procedural scenes
+
+# A coloured shape at a position on a background, some combinations kept out of training. They make the quickstart possible, and
+# its score exact: a drawn image is right if its nearest rendering among all combinations is the one asked for.
+
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 160, 50), "blue": (30, 70, 220), "yellow": (245, 210, 20),
     "purple": (140, 40, 170), "orange": (250, 130, 20),
@@ -286,18 +284,28 @@ def render(scene: Scene, height: int, width: int, *, shift: tuple[float, float] 
     y = (0.5 * height + shift[1] * side) * s
     r = 0.22 * side * scale * s
     fill = (COLOURS | NEW_COLOURS)[scene.colour]
+
+    def box(wide: float, high: float) -> tuple[float, float, float, float]:
+        return x - wide * r, y - high * r, x + wide * r, y + high * r
+
     if scene.shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        draw.ellipse(box(1, 1), fill=fill)
     elif scene.shape == "ring":
-        draw.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=round(0.42 * r))
+        draw.ellipse(box(1, 1), outline=fill, width=round(0.42 * r))
     elif scene.shape == "square":
-        draw.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill=fill)
+        draw.rectangle(box(0.9, 0.9), fill=fill)
     elif scene.shape == "triangle":
         draw.polygon([(x, y - r), (x - 1.1 * r, y + 0.9 * r), (x + 1.1 * r, y + 0.9 * r)], fill=fill)
     elif scene.shape == "cross":
-        draw.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill=fill)
-        draw.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill=fill)
+        draw.rectangle(box(1, 0.3), fill=fill)
+        draw.rectangle(box(0.3, 1), fill=fill)
     return image.resize((width, height), Image.Resampling.BOX)
+
+
+def _png(image: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG")
+    return encoded.getvalue()
 
 
 class ShapesSource:
@@ -343,22 +351,19 @@ class ShapesSource:
                 height, width = self.buckets[index % len(self.buckets)]
                 shift = rng.uniform(-0.03, 0.03, 2)
                 image = render(scene, height, width, shift=(shift[0], shift[1]), scale=rng.uniform(0.95, 1.05))
-                encoded = io.BytesIO()
-                image.save(encoded, format="PNG")
                 captions = {"caption": scene.caption, "short_caption": scene.short_caption}
                 key = "-".join(scene) + f"-{index}"
-                yield "heldout" if scene in heldout else "train", RawSample(encoded.getvalue(), width, height, captions, key)
+                yield "heldout" if scene in heldout else "train", RawSample(_png(image), width, height, captions, key)
 
 
-# The scans are UCI's: 1,797 real images of 8×8 pixels.
-
+# ---------------------------------------------------------------------------------------------------------- digits
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELDOUT = 600  # the last scans, of other writers than the first
 
 
 def load_digit_scans() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Return uint8 (1797, 8, 8) and labels (1797,). Raise ImportError, with the remedy, without scikit-learn."""
+    """Return UCI's scans, uint8 (1797, 8, 8), and labels (1797,). Raise ImportError, with the remedy, without scikit-learn."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -380,8 +385,6 @@ class DigitsSource:
     def samples(self) -> Iterator[tuple[str, RawSample]]:
         images, labels = load_digit_scans()
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            encoded = io.BytesIO()
-            Image.fromarray(image).save(encoded, format="PNG")
             captions = {"caption": f"a handwritten {DIGIT_WORDS[label]}"}
             split = "heldout" if index >= len(images) - HELDOUT else "train"
-            yield split, RawSample(encoded.getvalue(), 8, 8, captions, f"scan-{index}")
+            yield split, RawSample(_png(Image.fromarray(image)), 8, 8, captions, f"scan-{index}")
