@@ -50,7 +50,7 @@ def at_path(path: str, *also: type[Exception]) -> Iterator[None]:
 
 
 class Problems:
-    """Collects mistakes, so that all of them are said at once."""
+    """Collect mistakes, so that all of them are said at once."""
 
     def __init__(self) -> None:
         self.found: list[str] = []

@@ -24,7 +24,7 @@ SEEN = ("image", "latent")
 
 
 class Collator:
-    """Makes a batch of samples: images stacked as uint8, captions tokenised, latents and features, by column, as they are stored.
+    """Make a batch of samples: images stacked as uint8, captions tokenised, latents and features, by column, as they are stored.
 
     In evaluation `counted` bool (B,) says which of them are to be measured.
 

@@ -117,7 +117,7 @@ class EpochPlan(NamedTuple):
 
 
 class Shares:
-    """Plans epochs of full batches, each of one bucket, that follow given shares.
+    """Plan epochs of full batches, each of one bucket, that follow given shares.
 
     After every epoch a data set has had its share of all samples up to one, and a bucket its part of the batches up to about
     one: what a bucket gets too early or too late, its data sets give less or more of in the buckets that they share with others.

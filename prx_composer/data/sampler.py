@@ -209,7 +209,7 @@ def fewer_than_a_batch(samples: int, batch_size: int, path: str = "") -> str | N
 
 
 class BucketBatchSampler(DistributedSampler):
-    """Yields this rank's batches of `SampleRequest`s.
+    """Yield this rank's batches of `SampleRequest`s.
 
     It is a DistributedSampler so that Composer calls `set_epoch`; the order is the same with any number of workers,
     and a resumed epoch goes on at `dataset.start_sample`.

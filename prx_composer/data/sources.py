@@ -34,7 +34,7 @@ CAPTION_NAMES = ("caption", "text", "prompt")
 
 
 class Source(Protocol):
-    """What can be named under `train_loader.source`."""
+    """A component that can be named under `train_loader.source`."""
 
     image_size: int
     captions: tuple[str, ...]
@@ -239,7 +239,7 @@ SUPERSAMPLING = 4
 
 
 class Scene(NamedTuple):
-    """One combination of the four attributes."""
+    """A combination of the four attributes."""
 
     colour: str
     shape: str

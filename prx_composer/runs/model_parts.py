@@ -125,7 +125,7 @@ class ModelParts:
 
     @cached_property
     def autoencoder(self) -> Any:
-        """What is between pixels and the backbone."""
+        """The autoencoder between pixels and the backbone."""
         if self._given.get("autoencoder") is None:
             return Pixels()
         name, arguments = self._spec("autoencoder")
@@ -150,7 +150,7 @@ class ModelParts:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The text encoder's."""
+        """The text encoder's tokenizer."""
         encoder = self.arguments("text_encoder")
         if self._loader is None or self._folder is None:
             return kept_tokenizer(encoder, self._folder)
@@ -158,7 +158,7 @@ class ModelParts:
 
     @cached_property
     def text_encoder(self) -> Any:
-        """With its tokenizer; on the meta device with a stand-in of it."""
+        """The text encoder with its tokenizer; on the meta device with a stand-in of it."""
         name, arguments = self._spec("text_encoder")
         named = arguments.pop("tokenizer", None)
         if not self.meta:
