@@ -8,11 +8,10 @@ parameters and annotations, without a body. `inspect.signature` and `typing.get_
 import abc
 import ast
 import builtins
-import collections.abc
 import dataclasses
 import functools
+import importlib
 import inspect
-import pathlib
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -21,22 +20,10 @@ from pathlib import Path
 from typing import Any
 
 FOLLOWED = frozenset({"prx_composer", "composer"})
-_CHEAP = {m.__name__: m for m in (abc, builtins, collections.abc, dataclasses, pathlib, typing)}  # imported anyway
 _HARMLESS = frozenset({"final", "register", "runtime_checkable"})  # decorators that leave a class as it is
 # What a type is written with. Nothing of it can call anything.
-_TYPE_NODES = (
-    ast.Constant,
-    ast.UnaryOp,
-    ast.USub,
-    ast.Name,
-    ast.Attribute,
-    ast.Subscript,
-    ast.Tuple,
-    ast.List,
-    ast.BinOp,
-    ast.BitOr,
-    ast.Load,
-)
+_OF_TYPES = (ast.Constant, ast.Name, ast.Load, ast.Attribute, ast.Subscript, ast.Tuple, ast.List)
+_OF_TYPES += (ast.BinOp, ast.BitOr, ast.UnaryOp, ast.USub)
 _UNDER_WAY = object()
 UNREAD: Any = type("Unread", (), {"__repr__": lambda _: "…"})()
 """Stands for a default that is no literal."""
@@ -73,16 +60,16 @@ def constants(module: str, name: str) -> dict[str, Any]:
 
 
 class _Module:
-    """A module that is not imported, whose attributes are outlines."""
+    """A module that is not imported, whose attributes are outlines; those of Python's own modules are what they are."""
 
     def __init__(self, name: str):
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        if self._name in _CHEAP:
-            if hasattr(_CHEAP[self._name], attribute):
-                return getattr(_CHEAP[self._name], attribute)
-        elif self._name.partition(".")[0] in FOLLOWED:
+        package = self._name.partition(".")[0]
+        if package in sys.stdlib_module_names and hasattr(importlib.import_module(self._name), attribute):
+            return getattr(importlib.import_module(self._name), attribute)
+        if package in FOLLOWED:
             source = _source(self._name)
             if attribute in source.bound:
                 return source.value(attribute)
@@ -152,7 +139,7 @@ class _Source:
         """Return the type that an annotation, or an alias, says."""
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             node = ast.parse(node.value, mode="eval").body
-        if strange := [part for part in ast.walk(node) if not isinstance(part, _TYPE_NODES)]:
+        if strange := [part for part in ast.walk(node) if not isinstance(part, _OF_TYPES)]:
             raise CannotTell(f"{ast.unparse(node)} has a {type(strange[0]).__name__}")
         names = {part.id: self.value(part.id) for part in ast.walk(node) if isinstance(part, ast.Name)}
         try:

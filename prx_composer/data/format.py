@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from streaming import LocalDataset, MDSWriter
     from streaming.base.format import Reader
 
+MANIFEST = "manifest.json"
+COLUMNS = {"image": "bytes", "width": "int", "height": "int", "key": "str"}
+RESERVED = frozenset({*COLUMNS, "input_ids", "attention_mask", "sample_id"})  # of a sample or a batch
 NOTICED = 0.15  # share of an image's area that is more than the rounding of a bucket's sides
 _LOOKED_AT = 500  # shapes of images with which other settings are tried
 Shapes = Mapping[tuple[int, int], int]  # height and width → images
@@ -79,9 +82,6 @@ def assign_bucket(height: int, width: int, buckets: list[Bucket]) -> Bucket:
     return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - math.log(width / height)))
 
 
-# What is lost of images that are cropped to the shapes of buckets, and which setting would keep it.
-
-
 @dataclass(frozen=True)
 class BucketSettings:
     """The settings that decide the buckets, as the arguments of `FolderSource`."""
@@ -100,6 +100,15 @@ class BucketSettings:
         fewest = min(self.min_bucket, max(sizes.values()))
         return sorted(bucket for bucket, count in sizes.items() if count >= fewest)
 
+    def cropped(self, shapes: Shapes) -> Counter[float]:
+        """Return share of the area that is lost → images, of those that lose much."""
+        buckets, lost = self.buckets(shapes), Counter[float]()
+        for (height, width), count in shapes.items():
+            share = share_cropped(height, width, assign_bucket(height, width, buckets))
+            if share > NOTICED:
+                lost[share] += count
+        return lost
+
 
 def share_cropped(height: int, width: int, bucket: Bucket) -> float:
     """Return the share of an image's area that lies outside when it is scaled to cover a bucket."""
@@ -113,11 +122,10 @@ def cropping_note(shapes: Shapes, settings: BucketSettings, path: str) -> str | 
     Args:
         path: of the settings in the recipe.
     """
-    buckets = settings.buckets(shapes)
-    lost = _cropped(shapes, buckets)
+    buckets, lost = settings.buckets(shapes), settings.cropped(shapes)
     if not lost:
         return None
-    total, images = sum(shapes.values()), sum(lost.values())
+    total, images = sum(shapes.values()), lost.total()
     mean, most = sum(share * count for share, count in lost.items()) / images, max(lost)
     into = ", ".join(map(str, buckets[:4])) + (f" and {len(buckets) - 4} more" if len(buckets) > 4 else "")
     remedy = _advice(list(_remedies(dict(Counter(shapes).most_common(_LOOKED_AT)), settings)), path)
@@ -127,30 +135,18 @@ def cropping_note(shapes: Shapes, settings: BucketSettings, path: str) -> str | 
     )
 
 
-def _cropped(shapes: Shapes, buckets: list[Bucket]) -> Counter[float]:
-    """Return share that is lost → images, of those that lose much."""
-    lost: Counter[float] = Counter()
-    for (height, width), count in shapes.items():
-        share = share_cropped(height, width, assign_bucket(height, width, buckets))
-        if share > NOTICED:
-            lost[share] += count
-    return lost
-
-
 def _remedies(shapes: Shapes, settings: BucketSettings) -> Iterator[str]:
     """Yield the smallest change of each kind that leaves at most half of the images cropped."""
-    much = sum(_cropped(shapes, settings.buckets(shapes)).values())
-    smaller = [settings.multiple // factor for factor in (2, 4, 8) if settings.multiple % factor == 0]
-    larger = [settings.image_size * factor for factor in (2, 4)]
+    much = settings.cropped(shapes).total()
     longest = math.ceil(10 * max(max(height / width, width / height) for height, width in shapes)) / 10
     kinds = [
-        [{"multiple": size} for size in smaller],
-        [{"image_size": size} for size in larger],
+        [{"multiple": settings.multiple // factor} for factor in (2, 4, 8) if settings.multiple % factor == 0],
+        [{"image_size": settings.image_size * factor} for factor in (2, 4)],
         [{"max_aspect": longest}] if longest > settings.max_aspect else [],
     ]
 
     def keeps(change: dict[str, Any]) -> bool:
-        return 2 * sum(_cropped(shapes, replace(settings, **change).buckets(shapes)).values()) <= much
+        return 2 * replace(settings, **change).cropped(shapes).total() <= much
 
     rare = settings.min_bucket > 1 and keeps({"min_bucket": 1})
     if rare:
@@ -171,9 +167,7 @@ def _advice(remedies: list[str], path: str) -> str:
     return f"In {path}, this would keep more of them: {'; or '.join(remedies)}{of}."
 
 
-MANIFEST = "manifest.json"
-COLUMNS = {"image": "bytes", "width": "int", "height": "int", "key": "str"}
-RESERVED = frozenset({*COLUMNS, "input_ids", "attention_mask", "sample_id"})  # of a sample or a batch
+# ----------------------------------------------------------------------------------------------------------- a split
 
 
 class RawSample(NamedTuple):
