@@ -259,13 +259,19 @@ class ImageCaptionDataset(BucketedDataset):
             row = self._rows.row(bucket, index)
             self._count(seen=1)
             try:
-                seen = self._pixels(row, bucket, index, Bucket(request.height, request.width))
+                seen = {"image": decode_image(row["image"], request.height, request.width)} if self.images else {}
+                if self.latent_columns:
+                    seen["latent"] = self._latents[bucket, Bucket(request.height, request.width)].read(bucket, index)
             except UNDECODABLE as error:
                 instead = "the next of its bucket takes its place" if request.counted is None else "evaluation leaves it out"
                 self._note_undecodable(sample_id, row.get("key", ""), error, instead)
                 continue
             column = self.choose_caption(sample_id, request.epoch)
-            features = {name: self._feature(name, row, bucket, index) for name in self.features}
+            features = {
+                # A copy of what is in the row, whose memory is read-only.
+                name: self._features[name].read(bucket, index) if name in self._features else torch.tensor(row[name])
+                for name in self.features
+            }
             sample = {**seen, "caption": row[column], "sample_id": sample_id, "features": features}
             if request.counted is not None:  # another sample in its place is measured in its own
                 sample["counted"] = request.counted and attempt == 0
@@ -296,22 +302,10 @@ class ImageCaptionDataset(BucketedDataset):
         choice = np.random.default_rng([self._seed, epoch, sample_id]).choice(len(columns), p=weights / weights.sum())
         return columns[choice]
 
-    def _pixels(self, row: dict[str, Any], bucket: int, index: int, size: Bucket) -> dict[str, torch.Tensor]:
-        """Return image and latent of a sample. Raise one of UNDECODABLE."""
-        seen = {"image": decode_image(row["image"], *size)} if self.images else {}
-        if self.latent_columns:
-            seen["latent"] = self._latents[bucket, size].read(bucket, index)
-        return seen
-
     def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
         columns = self.latent_columns
         if columns and (problem := latent_size_problem(columns, self.buckets, self.image_size, image_size, sizes)):
             raise ValueError(problem)
-
-    def _feature(self, name: str, row: dict[str, Any], bucket: int, index: int) -> torch.Tensor:
-        if name in self._features:
-            return self._features[name].read(bucket, index)
-        return torch.tensor(row[name])  # a copy: the row's memory is read-only
 
     def _count(self, seen: int = 0, undecodable: int = 0) -> None:
         worker = get_worker_info()

@@ -274,10 +274,6 @@ class BucketBatchSampler(DistributedSampler):
                 )
         self._dataset.check_sizes(image_size, self.sizes)
 
-    def _batches(self) -> NDArray[np.int64]:
-        ids = self._dataset.epoch_ids(self.epoch, self.global_batch_size) if self.shuffle else self._dataset.ids()
-        return epoch_batches(ids, self.global_batch_size, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch)
-
     def __len__(self) -> int:
         if self.shuffle:
             return self._dataset.epoch_steps(self.global_batch_size)
@@ -288,11 +284,12 @@ class BucketBatchSampler(DistributedSampler):
         if self.evaluation:
             yield from self._evaluation()
             return
-        epoch = self.epoch if self.shuffle else 0
+        ids = self._dataset.epoch_ids(self.epoch, self.global_batch_size) if self.shuffle else self._dataset.ids()
+        batches = epoch_batches(ids, self.global_batch_size, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch)
         share = self.global_batch_size // self.num_replicas
-        for batch in self._batches()[first:, self.rank * share : (self.rank + 1) * share]:
+        for batch in batches[first:, self.rank * share : (self.rank + 1) * share]:
             height, width = self._size_of(batch)
-            yield [SampleRequest(int(sample_id), height, width, epoch) for sample_id in batch]
+            yield [SampleRequest(int(sample_id), height, width, self.epoch if self.shuffle else 0) for sample_id in batch]
 
     def _evaluation(self) -> Iterator[list[SampleRequest]]:
         for batch in evaluation_batches(self._dataset.ids(), self.global_batch_size):

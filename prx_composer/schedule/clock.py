@@ -281,13 +281,12 @@ class TimeBudget(Callback):
         if not self._steps or dist.get_local_rank() != 0:
             return
         step = statistics.median(self._steps)
-        batches = min((self.budget - self.reserve - self._elapsed) / step, _batches_to_max_duration(state))
+        batches = min((self.budget - self.reserve - self._elapsed) / step, Moment("1dur").seconds_left(state, 1.0))
         seconds = min(self.budget - self._elapsed, batches * step + self.reserve)
         for destination in logger.destinations:
             if isinstance(destination, ProgressBarLogger) and destination.train_pbar is not None:
-                destination.train_pbar.metrics["left"] = (
-                    f"{batches:.0f}ba, {duration_string(seconds)}"  # shown with the next loss
-                )
+                # Shown with the next loss.
+                destination.train_pbar.metrics["left"] = f"{batches:.0f}ba, {duration_string(seconds)}"
         if self._elapsed - self._told_at < max(self.budget / 100, _TELL_EVERY):
             return
         self._told_at = self._elapsed
@@ -319,12 +318,6 @@ class TimeBudget(Callback):
         self.progress_before = float(state["progress"])
         if state["budget"] == self.budget:
             self.progress = self.progress_before
-
-
-def _batches_to_max_duration(state: State) -> float:
-    elapsed = state.get_elapsed_duration()
-    batch = int(state.timestamp.batch)
-    return batch / elapsed.value - batch if elapsed is not None and elapsed.value > 0 else math.inf
 
 
 def time_budget_of(state: State) -> TimeBudget | None:
