@@ -104,8 +104,7 @@ def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str, ranks: 
     """
     folder = Path(recipe.run_folder)
     ranks = dist.get_world_size() if ranks is None else ranks
-    changes = recipe_changes(before, as_saved(recipe), ranks)
-    changes = _with_data(changes, recipe, folder, before)
+    changes = _with_data(recipe_changes(before, as_saved(recipe), ranks), recipe, folder, before)
     known = {key: change["now"] for start in read_changes(folder) for key, change in start["changes"].items()}
     allow = recipe.resume.get("allow", [])
     refused = [change for change in changes if not is_allowed(change, allow, known)]
@@ -141,9 +140,8 @@ def _with_data(changes: list[Change], recipe: Recipe, folder: Path, recipe_befor
     if before is not None and now is not None:
         rest = [change for change in changes if change not in named]
         return rest if same(before, now) else [*rest, Change(DATA, told(before), told(now))]
-    makes = recipe.train_loader.get("source") or any(
-        part.get("source") for part in (recipe.train_loader.get("mix") or {}).values()
-    )
+    parts = [recipe.train_loader, *(recipe.train_loader.get("mix") or {}).values()]
+    makes = any(part.get("source") for part in parts)
     fetched = recipe.train_loader.get("remote") and not any(change.key.endswith("remote") for change in named)
     if before is not None and (makes or fetched):  # compared once they are there
         return [change for change in changes if change not in named or not change.key.endswith("path")]

@@ -150,11 +150,19 @@ class ModelParts:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The text encoder's tokenizer."""
-        encoder = self.arguments("text_encoder")
-        if self._loader is None or self._folder is None:
-            return kept_tokenizer(encoder, self._folder)
-        return made_tokenizer(encoder, self._loader, self._folder)
+        """The text encoder's tokenizer: the run's, or else the one that the recipe names; nothing is written without `loader`."""
+        encoder, kept = self.arguments("text_encoder"), (self._folder or Path()) / TOKENIZER
+        if self._loader is not None and self._folder is not None:
+            return made_tokenizer(encoder, self._loader, self._folder)
+        with at_path(_TOKENIZER):
+            if self._folder is not None and kept.exists():
+                return load_tokenizer(str(kept))
+            if (named := _named_tokenizer(encoder)) is not None:
+                return named
+            raise UserError(
+                f"{_TOKENIZER}: it was trained with the run and lies in its folder; there is no {kept}. "
+                "Put the checkpoint where the run wrote it: <run folder>/checkpoints/."
+            )
 
     @cached_property
     def text_encoder(self) -> Any:
@@ -270,26 +278,6 @@ def made_tokenizer(encoder: Spec, loader: Spec, folder: Path) -> PreTrainedToken
         return with_cleaning(tokenizer, encoder.get("clean", "none"))
 
 
-def kept_tokenizer(encoder: Spec, folder: Path | None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that a run has in its folder, or the one that its text encoder names; nothing is written.
-
-    Args:
-        encoder: a recipe's `model.text_encoder`.
-
-    Raises:
-        UserError: it was trained with the run, and isn't there.
-    """
-    with at_path(_TOKENIZER):
-        if folder is not None and (folder / TOKENIZER).exists():
-            return load_tokenizer(str(folder / TOKENIZER))
-        if (named := _named_tokenizer(encoder)) is not None:
-            return named
-        raise UserError(
-            f"{_TOKENIZER}: it was trained with the run and lies in its folder; there is no {(folder or Path()) / TOKENIZER}. "
-            "Put the checkpoint where the run wrote it: <run folder>/checkpoints/."
-        )
-
-
 def _named_tokenizer(encoder: Spec) -> PreTrainedTokenizerBase | None:
     named = encoder.get("tokenizer", encoder.get("pretrained"))
     return load_tokenizer(named, encoder.get("revision")) if isinstance(named, str) else None
@@ -301,21 +289,20 @@ def _new(encoder: Spec, loader: Spec) -> PreTrainedTokenizerBase:
         if (named := _named_tokenizer(encoder)) is not None:
             return named
         if isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size"} and spec.get("train"):
-            clean = cleaner(encoder.get("clean", "none"))
-            return trained_tokenizer(loader, spec.get("vocab_size", 4096), clean)
+            return trained_tokenizer(loader, spec.get("vocab_size", MOST_WORDS), cleaner(encoder.get("clean", "none")))
     raise UserError(f"{_TOKENIZER}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
 
 
-def trained_tokenizer(loader: Spec, vocab_size: int = 4096, clean: Callable[[str], str] = str) -> PreTrainedTokenizerBase:
+def trained_tokenizer(loader: Spec, vocab_size: int = MOST_WORDS, clean: Callable[[str], str] = str) -> PreTrainedTokenizerBase:
     """Return a word-level tokenizer of the captions that a loader trains on, as they are cleaned."""
-    return train_tokenizer(map(clean, _training_captions(loader)), vocab_size)
 
+    def captions() -> Iterator[str]:
+        for part in data_sets(loader).values():
+            folder = Path(part["path"]) / part.get("split", "train")
+            for column in part.get("captions") or [Manifest.read(folder).captions[0]]:
+                yield from iterate_captions(folder, column)
 
-def _training_captions(loader: Spec) -> Iterator[str]:
-    for part in data_sets(loader).values():
-        folder = Path(part["path"]) / part.get("split", "train")
-        for column in part.get("captions") or [Manifest.read(folder).captions[0]]:
-            yield from iterate_captions(folder, column)
+    return train_tokenizer(map(clean, captions()), vocab_size)
 
 
 def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
