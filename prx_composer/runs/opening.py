@@ -178,7 +178,7 @@ def attach_algorithms(model: TextToImage, recipe: Recipe, saved: SavedState, run
         callbacks=[clock],
         algorithms=shaping,
     )
-    last = {unit: int(saved.timestamp.get(unit, 0)) for unit in ("batch", "epoch", "sample")}
+    last: dict[str, Any] = {unit: int(saved.timestamp.get(unit, 0)) for unit in ("batch", "epoch", "sample")}
     last["batch"] = max(last["batch"] - 1, 0)  # windows go by the last step's beginning
     for event, timestamp in ((Event.INIT, Timestamp()), (Event.BATCH_START, Timestamp(**last))):
         state.timestamp = timestamp
