@@ -71,9 +71,9 @@ class TrainingInterrupted(Exception):
     """A run that was asked to stop and did; says where it goes on."""
 
 
-def listed(said: list[str], most: int = 5) -> str:
-    """Return the first of several mistakes, and how many more there are."""
-    return "; ".join(said[:most]) + (f"; and {len(said) - most} more" if len(said) > most else "")
+def listed(said: list[str]) -> str:
+    """Return the first five of several mistakes, and how many more there are."""
+    return "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
 
 
 def nearest(name: str, allowed: list[str]) -> str:

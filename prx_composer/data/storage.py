@@ -6,6 +6,7 @@ nothing executes, and a column that isn't asked for isn't read.
 
 import contextlib
 import fnmatch
+import itertools
 import logging
 import os
 import shutil
@@ -233,14 +234,6 @@ class LinkError(ValueError):
     """A shard that lies elsewhere."""
 
 
-def _is_whole(folder: str, raw: dict[str, Any]) -> bool:
-    """Return whether a compressed shard's uncompressed file lies there: a `StreamingDataset` leaves only that in its cache."""
-    if is_remote(folder):
-        return False
-    path = Path(folder) / raw["basename"]
-    return path.is_file() and path.stat().st_size == raw["bytes"]
-
-
 class RawShard:
     """The samples of one shard as bytes, by column.
 
@@ -258,7 +251,8 @@ class RawShard:
     def __init__(self, folder: str, shard: dict[str, Any], cache: Path, follow_links: bool = False):
         self._names, self._fixed = shard["column_names"], shard["column_sizes"]
         raw, zipped = shard["raw_data"], shard.get("zip_data")
-        if zipped and not _is_whole(folder, raw):
+        path = Path(folder, raw["basename"])  # of a compressed shard, a `StreamingDataset` leaves only this in its cache
+        if zipped and (is_remote(folder) or not path.is_file() or path.stat().st_size != raw["bytes"]):
             from streaming.base.compression import decompress
 
             path = self._fetch(folder, zipped["basename"], cache, follow_links)
@@ -301,16 +295,10 @@ class RawShard:
         begin, stop = int(self._offsets[index]), int(self._offsets[index + 1])
         if not begin <= stop <= len(self._content):
             raise ValueError(f"{self._file} ends early")
-        stated = [size for size in self._fixed if not size]
-        position = begin + 4 * len(stated)
-        if position > stop:
-            raise ValueError("a sample ends early")
-        sizes = iter(np.frombuffer(self._content[begin:position].tobytes(), "<u4").tolist())
-        spans = {}
-        for name, size in zip(self._names, self._fixed, strict=True):
-            end = position + int(size or next(sizes))
-            spans[name] = position, end
-            position = end
-        if position > stop:
-            raise ValueError("a sample ends early")
-        return spans
+        values = begin + 4 * sum(not size for size in self._fixed)  # after the sizes of the columns that have none in the index
+        if values <= stop:
+            stated = iter(np.frombuffer(self._content[begin:values].tobytes(), "<u4").tolist())
+            ends = list(itertools.accumulate((int(size or next(stated)) for size in self._fixed), initial=values))
+            if ends[-1] <= stop:
+                return dict(zip(self._names, itertools.pairwise(ends), strict=True))
+        raise ValueError("a sample ends early")
