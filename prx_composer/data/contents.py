@@ -198,7 +198,7 @@ def _content(files: list[Path]) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def same_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Return whether two identities of loaders are of the same data; what one of them doesn't know makes no difference."""
     return before.keys() == now.keys() and all(_same_split(before[name], now[name]) for name in now)
 
@@ -208,7 +208,7 @@ def _same_split(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return before.get("layout") == now.get("layout") and len(contents) <= 1
 
 
-def told(identity: Mapping[str, Any]) -> str:
+def in_words(identity: Mapping[str, Any]) -> str:
     """Return an identity as people read it."""
     parts = []
     for name, part in identity.items():

@@ -27,7 +27,7 @@ from composer.utils import dist
 
 from prx_composer.common.errors import UserError, redacted_text
 from prx_composer.common.files import write_whole
-from prx_composer.data.contents import loader_identity, same, told
+from prx_composer.data.contents import in_words, loader_identity, same_data
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resolved import resolved
 from prx_composer.recipe.resume import DATA, Change, changed, data_changed, differences, hidden, is_allowed, refusal
@@ -139,7 +139,7 @@ def _with_data(changes: list[Change], recipe: Recipe, folder: Path, recipe_befor
     named = [change for change in changes if change.rule.may == "data"]
     if before is not None and now is not None:
         rest = [change for change in changes if change not in named]
-        return rest if same(before, now) else [*rest, Change(DATA, told(before), told(now))]
+        return rest if same_data(before, now) else [*rest, Change(DATA, in_words(before), in_words(now))]
     parts = [recipe.train_loader, *(recipe.train_loader.get("mix") or {}).values()]
     makes = any(part.get("source") for part in parts)
     fetched = recipe.train_loader.get("remote") and not any(change.key.endswith("remote") for change in named)
