@@ -23,6 +23,7 @@ from prx_composer.recipe.arguments import check_spec, check_type, entries, provi
 from prx_composer.recipe.checks import OF_MODELS
 from prx_composer.recipe.config import Recipe, build
 from prx_composer.recipe.own_code import without_code
+from prx_composer.recipe.sizes import stages_of
 from prx_composer.runs.checkpoints import all_checkpoints
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.runs.pretrained_models import open_pipeline
@@ -118,7 +119,9 @@ def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
     chosen = weights or ("ema" if state.average else "raw")
     if chosen == "ema":
         _fill_average(model, state.average, str(located.path))
-    return Trained(model.eval(), located.path, chosen, _last_image_size(recipe), located.checkpoint.batch, saved_recipe)
+    _, last_stage = stages_of(vars(recipe))[-1]
+    image_size = int(last_stage.get("image_size", recipe.image_size))
+    return Trained(model.eval(), located.path, chosen, image_size, located.checkpoint.batch, saved_recipe)
 
 
 def _as_recipe(saved: dict[str, Any], where: Path) -> Recipe:
@@ -135,11 +138,6 @@ def _as_recipe(saved: dict[str, Any], where: Path) -> Recipe:
             check_type(value, hints[key], f"{where}: recipe.{key}")
     problems.raise_any()
     return recipe
-
-
-def _last_image_size(recipe: Recipe) -> int:
-    stages = (recipe.algorithms.get("progressive_resolution") or {}).get("stages") or []
-    return int(stages[-1].get("image_size", recipe.image_size)) if stages else recipe.image_size
 
 
 def build_model(recipe: Recipe, run_folder: Path) -> TextToImage:
