@@ -60,7 +60,7 @@ def import_model(options: ImportOptions) -> None:
 
     It is merged over a recipe: composer train.py RECIPE.yaml FILE run_name=…
     """
-    from prx_composer.runs.init_from import write_fragment
+    from prx_composer.runs.pretrained_models import write_fragment
 
     show_log()
     target = Path(options.output).expanduser()

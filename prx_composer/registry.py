@@ -125,9 +125,9 @@ loaders = Registry("loaders", {"image_caption": "prx_composer.data.loader:ImageC
 sources = Registry(
     "sources",
     {
-        "digits": "prx_composer.data.small_sets:DigitsSource",
+        "digits": "prx_composer.data.sources:DigitsSource",
         "folder": "prx_composer.data.sources:FolderSource",
-        "shapes": "prx_composer.data.small_sets:ShapesSource",
+        "shapes": "prx_composer.data.sources:ShapesSource",
     },
 )
 algorithms = Registry(

@@ -19,8 +19,8 @@ from prx_composer.models.randomness import RandomStreams, derive_seed
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
 from prx_composer.runs.checkpoints import Checkpoint
+from prx_composer.schedule.clock import time_budget_of
 from prx_composer.schedule.moments import ScheduleWindow
-from prx_composer.schedule.time_budget import time_budget_of
 
 log = logging.getLogger(__name__)
 

@@ -35,9 +35,8 @@ from prx_composer.recipe.arguments import check_arguments
 from prx_composer.recipe.config import build
 from prx_composer.recipe.data_sets import data_sets
 from prx_composer.registry import Registry
-from prx_composer.runs.init_from import initialise
-from prx_composer.runs.model_parts import ModelParts
-from prx_composer.runs.tokenizer import keep_tokenizer, trained_tokenizer
+from prx_composer.runs.model_parts import ModelParts, keep_tokenizer, trained_tokenizer
+from prx_composer.runs.pretrained_models import initialise
 from prx_composer.training.source_data import make_data, read_manifests, unmade_sources
 
 _MADE_OF = "made_of.json"  # beside a tokenizer: its captions

@@ -17,9 +17,8 @@ from packaging.version import Version
 from torch import Tensor
 
 from prx_composer.common.distributed import from_rank_zero
-from prx_composer.common.errors import UserError
+from prx_composer.common.errors import UserError, redacted, redacted_text
 from prx_composer.common.pages import picture
-from prx_composer.common.secrets import redacted, redacted_text
 from prx_composer.loggers.trackers import Tracker, remembered_run, run_folder_of
 from prx_composer.runs.checkpoints import INDEX, Checkpoint
 

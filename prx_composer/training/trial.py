@@ -19,7 +19,7 @@ from prx_composer.models.counting import flops_of_backbone
 from prx_composer.recipe import config
 from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
-from prx_composer.runs.frozen_parts import with_kept
+from prx_composer.runs.model_parts import with_kept
 from prx_composer.training.components import Components, PlannedStage
 from prx_composer.training.preflight import check_surroundings
 from prx_composer.training.preflight.captions import check_captions

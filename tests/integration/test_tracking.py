@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from wandb_files import offline_runs
 
-from prx_composer.common.secrets import HIDDEN
+from prx_composer.common.errors import HIDDEN
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import Checkpoint, damage
 from prx_composer.runs.folder import read_metrics

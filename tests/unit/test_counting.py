@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prx_composer.commands.plan.conditions import Conditions, find_gpu
 from prx_composer.commands.plan.plan import make_plan
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import NOTICED, Bucket, assign_bucket, make_buckets, share_cropped
+from prx_composer.data.format import NOTICED, Bucket, assign_bucket, make_buckets, share_cropped
 from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.models import HuggingFaceTextEncoder
 from prx_composer.models.autoencoder import DiffusersAutoencoder

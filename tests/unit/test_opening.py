@@ -27,8 +27,8 @@ from prx_composer.models.huggingface import known_config
 from prx_composer.recipe import config
 from prx_composer.recipe.own_code import needs_code
 from prx_composer.runs.checkpoints import MONOLITH
-from prx_composer.runs.init_from import initialise
 from prx_composer.runs.opening import load_trained
+from prx_composer.runs.pretrained_models import initialise
 from prx_composer.training.trial import check_recipe
 
 Recipe = dict[str, Any]

@@ -18,8 +18,8 @@ from prx_composer.models import text_to_image as module
 from prx_composer.models.flow import MAX_SEED, RoutedSelfGuidance, initial_noise
 from prx_composer.models.routing import RandomRouter
 from prx_composer.recipe import config
-from prx_composer.runs.init_from import initialise
 from prx_composer.runs.opening import Trained, build_model, load_trained
+from prx_composer.runs.pretrained_models import initialise
 from prx_composer.runs.weights import nonfinite
 
 Recipe = dict[str, Any]

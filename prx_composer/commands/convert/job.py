@@ -15,8 +15,7 @@ from prx_composer.commands.convert.output import STATS, Output, open_output
 from prx_composer.commands.convert.records import Job, Seen, Source, Unit, limited, open_source
 from prx_composer.commands.convert.settings import MEASURED, METADATA_TYPES, Settings, check_where
 from prx_composer.common.errors import UserError, nearest
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.format import MANIFEST, Manifest
+from prx_composer.data.format import MANIFEST, Bucket, Manifest
 from prx_composer.data.storage import survey
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,7 @@ from prx_composer.commands.convert.input_files import first
 from prx_composer.commands.convert.records import IMAGE_NAMES, Record, Seen, Source, Unit, choose_image, damage, damaged, image_of
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.common.errors import UserError
-from prx_composer.data.format import LinkError, RawShard, encodings_of
-from prx_composer.data.storage import fetched, join, relative_name
+from prx_composer.data.storage import LinkError, RawShard, encodings_of, fetched, join, relative_name
 
 IMAGES = ("jpeg", "jpeg_array", "jpegarray", "png")  # encodings of images as files, perhaps with a quality, `jpeg:90`
 READ = ("str", "str_int", "str_float", "int", "json", "bytes")  # and numpy's numbers

@@ -14,10 +14,9 @@ from prx_composer.commands.convert.input_files import Passed
 from prx_composer.commands.convert.records import Record, has
 from prx_composer.commands.convert.sample import REASONS, Dropped, Kept, Measured, clean_key, thumbnail
 from prx_composer.common.pages import render
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.decoding import PIXELS_OPENED, decode, open_image
-from prx_composer.data.format import RawShard, encodings_of
-from prx_composer.data.storage import fetched, join
+from prx_composer.data.format import Bucket
+from prx_composer.data.storage import RawShard, encodings_of, fetched, join
 
 EXAMPLES = 5  # keys that are kept of every reason …
 FILES = 100  # … and of the one that stands for a whole file

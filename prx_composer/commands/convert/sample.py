@@ -11,8 +11,8 @@ from PIL import Image
 from prx_composer.commands.convert.records import Record, lookup
 from prx_composer.commands.convert.settings import CHROMA, Settings, is_wanted
 from prx_composer.common.files import encoding_of
-from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.decoding import IMAGE_REASONS, JPEGS, BadImageError, decode, is_plain, open_image, oriented_size, resize
+from prx_composer.data.format import Bucket, assign_bucket, make_buckets
 
 STORED = (*JPEGS, "PNG", "WEBP")  # formats that are kept as they are where they fit
 MAX_KEY = 1024

@@ -92,8 +92,8 @@ def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOpt
     """Write the model card, with samples that are drawn as the exported pipeline draws."""
     from prx_composer.commands import generate
     from prx_composer.commands.export.card import SAMPLES, Card, public_command, write_card
-    from prx_composer.runs.diffusers_folder import mends_prompts, pipeline_prompt
     from prx_composer.runs.opening import choose_guidance
+    from prx_composer.runs.pretrained_models import mends_prompts, pipeline_prompt
 
     prompts, settings = generate.recipe_settings(trained)
     prompts = (options.prompt or prompts)[:_MOST_SAMPLES]

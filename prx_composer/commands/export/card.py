@@ -14,12 +14,12 @@ from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 
 from prx_composer import __version__
 from prx_composer.commands.generate import DrawingSettings
+from prx_composer.common.errors import redacted
 from prx_composer.common.pages import render
-from prx_composer.common.secrets import redacted
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.prompts import cleaner, cleaning_of
-from prx_composer.runs.diffusers_folder import RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
+from prx_composer.runs.pretrained_models import RECIPE, REFERENCE
 
 SAMPLES = "samples.png"
 ADAPTERS = "pytorch_lora_weights.safetensors"  # by the name that diffusers looks for

@@ -19,15 +19,14 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from safetensors.torch import save_file
 
 from prx_composer.commands.export.card import ADAPTERS, public_name, without_places, write_adapter_card
-from prx_composer.common.errors import UserError, raise_all
+from prx_composer.common.errors import UserError, raise_all, redacted
 from prx_composer.common.files import sync
-from prx_composer.common.secrets import redacted
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.flow import NUM_TRAIN_TIMESTEPS
 from prx_composer.models.layers import is_adapted
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.runs.diffusers_folder import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
+from prx_composer.runs.pretrained_models import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
 
 log = logging.getLogger(__name__)
 

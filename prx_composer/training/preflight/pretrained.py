@@ -25,8 +25,8 @@ from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import TOKENIZER
-from prx_composer.runs.frozen_parts import with_kept
-from prx_composer.runs.init_from import check_init_from
+from prx_composer.runs.model_parts import with_kept
+from prx_composer.runs.pretrained_models import check_init_from
 from prx_composer.training.components import Components
 from prx_composer.training.preflight.result import Result, failed, passed, warned
 

@@ -18,7 +18,7 @@ import torch
 from composer.core import TimeUnit
 
 from prx_composer.algorithms.base import Trick
-from prx_composer.common.secrets import redacted
+from prx_composer.common.errors import redacted
 from prx_composer.loggers.tracking_servers import wandb_mode
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
