@@ -200,3 +200,7 @@ schedulers = Registry(
 
 # A component nested in another's arguments is looked up by the argument's name.
 NESTED = {"backbone": backbones, "text_encoder": text_encoders, "autoencoder": autoencoders, "source": sources}
+
+# The components that keys of a recipe name: one by `name`, or several by their own keys.
+BY_KEY = {"model": models, "optimizer": optimizers, "scheduler": schedulers, "train_loader": loaders, "eval_loader": loaders}
+BY_NAME = {"algorithms": algorithms, "callbacks": callbacks, "loggers": loggers}

@@ -11,7 +11,7 @@ from composer.utils import dist
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.recipe.sizes import check_batch_sizes
+from prx_composer.recipe.consistency import check_batch_sizes
 from prx_composer.schedule.moments import Moment
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,7 @@ from composer.utils import dist
 
 from prx_composer.common.errors import UserError
 from prx_composer.data.contents import loader_identity, same, told
-from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.resolved import resolved
+from prx_composer.recipe.config import Recipe, resolved
 from prx_composer.recipe.resume import DATA, Change, changed, data_changed, differences, hidden, is_allowed, refusal
 from prx_composer.runs.checkpoints import Checkpoint, newest_checkpoint, newest_whole_checkpoint
 

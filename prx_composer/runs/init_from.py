@@ -14,7 +14,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.time_checks import strings
+from prx_composer.recipe.consistency import strings
 from prx_composer.runs import diffusers_folder as pipeline_folder
 from prx_composer.runs.weights import Located, locate, nonfinite, read_checkpoint, read_safetensors, safetensors_shapes
 

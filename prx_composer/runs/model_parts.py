@@ -15,9 +15,8 @@ from prx_composer.common.outlines import constructor
 from prx_composer.models.autoencoder import Pixels, stored_config
 from prx_composer.models.known_configs import known_config
 from prx_composer.models.text_encoder import load_tokenizer
-from prx_composer.recipe.arguments import Spec, split
-from prx_composer.recipe.config import build
-from prx_composer.recipe.sizes import downsampling_of
+from prx_composer.recipe.arguments import Spec, build, split
+from prx_composer.recipe.consistency import downsampling_of
 from prx_composer.registry import Registry
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.frozen_parts import with_kept

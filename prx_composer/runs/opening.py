@@ -19,10 +19,9 @@ from prx_composer.common.errors import Problems, UserError
 from prx_composer.models.adapters import merge_adapters
 from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.arguments import check_spec, check_type, entries, provided_by, split
+from prx_composer.recipe.arguments import build, check_component, check_type, entries, provided_by, split
 from prx_composer.recipe.checks import OF_MODELS
-from prx_composer.recipe.config import Recipe, build
-from prx_composer.recipe.own_code import without_code
+from prx_composer.recipe.config import Recipe, without_code
 from prx_composer.runs.checkpoints import all_checkpoints
 from prx_composer.runs.diffusers_folder import open_pipeline
 from prx_composer.runs.model_parts import ModelParts
@@ -107,7 +106,8 @@ def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
         recipe = without_code(_as_recipe(saved_recipe, located.path), index, located.path)
     except (OSError, ValueError, LookupError) as error:
         raise error if isinstance(error, UserError) else UserError(f"{located.path} cannot be read: {error}") from error
-    check_spec(registry.models, recipe.model, f"{located.path}: recipe.model", OF_MODELS, frozenset({"init_from"}))
+    path = f"{located.path}: recipe.model"
+    check_component(registry.models, *split(recipe.model, path), path, *OF_MODELS)
     state = read_checkpoint(located.checkpoint)
     if weights == "ema" and not state.average:
         raise UserError(

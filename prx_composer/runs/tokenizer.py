@@ -11,8 +11,7 @@ from prx_composer.common.errors import UserError, at_path
 from prx_composer.data.format import Manifest, iterate_captions
 from prx_composer.models.prompts import cleaner, with_cleaning
 from prx_composer.models.text_encoder import load_tokenizer, train_tokenizer
-from prx_composer.recipe.arguments import Spec
-from prx_composer.recipe.data_sets import data_sets
+from prx_composer.recipe.arguments import Spec, data_sets
 from prx_composer.runs.folder import TOKENIZER
 
 _ENCODER, _PATH = "model.text_encoder", "model.text_encoder.tokenizer"

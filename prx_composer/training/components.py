@@ -7,17 +7,17 @@ from typing import Any
 
 from composer.core import Algorithm, Callback, DataSpec
 from composer.loggers import LoggerDestination
-from composer.utils import FSDP2Config, ParallelismConfig
 from torch.optim import Optimizer
 
 from prx_composer import registry
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
-from prx_composer.common.errors import Problems, UserError
+from prx_composer.common.errors import Problems, UserError, at_path
+from prx_composer.data.dataset import read_manifest
+from prx_composer.data.sources import is_made, prepare
 from prx_composer.data.stored import check_latent_column, check_text_column
 from prx_composer.optim.groups import parameter_groups
-from prx_composer.recipe.arguments import entries, provided_by, split
-from prx_composer.recipe.checks import check_parallelism
-from prx_composer.recipe.config import Recipe, build
+from prx_composer.recipe.arguments import build, data_sets, entries, provided_by, split
+from prx_composer.recipe.config import Recipe
 from prx_composer.registry import Registry
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.schedule.moments import ScheduleWindow
@@ -182,56 +182,88 @@ def _stage(path: str, sizes: Any, num_ranks: int, window: ScheduleWindow) -> Pla
     return PlannedStage(path, sizes.image_size, batch_size, microbatch_size, num_ranks, window)
 
 
-# ------------------------------------------------------------------------------------------- how weights lie on the ranks
+# -------------------------------------------------------------------------------------------------- data sets that a source makes
 
 
-@dataclass
-class HybridConfig(FSDP2Config):
-    """FSDP2Config that can also ask for hybrid sharding, which Composer's own answers with "all ranks" whatever it is given.
+@dataclass(frozen=True)
+class Making:
+    """A data set that a source makes.
 
     Args:
-        shard_degree: ranks that share one copy of the weights; −1: all.
+        key: where in the recipe its data set is named: train_loader, eval_loader or train_loader.mix.NAME.
+        path: the folder to be.
+        source: makes it.
+        spec: the source as the recipe has it.
     """
 
-    shard_degree: int = -1
+    key: str
+    path: Path
+    source: Any
+    spec: dict[str, Any]
 
-    @property
-    def data_parallel_shard_degree(self) -> int:
-        return self.shard_degree
+    def is_made(self) -> bool:
+        """Raises UserError for a folder that holds other data."""
+        with at_path(self.key):
+            return is_made(self.path, self.source, self.spec)
 
-    @property
-    def data_parallel_replicate_degree(self) -> int | None:
-        return None if self.shard_degree == -1 else -1
+    def make(self) -> None:
+        """Makes it, unless it is there already. Raises UserError for what is wrong with what the source reads."""
+        with at_path(self.key):
+            prepare(self.path, self.source, self.spec)
 
 
-def parallelism(config: dict[str, Any] | None, num_ranks: int, on_gpu: bool = True) -> ParallelismConfig | None:
-    """Return Composer's configuration, or None for DDP.
-
-    (left out)                    DDP: every rank has all weights
-    {fsdp: {}}                    FSDP2: every rank has a shard
-    {fsdp: {shard_degree: 8}}     HSDP: shards over 8 ranks, such as those of a node, and replicas of that over the others
+def sources_of(spec: dict[str, Any] | None, key: str) -> list[Making]:
+    """The data sets of a loader that are made from a source.
 
     Args:
-        config: the recipe's `parallelism_config`.
-        num_ranks: of the run.
-        on_gpu: replicas average their gradients over NCCL; gloo has no such operation.
+        spec: the loader's configuration.
+        key: where in the YAML it is.
 
     Raises:
-        UserError: an unknown key, shards that the ranks don't divide into, replicas on CPUs.
+        UserError: a source that cannot be built, or no folder to make a data set in.
     """
-    if config is None:
-        return None
-    check_parallelism(config, num_ranks)
-    arguments = config.get("fsdp") or {}
-    degree, path = arguments.get("shard_degree", -1), "parallelism_config"
-    if degree not in (-1, num_ranks) and not on_gpu:
-        raise UserError(
-            f"{path}.fsdp.shard_degree: replicas of shards need GPUs (gloo averages over no replicas); on {num_ranks} CPU "
-            f"processes use {path}.fsdp.shard_degree=-1, which shards over all of them."
-        )
-    # Under amp, autocast chooses dtypes op by op. Composer's default would also round every block's and the backbone's inputs
-    # to bf16, timesteps and rotary tables among them.
-    settings: dict[str, Any] = {"mixed_precision": "FULL"} | arguments
-    if degree == num_ranks:
-        settings["shard_degree"] = -1
-    return ParallelismConfig(fsdp2=HybridConfig(**settings))
+    spec = spec or {}
+    if spec.get("source") and spec.get("mix"):
+        raise UserError(f"{key}.source is of one data set; with {key}.mix, give it to a data set of the mixture.")
+    if spec.get("source") and not spec.get("path"):
+        raise UserError(f"{key}.path is missing: the folder that the source is to make the data set in.")
+    if not spec.get("source") and (not spec.get("mix") or not str(spec.get("name", "image_caption")).endswith("image_caption")):
+        return []
+    with at_path(key):
+        found = data_sets(spec)
+    made = []
+    for where, arguments in found.items():
+        if arguments.get("source"):
+            path = f"{key}.{where}" if where else key
+            name, options = split(arguments["source"], f"{path}.source")
+            source = build(registry.sources, name, options, f"{path}.source")
+            made.append(Making(path, Path(arguments["path"]), source, arguments["source"]))
+    return made
+
+
+def unmade_sources(spec: dict[str, Any] | None, key: str) -> list[Making]:
+    """Those of `sources_of` that are still to be made. Raises UserError as that, and for a folder that holds other data."""
+    return [making for making in sources_of(spec, key) if not making.is_made()]
+
+
+def make_data(spec: dict[str, Any] | None, key: str) -> None:
+    """Makes a loader's data sets that have a source and are not there yet. Raises UserError for data that cannot be made."""
+    for making in sources_of(spec, key):
+        making.make()
+
+
+def read_manifests(spec: dict[str, Any], key: str) -> None:
+    """Raises UserError if an `image_caption` loader's data isn't there, or isn't what the loader asks for."""
+    with at_path(key):
+        for part in data_sets(spec).values():
+            if not part.get("remote"):
+                read_manifest(part["path"], part.get("split", "train"), part.get("captions"))
+
+
+def make_recipe_data(recipe: Recipe) -> None:
+    """Make what a recipe's sources make, and see that all of its data are there. Raises UserError as the functions above."""
+    for key in ("train_loader", "eval_loader"):
+        spec = getattr(recipe, key)
+        make_data(spec, key)
+        if spec and spec["name"] == "image_caption":
+            read_manifests(spec, key)

@@ -1,12 +1,17 @@
 """A recipe becomes a run: configuration → objects → composer.Trainer → one line that says where everything is."""
 
+import ctypes
 import logging
+import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import psutil
 from composer.core import Callback, Evaluator, Event, State
 from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 
@@ -22,8 +27,8 @@ from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.recipe import config
 from prx_composer.recipe.checks import precisions
 from prx_composer.recipe.config import Recipe
+from prx_composer.recipe.consistency import check_batch_sizes
 from prx_composer.recipe.resume import Change
-from prx_composer.recipe.sizes import check_batch_sizes
 from prx_composer.runs import environment
 from prx_composer.runs.checkpoints import newest_checkpoint, without_new_callbacks
 from prx_composer.runs.folder import (
@@ -42,16 +47,13 @@ from prx_composer.runs.weights import not_finite_in
 from prx_composer.schedule.clock import ClockStop, TrainingClock, clock_of
 from prx_composer.schedule.moments import duration_string, for_composer, parse_duration
 from prx_composer.schedule.time_budget import TimeBudget, time_budget_of, with_rehearsal
-from prx_composer.training.components import Components, build_components, parallelism
-from prx_composer.training.preflight import check_surroundings
+from prx_composer.training.components import Components, build_components, make_recipe_data
+from prx_composer.training.preflight import Result, failed, require
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.examine import examine
-from prx_composer.training.preflight.result import Result, failed, require
 from prx_composer.training.preflight.step import remember_steps, try_steps_before_training
-from prx_composer.training.preflight.surroundings import check_gpus
-from prx_composer.training.signals import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
-from prx_composer.training.source_data import make_recipe_data
-from prx_composer.training.trainer import Trainer
+from prx_composer.training.preflight.surroundings import check_gpus, check_surroundings
+from prx_composer.training.trainer import Trainer, parallelism
 
 log = logging.getLogger(__name__)
 
@@ -288,3 +290,47 @@ def _loaded(options: dict[str, Any], changes: Sequence[Change]) -> Trainer:
             raise
         log.debug("Composer refused the recipe", exc_info=True)  # its word for what is asked and it doesn't do
         raise UserError(str(error)) from error
+
+
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGTERM
+_PR_SET_PDEATHSIG = 1
+
+
+@contextmanager
+def stop_on_signals(clock: TrainingClock) -> Iterator[None]:
+    """Inside, SIGTERM, SIGUSR1 (a cluster's warning) and Ctrl-C ask the run to stop; a second Ctrl-C stops at once."""
+    owner = os.getpid()
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a data worker that inherited the handler: it ends as it would without
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if number == signal.SIGINT and clock.asked:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        clock.request_stop(signal.Signals(number).name)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            before[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread: the caller's business
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_with_launcher() -> None:
+    """Asks the kernel for SIGTERM when Composer's launcher dies, which would leave its ranks training on alone (Linux)."""
+    if sys.platform != "linux" or "LOCAL_RANK" not in os.environ:
+        return
+    try:
+        parent = psutil.Process().parent()
+        if parent is not None and any(os.path.basename(part) in ("composer", "composer.cli") for part in parent.cmdline()[:3]):
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    except (psutil.Error, OSError, AttributeError):
+        log.debug("The launcher could not be watched", exc_info=True)

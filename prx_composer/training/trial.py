@@ -20,16 +20,13 @@ from prx_composer.recipe import config
 from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.frozen_parts import with_kept
-from prx_composer.training.components import Components, PlannedStage
-from prx_composer.training.preflight import check_surroundings
-from prx_composer.training.preflight.captions import check_captions
+from prx_composer.training.components import Components, Making, PlannedStage, unmade_sources
+from prx_composer.training.preflight import Result, failed, guarded, skipped
 from prx_composer.training.preflight.examine import check_callbacks, examine
-from prx_composer.training.preflight.pretrained import is_here, references
-from prx_composer.training.preflight.result import Result, failed, guarded, skipped
+from prx_composer.training.preflight.pretrained import check_captions, is_here, references
 from prx_composer.training.preflight.step import try_steps
-from prx_composer.training.preflight.surroundings import check_gpus
+from prx_composer.training.preflight.surroundings import check_gpus, check_surroundings
 from prx_composer.training.run import build_trainer
-from prx_composer.training.source_data import Making, unmade_sources
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from prx_composer.data.small_sets import ShapesSource
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.components import Components, build_components
+from prx_composer.training.preflight import Result, require
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.examine import check_callbacks, examine
 from prx_composer.training.preflight.pretrained import check_weights
-from prx_composer.training.preflight.result import Result, require
 from prx_composer.training.preflight.step import extremes
 from prx_composer.training.preflight.surroundings import check_gpus, check_loggers, check_storage, checkpoints_to_keep
 from prx_composer.training.trial import check_config

@@ -32,7 +32,7 @@ from prx_composer.models.prompts import CaptionCounts, readings, what_is_lost, w
 from prx_composer.models.text_encoder import tokenize, train_tokenizer
 from prx_composer.recipe import config
 from prx_composer.training.components import build_components
-from prx_composer.training.preflight.captions import check_captions
+from prx_composer.training.preflight.pretrained import check_captions
 from prx_composer.training.run import run
 
 CORPUS = ["a red circle on the left of a white background", "two blue squares, and a small dot", "playing players play"] * 3

@@ -17,13 +17,12 @@ from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.data.storage import fetch, fetched, is_remote, join, remote_keys
 from prx_composer.data.stored import ENCODED
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.arguments import split as split_spec
-from prx_composer.recipe.data_sets import data_sets
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.tokenizer import made_tokenizer
-from prx_composer.training.components import PlannedStage
+from prx_composer.training.components import PlannedStage, make_data
 from prx_composer.training.preflight.examine import examine
-from prx_composer.training.source_data import make_data
 
 INDEX, CONVERSION = "index.json", "conversion.json"
 

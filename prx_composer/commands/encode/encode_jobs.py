@@ -17,8 +17,8 @@ from prx_composer.data.format import Manifest
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, fingerprint, latent_column
 from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.data_sets import data_sets
 from prx_composer.runs.model_parts import ModelParts
 
 STORAGE = ("bfloat16", "float16", "float32")

@@ -13,8 +13,8 @@ from prx_composer.commands.plan.timeline import Span, Timeline, timeline
 from prx_composer.common.errors import UserError
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import parse_duration
-from prx_composer.training.components import parallelism
 from prx_composer.training.meta_model import MetaModel, training_state
+from prx_composer.training.trainer import parallelism
 
 VALID_TEXT = 0.4  # share of the padded tokens that are real ones in long captions, which is what is stored of them
 LANDED_TOKEN_BYTES = 9  # id (int64) and mask (bool)

@@ -10,7 +10,7 @@ from composer.core import TimeUnit
 from prx_composer.algorithms.progressive_resolution import Stage
 from prx_composer.common.errors import UserError
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.sizes import check_batch_sizes
+from prx_composer.recipe.consistency import check_batch_sizes
 from prx_composer.schedule.moments import BUDGET, SECONDS, Moment, Point, ScheduleWindow
 
 STAGES = "algorithms.progressive_resolution.stages"

@@ -16,13 +16,12 @@ from prx_composer.data.format import MANIFEST, Manifest, open_local
 from prx_composer.data.mixture import Shares
 from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
+from prx_composer.recipe.arguments import data_sets, weights_of
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.data_sets import data_sets, weights_of
-from prx_composer.recipe.time_checks import schedule_problems
+from prx_composer.recipe.consistency import schedule_problems
 from prx_composer.schedule.moments import ScheduleWindow
-from prx_composer.training.components import Components, PlannedStage
-from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped, warned
-from prx_composer.training.source_data import Making, unmade_sources
+from prx_composer.training.components import Components, Making, PlannedStage, unmade_sources
+from prx_composer.training.preflight import Result, failed, guarded, passed, skipped, warned
 
 REMOTE_TIMEOUT = 20.0  # seconds for a manifest of a few kilobytes
 LOOKED_AT = 10  # samples of a bucket, if the first cannot be decoded

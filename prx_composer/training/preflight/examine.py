@@ -11,10 +11,10 @@ from prx_composer.models.prompts import Cleaning, cleaner
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.checks import argument_problems, setting_problems
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.sizes import batch_problems, image_size_problems
-from prx_composer.recipe.time_checks import schedule_problems
-from prx_composer.training.components import Components, PlannedStage, build_components, parallelism
-from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped, warned
+from prx_composer.recipe.consistency import batch_problems, image_size_problems, schedule_problems
+from prx_composer.training.components import Components, PlannedStage, build_components
+from prx_composer.training.preflight import Result, failed, guarded, passed, skipped, warned
+from prx_composer.training.trainer import parallelism
 
 
 def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components]:

@@ -35,7 +35,7 @@ from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import ScheduleWindow
 from prx_composer.training.components import PlannedStage, planned_stages
-from prx_composer.training.preflight.result import Result, failed, passed, require, skipped
+from prx_composer.training.preflight import Result, failed, passed, require, skipped
 
 log = logging.getLogger(__name__)
 

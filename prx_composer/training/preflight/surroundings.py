@@ -26,7 +26,21 @@ from prx_composer.runs.folder import CHECKPOINTS, holds_run
 from prx_composer.schedule.moments import SECONDS, Point, parse_duration
 from prx_composer.training.components import Components
 from prx_composer.training.meta_model import checkpoint_bytes
-from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped, warned
+from prx_composer.training.preflight import Result, failed, guarded, passed, skipped, warned
+from prx_composer.training.preflight.data_fit import check_data
+from prx_composer.training.preflight.pretrained import check_weights
+
+
+def check_surroundings(recipe: Recipe, parts: Components) -> Iterator[Result]:
+    """What a recipe needs and does not contain: weights, data, room and permission to write, loggers.
+
+    Args:
+        parts: what `examine` built.
+    """
+    yield from guarded(check_weights(recipe, parts))
+    yield from guarded(check_data(recipe, parts))
+    yield from guarded(check_storage(recipe, parts))
+    yield from guarded(check_loggers(recipe, parts))
 
 
 def check_storage(recipe: Recipe, parts: Components) -> Iterator[Result]:
