@@ -20,7 +20,7 @@ Spec = dict[str, Any]
 
 
 def split(spec: Any, path: str) -> tuple[str, Spec]:
-    """`{name: …, **arguments}` → name, arguments."""
+    """Return the name and the arguments of `{name: …, **arguments}`."""
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
         raise UserError(f"{path} must be a mapping with a `name`, not {spec!r}.")
     return spec["name"], {key: value for key, value in spec.items() if key != "name"}
@@ -55,7 +55,7 @@ def is_filled(parameter: inspect.Parameter) -> bool:
 
 
 def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]:
-    """Name and arguments of the algorithms, callbacks or loggers of a recipe, in order, but those set to false."""
+    """Yield name and arguments of the algorithms, callbacks or loggers of a recipe, in order, but those set to false."""
     for name, arguments in components.items():
         if arguments is False:
             continue
@@ -69,7 +69,7 @@ _WEIGHT = "weight"
 
 
 def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The data sets that a loader's specification names: where in it → its arguments, those that all share included.
+    """Return the data sets that a loader names: where in it → its arguments, those that all share included.
 
     Below `mix`, a data set lies in a folder of its name in `path` (and `remote`), unless it has one of its own.
 
@@ -107,7 +107,7 @@ def _of_mixture(spec: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> 
 
 
 def weights_of(mix: Mapping[str, Any]) -> dict[str, float] | None:
-    """Data set → weight, or None if none is given."""
+    """Return the weight of every data set, or None if none is given."""
     weights = {name: float(part[_WEIGHT]) for name, part in mix.items() if _WEIGHT in part}
     return weights or None
 
@@ -185,7 +185,7 @@ def check_arguments(
 
 
 def hints_of(function: Any) -> dict[str, Any]:
-    """Its annotations; none for a foreign function's that only resolve where they were written."""
+    """Return the annotations of a function; none for a foreign one's that only resolve where they were written."""
     try:
         return typing.get_type_hints(function)
     except (NameError, TypeError):
@@ -312,7 +312,7 @@ _CONTAINERS = {dict: "a mapping", list: "a list", tuple: "a list", Sequence: "a 
 
 
 def _describe(hint: Any) -> str:
-    """What a YAML value of that type is called; empty for types that YAML doesn't have, which are then not checked."""
+    """Return what a YAML value of that type is called; "" for types that YAML doesn't have, which are not checked."""
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(repr, typing.get_args(hint)))
     if dataclasses.is_dataclass(hint):
@@ -321,7 +321,7 @@ def _describe(hint: Any) -> str:
 
 
 def _instead(value: Any, options: Sequence[Any], example: Any, path: str) -> str:
-    """What to write where a number stands for a string: a time without its unit, most often."""
+    """Return what to write where a number stands for a string: a time without its unit, most often."""
     if str not in options or isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     unit = _unit(example)
@@ -336,7 +336,7 @@ def _instead(value: Any, options: Sequence[Any], example: Any, path: str) -> str
 
 
 def _unit(example: Any) -> str:
-    """Of a default such as "0.25dur" or "24h"; nothing for one that is no time."""
+    """Return the unit of a default such as "0.25dur" or "24h"; "" for one that is no time."""
     try:
         unit = Moment(example).points[0].unit if isinstance(example, str) else ""
     except ValueError:

@@ -103,7 +103,7 @@ def argument_problems(values: Values, imports: bool = True) -> list[str]:
 
 
 def setting_problems(values: Values, num_ranks: int) -> list[str]:
-    """What else needs no component: the seed, the number of checkpoints, precision and sharding."""
+    """Return what is wrong with settings of no component: the seed, the number of checkpoints, precision, sharding."""
     problems = Problems()
     if not 0 <= (seed := values.get("seed", 0)) < _SEEDS:
         problems.found.append(f"seed: {seed} lies outside of 0 … {_SEEDS - 1}, which are the seeds there are.")
@@ -127,7 +127,7 @@ def setting_problems(values: Values, num_ranks: int) -> list[str]:
 
 
 def _number_problems(values: Values) -> Iterator[str]:
-    """Numbers that mean nothing where they stand, though they are of the right type; of a wrong type is for others to say."""
+    """Yield the numbers that mean nothing where they stand, though they are of the right type."""
     for key, value in (values.get("optimizer") or {}).items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"optimizer.{key}: {value} is no number to train with."
@@ -147,7 +147,7 @@ def _number_problems(values: Values) -> Iterator[str]:
 
 
 def precisions() -> list[str]:
-    """Composer's; none if its source is written in another way than it was."""
+    """Return Composer's precisions; none if its source is written in another way than it was."""
     try:
         return list(constants("composer.core.precision", "Precision").values())
     except CannotTell:
@@ -155,7 +155,7 @@ def precisions() -> list[str]:
 
 
 def check_precision(precision: str) -> None:
-    """Raises UserError for none of Composer's, with the spelling that is meant."""
+    """Raise UserError for a precision that Composer doesn't have, with the spelling that is meant."""
     allowed = precisions()
     if precision in allowed or not allowed:
         return
@@ -172,7 +172,7 @@ _NOT_OURS = frozenset({"device_mesh", "load_monolith_rank0_only"})
 
 
 def check_parallelism(config: dict[str, Any] | None, num_ranks: int) -> None:
-    """Raises UserError for an unknown key of `parallelism_config`, and for shards that the ranks don't divide into."""
+    """Raise UserError for an unknown key of `parallelism_config`, and for shards that the ranks don't divide into."""
     if config is None:
         return
     path = "parallelism_config"
@@ -196,7 +196,7 @@ def check_parallelism(config: dict[str, Any] | None, num_ranks: int) -> None:
 
 
 def _settable() -> list[str]:
-    """What `parallelism_config.fsdp` takes."""
+    """Return what `parallelism_config.fsdp` takes."""
     try:
         return sorted(inspect.signature(outline("prx_composer.training.trainer", "HybridConfig")).parameters.keys() - _NOT_OURS)
     except CannotTell:
@@ -204,7 +204,7 @@ def _settable() -> list[str]:
 
 
 def _image_sizes(values: Values) -> list[str]:
-    """Image sizes that don't divide into patches, where the recipe alone tells the patches' size."""
+    """Return the image sizes that don't divide into patches, where the recipe alone tells the patches' size."""
     model = values.get("model", {})
     backbone, autoencoder = model.get("backbone"), model.get("autoencoder") or {"name": "pixels"}
     if not isinstance(backbone, dict) or backbone.get("name") != "prx" or not isinstance(autoencoder, dict):

@@ -68,7 +68,7 @@ class Recipe:
 
 
 def load(arguments: list[str], num_ranks: int = 1) -> Recipe:
-    """`[A.yaml, B.yaml, …, key=value, …]`, merged left to right.
+    """Read `[A.yaml, B.yaml, …, key=value, …]`, merged from left to right.
 
     Args:
         num_ranks: over which batches must divide; asked only if the recipe is wrong anyway.
@@ -120,7 +120,7 @@ def _merged(arguments: list[str]) -> DictConfig:
 
 
 def _is_file(argument: str) -> bool:
-    """Whether an argument is a recipe, and no `key=value`; a file's name may have a `=` in it.
+    """Return whether an argument is a recipe, and no `key=value`; a file's name may have a `=` in it.
 
     Raises:
         UserError: it is both.
@@ -137,7 +137,7 @@ def _is_file(argument: str) -> bool:
 
 
 def _resolved(merged: DictConfig, key: str) -> Any:
-    """A key's value with what it refers to by `${…}`."""
+    """Return a key's value with what it refers to by `${…}`."""
     try:
         value: Any = merged[key]
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -155,7 +155,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _merge(below: Any, above: DictConfig) -> Any:
-    """Merges two recipes; a component of another name replaces the one below instead of inheriting its arguments."""
+    """Merge two recipes; a component of another name replaces the one below instead of inheriting its arguments."""
     below = below.copy()
     _drop_replaced(below, above)
     return OmegaConf.merge(below, above)
@@ -172,7 +172,7 @@ def _drop_replaced(below: Any, above: DictConfig) -> None:
 
 
 def _set(merged: Any, argument: str) -> Any:
-    """Applies `a.b=value` or `a.list[0].b=value`; the value is YAML. Components are replaced as by `_merge`."""
+    """Apply `a.b=value` or `a.list[0].b=value`; the value is YAML. Components are replaced as by `_merge`."""
     key, _, text = argument.partition("=")
     parent, _, last = key.rpartition(".")
     try:
@@ -211,7 +211,7 @@ def check(recipe: Recipe) -> None:
 
 
 def import_code(paths: Sequence[str], option: str | None = None) -> None:
-    """Imports a user's Python files, so that what they register is found.
+    """Import a user's Python files, so that what they register is found.
 
     Only files that the user names belong here: of their own recipe, or by `--code`. Never what a run folder or data name.
 
@@ -223,7 +223,8 @@ def import_code(paths: Sequence[str], option: str | None = None) -> None:
     """
     for index, name in enumerate(paths):
         path = Path(name).expanduser()
-        raise_all(missing_code(name, option or f"code_paths[{index}]"))
+        for problem in missing_code(name, option or f"code_paths[{index}]"):
+            raise UserError(problem)
         module_name = f"prx_composer_user_{path.stem}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None
@@ -299,7 +300,7 @@ def _is_known(components: Registry, name: str, path: str) -> bool:
 
 
 def _deciding(recipe: dict[str, Any]) -> Iterator[tuple[str, Registry, str]]:
-    """YAML path, registry and name of every component that may decide what a model draws."""
+    """Yield YAML path, registry and name of every component that may decide what a model draws."""
     yield from _nested(recipe.get("model"), "model", registry.models)
     for name, _ in entries(recipe.get("algorithms") or {}, "algorithms"):
         yield f"algorithms.{name}", registry.algorithms, name
@@ -383,7 +384,7 @@ def _value(value: Any, name: str, hint: Any) -> Any:
 
 
 def _is_plain(default: Any) -> bool:
-    """Whether a default is a value that a recipe could give."""
+    """Return whether a default is a value that a recipe could give."""
     if isinstance(default, list | tuple):
         return all(map(_is_plain, default))
     return default is None or isinstance(default, bool | int | float | str)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
-from prx_composer.common.errors import Problems, UserError, at_path
+from prx_composer.common.errors import Problems, UserError
 from prx_composer.schedule.moments import BUDGET, SECONDS, Moment, Point, names_budget, parse_duration
 
 Values = Mapping[str, Any]
@@ -13,7 +13,7 @@ STAGES = "algorithms.progressive_resolution.stages"
 
 
 def stages_of(values: Values) -> list[tuple[str, Mapping[str, Any]]]:
-    """Path and keys of what the loader begins with, and of every stage."""
+    """Return path and keys of what the loader begins with, and of every stage."""
     spec = values.get("algorithms", {}).get("progressive_resolution")
     listed = spec.get("stages") if isinstance(spec, dict) else None
     stages = [(f"{STAGES}[{index}].", stage) for index, stage in enumerate(listed if isinstance(listed, list) else [])]
@@ -21,7 +21,7 @@ def stages_of(values: Values) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every string in a value of a recipe, with its path."""
+    """Yield every string in a value of a recipe, with its path."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
@@ -37,36 +37,36 @@ def strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 def time_problems(values: Values) -> list[str]:
     """Return what is wrong with durations and intervals, and with the budget."""
-    problems, num_stages = Problems(), len(stages_of(values)) - 1
+    problems, num_stages = list[str](), len(stages_of(values)) - 1
     texts = [text for key in ("scheduler", "algorithms", "callbacks") for text in strings(values.get(key), key)]
-    for key in ("save_interval", "max_duration", "eval_interval"):
-        if key in values:
-            with problems.noted(), at_path(key):
-                _check_time(key, values[key], num_stages)
-    for key, text in values.get("scheduler", {}).items():
-        if key.startswith("t_"):
-            with problems.noted(), at_path(f"scheduler.{key}"):
-                Moment(text)
-    budget = values.get("time_budget", "1h")
-    if budget is not None:
-        with problems.noted(), at_path("time_budget"):
-            if parse_duration(budget) <= 0:
-                raise ValueError("a budget must be more than nothing.")
-    elif parts := [(path, text) for path, text in texts if names_budget(text)]:
+    times = {key: values[key] for key in ("save_interval", "max_duration", "eval_interval", "time_budget") if key in values}
+    times |= {f"scheduler.{key}": text for key, text in values.get("scheduler", {}).items() if key.startswith("t_")}
+    for path, text in times.items():
+        try:
+            _check_time(path, text, num_stages)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+    if times.get("time_budget", "1h") is None and (parts := [(path, text) for path, text in texts if names_budget(text)]):
         path, text = parts[0]
-        said = f"{path}: {text} is a part of the time budget, and the recipe has none; set time_budget=24h, say."
-        problems.found.append(said)
-    return problems.found
+        problems.append(f"{path}: {text} is a part of the time budget, and the recipe has none; set time_budget=24h, say.")
+    return problems
 
 
-def _check_time(key: str, text: Any, num_stages: int) -> None:
-    """Raise ValueError for what is no time, or none that can stand at that key."""
-    if key == "save_interval":
+def _check_time(path: str, text: Any, num_stages: int) -> None:
+    """Raise ValueError for what is no time, or none that can stand at that path."""
+    if path == "save_interval":
         Point.parse_interval(text)
+        return
+    if path == "time_budget":
+        if text is not None and parse_duration(text) <= 0:
+            raise ValueError("a budget must be more than nothing.")
+        return
+    if path.startswith("scheduler."):
+        Moment(text)
         return
     given = str(text).strip()
     point = Point.parse(given.removeprefix("-"))
-    unit, is_length = point.unit, key == "max_duration"
+    unit, is_length = point.unit, path == "max_duration"
     if is_length and unit not in ("ba", "ep", "sp"):
         hours = (
             " For a length in hours, give it as time_budget, and a max_duration that is long enough." if unit == SECONDS else ""
@@ -174,7 +174,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def check_batch_sizes(path: str, global_batch_size: int, microbatch_size: int, num_ranks: int) -> None:
-    """Raises UserError, naming the YAML path, unless the batch divides into ranks and whole microbatches."""
+    """Raise UserError, naming the YAML path, unless the batch divides into ranks and whole microbatches."""
     if min(global_batch_size, microbatch_size) < 1:
         raise UserError(f"{path}global_train_batch_size and device_train_microbatch_size must be at least 1.")
     if global_batch_size % num_ranks:
@@ -192,7 +192,7 @@ def check_batch_sizes(path: str, global_batch_size: int, microbatch_size: int, n
 
 
 def batch_problems(values: Values, num_ranks: int) -> list[str]:
-    """What doesn't divide, of training and of evaluation; what is no number is left to who checks types."""
+    """Return what doesn't divide, of training and of evaluation; what is no number is left to who checks types."""
     problems = Problems()
     for path, stage in stages_of(values):
         batch, microbatch = stage.get("global_train_batch_size"), stage.get("device_train_microbatch_size")
@@ -210,7 +210,7 @@ def batch_problems(values: Values, num_ranks: int) -> list[str]:
 
 
 def image_size_problems(values: Values, patch_size: int, downsampling: int) -> list[str]:
-    """Image sizes that the model cannot cut into patches."""
+    """Return the image sizes that the model cannot cut into patches."""
     multiple = patch_size * downsampling
     by = f" × autoencoder downsampling {downsampling}" if downsampling > 1 else ""
     sizes = [(path, stage.get("image_size")) for path, stage in stages_of(values)]
@@ -223,6 +223,6 @@ def image_size_problems(values: Values, patch_size: int, downsampling: int) -> l
 
 
 def downsampling_of(config: Mapping[str, Any]) -> int | None:
-    """Image side / latent side of a diffusers autoencoder; None if its configuration doesn't say."""
+    """Return image side / latent side of a diffusers autoencoder; None if its configuration doesn't say."""
     stages = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     return None if stages is None else 2 ** (len(stages) - 1)

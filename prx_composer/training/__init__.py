@@ -19,7 +19,7 @@ _NOT_YET = "– what only the components can tell: not checked here, because wha
 
 
 def main(arguments: list[str]) -> int:
-    """Runs what the command line names; returns the exit code. What is the user's to mend is said without a traceback."""
+    """Run what the command line names; return the exit code. What is the user's to mend is said without a traceback."""
     try:
         recipe = read_recipe(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     except UserError as error:
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_recipe(arguments: list[str], num_ranks: int) -> "Recipe":
-    """Reads and merges a recipe, and checks all that can be checked without torch and Composer.
+    """Read and merge a recipe, and check all that can be checked without torch and Composer.
 
     Raises:
         UserError: naming everything that was found to be wrong.
@@ -43,7 +43,7 @@ def read_recipe(arguments: list[str], num_ranks: int) -> "Recipe":
 
 
 def check_lines(arguments: list[str], num_ranks: int, config_only: bool, step: bool) -> Iterator[str]:
-    """What `prx check` prints, as it is found; mistakes begin with ✗.
+    """Yield what `prx check` prints, as it is found; mistakes begin with ✗.
 
     Args:
         config_only: only what needs no data, no weights and no network; what must be built is built only if nothing is wrong.

@@ -1,5 +1,6 @@
 """The components of a recipe, made once: on the meta device to be checked and counted, or for real to be trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,26 +12,16 @@ from torch.optim import Optimizer
 
 from prx_composer import registry
 from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
-from prx_composer.common.errors import Problems, UserError, at_path
+from prx_composer.common.errors import Problems, UserError, at_path, raise_all
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.sources import is_made, prepare
 from prx_composer.data.stored import check_latent_column, check_text_column
 from prx_composer.optim.groups import parameter_groups
 from prx_composer.recipe.arguments import build, data_sets, entries, provided_by, split
 from prx_composer.recipe.config import Recipe
-from prx_composer.registry import Registry
+from prx_composer.registry import BY_NAME
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.schedule.moments import ScheduleWindow
-
-
-def build_components(recipe: Recipe, *, meta: bool, num_ranks: int = 1) -> "Components":
-    """Return what makes the components of a recipe, whose code is imported.
-
-    Args:
-        meta: whether networks are made without storage; nothing is loaded or downloaded then.
-        num_ranks: that share a batch.
-    """
-    return Components(recipe, meta, num_ranks)
 
 
 @dataclass(frozen=True)
@@ -63,63 +54,66 @@ class PlannedStage:
 class Components(ModelParts):
     """Makes every component of a recipe when it is first asked for, and gives it what its constructor declares to need.
 
-    Attributes:
-        problems: names, arguments and types that were found to be wrong before; each begins with its path. What is at such a
-            path is not made.
-
     Every property raises a UserError that names all that is wrong with what it makes.
+
+    Args:
+        recipe: whose code is imported.
+        meta: whether networks are made without storage; nothing is loaded or downloaded then.
+        num_ranks: that share a batch.
+        problems: names, arguments and types that are known to be wrong; each begins with its path. What is at such a path is
+            not made.
     """
 
-    def __init__(self, recipe: Recipe, meta: bool, num_ranks: int):
+    def __init__(self, recipe: Recipe, *, meta: bool, num_ranks: int = 1, problems: Sequence[str] = ()):
         super().__init__(recipe.model, recipe.seed, Path(recipe.run_folder), loader=recipe.train_loader, meta=meta, compiled=True)
-        self.recipe, self.num_ranks = recipe, num_ranks
-        self.problems: list[str] = []
-        self.provided = provided_by(vars(recipe))
+        self.recipe, self.num_ranks, self.problems = recipe, num_ranks, list(problems)
+        self._provided = provided_by(vars(recipe))
 
     def is_wrong(self, path: str) -> bool:
         """Return whether something at or below a path is wrong, so that what is there cannot be relied on."""
         return any(problem.startswith((f"{path}.", f"{path} ", f"{path}:", f"{path}[")) for problem in self.problems)
 
-    def each(self, kind: str, listed: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Return the algorithms, callbacks or loggers that can be made, by name and in order, and what is wrong with others."""
-        components: Registry = getattr(registry, kind)
+    def each(self, kind: str) -> tuple[dict[str, Any], list[str]]:
+        """Return the algorithms, callbacks or loggers that can be made, by name and in order, and what is wrong with others.
+
+        Every run has a file of metrics among its loggers.
+        """
+        listed = getattr(self.recipe, kind) if kind != "loggers" else {"metrics_file": {}} | self.recipe.loggers
         made, problems = dict[str, Any](), Problems()
         for name, arguments in entries(listed, kind):
             path = f"{kind}.{name}"
             if not self.is_wrong(path):
                 with problems.noted():
-                    made[name] = build(components, name, arguments, path, self.provided)
+                    made[name] = build(BY_NAME[kind], name, arguments, path, self._provided)
         return made, problems.found
 
-    def _all(self, kind: str, listed: dict[str, Any]) -> dict[str, Any]:
-        problems = Problems()
-        made, problems.found = self.each(kind, listed)
-        problems.raise_any()
+    def _all(self, kind: str) -> dict[str, Any]:
+        made, problems = self.each(kind)
+        raise_all(problems)
         return made
 
     @cached_property
     def algorithms(self) -> dict[str, Algorithm]:
-        return self._all("algorithms", self.recipe.algorithms)
+        return self._all("algorithms")
 
     @cached_property
     def callbacks(self) -> dict[str, Callback]:
-        return self._all("callbacks", self.recipe.callbacks)
+        return self._all("callbacks")
 
     @cached_property
     def loggers(self) -> dict[str, LoggerDestination]:
-        """The recipe's, and the file of metrics, which every run has."""
-        return self._all("loggers", {"metrics_file": {}} | self.recipe.loggers)
+        return self._all("loggers")
 
     @cached_property
     def scheduler(self) -> Any:
-        return build(registry.schedulers, *split(self.recipe.scheduler, "scheduler"), "scheduler", self.provided)
+        return build(registry.schedulers, *split(self.recipe.scheduler, "scheduler"), "scheduler", self._provided)
 
     @cached_property
     def optimizer(self) -> Optimizer:
-        """Of the whole model. One that declares `model` groups its parameters itself; one that declares `params` gets groups."""
+        """Make the optimizer of the model. One that declares `model` groups its parameters; one with `params` gets groups."""
         name, arguments = split(self.recipe.optimizer, "optimizer")
         groups = parameter_groups(self.model, float(arguments.get("weight_decay", 0.0)))
-        return build(registry.optimizers, name, arguments, "optimizer", self.provided, model=self.model, params=groups)
+        return build(registry.optimizers, name, arguments, "optimizer", self._provided, model=self.model, params=groups)
 
     def loader(self, key: str, global_batch_size: int) -> DataSpec:
         """Return `train_loader` or `eval_loader`, over data that are there.
@@ -135,7 +129,7 @@ class Components(ModelParts):
             name,
             arguments,
             key,
-            self.provided,
+            self._provided,
             tokenizer=encoder.tokenizer,
             max_tokens=encoder.max_tokens,
             image_size=self.recipe.image_size,
@@ -153,7 +147,7 @@ class Components(ModelParts):
 
     @cached_property
     def multiple(self) -> int | None:
-        """Of which image sides must be multiples: patch size × autoencoder downsampling; None if that isn't known."""
+        """Return patch size × downsampling, of which image sides must be multiples; None if that isn't known."""
         if not self.meta:
             return self.model.backbone.patch_size * self.model.autoencoder.downsampling
         patch_size, downsampling = getattr(self.backbone, "patch_size", None), self.downsampling
@@ -202,18 +196,18 @@ class Making:
     spec: dict[str, Any]
 
     def is_made(self) -> bool:
-        """Raises UserError for a folder that holds other data."""
+        """Return whether it is there. Raise UserError for a folder that holds other data."""
         with at_path(self.key):
             return is_made(self.path, self.source, self.spec)
 
     def make(self) -> None:
-        """Makes it, unless it is there already. Raises UserError for what is wrong with what the source reads."""
+        """Make it, unless it is there already. Raise UserError for what is wrong with what the source reads."""
         with at_path(self.key):
             prepare(self.path, self.source, self.spec)
 
 
 def sources_of(spec: dict[str, Any] | None, key: str) -> list[Making]:
-    """The data sets of a loader that are made from a source.
+    """Return the data sets of a loader that are made from a source.
 
     Args:
         spec: the loader's configuration.
@@ -229,10 +223,8 @@ def sources_of(spec: dict[str, Any] | None, key: str) -> list[Making]:
         raise UserError(f"{key}.path is missing: the folder that the source is to make the data set in.")
     if not spec.get("source") and (not spec.get("mix") or not str(spec.get("name", "image_caption")).endswith("image_caption")):
         return []
-    with at_path(key):
-        found = data_sets(spec)
     made = []
-    for where, arguments in found.items():
+    for where, arguments in data_sets(spec).items():
         if arguments.get("source"):
             path = f"{key}.{where}" if where else key
             name, options = split(arguments["source"], f"{path}.source")
@@ -242,18 +234,18 @@ def sources_of(spec: dict[str, Any] | None, key: str) -> list[Making]:
 
 
 def unmade_sources(spec: dict[str, Any] | None, key: str) -> list[Making]:
-    """Those of `sources_of` that are still to be made. Raises UserError as that, and for a folder that holds other data."""
+    """Return those of `sources_of` that are still to be made. Raise UserError as that, and for a folder of other data."""
     return [making for making in sources_of(spec, key) if not making.is_made()]
 
 
 def make_data(spec: dict[str, Any] | None, key: str) -> None:
-    """Makes a loader's data sets that have a source and are not there yet. Raises UserError for data that cannot be made."""
+    """Make a loader's data sets that have a source and are not there yet. Raise UserError for data that cannot be made."""
     for making in sources_of(spec, key):
         making.make()
 
 
 def read_manifests(spec: dict[str, Any], key: str) -> None:
-    """Raises UserError if an `image_caption` loader's data isn't there, or isn't what the loader asks for."""
+    """Raise UserError if an `image_caption` loader's data isn't there, or isn't what the loader asks for."""
     with at_path(key):
         for part in data_sets(spec).values():
             if not part.get("remote"):
@@ -261,7 +253,7 @@ def read_manifests(spec: dict[str, Any], key: str) -> None:
 
 
 def make_recipe_data(recipe: Recipe) -> None:
-    """Make what a recipe's sources make, and see that all of its data are there. Raises UserError as the functions above."""
+    """Make what a recipe's sources make, and see that all of its data are there. Raise UserError as the functions above."""
     for key in ("train_loader", "eval_loader"):
         spec = getattr(recipe, key)
         make_data(spec, key)

@@ -31,7 +31,7 @@ from prx_composer.recipe.arguments import entries, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.model_parts import MOST_WORDS, UnknownNetwork
-from prx_composer.training.components import Components, build_components
+from prx_composer.training.components import Components
 
 OPTION = "--leave-out"
 _counts: dict[
@@ -116,7 +116,7 @@ class MetaModel:
     """
 
     def __init__(self, recipe: Recipe, stored_text: bool = False, leave_out: Collection[str] | None = None):
-        self._recipe, self._components = recipe, build_components(recipe, meta=True)
+        self._recipe, self._components = recipe, Components(recipe, meta=True)
         self.uncounted = Uncounted(leave_out)
         names = [name for name, _ in entries(recipe.algorithms, "algorithms")]
         self.uncounted.check(["text_encoder", "autoencoder", *names])

@@ -39,7 +39,7 @@ class LateRead:
             self._values = stacked
 
     def wait(self) -> dict[str, float]:
-        """Waits for what the device was given before this object was made, and for nothing after it."""
+        """Wait for what the device was given before this object was made, and for nothing after it."""
         if self._ready is not None:
             self._ready.synchronize()
         return dict(zip(self._names, self._values.tolist(), strict=True))
@@ -91,7 +91,7 @@ class Trainer(composer.Trainer):
 
     @property
     def _guards(self) -> list[FiniteGuard]:
-        """The run's, if it has one."""
+        """Return the run's guard, if it has one."""
         return [callback for callback in self.state.callbacks if isinstance(callback, FiniteGuard)]
 
     def _train_microbatches(

@@ -21,7 +21,7 @@ from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.frozen_parts import with_kept
 from prx_composer.training.components import Components, Making, PlannedStage, unmade_sources
-from prx_composer.training.preflight import Result, failed, guarded, skipped
+from prx_composer.training.preflight import Result, collected, failed, skipped
 from prx_composer.training.preflight.examine import check_callbacks, examine
 from prx_composer.training.preflight.pretrained import check_captions, is_here, references
 from prx_composer.training.preflight.step import try_steps
@@ -68,16 +68,17 @@ def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Itera
     if parts is None:
         return
     right = all(result.mark != "✗" for result in results)
-    others = [*guarded(check_captions(recipe, parts)), *guarded(check_gpus(recipe, parts.algorithms.values(), 0, num_ranks))]
+    others = [*check_captions(recipe, parts), *check_gpus(recipe, parts.algorithms.values(), 0, num_ranks)]
     for result in [*check_surroundings(recipe, parts), *others]:
         right = right and result.mark != "✗"
         yield result
     if step and right:
-        yield from guarded(_try_out(recipe, parts, num_ranks))
+        yield from _try_out(recipe, parts, num_ranks)
     elif step:
         yield skipped("step", "what is wrong above must be mended first")
 
 
+@collected
 def _try_out(recipe: Recipe, parts: Components, num_ranks: int) -> Iterator[Result]:
     """Builds the model and makes one forward and backward pass of every stage, if this machine can do that in moderate time."""
     if (reason := _why_not(recipe, parts)) is not None:

@@ -9,11 +9,15 @@ step.py          one forward and backward pass of every stage, without a trace
 A check yields what it finds, one `Result` for each line of the page.
 """
 
-from collections.abc import Iterable
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, ParamSpec
 
 from prx_composer.common.errors import UserError, problems_of, raise_all
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def warned(what: str, fact: str) -> Result:
 
 
 def failed(problem: str) -> Result:
-    """`problem` begins with the YAML path, as the message of every UserError does."""
+    """Return a mistake, which begins with the YAML path as the message of every UserError does."""
     return Result("✗", problem)
 
 
@@ -44,20 +48,31 @@ def skipped(what: str, reason: str) -> Result:
     return Result("–", f"{what}: not checked here, because {reason}")
 
 
-def guarded(results: Iterable[Result]) -> Iterable[Result]:
-    """The results of a check, as they come; a UserError ends it and becomes one more for everything that it names."""
-    try:
-        yield from results
-    except UserError as error:
-        yield from map(failed, problems_of(error))
+Given = ParamSpec("Given")
+
+
+def collected(function: Callable[Given, Iterable[Result]]) -> Callable[Given, Iterator[Result]]:
+    """Decorate a check: a UserError ends it, and becomes one more result for everything that it names."""
+
+    @functools.wraps(function)
+    def checked(*args: Given.args, **kwargs: Given.kwargs) -> Iterator[Result]:
+        try:
+            yield from function(*args, **kwargs)
+        except UserError as error:
+            yield from map(failed, problems_of(error))
+
+    return checked
 
 
 def require(results: Iterable[Result]) -> list[Result]:
-    """Returns all results.
+    """Return all results, and warn of what should be known.
 
     Raises:
         UserError: with everything that must be mended, if anything must.
     """
     results = list(results)
     raise_all([result.text for result in results if result.mark == "✗"])
+    for result in results:
+        if result.mark == "!":
+            log.warning("%s", result.text)
     return results

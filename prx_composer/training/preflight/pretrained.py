@@ -33,7 +33,7 @@ from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.frozen_parts import with_kept
 from prx_composer.runs.init_from import check_init_from
 from prx_composer.training.components import Components
-from prx_composer.training.preflight import Result, failed, passed, skipped, warned
+from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
 
 TIMEOUT = 5.0  # seconds for one answer
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
@@ -60,7 +60,7 @@ class Reference:
 
 
 def references(recipe: Recipe, algorithms: Iterable[Any], model: bool = True) -> list[Reference]:
-    """What a recipe loads through transformers and diffusers: its model's encoder and tokenizer, an autoencoder, teachers."""
+    """Return what a recipe loads through transformers and diffusers: encoder and tokenizer, an autoencoder, teachers."""
     found = _of_model(recipe) if model else []
     for algorithm in algorithms:
         teacher = getattr(algorithm, "teacher", None)
@@ -91,8 +91,9 @@ def _of_model(recipe: Recipe) -> list[Reference]:
     return found
 
 
+@collected
 def check_weights(recipe: Recipe, parts: Components) -> Iterator[Result]:
-    """One result per reference; those that must be asked for are asked for at once."""
+    """Yield one result per reference; those that must be asked for are asked for at once."""
     algorithms = list(parts.algorithms.values())
     if source := recipe.model.get("init_from"):
         yield from _check_init_from(recipe, source, parts)
@@ -110,6 +111,7 @@ def check_weights(recipe: Recipe, parts: Components) -> Iterator[Result]:
                 yield failed(str(error))
 
 
+@collected
 def _check_init_from(recipe: Recipe, source: Any, parts: Components) -> Iterator[Result]:
     newest = newest_checkpoint(Path(recipe.run_folder)) if recipe.autoresume else None
     if parts.is_wrong("model"):
@@ -117,14 +119,11 @@ def _check_init_from(recipe: Recipe, source: Any, parts: Components) -> Iterator
     if newest is not None:
         yield passed("model.init_from", f"is not read again: the run goes on from {newest.path}")
         return
-    try:
-        yield passed("model.init_from", check_init_from(source, parts.backbone))
-    except UserError as error:
-        yield failed(str(error))
+    yield passed("model.init_from", check_init_from(source, parts.backbone))
 
 
 def _answer(reference: Reference) -> tuple[Result, int]:
-    """The result, and how many bytes will be downloaded."""
+    """Return the result, and how many bytes will be downloaded."""
     try:
         fact, size = _look_up(reference)
         return passed(reference.path, f"{reference.name} {fact}"), size
@@ -166,7 +165,7 @@ def _cached(reference: Reference) -> Path | None:
 
 
 def is_here(reference: Reference) -> bool:
-    """Whether nothing of it must be downloaded."""
+    """Return whether nothing of it must be downloaded."""
     folder: Path | None = Path(reference.name).expanduser()
     try:
         folder = folder if folder.is_dir() else _cached(reference)
@@ -176,7 +175,7 @@ def is_here(reference: Reference) -> bool:
 
 
 def _what_is_missing(folder: Path, reference: Reference) -> str | None:
-    """What a folder lacks of what is loaded from it, in words; None if all is there."""
+    """Return what a folder lacks of what is loaded from it, in words; None if all is there."""
     if reference.tokenizer and not any((folder / name).exists() for name in _TOKENIZERS):
         return f"tokenizer ({_TOKENIZERS[0]} or the like)"
     if not reference.weights:
@@ -225,7 +224,7 @@ def _ask_hub(reference: Reference, there: str) -> tuple[str, int]:
 
 
 def _download_size(files: dict[str, int], reference: Reference) -> int:
-    """Of the weights in one format, which are nearly all of it."""
+    """Return the bytes of the weights in one format, which are nearly all of it."""
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
     here = [name for name in files if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
     for ending in (".safetensors", ".bin"):
@@ -235,7 +234,7 @@ def _download_size(files: dict[str, int], reference: Reference) -> int:
 
 
 def _check_cache(download: int) -> Iterator[Result]:
-    """Only a warning: a repository may hold the weights more than once."""
+    """Warn of a cache without room; only that, since a repository may hold the weights more than once."""
     cache = Path(constants.HF_HUB_CACHE)
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     if free < 1.2 * download:
@@ -247,7 +246,7 @@ def _check_cache(download: int) -> Iterator[Result]:
 
 
 def _first_line(error: BaseException) -> str:
-    """What is at the bottom of an error, in one line: requests and urllib wrap the reason in what they were doing."""
+    """Return the bottom of an error in one line: requests and urllib wrap the reason in what they were doing."""
     inner = getattr(error, "reason", None) or next((a for a in error.args if isinstance(a, BaseException)), None)
     if isinstance(inner, BaseException):
         return _first_line(inner)
@@ -258,8 +257,9 @@ LOOKED_AT = 256  # captions of a column, evenly spaced over its data set
 MAX_TOKENS = 256  # of a text encoder that doesn't say
 
 
+@collected
 def check_captions(recipe: Recipe, parts: Components) -> Iterator[Result]:
-    """How many of the training captions are cut, and how many words are unknown; nothing is downloaded."""
+    """Say how many of the training captions are cut, and how many words are unknown; nothing is downloaded."""
     if parts.is_wrong("model") or parts.is_wrong("train_loader") or recipe.train_loader.get("name") != "image_caption":
         return
     encoder = split(recipe.model, "model")[1].get("text_encoder")
@@ -291,7 +291,7 @@ def check_captions(recipe: Recipe, parts: Components) -> Iterator[Result]:
 
 
 def _some_captions(part: dict[str, Any]) -> Iterator[str]:
-    """Evenly spaced ones of the columns that are trained on; none of a data set that isn't there or isn't right."""
+    """Yield evenly spaced captions of the columns that are trained on; none of a data set that isn't there or isn't right."""
     name = part.get("split", "train")
     folder = Path(part["path"]) / name
     if not (folder / MANIFEST).exists():
@@ -309,7 +309,7 @@ def _some_captions(part: dict[str, Any]) -> Iterator[str]:
 
 
 def _tokenizer(recipe: Recipe, encoder: dict[str, Any], captions: list[str]) -> PreTrainedTokenizerBase | None:
-    """The run's or the named one, if it is here; for one that the run will train, one of the same kind, which counts alike."""
+    """Return the run's or the named tokenizer if it is here, else one of the kind that the run will train, which counts alike."""
     spec, folder = encoder.get("tokenizer", encoder.get("pretrained")), Path(recipe.run_folder) / TOKENIZER
     try:
         if folder.exists():
