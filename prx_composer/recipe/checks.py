@@ -113,8 +113,6 @@ def setting_problems(values: Values, num_ranks: int) -> list[str]:
         )
     problems.found.extend(_number_problems(values))
     with problems.noted():
-        check_allowed(values.get("resume", {}))
-    with problems.noted():
         check_precision(values.get("precision", "fp32"))
     with problems.noted():
         check_parallelism(values.get("parallelism_config"), num_ranks)
@@ -123,6 +121,8 @@ def setting_problems(values: Values, num_ranks: int) -> list[str]:
             "model.compile: true compiles the backbone as one graph, which FSDP2 cannot shard; use model.compile=blocks, or "
             "parallelism_config=null."
         )
+    with problems.noted():
+        check_allowed(values.get("resume", {}))
     return problems.found
 
 

@@ -66,6 +66,11 @@ class Recipe:
     variables: Spec = field(default_factory=dict)
     resume: Spec = field(default_factory=dict)  # {allow: [keys that may differ from the run that goes on]}; see resume.py
 
+    @property
+    def eval_batch_size(self) -> int:
+        """Images of one step of an evaluation, over all ranks."""
+        return self.global_eval_batch_size or self.global_train_batch_size
+
 
 def load(arguments: list[str], num_ranks: int = 1) -> Recipe:
     """Read `[A.yaml, B.yaml, …, key=value, …]`, merged from left to right.

@@ -115,7 +115,7 @@ class Components(ModelParts):
         groups = parameter_groups(self.model, float(arguments.get("weight_decay", 0.0)))
         return build(registry.optimizers, name, arguments, "optimizer", self._provided, model=self.model, params=groups)
 
-    def loader(self, key: str, global_batch_size: int) -> DataSpec:
+    def loader(self, key: str) -> DataSpec:
         """Return `train_loader` or `eval_loader`, over data that are there.
 
         Raises:
@@ -123,7 +123,7 @@ class Components(ModelParts):
         """
         name, arguments = split(getattr(self.recipe, key), key)
         arguments.pop("source", None)
-        encoder = self.model.text_encoder
+        encoder, in_training = self.model.text_encoder, key == "train_loader"
         spec = build(
             registry.loaders,
             name,
@@ -133,10 +133,10 @@ class Components(ModelParts):
             tokenizer=encoder.tokenizer,
             max_tokens=encoder.max_tokens,
             image_size=self.recipe.image_size,
-            global_batch_size=global_batch_size,
+            global_batch_size=self.recipe.global_train_batch_size if in_training else self.recipe.eval_batch_size,
             multiple=self.multiple,
             seed=self.recipe.seed,
-            **({"evaluation": True, "shuffle": False} if key == "eval_loader" else {}),
+            **({} if in_training else {"evaluation": True, "shuffle": False}),
         )
         dataset = getattr(spec.dataloader, "dataset", None)
         for column in getattr(dataset, "text_columns", {}).values():

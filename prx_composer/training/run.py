@@ -186,7 +186,7 @@ def _build(recipe: Recipe, found: GoingOn, on_gpu: bool) -> Trainer:
     model, saved = components.model, as_saved(recipe)
     if found.load_path is None and recipe.model.get("init_from") is not None:
         initialise(model, recipe.model["init_from"])
-    train_loader = components.loader("train_loader", recipe.global_train_batch_size)
+    train_loader = components.loader("train_loader")
     if found.other_data:
         train_loader.dataloader.dataset.other_data_allowed = True  # pyright: ignore[reportAttributeAccessIssue]
     optimizer = components.optimizer
@@ -243,14 +243,13 @@ def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback], saved: dict[
 def _build_evaluator(recipe: Recipe, components: Components) -> Evaluator | None:
     if recipe.eval_loader is None:
         return None
-    batch_size = recipe.global_eval_batch_size or recipe.global_train_batch_size
-    microbatch_size = batch_size // dist.get_world_size()
-    loader = components.loader("eval_loader", batch_size)
+    loader = components.loader("eval_loader")
     if isinstance(loader.dataloader, ImageCaptionLoader):
         loader.dataloader.batch_sampler.keeps_shape = bool(recipe.model.get("compile"))
     # The last evaluation comes with the last batch, not after FIT_END as Composer's: its metrics belong to that batch's line.
     when = create_interval_scheduler(for_composer(recipe.eval_interval), checkpoint_events=False, final_events={Event.BATCH_END})
     interval = with_rehearsal(when, Event.BATCH_END)
+    microbatch_size = recipe.eval_batch_size // dist.get_world_size()
     return Evaluator(label="eval", dataloader=loader, eval_interval=interval, device_eval_microbatch_size=microbatch_size)
 
 

@@ -133,7 +133,7 @@ def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:
         "run_folder": str(folder / "run"),
         "model": with_kept(recipe.model, Path(recipe.run_folder)),
         "global_train_batch_size": recipe.global_train_batch_size // num_ranks,
-        "global_eval_batch_size": (recipe.global_eval_batch_size or recipe.global_train_batch_size) // num_ranks,
+        "global_eval_batch_size": recipe.eval_batch_size // num_ranks,
         "algorithms": algorithms,
         "loggers": {},
         "parallelism_config": None,

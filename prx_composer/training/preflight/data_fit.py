@@ -50,7 +50,7 @@ def _check_loader(recipe: Recipe, key: str, parts: Components, to_be_made: set[s
     if key == "train_loader":
         stages = parts.stages
     else:  # it stays at one size
-        size = recipe.global_eval_batch_size or recipe.global_train_batch_size
+        size = recipe.eval_batch_size
         stages = [PlannedStage("", recipe.image_size, size, size, 1, ScheduleWindow())]
     unmade = {making.key: making for making in unmade_sources(spec, key)}
     to_be_made.update(str(making.path) for making in unmade.values())

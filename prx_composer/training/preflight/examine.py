@@ -27,7 +27,7 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components]:
     if not wrong:
         counts = [f"{len(list(entries(getattr(recipe, kind), kind)))} {kind}" for kind in ("algorithms", "callbacks")]
         results.append(passed("names, arguments and types", f"model, optimizer, scheduler, {', '.join(counts)}"))
-    results += [*_check_backbone(parts), *map(failed, settings), *_check_cleaning(recipe), *_check_scheduler(parts)]
+    results += [*_check_backbone(parts), *map(failed, settings), *_check_cleaning(parts), *_check_scheduler(parts)]
     parts.algorithms, problems = parts.each("algorithms")
     results += [*map(failed, problems), *_check_images(parts), *_check_tricks(parts)]
     if parts.algorithms:
@@ -53,8 +53,8 @@ def _check_backbone(parts: Components) -> Iterator[Result]:
 
 
 @collected
-def _check_cleaning(recipe: Recipe) -> Iterator[Result]:
-    encoder = recipe.model.get("text_encoder")
+def _check_cleaning(parts: Components) -> Iterator[Result]:
+    encoder = parts.recipe.model.get("text_encoder")
     clean: Any = encoder.get("clean") if isinstance(encoder, dict) else None
     if clean in get_args(Cleaning):  # else its type is wrong, which is said elsewhere
         with at_path("model.text_encoder"):

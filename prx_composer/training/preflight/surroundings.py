@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import netrc
 import os
 import re
 import shutil
@@ -12,10 +11,10 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from composer.core import TimeUnit
+from requests.utils import get_netrc_auth
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, problems_of
@@ -198,7 +197,7 @@ def _check_wandb(arguments: dict[str, Any]) -> Iterator[Result]:
         )
         return
     host = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(host):
+    if not os.environ.get("WANDB_API_KEY") and get_netrc_auth(host) is None:
         yield failed("loggers.wandb: there is no API key; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline.")
     elif (reason := _silence(host)) is not None:
         yield failed(f"loggers.wandb: {host} does not answer ({reason}); set WANDB_MODE=offline and `wandb sync` later.")
@@ -261,13 +260,6 @@ def _unusable_store(uri: str) -> str | None:
 
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
-
-
-def _in_netrc(host: str) -> bool:
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlparse(host).hostname or host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _silence(address: str) -> str | None:
