@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @functools.cache
 def _entry_points() -> dict[str, frozenset[str]]:
-    """Group → names, of all that is installed; nothing is loaded."""
+    """Return the names by group, of all that is installed; nothing is loaded."""
     found = importlib.metadata.entry_points()
     return {group: frozenset(found.select(group=group).names) for group in found.groups if group.startswith("prx_composer_")}
 
@@ -60,7 +60,7 @@ class Registry:
         self._added = catalogue.create("prx_composer", kind, entry_points=True)
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that adds a class or function under `name`."""
+        """Decorate a class or function, which is added under `name`."""
         return self._added.register(name)
 
     def names(self) -> list[str]:
@@ -76,7 +76,7 @@ class Registry:
         return not self.is_added(name) and (name in self.builtin or name in self._entry_points())
 
     def get(self, name: str, path: str) -> Any:
-        """The class of that name. Raises UserError, naming the YAML path and the nearest name, if there is none."""
+        """Return the class of that name. Raise UserError, naming the YAML path and the nearest name, if there is none."""
         if name in self._added:
             return self._added.get(name)
         if name in self.builtin:
@@ -91,7 +91,7 @@ class Registry:
         raise UserError(missing)
 
     def described(self, name: str, path: str, imports: bool = True) -> Any:
-        """What has the same constructor as the class of that name: the class, or its outline where nothing is to be imported.
+        """Return what has the constructor of that name: the class, or its outline where nothing is to be imported.
 
         Raises:
             UserError: as `get`.
@@ -101,11 +101,11 @@ class Registry:
             return self.get(name, path)
         if name in self._entry_points():
             raise CannotTell(f"{name} is another package's")
-        if name in self.builtin:
-            return outline(*self.builtin[name].split(":"))
-        if any(plug_in.may_have(self.kind, name) for plug_in in _plug_ins()):
-            raise CannotTell(f"a plug-in may have {name}")
-        return self.get(name, path)
+        if name not in self.builtin:
+            if any(plug_in.may_have(self.kind, name) for plug_in in _plug_ins()):
+                raise CannotTell(f"a plug-in may have {name}")
+            return self.get(name, path)
+        return outline(*self.builtin[name].split(":"))
 
     def _entry_points(self) -> frozenset[str]:
         return _entry_points().get(f"prx_composer_{self.kind}", frozenset())
@@ -200,3 +200,7 @@ schedulers = Registry(
 
 # A component nested in another's arguments is looked up by the argument's name.
 NESTED = {"backbone": backbones, "text_encoder": text_encoders, "autoencoder": autoencoders, "source": sources}
+
+# The components that keys of a recipe name: one by `name`, or several by their own keys.
+BY_KEY = {"model": models, "optimizer": optimizers, "scheduler": schedulers, "train_loader": loaders, "eval_loader": loaders}
+BY_NAME = {"algorithms": algorithms, "callbacks": callbacks, "loggers": loggers}

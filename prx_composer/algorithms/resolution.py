@@ -18,7 +18,7 @@ from prx_composer.common.errors import UserError, at_path
 from prx_composer.models.backbone import PRXBackbone, ResolutionEmbedder
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.optim import add_parameters
-from prx_composer.recipe.sizes import check_batch_sizes
+from prx_composer.recipe.consistency import check_batch_sizes
 from prx_composer.schedule.moments import Moment
 
 log = logging.getLogger(__name__)

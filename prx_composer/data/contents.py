@@ -17,7 +17,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
 from prx_composer.data.format import MANIFEST, Manifest, open_local
 from prx_composer.data.storage import download, join
-from prx_composer.recipe.data_sets import data_sets
+from prx_composer.recipe.arguments import data_sets
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler, BucketedDataset, fewer_than_a_batch
 from prx_composer.models.encoders import tokenize
 from prx_composer.models.prompts import CaptionCounts
-from prx_composer.recipe.data_sets import data_sets, weights_of
+from prx_composer.recipe.arguments import data_sets, weights_of
 
 PACKED = ("text_embedding", "text_position")
 SEEN = ("image", "latent")

@@ -31,13 +31,11 @@ from prx_composer.models.encoders import load_tokenizer
 from prx_composer.models.prompts import cleaning_of
 from prx_composer.models.randomness import RandomStreams
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.arguments import check_arguments
-from prx_composer.recipe.config import build
-from prx_composer.recipe.data_sets import data_sets
+from prx_composer.recipe.arguments import build, check_arguments, data_sets
 from prx_composer.registry import Registry
 from prx_composer.runs.model_parts import ModelParts, keep_tokenizer, trained_tokenizer
 from prx_composer.runs.pretrained_models import initialise
-from prx_composer.training.source_data import make_data, read_manifests, unmade_sources
+from prx_composer.training.components import make_data, read_manifests, unmade_sources
 
 _MADE_OF = "made_of.json"  # beside a tokenizer: its captions
 LOADER = "prx_image_caption"  # whether it is train_loader or eval_loader, llm-foundry doesn't say

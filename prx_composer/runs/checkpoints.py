@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import inside, sync
-from prx_composer.recipe.own_code import NEEDS_CODE, needs_code
+from prx_composer.recipe.config import NEEDS_CODE, needs_code
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,7 @@ from composer.utils import dist
 from prx_composer.common.errors import UserError, redacted_text
 from prx_composer.common.files import write_whole
 from prx_composer.data.contents import in_words, loader_identity, same_data
-from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.resolved import resolved
+from prx_composer.recipe.config import Recipe, resolved
 from prx_composer.recipe.resume import DATA, Change, changed, data_changed, differences, hidden, is_allowed, refusal
 from prx_composer.runs.checkpoints import Checkpoint, newest_checkpoint, newest_whole_checkpoint
 
@@ -127,9 +126,9 @@ def _command_as_before(folder: Path, before: dict[str, Any], refused: list[Chang
 def recipe_changes(before: dict[str, Any], now: dict[str, Any], ranks: int) -> list[Change]:
     """Return what differs between two recipes and is not free, with every default written out."""
     before, now = (json.loads(json.dumps(content, default=str)) for content in (before, now))  # keys as JSON has them: strings
-    if not changed(differences(before, now), same_data=False):  # as nearly always: nothing needs to be looked up
+    if not changed(differences(before, now)):  # as nearly always: nothing needs to be looked up
         return []
-    return changed(differences(resolved(before, ranks), resolved(now, ranks)), same_data=False)
+    return changed(differences(resolved(before, ranks), resolved(now, ranks)))
 
 
 def _with_data(changes: list[Change], recipe: Recipe, folder: Path, recipe_before: dict[str, Any]) -> list[Change]:

@@ -27,10 +27,8 @@ from prx_composer.models.autoencoder import Pixels, stored_config
 from prx_composer.models.encoders import load_tokenizer, train_tokenizer
 from prx_composer.models.huggingface import known_config
 from prx_composer.models.prompts import cleaner, with_cleaning
-from prx_composer.recipe.arguments import Spec, split
-from prx_composer.recipe.config import build
-from prx_composer.recipe.data_sets import data_sets
-from prx_composer.recipe.sizes import downsampling_of
+from prx_composer.recipe.arguments import Spec, build, data_sets, split
+from prx_composer.recipe.consistency import downsampling_of
 from prx_composer.registry import Registry
 from prx_composer.runs.folder import FROZEN, TOKENIZER
 

@@ -19,11 +19,10 @@ from prx_composer.common.errors import Problems, UserError, at_path, listed
 from prx_composer.models.flow import ClassifierFreeGuidance, RoutedSelfGuidance
 from prx_composer.models.layers import merge_adapters
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.arguments import check_spec, check_type, entries, provided_by
+from prx_composer.recipe.arguments import build, check_spec, check_type, entries, provided_by
 from prx_composer.recipe.checks import OF_MODELS
-from prx_composer.recipe.config import Recipe, build
-from prx_composer.recipe.own_code import without_code
-from prx_composer.recipe.sizes import stages_of
+from prx_composer.recipe.config import Recipe, without_code
+from prx_composer.recipe.consistency import stages_of
 from prx_composer.runs.checkpoints import all_checkpoints
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.runs.pretrained_models import open_pipeline

@@ -21,7 +21,7 @@ from prx_composer.models.encoders import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.flow import FlowMatching
 from prx_composer.models.prompts import cleaner, cleaning_of
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.time_checks import strings
+from prx_composer.recipe.consistency import strings
 from prx_composer.runs.weights import (
     Located,
     below,

@@ -30,7 +30,7 @@ from prx_composer.recipe.arguments import entries, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.model_parts import UnknownNetwork
-from prx_composer.training.components import build_components
+from prx_composer.training.components import Components
 
 OPTION = "--leave-out"
 # A schedule that is moved until it fits is planned often, and its steps cost the same.
@@ -110,7 +110,7 @@ class MetaModel:
     """
 
     def __init__(self, recipe: Recipe, stored_text: bool = False, leave_out: Collection[str] | None = None):
-        self._recipe, self._components = recipe, build_components(recipe, meta=True)
+        self._recipe, self._components = recipe, Components(recipe, meta=True)
         self.uncounted = Uncounted(leave_out)
         allowed = ["text_encoder", "autoencoder", *(name for name, _ in entries(recipe.algorithms, "algorithms"))]
         if unknown := [name for name in leave_out or () if name not in allowed]:

@@ -19,16 +19,13 @@ from prx_composer.models.counting import flops_of_backbone
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.model_parts import with_kept
-from prx_composer.training.components import Components
-from prx_composer.training.preflight import check_surroundings
-from prx_composer.training.preflight.captions import check_captions
+from prx_composer.training.components import Components, Making, unmade_sources
+from prx_composer.training.preflight import Result, collected, failed, skipped
 from prx_composer.training.preflight.examine import check_callbacks, examine
-from prx_composer.training.preflight.pretrained import is_here, references
-from prx_composer.training.preflight.result import Result, failed, guarded, skipped
+from prx_composer.training.preflight.pretrained import check_captions, is_here, references
 from prx_composer.training.preflight.step import try_steps
-from prx_composer.training.preflight.surroundings import check_gpus
+from prx_composer.training.preflight.surroundings import check_gpus, check_surroundings
 from prx_composer.training.run import build_trainer
-from prx_composer.training.source_data import Making, unmade_sources
 
 log = logging.getLogger(__name__)
 
@@ -71,18 +68,20 @@ def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Itera
     yield from results
     if parts is None:
         return
-    others = [
-        *check_surroundings(recipe, parts),
-        *guarded(check_captions(recipe, parts)),
-        *guarded(check_gpus(recipe, parts.algorithms.values(), 0, num_ranks)),
-    ]
-    yield from others
-    if step and any(result.mark == "✗" for result in [*results, *others]):
+    right = all(result.mark != "✗" for result in results)
+    others = [*check_captions(recipe, parts), *check_gpus(recipe, parts.algorithms.values(), 0, num_ranks)]
+    for result in [*check_surroundings(recipe, parts), *others]:
+        right = right and result.mark != "✗"
+        yield result
+    if step and right:
+        yield from _try_out(recipe, parts, num_ranks)
+    elif step:
         yield skipped("step", "what is wrong above must be mended first")
     elif step:
         yield from guarded(_try_out(recipe, parts, num_ranks))
 
 
+@collected
 def _try_out(recipe: Recipe, parts: Components, num_ranks: int) -> Iterator[Result]:
     """Build the model and make one forward and backward pass of every stage, if this machine can do that in moderate time."""
     if (reason := _why_not(recipe, parts)) is not None:
@@ -134,7 +133,7 @@ def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:
         "run_folder": str(folder / "run"),
         "model": with_kept(recipe.model, Path(recipe.run_folder)),
         "global_train_batch_size": recipe.global_train_batch_size // num_ranks,
-        "global_eval_batch_size": (recipe.global_eval_batch_size or recipe.global_train_batch_size) // num_ranks,
+        "global_eval_batch_size": recipe.eval_batch_size // num_ranks,
         "algorithms": algorithms,
         "loggers": {},
         "parallelism_config": None,

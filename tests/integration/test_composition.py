@@ -20,10 +20,10 @@ from prx_composer.callbacks.resuming import RandomStep
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.recipe import config
-from prx_composer.recipe.config import build
+from prx_composer.recipe.arguments import build
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import run
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

@@ -18,8 +18,8 @@ from conftest import TINY_BACKBONE, TINY_T5
 from prx_composer.common.errors import UserError
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_changes, read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.start import main
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

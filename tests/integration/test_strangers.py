@@ -18,7 +18,7 @@ from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.opening import load_trained
 from prx_composer.runs.weights import read_safetensors
-from prx_composer.training.start import main
+from prx_composer.training import main
 
 CODE = """
 import io

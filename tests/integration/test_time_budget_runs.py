@@ -18,8 +18,8 @@ from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics, save_recipe
 from prx_composer.schedule import clock as clock_module
 from prx_composer.schedule.moments import ScheduleWindow
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

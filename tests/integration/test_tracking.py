@@ -18,8 +18,8 @@ from prx_composer.common.errors import HIDDEN
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import Checkpoint, damage
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import run
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

@@ -14,8 +14,8 @@ from PIL import Image
 
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

@@ -17,7 +17,7 @@ from prx_composer.algorithms.resolution import ProgressiveResolution, Stage
 from prx_composer.common.distributed import clean_name
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
-from prx_composer.recipe.sizes import check_batch_sizes
+from prx_composer.recipe.consistency import check_batch_sizes
 from prx_composer.schedule.moments import ScheduleWindow
 
 Build = Callable[..., TextToImage]

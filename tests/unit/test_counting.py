@@ -27,7 +27,7 @@ from prx_composer.models.huggingface import known_config, random_config
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe import config
 from prx_composer.runs.model_parts import Vocabulary
-from prx_composer.training.components import build_components
+from prx_composer.training.components import Components
 from prx_composer.training.preflight.data_fit import check_data
 
 Write = Callable[..., str]
@@ -194,7 +194,7 @@ def test_cropping_is_said_when_the_data_is_made_and_by_check(
     folder = mixed(tmp_path / "photos", [(96, 64)] * 10)
     spec = {"name": "folder", "folder": folder, "image_size": 16, "multiple": 16}
     tiny_recipe["train_loader"] = {"name": "image_caption", "path": str(tmp_path / "data"), "source": spec}
-    found = list(check_data(recipe := config.load([write_recipe(tiny_recipe)]), build_components(recipe, meta=True)))
+    found = list(check_data(recipe := config.load([write_recipe(tiny_recipe)]), Components(recipe, meta=True)))
     assert any(result.mark == "!" and "10 of 10 images are cropped" in result.text for result in found)
     prepare(tmp_path / "data", FolderSource(folder, image_size=16, multiple=16), {})
     assert "10 of 10 images are cropped by more than 15%" in caplog.text

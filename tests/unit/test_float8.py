@@ -27,10 +27,10 @@ from prx_composer.optim.muon import Muon
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.opening import load_trained
-from prx_composer.training.components import parallelism
 from prx_composer.training.meta_model import MetaModel
 from prx_composer.training.preflight.surroundings import check_gpus
 from prx_composer.training.run import build_trainer, run
+from prx_composer.training.trainer import parallelism
 from prx_composer.training.trial import check_config
 
 pytest.importorskip("torchao", reason="the extra float8, which CI has")

@@ -26,8 +26,8 @@ from prx_composer.common.errors import UserError
 from prx_composer.optim import not_finite
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics, save_recipe
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

@@ -24,8 +24,8 @@ from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.huggingface import Frozen
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import run
-from prx_composer.training.start import main
 
 Build = Callable[..., TextToImage]
 Recipe = dict[str, Any]

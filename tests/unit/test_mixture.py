@@ -17,7 +17,7 @@ from prx_composer.data.format import Bucket, BucketWriter, RawSample
 from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest
 from prx_composer.recipe import config
-from prx_composer.recipe.data_sets import data_sets
+from prx_composer.recipe.arguments import data_sets
 from prx_composer.training.run import run
 from prx_composer.training.trial import check_recipe
 

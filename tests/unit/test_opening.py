@@ -25,7 +25,7 @@ from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.encoders import VisionEncoder
 from prx_composer.models.huggingface import known_config
 from prx_composer.recipe import config
-from prx_composer.recipe.own_code import needs_code
+from prx_composer.recipe.config import needs_code
 from prx_composer.runs.checkpoints import MONOLITH
 from prx_composer.runs.opening import load_trained
 from prx_composer.runs.pretrained_models import initialise

@@ -23,8 +23,8 @@ from prx_composer.models import FlowMatching, FlowOutput, TextToImage
 from prx_composer.models.encoders import TeacherSpec, VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import run
-from prx_composer.training.start import main
 
 Build = Callable[..., TextToImage]
 Recipe = dict[str, Any]

@@ -18,8 +18,8 @@ from prx_composer.data.loader import ImageCaptionData
 from prx_composer.data.sampler import SampleRequest
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import run
-from prx_composer.training.start import main
 
 SQUARE, WIDE = Bucket(16, 16), Bucket(12, 20)
 GRIDS = {SQUARE: (8, 8), WIDE: (6, 10)}

@@ -35,8 +35,8 @@ from prx_composer.data.stored import COLUMNS, RESULTS, StoredColumn, fingerprint
 from prx_composer.models.encoders import HuggingFaceTextEncoder, VisionEncoder, teacher_features, tokenize
 from prx_composer.models.prompts import readings
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.data_sets import data_sets
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 from prx_composer.common.errors import UserError, at_path, nearest
 from prx_composer.common.files import read_text
 from prx_composer.data.format import MANIFEST, Manifest
+from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.data_sets import data_sets
 
 LINK_SHARE = 0.8  # of a link's bandwidth that collectives of large messages reach: about 360 of NVLink 4's 450 GB/s
 ASSUMED_SHARE = 0.8  # of the datasheet, where nobody's measurement is at hand: what H100 and H200 reach

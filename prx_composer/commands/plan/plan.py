@@ -15,8 +15,8 @@ from prx_composer.commands.plan.timeline import Span, Timeline, left_in_steps, s
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import SECONDS, Point, duration_string, parse_duration
-from prx_composer.training.components import parallelism
 from prx_composer.training.meta_model import MetaModel, training_state
+from prx_composer.training.trainer import parallelism
 
 RESERVE = 0.1  # of a GPU's memory: CUDA's context, communication buffers, fragments, what runs without gradients
 VALID_TEXT = 0.4  # share of the padded tokens that are real ones in long captions, which is what is stored of them

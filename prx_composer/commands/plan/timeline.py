@@ -9,7 +9,7 @@ from typing import Any
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.sizes import STAGES, check_batch_sizes, stages_of
+from prx_composer.recipe.consistency import STAGES, check_batch_sizes, stages_of
 from prx_composer.schedule.moments import BATCH, BUDGET, DURATION, EPOCH, SECONDS, Moment, Point, ScheduleWindow
 
 _NEVER = 1 << 62  # steps
