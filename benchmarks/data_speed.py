@@ -31,8 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prx_composer.commands.convert import run_conversion
 from prx_composer.commands.convert.settings import Settings
-from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
-from prx_composer.data.format import BucketWriter, RawSample
+from prx_composer.data.format import Bucket, BucketWriter, RawSample, assign_bucket, make_buckets
 from prx_composer.data.loader import ImageCaptionData
 
 

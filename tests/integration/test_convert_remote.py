@@ -12,9 +12,9 @@ from conversions import contents, convert, fetch_all, jpeg, rows, sample, settin
 from prx_composer.commands.convert import make_plan, run_conversion, units
 from prx_composer.commands.convert.backends import open_output
 from prx_composer.commands.convert.records import open_source
+from prx_composer.commands.data.split import open_split
 from prx_composer.commands.data.statistics import statistics
-from prx_composer.commands.data.subject import Subject, open_split
-from prx_composer.commands.data.view import look
+from prx_composer.commands.data.view import Subject, look
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.sampler import SampleRequest

@@ -17,7 +17,7 @@ from unreliable import UnreliableProxy
 
 from prx_composer.cli import app
 from prx_composer.commands.convert import run_conversion
-from prx_composer.data.small_sets import all_scenes
+from prx_composer.data.sources import all_scenes
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training.run import run

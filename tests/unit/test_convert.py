@@ -18,9 +18,9 @@ from prx_composer.commands.convert.backends import open_output, run
 from prx_composer.commands.convert.records import open_source
 from prx_composer.commands.convert.settings import parse_captions, parse_metadata, parse_range
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.decoding import decode, open_image, resize
+from prx_composer.data.format import Bucket, assign_bucket, make_buckets
 from prx_composer.data.sampler import SampleRequest
 
 # ------------------------------------------------------------------------------------------- what is written

@@ -24,8 +24,7 @@ from prx_composer.commands.convert.records import Passed, Seen, Source, Unit, op
 from prx_composer.commands.convert.settings import MEASURED, Settings, check_where, whole_path
 from prx_composer.commands.options import Parsed
 from prx_composer.common.errors import UserError, nearest
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.format import MANIFEST, Manifest
+from prx_composer.data.format import MANIFEST, Bucket, Manifest
 from prx_composer.data.storage import Entry, is_included, relative_name, survey
 
 log = logging.getLogger(__name__)

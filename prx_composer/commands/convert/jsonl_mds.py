@@ -30,8 +30,7 @@ from prx_composer.commands.convert.records import (
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import encoding_of
-from prx_composer.data.format import LinkError, RawShard, encodings_of
-from prx_composer.data.storage import fetch, fetched, is_remote, join, relative_name
+from prx_composer.data.storage import LinkError, RawShard, encodings_of, fetch, fetched, is_remote, join, relative_name
 
 SUFFIXES = (".jsonl", ".ndjson")
 LINE_BYTES = 500  # about what a line takes …

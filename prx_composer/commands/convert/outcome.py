@@ -14,10 +14,10 @@ import numpy as np
 import simplejpeg
 
 from prx_composer.commands.convert.records import Passed, Record, has
-from prx_composer.data.buckets import Bucket
+from prx_composer.common.pages import render
 from prx_composer.data.decoding import IMAGE_REASONS, PIXELS_OPENED, decode, open_image, resize
-from prx_composer.data.format import RawShard, encodings_of
-from prx_composer.data.storage import fetched, join
+from prx_composer.data.format import Bucket
+from prx_composer.data.storage import RawShard, encodings_of, fetched, join
 
 REASONS = {  # why a sample is left out: the names that are counted, stored and reported, and what they mean
     "damaged_input": "a file ends early or is broken: what was readable is kept (counted once per file, row group or shard)",
@@ -235,7 +235,6 @@ def write_report(statistics: dict[str, Any], output: str, path: str) -> None:
         output: folder of the data set, from which the pictures of its buckets are read.
         path: file to write.
     """
-    from prx_composer.common.pages import render  # slow to import
 
     buckets = []
     for bucket, count in sorted((Bucket.parse(name), count) for name, count in statistics["buckets"].items()):

@@ -23,9 +23,8 @@ from prx_composer.commands.convert.outcome import Dropped, Kept, Measured, Tally
 from prx_composer.commands.convert.records import Record, Source, Unit, lookup, open_source
 from prx_composer.commands.convert.settings import Settings, is_wanted
 from prx_composer.common.files import encoding_of, sync
-from prx_composer.data.buckets import assign_bucket, make_buckets
 from prx_composer.data.decoding import JPEGS, BadImageError, decode, is_plain, open_image, oriented_size, resize
-from prx_composer.data.format import COLUMNS
+from prx_composer.data.format import COLUMNS, assign_bucket, make_buckets
 
 SHARD_BYTES = 1 << 26
 BUFFERED_BYTES = 1 << 28  # over all buckets of a unit: memory does not depend on how many there are
