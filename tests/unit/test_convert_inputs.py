@@ -112,7 +112,7 @@ def test_the_counts_add_up_and_are_the_same_after_a_kill(tmp_path: Path) -> None
 
 
 def test_columns_are_counted_in_one_order_whatever_the_process(tmp_path: Path) -> None:
-    columns = {f"c{i}": i for i in range(6)}
+    columns: dict[str, Any] = {f"c{i}": i for i in range(6)}
     write_tar(tmp_path / "in.tar", sample("a", jpeg(100, 100), **columns))
     metadata = {name: (name, "int") for name in columns}
     statistics = convert("webdataset", tmp_path / "in.tar", tmp_path / "out", metadata=metadata)
