@@ -37,7 +37,7 @@ def check_recipe(options: CheckOptions) -> None:
     What the recipe itself tells comes within a second; with --config-only a mistake in it ends the check there.
     Nothing is written, downloaded or trained. train.py makes the same checks when it starts.
     """
-    from prx_composer.training.start import check_lines
+    from prx_composer.training import check_lines
 
     wrong = False
     for line in check_lines(options.recipe, options.ranks, options.config_only, step=not options.no_step):
@@ -60,7 +60,7 @@ def import_model(options: ImportOptions) -> None:
 
     It is merged over a recipe: composer train.py RECIPE.yaml FILE run_name=…
     """
-    from prx_composer.runs.init_from import write_fragment
+    from prx_composer.runs.pretrained_models import write_fragment
 
     show_log()
     target = Path(options.output).expanduser()

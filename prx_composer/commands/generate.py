@@ -83,7 +83,7 @@ def generate_images(options: GenerateOptions) -> None:
 
     prx generate runs/quickstart -p "a red circle on the left of a white background"
     """
-    from prx_composer.models.sampling import check_seeds
+    from prx_composer.models.flow import check_seeds
     from prx_composer.recipe.config import import_code
     from prx_composer.runs.opening import load_trained
 
@@ -207,7 +207,7 @@ def find_device(name: str | None) -> "torch.device":
 
 def check_settings(model: "TextToImage", settings: DrawingSettings, device: "torch.device") -> None:
     """Raise UserError, naming the option, for what the model or the device cannot do."""
-    from prx_composer.models.sampling import check_guidance_scale
+    from prx_composer.models.flow import check_guidance_scale
 
     multiple = model.backbone.patch_size * model.autoencoder.downsampling
     height, width = settings.height, settings.width

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.format import MANIFEST, Manifest
+from prx_composer.data.format import MANIFEST, Bucket, Manifest
 from prx_composer.data.storage import download, fetched, is_remote, join, remote_keys
 from prx_composer.data.stored import ENCODED
 

@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prx_composer.commands.data.split import Split
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.format import RawShard, encodings_of
-from prx_composer.data.storage import is_remote, join
+from prx_composer.data.format import Bucket
+from prx_composer.data.storage import RawShard, encodings_of, is_remote, join
 from prx_composer.models.prompts import cleaned, unknown_id
 
 SHARES = {"5%": 0.05, "median": 0.5, "95%": 0.95}

@@ -20,20 +20,19 @@ from transformers import PreTrainedTokenizerBase
 from prx_composer.commands.data.split import Split, open_split
 from prx_composer.common.errors import UserError, at_path, raise_all
 from prx_composer.common.pages import Text, Tile, contact_sheet, data_uri, picture, render, shown_factor
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.decoding import UNDECODABLE, decode_image
+from prx_composer.data.format import Bucket
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest
 from prx_composer.data.storage import is_remote
 from prx_composer.models.prompts import readings
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.arguments import split as split_spec
-from prx_composer.recipe.data_sets import data_sets
 from prx_composer.runs.folder import TOKENIZER
-from prx_composer.runs.tokenizer import made_tokenizer
-from prx_composer.training.components import PlannedStage
+from prx_composer.runs.model_parts import made_tokenizer
+from prx_composer.training.components import PlannedStage, make_data
 from prx_composer.training.preflight.examine import examine
-from prx_composer.training.source_data import make_data
 
 COLUMNS = 8
 PROBLEM = (190, 30, 30)

@@ -97,7 +97,7 @@ def store_features(options: FeaturesOptions) -> None:
     """Store a teacher's patch features of every image, one vector for each patch of the backbone."""
     from prx_composer.commands.encode import encoding
     from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, fingerprint
-    from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
+    from prx_composer.models.encoders import TeacherSpec, VisionEncoder
     from prx_composer.runs.model_parts import ModelParts
 
     show_log(timed=True)

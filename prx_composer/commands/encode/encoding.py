@@ -27,18 +27,16 @@ from torch import Tensor
 from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import sync, write_whole
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.contents import column_contents
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import Manifest, open_local
+from prx_composer.data.format import Bucket, Manifest, open_local
 from prx_composer.data.stored import COLUMNS, RESULTS, StoredColumn, fingerprint, is_whole, manifest_path, pack, unpack
+from prx_composer.models.encoders import HuggingFaceTextEncoder, VisionEncoder, teacher_features, tokenize
 from prx_composer.models.prompts import readings
-from prx_composer.models.text_encoder import HuggingFaceTextEncoder, tokenize
-from prx_composer.models.vision_encoder import VisionEncoder, teacher_features
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.data_sets import data_sets
 
 log = logging.getLogger(__name__)
 

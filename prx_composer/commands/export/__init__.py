@@ -14,8 +14,7 @@ from typer import Option, echo
 from prx_composer import __version__
 from prx_composer.commands.generate import DrawingSettings
 from prx_composer.commands.options import CodeOption, ModelArgument, WeightsOption, parse_weights, show_log, writing_output
-from prx_composer.common.errors import UserError
-from prx_composer.common.secrets import redacted
+from prx_composer.common.errors import UserError, redacted
 
 if TYPE_CHECKING:
     from prx_composer.runs.opening import Trained
@@ -99,8 +98,8 @@ def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOpt
     """Write the model card, with samples that are drawn as the exported pipeline draws."""
     from prx_composer.commands import generate
     from prx_composer.commands.export.pipeline import public_command
-    from prx_composer.runs.diffusers_folder import mends_prompts, pipeline_prompt
     from prx_composer.runs.opening import choose_guidance
+    from prx_composer.runs.pretrained_models import mends_prompts, pipeline_prompt
 
     prompts, settings = generate.recipe_settings(trained)
     prompts = (options.prompt or prompts)[:_MOST_SAMPLES]
@@ -149,8 +148,8 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
     """Write README.md beside what `write_pipeline` wrote."""
     from prx_composer.commands.export.pipeline import without_places, write_readme
     from prx_composer.models.autoencoder import Pixels
-    from prx_composer.models.prompts import clean_caption, cleaning_of
-    from prx_composer.runs.diffusers_folder import RECIPE
+    from prx_composer.models.prompts import cleaner, cleaning_of
+    from prx_composer.runs.pretrained_models import RECIPE
 
     model, recipe = trained.model, trained.recipe or {}
     pixels, cleaned = isinstance(model.autoencoder, Pixels), cleaning_of(model.text_encoder.tokenizer) == "prx"
@@ -189,7 +188,7 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
         network=type(model.text_encoder.network).__name__,
         reference=_public_reference(folder),
         cleaned=cleaned,
-        prompt=clean_caption(prompt, "prx") if pixels and cleaned else prompt,
+        prompt=cleaner("prx")(prompt) if pixels and cleaned else prompt,
         s=card.sampling,
         samples=SAMPLES if (folder / SAMPLES).exists() else None,
         recipe_file=RECIPE,
@@ -202,7 +201,7 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
 def _public_reference(folder: Path) -> dict[str, Any] | None:
     """Return the text encoder that the export refers to, if it does, by the name that others know."""
     from prx_composer.commands.export.pipeline import public_name
-    from prx_composer.runs.diffusers_folder import REFERENCE
+    from prx_composer.runs.pretrained_models import REFERENCE
 
     if not (folder / REFERENCE).exists():
         return None

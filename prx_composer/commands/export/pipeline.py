@@ -20,16 +20,15 @@ from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 
-from prx_composer.common.errors import UserError, raise_all
+from prx_composer.common.errors import UserError, raise_all, redacted
 from prx_composer.common.files import sync
 from prx_composer.common.pages import render
-from prx_composer.common.secrets import redacted
-from prx_composer.models.adapters import adapter_config, adapter_state, is_adapted
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
-from prx_composer.models.sampling import NUM_TRAIN_TIMESTEPS
+from prx_composer.models.flow import NUM_TRAIN_TIMESTEPS
+from prx_composer.models.layers import is_adapted
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.runs.diffusers_folder import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
+from prx_composer.runs.pretrained_models import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
 
 log = logging.getLogger(__name__)
 
@@ -221,15 +220,17 @@ def write_adapters(trained: Trained, folder: Path, title: str, licence: str | No
     Raises:
         UserError: the model has no adapters.
     """
-    backbone = trained.model.backbone
+    backbone: Any = trained.model.backbone
     if not is_adapted(backbone):
         raise UserError(f"--format lora: {trained.source} is not of a run with algorithms.lora; leave the option out.")
+    from peft import get_peft_model_state_dict
+
     base, of_hub = public_name(str(((trained.recipe or {}).get("model") or {}).get("init_from") or "its base"))
-    config = copy.copy(adapter_config(backbone))
+    config = copy.copy(backbone.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(folder))
     facts = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(backbone).items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(backbone).items()}
     save_file(
         {f"base_model.model.{name}": tensor for name, tensor in state.items()},
         folder / "adapter_model.safetensors",
@@ -255,6 +256,7 @@ def _write_adapter_card(trained: Trained, folder: Path, title: str, licence: str
     """
     head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer", "lora"]}
     head |= ({"base_model": base} if of_hub else {}) | ({} if licence is None else {"license": licence})
+    backbone: Any = trained.model.backbone
     write_readme(
         folder,
         "adapters.md.jinja",
@@ -263,7 +265,7 @@ def _write_adapter_card(trained: Trained, folder: Path, title: str, licence: str
         head=head,
         base=base,
         of_hub=of_hub,
-        rank=adapter_config(trained.model.backbone).r,
+        rank=backbone.peft_config["default"].r,
         pipeline="PRXPixelPipeline" if isinstance(trained.model.autoencoder, Pixels) else "PRXPipeline",
         adapters=ADAPTERS,
         readable=hasattr(PRXTransformer2DModel, "load_lora_adapter"),

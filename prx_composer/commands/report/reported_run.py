@@ -19,11 +19,9 @@ import yaml
 from numpy.typing import NDArray
 
 from prx_composer.commands.plan.timeline import timeline
-from prx_composer.common.errors import UserError
-from prx_composer.common.secrets import redacted, redacted_text
+from prx_composer.common.errors import UserError, redacted, redacted_text
 from prx_composer.recipe.config import Recipe
-from prx_composer.runs.environment import ENVIRONMENT
-from prx_composer.runs.folder import CONFIG
+from prx_composer.runs.folder import CONFIG, ENVIRONMENT
 
 METRICS = "metrics.jsonl"
 SHOWN_NEIGHBOURS = 5

@@ -1,23 +1,136 @@
-"""LPIPS between the predicted and the true image: the distance of deep features that people's judgement calibrated.
+"""Perceptual losses: the predicted clean image x̂0 is compared with the true one by the features of a frozen network.
 
 Shapes: B images, C channels, H × W pixels (of the image, or of a layer's features).
 """
 
+import math
 import pickle
 import urllib.request
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor, nn
 
-from prx_composer.algorithms.pixel_prediction import PixelLoss
-from prx_composer.common.errors import UserError
+from prx_composer.algorithms.base import LossTrick
+from prx_composer.common.errors import UserError, at_path
+from prx_composer.models.encoders import TeacherSpec, VisionEncoder, resize_antialiased
+from prx_composer.models.flow import FlowOutput
 from prx_composer.models.huggingface import Frozen, makes_no_storage
-from prx_composer.models.vision_encoder import resize_antialiased
+
+
+class PixelLoss(LossTrick):
+    """(1/B) · Σ distance(x̂0, x0) over the images with t ≤ `max_timestep`; B counts all, so that microbatches add up.
+
+    Args:
+        weight: of the term in the total loss.
+        max_timestep: noisier images than that don't count; 1 = all do.
+        start, end: window; after it the network is let go.
+
+    Raises:
+        ValueError: a negative weight, a timestep outside of (0, 1].
+    """
+
+    needs_whole_image = True
+
+    def __init__(self, weight: float, max_timestep: float, start: str, end: str | None):
+        super().__init__(weight, start, end)
+        if not 0 < max_timestep <= 1:
+            raise ValueError(f"max_timestep must lie in (0, 1], not {max_timestep}.")
+        self.max_timestep = max_timestep
+
+    def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
+        """Raise UserError unless the model predicts pixels."""
+        channels = model.autoencoder.channels
+        if (channels, model.autoencoder.downsampling) != (3, 1):
+            raise UserError(
+                f"algorithms.{self.name} compares images, but the model predicts latents of {channels} channels; "
+                f"{self.name} needs model.autoencoder: {{name: pixels}}."
+            )
+        return {}
+
+    @abstractmethod
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the distances (B,) of images (B, 3, H, W) around [−1, 1], not clamped; only `prediction` gets gradients."""
+
+    def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
+        predicted = self.flow.to_x0(outputs.prediction, outputs.noised, outputs.timestep).float()
+        counts = outputs.timestep <= self.max_timestep
+        return (self.distance(predicted, outputs.clean.float()) * counts).mean()
+
+
+def fit_size(height: int, width: int, image_size: int, multiple: int) -> tuple[int, int]:
+    """Return a height and width of about image_size² pixels and the same aspect ratio, both multiples of `multiple`.
+
+    Smaller images grow: an encoder has seen nothing but images of about the size that it was trained at.
+    """
+    scale = image_size / math.sqrt(height * width)
+    rows, columns = (max(1, round(side * scale / multiple)) for side in (height, width))
+    return rows * multiple, columns * multiple
+
+
+def patch_dissimilarity(teacher: VisionEncoder, prediction: Tensor, target: Tensor) -> Tensor:
+    """Return 1 − cos between the features of images (B, 3, H, W), averaged over patches: (B,). The target has no graph."""
+    with torch.no_grad():
+        expected = teacher(target)  # (B, rows, columns, D)
+    return 1 - F.cosine_similarity(teacher(prediction), expected, dim=-1).mean((1, 2))
+
+
+class PerceptualDINO(PixelLoss):
+    """`patch_dissimilarity` of the images at `fit_size`, for a model that predicts pixels.
+
+    Args:
+        teacher: vision encoder, by hub id or folder or as a `TeacherSpec`.
+        image_size: side of the square whose area the teacher sees, in pixels; the aspect ratio is kept.
+        weight, max_timestep, start, end: see `PixelLoss`.
+
+    Raises:
+        ValueError: an argument out of range.
+        UserError: when it is attached, for a model of latents, for a teacher that cannot be had, and for an image size smaller
+            than the teacher's patches.
+    """
+
+    name = "perceptual_dino"
+
+    def __init__(
+        self,
+        teacher: str | TeacherSpec = "facebook/dinov2-with-registers-base",
+        weight: float = 0.01,
+        image_size: int = 224,
+        max_timestep: float = 1.0,
+        start: str = "0ba",
+        end: str | None = None,
+    ):
+        super().__init__(weight, max_timestep, start, end)
+        self.teacher, self.image_size = teacher, image_size
+        self.encoder: VisionEncoder | None = None
+
+    def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
+        super().build(model)
+        with at_path(f"algorithms.{self.name}.teacher"):
+            self.encoder = VisionEncoder(self.teacher)
+        if self.image_size < self.encoder.patch_size:
+            raise ValueError(
+                f"image_size must be at least {self.encoder.patch_size}, the teacher's patch size, not {self.image_size}."
+            )
+        return {}
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        assert self.encoder is not None
+        sides = fit_size(target.shape[-2], target.shape[-1], self.image_size, self.encoder.patch_size)
+        return patch_dissimilarity(self.encoder, resize_antialiased(prediction, *sides), resize_antialiased(target, *sides))
+
+    def release(self) -> None:
+        self.encoder = None
+
+
+# --------------------------------------------------------------------------------------------------------- LPIPS
+
 
 Net = Literal["vgg", "alex", "squeeze"]
 _TORCHVISION: dict[str, tuple[str, str]] = {
@@ -27,12 +140,12 @@ _MIN_SIDE = {"vgg": 16, "alex": 31, "squeeze": 17}  # below, a pooling layer has
 
 
 def _unit_length(features: Tensor) -> Tensor:
-    """Features (B, C, H, W) → fp32, divided by their length at every place; lpips' own epsilon."""
+    """Return features (B, C, H, W) in fp32, divided by their length at every place plus lpips' own epsilon."""
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float32) + 1e-10)
 
 
 def lpips_distance(network: Any, prediction: Tensor, target: Tensor) -> Tensor:
-    """LPIPS of two images, without an autograd graph for the target.
+    """Return LPIPS of two images, without an autograd graph for the target.
 
     The network runs in the autocast dtype, but differences are taken in fp32, and the heads see means over the image instead
     of every place, which is the same (they are linear) and keeps one tensor per layer for the backward pass.
@@ -59,14 +172,12 @@ class LPIPS(PixelLoss):
     """`lpips_distance` (arXiv:1801.03924) of the images at `scale` times their size, for a model that predicts pixels.
 
     Args:
-        weight: of the term in the total loss.
         net: the network whose features are compared.
         scale: images are resized to this share of their sides first, antialiased.
-        max_timestep: images noisier than that don't count; 1 = all do.
         weights: torchvision's ImageNet weights of `net` as a file, instead of the one in torch.hub's cache, which is
             downloaded if it isn't there.
         random_weights: of the network, for tests.
-        start, end: window; after it the network is let go.
+        weight, max_timestep, start, end: see `PixelLoss`.
 
     Raises:
         ValueError: an argument out of range, or both `weights` and `random_weights`.
@@ -99,9 +210,7 @@ class LPIPS(PixelLoss):
         if self.random_weights:
             return None
         if self.weights is not None:
-            if not Path(self.weights).is_file():
-                raise UserError(f"algorithms.lpips.weights: there is no file {self.weights}.")
-            return f"weights are in {self.weights}"
+            return f"weights are in {_existing(self.weights)}"
         title, url, file = torchvision_weights(self.net)
         if file.is_file():
             return f"torchvision's {title} is in {file}"
@@ -113,33 +222,27 @@ class LPIPS(PixelLoss):
         return f"torchvision's {title} is downloaded on first use ({size / 1e6:.0f} MB)"
 
     def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
-        nothing = super().build(model)
+        super().build(model)
         network = build_network(self.net, self.weights, self.random_weights)
         self.network = Frozen(network.to(memory_format=torch.channels_last))  # pyright: ignore[reportCallIssue]
-        return nothing
+        return {}
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         assert self.network is not None
-        sides = self._scaled_sides(*target.shape[-2:])
-        network = self.network.on(prediction.device)
-        return lpips_distance(network, resize_antialiased(prediction, *sides), resize_antialiased(target, *sides))
-
-    def _scaled_sides(self, height: int, width: int) -> tuple[int, int]:
-        scaled = round(self.scale * height), round(self.scale * width)
+        height, width = target.shape[-2:]
+        sides = round(self.scale * height), round(self.scale * width)
         smallest = _MIN_SIDE[self.net]
-        if min(scaled) < smallest:
+        if min(sides) < smallest:
             raise UserError(
-                f"algorithms.lpips: images of {height}×{width} px at scale {self.scale} are {scaled[0]}×{scaled[1]}, but "
+                f"algorithms.lpips: images of {height}×{width} px at scale {self.scale} are {sides[0]}×{sides[1]}, but "
                 f"net: {self.net} needs {smallest} px a side; set algorithms.lpips.scale to {smallest / min(height, width):.3g} "
                 "or more, or algorithms.lpips.start to when the images are larger."
             )
-        return scaled
+        network = self.network.on(prediction.device)
+        return lpips_distance(network, resize_antialiased(prediction, *sides), resize_antialiased(target, *sides))
 
     def release(self) -> None:
         self.network = None
-
-
-# -------------------------------------------------------------------------------------------------------- weights
 
 
 def build_network(net: Net, weights: str | None = None, random_weights: bool = False) -> nn.Module:
@@ -151,28 +254,29 @@ def build_network(net: Net, weights: str | None = None, random_weights: bool = F
         UserError: weights that cannot be had.
     """
     on_meta = makes_no_storage()
-    file = None if random_weights or on_meta else _cached_weights(net) if weights is None else Path(weights)
+    file = None
+    if not random_weights and not on_meta:
+        file = _cached_weights(net) if weights is None else _existing(weights)
     import lpips
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torchvision", category=UserWarning)  # lpips' way to name the weights
         network = lpips.LPIPS(pretrained=not on_meta, net=net, pnet_rand=True, verbose=False)
-    if file is not None:
-        _load_backbone(network.net, file, net)
-    return network
-
-
-def _load_backbone(backbone: nn.Module, file: Path, net: Net) -> None:
-    """torchvision's "features.5.weight" is "slice2.5.weight" in lpips."""
-    if not file.is_file():
-        raise UserError(f"algorithms.lpips.weights: there is no file {file}.")
-    try:
+    if file is None:
+        return network
+    try:  # torchvision's "features.5.weight" is "slice2.5.weight" in lpips
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-        state = {name: loaded["features." + name.partition(".")[2]] for name in backbone.state_dict()}
-        backbone.load_state_dict(state)
+        network.net.load_state_dict({name: loaded["features." + name.partition(".")[2]] for name in network.net.state_dict()})
     except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"algorithms.lpips.weights: {file} is no {_TORCHVISION[net][1]} of torchvision's ({reason}).") from error
+    return network
+
+
+def _existing(weights: str) -> Path:
+    if not Path(weights).is_file():
+        raise UserError(f"algorithms.lpips.weights: there is no file {weights}.")
+    return Path(weights)
 
 
 def torchvision_weights(net: Net) -> tuple[str, str, Path]:

@@ -1,30 +1,52 @@
-"""What changes when a run goes on with other values: said before its first step, and held after its checkpoint is loaded."""
+"""What a run that goes on from a checkpoint needs: the same random draws, and new values where the recipe has them."""
 
 import logging
+import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from composer.core import Callback, State, Timestamp
 from composer.loggers import Logger
+from composer.utils import dist
 from torch.optim import Optimizer
 
-from prx_composer import registry
 from prx_composer.algorithms.base import Trick
-from prx_composer.recipe.arguments import entries
+from prx_composer.common.distributed import unwrapped
+from prx_composer.models.randomness import RandomStreams, derive_seed
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
 from prx_composer.runs.checkpoints import Checkpoint
+from prx_composer.schedule.clock import time_budget_of
 from prx_composer.schedule.moments import ScheduleWindow
-from prx_composer.schedule.time_budget import time_budget_of
 
 log = logging.getLogger(__name__)
+
+
+class RandomStep(Callback):
+    """Tell the model's `RandomStreams` which step it is, and reseeds the global generators.
+
+    Our own code draws from the streams; the global generators are for dropout layers and other people's algorithms.
+    """
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        step = int(state.timestamp.batch)
+        streams = getattr(unwrapped(state.model), "random", None)
+        if isinstance(streams, RandomStreams):
+            streams.begin_step(step)
+        seed = derive_seed(state.rank_zero_seed, dist.get_global_rank(), step)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
 
 _OF_SOME = "adam_"  # muon's name for what its AdamW groups call lr, betas and eps
 
 
 class NewValues(Callback):
-    """Puts new values where loading a checkpoint has put the old ones: into the optimizer's groups, the schedule and the seed.
+    """Put new values where loading a checkpoint has put the old ones: into the optimizer's groups, the schedule and the seed.
 
     Everything else that a recipe says is held by the objects that are built from it, of which a checkpoint has counts, moments
     and weights but no settings. Which these are is tested key by key.
@@ -43,7 +65,10 @@ class NewValues(Callback):
         self.loaded_rate: float | None = None  # the learning rate in the checkpoint, of the first group
 
     def before_load(self, state: State, logger: Logger) -> None:
-        self._groups = [[_settings(group) for group in optimizer.param_groups] for optimizer in state.optimizers]
+        self._groups = [
+            [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+            for optimizer in state.optimizers
+        ]
         self._built_seed = state.rank_zero_seed
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -61,7 +86,8 @@ class NewValues(Callback):
 
     @staticmethod
     def _renew_rates(state: State, optimizer: Optimizer, rates: list[float]) -> None:
-        """As if the run had had these rates and this schedule from its beginning on."""
+        """Make the rates what they would be if the run had had these and this schedule from its beginning on."""
+        now = state.timestamp
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             before = group.get("initial_lr", group["lr"])
             group["initial_lr"] = rate
@@ -71,31 +97,29 @@ class NewValues(Callback):
             multipliers = getattr(scheduler, "lr_lambdas", None)
             if multipliers is None:  # PyTorch's own, which has state of its own
                 continue
-            with _at_the_step_before(state):
+            # Composer asks a schedule at the end of a step, before it counts it, for the rate of the next one.
+            with _holding(state, timestamp=_back(now, 1), previous_timestamp=_back(now, 2)):
                 for group, rate, multiplier in zip(optimizer.param_groups, rates, multipliers, strict=True):
                     group["lr"] = rate * multiplier(scheduler.last_epoch)
             scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
         log.info("Learning rates of the next step: %s", ", ".join(f"{group['lr']:.4g}" for group in optimizer.param_groups))
 
 
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
-
-
 @contextmanager
-def _at_the_step_before(state: State) -> Iterator[None]:
-    """Composer asks a schedule at the end of a step, before it counts it, for the rate of the next one."""
-    now, before = state.timestamp, state.previous_timestamp
-    if int(now.batch) > 0:
-        state.timestamp, state.previous_timestamp = _back(now, 1), _back(now, 2)
+def _holding(holder: Any, **values: Any) -> Iterator[None]:
+    """Give attributes of an object other values inside of this context."""
+    before = {name: getattr(holder, name) for name in values}
     try:
+        for name, value in values.items():
+            setattr(holder, name, value)
         yield
     finally:
-        state.timestamp, state.previous_timestamp = now, before
+        for name, value in before.items():
+            setattr(holder, name, value)
 
 
 def _back(now: Timestamp, steps: int) -> Timestamp:
-    """So many steps ago, of the average size; within the epoch."""
+    """Return the time so many steps ago, of the average size; within the epoch."""
     batch = int(now.batch)
     steps = min(steps, batch)
     samples = steps * int(now.sample) // max(batch, 1)
@@ -113,14 +137,14 @@ _SAME = 0.01  # of a learning rate
 
 
 def say_what_moves(state: State, recipe: Recipe, checkpoint: Checkpoint | None) -> None:
-    """Warns of it in the log; called on one rank, once the checkpoint is loaded."""
+    """Warn of `what_moves` in the log; called on one rank, once the checkpoint is loaded."""
     before = {} if checkpoint is None else checkpoint.index().get("recipe", {})
-    for message in what_moves(state, recipe, before) if before else []:
+    for message in what_moves(state, recipe, before):
         log.warning("%s", message)
 
 
 def what_moves(state: State, recipe: Recipe, before: dict[str, Any]) -> list[str]:
-    """What another `max_duration` or `time_budget` changes at this point of the run, in words.
+    """Return what another `max_duration` or `time_budget` changes at this point of the run, in words.
 
     Args:
         state: after loading.
@@ -129,19 +153,23 @@ def what_moves(state: State, recipe: Recipe, before: dict[str, Any]) -> list[str
     changed = [key for key in _KEYS if key in before and before[key] != getattr(recipe, key)]
     if not changed or int(state.timestamp.batch) == 0:
         return []
-    now = {"windows": _windows(state, recipe), "rate": _rate(state)}
-    with _as_before(state, before):
-        then = {"windows": _windows(state, recipe), "rate": _rate(state)}
+    rate, windows = _rate(state), _windows(state)
+    budget = time_budget_of(state)
+    with ExitStack() as stack:
+        stack.enter_context(_holding(state, max_duration=before.get("max_duration", state.max_duration)))
+        if budget is not None and budget.progress_before is not None:
+            stack.enter_context(_holding(budget, progress=budget.progress_before))
+        rate_before, windows_before = _rate(state), _windows(state)
     by = " and ".join(
         [f"{key} {before[key]} → {getattr(recipe, key)}" for key in changed]
         + [f"another {key}" for key in _ALSO if key in before and before[key] != getattr(recipe, key)]
     )
     batch = int(state.timestamp.batch)
     messages = []
-    if abs(now["rate"] - then["rate"]) > _SAME * max(now["rate"], then["rate"]):
-        messages.append(_about_rate(state, now["rate"], by, recipe.run_folder))
-    for name, (window, phase) in now["windows"].items():
-        was = then["windows"][name][1]
+    if abs(rate - rate_before) > _SAME * max(rate, rate_before):
+        messages.append(_about_rate(state, rate, by, recipe.run_folder))
+    for name, (window, phase) in windows.items():
+        was = windows_before[name][1]
         if phase != was:
             span = f"{window.start} to {window.end or 'the end'}"
             messages.append(f"algorithms.{name}: at batch {batch} its window ({span}) was {was}, and is {phase} now ({by}).")
@@ -162,35 +190,17 @@ def _about_rate(state: State, rate: float, by: str, folder: str) -> str:
 
 
 def _rate(state: State) -> float:
-    """Of the first group of weights, in the step after the coming one at the latest."""
+    """Return the learning rate of the first group of weights, in the step after the coming one at the latest."""
     scheduler: Any = state.schedulers[0]
     return float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](0))
 
 
-def _windows(state: State, recipe: Recipe) -> dict[str, tuple[ScheduleWindow, str]]:
-    """By name, the window of every algorithm that has one, and whether it is not begun, open or over."""
-    names = {registry.algorithms.get(name, ""): name for name, _ in entries(recipe.algorithms, "algorithms")}
+def _windows(state: State) -> dict[str, tuple[ScheduleWindow, str]]:
+    """Return the window of every trick by its name, and whether it is not begun, open or over."""
     found = {}
-    for algorithm in state.algorithms:
-        if isinstance(algorithm, Trick) and type(algorithm) in names:
-            window = algorithm.window
-            begun = algorithm.has_begun or window.start.has_come(state)
-            phase = "over" if window.is_over(state) else "open" if begun else "not begun"
-            found[names[type(algorithm)]] = window, phase
+    for trick in state.algorithms:
+        if isinstance(trick, Trick):
+            begun = trick.has_begun or trick.window.start.has_come(state)
+            phase = "over" if trick.window.is_over(state) else "open" if begun else "not begun"
+            found[trick.name] = trick.window, phase
     return found
-
-
-@contextmanager
-def _as_before(state: State, before: dict[str, Any]) -> Iterator[None]:
-    """The state with the duration, and the part of the time budget, that the checkpoint was written with."""
-    duration, budget = state.max_duration, time_budget_of(state)
-    progress = 0.0 if budget is None else budget.progress
-    state.max_duration = before.get("max_duration", duration)
-    if budget is not None and budget.progress_before is not None:
-        budget.progress = budget.progress_before
-    try:
-        yield
-    finally:
-        state.max_duration = duration
-        if budget is not None:
-            budget.progress = progress

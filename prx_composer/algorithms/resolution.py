@@ -1,17 +1,24 @@
-"""Stages of growing image size in one run, each with its own batch and microbatch."""
+"""Image sizes: stages of growing size in one run, and a network that is told height and width."""
 
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from composer.algorithms.warnings import NoEffectWarning
 from composer.core import Event, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
+from torch import nn
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.recipe.sizes import check_batch_sizes
+from prx_composer.models.backbone import PRXBackbone, ResolutionEmbedder
+from prx_composer.models.randomness import seeded_initialisation
+from prx_composer.optim import add_parameters
+from prx_composer.recipe.consistency import check_batch_sizes
 from prx_composer.schedule.moments import Moment
 
 log = logging.getLogger(__name__)
@@ -24,19 +31,6 @@ class StagedLoader(Protocol):
     def set_stage(self, image_size: int, global_batch_size: int) -> None: ...
 
     def end_pass(self) -> None: ...
-
-
-@runtime_checkable
-class SizedLoader(Protocol):
-    """What a loader of evaluation must offer to follow the stages."""
-
-    @property
-    def image_size(self) -> int: ...
-
-    @property
-    def global_batch_size(self) -> int: ...
-
-    def set_stage(self, image_size: int, global_batch_size: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Stage:
 
 
 class ProgressiveResolution(Trick):
-    """Moves the loaders, of training and evaluation, and the trainer from stage to stage.
+    """Move the loaders, of training and evaluation, and the trainer from stage to stage.
 
     The stage is a function of the training time alone, a stage that was entered stays entered, and a switch ends the loader's
     pass (Composer counts an epoch), so a run that is stopped anywhere, the switch included, resumes as if it hadn't been.
@@ -130,21 +124,10 @@ class ProgressiveResolution(Trick):
         state.dataloader_len = -1  # read again: Composer would cut the new stage's passes to the old one's length
 
     def _stage_evaluation(self, state: State) -> None:
-        """A model is judged at the size that it is trained at: that of the step in hand, also in the last before a switch."""
-        for evaluator in state.evaluators:
-            loader = evaluator.dataloader.dataloader
-            if isinstance(loader, SizedLoader) and loader.image_size != self.stage.image_size:
+        """Judge the model at the size that it is trained at: that of the step in hand, also in the last before a switch."""
+        for loader in _following(state):
+            if loader.image_size != self.stage.image_size:
                 loader.set_stage(self.stage.image_size, loader.global_batch_size)
-
-    @staticmethod
-    def _try_evaluation(state: State, stage: Stage) -> None:
-        """Raises ValueError if the loaders of evaluation cannot follow."""
-        for evaluator in state.evaluators:
-            loader = evaluator.dataloader.dataloader
-            if isinstance(loader, SizedLoader):
-                before = loader.image_size
-                loader.set_stage(stage.image_size, loader.global_batch_size)
-                loader.set_stage(before, loader.global_batch_size)
 
     def _check(self, state: State) -> None:
         if state.max_duration is not None and state.max_duration.unit == TimeUnit.EPOCH and len(self.stages) > 1:
@@ -157,7 +140,10 @@ class ProgressiveResolution(Trick):
             check_batch_sizes(path, stage.global_train_batch_size, self._microbatch_size(stage), dist.get_world_size())
             with at_path(f"{path}image_size"):
                 loader.set_stage(stage.image_size, stage.global_train_batch_size)
-                self._try_evaluation(state, stage)
+                for following in _following(state):
+                    before = following.image_size
+                    following.set_stage(stage.image_size, following.global_batch_size)
+                    following.set_stage(before, following.global_batch_size)
 
     @staticmethod
     def _microbatch_size(stage: Stage) -> int:
@@ -181,3 +167,49 @@ class ProgressiveResolution(Trick):
                 f"The checkpoint is in stage {self._current}, but algorithms.progressive_resolution has only "
                 f"{len(self.stages)} stages. Resume with the recipe the run was started with."
             )
+
+
+def _following(state: State) -> Iterator[Any]:
+    """Yield the loaders of evaluation that can follow the stages."""
+    for evaluator in state.evaluators:
+        loader = evaluator.dataloader.dataloader
+        if all(hasattr(loader, name) for name in ("image_size", "global_batch_size", "set_stage")):
+            yield loader
+
+
+def add_resolution_embedder(backbone: PRXBackbone) -> ResolutionEmbedder:
+    """Give a backbone diffusers' `resolution_embeds` without changing what it computes: the last layer starts at zero."""
+    embedder = ResolutionEmbedder(backbone.hidden_size, backbone.time_max_period)
+    nn.init.normal_(embedder.mlp.in_layer.weight, std=0.02)
+    nn.init.zeros_(embedder.mlp.in_layer.bias)
+    nn.init.zeros_(embedder.mlp.out_layer.weight)
+    nn.init.zeros_(embedder.mlp.out_layer.bias)
+    backbone.resolution_embedder = embedder
+    backbone.config["resolution_embeds"] = True
+    return embedder
+
+
+class ResolutionAware(Trick):
+    """Add an embedding of height and width, in the pixels that the backbone sees, to the time vector.
+
+    Args:
+        start, end: window; outside of it nothing is added, in training or sampling.
+    """
+
+    name = "resolution_aware"
+    shapes_sampling = True
+    experimental = True
+
+    def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
+        if not isinstance(getattr(model, "backbone", None), PRXBackbone):
+            raise UserError("algorithms.resolution_aware needs a model with a PRX backbone, such as text_to_image.")
+        if model.backbone.resolution_embedder is not None:
+            message = "resolution_aware adds nothing to a backbone with resolution_embeds: true."
+            warnings.warn(NoEffectWarning(message), stacklevel=2)
+            return
+        with seeded_initialisation(model.random.seed, self.name):
+            embedder = add_resolution_embedder(model.backbone)
+        add_parameters(optimizer, embedder)
+
+    def set_active(self, model: Any, active: bool) -> None:
+        model.backbone.resolution_embedder.active = active
