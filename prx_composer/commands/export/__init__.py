@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option, echo
 
 from prx_composer import __version__
+from prx_composer.commands import CodeOption, ModelArgument, WeightsOption, parse_weights, show_log, writing_output
 from prx_composer.commands.generate import DrawingSettings
-from prx_composer.commands.options import CodeOption, ModelArgument, WeightsOption, parse_weights, show_log, writing_output
 from prx_composer.common.errors import UserError, redacted
 
 if TYPE_CHECKING:
