@@ -14,7 +14,6 @@ import numpy as np
 import simplejpeg
 
 from prx_composer.commands.convert.records import Passed, Record, has
-from prx_composer.common.pages import render
 from prx_composer.data.decoding import IMAGE_REASONS, PIXELS_OPENED, decode, open_image, resize
 from prx_composer.data.format import Bucket
 from prx_composer.data.storage import RawShard, encodings_of, fetched, join
@@ -236,6 +235,7 @@ def write_report(statistics: dict[str, Any], output: str, path: str) -> None:
         output: folder of the data set, from which the pictures of its buckets are read.
         path: file to write.
     """
+    from prx_composer.common.pages import render  # which imports torch
 
     buckets = []
     for bucket, count in sorted((Bucket.parse(name), count) for name, count in statistics["buckets"].items()):
