@@ -18,11 +18,11 @@ from typing import Annotated, Any
 from tqdm import tqdm
 from typer import Option, echo
 
+from prx_composer.commands import Parsed
 from prx_composer.commands.convert import backends
 from prx_composer.commands.convert.outcome import Tally, as_text, columns_text, files_text, left_out_text, write_report
 from prx_composer.commands.convert.records import Passed, Seen, Source, Unit, open_source
 from prx_composer.commands.convert.settings import MEASURED, Settings, check_where, whole_path
-from prx_composer.commands.options import Parsed
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.data.format import MANIFEST, Bucket, Manifest
 from prx_composer.data.storage import Entry, is_included, relative_name, survey
