@@ -23,8 +23,7 @@ from common import ROOT, main, must_agree, ratio, save, subplots, summary, time_
 from compare import Tokens, ValidText, make_backbone, make_inputs, training_step
 from torch import Tensor
 
-from prx_composer.algorithms.float8 import apply_float8, hardware_problem
-from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
+from prx_composer.algorithms.low_precision import apply_float8, apply_low_precision_norm, hardware_problem
 from prx_composer.models import PRXBackbone
 from prx_composer.models.counting import flops_of_backbone, flops_of_batch
 from prx_composer.models.encoders import HuggingFaceTextEncoder, train_tokenizer

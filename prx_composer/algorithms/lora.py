@@ -12,9 +12,9 @@ from prx_composer.optim import add_parameters, drop_frozen
 
 
 class LoRA(Trick):
-    """Trains adapters instead of the backbone, usually from the weights of `model.init_from`.
+    """Train adapters instead of the backbone, usually from the weights of `model.init_from`.
 
-    Checkpoints hold the frozen weights too, so that a run goes on without `init_from` (frozen_parts.py keeps the text encoder).
+    Checkpoints hold the frozen weights too, so that a run goes on without `init_from` (the run folder keeps the text encoder).
     `prx export` merges the adapters into the weights, or with `--format lora` writes them alone.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prx_composer.common.distributed import from_rank_zero, gathered, share
 from prx_composer.common.errors import UserError, nearest
-from prx_composer.data.small_sets import HELDOUT, Scene, all_scenes, load_digit_scans, render
+from prx_composer.data.sources import HELDOUT, Scene, all_scenes, load_digit_scans, render
 from prx_composer.metrics.features import (
     CLIP,
     CLIP_SCORE,

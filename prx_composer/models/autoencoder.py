@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prx_composer.models.huggingface import Frozen, refuse_outside, says_how_to_get
-from prx_composer.recipe.sizes import downsampling_of
+from prx_composer.recipe.consistency import downsampling_of
 
 
 class Autoencoder(Protocol):

@@ -30,9 +30,9 @@ from prx_composer.optim import AdamW
 from prx_composer.optim.muon import Muon
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.runs.frozen_parts import keep_frozen, with_kept
-from prx_composer.runs.init_from import write_fragment
+from prx_composer.runs.model_parts import keep_frozen, with_kept
 from prx_composer.runs.opening import Trained, load_trained
+from prx_composer.runs.pretrained_models import write_fragment
 from prx_composer.training.meta_model import MetaModel
 from prx_composer.training.run import build_trainer, run
 

@@ -22,8 +22,8 @@ from prx_composer.models.encoders import TeacherSpec, resize_antialiased
 from prx_composer.models.routing import RandomRouter
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.start import main
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
