@@ -68,15 +68,16 @@ def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Itera
     yield from results
     if parts is None:
         return
-    right = all(result.mark != "✗" for result in results)
-    others = [*check_captions(recipe, parts), *check_gpus(recipe, parts.algorithms.values(), 0, num_ranks)]
-    for result in [*check_surroundings(recipe, parts), *others]:
-        right = right and result.mark != "✗"
-        yield result
-    if step and right:
-        yield from _try_out(recipe, parts, num_ranks)
-    elif step:
+    others = [
+        *check_surroundings(recipe, parts),
+        *check_captions(recipe, parts),
+        *check_gpus(recipe, parts.algorithms.values(), 0, num_ranks),
+    ]
+    yield from others
+    if step and any(result.mark == "✗" for result in [*results, *others]):
         yield skipped("step", "what is wrong above must be mended first")
+    elif step:
+        yield from _try_out(recipe, parts, num_ranks)
 
 
 @collected
