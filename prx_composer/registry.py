@@ -113,7 +113,7 @@ class Registry:
 
 models = Registry("models", {"text_to_image": "prx_composer.models.text_to_image:TextToImage"})
 backbones = Registry("backbones", {"prx": "prx_composer.models.backbone:PRXBackbone"})
-text_encoders = Registry("text_encoders", {"huggingface": "prx_composer.models.text_encoder:HuggingFaceTextEncoder"})
+text_encoders = Registry("text_encoders", {"huggingface": "prx_composer.models.encoders:HuggingFaceTextEncoder"})
 autoencoders = Registry(
     "autoencoders",
     {
@@ -125,9 +125,9 @@ loaders = Registry("loaders", {"image_caption": "prx_composer.data.loader:ImageC
 sources = Registry(
     "sources",
     {
-        "digits": "prx_composer.data.small_sets:DigitsSource",
+        "digits": "prx_composer.data.sources:DigitsSource",
         "folder": "prx_composer.data.sources:FolderSource",
-        "shapes": "prx_composer.data.small_sets:ShapesSource",
+        "shapes": "prx_composer.data.sources:ShapesSource",
     },
 )
 algorithms = Registry(
@@ -136,17 +136,17 @@ algorithms = Registry(
         "contrastive_flow_matching": "prx_composer.algorithms.contrastive_flow_matching:ContrastiveFlowMatching",
         "deferred_masking": "prx_composer.algorithms.token_routing:DeferredMasking",
         "ema": "prx_composer.algorithms.ema:EMA",
-        "float8": "prx_composer.algorithms.float8:Float8",
-        "gradient_clipping": "prx_composer.algorithms.gradient_clipping:GradientClipping",
+        "float8": "prx_composer.algorithms.low_precision:Float8",
+        "gradient_clipping": "prx_composer.algorithms.gradients:GradientClipping",
         "irepa": "prx_composer.algorithms.repa:IREPA",
         "lora": "prx_composer.algorithms.lora:LoRA",
-        "low_precision_norm": "prx_composer.algorithms.low_precision_norm:LowPrecisionNorm",
-        "lpips": "prx_composer.algorithms.lpips:LPIPS",
-        "perceptual_dino": "prx_composer.algorithms.perceptual_dino:PerceptualDINO",
-        "progressive_resolution": "prx_composer.algorithms.progressive_resolution:ProgressiveResolution",
+        "low_precision_norm": "prx_composer.algorithms.low_precision:LowPrecisionNorm",
+        "lpips": "prx_composer.algorithms.perceptual:LPIPS",
+        "perceptual_dino": "prx_composer.algorithms.perceptual:PerceptualDINO",
+        "progressive_resolution": "prx_composer.algorithms.resolution:ProgressiveResolution",
         "repa": "prx_composer.algorithms.repa:REPA",
-        "resolution_aware": "prx_composer.algorithms.resolution_aware:ResolutionAware",
-        "skip_nonfinite": "prx_composer.algorithms.skip_nonfinite:SkipNonfinite",
+        "resolution_aware": "prx_composer.algorithms.resolution:ResolutionAware",
+        "skip_nonfinite": "prx_composer.algorithms.gradients:SkipNonfinite",
         "sprint": "prx_composer.algorithms.token_routing:SPRINT",
         "tread": "prx_composer.algorithms.token_routing:TREAD",
     },
@@ -154,18 +154,18 @@ algorithms = Registry(
 callbacks = Registry(
     "callbacks",
     {
-        "digits_score": "prx_composer.callbacks.scores:DigitsScore",
-        "garbage_collection": "prx_composer.callbacks.garbage_collection:GarbageCollection",
-        "generation_metrics": "prx_composer.callbacks.scores:GenerationMetrics",
-        "images": "prx_composer.callbacks.images:Images",
-        "loss_spikes": "prx_composer.callbacks.loss_spikes:LossSpikes",
+        "digits_score": "prx_composer.callbacks.drawings:DigitsScore",
+        "garbage_collection": "prx_composer.callbacks.watchdog:GarbageCollection",
+        "generation_metrics": "prx_composer.callbacks.drawings:GenerationMetrics",
+        "images": "prx_composer.callbacks.drawings:Images",
+        "loss_spikes": "prx_composer.callbacks.monitors:LossSpikes",
         "lr_monitor": "composer.callbacks:LRMonitor",
         "memory_monitor": "composer.callbacks:MemoryMonitor",
         "optimizer_monitor": "composer.callbacks:OptimizerMonitor",
         "runtime_estimator": "composer.callbacks:RuntimeEstimator",
-        "shapes_score": "prx_composer.callbacks.scores:ShapesScore",
-        "stop_after": "prx_composer.callbacks.stop_after:StopAfter",
-        "speed_monitor": "prx_composer.callbacks.speed_monitor:SpeedMonitor",
+        "shapes_score": "prx_composer.callbacks.drawings:ShapesScore",
+        "stop_after": "prx_composer.callbacks.checkpointing:StopAfter",
+        "speed_monitor": "prx_composer.callbacks.monitors:SpeedMonitor",
         "watchdog": "prx_composer.callbacks.watchdog:Watchdog",
     },
 )
@@ -174,15 +174,15 @@ loggers = Registry(
     {
         "file": "composer.loggers:FileLogger",
         "metrics_file": "prx_composer.loggers.metrics_file:MetricsFile",
-        "mlflow": "prx_composer.loggers.mlflow:MLflow",
-        "tensorboard": "prx_composer.loggers.tensorboard:TensorBoard",
-        "wandb": "prx_composer.loggers.wandb:WandB",
+        "mlflow": "prx_composer.loggers.tracking_servers:MLflow",
+        "tensorboard": "prx_composer.loggers.trackers:TensorBoard",
+        "wandb": "prx_composer.loggers.tracking_servers:WandB",
     },
 )
 optimizers = Registry(
     "optimizers",
     {
-        "adamw": "prx_composer.optim.groups:AdamW",
+        "adamw": "prx_composer.optim:AdamW",
         "decoupled_adamw": "composer.optim:DecoupledAdamW",
         "muon": "prx_composer.optim.muon:Muon",
     },

@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from prx_composer.common.errors import UserError
-from prx_composer.common.secrets import redacted
+from prx_composer.common.errors import UserError, redacted
 
 May = Literal["free", "logged", "data", "asked", "never"]
 DATA = "data"  # not a key of a recipe: what the data are, by their fingerprint, wherever they lie

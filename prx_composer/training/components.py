@@ -11,12 +11,12 @@ from composer.loggers import LoggerDestination
 from torch.optim import Optimizer
 
 from prx_composer import registry
-from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
+from prx_composer.algorithms.resolution import ProgressiveResolution
 from prx_composer.common.errors import Problems, UserError, at_path, raise_all
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.sources import is_made, prepare
 from prx_composer.data.stored import check_latent_column, check_text_column
-from prx_composer.optim.groups import parameter_groups
+from prx_composer.optim import parameter_groups
 from prx_composer.recipe.arguments import build, data_sets, entries, provided_by, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.registry import BY_NAME

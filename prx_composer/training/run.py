@@ -15,20 +15,17 @@ import psutil
 from composer.core import Callback, Evaluator, Event, State
 from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 
+from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.callbacks.checkpointing import Checkpointing, due_every
-from prx_composer.callbacks.data_monitor import DataMonitor
-from prx_composer.callbacks.finite_guard import FiniteGuard
-from prx_composer.callbacks.random_step import RandomStep
-from prx_composer.callbacks.resumed import NewValues, say_what_moves
+from prx_composer.callbacks.monitors import DataMonitor
+from prx_composer.callbacks.resuming import NewValues, RandomStep, say_what_moves
 from prx_composer.common.distributed import GlooAverage, from_rank_zero
-from prx_composer.common.errors import TrainingInterrupted, UserError, at_path
-from prx_composer.common.secrets import redacted
+from prx_composer.common.errors import TrainingInterrupted, UserError, at_path, redacted
 from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.recipe import config
 from prx_composer.recipe.checks import precisions
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
-from prx_composer.runs import environment
 from prx_composer.runs.checkpoints import newest_checkpoint, without_new_callbacks
 from prx_composer.runs.folder import (
     CHECKPOINTS,
@@ -37,15 +34,15 @@ from prx_composer.runs.folder import (
     check_run_folder,
     going_on,
     record_changes,
+    record_environment,
     save_recipe,
     summarise,
 )
-from prx_composer.runs.frozen_parts import keep_frozen
-from prx_composer.runs.init_from import initialise
+from prx_composer.runs.model_parts import keep_frozen
+from prx_composer.runs.pretrained_models import initialise
 from prx_composer.runs.weights import not_finite_in
-from prx_composer.schedule.clock import ClockStop, TrainingClock, clock_of
+from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, time_budget_of, with_rehearsal
 from prx_composer.schedule.moments import duration_string, for_composer, parse_duration
-from prx_composer.schedule.time_budget import TimeBudget, time_budget_of, with_rehearsal
 from prx_composer.training.components import Components, make_recipe_data
 from prx_composer.training.preflight import failed, require
 from prx_composer.training.preflight.data_fit import check_data
@@ -96,7 +93,7 @@ def run(recipe: Recipe) -> str:
                 record_changes(folder, int(state.timestamp.batch), trainer.resumed_changes)
                 if recipe.preflight:
                     remember_steps(folder)
-        environment.record(folder, int(state.timestamp.batch), clock_of(state).spent)
+        record_environment(folder, int(state.timestamp.batch), clock_of(state).spent)
         with stop_on_signals(clock_of(state)):
             trainer.fit()
     except BaseException:

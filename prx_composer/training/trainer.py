@@ -11,7 +11,7 @@ from composer.core import Event, Precision
 from composer.utils import FSDP2Config, ParallelismConfig, dist
 from torch import Tensor
 
-from prx_composer.callbacks.finite_guard import FiniteGuard
+from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.common.distributed import HostGroup
 from prx_composer.common.errors import UserError
 from prx_composer.recipe.checks import check_parallelism

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
-from prx_composer.models.text_encoder import train_tokenizer
+from prx_composer.models.encoders import train_tokenizer
 from prx_composer.training.trainer import parallelism
 
 SHARDS, RANKS = int(sys.argv[1]), int(sys.argv[2])

@@ -32,7 +32,7 @@ from torch import nn
 
 from prx_composer import registry
 from prx_composer.algorithms.base import Trick
-from prx_composer.data.buckets import Bucket
+from prx_composer.data.format import Bucket
 from prx_composer.data.format import RawSample
 
 

@@ -13,7 +13,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
+from prx_composer.algorithms.resolution import ProgressiveResolution
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics, save_recipe
 from prx_composer.schedule import clock as clock_module

@@ -16,15 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from prx_composer.commands.plan.conditions import Conditions, find_gpu
 from prx_composer.commands.plan.plan import make_plan
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import NOTICED, Bucket, assign_bucket, make_buckets, share_cropped
+from prx_composer.data.format import NOTICED, Bucket, assign_bucket, make_buckets, share_cropped
 from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.models import HuggingFaceTextEncoder
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.counting import StepCounter, shape_of
-from prx_composer.models.huggingface import random_config
-from prx_composer.models.known_configs import known_config
-from prx_composer.models.text_encoder import random_encoder
+from prx_composer.models.encoders import random_encoder
+from prx_composer.models.huggingface import known_config, random_config
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe import config
 from prx_composer.runs.model_parts import Vocabulary

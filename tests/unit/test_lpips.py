@@ -16,8 +16,8 @@ import torchvision
 from composer.core import Event, State
 from composer.devices import DeviceCPU
 
-from prx_composer.algorithms import lpips as algorithm_module
-from prx_composer.algorithms.lpips import LPIPS, Net, build_network, lpips_distance
+from prx_composer.algorithms import perceptual as algorithm_module
+from prx_composer.algorithms.perceptual import LPIPS, Net, build_network, lpips_distance
 from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder

@@ -16,9 +16,8 @@ from huggingface_hub.utils import _http
 from stacks import TEACHER
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.format import BucketWriter, RawSample
-from prx_composer.data.small_sets import ShapesSource
+from prx_composer.data.format import Bucket, BucketWriter, RawSample
+from prx_composer.data.sources import ShapesSource
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.components import Components

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from prx_composer.commands.data.split import open_split
 from prx_composer.commands.data.statistics import statistics
-from prx_composer.commands.data.subject import open_split
-from prx_composer.commands.drawing import check_prompt, read_prompts, save_captions
 from prx_composer.commands.encode.encoding import CaptionEncoder, encode_split, text_column
-from prx_composer.commands.evaluate.layouts import _dpg, _geneval
+from prx_composer.commands.evaluate.sweep import _dpg, _geneval
+from prx_composer.commands.generate import check_prompt, read_prompts, save_captions
 from prx_composer.commands.plan.conditions import read_throughput
 from prx_composer.common.errors import UserError
 from prx_composer.data.format import Manifest, iterate_captions
@@ -28,8 +28,8 @@ from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.data.stored import encoded_folder, read_column
 from prx_composer.metrics.features import ClipScore
 from prx_composer.models import HuggingFaceTextEncoder, TextToImage
+from prx_composer.models.encoders import tokenize, train_tokenizer
 from prx_composer.models.prompts import CaptionCounts, readings, what_is_lost, with_cleaning
-from prx_composer.models.text_encoder import tokenize, train_tokenizer
 from prx_composer.recipe import config
 from prx_composer.training.components import Components
 from prx_composer.training.preflight.pretrained import check_captions

@@ -12,9 +12,8 @@ from PIL import Image
 
 from prx_composer.algorithms.repa import StoredFeatures, stored_features
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset, read_manifest
-from prx_composer.data.format import MANIFEST, BucketWriter, Manifest, RawSample
+from prx_composer.data.format import MANIFEST, Bucket, BucketWriter, Manifest, RawSample
 from prx_composer.data.loader import ImageCaptionData
 from prx_composer.data.sampler import SampleRequest
 from prx_composer.recipe import config

@@ -15,7 +15,7 @@ from prx_composer import registry
 from prx_composer.algorithms.base import LossTrick, Trick
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
-from prx_composer.optim.groups import AdamW
+from prx_composer.optim import AdamW
 from prx_composer.recipe import config
 from prx_composer.training.components import Components
 from prx_composer.training.preflight.examine import examine

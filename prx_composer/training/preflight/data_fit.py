@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prx_composer.common.errors import UserError, at_path, raise_all
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import MANIFEST, Manifest, open_local
+from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local
 from prx_composer.data.mixture import Shares
 from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column

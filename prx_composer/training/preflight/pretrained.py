@@ -23,15 +23,14 @@ from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.format import MANIFEST, Manifest, open_local
-from prx_composer.models.prompts import CaptionCounts, clean_caption, with_cleaning
-from prx_composer.models.text_encoder import load_tokenizer, tokenize, train_tokenizer
-from prx_composer.models.vision_encoder import TeacherSpec
+from prx_composer.models.encoders import TeacherSpec, load_tokenizer, tokenize, train_tokenizer
+from prx_composer.models.prompts import CaptionCounts, cleaner, with_cleaning
 from prx_composer.recipe.arguments import data_sets, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import TOKENIZER
-from prx_composer.runs.frozen_parts import with_kept
-from prx_composer.runs.init_from import check_init_from
+from prx_composer.runs.model_parts import with_kept
+from prx_composer.runs.pretrained_models import check_init_from
 from prx_composer.training.components import Components
 from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
 
@@ -274,7 +273,7 @@ def check_captions(recipe: Recipe, parts: Components) -> Iterator[Result]:
         return
     own = not isinstance(encoder.get("tokenizer", encoder.get("pretrained")), str)
     cleaning = encoder.get("clean", "none")
-    tokenizer = _tokenizer(recipe, encoder, [clean_caption(text, cleaning) for text in captions])
+    tokenizer = _tokenizer(recipe, encoder, list(map(cleaner(cleaning), captions)))
     if tokenizer is None:
         yield skipped("train_loader: captions", "their tokenizer is not on this machine")
         return

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from prx_composer.algorithms.base import Trick
-from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
+from prx_composer.algorithms.resolution import ProgressiveResolution
 from prx_composer.algorithms.token_routing import TokenRouting
 from prx_composer.common.distributed import from_rank_zero, unwrapped
 from prx_composer.common.errors import UserError, problems_of
-from prx_composer.data.buckets import Bucket
+from prx_composer.data.format import Bucket
 from prx_composer.data.loader import ImageCaptionLoader, channels_first
 from prx_composer.data.sampler import SampleRequest
 from prx_composer.models.huggingface import returned_afterwards

@@ -17,9 +17,8 @@ from composer.core import TimeUnit
 from requests.utils import get_netrc_auth
 
 from prx_composer.algorithms.base import Trick
-from prx_composer.common.errors import UserError, problems_of
-from prx_composer.common.secrets import redacted
-from prx_composer.loggers.wandb import wandb_mode
+from prx_composer.common.errors import UserError, problems_of, redacted
+from prx_composer.loggers.tracking_servers import wandb_mode
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import CHECKPOINTS, holds_run
