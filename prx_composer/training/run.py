@@ -220,9 +220,9 @@ def _build(recipe: Recipe, found: GoingOn, on_gpu: bool) -> Trainer:
 def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback], saved: dict[str, Any]) -> list[Callback]:
     """Return the recipe's callbacks between those that every run has: the clock comes first, checkpoints come after the guard."""
     folder = Path(recipe.run_folder)
+    save_when = with_rehearsal(due_every(recipe.save_interval))
     seconds = None if recipe.time_budget is None else parse_duration(recipe.time_budget)
     clock, guard = TrainingClock(folder, seconds, recipe.dist_timeout), FiniteGuard(folder)
-    save_when = with_rehearsal(due_every(recipe.save_interval))
     return [
         clock,
         *([] if seconds is None else [TimeBudget(seconds)]),
