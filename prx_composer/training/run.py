@@ -16,9 +16,8 @@ from composer.core import Callback, Evaluator, Event, State
 from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 
 from prx_composer.algorithms.gradients import FiniteGuard
-from prx_composer.callbacks.checkpointing import Checkpointing, due_every
+from prx_composer.callbacks.checkpointing import Checkpointing, NewValues, RandomStep, due_every, say_what_moves
 from prx_composer.callbacks.monitors import DataMonitor
-from prx_composer.callbacks.resuming import NewValues, RandomStep, say_what_moves
 from prx_composer.common.distributed import GlooAverage, from_rank_zero
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path, redacted
 from prx_composer.data.loader import ImageCaptionLoader
