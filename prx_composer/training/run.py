@@ -43,9 +43,8 @@ from prx_composer.runs.weights import not_finite_in
 from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, time_budget_of, with_rehearsal
 from prx_composer.schedule.moments import duration_string, for_composer, parse_duration
 from prx_composer.training.components import Components
-from prx_composer.training.preflight import failed, require
+from prx_composer.training.preflight import examine, failed, require
 from prx_composer.training.preflight.data_fit import check_data
-from prx_composer.training.preflight.examine import examine
 from prx_composer.training.preflight.step import remember_steps, try_steps_before_training
 from prx_composer.training.preflight.surroundings import check_gpus, check_surroundings
 from prx_composer.training.trainer import Trainer, parallelism
