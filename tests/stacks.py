@@ -58,6 +58,8 @@ def at_toy_size(name: str, data: Path, folder: Path, steps: int = 3) -> Recipe:
     second |= {"image_size": 24, "global_train_batch_size": 8, "device_train_microbatch_size": 4}
     recipe |= {key: value for key, value in first.items() if key != "until"} | {"global_eval_batch_size": 30}
     recipe["scheduler"]["t_warmup"] = "1ba"
+    if recipe.get("parallelism_config"):
+        recipe["parallelism_config"]["fsdp"]["shard_degree"] = -1
     recipe["callbacks"]["images"] |= {"interval": f"{steps}ba", "num_inference_steps": 1}
     ends = {"max_duration": f"{steps}ba", "eval_interval": f"{steps}ba"}
     return recipe | ends | {"precision": "fp32", "run_folder": str(folder / name), "progress_bar": False}
