@@ -127,6 +127,7 @@ sources = Registry(
     {
         "digits": "prx_composer.data.small_sets:DigitsSource",
         "folder": "prx_composer.data.sources:FolderSource",
+        "icons": "prx_composer.data.icons:IconsSource",
         "shapes": "prx_composer.data.small_sets:ShapesSource",
     },
 )
@@ -157,6 +158,7 @@ callbacks = Registry(
         "digits_score": "prx_composer.callbacks.scores:DigitsScore",
         "garbage_collection": "prx_composer.callbacks.garbage_collection:GarbageCollection",
         "generation_metrics": "prx_composer.callbacks.scores:GenerationMetrics",
+        "icons_score": "prx_composer.callbacks.icons_score:IconsScore",
         "images": "prx_composer.callbacks.images:Images",
         "loss_spikes": "prx_composer.callbacks.loss_spikes:LossSpikes",
         "lr_monitor": "composer.callbacks:LRMonitor",
