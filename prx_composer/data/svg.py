@@ -16,7 +16,7 @@ _FILTERS = """feBlend feColorMatrix feComponentTransfer feComposite feDropShadow
 _STILL = "animate animateMotion animateTransform mpath set"  # drawn as they stand at the beginning
 _DRAWN = frozenset(f"{_SHAPES} {_FILTERS} {_STILL}".split())
 _REFERENCE = re.compile(r"url\(\s*['\"]?\s*([^'\")\s]*)")
-_DEEPEST, _MOST = 100, 200_000  # levels and elements, references followed; the largest emoji have 4,000
+_DEEPEST, _MOST = 100, 50_000  # levels and elements, references followed; an emoji has some hundred
 
 
 class Box(NamedTuple):
