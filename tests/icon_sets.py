@@ -1,4 +1,4 @@
-"""Tiny Iconify sets, drawn here: one thing per place in a grid, and a colour and an outline per style."""
+"""Tiny Iconify sets, drawn here: one thing per place in a grid; a style has a colour, perhaps an outline, and moves the grid."""
 
 import io
 import json
@@ -6,14 +6,16 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+MOVED = {"flat": (0, 0), "lined": (1, 0), "dark-side": (0, 3), "paper": (3, 2)}  # so that things are mistaken across styles
 STYLES = {"flat": "#d03020", "lined": "#2040d0", "dark-side": "#302020", "paper": "#20a040"}
-THINGS = [f"{kind}-{number}" for kind in ("fish", "fruit", "tool") for number in range(10)]
+THINGS = [f"{kind}-{number}" for kind in ("fish", "fruit", "tool") for number in range(12)]
 CATEGORIES = {"Animals & Nature": "fish", "Food & Drink": "fruit", "Objects": "tool"}
 
 
 def body(index: int, style: str) -> str:
     """A square whose place and size tell the thing, in the style's colour, with a dot in it."""
-    x, y, side = 1 + 5 * (index % 6), 1 + 5 * (index // 6), 8 + index % 3 * 2
+    right, down = MOVED[style]
+    x, y, side = 1 + 5 * (index % 6) + right, 1 + 5 * (index // 6) + down, 8 + index % 3 * 2
     outline = ' stroke="#000" stroke-width="1.5"' if style == "lined" else ""
     square = f'<rect x="{x}" y="{y}" width="{side}" height="{side}" fill="{STYLES[style]}"{outline}/>'
     return f'{square}<circle cx="{x + side / 2}" cy="{y + side / 2}" r="2" fill="#ffd000"/>'

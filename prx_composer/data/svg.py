@@ -1,6 +1,7 @@
 """SVG of strangers as pixels: only what draws shapes is let through, and nothing in it is executed, fetched or opened."""
 
 import io
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from typing import NamedTuple
@@ -89,6 +90,8 @@ def render(body: str, box: Box, size: int, background: str = "white", supersampl
         import resvg_py
     except ImportError as error:
         raise ImportError(f"Icons are drawn by resvg: `{INSTALL}`.") from error
+    if not (0 < box.width < math.inf and 0 < box.height < math.inf):
+        raise SVGError("has no size")
     root, side = checked(body), str(size * supersampling)
     root.attrib |= {"viewBox": " ".join(map(str, box)), "width": side, "height": side}
     colour = "#{:02x}{:02x}{:02x}".format(*ImageColor.getrgb(background)[:3])
