@@ -55,24 +55,29 @@ class IconSet(NamedTuple):
 
 
 def set_files(place: Path) -> dict[Path, dict[str, Path]]:
-    """Return where sets lie → their files by name: `place` itself, or what is in it.
+    """Return where sets lie → their files by name: in `place` itself, or else in what is in it.
 
     Raises:
         ValueError: nothing is there, with the command that fetches some.
     """
-    found = {}
-    there = [place, *sorted(place.iterdir())] if place.is_dir() else [place] if place.is_file() else []
-    for path in there:
-        if path.is_dir():
-            package = path / "package" if (path / "package").is_dir() else path
-            files = {f"{path.name}/{part}": package / part for part in PARTS if (package / part).is_file()}
-            if (package / PARTS[0]).is_file():
-                found[path] = files
-        elif path == place or path.name.endswith((".tgz", ".tar.gz")) or (path.suffix == ".json" and path.name not in PARTS):
-            found[path] = {path.name: path}
+    inside = sorted(place.iterdir()) if place.is_dir() else []
+    archives = [path for path in inside if path.name.endswith((".tgz", ".tar.gz", ".json")) and path.name not in PARTS]
+    found = (
+        {place: _files(place)} if _files(place) else {path: _files(path) for path in inside if path.is_dir() or path in archives}
+    )
+    found = {path: files for path, files in found.items() if files}
     if not found:
         raise ValueError(f"{place} holds no Iconify set. Fetch some: `mkdir -p {place} && {GET.format(place)}`.")
     return found
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """Return the files of a set by name: the path itself, or the parts in a folder, unpacked with or without `package`."""
+    if path.is_file():
+        return {path.name: path}
+    folder = path / "package" if (path / "package").is_dir() else path
+    parts = {f"{path.name}/{part}": folder / part for part in PARTS if (folder / part).is_file()}
+    return parts if (folder / PARTS[0]).is_file() else {}
 
 
 def read_set(path: Path, files: dict[str, Path]) -> tuple[str, IconSet]:
