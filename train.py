@@ -2,7 +2,7 @@
 
 import sys
 
-from prx_composer.training.start import main
+from prx_composer.training import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

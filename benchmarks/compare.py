@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.ema import WeightAverage
 from prx_composer.commands.export.pipeline import write_pipeline, written_aside
-from prx_composer.data.small_sets import all_scenes
+from prx_composer.data.sources import all_scenes
 from prx_composer.models import HuggingFaceTextEncoder, PRXBackbone, TextToImage
+from prx_composer.models.encoders import train_tokenizer
 from prx_composer.models.routing import RandomRouter
-from prx_composer.models.text_encoder import train_tokenizer
 from prx_composer.optim.muon import Muon, muon_parameters
 from prx_composer.runs.opening import Trained, load_trained
 

@@ -29,10 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from transformers import PreTrainedTokenizerFast
 
-from prx_composer.commands.convert import job
+from prx_composer.commands.convert import run_conversion
 from prx_composer.commands.convert.settings import Settings
-from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
-from prx_composer.data.format import BucketWriter, RawSample
+from prx_composer.data.format import Bucket, BucketWriter, RawSample, assign_bucket, make_buckets
 from prx_composer.data.loader import ImageCaptionData
 
 
@@ -56,7 +55,7 @@ def add_to_tar(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 MEMORY = """
 import json, sys
-from prx_composer.commands.convert import job, units
+from prx_composer.commands.convert import run_conversion, units
 from prx_composer.commands.convert.settings import Settings
 
 def peak():
@@ -64,7 +63,7 @@ def peak():
 
 start = peak()
 settings = Settings("webdataset", sys.argv[1], {"caption": "txt"}, image_size=32, multiple=16, duplicates=sys.argv[3])
-statistics = job.convert(settings, sys.argv[2])
+statistics = run_conversion(settings, sys.argv[2])
 print(json.dumps({"start_mb": start, "peak_mb": peak(), "above_start_mb": peak() - start, "counts": statistics["counts"]}))
 """
 
@@ -113,7 +112,7 @@ def measure_speed(folder: Path, images: int, rounds: int, base: int) -> dict[str
     settings = Settings("webdataset", str(tar), {"caption": "txt"}, image_size=base)
 
     def convert() -> None:
-        job.convert(settings, str(folder / "out"))
+        run_conversion(settings, str(folder / "out"))
         shutil.rmtree(folder / "out")
 
     steps = {
@@ -138,7 +137,7 @@ def measure_kept(folder: Path, images: int, rounds: int) -> dict[str, Any]:
     settings = Settings("webdataset", str(tar), {"caption": "txt"}, image_size=1024)
 
     def convert() -> None:
-        assert job.convert(settings, str(folder / "out"))["counts"]["original_bytes"] == images
+        assert run_conversion(settings, str(folder / "out"))["counts"]["original_bytes"] == images
         shutil.rmtree(folder / "out")
 
     (times,) = time_in_turns({"convert": convert}, rounds, warmup=1).values()

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prx_composer import registry
-from prx_composer.commands.plan.step_time import DDP, GATHER, MUON, MUON_REPLICAS, REDUCE, muon_plan, traffic
+from prx_composer.commands.plan.step_cost import DDP, GATHER, MUON, MUON_REPLICAS, REDUCE, muon_plan, traffic
 from prx_composer.common.errors import UserError
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import write_checkpoint

@@ -28,9 +28,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import T5Config, T5EncoderModel
 
 from prx_composer.data.format import Manifest
-from prx_composer.data.small_sets import ShapesSource, all_scenes
-from prx_composer.data.sources import prepare
-from prx_composer.models.text_encoder import train_tokenizer
+from prx_composer.data.sources import ShapesSource, all_scenes, prepare
+from prx_composer.models.encoders import train_tokenizer
 from prx_composer.runs.checkpoints import all_checkpoints, newest_checkpoint
 from prx_composer.runs.folder import read_metrics
 

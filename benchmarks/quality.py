@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw  # pyright: ignore[reportPrivateImportUsage]
 
 from prx_composer import registry
 from prx_composer.models import PRXBackbone
-from prx_composer.optim.groups import parameter_groups
+from prx_composer.optim import parameter_groups
 from prx_composer.optim.muon import muon_parameters
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics

@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from prx_composer import registry
 from prx_composer.commands.plan.timeline import Span, Timeline
 from prx_composer.common.errors import UserError
-from prx_composer.models.known_configs import known_config
-from prx_composer.models.text_encoder import train_tokenizer
+from prx_composer.models.encoders import train_tokenizer
+from prx_composer.models.huggingface import known_config
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import ScheduleWindow

@@ -23,12 +23,11 @@ from common import ROOT, main, must_agree, ratio, save, subplots, summary, time_
 from compare import Tokens, ValidText, make_backbone, make_inputs, training_step
 from torch import Tensor
 
-from prx_composer.algorithms.float8 import apply_float8, hardware_problem
-from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
+from prx_composer.algorithms.low_precision import apply_float8, apply_low_precision_norm, hardware_problem
 from prx_composer.models import PRXBackbone
 from prx_composer.models.counting import flops_of_backbone, flops_of_batch
+from prx_composer.models.encoders import HuggingFaceTextEncoder, train_tokenizer
 from prx_composer.models.routing import RandomRouter, Route, draw_kept_indices
-from prx_composer.models.text_encoder import HuggingFaceTextEncoder, train_tokenizer
 from prx_composer.models.text_to_image import TextToImage
 
 # --------------------------------------------------------------------------------------------------------- FLOPs
@@ -268,8 +267,8 @@ def numerics(
 WORKER = """
 import sys, time, torch
 from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
-from prx_composer.models.text_encoder import train_tokenizer
-from prx_composer.optim.groups import AdamW
+from prx_composer.models.encoders import train_tokenizer
+from prx_composer.optim import AdamW
 
 torch.manual_seed(0)
 tokenizer = train_tokenizer(["a red circle on the left of a white background"])

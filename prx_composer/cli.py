@@ -1,23 +1,80 @@
-"""`prx VERB …`: what is done with a recipe besides training it. A verb is a module or a folder of `commands/`."""
+"""`prx VERB …`: what is done with a recipe besides training it.
+
+A verb is a module or a folder of `commands/`; those that are one call of the library stand here.
+"""
 
 import sys
 import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import typer
 import typer.core
+from typer import Argument, Option
 
-from prx_composer.commands import check_recipe, convert, data, encode, evaluate, export, generate, import_model, plan, report
-from prx_composer.commands.options import command
+from prx_composer.commands import convert, data, encode, evaluate, export, generate, plan, report
+from prx_composer.commands.options import RecipeArgument, command, show_log
 from prx_composer.common.errors import UserError
 
 # What is imported here imports neither torch nor Composer before its verb is called: `prx --help` answers at once.
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Options of `prx check`."""
+
+    recipe: RecipeArgument
+    config_only: Annotated[bool, Option("--config-only", help="Only what needs no data, no weights and no network.")] = False
+    ranks: Annotated[int, Option(min=1, help="Number of GPUs that will train it.")] = 1
+    no_step: Annotated[bool, Option("--no-step", help="Do not try a forward and backward pass of every stage.")] = False
+
+
+def check_recipe(options: CheckOptions) -> None:
+    """Check a recipe before it costs anything: names, sizes, weights, data, disk, loggers, GPUs, and a step of every stage.
+
+    One line per check: ✓ right, ! worth knowing, ✗ to be mended, – not checked here. The exit code is 1 if there is a ✗, else 0.
+    What the recipe itself tells comes within a second; with --config-only a mistake in it ends the check there.
+    Nothing is written, downloaded or trained. train.py makes the same checks when it starts.
+    """
+    from prx_composer.training import check_lines
+
+    wrong = False
+    for line in check_lines(options.recipe, options.ranks, options.config_only, step=not options.no_step):
+        typer.echo(line)
+        wrong = wrong or line.startswith("✗")
+    if wrong:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Options of `prx import`."""
+
+    folder: Annotated[str, Argument(metavar="DIR", help="Folder of a diffusers PRXPixelPipeline or PRXPipeline.")]
+    output: Annotated[str, Option(metavar="FILE", help="YAML to write.")]
+
+
+def import_model(options: ImportOptions) -> None:
+    """Write a YAML that trains on from a diffusers PRX model: its sizes, text encoder, flow, and model.init_from.
+
+    It is merged over a recipe: composer train.py RECIPE.yaml FILE run_name=…
+    """
+    from prx_composer.runs.pretrained_models import write_fragment
+
+    show_log()
+    target = Path(options.output).expanduser()
+    write_fragment(options.folder, target)
+    typer.echo(f"{target} · composer train.py RECIPE.yaml {target} run_name=…")
+
+
 VERBS = {
     "generate": generate.generate_images,
     "export": export.export_model,
-    "import": import_model.import_model,
+    "import": import_model,
     "evaluate": evaluate.evaluate_model,
     "report": report.report_run,
-    "check": check_recipe.check_recipe,
+    "check": check_recipe,
     "plan": plan.plan_recipe,
 }
 GROUPS = {

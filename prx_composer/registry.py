@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @functools.cache
 def _entry_points() -> dict[str, frozenset[str]]:
-    """Group → names, of all that is installed; nothing is loaded."""
+    """Return the names by group, of all that is installed; nothing is loaded."""
     found = importlib.metadata.entry_points()
     return {group: frozenset(found.select(group=group).names) for group in found.groups if group.startswith("prx_composer_")}
 
@@ -60,7 +60,7 @@ class Registry:
         self._added = catalogue.create("prx_composer", kind, entry_points=True)
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that adds a class or function under `name`."""
+        """Decorate a class or function, which is added under `name`."""
         return self._added.register(name)
 
     def names(self) -> list[str]:
@@ -76,7 +76,7 @@ class Registry:
         return not self.is_added(name) and (name in self.builtin or name in self._entry_points())
 
     def get(self, name: str, path: str) -> Any:
-        """The class of that name. Raises UserError, naming the YAML path and the nearest name, if there is none."""
+        """Return the class of that name. Raise UserError, naming the YAML path and the nearest name, if there is none."""
         if name in self._added:
             return self._added.get(name)
         if name in self.builtin:
@@ -91,7 +91,7 @@ class Registry:
         raise UserError(missing)
 
     def described(self, name: str, path: str, imports: bool = True) -> Any:
-        """What has the same constructor as the class of that name: the class, or its outline where nothing is to be imported.
+        """Return what has the constructor of that name: the class, or its outline where nothing is to be imported.
 
         Raises:
             UserError: as `get`.
@@ -101,11 +101,11 @@ class Registry:
             return self.get(name, path)
         if name in self._entry_points():
             raise CannotTell(f"{name} is another package's")
-        if name in self.builtin:
-            return outline(*self.builtin[name].split(":"))
-        if any(plug_in.may_have(self.kind, name) for plug_in in _plug_ins()):
-            raise CannotTell(f"a plug-in may have {name}")
-        return self.get(name, path)
+        if name not in self.builtin:
+            if any(plug_in.may_have(self.kind, name) for plug_in in _plug_ins()):
+                raise CannotTell(f"a plug-in may have {name}")
+            return self.get(name, path)
+        return outline(*self.builtin[name].split(":"))
 
     def _entry_points(self) -> frozenset[str]:
         return _entry_points().get(f"prx_composer_{self.kind}", frozenset())
@@ -113,7 +113,7 @@ class Registry:
 
 models = Registry("models", {"text_to_image": "prx_composer.models.text_to_image:TextToImage"})
 backbones = Registry("backbones", {"prx": "prx_composer.models.backbone:PRXBackbone"})
-text_encoders = Registry("text_encoders", {"huggingface": "prx_composer.models.text_encoder:HuggingFaceTextEncoder"})
+text_encoders = Registry("text_encoders", {"huggingface": "prx_composer.models.encoders:HuggingFaceTextEncoder"})
 autoencoders = Registry(
     "autoencoders",
     {
@@ -125,10 +125,10 @@ loaders = Registry("loaders", {"image_caption": "prx_composer.data.loader:ImageC
 sources = Registry(
     "sources",
     {
-        "digits": "prx_composer.data.small_sets:DigitsSource",
+        "digits": "prx_composer.data.sources:DigitsSource",
         "folder": "prx_composer.data.sources:FolderSource",
         "icons": "prx_composer.data.icons:IconsSource",
-        "shapes": "prx_composer.data.small_sets:ShapesSource",
+        "shapes": "prx_composer.data.sources:ShapesSource",
     },
 )
 algorithms = Registry(
@@ -137,17 +137,17 @@ algorithms = Registry(
         "contrastive_flow_matching": "prx_composer.algorithms.contrastive_flow_matching:ContrastiveFlowMatching",
         "deferred_masking": "prx_composer.algorithms.token_routing:DeferredMasking",
         "ema": "prx_composer.algorithms.ema:EMA",
-        "float8": "prx_composer.algorithms.float8:Float8",
-        "gradient_clipping": "prx_composer.algorithms.gradient_clipping:GradientClipping",
+        "float8": "prx_composer.algorithms.low_precision:Float8",
+        "gradient_clipping": "prx_composer.algorithms.gradients:GradientClipping",
         "irepa": "prx_composer.algorithms.repa:IREPA",
         "lora": "prx_composer.algorithms.lora:LoRA",
-        "low_precision_norm": "prx_composer.algorithms.low_precision_norm:LowPrecisionNorm",
-        "lpips": "prx_composer.algorithms.lpips:LPIPS",
-        "perceptual_dino": "prx_composer.algorithms.perceptual_dino:PerceptualDINO",
-        "progressive_resolution": "prx_composer.algorithms.progressive_resolution:ProgressiveResolution",
+        "low_precision_norm": "prx_composer.algorithms.low_precision:LowPrecisionNorm",
+        "lpips": "prx_composer.algorithms.perceptual:LPIPS",
+        "perceptual_dino": "prx_composer.algorithms.perceptual:PerceptualDINO",
+        "progressive_resolution": "prx_composer.algorithms.resolution:ProgressiveResolution",
         "repa": "prx_composer.algorithms.repa:REPA",
-        "resolution_aware": "prx_composer.algorithms.resolution_aware:ResolutionAware",
-        "skip_nonfinite": "prx_composer.algorithms.skip_nonfinite:SkipNonfinite",
+        "resolution_aware": "prx_composer.algorithms.resolution:ResolutionAware",
+        "skip_nonfinite": "prx_composer.algorithms.gradients:SkipNonfinite",
         "sprint": "prx_composer.algorithms.token_routing:SPRINT",
         "tread": "prx_composer.algorithms.token_routing:TREAD",
     },
@@ -155,19 +155,19 @@ algorithms = Registry(
 callbacks = Registry(
     "callbacks",
     {
-        "digits_score": "prx_composer.callbacks.scores:DigitsScore",
-        "garbage_collection": "prx_composer.callbacks.garbage_collection:GarbageCollection",
-        "generation_metrics": "prx_composer.callbacks.scores:GenerationMetrics",
+        "digits_score": "prx_composer.callbacks.drawings:DigitsScore",
+        "garbage_collection": "prx_composer.callbacks.watchdog:GarbageCollection",
+        "generation_metrics": "prx_composer.callbacks.drawings:GenerationMetrics",
         "icons_score": "prx_composer.callbacks.icons_score:IconsScore",
-        "images": "prx_composer.callbacks.images:Images",
-        "loss_spikes": "prx_composer.callbacks.loss_spikes:LossSpikes",
+        "images": "prx_composer.callbacks.drawings:Images",
+        "loss_spikes": "prx_composer.callbacks.monitors:LossSpikes",
         "lr_monitor": "composer.callbacks:LRMonitor",
         "memory_monitor": "composer.callbacks:MemoryMonitor",
         "optimizer_monitor": "composer.callbacks:OptimizerMonitor",
         "runtime_estimator": "composer.callbacks:RuntimeEstimator",
-        "shapes_score": "prx_composer.callbacks.scores:ShapesScore",
-        "stop_after": "prx_composer.callbacks.stop_after:StopAfter",
-        "speed_monitor": "prx_composer.callbacks.speed_monitor:SpeedMonitor",
+        "shapes_score": "prx_composer.callbacks.drawings:ShapesScore",
+        "stop_after": "prx_composer.callbacks.checkpointing:StopAfter",
+        "speed_monitor": "prx_composer.callbacks.monitors:SpeedMonitor",
         "watchdog": "prx_composer.callbacks.watchdog:Watchdog",
     },
 )
@@ -176,15 +176,15 @@ loggers = Registry(
     {
         "file": "composer.loggers:FileLogger",
         "metrics_file": "prx_composer.loggers.metrics_file:MetricsFile",
-        "mlflow": "prx_composer.loggers.mlflow:MLflow",
-        "tensorboard": "prx_composer.loggers.tensorboard:TensorBoard",
-        "wandb": "prx_composer.loggers.wandb:WandB",
+        "mlflow": "prx_composer.loggers.tracking_servers:MLflow",
+        "tensorboard": "prx_composer.loggers.trackers:TensorBoard",
+        "wandb": "prx_composer.loggers.tracking_servers:WandB",
     },
 )
 optimizers = Registry(
     "optimizers",
     {
-        "adamw": "prx_composer.optim.groups:AdamW",
+        "adamw": "prx_composer.optim:AdamW",
         "decoupled_adamw": "composer.optim:DecoupledAdamW",
         "muon": "prx_composer.optim.muon:Muon",
     },
@@ -202,3 +202,7 @@ schedulers = Registry(
 
 # A component nested in another's arguments is looked up by the argument's name.
 NESTED = {"backbone": backbones, "text_encoder": text_encoders, "autoencoder": autoencoders, "source": sources}
+
+# The components that keys of a recipe name: one by `name`, or several by their own keys.
+BY_KEY = {"model": models, "optimizer": optimizers, "scheduler": schedulers, "train_loader": loaders, "eval_loader": loaders}
+BY_NAME = {"algorithms": algorithms, "callbacks": callbacks, "loggers": loggers}

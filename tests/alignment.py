@@ -11,8 +11,8 @@ from composer.devices import DeviceCPU
 
 from prx_composer.algorithms.repa import REPA, Alignment
 from prx_composer.models import TextToImage
-from prx_composer.models.vision_encoder import TeacherSpec
-from prx_composer.optim.groups import AdamW
+from prx_composer.models.encoders import TeacherSpec
+from prx_composer.optim import AdamW
 
 Build = Callable[..., TextToImage]
 Batch = dict[str, torch.Tensor]

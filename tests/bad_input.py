@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from conversions import jpeg, settings
 
-from prx_composer.commands.convert.job import check_columns
+from prx_composer.commands.convert import check_columns
+from prx_composer.commands.convert.outcome import REASONS, Dropped
 from prx_composer.commands.convert.records import Record, open_source
-from prx_composer.commands.convert.sample import REASONS, Dropped
-from prx_composer.commands.convert.sample import convert as convert_sample
+from prx_composer.commands.convert.units import convert as convert_sample
 from prx_composer.common.errors import UserError
 
 README = Path(__file__).parents[1] / "recipes" / "data" / "README.md"

@@ -59,8 +59,8 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    from prx_composer.data.small_sets import all_scenes
-    from prx_composer.models.text_encoder import train_tokenizer
+    from prx_composer.data.sources import all_scenes
+    from prx_composer.models.encoders import train_tokenizer
 
     return train_tokenizer(scene.caption for scene in all_scenes())
 
@@ -89,8 +89,8 @@ def tiny_model(tokenizer: Any) -> "Callable[..., TextToImage]":
 def tiny_batch(tokenizer: Any) -> "dict[str, torch.Tensor]":
     import torch
 
-    from prx_composer.data.small_sets import all_scenes
-    from prx_composer.models.text_encoder import tokenize
+    from prx_composer.data.sources import all_scenes
+    from prx_composer.models.encoders import tokenize
 
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (4, 3, 16, 24), generator=generator, dtype=torch.uint8)
@@ -100,8 +100,7 @@ def tiny_batch(tokenizer: Any) -> "dict[str, torch.Tensor]":
 
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from prx_composer.data.small_sets import ShapesSource
-    from prx_composer.data.sources import prepare
+    from prx_composer.data.sources import ShapesSource, prepare
 
     path = tmp_path_factory.mktemp("data") / "shapes"
     arguments = {key: value for key, value in SOURCE.items() if key != "name"}

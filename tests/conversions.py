@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from streaming import LocalDataset
 
-from prx_composer.commands.convert import job
+from prx_composer.commands.convert import check_columns, run_conversion
 from prx_composer.commands.convert.records import Record, open_source
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.data.format import Manifest
@@ -55,7 +55,7 @@ def settings(source: str, path: Path, **changes: Any) -> Settings:
 
 
 def convert(source: str, path: Path, output: Path, workers: int = 0, on: str = "local", **changes: Any) -> dict[str, Any]:
-    return job.convert(settings(source, path, **changes), str(output), workers, on)
+    return run_conversion(settings(source, path, **changes), str(output), workers, on)
 
 
 def rows(output: Path, split: str = "train") -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ def read(source: str, path: Path, **changes: Any) -> list[Record]:
     chosen = settings(source, path, **changes)
     opened = open_source(chosen)
     units = opened.plan()
-    job.check_columns(chosen, opened, units)
+    check_columns(chosen, opened, units)
     return [record for unit in units for record in opened.read(unit)]
 
 

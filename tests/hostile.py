@@ -76,7 +76,7 @@ def write_run(folder: Path, recipe: dict[str, Any], model: TextToImage, write_re
     torch.save({"state": {"model": model.state_dict(), "timestamp": timestamp, "algorithms": []}}, checkpoint / MONOLITH)
     seal(checkpoint, {"version": 1, "batch": 1, "ranks": 1, "needs_code": [], "recipe": as_saved(loaded)})
     (folder / "config.yaml").write_text(yaml.safe_dump(as_saved(loaded)))
-    model.text_encoder.save_pretrained(folder / "tokenizer")
+    model.text_encoder.tokenizer.save_pretrained(str(folder / "tokenizer"))
     return folder
 
 

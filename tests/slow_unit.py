@@ -2,7 +2,7 @@
 
 import time
 
-from prx_composer.commands.convert.engine import progress
+from prx_composer.commands.convert.backends import progress
 
 
 def slow_unit(records: int) -> int:

@@ -1,1 +1,1 @@
-"""Composer algorithms that fill the model's seams; one file each, with its card in README.md."""
+"""Tricks: Composer algorithms that fill the model's seams. README.md has a card for each."""

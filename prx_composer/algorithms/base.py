@@ -39,9 +39,9 @@ from torch import Tensor, nn
 
 from prx_composer.common.distributed import unwrapped
 from prx_composer.common.errors import UserError
-from prx_composer.models.losses import AuxiliaryLoss, FlowOutput
+from prx_composer.models.flow import AuxiliaryLoss, FlowOutput
 from prx_composer.models.randomness import seeded_initialisation
-from prx_composer.optim.groups import add_parameters
+from prx_composer.optim import add_parameters
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import Moment, ScheduleWindow
 
@@ -58,6 +58,7 @@ class Trick(Algorithm):
         name: in the recipe, in the log, and in messages as `algorithms.<name>`.
         window: when the trick acts.
         active: whether the window was open when the last step began. Before the first step: whether it opens with the run.
+        has_begun: whether it has begun for good, so that it goes on, also when a longer run puts its `start` off.
         needs_image: whether it looks at `batch["image"]`, which stored latents leave out unless train_loader.images is true.
         instead_of_images: what else could be done then, for the message that says so; begins with ", or".
         shapes_sampling: whether it changes how the model draws, so that `generate` and `export` must attach it too.
@@ -75,6 +76,7 @@ class Trick(Algorithm):
     weight_copies: int = 0
     columns: Mapping[str, int] = {}
     not_counted: str = ""
+    has_begun: bool = False
 
     def __init__(self, start: str = "0ba", end: str | None = None):
         self.window = ScheduleWindow(start, end)
@@ -82,13 +84,8 @@ class Trick(Algorithm):
         self._released = False
 
     @property
-    def has_begun(self) -> bool:
-        """Whether it has begun for good: then it goes on, also when a longer run puts its `start` off."""
-        return False
-
-    @property
     def next_switch(self) -> Moment | None:
-        """When the run goes over to another image size, which a time budget tells; None if the trick knows of no such moment."""
+        """Return when the run goes over to another image size, which a time budget tells; None if the trick doesn't know."""
         return None
 
     def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
@@ -109,14 +106,14 @@ class Trick(Algorithm):
 
         Args:
             model: such as `TextToImage`.
-            optimizer: takes what is trained (`optim.groups.add_parameters`); None for a model that is only drawn from.
+            optimizer: takes what is trained (`optim.add_parameters`); None for a model that is only drawn from.
 
         Raises:
             UserError, ValueError: the trick cannot be used with this model; the latter is given the path `algorithms.<name>`.
         """
 
     def set_active(self, model: Any, active: bool) -> None:
-        """Put what was attached on or off, when the window opens and closes; it may be told the same twice.
+        """Switch what was attached on or off, when the window opens and closes; it may be told the same twice.
 
         Whoever tries or counts a step calls it too, and afterwards sets it back to `active`.
         """
@@ -177,7 +174,7 @@ class Trick(Algorithm):
 
 
 class _Term(AuxiliaryLoss):
-    """A `LossTrick` as the model has it: a module that holds what is trained, for checkpoints, optimizer, DDP and FSDP2."""
+    """Hold what a `LossTrick` trains, as a module of the model, for checkpoints, optimizer, DDP and FSDP2."""
 
     def __init__(self, trick: "LossTrick", trained: Mapping[str, nn.Module | nn.Parameter]):
         super().__init__(trick.weight)

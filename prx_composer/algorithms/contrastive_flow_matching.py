@@ -8,12 +8,11 @@ from torch import Tensor
 
 from prx_composer.algorithms.base import LossTrick
 from prx_composer.common.errors import UserError
-from prx_composer.models.flow import FlowMatching
-from prx_composer.models.losses import FlowOutput
+from prx_composer.models.flow import FlowMatching, FlowOutput
 
 
 def contrastive_error(flow: FlowMatching, outputs: FlowOutput) -> Tensor:
-    """‖v̂ − ṽ‖² per image, (B,) fp32, averaged over its elements, with ṽ = s·ε̃ − x̃0 of its neighbour in the microbatch.
+    """Return ‖v̂ − ṽ‖² per image, (B,) fp32, averaged over its elements, with ṽ = s·ε̃ − x̃0 of its neighbour in the microbatch.
 
     It is the flow-matching error against another line through the same x_t: the one with velocity ṽ, from the clean end
     x_t − t·ṽ to the noisy end x_t + (1 − t)·ṽ. So x-prediction sees it through the clamp of the error that it is subtracted

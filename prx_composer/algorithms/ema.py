@@ -40,13 +40,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Starts again from the present parameters."""
+        """Start again from the present parameters."""
         for name, parameter in self.parameters.items():
             local(self.average[name]).copy_(local(parameter.detach()))
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges average and parameters, exactly: two swaps change no bit."""
+        """Exchange average and parameters, exactly: two swaps change no bit."""
         for module in self._module.modules():  # what a forward pass left gathered would keep the weights of before
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -58,7 +58,7 @@ class WeightAverage:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The module has the averaged weights inside of this context."""
+        """Give the module the averaged weights inside of this context."""
         self.swap()
         try:
             yield
@@ -66,12 +66,12 @@ class WeightAverage:
             self.swap()
 
     def state_dict(self, full: bool = False) -> dict[str, Tensor]:
-        """Name → average; with `full`, sharded tensors are gathered (a collective)."""
+        """Return name → average; with `full`, sharded tensors are gathered (a collective)."""
         return {name: t.full_tensor() if full and isinstance(t, DTensor) else t for name, t in self.average.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError if the names differ: a partial average would be silently wrong."""
+        """Raise ValueError if the names differ: a partial average would be silently wrong."""
         if state.keys() != self.average.keys():
             different = sorted(state.keys() ^ self.average.keys())
             raise ValueError(f"The checkpoint's EMA is of another model; names that differ: {', '.join(different[:5])} …")
@@ -83,7 +83,7 @@ class WeightAverage:
 
 
 class AverageState(Callback):
-    """Carries a `WeightAverage` in and out of checkpoints.
+    """Carry a `WeightAverage` in and out of checkpoints.
 
     Composer puts callbacks' states into a sharded checkpoint tensor by tensor, but an algorithm's as one pickled object of
     rank 0, from which every other rank would load rank 0's shard.
@@ -105,13 +105,13 @@ class AverageState(Callback):
         self._loaded = True
 
     def kept_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """For `finite.bad_state`."""
+        """Name the tensors that no checkpoint is written of unless they are finite; see `optim.finite.bad_state`."""
         for name, tensor in self._average.average.items():
             yield f"the average of {name}", tensor
 
 
 class EMA(Trick):
-    """Keeps a `WeightAverage` and lends it to evaluation and sampling (`model.sampling_weights`).
+    """Keep a `WeightAverage` and lend it to evaluation and sampling (`model.sampling_weights`).
 
     Checkpoints carry both the plain weights and the average, under the plain parameter names.
 
@@ -141,26 +141,14 @@ class EMA(Trick):
         super().__init__(start, end)
         if (smoothing is None) == (half_life is None):
             raise ValueError("ema needs either `smoothing` (per batch, such as 0.9999) or `half_life` (such as 700ba).")
-        interval = Time.from_timestring(update_interval)
-        if interval.unit != TimeUnit.BATCH or interval.value < 1:
-            raise ValueError(f"update_interval must be a number of batches such as 10ba, not {update_interval}.")
         if half_life is not None:
-            life = Time.from_timestring(half_life)
-            if life.unit != TimeUnit.BATCH or life.value <= 0:
-                raise ValueError(f"half_life must be a number of batches such as 700ba, not {half_life}.")
-            smoothing = 0.5 ** (1 / life.value)
+            smoothing = 0.5 ** (1 / _batches("half_life", half_life, "700ba"))
         assert smoothing is not None
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), not {smoothing}.")
-        self.smoothing, self.interval = smoothing, int(interval.value)
+        self.smoothing, self.interval = smoothing, _batches("update_interval", update_interval, "10ba")
         self.average: WeightAverage | None = None
-        self._started = False
         self._swapped = False
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether there is an average. Then it is kept up until `end`, also if a longer run puts `start` off."""
-        return self._started
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.BEFORE_LOAD, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
@@ -173,7 +161,7 @@ class EMA(Trick):
             state.callbacks.append(AverageState(self.average, gather=state.fsdp_state_dict_type == "full"))
         elif event == Event.BATCH_END:
             self._update(state)
-        elif (event == Event.EVAL_START and self._started) or (event == Event.EVAL_END and self._swapped):
+        elif (event == Event.EVAL_START and self.has_begun) or (event == Event.EVAL_END and self._swapped):
             self._exchange()
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
@@ -183,8 +171,8 @@ class EMA(Trick):
 
     @contextmanager
     def sampling_weights(self) -> Iterator[None]:
-        """The averaged weights once there are any; the plain ones before `start`."""
-        if not self._started or self._swapped or self.average is None:
+        """Give the model the averaged weights inside of this context, once there are any; before `start` the plain ones."""
+        if not self.has_begun or self._swapped or self.average is None:
             yield
             return
         with self.average.swapped():
@@ -197,10 +185,10 @@ class EMA(Trick):
 
     def _update(self, state: State) -> None:
         assert self.average is not None
-        if self.window.is_over(state) or not (self._started or self.window.start.has_come(state)):
+        if self.window.is_over(state) or not (self.has_begun or self.window.start.has_come(state)):
             return
-        if not self._started:
-            self._started = True
+        if not self.has_begun:
+            self.has_begun = True
             if not self.window.start.is_beginning:
                 self.average.reset()
                 return
@@ -208,7 +196,15 @@ class EMA(Trick):
             self.average.update(self.smoothing**self.interval)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"started": self._started}
+        return {"started": self.has_begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._started = bool(state["started"])
+        self.has_begun = bool(state["started"])
+
+
+def _batches(argument: str, time: str, example: str) -> int:
+    """Return the number of batches in a time; raise ValueError for another unit and for less than one."""
+    parsed = Time.from_timestring(time)
+    if parsed.unit != TimeUnit.BATCH or parsed.value < 1:
+        raise ValueError(f"{argument} must be a number of batches such as {example}, not {time}.")
+    return int(parsed.value)

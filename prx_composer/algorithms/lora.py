@@ -6,15 +6,15 @@ import torch
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
-from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters
+from prx_composer.models.layers import BLOCK_LAYERS, add_adapters
 from prx_composer.models.randomness import seeded_initialisation
-from prx_composer.optim.groups import add_parameters, drop_frozen
+from prx_composer.optim import add_parameters, drop_frozen
 
 
 class LoRA(Trick):
-    """Trains adapters instead of the backbone, usually from the weights of `model.init_from`.
+    """Train adapters instead of the backbone, usually from the weights of `model.init_from`.
 
-    Checkpoints hold the frozen weights too, so that a run goes on without `init_from` (frozen_parts.py keeps the text encoder).
+    Checkpoints hold the frozen weights too, so that a run goes on without `init_from` (the run folder keeps the text encoder).
     `prx export` merges the adapters into the weights, or with `--format lora` writes them alone.
 
     Args:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.base import LossTrick
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.models.backbone import PRXBackbone, cached_rotation
-from prx_composer.models.layers import MLPEmbedder, Modulation, PRXBlock, sinusoid
-from prx_composer.models.losses import FlowOutput
+from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.encoders import TeacherSpec, VisionEncoder, teacher_features
+from prx_composer.models.flow import FlowOutput, TextConditioning
+from prx_composer.models.layers import MLPEmbedder, Modulation, PRXBlock, cached_rotation, sinusoid
 from prx_composer.models.routing import merge_tokens, select_tokens
-from prx_composer.models.sampling import TextConditioning
-from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder, teacher_features
 
 FeatureSource = Callable[[Mapping[str, Any], int, int], Tensor]  # batch, rows, columns → (B, rows · columns, C)
+GeneratorOf = Callable[[torch.device], torch.Generator]
 EPSILON = 1e-6
 
 
@@ -60,12 +60,12 @@ class StoredFeatures:
 
 
 def alignment_loss(projected_BKC: Tensor, features_BKC: Tensor) -> Tensor:
-    """−cos of the angle between the two, averaged over tokens and images, in fp32: REPA's sign, −1 at its best."""
+    """Return −cos of the angle between the two, averaged over tokens and images, in fp32: REPA's sign, −1 at its best."""
     return -F.cosine_similarity(projected_BKC.float(), features_BKC.float(), dim=-1).mean()
 
 
 def stored_features(stored: StoredFeatures, path: str, batch: Mapping[str, Any], rows: int, columns: int) -> Tensor:
-    """Features from the batch, resized (bilinear, antialiased) to the backbone's grid: (B, rows · columns, C), fp32.
+    """Return features of the batch, resized (bilinear, antialiased) to the backbone's grid: (B, rows · columns, C), fp32.
 
     Args:
         path: YAML path of `stored`, for messages.
@@ -87,7 +87,7 @@ def stored_features(stored: StoredFeatures, path: str, batch: Mapping[str, Any],
 
 
 def initialise_linears(module: nn.Module) -> None:
-    """Xavier weights and zero biases, as the backbone has them."""
+    """Give linear layers Xavier weights and zero biases, as the backbone has them."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -142,17 +142,17 @@ class Alignment(LossTrick):
 
     @abstractmethod
     def build_head(self, model: Any, width: int) -> nn.Module:
-        """The trained part: `TappedTokens` → (B, K, width)."""
+        """Return the trained part: `TappedTokens` → (B, K, width)."""
 
     def transform(self, features_BNC: Tensor) -> Tensor:
-        """What the features of the whole grid go through before any are left out and they are compared."""
+        """Return the features of the whole grid as they are compared; before any are left out."""
         return features_BNC
 
     def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
         self.patch_size: int = model.backbone.patch_size
         if self.features is not None:
-            width, path = self.features.width, f"algorithms.{self.name}.features"
-            self.source = partial(stored_features, self.features, path)
+            width = self.features.width
+            self.source = partial(stored_features, self.features, f"algorithms.{self.name}.features")
         else:
             assert self.teacher is not None
             # What loading draws must not change the head's first weights.
@@ -223,10 +223,8 @@ class Adapter:
 class MaskedTransformerAdapter(nn.Module):
     """A learned token replaces a random part of the block's; a shallow transformer tells the teacher's features of all of them.
 
-    Regressing a few compressed features straight from the tokens of a pixel model is a shortcut that costs diversity late in
-    training; here the alignment holds in the space that the adapter induces, and needs context. As in the paper, its blocks
-    are of the backbone's kind, with time and condition embeddings of their own and the backbone's rotary positions.
-    Gradients reach the tapped tokens, but not the text encoder.
+    As in the paper, its blocks are of the backbone's kind, with time and condition embeddings of their own and the backbone's
+    rotary positions. Gradients reach the tapped tokens, but not the text encoder.
 
     Args:
         backbone: whose tokens; gives the sizes.
@@ -235,14 +233,7 @@ class MaskedTransformerAdapter(nn.Module):
         generator: of the mask's draws, for a device.
     """
 
-    def __init__(
-        self,
-        backbone: PRXBackbone,
-        depth: int,
-        mask_rate: float,
-        width: int,
-        generator: Callable[[torch.device], torch.Generator],
-    ):
+    def __init__(self, backbone: PRXBackbone, depth: int, mask_rate: float, width: int, generator: GeneratorOf):
         super().__init__()
         c = backbone.config
         hidden_size: int = c["hidden_size"]
@@ -277,7 +268,7 @@ class MaskedTransformerAdapter(nn.Module):
 
 
 class REPA(Alignment):
-    """Aligns a block's output with a teacher's patch features, through an MLP or a masked transformer adapter.
+    """Align a block's output with a teacher's patch features, through an MLP or a masked transformer adapter.
 
     Args:
         teacher, features, block, weight, start, end: as in `Alignment`.
@@ -318,7 +309,7 @@ class REPA(Alignment):
 
 
 def normalise_over_space(features_BNC: Tensor, gamma: float) -> Tensor:
-    """(y − γ·mean) / std, channel by channel, with both taken over an image's tokens.
+    """Return (y − γ·mean) / std, channel by channel, with both taken over an image's tokens.
 
     What all patches of an image share says what it shows, not where; γ is the share of that which is taken away.
     """

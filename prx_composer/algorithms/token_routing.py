@@ -13,36 +13,46 @@ from torch import Tensor, nn
 from prx_composer.algorithms.base import LossTrick, Trick
 from prx_composer.common.errors import UserError
 from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.flow import Guidance, RoutedSelfGuidance
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.models.routing import RandomRouter, TokenFusion, merge_tokens
-from prx_composer.models.sampling import Guidance, RoutedSelfGuidance
-from prx_composer.optim.groups import add_parameters
+from prx_composer.optim import add_parameters
 from prx_composer.recipe.config import Recipe
 
 
 class TokenRouting(Trick):
-    """Fills `backbone.router` with a `RandomRouter` that draws inside of a window.
+    """Fill `backbone.router` with a `RandomRouter` that draws inside of a window.
 
     Args:
-        start_block: first routed block.
-        end_block: last routed block, itself routed; None for the last but one.
+        start_block: first routed block, counted from 0.
+        end_block: last routed block, itself routed; the last but one by default.
         rate: share of image tokens that skip these blocks.
         start, end: window, as time strings; outside of it every block sees every token.
-        discard: see `Route`; `end_block` is then the last block.
+
+    Attributes:
+        discard: see `Route`; by default `end_block` is then the last block.
 
     Raises:
         ValueError: a rate or blocks out of range.
     """
 
+    discard = False
     router: RandomRouter
 
-    def __init__(self, start_block: int, end_block: int | None, rate: float, start: str, end: str | None, discard: bool = False):
+    def __init__(
+        self,
+        start_block: int = 2,
+        end_block: int | None = None,
+        rate: float = 0.75,
+        start: str = "0ba",
+        end: str | None = None,
+    ):
         super().__init__(start, end)
         if not 0 < rate < 1:
             raise ValueError(f"rate must lie between 0 and 1, the share of tokens that skip blocks; it is {rate}.")
         if start_block < 0 or (end_block is not None and end_block < start_block):
             raise ValueError(f"0 ≤ start_block ≤ end_block must hold, not {start_block} and {end_block}.")
-        self.start_block, self.end_block, self.rate, self.discard = start_block, end_block, rate, discard
+        self.start_block, self.end_block, self.rate = start_block, end_block, rate
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         backbone: PRXBackbone | None = getattr(model, "backbone", None)
@@ -66,18 +76,14 @@ class TokenRouting(Trick):
 
 
 class TREAD(TokenRouting):
-    """Sends a random share of the tokens past blocks `start_block` … `end_block`, where they come back unchanged (2501.04765).
+    """Send a random share of the tokens past blocks `start_block` … `end_block`, from where they come back unchanged.
+
+    TREAD, arXiv:2501.04765.
 
     Args:
-        start_block: first routed block, counted from 0.
-        end_block: last routed block, itself routed; the last but one by default.
-        rate: share of image tokens that skip these blocks.
+        start_block, end_block, rate, start, end: see `TokenRouting`. Outside of the window the guidance is what it was, too.
         self_guidance: sample with `RoutedSelfGuidance` instead of classifier-free guidance. A model trained on sparse tokens
             answers weakly to the latter (arXiv:2601.01608), but only the latter strengthens the caption.
-        start, end: window; outside of it every block sees every token and the guidance is what it was.
-
-    Raises:
-        ValueError: a rate or blocks out of range.
     """
 
     name = "tread"
@@ -136,35 +142,18 @@ class SprintFusion(TokenFusion):
 
 
 class SPRINT(TokenRouting):
-    """Fuses a dense shallow path with sparse deep blocks (arXiv:2510.21986).
+    """Fuse a dense shallow path with sparse deep blocks (arXiv:2510.21986).
 
     Blocks before `start_block` see every token; the deep ones, to `end_block`, a random share; their outputs are fused. The
     fusion is part of the model from the first step to the last, in and out of the window and in sampling: diffusers' PRX has no
     place for it, so that such a model cannot be exported to it.
 
-    Args:
-        start_block: first deep block, counted from 0.
-        end_block: last deep block, itself deep; the last but one by default.
-        rate: share of image tokens that skip the deep blocks.
-        start, end: window; outside of it the deep blocks see every token. The paper ends with a short dense phase.
-
-    Raises:
-        ValueError: a rate or blocks out of range.
+    The arguments are those of `TokenRouting`. The paper ends with a short dense phase, outside of the window.
     """
 
     name = "sprint"
     shapes_sampling = True
     experimental = True
-
-    def __init__(
-        self,
-        start_block: int = 2,
-        end_block: int | None = None,
-        rate: float = 0.75,
-        start: str = "0ba",
-        end: str | None = None,
-    ):
-        super().__init__(start_block, end_block, rate, start, end)
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         super().attach(model, optimizer)
@@ -175,7 +164,7 @@ class SPRINT(TokenRouting):
 
 
 class DeferredMasking(TokenRouting):
-    """Mixes all patches in the first blocks; then a random share is discarded, and the loss is taken on the rest alone.
+    """Mix all patches in the first blocks, then discard a random share, and take the loss on the rest alone.
 
     MicroDiT, arXiv:2407.15811. The backbone's own first blocks are the patch mixer, so that the model stays one that diffusers
     knows.
@@ -192,11 +181,12 @@ class DeferredMasking(TokenRouting):
 
     name = "deferred_masking"
     experimental = True
+    discard = True
 
     def __init__(self, mixer_blocks: int = 4, rate: float = 0.75, start: str = "0ba", end: str | None = None):
         if mixer_blocks < 1:
             raise ValueError(f"mixer_blocks must be at least 1, not {mixer_blocks}.")
-        super().__init__(mixer_blocks, None, rate, start, end, discard=True)
+        super().__init__(mixer_blocks, None, rate, start, end)
 
     def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
         for other in others:

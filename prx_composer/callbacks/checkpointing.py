@@ -1,4 +1,4 @@
-"""Writes checkpoints at an interval, at the end, and when the run is asked to stop."""
+"""Write checkpoints at an interval, at the end, and when the run is asked to stop; stop early on purpose."""
 
 import logging
 import time
@@ -7,37 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from composer.callbacks import CheckpointSaver
-from composer.core import Event, State, Time
+from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
 from prx_composer.common.errors import TrainingInterrupted, UserError
-from prx_composer.loggers.tracker import log_checkpoint
+from prx_composer.loggers.trackers import log_checkpoint
 from prx_composer.runs.checkpoints import clean_up, keep_newest, newest_checkpoint, write_checkpoint
 from prx_composer.schedule.clock import clock_of
-from prx_composer.schedule.moments import SECONDS, Point
+from prx_composer.schedule.moments import SECONDS, Moment, Point
 
 log = logging.getLogger(__name__)
 
 
 def due_every(interval: str) -> Any:
-    """`(state, event) → bool` for "2000ba", "0.1dur" …, or for training time ("30m", "1h"), counted over restarts.
+    """Return `(state, event) → bool` for "2000ba", "0.1dur" …, or for training time ("30m", "1h"), counted over restarts.
 
     Raises:
         ValueError: not a time, or not a positive one.
     """
     point = Point.parse_interval(interval)
     if point.unit != SECONDS:
-        return create_interval_scheduler(interval, include_end_of_training=True)
-    at_end = create_interval_scheduler(Time.from_timestring("1dur"), include_end_of_training=True)
-    last: list[float] = []
+        return create_interval_scheduler(interval)
+    at_end = create_interval_scheduler("1dur")
+    last: float | None = None
 
     def due(state: State, event: Event) -> bool:
+        nonlocal last
         elapsed = clock_of(state).elapsed
-        if not last:
-            last.append(elapsed)
-        if elapsed - last[0] >= point.value:
-            last[0] = elapsed
+        last = elapsed if last is None else last
+        if elapsed - last >= point.value:
+            last = elapsed
             return True
         return at_end(state, event)
 
@@ -113,3 +113,21 @@ class Checkpointing(CheckpointSaver):
             remedy = "Make room (save_num_checkpoints_to_keep, other runs); then the same command goes on from there."
             raise UserError(f"{message} {remedy}")
         log.error("%s Training goes on; the next one is tried at save_interval.", message)
+
+
+class StopAfter(Callback):
+    """Stop training at a time, with a checkpoint and the final evaluation, as a time slot of a cluster would.
+
+    `max_duration`, and with it the learning rate and everything given as a part of the run, stays what it is: the same command
+    without this callback and with `autoresume: true` goes on bit for bit. A shorter `max_duration` would be another schedule.
+
+    Args:
+        time: a `Moment`, such as "500ba", "2h" (of training, over all restarts) or "500ba or 0.5budget".
+    """
+
+    def __init__(self, time: str):
+        self._time = Moment(time)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self._time.has_come(state):
+            state.stop_training()

@@ -1,11 +1,13 @@
-"""A run that stands still says where: the stacks of all threads, and what it did last."""
+"""Processes that stop or wait: a report of where a stalled run stands, and garbage collection at the same step on all ranks."""
 
 import faulthandler
+import gc
 import logging
 import os
 import threading
 import time
 from dataclasses import dataclass, field
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 
 from composer.core import Callback, Event, State
@@ -62,7 +64,7 @@ class _Watch:
 
 
 class Watchdog(Callback):
-    """Watches for training that has stopped without an error: a collective that a rank never joins, a data loader that hangs.
+    """Watch for training that has stopped without an error: a collective that a rank never joins, a data loader that hangs.
 
     Every event of Composer is a sign of life, those of evaluation too. When none has come for `timeout`, each process writes the
     stacks of its threads to `<run folder>/stacks/rank<rank>-<time>.txt`, says so in the log, and again after every further
@@ -82,7 +84,9 @@ class Watchdog(Callback):
 
     def __init__(self, folder: str, timeout: float | str = 600, abort: bool = False):
         self._folder, self._abort = Path(folder) / "stacks", abort
-        self.timeout = _seconds(timeout)
+        self.timeout = parse_duration(timeout) if isinstance(timeout, str) else float(timeout)
+        if not 0 < self.timeout < threading.TIMEOUT_MAX:
+            raise ValueError(f"timeout must be positive, in seconds or as a duration such as 10m, not {timeout}.")
         self._watch: _Watch | None = None
         self._thread: threading.Thread | None = None
 
@@ -111,8 +115,44 @@ class Watchdog(Callback):
         self._watch = self._thread = None
 
 
-def _seconds(timeout: float | str) -> float:
-    seconds = parse_duration(timeout) if isinstance(timeout, str) else timeout
-    if not 0 < seconds < threading.TIMEOUT_MAX:
-        raise ValueError(f"timeout must be positive, in seconds or as a duration such as 10m, not {timeout}.")
-    return float(seconds)
+class GarbageCollection(Callback):
+    """Turn Python's automatic garbage collection off while training, and collect every so many batches.
+
+    A full collection stops a process for tens to hundreds of milliseconds. When ranks come to it at different steps, all wait for
+    each in turn at the next collective; at the same step they pay once. Only cycles of Python objects wait for it:
+    tensors are freed as soon as nothing refers to them. Data-loader workers keep their automatic collection.
+
+    Args:
+        interval: in batches.
+
+    Raises:
+        ValueError: an interval below 1.
+    """
+
+    def __init__(self, interval: int = 1000):
+        if interval < 1:
+            raise ValueError(f"interval must be a number of batches, at least 1, not {interval}.")
+        self.interval = interval
+        self._turned_off = False
+        register_after_fork(self, GarbageCollection._turn_on)  # in workers; forgotten together with this object
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if gc.isenabled():
+            gc.disable()
+            self._turned_off = True
+        gc.collect()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) % self.interval == 0:
+            gc.collect()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._turn_on()
+
+    def close(self, state: State, logger: Logger) -> None:  # also when fit raised
+        self._turn_on()
+
+    def _turn_on(self) -> None:
+        if self._turned_off:
+            gc.enable()
+            self._turned_off = False

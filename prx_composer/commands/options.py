@@ -66,35 +66,31 @@ def command(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters(options: Any) -> Iterator[tuple[inspect.Parameter, Callable[[Any], Any]]]:
-    """The parameters of a dataclass's options, each with what makes the field's value of what is given."""
+    """Yield the parameters of a dataclass's options, each with what makes the field's value of what is given."""
     hints = get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
-        annotation, default, parse = hints[field.name], _default(field), _as_given
+        annotation, parse = hints[field.name], lambda value: value
         metadata = getattr(annotation, "__metadata__", ())
         if not metadata:
             continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if parsed := next((entry for entry in metadata if isinstance(entry, Parsed)), None):
             rest = [entry for entry in metadata if entry is not parsed]
             annotation, default, parse = Annotated[(parsed.given, *rest)], parsed.default, parsed.parse  # pyright: ignore[reportInvalidTypeForm]
+        default = REQUIRED if default is dataclasses.MISSING else default
         yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation), parse
-
-
-def _as_given(value: Any) -> Any:
-    return value
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return REQUIRED if field.default is dataclasses.MISSING else field.default
 
 
 # ------------------------------------------------------------------------------------- what several verbs make of theirs
 
 
-def show_log() -> None:
-    """Show what this package logs from INFO on and others' warnings, as plain lines; of the hub's client only errors."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+def show_log(timed: bool = False) -> None:
+    """Show what this package logs from INFO on and others' warnings, as plain lines or with the time.
+
+    Of the hub's client only errors are shown.
+    """
+    form = "%(asctime)s %(levelname)s %(message)s" if timed else "%(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, datefmt="%H:%M:%S")
     logging.getLogger("prx_composer").setLevel(logging.INFO)
     for library in ("httpx", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)

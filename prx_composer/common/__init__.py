@@ -1,1 +1,1 @@
-"""The ground floor: errors, files, secrets, ranks and pages. Nothing here imports another part of the package."""
+"""The ground floor: errors, files, ranks, pages and outlines. Nothing here imports another part of the package."""

@@ -40,7 +40,7 @@ def from_rank_zero(value: Any) -> Any:
 
 
 class HostGroup:
-    """Lets the hosts of all ranks agree on numbers, while their devices compute; made on all ranks at once.
+    """Let the hosts of all ranks agree on numbers, while their devices compute; made on all ranks at once.
 
     Args:
         timeout: seconds that a rank waits for the others.
@@ -53,11 +53,11 @@ class HostGroup:
             self._group = torch_dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
 
     def largest(self, values: Sequence[float]) -> list[float]:
-        """Of every rank's values, one by one."""
+        """Return the largest of every rank's values, one by one."""
         return self._reduced(values, torch_dist.ReduceOp.MAX)
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Over all ranks; whole numbers are exact up to 2⁵³."""
+        """Return the values' sums over all ranks; whole numbers are exact up to 2⁵³."""
         return self._reduced(values, torch_dist.ReduceOp.SUM)
 
     def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
@@ -74,7 +74,7 @@ class HostGroup:
 
 
 def average_on_gloo(model: nn.Module) -> bool:
-    """Makes FSDP2 average gradients over CPU ranks; returns whether that was needed.
+    """Make FSDP2 average gradients over CPU ranks; return whether that was needed.
 
     On torch 2.7 gloo's reduce-scatter takes AVG for SUM, so every gradient is world_size times too large. Adam hides it,
     but gradient clipping doesn't. Whether it is so is asked of the backend, not read off a version.
@@ -97,7 +97,7 @@ def average_on_gloo(model: nn.Module) -> bool:
 
 
 class GlooAverage(Callback):
-    """Applies `average_on_gloo` once the model is sharded."""
+    """Apply `average_on_gloo` once the model is sharded."""
 
     def before_load(self, state: State, logger: Logger) -> None:
         average_on_gloo(state.model)
@@ -107,7 +107,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without what DDP, FSDP, compile or checkpointing put around it."""
+    """Return a parameter's name without what DDP, FSDP, compile or checkpointing put around it."""
     return ".".join(part for part in name.removeprefix("module.").split(".") if part not in _WRAPPERS)
 
 

@@ -19,7 +19,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Writes a file or a folder's entries through to the disk, so that a later rename never names something half-written."""
+    """Write a file or a folder's entries through to the disk, so that a later rename never names something half-written."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -28,7 +28,7 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """A local file that is there with all of its content, on the disk, or not at all."""
+    """Write a local file that is there with all of its content, on the disk, or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_bytes(content)
     sync(partial)

@@ -8,11 +8,10 @@ parameters and annotations, without a body. `inspect.signature` and `typing.get_
 import abc
 import ast
 import builtins
-import collections.abc
 import dataclasses
 import functools
+import importlib
 import inspect
-import pathlib
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -21,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 FOLLOWED = frozenset({"prx_composer", "composer"})
-_CHEAP = {m.__name__: m for m in (abc, builtins, collections.abc, dataclasses, pathlib, typing)}  # imported anyway
 _HARMLESS = frozenset({"final", "register", "runtime_checkable"})  # decorators that leave a class as it is
+# What a type is written with. Nothing of it can call anything.
+_OF_TYPES = (ast.Constant, ast.Name, ast.Load, ast.Attribute, ast.Subscript, ast.Tuple, ast.List)
+_OF_TYPES += (ast.BinOp, ast.BitOr, ast.UnaryOp, ast.USub)
+_UNDER_WAY = object()
 UNREAD: Any = type("Unread", (), {"__repr__": lambda _: "…"})()
 """Stands for a default that is no literal."""
 
@@ -53,32 +55,27 @@ def constants(module: str, name: str) -> dict[str, Any]:
     node = _source(module).statement(name)
     if not isinstance(node, ast.ClassDef):
         raise CannotTell(f"{module}:{name} is no class")
-    pairs = [(s.targets[0], s.value) for s in node.body if isinstance(s, ast.Assign) and len(s.targets) == 1]
-    return {target.id: value.value for target, value in pairs if isinstance(target, ast.Name) and isinstance(value, ast.Constant)}
+    assigned = [statement for statement in node.body if isinstance(statement, ast.Assign)]
+    return {name: s.value.value for s in assigned if isinstance(s.value, ast.Constant) for name in _names(s)}
 
 
-@functools.cache
-def _source(module: str) -> "_Source":
-    return _Source(module)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Module:
-    """A module that is not imported."""
+    """A module that is not imported, whose attributes are outlines; those of Python's own modules are what they are."""
 
-    name: str
+    def __init__(self, name: str):
+        self._name = name
 
-    def value(self, attribute: str) -> Any:
-        if self.name in _CHEAP:
-            if hasattr(_CHEAP[self.name], attribute):
-                return getattr(_CHEAP[self.name], attribute)
-        elif self.name.partition(".")[0] in FOLLOWED:
-            source = _source(self.name)
+    def __getattr__(self, attribute: str) -> Any:
+        package = self._name.partition(".")[0]
+        if package in sys.stdlib_module_names and hasattr(importlib.import_module(self._name), attribute):
+            return getattr(importlib.import_module(self._name), attribute)
+        if package in FOLLOWED:
+            source = _source(self._name)
             if attribute in source.bound:
                 return source.value(attribute)
-            if source.is_package and _spec(f"{self.name}.{attribute}") is not None:
-                return _Module(f"{self.name}.{attribute}")
-        raise CannotTell(f"{self.name}.{attribute} is not followed")
+            if source.is_package and _spec(f"{self._name}.{attribute}") is not None:
+                return _Module(f"{self._name}.{attribute}")
+        raise CannotTell(f"{self._name}.{attribute} is not followed")
 
 
 class _Source:
@@ -92,7 +89,6 @@ class _Source:
         self.is_package = spec.submodule_search_locations is not None
         self.bound: dict[str, list[ast.stmt]] = {}
         self._values: dict[str, Any] = {}
-        self._under_way: set[str] = set()
         try:
             tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         except (OSError, ValueError, SyntaxError) as error:
@@ -108,15 +104,16 @@ class _Source:
         return statements[0]
 
     def value(self, name: str) -> Any:
-        """Of a name at the top of the file."""
-        if name in self._under_way:
-            raise CannotTell(f"{name} in {self.module} refers to itself")
+        """Return what a name at the top of the file stands for."""
         if name not in self._values:
-            self._under_way.add(name)
+            self._values[name] = _UNDER_WAY
             try:
                 self._values[name] = self._value(name)
             finally:
-                self._under_way.remove(name)
+                if self._values[name] is _UNDER_WAY:
+                    del self._values[name]
+        elif self._values[name] is _UNDER_WAY:
+            raise CannotTell(f"{name} in {self.module} refers to itself")
         return self._values[name]
 
     def _value(self, name: str) -> Any:
@@ -128,134 +125,90 @@ class _Source:
         if isinstance(statement, ast.FunctionDef):
             return self._function(statement)
         if isinstance(statement, ast.Import):
-            alias = next(a for a in statement.names if _bound_by_import(a) == name)
-            return _Module(alias.name if alias.asname else name)
+            return _Module(next((alias.name for alias in statement.names if alias.asname == name), name))
         if isinstance(statement, ast.ImportFrom):
-            original = next(a.name for a in statement.names if (a.asname or a.name) == name)
-            return _Module(self._absolute(statement)).value(original)
+            original = next(alias.name for alias in statement.names if (alias.asname or alias.name) == name)
+            package = self.module.split(".")
+            package = package[: len(package) - statement.level + self.is_package] if statement.level else []
+            return getattr(_Module(".".join([*package, *([statement.module] if statement.module else [])])), original)
         if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
-            return self._annotation(statement.value)  # an alias of a type
+            return self._type(statement.value)
         raise CannotTell(f"{name} in {self.module}")
 
-    def _absolute(self, statement: ast.ImportFrom) -> str:
-        if not statement.level:
-            return statement.module or ""
-        parts = self.module.split(".")
-        parts = parts[: len(parts) - statement.level + self.is_package]
-        return ".".join([*parts, *([statement.module] if statement.module else [])])
-
-    # --------------------------------------------------------------------------------------------------- annotations
-
-    def _hint(self, node: ast.expr | None) -> Any:
-        """An annotation; `Any`, which is not checked, where it can't be told."""
+    def _type(self, node: ast.expr) -> Any:
+        """Return the type that an annotation, or an alias, says."""
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node = ast.parse(node.value, mode="eval").body
+        if strange := [part for part in ast.walk(node) if not isinstance(part, _OF_TYPES)]:
+            raise CannotTell(f"{ast.unparse(node)} has a {type(strange[0]).__name__}")
+        names = {part.id: self.value(part.id) for part in ast.walk(node) if isinstance(part, ast.Name)}
         try:
-            return Any if node is None else self._annotation(node)
+            return eval(compile(ast.Expression(node), self.module, "eval"), {"__builtins__": {}}, names)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CannotTell(ast.unparse(node)) from error
+
+    def _hint(self, node: ast.expr) -> Any:
+        """Return an annotation; `Any`, which is not checked, where it can't be told."""
+        try:
+            return self._type(node)
         except CannotTell:
             return Any
 
-    def _annotation(self, node: ast.expr) -> Any:
-        if isinstance(node, ast.Constant):
-            return self._annotation(ast.parse(node.value, mode="eval").body) if isinstance(node.value, str) else node.value
-        if isinstance(node, ast.Name):
-            return self.value(node.id)
-        if isinstance(node, ast.Attribute):
-            owner = self._annotation(node.value)
-            if isinstance(owner, _Module):
-                return owner.value(node.attr)
-        try:
-            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-                return typing.Union[self._annotation(node.left), self._annotation(node.right)]  # noqa: UP007
-            if isinstance(node, ast.Subscript):
-                base = self._annotation(node.value)
-                items = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-                if base is typing.Literal:
-                    return base[tuple(ast.literal_eval(item) for item in items)]
-                arguments = tuple(self._annotation(item) for item in items)
-                return base[arguments[0] if len(arguments) == 1 else arguments]
-            if isinstance(node, ast.List):
-                return [self._annotation(item) for item in node.elts]
-        except (TypeError, ValueError) as error:
-            raise CannotTell(ast.unparse(node)) from error
-        raise CannotTell(ast.unparse(node))
-
-    # --------------------------------------------------------------------------------------------- classes, functions
-
     def _function(self, node: ast.FunctionDef) -> Callable[..., Any]:
-        if node.decorator_list and any(_decorator(d) not in _HARMLESS for d in node.decorator_list):
+        if any(_called(decorator) not in _HARMLESS for decorator in node.decorator_list):
             raise CannotTell(f"{node.name} in {self.module} is decorated")
+        values: dict[str, Any] = {"__name__": self.module}
+
+        def named(value: Any) -> ast.expr:
+            values[f"_{len(values)}"] = value
+            return ast.Name(f"_{len(values) - 1}", ast.Load())
+
         given = node.args
-        plain = [*given.posonlyargs, *given.args]
-        defaults = [inspect.Parameter.empty] * (len(plain) - len(given.defaults)) + [_literal(d) for d in given.defaults]
-        kinds = [inspect.Parameter.POSITIONAL_ONLY] * len(given.posonlyargs)
-        kinds += [inspect.Parameter.POSITIONAL_OR_KEYWORD] * len(given.args)
-        found = list(zip(plain, kinds, defaults, strict=True))
-        if given.vararg:
-            found.append((given.vararg, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.empty))
-        for argument, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
-            value = inspect.Parameter.empty if default is None else _literal(default)
-            found.append((argument, inspect.Parameter.KEYWORD_ONLY, value))
-        if given.kwarg:
-            found.append((given.kwarg, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.empty))
-        stub = _stub()
-        stub.__name__, stub.__module__ = node.name, self.module
-        stub.__annotations__ = {a.arg: self._hint(a.annotation) for a, _, _ in found if a.annotation is not None}
-        stub.__signature__ = inspect.Signature([inspect.Parameter(a.arg, kind, default=d) for a, kind, d in found])
-        return stub
+        for argument in [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]:
+            if argument is not None and argument.annotation is not None:
+                argument.annotation = named(self._hint(argument.annotation))
+        given.defaults = [named(_literal(default)) for default in given.defaults]
+        given.kw_defaults = [default and named(_literal(default)) for default in given.kw_defaults]
+        node.body, node.decorator_list, node.returns = [ast.Pass()], [], None
+        exec(compile(ast.fix_missing_locations(ast.Module([node], [])), self.module, "exec"), values)
+        return values[node.name]
 
     def _class(self, node: ast.ClassDef) -> type:
-        names = [_decorator(decorator) for decorator in node.decorator_list]
-        if any(name not in _HARMLESS | {"dataclass"} for name in names):
+        decorators = {_called(decorator): ast.unparse(decorator) for decorator in node.decorator_list}
+        if decorators.keys() - _HARMLESS - {"dataclass"}:
             raise CannotTell(f"{node.name} in {self.module} is decorated")
         bases = tuple(base for expression in node.bases if (base := self._base(expression)) is not None)
-        body: dict[str, Any] = {"__module__": self.module, "__qualname__": node.name}
+        body: dict[str, Any] = {"__module__": self.module, "__qualname__": node.name, "__annotations__": {}}
         for statement in node.body:
-            for name in _names(statement):
-                if name == "__init__" and isinstance(statement, ast.FunctionDef):
-                    body[name] = self._function(statement)
-                elif name in ("__init__", "__new__"):
-                    raise CannotTell(f"{node.name}.{name} in {self.module}")
+            name = next(iter(_names(statement)), None)
+            if name == "__init__" and isinstance(statement, ast.FunctionDef):
+                body[name] = self._function(statement)
+            elif name in ("__init__", "__new__"):
+                raise CannotTell(f"{node.name}.{name} in {self.module}")
+            elif name and isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement.annotation):
+                body["__annotations__"][name] = self._hint(statement.annotation)
+                if statement.value is not None:
+                    body[name] = _field(statement.value)
         try:
-            if "dataclass" in names and "__init__" not in body:
-                keywords = any("kw_only" in ast.unparse(decorator) for decorator in node.decorator_list)
-                fields = list(self._fields(node))
-                return dataclasses.make_dataclass(node.name, fields, bases=bases, namespace=body, kw_only=keywords)
-            return type(node.name, bases, body)
-        except TypeError as error:
+            made = type(node.name, bases, body)
+            return (
+                dataclasses.dataclass(kw_only="kw_only" in decorators["dataclass"])(made) if "dataclass" in decorators else made
+            )
+        except (TypeError, ValueError) as error:
             raise CannotTell(f"{node.name} in {self.module}") from error
 
     def _base(self, node: ast.expr) -> type | None:
-        """The outline of a base class; None for one that has no constructor to inherit."""
+        """Return the outline of a base class; None for one that has no constructor to inherit."""
         try:
-            found = self._annotation(node.value if isinstance(node, ast.Subscript) else node)
+            found = self._type(node.value if isinstance(node, ast.Subscript) else node)
         except CannotTell:
             return Foreign
         if inspect.isclass(found) and found.__module__.partition(".")[0] in FOLLOWED:
             return found
         return None if found in (object, abc.ABC, typing.Protocol, typing.Generic) else Foreign
 
-    def _fields(self, node: ast.ClassDef) -> Iterator[tuple[str, Any, Any]]:
-        for statement in node.body:
-            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-                continue
-            if "ClassVar" in ast.unparse(statement.annotation):
-                continue
-            value, options = statement.value, {}
-            has_default = value is not None
-            if isinstance(value, ast.Call) and _decorator(value) == "field":
-                given = {keyword.arg: keyword.value for keyword in value.keywords}
-                options = {key: ast.literal_eval(given[key]) for key in ("init", "kw_only") if key in given}
-                has_default, value = bool(given.keys() & {"default", "default_factory"}), given.get("default")
-            default = _literal(value) if value is not None else UNREAD
-            if has_default:
-                options["default"] = default if isinstance(default, int | float | str | bool | None) else UNREAD
-            yield statement.target.id, self._hint(statement.annotation), dataclasses.field(**options)
 
-
-def _stub() -> Any:
-    def stub(*_: Any, **__: Any) -> None:
-        raise CannotTell("an outline has no body")
-
-    return stub
+_source = functools.cache(_Source)
 
 
 class Foreign:
@@ -263,7 +216,7 @@ class Foreign:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Those at the top of a file, also below `if` and `try`."""
+    """Yield those at the top of a file, also below `if` and `try`."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If | ast.Try):
@@ -272,22 +225,16 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _names(statement: ast.stmt) -> list[str]:
-    """What a statement binds."""
+    """Return what a statement binds."""
     if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         return [statement.name]
-    if isinstance(statement, ast.Import):
-        return [_bound_by_import(alias) for alias in statement.names]
-    if isinstance(statement, ast.ImportFrom):
-        return [alias.asname or alias.name for alias in statement.names]
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return [alias.asname or alias.name.partition(".")[0] for alias in statement.names]
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def _bound_by_import(alias: ast.alias) -> str:
-    return alias.asname or alias.name.partition(".")[0]
-
-
-def _decorator(node: ast.expr) -> str:
+def _called(node: ast.expr) -> str:
     node = node.func if isinstance(node, ast.Call) else node
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
@@ -299,9 +246,18 @@ def _literal(node: ast.expr) -> Any:
         return UNREAD
 
 
+def _field(node: ast.expr) -> Any:
+    """Return the default of a dataclass' field, or a field with what decides about the constructor's parameter."""
+    if not isinstance(node, ast.Call) or _called(node) != "field":
+        return _literal(node)
+    given = {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    options = {key: given[key] for key in ("init", "kw_only", "default") if key in given}
+    return dataclasses.field(**options | ({"default": UNREAD} if "default_factory" in given else {}))
+
+
 @functools.cache
 def _spec(module: str) -> ModuleSpec | None:
-    """Where a module is, as `importlib.util.find_spec` says it, which imports the packages around it first."""
+    """Say where a module is, as `importlib.util.find_spec` does, which imports the packages around it first."""
     spec, name, path = None, "", None
     for part in module.split("."):
         name = f"{name}.{part}" if name else part
@@ -318,7 +274,7 @@ _CALLBACK = ("composer.core.callback", "Callback")  # by name, since its outline
 
 
 def constructor(target: Any) -> Callable[..., Any]:
-    """The function whose signature says which arguments a class or function takes.
+    """Return the function whose signature says which arguments a class or function takes.
 
     A constructor of `*args, **kwargs` alone that stands around another one, or that hands everything on to the class it
     inherits from, is looked through. Composer's Callback takes any arguments and drops them: it counts as one without.
@@ -334,10 +290,9 @@ def constructor(target: Any) -> Callable[..., Any]:
             break
         if cls is Foreign:
             raise CannotTell(f"the constructor of {target.__qualname__} is another package's")
-        init = vars(cls).get("__init__")
-        if init is None:
+        if "__init__" not in vars(cls):
             continue
-        init = _wrapped(init)
+        init = _wrapped(vars(cls)["__init__"])
         if not _takes_anything(init):
             return init
         open_ended = open_ended or init
@@ -356,7 +311,7 @@ def _takes_anything(init: Any) -> bool:
 
 
 def _wrapped(init: Any) -> Any:
-    """A class decorator may put a constructor around a class's own without naming it in `__wrapped__`: llm-foundry's does."""
+    """Look through a constructor that a class decorator puts around a class's own without naming it in `__wrapped__`."""
     while inspect.isfunction(init) and _takes_anything(init):
         inner = [value for value in inspect.getclosurevars(init).nonlocals.values() if inspect.isfunction(value)]
         if len(inner) != 1:

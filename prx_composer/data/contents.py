@@ -17,7 +17,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
 from prx_composer.data.format import MANIFEST, Manifest, open_local
 from prx_composer.data.storage import download, join
-from prx_composer.recipe.data_sets import data_sets
+from prx_composer.recipe.arguments import data_sets
 
 log = logging.getLogger(__name__)
 
@@ -159,12 +159,10 @@ def loader_identity(spec: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not spec or spec.get("name") != "image_caption":
         return None
     try:
-        parts = data_sets(spec)
+        folders = {where: Path(part["path"]) / (part.get("split") or "train") for where, part in data_sets(spec).items()}
     except UserError:
         return None
-    found = {
-        where.removeprefix("mix."): split_identity(Path(p["path"]) / (p.get("split") or "train")) for where, p in parts.items()
-    }
+    found = {where.removeprefix("mix."): split_identity(folder) for where, folder in folders.items()}
     return None if None in found.values() else found
 
 
@@ -200,7 +198,7 @@ def _content(files: list[Path]) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def same_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Return whether two identities of loaders are of the same data; what one of them doesn't know makes no difference."""
     return before.keys() == now.keys() and all(_same_split(before[name], now[name]) for name in now)
 
@@ -210,7 +208,7 @@ def _same_split(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return before.get("layout") == now.get("layout") and len(contents) <= 1
 
 
-def told(identity: Mapping[str, Any]) -> str:
+def in_words(identity: Mapping[str, Any]) -> str:
     """Return an identity as people read it."""
     parts = []
     for name, part in identity.items():

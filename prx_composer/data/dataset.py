@@ -18,15 +18,13 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.contents import fetch_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import MANIFEST, Manifest, check_shards, open_local
+from prx_composer.data.format import MANIFEST, Bucket, Manifest, check_shards, open_local
 from prx_composer.data.sampler import BucketedDataset, SampleRequest
 from prx_composer.data.stored import (
     ENCODED,
     IMAGE,
-    StoredColumn,
     encoded_folder,
     latent_names,
     latent_size_problem,
@@ -98,13 +96,12 @@ class BucketRows:
                 streams=streams, batch_size=1, shuffle=False, download_retry=_RETRIES, download_timeout=_TIMEOUT
             )
             self.counts = [int(count) for count in self._streaming.samples_per_stream]
-            self._starts = [sum(self.counts[:index]) for index in range(len(buckets))]
 
     def row(self, bucket: int, index: int) -> dict[str, Any]:
         """Return row `index` of the bucket with that place in `buckets`."""
-        if self._streaming is not None:
-            return self._streaming[self._starts[bucket] + index]
-        return self._local[bucket][index]
+        if self._streaming is None:
+            return self._local[bucket][index]
+        return self._streaming[sum(self.counts[:bucket]) + index]
 
 
 class StoredRows:
@@ -135,33 +132,6 @@ class StoredRows:
             raise ValueError(f"it could not be decoded when {self.column.kind} were stored")
         return unpack(row, self.column.storage)
 
-
-class StoredLatents:
-    """Latents of a split, by the size of the images that they were made of.
-
-    Args:
-        rows: by name.
-        buckets: of the data set. base_size: its image size.
-
-    Raises:
-        ValueError: two columns of one image size.
-    """
-
-    def __init__(self, rows: dict[str, StoredRows], buckets: list[Bucket], base_size: int):
-        self.columns: dict[str, StoredColumn] = {name: stored.column for name, stored in rows.items()}
-        self._of_size: dict[tuple[int, Bucket], StoredRows] = {}
-        for name, column in self.columns.items():
-            if twice := [other for other, that in self.columns.items() if that.image_size == column.image_size and other != name]:
-                raise ValueError(f"latent: {name} and {twice[0]} are both of {column.image_size} px; leave one out.")
-            for index, size in enumerate(latent_sizes(column, buckets, base_size)):
-                self._of_size[index, size] = rows[name]
-
-    def read(self, bucket: int, size: Bucket, index: int) -> Tensor:
-        """Return (channels, h, w) in the dtype that is stored. Raise ValueError for an image that could not be decoded."""
-        return self._of_size[bucket, size].read(bucket, index)
-
-
-log = logging.getLogger(__name__)
 
 MIN_SEEN_FOR_RATE = 500
 
@@ -258,10 +228,15 @@ class ImageCaptionDataset(BucketedDataset):
             raise ValueError("images: false leaves nothing to train on; name stored latents in `latent`.")
         if latent and "latent" in self.features:
             raise ValueError("features: a column cannot be called 'latent' beside stored latents; encode it by another name.")
-        self._latents = StoredLatents(
-            {name: stored("latents", "latent", name) for name in latent_names(latent)}, self.buckets, self.image_size
-        )
-        self.latent_columns = self._latents.columns
+        latents = {name: stored("latents", "latent", name) for name in latent_names(latent)}
+        self.latent_columns = {name: rows.column for name, rows in latents.items()}
+        self._latents: dict[tuple[int, Bucket], StoredRows] = {}  # by bucket, and by size of the images that they were made of
+        for name, rows in latents.items():
+            same = [other for other in latents if latents[other].column.image_size == rows.column.image_size]
+            if len(same) > 1:
+                raise ValueError(f"latent: {same[0]} and {same[1]} are both of {rows.column.image_size} px; leave one out.")
+            for index, size in enumerate(latent_sizes(rows.column, self.buckets, self.image_size)):
+                self._latents[index, size] = latents[name]
         self._seed = seed
         self._max_undecodable = max_undecodable
         self._counters = torch.zeros(max_workers + 1, 2, dtype=torch.int64).share_memory_()  # seen, undecodable
@@ -269,12 +244,13 @@ class ImageCaptionDataset(BucketedDataset):
 
     @property
     def undecodable(self) -> int:
-        """How many decodings failed so far, over all workers of this rank."""
         return int(self._counters[:, 1].sum())
 
     def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
-        """Return `image` uint8 (3, height, width) or `latent` (channels, h, w) or both, `caption`, `features` by column, and the
-        `sample_id` of the sample that was really used; in evaluation `counted`, whether it is to be measured."""
+        """Return `image` uint8 (3, height, width) or `latent` (channels, h, w) or both, `caption`, and `features` by column.
+
+        `sample_id` is that of the sample that was really used. In evaluation `counted` says whether it is to be measured.
+        """
         _, bucket, place = self.locate(request.sample_id)
         count = self.counts[bucket]
         for attempt in range(count):
@@ -283,13 +259,19 @@ class ImageCaptionDataset(BucketedDataset):
             row = self._rows.row(bucket, index)
             self._count(seen=1)
             try:
-                seen = self._pixels(row, bucket, index, Bucket(request.height, request.width))
+                seen = {"image": decode_image(row["image"], request.height, request.width)} if self.images else {}
+                if self.latent_columns:
+                    seen["latent"] = self._latents[bucket, Bucket(request.height, request.width)].read(bucket, index)
             except UNDECODABLE as error:
                 instead = "the next of its bucket takes its place" if request.counted is None else "evaluation leaves it out"
                 self._note_undecodable(sample_id, row.get("key", ""), error, instead)
                 continue
             column = self.choose_caption(sample_id, request.epoch)
-            features = {name: self._feature(name, row, bucket, index) for name in self.features}
+            features = {
+                # A copy of what is in the row, whose memory is read-only.
+                name: self._features[name].read(bucket, index) if name in self._features else torch.tensor(row[name])
+                for name in self.features
+            }
             sample = {**seen, "caption": row[column], "sample_id": sample_id, "features": features}
             if request.counted is not None:  # another sample in its place is measured in its own
                 sample["counted"] = request.counted and attempt == 0
@@ -299,7 +281,6 @@ class ImageCaptionDataset(BucketedDataset):
         raise UndecodableError(f"None of the {count} images of bucket {self.buckets[bucket]} can be decoded.")
 
     def look_at(self, request: SampleRequest) -> dict[str, Any]:
-        """Return `dataset[request]`, but count nothing that cannot be decoded; while no worker runs."""
         counters, named = self._counters.clone(), set(self._named)
         try:
             return self[request]
@@ -321,23 +302,10 @@ class ImageCaptionDataset(BucketedDataset):
         choice = np.random.default_rng([self._seed, epoch, sample_id]).choice(len(columns), p=weights / weights.sum())
         return columns[choice]
 
-    def _pixels(self, row: dict[str, Any], bucket: int, index: int, size: Bucket) -> dict[str, torch.Tensor]:
-        """Return image and latent of a sample. Raise one of UNDECODABLE."""
-        seen = {"image": decode_image(row["image"], *size)} if self.images else {}
-        if self.latent_columns:
-            seen["latent"] = self._latents.read(bucket, size, index)
-        return seen
-
     def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
-        """Raise ValueError if there are latents, but none of images of these sizes, bucket by bucket."""
         columns = self.latent_columns
         if columns and (problem := latent_size_problem(columns, self.buckets, self.image_size, image_size, sizes)):
             raise ValueError(problem)
-
-    def _feature(self, name: str, row: dict[str, Any], bucket: int, index: int) -> torch.Tensor:
-        if name in self._features:
-            return self._features[name].read(bucket, index)
-        return torch.tensor(row[name])  # a copy: the row's memory is read-only
 
     def _count(self, seen: int = 0, undecodable: int = 0) -> None:
         worker = get_worker_info()
@@ -357,5 +325,4 @@ class ImageCaptionDataset(BucketedDataset):
             )
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the order of samples: `counts` by bucket."""
         return {"counts": self.counts}

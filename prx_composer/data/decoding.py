@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageCms
 
-from prx_composer.data.buckets import Bucket
+from prx_composer.data.format import Bucket
 
 if TYPE_CHECKING:
     from torch import Tensor  # slow to import, and not needed to read headers

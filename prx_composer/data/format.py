@@ -1,5 +1,7 @@
 """What a data set is on disk: one MDS folder per aspect-ratio bucket, and a manifest that names them.
 
+Images of a bucket have one size, and those of all buckets (nearly) equal area, so that every batch costs the same.
+
     <path>/<split>/manifest.json            {"version": 1, "image_size": 512, "captions": […], "buckets": {"512x512": 8000, …}}
     <path>/<split>/512x512/index.json …     MDS shards (mosaicml-streaming); bucket names are height x width at `image_size`
 
@@ -10,9 +12,11 @@ it says whose work the images are, where their source knows: `{"openmoji": {"aut
 """
 
 import json
+import math
 import shutil
-from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,8 +25,6 @@ import numpy as np
 
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import inside
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.storage import fetch, is_remote, join
 
 if TYPE_CHECKING:
     from streaming import LocalDataset, MDSWriter
@@ -31,6 +33,142 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 COLUMNS = {"image": "bytes", "width": "int", "height": "int", "key": "str"}
 RESERVED = frozenset({*COLUMNS, "input_ids", "attention_mask", "sample_id"})  # of a sample or a batch
+NOTICED = 0.15  # share of an image's area that is more than the rounding of a bucket's sides
+_LOOKED_AT = 500  # shapes of images with which other settings are tried
+Shapes = Mapping[tuple[int, int], int]  # height and width → images
+
+
+class Bucket(NamedTuple):
+    """Height and width in pixels."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+    @classmethod
+    def parse(cls, name: str) -> "Bucket":
+        """Return the bucket of a name, such as "512x512" → Bucket(512, 512)."""
+        height, width = name.split("x")
+        return cls(int(height), int(width))
+
+    def at(self, image_size: int, base_size: int, multiple: int) -> "Bucket":
+        """Return the same aspect ratio at another image size, both sides rounded to multiples of `multiple`."""
+        if image_size == base_size:
+            return self
+        scale = image_size / base_size
+        sides = (max(multiple, round(side * scale / multiple) * multiple) for side in self)
+        return Bucket(*sides)
+
+
+def make_buckets(image_size: int, multiple: int, max_aspect: float = 2.0) -> list[Bucket]:
+    """Return buckets around `image_size`², sides multiples of `multiple`, aspect ratios from 1/max_aspect to max_aspect.
+
+    Raises:
+        ValueError: `image_size` is not a multiple of `multiple`.
+    """
+    if image_size % multiple:
+        raise ValueError(f"image_size {image_size} is not a multiple of {multiple}.")
+    buckets = set()
+    for height in range(multiple, int(image_size * math.sqrt(max_aspect)) + multiple, multiple):
+        width = round(image_size**2 / height / multiple) * multiple
+        if width > 0 and 1 / max_aspect <= width / height <= max_aspect:
+            buckets.add(Bucket(height, width))
+    return sorted(buckets)
+
+
+def assign_bucket(height: int, width: int, buckets: list[Bucket]) -> Bucket:
+    """Return the bucket whose aspect ratio is nearest on a log scale: the one that crops least."""
+    return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - math.log(width / height)))
+
+
+@dataclass(frozen=True)
+class BucketSettings:
+    """The settings that decide the buckets, as the arguments of `FolderSource`."""
+
+    image_size: int
+    multiple: int
+    max_aspect: float
+    min_bucket: int
+
+    def buckets(self, shapes: Shapes) -> list[Bucket]:
+        """Return those that enough images go to, of as many as there may be."""
+        candidates = make_buckets(self.image_size, self.multiple, self.max_aspect)
+        sizes: Counter[Bucket] = Counter()
+        for (height, width), count in shapes.items():
+            sizes[assign_bucket(height, width, candidates)] += count
+        fewest = min(self.min_bucket, max(sizes.values()))
+        return sorted(bucket for bucket, count in sizes.items() if count >= fewest)
+
+    def cropped(self, shapes: Shapes) -> Counter[float]:
+        """Return share of the area that is lost → images, of those that lose much."""
+        buckets, lost = self.buckets(shapes), Counter[float]()
+        for (height, width), count in shapes.items():
+            share = share_cropped(height, width, assign_bucket(height, width, buckets))
+            if share > NOTICED:
+                lost[share] += count
+        return lost
+
+
+def share_cropped(height: int, width: int, bucket: Bucket) -> float:
+    """Return the share of an image's area that lies outside when it is scaled to cover a bucket."""
+    ratio = (width / height) / (bucket.width / bucket.height)
+    return 1 - min(ratio, 1 / ratio)
+
+
+def cropping_note(shapes: Shapes, settings: BucketSettings, path: str) -> str | None:
+    """Say how many images lose how much of their area, why, and what to set; None if hardly any is lost.
+
+    Args:
+        path: of the settings in the recipe.
+    """
+    buckets, lost = settings.buckets(shapes), settings.cropped(shapes)
+    if not lost:
+        return None
+    total, images = sum(shapes.values()), lost.total()
+    mean, most = sum(share * count for share, count in lost.items()) / images, max(lost)
+    into = ", ".join(map(str, buckets[:4])) + (f" and {len(buckets) - 4} more" if len(buckets) > 4 else "")
+    remedy = _advice(list(_remedies(dict(Counter(shapes).most_common(_LOOKED_AT)), settings)), path)
+    return (
+        f"{images:,} of {total:,} images are cropped by more than {NOTICED:.0%} of their area, by {mean:.0%} on average and "
+        f"{most:.0%} at most: with multiple: {settings.multiple} at image_size {settings.image_size} there is {into}. {remedy}"
+    )
+
+
+def _remedies(shapes: Shapes, settings: BucketSettings) -> Iterator[str]:
+    """Yield the smallest change of each kind that leaves at most half of the images cropped."""
+    much = settings.cropped(shapes).total()
+    longest = math.ceil(10 * max(max(height / width, width / height) for height, width in shapes)) / 10
+    kinds = [
+        [{"multiple": settings.multiple // factor} for factor in (2, 4, 8) if settings.multiple % factor == 0],
+        [{"image_size": settings.image_size * factor} for factor in (2, 4)],
+        [{"max_aspect": longest}] if longest > settings.max_aspect else [],
+    ]
+
+    def keeps(change: dict[str, Any]) -> bool:
+        return 2 * replace(settings, **change).cropped(shapes).total() <= much
+
+    rare = settings.min_bucket > 1 and keeps({"min_bucket": 1})
+    if rare:
+        yield "min_bucket: 1"
+    both = [{}] if rare or settings.min_bucket == 1 else [{}, {"min_bucket": 1}]
+    for kind in kinds:
+        change = next((change | more for more in both for change in kind if keeps(change | more)), None)
+        if change is not None:
+            yield " with ".join(f"{name}: {value:g}" for name, value in change.items())
+
+
+def _advice(remedies: list[str], path: str) -> str:
+    if not remedies:
+        return f"See {path}.multiple, image_size, max_aspect and min_bucket."
+    of = (
+        " (multiple must stay one of model.backbone.patch_size × autoencoder downsampling)" if "multiple" in str(remedies) else ""
+    )
+    return f"In {path}, this would keep more of them: {'; or '.join(remedies)}{of}."
+
+
+# ----------------------------------------------------------------------------------------------------------- a split
 
 
 class RawSample(NamedTuple):
@@ -152,10 +290,6 @@ def iterate_captions(folder: Path, column: str) -> Iterator[str]:
             yield dataset[index][column]
 
 
-# MDS shards read column by column, as mosaicml-streaming's MDSReader reads them: nothing is decoded, so nothing executes, and a
-# column that isn't asked for isn't read.
-
-
 def open_local(folder: Path) -> "LocalDataset":
     """Return the rows of a local MDS folder. Reading them executes nothing, whatever its index says.
 
@@ -182,95 +316,3 @@ def check_shards(folder: Path, shards: "Iterable[Reader]") -> None:
         with at_path(str(folder)):
             for file in (file for pair in shard.file_pairs for file in pair if file is not None):
                 inside(folder, file.basename)
-
-
-def encodings_of(shard: dict[str, Any]) -> dict[str, str]:
-    """Return column → MDS encoding, of a shard's entry in its index."""
-    return dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-
-
-class LinkError(ValueError):
-    """A shard that lies elsewhere."""
-
-
-def _is_whole(folder: str, raw: dict[str, Any]) -> bool:
-    """Return whether a compressed shard's uncompressed file lies there: a `StreamingDataset` leaves only that in its cache."""
-    if is_remote(folder):
-        return False
-    path = Path(folder) / raw["basename"]
-    return path.is_file() and path.stat().st_size == raw["bytes"]
-
-
-class RawShard:
-    """The samples of one shard as bytes, by column.
-
-    Args:
-        folder: of the index, local or remote.
-        shard: its entry in the index.
-        cache: where a remote file is downloaded to.
-        follow_links: open a symbolic link that leads out of the folder.
-
-    Raises:
-        ValueError: the file ends early, or its name leads out of the folder. On reading a sample, likewise.
-        OSError: it is not there.
-    """
-
-    def __init__(self, folder: str, shard: dict[str, Any], cache: Path, follow_links: bool = False):
-        self._names, self._fixed = shard["column_names"], shard["column_sizes"]
-        raw, zipped = shard["raw_data"], shard.get("zip_data")
-        if zipped and not _is_whole(folder, raw):
-            from streaming.base.compression import decompress
-
-            path = self._fetch(folder, zipped["basename"], cache, follow_links)
-            self._content = np.frombuffer(decompress(shard["compression"], path.read_bytes()), np.uint8)
-        else:
-            self._content = np.asarray(np.memmap(self._fetch(folder, raw["basename"], cache, follow_links), mode="r"))
-        self._count = int(shard["samples"])
-        if len(self._content) < 4 * (self._count + 2):
-            raise ValueError(f"{self._file} ends early")
-        self._offsets = self._content[4 : 4 * (self._count + 2)].view(np.uint32)
-
-    def _fetch(self, folder: str, name: str, cache: Path, follow_links: bool) -> Path:
-        self._file = name
-        if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"{name} leads out of {folder}")
-        path = fetch(join(folder, name), cache)
-        if not is_remote(folder) and not follow_links and not path.resolve().is_relative_to(Path(folder).resolve()):
-            raise LinkError(f"{name} is or passes a symbolic link that leads out of {folder}")
-        return path
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[dict[str, bytes]]:
-        return (self.read(index) for index in range(self._count))
-
-    def read(self, index: int, columns: Container[str] | None = None) -> dict[str, bytes]:
-        """Return the columns of a sample, all unless they are named."""
-        return {
-            name: self._content[begin:end].tobytes()
-            for name, (begin, end) in self._spans(index).items()
-            if columns is None or name in columns
-        }
-
-    def sizes(self, index: int) -> dict[str, int]:
-        """Return the number of bytes of every column of a sample."""
-        return {name: end - begin for name, (begin, end) in self._spans(index).items()}
-
-    def _spans(self, index: int) -> dict[str, tuple[int, int]]:
-        begin, stop = int(self._offsets[index]), int(self._offsets[index + 1])
-        if not begin <= stop <= len(self._content):
-            raise ValueError(f"{self._file} ends early")
-        stated = [size for size in self._fixed if not size]
-        position = begin + 4 * len(stated)
-        if position > stop:
-            raise ValueError("a sample ends early")
-        sizes = iter(np.frombuffer(self._content[begin:position].tobytes(), "<u4").tolist())
-        spans = {}
-        for name, size in zip(self._names, self._fixed, strict=True):
-            end = position + int(size or next(sizes))
-            spans[name] = position, end
-            position = end
-        if position > stop:
-            raise ValueError("a sample ends early")
-        return spans

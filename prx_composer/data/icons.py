@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageColor
 
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.format import RawSample
+from prx_composer.data.format import Bucket, RawSample
 from prx_composer.data.svg import Box, SVGError, render
 
 log = logging.getLogger(__name__)

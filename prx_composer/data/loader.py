@@ -15,16 +15,16 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler, BucketedDataset, fewer_than_a_batch
+from prx_composer.models.encoders import tokenize
 from prx_composer.models.prompts import CaptionCounts
-from prx_composer.models.text_encoder import tokenize
-from prx_composer.recipe.data_sets import data_sets, weights_of
+from prx_composer.recipe.arguments import data_sets, weights_of
 
 PACKED = ("text_embedding", "text_position")
 SEEN = ("image", "latent")
 
 
 class Collator:
-    """Makes a batch of samples: images stacked as uint8, captions tokenised, latents and features, by column, as they are stored.
+    """Make a batch of samples: images stacked as uint8, captions tokenised, latents and features, by column, as they are stored.
 
     In evaluation `counted` bool (B,) says which of them are to be measured.
 
@@ -100,21 +100,10 @@ class ImageCaptionLoader(DataLoader):
     dataset: BucketedDataset  # pyright: ignore[reportIncompatibleVariableOverride]
     batch_sampler: BucketBatchSampler
 
-    def __init__(
-        self,
-        dataset: BucketedDataset,
-        batch_sampler: BucketBatchSampler,
-        collator: Collator,
-        num_workers: int = 0,
-    ):
-        super().__init__(
-            dataset,
-            batch_sampler=batch_sampler,  # pyright: ignore[reportArgumentType]
-            collate_fn=collator,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def __init__(self, dataset: BucketedDataset, batch_sampler: Any, collator: Collator, num_workers: int = 0):
+        workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+        pinned = torch.cuda.is_available()
+        super().__init__(dataset, batch_sampler=batch_sampler, collate_fn=collator, pin_memory=pinned, **workers)
         self._pass_ended = False
 
     @property
@@ -197,17 +186,12 @@ class ImageCaptionData(DataSpec):
         num_workers: int = 0,
         max_undecodable: float = 0.01,
     ):
-        spec: dict[str, Any] = {"path": path, "mix": mix, "split": split, "captions": captions, "remote": remote}
+        own: dict[str, Any] = {"path": path, "split": split, "captions": captions, "remote": remote}
         shared: dict[str, Any] = {"features": features, "text_embedding": text_embedding, "latent": latent, "images": images}
+        shared |= {"seed": seed, "max_undecodable": max_undecodable, "max_workers": num_workers}
         parts = {
-            where.removeprefix("mix."): ImageCaptionDataset(
-                **{key: part.get(key) for key in ("path", "split", "captions", "remote")},
-                **shared,
-                seed=seed,
-                max_undecodable=max_undecodable,
-                max_workers=num_workers,
-            )
-            for where, part in data_sets(spec).items()
+            where.removeprefix("mix."): ImageCaptionDataset(**{key: part.get(key) for key in own}, **shared)
+            for where, part in data_sets({**own, "mix": mix}).items()
         }
         dataset = parts[""] if mix is None else MixedDataset(parts, weights_of(mix), seed)
         ranks, rank = dist.get_world_size(), dist.get_global_rank()

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset
+from prx_composer.data.format import Bucket
 from prx_composer.data.sampler import BucketedDataset, SampleRequest
 
 
@@ -42,7 +42,6 @@ class MixedDataset(BucketedDataset):
         counts = [dict(zip(part.buckets, part.counts, strict=True)) for part in parts.values()]
         table = [[there.get(bucket, 0) for bucket in buckets] for there in counts]
         super().__init__(next(iter(sizes.values())), buckets, table)
-        self._firsts = np.cumsum([0, *(len(part) for part in parts.values())])  # ids of the data sets' first samples
         self._weights = weights or {name: float(len(part)) for name, part in parts.items()}
         self._shares: dict[int, Shares] = {}  # by batch size
         self.images = all(part.images for part in parts.values())
@@ -52,7 +51,7 @@ class MixedDataset(BucketedDataset):
     def _in_part(self, request: SampleRequest) -> tuple[ImageCaptionDataset, SampleRequest, int]:
         """Return the data set of a sample, the request to it, and the id of its first sample."""
         part = self.locate(request.sample_id)[0]
-        first = int(self._firsts[part])
+        first = self._start(part, 0)
         return list(self.parts.values())[part], request._replace(sample_id=request.sample_id - first), first
 
     def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
@@ -61,17 +60,14 @@ class MixedDataset(BucketedDataset):
         return sample | {"sample_id": sample["sample_id"] + first}
 
     def look_at(self, request: SampleRequest) -> dict[str, Any]:
-        """Return `dataset[request]`, but count nothing that cannot be decoded; while no worker runs."""
         part, asked, _ = self._in_part(request)
         return part.look_at(asked)
 
     @property
     def undecodable(self) -> int:
-        """How many decodings failed so far, over all workers of this rank."""
         return sum(part.undecodable for part in self.parts.values())
 
     def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
-        """Raise ValueError if there are latents, but none of images of these sizes, bucket by bucket."""
         size_of = dict(zip(self.buckets, sizes, strict=True))
         for name, part in self.parts.items():
             try:
@@ -80,12 +76,10 @@ class MixedDataset(BucketedDataset):
                 raise ValueError(f"mix.{name}: {error}") from None
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the order of samples: `mix`, counts and share by name."""
         total = sum(self._weights.values())
         return {"mix": {name: {"counts": part.counts, "share": self._weights[name] / total} for name, part in self.parts.items()}}
 
     def epoch_ids(self, epoch: int, batch_size: int) -> list[NDArray[np.int64]]:
-        """Return of every bucket as many samples as fill the batches that it has in this epoch."""
         plan = self._plans(batch_size).epoch(epoch)
         parts = range(len(self.parts))
         return [
@@ -94,7 +88,6 @@ class MixedDataset(BucketedDataset):
         ]
 
     def epoch_steps(self, batch_size: int) -> int:
-        """Return how many batches every epoch has."""
         return self._plans(batch_size).steps
 
     def _plans(self, batch_size: int) -> "Shares":
@@ -124,7 +117,7 @@ class EpochPlan(NamedTuple):
 
 
 class Shares:
-    """Plans epochs of full batches, each of one bucket, that follow given shares.
+    """Plan epochs of full batches, each of one bucket, that follow given shares.
 
     After every epoch a data set has had its share of all samples up to one, and a bucket its part of the batches up to about
     one: what a bucket gets too early or too late, its data sets give less or more of in the buckets that they share with others.

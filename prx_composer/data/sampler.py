@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
+from prx_composer.data.format import Bucket
 from prx_composer.data.stored import StoredColumn
 from prx_composer.recipe.resume import DATA, advice
 
@@ -68,7 +68,7 @@ class BucketedDataset(Dataset, ABC):
     @property
     @abstractmethod
     def undecodable(self) -> int:
-        """How many decodings failed so far, over all workers of this rank."""
+        """Return how many decodings failed so far, over all workers of this rank."""
 
     @abstractmethod
     def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
@@ -209,7 +209,7 @@ def fewer_than_a_batch(samples: int, batch_size: int, path: str = "") -> str | N
 
 
 class BucketBatchSampler(DistributedSampler):
-    """Yields this rank's batches of `SampleRequest`s.
+    """Yield this rank's batches of `SampleRequest`s.
 
     It is a DistributedSampler so that Composer calls `set_epoch`; the order is the same with any number of workers,
     and a resumed epoch goes on at `dataset.start_sample`.
@@ -218,6 +218,7 @@ class BucketBatchSampler(DistributedSampler):
     as they can. A rank that would have none gets one that isn't counted, so that all take the same number of steps.
 
     Attributes:
+        sizes: of the images in this stage, bucket by bucket.
         keeps_shape: in evaluation, whether all batches are full, with samples that aren't counted: for a compiled model.
 
     Args:
@@ -264,23 +265,14 @@ class BucketBatchSampler(DistributedSampler):
             )
         self.image_size, self.global_batch_size = image_size, global_batch_size
         base = self._dataset.image_size
-        self._sizes = [bucket.at(image_size, base, self.multiple) for bucket in self._dataset.buckets]
-        for stored, size in zip(self._dataset.buckets, self._sizes, strict=True):
+        self.sizes = [bucket.at(image_size, base, self.multiple) for bucket in self._dataset.buckets]
+        for stored, size in zip(self._dataset.buckets, self.sizes, strict=True):
             if any(side % self.multiple for side in size):
                 raise ValueError(
                     f"The data set's bucket {stored} cannot be cut into patches of {self.multiple}; "
                     "convert the data with that multiple, or change model.backbone.patch_size."
                 )
-        self._dataset.check_sizes(image_size, self._sizes)
-
-    @property
-    def sizes(self) -> list[Bucket]:
-        """Image sizes of this stage, bucket by bucket."""
-        return self._sizes
-
-    def _batches(self) -> NDArray[np.int64]:
-        ids = self._dataset.epoch_ids(self.epoch, self.global_batch_size) if self.shuffle else self._dataset.ids()
-        return epoch_batches(ids, self.global_batch_size, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch)
+        self._dataset.check_sizes(image_size, self.sizes)
 
     def __len__(self) -> int:
         if self.shuffle:
@@ -292,11 +284,12 @@ class BucketBatchSampler(DistributedSampler):
         if self.evaluation:
             yield from self._evaluation()
             return
-        epoch = self.epoch if self.shuffle else 0
+        ids = self._dataset.epoch_ids(self.epoch, self.global_batch_size) if self.shuffle else self._dataset.ids()
+        batches = epoch_batches(ids, self.global_batch_size, shuffle=self.shuffle, seed=self.seed, epoch=self.epoch)
         share = self.global_batch_size // self.num_replicas
-        for batch in self._batches()[first:, self.rank * share : (self.rank + 1) * share]:
+        for batch in batches[first:, self.rank * share : (self.rank + 1) * share]:
             height, width = self._size_of(batch)
-            yield [SampleRequest(int(sample_id), height, width, epoch) for sample_id in batch]
+            yield [SampleRequest(int(sample_id), height, width, self.epoch if self.shuffle else 0) for sample_id in batch]
 
     def _evaluation(self) -> Iterator[list[SampleRequest]]:
         for batch in evaluation_batches(self._dataset.ids(), self.global_batch_size):
@@ -306,4 +299,4 @@ class BucketBatchSampler(DistributedSampler):
             yield [SampleRequest(int(filled[place]), height, width, 0, bool(place < len(batch))) for place in own]
 
     def _size_of(self, batch: NDArray[np.int64]) -> Bucket:
-        return self._sizes[self._dataset.bucket_of(int(batch[0]))]
+        return self.sizes[self._dataset.bucket_of(int(batch[0]))]

@@ -1,16 +1,23 @@
-"""Files by name, local or remote (`s3://…`, and whatever else mosaicml-streaming downloads from and uploads to)."""
+"""Files by name, local or remote (`s3://…`, and whatever else mosaicml-streaming downloads from and uploads to), and MDS shards.
+
+The samples of a shard are read column by column, as bytes, as mosaicml-streaming's MDSReader reads them. Nothing is decoded, so
+nothing executes, and a column that isn't asked for isn't read.
+"""
 
 import contextlib
 import fnmatch
+import itertools
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlparse
+
+import numpy as np
 
 from prx_composer.common.errors import UserError
 
@@ -216,3 +223,82 @@ def _uploader(remote: str) -> Any:
         return patiently(lambda: CloudUploader.get(remote.rstrip("/")), f"Reaching {remote}")
     except (ValueError, ImportError) as error:
         raise UserError(f"{remote}: {error}") from error
+
+
+def encodings_of(shard: dict[str, Any]) -> dict[str, str]:
+    """Return column → MDS encoding, of a shard's entry in its index."""
+    return dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+
+
+class LinkError(ValueError):
+    """A shard that lies elsewhere."""
+
+
+class RawShard:
+    """The samples of one shard as bytes, by column.
+
+    Args:
+        folder: of the index, local or remote.
+        shard: its entry in the index.
+        cache: where a remote file is downloaded to.
+        follow_links: open a symbolic link that leads out of the folder.
+
+    Raises:
+        ValueError: the file ends early, or its name leads out of the folder. On reading a sample, likewise.
+        OSError: it is not there.
+    """
+
+    def __init__(self, folder: str, shard: dict[str, Any], cache: Path, follow_links: bool = False):
+        self._names, self._fixed = shard["column_names"], shard["column_sizes"]
+        raw, zipped = shard["raw_data"], shard.get("zip_data")
+        path = Path(folder, raw["basename"])  # of a compressed shard, a `StreamingDataset` leaves only this in its cache
+        if zipped and (is_remote(folder) or not path.is_file() or path.stat().st_size != raw["bytes"]):
+            from streaming.base.compression import decompress
+
+            path = self._fetch(folder, zipped["basename"], cache, follow_links)
+            self._content = np.frombuffer(decompress(shard["compression"], path.read_bytes()), np.uint8)
+        else:
+            self._content = np.asarray(np.memmap(self._fetch(folder, raw["basename"], cache, follow_links), mode="r"))
+        self._count = int(shard["samples"])
+        if len(self._content) < 4 * (self._count + 2):
+            raise ValueError(f"{self._file} ends early")
+        self._offsets = self._content[4 : 4 * (self._count + 2)].view(np.uint32)
+
+    def _fetch(self, folder: str, name: str, cache: Path, follow_links: bool) -> Path:
+        self._file = name
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{name} leads out of {folder}")
+        path = fetch(join(folder, name), cache)
+        if not is_remote(folder) and not follow_links and not path.resolve().is_relative_to(Path(folder).resolve()):
+            raise LinkError(f"{name} is or passes a symbolic link that leads out of {folder}")
+        return path
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, bytes]]:
+        return (self.read(index) for index in range(self._count))
+
+    def read(self, index: int, columns: Container[str] | None = None) -> dict[str, bytes]:
+        """Return the columns of a sample, all unless they are named."""
+        return {
+            name: self._content[begin:end].tobytes()
+            for name, (begin, end) in self._spans(index).items()
+            if columns is None or name in columns
+        }
+
+    def sizes(self, index: int) -> dict[str, int]:
+        """Return the number of bytes of every column of a sample."""
+        return {name: end - begin for name, (begin, end) in self._spans(index).items()}
+
+    def _spans(self, index: int) -> dict[str, tuple[int, int]]:
+        begin, stop = int(self._offsets[index]), int(self._offsets[index + 1])
+        if not begin <= stop <= len(self._content):
+            raise ValueError(f"{self._file} ends early")
+        values = begin + 4 * sum(not size for size in self._fixed)  # after the sizes of the columns that have none in the index
+        if values <= stop:
+            stated = iter(np.frombuffer(self._content[begin:values].tobytes(), "<u4").tolist())
+            ends = list(itertools.accumulate((int(size or next(stated)) for size in self._fixed), initial=values))
+            if ends[-1] <= stop:
+                return dict(zip(self._names, itertools.pairwise(ends), strict=True))
+        raise ValueError("a sample ends early")

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from prx_composer.common.errors import UserError, nearest
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.contents import column_contents
-from prx_composer.data.format import MANIFEST
+from prx_composer.data.format import MANIFEST, Bucket
+from prx_composer.models.encoders import HuggingFaceTextEncoder
 from prx_composer.models.prompts import cleaning_of
-from prx_composer.models.text_encoder import HuggingFaceTextEncoder
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ _SAMPLED = 64  # values of every weight, for a fingerprint
 
 @dataclass(frozen=True)
 class StoredColumn:
-    """What a stored column is.
+    """A stored column: what it holds, and how it was made.
 
     Args:
         kind: text, features or latents.
@@ -76,8 +75,7 @@ class StoredColumn:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the bytes that are stored; a run that goes on must have the same."""
-        made = dataclasses.asdict(self)
-        return {key: made[key] for key in made if key not in RESULTS}
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in RESULTS}
 
     def to_json(self) -> str:
         return json.dumps({"version": 1, **dataclasses.asdict(self)}, indent=1) + "\n"
@@ -278,12 +276,11 @@ def check_latent_column(column: StoredColumn, autoencoder: Any, path: str) -> No
     assert column.image_size is not None and column.multiple is not None
     own = latent_column(autoencoder, "", None, column.storage, column.image_size, column.multiple)
     words = {"width": "channels", "downsampling": "downsampling", "scaling": "scaling_factor", "shift": "shift_factor"}
-    stored = {word: getattr(column, key) for key, word in words.items()}
-    made = {word: getattr(own, key) for key, word in words.items()}
-    if different := [word for word in stored if stored[word] != made[word]]:
-        told = ", ".join(f"{word} {stored[word]} (model.autoencoder: {made[word]})" for word in different)
+    pairs = {word: (getattr(column, key), getattr(own, key)) for key, word in words.items()}
+    told = [f"{word} {stored} (model.autoencoder: {made})" for word, (stored, made) in pairs.items() if stored != made]
+    if told:
         raise UserError(
-            f"{path}: the stored latents were made by {column.encoder} with {told}. Name the same autoencoder, or run "
+            f"{path}: the stored latents were made by {column.encoder} with {', '.join(told)}. Name the same autoencoder, or run "
             "`prx encode latents` again."
         )
     if column.fingerprint != own.fingerprint:

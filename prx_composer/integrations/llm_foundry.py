@@ -17,8 +17,8 @@ from composer.utils import dist
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer import registry
-from prx_composer.callbacks.data_monitor import DataMonitor
-from prx_composer.callbacks.random_step import RandomStep
+from prx_composer.callbacks.monitors import DataMonitor
+from prx_composer.callbacks.resuming import RandomStep
 from prx_composer.common.distributed import GlooAverage, unwrapped
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import write_whole
@@ -27,18 +27,15 @@ from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.data.loader import ImageCaptionData, ImageCaptionLoader
 from prx_composer.data.stored import check_latent_column, check_text_column
 from prx_composer.integrations.foundry_names import OURS
+from prx_composer.models.encoders import load_tokenizer
 from prx_composer.models.prompts import cleaning_of
 from prx_composer.models.randomness import RandomStreams
-from prx_composer.models.text_encoder import load_tokenizer
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.arguments import check_arguments
-from prx_composer.recipe.config import build
-from prx_composer.recipe.data_sets import data_sets
+from prx_composer.recipe.arguments import build, check_arguments, data_sets
 from prx_composer.registry import Registry
-from prx_composer.runs.init_from import initialise
-from prx_composer.runs.model_parts import ModelParts
-from prx_composer.runs.tokenizer import keep_tokenizer, trained_tokenizer
-from prx_composer.training.source_data import make_data, read_manifests, unmade_sources
+from prx_composer.runs.model_parts import ModelParts, keep_tokenizer, trained_tokenizer
+from prx_composer.runs.pretrained_models import initialise
+from prx_composer.training.components import make_data, read_manifests, unmade_sources
 
 _MADE_OF = "made_of.json"  # beside a tokenizer: its captions
 LOADER = "prx_image_caption"  # whether it is train_loader or eval_loader, llm-foundry doesn't say
@@ -47,12 +44,12 @@ _models: "weakref.WeakSet[TextToImage]" = weakref.WeakSet()
 
 
 def _model_with(parameter: torch.Tensor) -> TextToImage | None:
-    """The model built here that has this parameter: llm-foundry gives optimizers no more than parameters."""
+    """Return the model built here that has this parameter: llm-foundry gives optimizers no more than parameters."""
     return next((model for model in _models if any(own is parameter for own in model.parameters())), None)
 
 
 class Model(TextToImage):
-    """Builds a `TextToImage` from a recipe's `model`, with llm-foundry's tokenizer.
+    """Build a `TextToImage` from a recipe's `model`, with llm-foundry's tokenizer.
 
     Args:
         tokenizer: llm-foundry's, of the text encoder.
@@ -85,7 +82,7 @@ class Model(TextToImage):
 
 
 def image_caption_loader(tokenizer: PreTrainedTokenizerBase | None, device_batch_size: int | float, **arguments: Any) -> DataSpec:
-    """A recipe's `image_caption` loader; a `source` makes the data on first use.
+    """Return a recipe's `image_caption` loader; a `source` makes the data on first use.
 
     Args:
         tokenizer: llm-foundry's, of the model's text encoder.
@@ -111,7 +108,7 @@ def image_caption_loader(tokenizer: PreTrainedTokenizerBase | None, device_batch
 
 
 class CaptionTokenizer(PreTrainedTokenizerBase):
-    """Calls `caption_tokenizer`; llm-foundry asks for a class."""
+    """Call `caption_tokenizer`; llm-foundry asks for a class."""
 
     def __new__(cls, **arguments: Any) -> Any:
         check_arguments(caption_tokenizer, arguments, "tokenizer.kwargs")
@@ -119,7 +116,7 @@ class CaptionTokenizer(PreTrainedTokenizerBase):
 
 
 def caption_tokenizer(loader: dict[str, Any], folder: str, vocab_size: int = 4096) -> PreTrainedTokenizerBase:
-    """A word-level tokenizer of the captions that are trained on, for a text encoder that is trained along.
+    """Return a word-level tokenizer of the captions that are trained on, for a text encoder that is trained along.
 
     Args:
         loader: the YAML's `train_loader`: `${train_loader}`.
@@ -150,7 +147,7 @@ def caption_tokenizer(loader: dict[str, Any], folder: str, vocab_size: int = 409
 
 
 def _made_of(loader: dict[str, Any], vocab_size: int) -> list[Any] | None:
-    """What decides a tokenizer; None if the captions aren't there (yet)."""
+    """Return what decides a tokenizer; None if the captions aren't there (yet)."""
     made_of: list[Any] = [vocab_size]
     for part in data_sets(loader).values():
         split = Path(part["path"]) / part.get("split", "train")
@@ -161,9 +158,10 @@ def _made_of(loader: dict[str, Any], vocab_size: int) -> list[Any] | None:
 
 
 class TrainingRun(GlooAverage, RandomStep, DataMonitor):
-    """What train.py gives to every run, for a trainer that doesn't: draws that belong to a step, so that a resumed run repeats
-    the uninterrupted one; gradients averaged over CPU ranks; samples that could not be decoded in the log; and loaders that fit
-    the model, since llm-foundry builds them without it.
+    """Give a run what train.py gives to every run, where the trainer is another.
+
+    Draws belong to a step, so that a resumed run repeats the uninterrupted one. Gradients are averaged over CPU ranks. Samples
+    that could not be decoded are in the log. Loaders must fit the model, since llm-foundry builds them without it.
     """
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -175,7 +173,7 @@ class TrainingRun(GlooAverage, RandomStep, DataMonitor):
 
 
 def _check_loader(key: str, loader: Any, model: TextToImage) -> None:
-    """Raises UserError for sizes that aren't the model's, and for what was stored by another text encoder or autoencoder."""
+    """Raise UserError for sizes that aren't the model's, and for what was stored by another text encoder or autoencoder."""
     if not isinstance(loader, ImageCaptionLoader):
         return
     collator: Any = loader.collate_fn
@@ -193,7 +191,7 @@ def _check_loader(key: str, loader: Any, model: TextToImage) -> None:
 
 
 class _StepStreams(RandomStreams):
-    """Refuses to draw for a step that nobody has begun."""
+    """Refuse to draw for a step that nobody has begun."""
 
     _begun = False
 
@@ -238,7 +236,7 @@ _ELSEWHERE_PROVIDED = ("folder", "source")  # a recipe has these for every compo
 
 
 class _Published:
-    """Components of one kind by name, as attributes."""
+    """Offer the components of one kind as attributes, by name."""
 
     def __init__(self, components: Registry, path: str):
         self._components, self._path = components, path
@@ -261,7 +259,7 @@ class _Published:
 
 
 class _PublishedOptimizers(_Published):
-    """llm-foundry hands an optimizer parameters; ours ask the model which of them decay, or are matrices for Muon."""
+    """Build optimizers of a model from its parameters, all that llm-foundry has; ours ask it which decay or are for Muon."""
 
     def _build(self, target: Any, name: str, arguments: dict[str, Any], path: str, provided: dict[str, Any]) -> Any:
         params: Iterable[Any] = arguments.pop("params")

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def _up_to(path: Path, batch: int) -> tuple[int, int]:
-    """The last batch ≤ `batch` that has a whole line, and where its line ends."""
+    """Return the last batch ≤ `batch` that has a whole line, and where its line ends."""
     last = end = 0
     with path.open("rb") as file:
         for line in file:
@@ -30,7 +30,7 @@ def _up_to(path: Path, batch: int) -> tuple[int, int]:
 
 
 class MetricsFile(LoggerDestination):
-    """Writes what was logged during a step as one line, on rank 0.
+    """Write what was logged during a step as one line, on rank 0.
 
     Every line has `batch` (steps completed) and `seconds` (of training, over all restarts); the last line of a finished
     run also has the final scores and `train_seconds`, the training time with its sampling. A resumed run drops the lines
@@ -82,7 +82,7 @@ class MetricsFile(LoggerDestination):
             self._finish_row(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """The last line again, with what was logged since."""
+        """Write the last line again, with what was logged since."""
         self._row["train_seconds"] = round(self._seconds_before + time.monotonic() - self._fit_start, 3)
         if self._last.get("batch") == int(state.timestamp.batch) and not self._waiting:
             self._row = self._last | self._row
@@ -107,7 +107,7 @@ class MetricsFile(LoggerDestination):
             self._write()
 
     def _write(self) -> None:
-        """Appends the lines that wait, after the last whole one: a resume or a failed write may have left others."""
+        """Append the lines that wait, after the last whole one: a resume or a failed write may have left others."""
         lines = [(json.dumps(row, allow_nan=False) + "\n").encode() for row in self._waiting]
         try:
             with self.path.open("ab") as file:

@@ -9,7 +9,6 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,28 +25,11 @@ from prx_composer.data.contents import FileRecord, column_contents
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import MANIFEST
-from prx_composer.metrics.distances import mean_kernel, moments
-from prx_composer.metrics.features import Extractor
+from prx_composer.metrics.features import Extractor, mean_kernel, moments
 
 log = logging.getLogger(__name__)
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _LOOKED_AT = 16  # images of a remote set whose bytes are part of its identity
-
-
-class ImageSet(Protocol):
-    """A set of images, by number."""
-
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def encoded(self, index: int) -> bytes:
-        """Return the image's file."""
-        ...
-
-    def identity(self, cache: Path) -> str:
-        """Return a hash of what the set holds, wherever it lies; what was read of files is kept in `cache`."""
-        ...
 
 
 class DataSet:
@@ -73,12 +55,14 @@ class DataSet:
         return len(self._data)
 
     def encoded(self, index: int) -> bytes:
+        """Return the image's file."""
         return self._data.row(index)["image"]
 
     def caption(self, index: int) -> str:
         return self._data.row(index)[self._caption]
 
     def identity(self, cache: Path) -> str:
+        """Return a hash of what the set holds, wherever it lies."""
         if self._split is not None:
             return column_contents(self._split, "image")
         digest = hashlib.sha256(self._data.manifest.to_json().encode())  # remote: to read all would be to download all
@@ -108,10 +92,14 @@ class ImageFolder:
         return self._files[index].read_bytes()
 
     def identity(self, cache: Path) -> str:
+        """Return a hash of what the folder holds, wherever it lies; what was read of files is kept in `cache`."""
         record = FileRecord(cache / "folders" / f"{hashlib.sha256(str(self._root).encode()).hexdigest()[:32]}.json")
         files = {str(file): file for file in self._files}
         record.keep(files)
         return hashlib.sha256(" ".join(record.contents(files).values()).encode()).hexdigest()
+
+
+ImageSet = DataSet | ImageFolder
 
 
 def evenly(count: int, wanted: int | None) -> list[int]:
@@ -121,7 +109,7 @@ def evenly(count: int, wanted: int | None) -> list[int]:
     return [int(index) for index in np.arange(wanted) * count // wanted]
 
 
-def open_images(path: str, split: str, caption: str | None = None) -> DataSet | ImageFolder:
+def open_images(path: str, split: str, caption: str | None = None) -> ImageSet:
     """Open a data set, if the folder has that split, or else a folder of images.
 
     Raises:
@@ -148,7 +136,7 @@ def read_square(images: ImageSet, index: int, size: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Reference:
-    """The features that distances are measured to.
+    """Features of real images, which distances are measured to.
 
     Args:
         features: fp32 (N, D) of the images that could be decoded.

@@ -1,12 +1,12 @@
-"""Numbers for drawn images: each metric by name, computed by all ranks together."""
+"""Scores of drawn images: each metric by name, computed by all ranks together, and what the bundled data are judged by."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prx_composer.common.distributed import from_rank_zero, gathered, share
 from prx_composer.common.errors import UserError, nearest
-from prx_composer.metrics.distances import SCALE, frechet_distance, mean_kernel, moments
+from prx_composer.data.sources import HELDOUT, Scene, all_scenes, load_digit_scans, render
 from prx_composer.metrics.features import (
     CLIP,
     CLIP_SCORE,
@@ -25,7 +25,10 @@ from prx_composer.metrics.features import (
     Extractor,
     clip_images,
     dino_images,
+    frechet_distance,
     inception_images,
+    mmd,
+    moments,
 )
 from prx_composer.metrics.real_images import ImageSet, Reference, reference_features
 from prx_composer.models.huggingface import returned_afterwards
@@ -154,16 +157,13 @@ class Scorer:
 
 def _distance(name: str, features: Tensor, reference: Reference, device: torch.device) -> float:
     if METRICS[name].kind == "mmd":
-        real, drawn = reference.unit.to(device), F.normalize(features, dim=-1)
-        return SCALE * (mean_kernel(drawn) + reference.within - 2 * mean_kernel(drawn, real))
+        return mmd(F.normalize(features, dim=-1), reference.unit.to(device), within_y=reference.within)
     fewest = min(len(features), len(reference.features))
     if fewest <= features.shape[1]:
         log.warning(
             "%s of %d images in %d dimensions is biased upwards; compare it only with one of as many images, or take an MMD.",
-            name,
-            fewest,
-            features.shape[1],
-        )
+            name, fewest, features.shape[1],
+        )  # fmt: skip
     mean, covariance = moments(features)
     real_mean, real_covariance = (moment.to(device) for moment in reference.moments)
     return frechet_distance(mean, covariance, real_mean, real_covariance)
@@ -171,9 +171,42 @@ def _distance(name: str, features: Tensor, reference: Reference, device: torch.d
 
 def interval_95(values: Sequence[float]) -> float | None:
     """Return half the width of the 95% t-interval of the mean; None of a single value."""
-    count = len(values)
-    if count < 2:
+    if len(values) < 2:
         return None
-    mean = math.fsum(values) / count
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return float(scipy.stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+    return float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
+
+
+def nearest_scenes(images: Tensor, scenes: list[Scene] | None = None) -> list[Scene]:
+    """Return for uint8 images (B, 3, H, W) the combination whose plain rendering has the smallest Euclidean distance.
+
+    Args:
+        scenes: the combinations; all of the source by default.
+    """
+    height, width = images.shape[-2:]
+    scenes = scenes or all_scenes()
+    renderings = np.stack([np.asarray(render(scene, height, width)) for scene in scenes])
+    references = torch.from_numpy(renderings).permute(0, 3, 1, 2).flatten(1).float()
+    distance = torch.cdist(images.cpu().flatten(1).float(), references)
+    return [scenes[index] for index in distance.argmin(1).tolist()]
+
+
+class DigitScore(NamedTuple):
+    """Shares of digits that the classifier recognises."""
+
+    generated: float
+    real: float  # of the training scans, none of which the classifier has seen
+
+
+def score_digits(images: Tensor, labels: list[int]) -> DigitScore:
+    """Return how many of uint8 (B, 3, 8, 8), drawn for `labels`, a support-vector classifier takes for what they should be.
+
+    It is fitted on real scans that were kept out of training.
+    """
+    from sklearn.svm import SVC
+
+    scans, targets = load_digit_scans()
+    pixels = scans.reshape(len(scans), -1).astype(np.float64)
+    classifier = SVC(gamma="scale").fit(pixels[-HELDOUT:], targets[-HELDOUT:])
+    drawn = images.cpu().double().mean(1).flatten(1).numpy()
+    generated = float((classifier.predict(drawn) == np.array(labels)).mean())
+    return DigitScore(generated, float(classifier.score(pixels[:-HELDOUT], targets[:-HELDOUT])))

@@ -1,4 +1,4 @@
-"""Between uint8 images and what the backbone denoises: pixels themselves, or the latents of a frozen autoencoder."""
+"""What is between uint8 images and the backbone: nothing, which leaves it pixels, or a frozen autoencoder with its latents."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
@@ -7,21 +7,21 @@ import torch
 from torch import Tensor
 
 from prx_composer.models.huggingface import Frozen, refuse_outside, says_how_to_get
-from prx_composer.recipe.sizes import downsampling_of
+from prx_composer.recipe.consistency import downsampling_of
 
 
 class Autoencoder(Protocol):
-    """What `model.autoencoder` must offer."""
+    """What `model.autoencoder` must be."""
 
     channels: int
     downsampling: int  # image side / latent side
 
     def encode(self, image: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) → fp32 (B, channels, H / downsampling, W / downsampling)."""
+        """Return fp32 (B, channels, H / downsampling, W / downsampling) of uint8 images (B, 3, H, W)."""
         ...
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Inverse of `encode`: → uint8 (B, 3, H, W)."""
+        """Return the uint8 images (B, 3, H, W) again."""
         ...
 
 
@@ -31,41 +31,6 @@ def _to_unit_range(image: Tensor) -> Tensor:
 
 def _to_uint8(image: Tensor) -> Tensor:
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def stored_config(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The configuration of a diffusers autoencoder by folder or hub id, if it is here: in the folder, or in the hub's cache.
-
-    Args:
-        arguments: of `DiffusersAutoencoder`.
-
-    Returns:
-        `_class_name` and settings, as its `config` takes them.
-    """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    if not arguments.get("pretrained"):
-        return None
-    options: dict[str, Any] = {key: arguments.get(key) for key in ("subfolder", "revision")}
-    try:
-        loaded: Any = AutoencoderKL.load_config(arguments["pretrained"], local_files_only=True, **options)
-    except (OSError, ValueError):
-        return None
-    return {key: value for key, value in loaded.items() if key == "_class_name" or not key.startswith("_")}
-
-
-def _load(name: str, subfolder: str | None, revision: str | None) -> Any:
-    """A diffusers autoencoder. Its class is looked for in diffusers alone, not where a folder's model_index.json says."""
-    import diffusers
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    with says_how_to_get(name):
-        refuse_outside(name, subfolder)
-        config: Any = AutoencoderKL.load_config(name, subfolder=subfolder, revision=revision)
-        class_name = str(config.get("_class_name"))
-        if not class_name.startswith("Autoencoder") or not hasattr(diffusers, class_name):
-            raise ValueError(f"{name} is a {class_name}, which is no autoencoder that diffusers has.")
-        return getattr(diffusers, class_name).from_pretrained(name, subfolder=subfolder, revision=revision)
 
 
 class Pixels:
@@ -81,22 +46,8 @@ class Pixels:
         return _to_uint8(latent)
 
 
-def diffusers_module(config: Mapping[str, Any]) -> Any:
-    """An `AutoencoderKL` or `AutoencoderDC` with random weights; raises ValueError for another class, or arguments it hasn't."""
-    import diffusers
-
-    arguments = dict(config)
-    class_name = arguments.pop("_class_name", "AutoencoderKL")
-    if class_name not in ("AutoencoderKL", "AutoencoderDC"):
-        raise ValueError(f"_class_name must be AutoencoderKL or AutoencoderDC, not {class_name!r}.")
-    try:
-        return getattr(diffusers, class_name)(**arguments)
-    except TypeError as error:
-        raise ValueError(f"config: {error}") from error
-
-
 class DiffusersAutoencoder:
-    """A frozen `AutoencoderKL` or `AutoencoderDC`; latents are shifted and scaled as its configuration says.
+    """A frozen `AutoencoderKL` or `AutoencoderDC`, whose latents are shifted and scaled as its configuration says.
 
     Where the encoder gives a distribution, its mode is the latent: nothing is drawn, and an image has one latent.
 
@@ -121,12 +72,7 @@ class DiffusersAutoencoder:
     ):
         if (pretrained is None) == (config is None):
             raise ValueError("autoencoder needs either `pretrained` (hub id or folder) or `config` (random weights).")
-        module: Any
-        if config is not None:
-            module = diffusers_module(config)
-        else:
-            assert pretrained is not None
-            module = _load(pretrained, subfolder, revision)
+        module = _with_random_weights(config or {}) if pretrained is None else _load(pretrained, subfolder, revision)
         self._frozen = Frozen(module, getattr(torch, dtype))
         self._dtype = getattr(torch, dtype)
         settings: Any = module.config
@@ -139,7 +85,7 @@ class DiffusersAutoencoder:
 
     @property
     def module(self) -> Any:
-        """diffusers' own."""
+        """The module of diffusers."""
         return self._frozen.module
 
     @torch.no_grad()
@@ -154,3 +100,52 @@ class DiffusersAutoencoder:
         unscaled = (latent / self.scaling + self.shift).to(self._dtype)
         with torch.autocast(latent.device.type, enabled=False):
             return _to_uint8(self._frozen.on(latent.device).decode(unscaled).sample)
+
+
+def _load(name: str, subfolder: str | None, revision: str | None) -> Any:
+    """Return a diffusers autoencoder, whose class is looked for in diffusers alone, not where model_index.json says."""
+    import diffusers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    with says_how_to_get(name):
+        refuse_outside(name, subfolder)
+        config: Any = AutoencoderKL.load_config(name, subfolder=subfolder, revision=revision)
+        class_name = str(config.get("_class_name"))
+        if not class_name.startswith("Autoencoder") or not hasattr(diffusers, class_name):
+            raise ValueError(f"{name} is a {class_name}, which is no autoencoder that diffusers has.")
+        return getattr(diffusers, class_name).from_pretrained(name, subfolder=subfolder, revision=revision)
+
+
+def _with_random_weights(config: Mapping[str, Any]) -> Any:
+    """Return an autoencoder with random weights; raise ValueError for an unknown class, or arguments that it doesn't have."""
+    import diffusers
+
+    arguments = dict(config)
+    class_name = arguments.pop("_class_name", "AutoencoderKL")
+    if class_name not in ("AutoencoderKL", "AutoencoderDC"):
+        raise ValueError(f"_class_name must be AutoencoderKL or AutoencoderDC, not {class_name!r}.")
+    try:
+        return getattr(diffusers, class_name)(**arguments)
+    except TypeError as error:
+        raise ValueError(f"config: {error}") from error
+
+
+def stored_config(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the configuration of a diffusers autoencoder, if it is here: in its folder, or in the hub's cache.
+
+    Args:
+        arguments: of `DiffusersAutoencoder`.
+
+    Returns:
+        `_class_name` and settings, as its `config` takes them.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    if not arguments.get("pretrained"):
+        return None
+    where: dict[str, Any] = {key: arguments.get(key) for key in ("subfolder", "revision")}
+    try:
+        loaded: Any = AutoencoderKL.load_config(arguments["pretrained"], local_files_only=True, **where)
+    except (OSError, ValueError):
+        return None
+    return {key: value for key, value in loaded.items() if key == "_class_name" or not key.startswith("_")}

@@ -9,35 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prx_composer.models.attention import KeyMask, key_blocks, key_mask
-from prx_composer.models.constants import cached_tensor
 from prx_composer.models.layers import (
     FinalLayer,
+    KeyMask,
     MLPEmbedder,
     Modulation,
     PRXBlock,
     TextAdapterBlock,
+    cached_rotation,
+    key_blocks,
+    key_mask,
     patchify,
-    rope_table,
     sinusoid,
     unpatchify,
 )
 from prx_composer.models.routing import Route, Router, TokenFusion, merge_tokens, select_tokens
 
-
-@torch.compiler.assume_constant_result
-@cached_tensor
-def cached_rotation(rows: int, columns: int, axes_dim: tuple[int, int], theta: float, device: torch.device) -> Tensor:
-    """`rope_table` of a grid as a real tensor, computed in fp64 once per grid and device; a constant to the compiler."""
-    with torch.inference_mode(False):
-        return torch.view_as_real(rope_table(rows, columns, axes_dim, theta)).to(device)
-
-
 _MOST_GRAPHS = 1024  # image sizes, dense and routed, in training, evaluation and sampling
 
 
 class Conditioning(NamedTuple):
-    """What conditions every block; a conditioner takes one and returns a changed one."""
+    """Vectors that condition every block; a conditioner takes them and returns changed ones."""
 
     vec: Tensor  # (B, D), the time vector
     context: Tensor  # (B, T, D), projected text tokens
@@ -45,7 +37,7 @@ class Conditioning(NamedTuple):
 
 
 class ResolutionEmbedder(nn.Module):
-    """Image height and width, in the pixels that the backbone sees, as a vector added to the time vector (PRX-7B)."""
+    """Embeds image height and width, in the pixels that the backbone sees, as a vector added to the time vector (PRX-7B)."""
 
     def __init__(self, hidden_size: int, max_period: int):
         super().__init__()
@@ -74,7 +66,7 @@ def _channels_per_axis(given: list[int] | tuple[int, ...] | None, hidden_size: i
 
 
 class PRXBackbone(nn.Module):
-    """Denoises image tokens that attend to text tokens, modulated by the time step.
+    """A transformer that denoises image tokens, which attend to text tokens and are modulated by the time step.
 
     Args:
         in_channels: channels of the image (3) or latent (16).
@@ -165,7 +157,7 @@ class PRXBackbone(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """DiT's initialisation: Xavier for matrices, 0.02 for the time MLP, zero where a block must start as identity."""
+        """Initialise as DiT: Xavier for matrices, 0.02 for the time MLP, zero where a block must start as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -189,16 +181,16 @@ class PRXBackbone(nn.Module):
         return len(self.blocks)
 
     def num_tokens(self, height: int, width: int) -> int:
-        """Image tokens of a (height, width) image; raises ValueError if the patch size doesn't divide it."""
+        """Return the number of image tokens; raise ValueError if the patch size doesn't divide the image."""
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"An image of {height}×{width} is not divisible by patch_size {self.patch_size}.")
         return (height // self.patch_size) * (width // self.patch_size)
 
     def compile_graphs(self, per_block: bool, activation_memory_budget: float = 1.0, flex_attention: bool = False) -> None:
-        """Lets `torch.compile` make a graph of a forward pass, or of every block's: one for each image size, when first met.
+        """Let `torch.compile` make a graph of a forward pass, or of every block's, for each image size when it is first met.
 
         Args:
-            per_block: a graph of each block.
+            per_block: whether each block has a graph of its own.
             activation_memory_budget: what a graph may keep for its backward pass, 1 = what it would without a budget, 0 = its
                 inputs; the rest is computed again, what costs least first. It is a setting of the process.
             flex_attention: attend by FlexAttention on a GPU.
@@ -216,7 +208,7 @@ class PRXBackbone(nn.Module):
             self.compile(fullgraph=True, dynamic=False)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Composer's FSDP asks this of every submodule: one shard unit per block."""
+        """Tell Composer's FSDP, which asks for every submodule, that each block is a unit of sharding."""
         return isinstance(module, PRXBlock)
 
     def forward(
@@ -228,7 +220,7 @@ class PRXBackbone(nn.Module):
         route: Route | None = None,
         return_taps: bool = False,
     ) -> Any:
-        """Predicts x̂0 or v̂ from a noised image.
+        """Predict x̂0 or v̂ from a noised image.
 
         Args:
             hidden_states: (B, C, H, W).
@@ -292,12 +284,12 @@ class PRXBackbone(nn.Module):
         return conditioning
 
     def _rotation(self, height: int, width: int, device: torch.device) -> Tensor:
-        """The grid's rotations as a real (N, C/2, 2)."""
+        """Return the `cached_rotation` of an image's grid."""
         grid = (height // self.patch_size, width // self.patch_size)
         return cached_rotation(*grid, self._axes_dim, self._theta, device)
 
     def _keys(self, text_mask_BT: Tensor | None, num_image_tokens: int) -> KeyMask:
-        """What image tokens attend to."""
+        """Return which keys image tokens attend to."""
         if text_mask_BT is None:
             return None
         blocks = self._flex_attention and text_mask_BT.is_cuda  # on the CPU it has no compiled backward pass

@@ -73,7 +73,7 @@ def shape_of(batch: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch
 
 
 class StepCounter:
-    """Counts training steps of a model, each shape of batch and set of active tricks once.
+    """Count training steps of a model, each shape of batch and set of active tricks once.
 
     The model is copied as it is now, with the tricks that are attached to it. It may lie on any device, the meta device too, but
     must not be sharded yet.
@@ -110,6 +110,12 @@ class StepCounter:
         return self._counts[key]
 
 
+def blocks_of(backbone: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a backbone, which FSDP2 shards as one unit each: none of a backbone that doesn't say."""
+    is_block = getattr(backbone, "fsdp_wrap_fn", lambda module: False)
+    return [module for module in backbone.modules() if is_block(module)]
+
+
 def flops_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """Return the FLOPs of training a model, as it is now, on a batch."""
     shapes = shape_of(batch)
@@ -140,12 +146,12 @@ def flops_of_backbone(backbone: Any, height: int, width: int, text_tokens: int) 
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Of softmax(q·kᵀ)·v."""
+    """Return the FLOPs of softmax(q·kᵀ)·v."""
     return 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
 def _attention_backward_flops(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
-    """Of the gradients of both factors of both products; what a kernel computes again is not counted."""
+    """Return those of the gradients of both factors of both products; what a kernel computes again is not counted."""
     return 2 * _attention_flops(query, key, value)
 
 
@@ -158,7 +164,7 @@ _CPU: dict[Any, Any] = {  # torch's formulas are of the kernels of GPUs alone
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up FLOPs by torch's formulas, and knows which storage was made since and which of it holds a copy of a weight.
+    """Add up FLOPs by torch's formulas, and remember the storage that was made, and which of it holds a copy of a weight.
 
     It is what torch's `FlopCounterMode` is, but for the modules, which that follows with hooks that `autograd.grad` cannot bear.
     """
@@ -178,16 +184,15 @@ class _Counter(TorchDispatchMode):
         made = func(*args, **kwargs)
         if (formula := self._formulas.get(func.overloadpacket)) is not None:
             self.flops += formula(*args, **kwargs, out_val=made)
-        if isinstance(made, Tensor):
-            self._note(made, func, args)
-        elif isinstance(made, tuple | list):
-            for tensor in made:
-                self._note(tensor, func, args)
+        for one in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(one, Tensor):
+                self._note(one, func, args)
         return made
 
-    def _note(self, tensor: Any, func: Any, args: Any) -> None:
-        """Know what was made, but for views of what was there before."""
-        if not isinstance(tensor, Tensor) or (storage := tensor.untyped_storage())._cdata in self.storages:
+    def _note(self, tensor: Tensor, func: Any, args: Any) -> None:
+        """Remember the storage of what was made, but for views of what was there before."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.storages:
             return
         before = [arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)]
         if storage._cdata in before:
@@ -234,7 +239,7 @@ class _Step:
         )
 
     def _backward(self, outputs: Any, cut: Any, terms: Mapping[str, Tensor]) -> None:
-        """The losses' first, each down to what it read of the backbone; then the backbone's; then a trained text encoder's."""
+        """Count the losses' passes, each down to what it read of the backbone, then the backbone's and the text encoder's."""
         model, text = self._model, outputs.text.embedding
         read = [cut.prediction, *cut.taps.values()]
         for name, term in terms.items():
@@ -259,7 +264,7 @@ class _Step:
 
     @contextmanager
     def _counted(self, part: str) -> Iterator[None]:
-        """What is counted inside of this context, and of no other part meanwhile, is that part's."""
+        """Count as a part's what is done inside of this context and is not another part's meanwhile."""
         before, self._part = self._counter.flops - sum(self._flops.values()), part
         yield
         counted = self._counter.flops - sum(self._flops.values()) - before
@@ -267,22 +272,20 @@ class _Step:
 
     @contextmanager
     def _hooked(self, parts: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Forward passes of the parts count as theirs; what the backbone's blocks keep is kept by them."""
-        handles = []
+        """Count forward passes of the parts as theirs, and note which of the backbone's blocks is at work."""
+        handles, opened = [], list[Any]()
+
+        def enter(name: str) -> None:
+            opened.append(self._counted(name))
+            opened[-1].__enter__()
+
+        def leave(*_: Any) -> None:
+            opened.pop().__exit__(None, None, None)
+
         for name, module in parts.items():
-            inside: list[Any] = []
-
-            def enter(*_: Any, name: str = name, inside: list[Any] = inside) -> None:
-                inside.append(self._counted(name))
-                inside[-1].__enter__()
-
-            def leave(*_: Any, inside: list[Any] = inside) -> None:
-                inside.pop().__exit__(None, None, None)
-
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-        backbone = self._model.backbone
-        is_block = getattr(backbone, "fsdp_wrap_fn", lambda module: False)  # a backbone of somebody's own may have no blocks
-        for index, block in enumerate(filter(is_block, backbone.modules())):
+            begin = module.register_forward_pre_hook(lambda *_, name=name: enter(name))
+            handles += [begin, module.register_forward_hook(leave)]
+        for index, block in enumerate(blocks_of(self._model.backbone)):
             handles += [
                 block.register_forward_pre_hook(lambda _, given, index=index: self._enter_block(index, given[0])),
                 block.register_forward_hook(lambda *_: self._leave_block()),
@@ -308,7 +311,7 @@ class _Step:
 
 
 def _copied(original: tuple[Any, Any], fake: FakeTensorMode, shared: dict[int, Any] | None = None) -> tuple[Any, Any]:
-    """Copies of a module and of what refers to it, without content, as if on the CPU; what is `shared` stays the same object."""
+    """Copy a module and what refers to it, without content, as if on the CPU; what is `shared` stays the same object."""
     with fake, FakeCopyMode(fake):
         module, other = copy.deepcopy(original, shared or {})
         module.to("cpu").train()

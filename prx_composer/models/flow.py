@@ -1,17 +1,24 @@
-"""Flow matching on the straight path x_t = (1 − t)·x0 + t·s·ε, with t = 1 noise and s the noise scale.
+"""Flow matching: the process, what a training step leaves for the losses, and how images are drawn.
 
-Velocity v = dx_t/dt = s·ε − x0. The network predicts x0 (JiT, arXiv:2511.13720) or v; the loss is taken in v-space.
+The path is straight, x_t = (1 − t)·x0 + t·s·ε, with t = 1 noise and s the noise scale. Its velocity is v = dx_t/dt = s·ε − x0.
+The network predicts x0 (JiT, arXiv:2511.13720) or v; the loss is taken in v-space. Images are drawn by Euler steps.
 """
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from prx_composer.models.randomness import generator_from, seeded_generator
+from prx_composer.models.routing import Route, Router
 
 
 def shift_timesteps(t: Tensor, shift: float) -> Tensor:
-    """Moves timesteps towards noise for larger images: t ← k·t / (1 + (k − 1)·t) (SD3, arXiv:2403.03206, eq. 23)."""
+    """Move timesteps towards noise for larger images: t ← k·t / (1 + (k − 1)·t) (SD3, arXiv:2403.03206, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -21,7 +28,7 @@ def _over_image(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """The process that is learned.
+    """The process that a model learns.
 
     Args:
         prediction: what the network outputs, "x" (the clean image) or "v" (the velocity).
@@ -65,7 +72,7 @@ class FlowMatching:
             raise ValueError("min_timestep must be positive with prediction: x, which divides by it.")
 
     def sample_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """(batch_size,) fp32 on the generator's device; no host synchronisation, a fixed number of draws."""
+        """Draw timesteps: fp32 (batch_size,) on the generator's device, without waiting for it, by a fixed number of draws."""
         device = generator.device
         normal = torch.randn(batch_size, generator=generator, device=device)
         uniform, choice = torch.rand(2, batch_size, generator=generator, device=device)
@@ -81,35 +88,35 @@ class FlowMatching:
         return torch.where(is_uniform, uniform, shift_timesteps(logit_normal, self.timestep_shift))
 
     def _truncate(self, normal: Tensor, low: float, high: float) -> Tensor:
-        """Standard normal draws → draws of the normal truncated to where the logit-normal timestep lies in [low, high]."""
+        """Turn standard normal draws into draws of the normal truncated to where its timestep lies in [low, high]."""
         edges = torch.logit(torch.tensor([low, high], dtype=torch.float64))
         below, above = torch.special.ndtr((edges - self.logit_mean) / self.logit_std).tolist()  # on the CPU: no waiting
         probability = below + (above - below) * torch.special.ndtr(normal.double())
         return torch.special.ndtri(probability).float()
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t of clean images and unit noise, both (B, C, H, W), at t (B,)."""
+        """Return x_t of clean images and unit noise, both (B, C, H, W), at t (B,)."""
         t = _over_image(t)
         return (1 - t) * x0 + t * (self.noise_scale * noise)
 
     def velocity(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """v = s·ε − x0."""
+        """Return v = s·ε − x0."""
         return self.noise_scale * noise - x0
 
     def to_velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's output as a velocity; for x-prediction v̂ = (x_t − x̂0) / max(t, min_timestep)."""
+        """Return the network's output as a velocity; for x-prediction v̂ = (x_t − x̂0) / max(t, min_timestep)."""
         if self.prediction == "v":
             return prediction
         return (x_t - prediction) / _over_image(t).clamp_min(self.min_timestep)
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's output as a clean image, x̂0 = x_t − t·v̂."""
+        """Return the network's output as a clean image, x̂0 = x_t − t·v̂."""
         if self.prediction == "x":
             return prediction
         return x_t - _over_image(t) * prediction
 
     def squared_error(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, counted: Tensor | None = None) -> Tensor:
-        """Mean squared error in v-space of every image, or of the part where `counted` (B, 1, H, W) is 1: (B,) fp32.
+        """Return the mean squared error in v-space of every image, or of where `counted` (B, 1, H, W) is 1: fp32 (B,).
 
         For x-prediction both velocities are clamped the same way (JiT, algorithm 1), so that the error is
         ‖x0 − x̂0‖² / max(t, min_timestep)² and vanishes for a perfect prediction at every t.
@@ -121,3 +128,188 @@ class FlowMatching:
         if counted is None:
             return error.square().flatten(1).mean(1)
         return (error.square() * counted).flatten(1).sum(1) / (counted.flatten(1).sum(1) * error.shape[1])
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+class TextConditioning(NamedTuple):
+    """Encoded captions."""
+
+    embedding: Tensor  # (B, T, C)
+    mask: Tensor  # bool (B, T), True = real token
+
+
+@dataclass
+class FlowOutput:
+    """What a forward pass of training leaves for the losses."""
+
+    prediction: Tensor  # (B, C, H, W), x̂0 or v̂
+    clean: Tensor  # (B, C, H, W), x0
+    noise: Tensor  # (B, C, H, W), unit variance
+    noised: Tensor  # (B, C, H, W), x_t
+    timestep: Tensor  # (B,)
+    text: TextConditioning
+    route: Route | None
+    taps: dict[int, Tensor]  # block index → (B, N or K, D)
+    counted: Tensor | None = None  # (B, 1, H, W), 1 where the prediction counts and 0 where tokens were discarded; None = all
+
+
+class AuxiliaryLoss(nn.Module):
+    """Base of what fills `model.auxiliary_losses`: `forward(FlowOutput, batch) → scalar`, times `weight` while `active`."""
+
+    def __init__(self, weight: float):
+        super().__init__()
+        if weight < 0:
+            raise ValueError(f"weight must not be negative, but is {weight}.")
+        self.weight = weight
+        self.active = True
+
+
+class AuxiliaryLosses(nn.Module):
+    """The auxiliary losses by name, called as one module so that FSDP gathers their parameters (it refuses a ModuleDict).
+
+    They are kept in the order of their names: neither sums nor gradient norms depend on the order of a recipe's lines.
+    """
+
+    def __setitem__(self, name: str, loss: AuxiliaryLoss) -> None:
+        self.add_module(name, loss)
+        self._modules = dict(sorted(self._modules.items()))
+
+    def __getitem__(self, name: str) -> AuxiliaryLoss:
+        return self.get_submodule(name)  # pyright: ignore[reportReturnType]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def named(self) -> dict[str, AuxiliaryLoss]:
+        return dict(self.named_children())  # pyright: ignore[reportReturnType]
+
+    def forward(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the weighted terms of the active losses.
+
+        A loss that is not active gives parameters of its own a gradient of zero: DDP waits for every parameter.
+        """
+        terms = {}
+        for name, loss in self.named().items():
+            if loss.active:
+                terms[name] = loss.weight * loss(outputs, batch)
+            elif idle := [parameter.sum() for parameter in loss.parameters() if parameter.requires_grad]:
+                terms[name] = 0.0 * torch.stack(idle).sum()
+        return terms
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+MAX_SEED = 2**64 - 1  # torch takes −1 for this one, and none beyond
+NUM_TRAIN_TIMESTEPS = 1000  # only a unit: the scheduler counts t ∈ [0, 1] in thousandths
+
+
+def check_seeds(seeds: Sequence[int], what: str = "seed") -> None:
+    """Raise ValueError for a seed that a generator doesn't take, or takes for another one."""
+    for seed in seeds:
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"{what}: the seeds of images lie in 0 … {MAX_SEED} (64 bits), and {seed} does not.")
+
+
+def check_guidance_scale(scale: float, what: str = "guidance_scale") -> None:
+    """Raise ValueError unless the scale is a number from 1 on."""
+    if not (math.isfinite(scale) and scale >= 1):
+        raise ValueError(f"{what} must be a number from 1 on (1 = unguided), not {scale}.")
+
+
+class SamplingStep(NamedTuple):
+    """A step of a batch of images: what is drawn, how strongly it is guided, and what a guidance may draw random numbers from."""
+
+    text: TextConditioning
+    null: TextConditioning  # the empty prompt, as often
+    scale: float  # of the guidance; 1 = unguided
+    step_index: int
+    seeds: list[int]  # one per image
+    num_tokens: int  # image tokens of the backbone
+
+
+class Denoise(Protocol):
+    """A call of the backbone: x_t (B, C, H, W), t (B,) → prediction (B, C, H, W)."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, text: TextConditioning, route: Route | None = None) -> Tensor: ...
+
+
+class Guidance(Protocol):
+    """What `model.guidance` must be: it combines predictions for x_t into one, in the space the network predicts in."""
+
+    def __call__(self, denoise: Denoise, x_t: Tensor, t: Tensor, step: SamplingStep) -> Tensor: ...
+
+
+class ClassifierFreeGuidance:
+    """p = p(∅) + s·(p(text) − p(∅)) (arXiv:2207.12598), both halves in one call of the backbone; s = 1 skips ∅."""
+
+    def __call__(self, denoise: Denoise, x_t: Tensor, t: Tensor, step: SamplingStep) -> Tensor:
+        if step.scale == 1.0:
+            return denoise(x_t, t, step.text)
+        both = TextConditioning(*(torch.cat(parts) for parts in zip(step.null, step.text, strict=True)))
+        unconditional, conditional = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        return unconditional + step.scale * (conditional - unconditional)
+
+
+class RoutedSelfGuidance:
+    """p = p(routed) + s·(p(dense) − p(routed)), both with the text (TREAD, arXiv:2501.04765; arXiv:2601.01608); s = 1 is dense.
+
+    A model trained with routed tokens guides itself away from what it predicts when it sees fewer of them: 1 + (1 − rate)
+    forward passes on the routed blocks where classifier-free guidance takes two. Every image and step has a route of its own.
+    """
+
+    def __init__(self, router: Router):
+        self.router = router
+
+    def __call__(self, denoise: Denoise, x_t: Tensor, t: Tensor, step: SamplingStep) -> Tensor:
+        dense = denoise(x_t, t, step.text)
+        route = None if step.scale == 1.0 else self._route(step, x_t.device)
+        if route is None:
+            return dense
+        routed = denoise(x_t, t, step.text, route)
+        return routed + step.scale * (dense - routed)
+
+    def _route(self, step: SamplingStep, device: torch.device) -> Route | None:
+        cpu = torch.device("cpu")
+        generators = [seeded_generator(cpu, "self_guidance", seed, step.step_index) for seed in step.seeds]
+        drawn = [self.router.draw(1, step.num_tokens, generator) for generator in generators]
+        if drawn[0] is None:
+            return None
+        kept = torch.cat([route.kept_indices for route in drawn if route is not None]).to(device)
+        return Route(drawn[0].start, drawn[0].end, kept, drawn[0].discard)
+
+
+def initial_noise(seeds: list[int], shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Return unit noise (B, C, H, W), of one seed per image: an image is the same alone, in any batch and on any device."""
+    noise = [torch.randn(shape, generator=generator_from(seed)) for seed in seeds]
+    return torch.stack(noise).to(device)
+
+
+def sample_flow(
+    predict: Callable[[Tensor, Tensor, int], Tensor], flow: FlowMatching, noise: Tensor, num_inference_steps: int
+) -> Tensor:
+    """Integrate dx/dt = v̂ from t = 1 to 0.
+
+    Args:
+        predict: x_t (B, C, H, W), t (B,), index of the step → what the network predicts, guidance included.
+        flow: the process the network was trained on; its `timestep_shift` also spaces the steps.
+        noise: unit noise (B, C, H, W).
+        num_inference_steps: Euler steps.
+
+    Returns:
+        The clean images or latents (B, C, H, W).
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=flow.timestep_shift)
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    x_t = noise * flow.noise_scale
+    timesteps: Tensor = scheduler.timesteps  # pyright: ignore[reportAssignmentType]
+    for index, timestep in enumerate(timesteps):
+        t = (timestep.float() / NUM_TRAIN_TIMESTEPS).expand(x_t.shape[0])
+        velocity = flow.to_velocity(predict(x_t, t, index), x_t, t)
+        x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+    return x_t

@@ -1,7 +1,8 @@
 """Pretrained networks: configurations and weights from transformers and diffusers, with errors that say what to do.
 
 Folders and repositories are others' data: none of them makes anything run that is not in transformers itself. A network that is
-used but not trained is held by `Frozen`, which keeps it out of the state dict, the optimizer, DDP and FSDP.
+used but not trained is held by `Frozen`, which keeps it out of the state dict, the optimizer, DDP and FSDP. The sizes of
+well-known encoders are at the end, for plans on machines that have neither their folder nor the hub's cache.
 """
 
 import difflib
@@ -30,7 +31,7 @@ _ATTENTIONS = (None, "eager", "sdpa", "flex_attention", _ATTENTION)  # others ma
 
 @contextmanager
 def says_how_to_get(name: str) -> Iterator[None]:
-    """Gives the hub's many errors one form: which weights, why not, and what to do."""
+    """Give the hub's many errors one form: which weights, why not, and what to do."""
     try:
         yield
     except ValueError as error:
@@ -84,7 +85,7 @@ def refuse_outside(name: str, subfolder: str | None = None) -> None:
 
 
 def random_config(arguments: dict[str, Any], **defaults: Any) -> Any:
-    """A transformers configuration of `model_type` and its settings, for a network with random weights.
+    """Return a transformers configuration of `model_type` and its settings, for a network with random weights.
 
     Args:
         arguments: `model_type` and any of its settings.
@@ -124,14 +125,17 @@ AttentionInterface.register(_ATTENTION, AttentionInterface()["sdpa"])
 
 
 def attend_without_reading(network: nn.Module) -> None:
-    """Lets a network of transformers that attends by SDPA hand on every mask, for which it need not read it.
+    """Let a network of transformers that attends by SDPA hand on every mask, for which it need not read it.
 
-    By default it leaves out a mask without padding, and looks for padding on the host, which on a GPU waits until all that was
-    asked of it is done: in every microbatch.
+    By default it leaves out a mask without padding. It looks for padding on the host, which on a GPU waits in every microbatch
+    until all that was asked of it is done.
     """
     for module in network.modules():
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "sdpa":
             module.set_attn_implementation(_ATTENTION)
+
+
+# ------------------------------------------------------------------------------------------------------ frozen networks
 
 
 _moves: "list[list[tuple[Frozen, torch.device | None]]]" = []  # one list per open `returned_afterwards`
@@ -139,7 +143,7 @@ _moves: "list[list[tuple[Frozen, torch.device | None]]]" = []  # one list per op
 
 @contextmanager
 def returned_afterwards() -> Iterator[None]:
-    """Modules that move to a device for the first time inside of this context move back after it."""
+    """Move modules that first come to a device inside of this context back after it."""
     _moves.append([])
     try:
         yield
@@ -180,7 +184,7 @@ class Frozen:
             made.append(self)
 
     def on(self, device: torch.device) -> Any:
-        """The module, on `device`."""
+        """Return the module, on `device`."""
         if self._device != device:
             for moves in _moves:
                 moves.append((self, self._device))
@@ -188,6 +192,105 @@ class Frozen:
         return self.module
 
     def move(self, device: torch.device | None) -> None:
-        """To a device; None: to the CPU, as if it had never been used."""
+        """Move to a device; None: to the CPU, as if it had never been used."""
         self.module.to(device or "cpu")
         self._device = device
+
+
+# ------------------------------------------------------------------------------------------------- known configurations
+
+
+class UnknownConfiguration(OSError):
+    """Nothing is known here of a network but its name, a hub id."""
+
+    def __init__(self, name: str):
+        super().__init__(f"the sizes of {name} are not known here; give a folder with its config.json.")
+        self.name = name
+
+
+def _sizes(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, **more)
+
+
+def _vit(model_type: str, width: int, layers: int, heads: int, patch_size: int, image_size: int, **more: Any) -> dict[str, Any]:
+    return dict(model_type=model_type, patch_size=patch_size, image_size=image_size, **_sizes(width, layers, heads, **more))
+
+
+def _t5gemma(width: int, mlp_width: int, layers: int, heads: int, key_value_heads: int) -> dict[str, Any]:
+    of_heads = dict(num_key_value_heads=key_value_heads, head_dim=256)
+    half = _sizes(width, layers, heads, intermediate_size=mlp_width, vocab_size=256_000, **of_heads)
+    return dict(model_type="t5gemma", encoder=half, decoder=half, vocab_size=256_000)
+
+
+def _t5(d_model: int, d_ff: int, layers: int, heads: int) -> dict[str, Any]:
+    sizes = dict(d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=layers, num_heads=heads, vocab_size=32_128)
+    return dict(model_type="t5", feed_forward_proj="gated-gelu", **sizes)
+
+
+def _qwen3_vl_text(width: int, mlp_width: int, layers: int, heads: int) -> dict[str, Any]:
+    rope = {"rope_type": "default", "mrope_section": [24, 20, 20]}
+    of_heads = dict(num_key_value_heads=8, head_dim=128, rope_scaling=rope)
+    sizes = _sizes(width, layers, heads, intermediate_size=mlp_width, vocab_size=151_936, **of_heads)
+    return dict(model_type="qwen3_vl_text", **sizes)
+
+
+_SMALL, _BASE, _LARGE = (384, 12, 6), (768, 12, 12), (1024, 24, 16)
+# Architecture numbers from the encoders' config.json on the Hugging Face hub; those that only matter to weights are left out.
+_ENCODERS: dict[str, dict[str, Any]] = {
+    "google/t5gemma-2b-2b-ul2": _t5gemma(2304, 9216, 26, 8, 4),
+    "google/t5gemma-2b-2b-prefixlm": _t5gemma(2304, 9216, 26, 8, 4),
+    "google/t5gemma-9b-9b-ul2": _t5gemma(3584, 14_336, 42, 16, 8),
+    "google/t5gemma-9b-2b-ul2": _t5gemma(3584, 14_336, 42, 16, 8),
+    **{
+        f"google/{family}-{name}": _t5(*sizes)
+        for family in ("flan-t5", "t5-v1_1")
+        for name, sizes in (
+            ("small", (512, 1024, 8, 6)),
+            ("base", (768, 2048, 12, 12)),
+            ("large", (1024, 2816, 24, 16)),
+            ("xl", (2048, 5120, 24, 32)),
+            ("xxl", (4096, 10_240, 24, 64)),
+        )
+    },
+    "Qwen/Qwen3-VL-2B-Instruct": _qwen3_vl_text(2048, 6144, 28, 16),
+    "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl_text(2560, 9728, 36, 32),
+    **{
+        f"facebook/dinov2-{infix}{name}": _vit(model_type, *sizes, 14, 518)
+        for infix, model_type in (("", "dinov2"), ("with-registers-", "dinov2_with_registers"))
+        for name, sizes in (("small", _SMALL), ("base", _BASE), ("large", _LARGE))
+    },
+    **{
+        f"facebook/dinov3-{name}-pretrain-lvd1689m": _vit(
+            "dinov3_vit", *sizes, 16, 224, intermediate_size=4 * sizes[0], num_register_tokens=4
+        )
+        for name, sizes in (("vits16", _SMALL), ("vitb16", _BASE), ("vitl16", _LARGE))
+    },
+    **{
+        f"google/siglip-{name}-patch16-{image_size}": _vit(
+            "siglip_vision_model", *sizes, 16, image_size, intermediate_size=4 * sizes[0]
+        )
+        for name, sizes, image_sizes in (("base", _BASE, (224, 256, 384, 512)), ("large", _LARGE, (256, 384)))
+        for image_size in image_sizes
+    },
+    "google/siglip-so400m-patch14-384": _vit("siglip_vision_model", 1152, 27, 16, 14, 384, intermediate_size=4304),
+    "openai/clip-vit-base-patch16": _vit("clip_vision_model", *_BASE, 16, 224, intermediate_size=3072),
+    "openai/clip-vit-large-patch14": _vit("clip_vision_model", *_LARGE, 14, 224, intermediate_size=4096),
+}
+
+
+def known_config(name: str, revision: str | None = None, reads_text: bool = False) -> dict[str, Any] | None:
+    """Return the configuration of an encoder by folder or hub id, if it is here: on disk, in the cache, or in the table above.
+
+    Args:
+        reads_text: whether it is the part that reads text which is wanted: of some networks the table knows the other part alone.
+
+    Returns:
+        `model_type` and settings, as `random_config` takes them; None if nothing is known without asking the network.
+    """
+    try:
+        config = load_config(name, revision, local_files_only=True)
+    except (OSError, ValueError):
+        known = _ENCODERS.get(name)
+        return None if reads_text and known is not None and "patch_size" in known else known
+    defaults = type(config)().to_dict()
+    return {"model_type": config.model_type} | {k: v for k, v in config.to_diff_dict().items() if k in defaults}

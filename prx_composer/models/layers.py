@@ -1,21 +1,27 @@
 """The parts of a PRX block, named and shaped as in `diffusers.PRXTransformer2DModel`.
 
-Shape suffixes: B batch, N image tokens, T text tokens, D hidden size, H heads, C head width (D / H), S = T + N.
+Shape suffixes: B batch, N image tokens, T text tokens, D hidden size, H heads, C head width (D / H), S = T + N keys.
 """
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from prx_composer.models.attention import KeyMask, attend
+from prx_composer.common.errors import UserError
+
+# ------------------------------------------------------------------------------------------------ patches and positions
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
-    """Cuts an image into flattened patches: (B, C, H, W) → (B, H/p · W/p, C·p·p), row-major, channels outermost."""
+    """Cut an image into flattened patches: (B, C, H, W) → (B, H/p · W/p, C·p·p), row-major, channels outermost."""
     b, c, h, w = image.shape
     p = patch_size
     patches = image.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
@@ -23,7 +29,7 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """Inverse of `patchify`: (B, N, C·p·p) → (B, C, height, width)."""
+    """Put patches together again, as the inverse of `patchify`: (B, N, C·p·p) → (B, C, height, width)."""
     b, _, width_of_patch = tokens.shape
     p = patch_size
     c = width_of_patch // (p * p)
@@ -32,31 +38,53 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tens
 
 
 def sinusoid(position: Tensor, dim: int, max_period: float, scale: float = 1.0) -> Tensor:
-    """Sinusoidal features [cos, sin] of real positions (B,) → (B, dim), fp32 (Vaswani et al. 2017, §3.5)."""
+    """Return sinusoidal features [cos, sin] of real positions (B,): fp32 (B, dim) (Vaswani et al. 2017, §3.5)."""
     half = dim // 2
     frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=position.device) / half)
     angle = scale * (position.float()[:, None] * frequency[None, :])
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def rope_table(grid_height: int, grid_width: int, axes_dim: tuple[int, int], theta: float) -> Tensor:
-    """Rotation of every patch of a grid (RoFormer, arXiv:2104.09864, one axis per half of the head).
+def cached_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what a function made for its last 256 arguments, but nothing that it makes while a step is counted.
+
+    Then tensors have no content (see models/counting.py), and the next real step would be given them.
+    """
+    kept = functools.lru_cache(256)(make)
+
+    @functools.wraps(make)
+    def cached(*arguments: Any) -> Tensor:
+        return (kept if active_fake_mode() is None else make)(*arguments)
+
+    cached.cache_clear = kept.cache_clear  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
+    return cached
+
+
+@torch.compiler.assume_constant_result
+@cached_tensor
+def cached_rotation(rows: int, columns: int, axes_dim: tuple[int, int], theta: float, device: torch.device) -> Tensor:
+    """Return how every patch of a grid is rotated (RoFormer, arXiv:2104.09864, with one axis per part of the head).
+
+    It is computed in fp64, once per grid and device, and is a constant to the compiler.
 
     Returns:
-        complex64 (N, C/2): e^{iφ}; the first `axes_dim[0] / 2` columns turn with the row, the others with the column.
+        fp32 (N, C/2, 2), cosine and sine; the first `axes_dim[0] / 2` pairs of channels turn with the row, the others with the
+        column.
     """
-    rows = torch.arange(grid_height, dtype=torch.float64).repeat_interleave(grid_width)
-    columns = torch.arange(grid_width, dtype=torch.float64).repeat(grid_height)
-    angles = []
-    for position, dim in zip((rows, columns), axes_dim, strict=True):
-        omega = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angles.append(position[:, None] * omega[None, :])
-    angle = torch.cat(angles, dim=-1)
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    with torch.inference_mode(False):
+        row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
+        column = torch.arange(columns, dtype=torch.float64).repeat(rows)
+        angles = []
+        for position, dim in zip((row, column), axes_dim, strict=True):
+            omega = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            angles.append(position[:, None] * omega[None, :])
+        angle = torch.cat(angles, dim=-1)
+        rotation = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+        return torch.view_as_real(rotation).to(device)
 
 
 def apply_rope(x_BHNC: Tensor, rotation: Tensor) -> Tensor:
-    """Rotates neighbouring pairs of channels. `rotation` is a real view (..., N, C/2, 2) of `rope_table`."""
+    """Rotate neighbouring pairs of channels by a `cached_rotation` (..., N, C/2, 2)."""
     pairs = x_BHNC.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # inductor fuses real arithmetic but has no complex kernels
         cos, sin = rotation.unbind(-1)
@@ -67,16 +95,87 @@ def apply_rope(x_BHNC: Tensor, rotation: Tensor) -> Tensor:
     return turned.flatten(-2).type_as(x_BHNC)
 
 
-class MLPEmbedder(nn.Module):
-    """Two-layer MLP over sinusoidal features: (B, in_dim) → (B, hidden_dim)."""
+# ------------------------------------------------------------------------------------------------------------ attention
 
-    def __init__(self, in_dim: int, hidden_dim: int):
-        super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden_dim)
-        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(features)))
+KeyMask = Tensor | BlockMask | None  # bool (B, 1, 1, S), or a `key_blocks`; None: every key is valid
+
+_BLOCK = 128  # keys and queries, FlexAttention's default
+
+
+def attend(q_BHNC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, mask: KeyMask) -> Tensor:
+    """Return softmax(q·kᵀ/√C)·v over the keys of `mask`: (B, H, N, C).
+
+    A mask, even one broadcast over heads and queries, keeps PyTorch from its fastest kernels, and those it has compute padding
+    besides. FlexAttention (Dong et al. 2024, arXiv:2412.05496) makes a kernel for the mask and skips blocks of keys that are
+    padding alone.
+    """
+    if isinstance(mask, BlockMask):
+        out = flex_attention(q_BHNC, k_BHSC, v_BHSC, block_mask=mask)
+        assert isinstance(out, Tensor)  # and no logarithms of sums beside it
+        return out
+    return F.scaled_dot_product_attention(q_BHNC, k_BHSC, v_BHSC, attn_mask=mask)
+
+
+def key_mask(text_mask_BT: Tensor, num_image_tokens: int) -> Tensor:
+    """Return bool (B, 1, 1, S), which is broadcast over heads and queries: no (B, H, N, S) mask is ever made."""
+    return F.pad(text_mask_BT.bool(), (0, num_image_tokens), value=True)[:, None, None, :]
+
+
+def key_blocks(text_mask_BT: Tensor, num_image_tokens: int) -> BlockMask:
+    """Return the same for FlexAttention, made without a (B, N, S) mask and without waiting for the device."""
+    valid_BS = F.pad(text_mask_BT.bool(), (0, num_image_tokens), value=True)
+    blocks = F.pad(valid_BS, (0, -valid_BS.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    some, every = (chosen[:, None, None, :] for chosen in (blocks.any(-1), blocks.all(-1)))
+    rows = torch.arange(-(-num_image_tokens // _BLOCK), device=valid_BS.device)[:, None]
+    full = every & (rows < num_image_tokens // _BLOCK)  # not in the last row of queries, if that is incomplete
+
+    def is_valid(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return valid_BS[b, kv]
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~full),
+        *_listed(full),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=is_valid,
+        seq_lengths=(num_image_tokens, valid_BS.shape[1]),
+    )
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many of a row of bool (B, 1, rows, n) are chosen, int32 (B, 1, rows), and which, the chosen ones first."""
+    order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return chosen.sum(-1, dtype=torch.int32), order
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm that keeps its input and one number per row for the backward pass; autograd keeps the normalised input too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, inverse = ctx.saved_tensors
+        normed = x * inverse
+        product = grad * normed
+        grad_weight = product.sum_to_size(weight.shape)
+        mean = (product @ weight).unsqueeze(-1).div_(x.shape[-1])  # of (grad · weight) · normed
+        return (grad * weight).addcmul_(normed, mean, value=-1).mul_(inverse), grad_weight, None
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm over the last dimension (arXiv:1910.07467), with that backward pass in eager fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or x.dtype != torch.float32 or self.weight.dtype != torch.float32:
+            return super().forward(x)
+        return _RMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
 
 
 class Attention(nn.Module):
@@ -104,6 +203,21 @@ class Attention(nn.Module):
         return self.to_out[0](out_BHNC.transpose(1, 2).flatten(2))
 
 
+# --------------------------------------------------------------------------------------------------------------- blocks
+
+
+class MLPEmbedder(nn.Module):
+    """Two-layer MLP over sinusoidal features: (B, in_dim) → (B, hidden_dim)."""
+
+    def __init__(self, in_dim: int, hidden_dim: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(features)))
+
+
 class Modulation(nn.Module):
     """AdaLN-zero (DiT, arXiv:2212.09748): activated time vector (B, D) → six (B, 1, D), shift, scale, gate, twice."""
 
@@ -113,6 +227,14 @@ class Modulation(nn.Module):
 
     def forward(self, activated_BD: Tensor) -> tuple[Tensor, ...]:
         return self.lin(activated_BD)[:, None, :].chunk(6, dim=-1)
+
+
+def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return gelu(gate) · up, with the tanh approximation of gelu (GEGLU, arXiv:2002.05202)."""
+    if torch.compiler.is_compiling():  # tanh(u) = 2 sigmoid(2u) − 1: one exponential instead of inductor's slow tanh
+        inner = 2 * math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)
+        return gate * torch.sigmoid(inner) * up
+    return F.gelu(gate, approximate="tanh") * up
 
 
 class PRXBlock(nn.Module):
@@ -178,39 +300,55 @@ class FinalLayer(nn.Module):
         return self.linear(torch.addcmul(shift, 1 + scale, self.norm_final(x_BND)))
 
 
-def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return gelu(gate) · up, with the tanh approximation of gelu (GEGLU, arXiv:2002.05202)."""
-    if torch.compiler.is_compiling():  # tanh(u) = 2 sigmoid(2u) − 1: one exponential instead of inductor's slow tanh
-        inner = 2 * math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)
-        return gate * torch.sigmoid(inner) * up
-    return F.gelu(gate, approximate="tanh") * up
+# --------------------------------------------------------------------------------------------- low-rank adapters (LoRA)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """Keeps the input and one number per row, where autograd keeps the normalised input too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, inverse = ctx.saved_tensors
-        normed = x * inverse
-        product = grad * normed
-        grad_weight = product.sum_to_size(weight.shape)
-        mean = (product @ weight).unsqueeze(-1).div_(x.shape[-1])  # of (grad · weight) · normed
-        return (grad * weight).addcmul_(normed, mean, value=-1).mul_(inverse), grad_weight, None
+BLOCK_LAYERS = (
+    *("attention.img_qkv_proj", "attention.txt_kv_proj", "attention.to_out.0"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
 
 
-class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm over the last dimension (arXiv:1910.07467), with that backward pass in eager fp32."""
+def add_adapters(backbone: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> None:
+    """Freeze a backbone and give its linear layers trained low-rank adapters (Hu et al. 2021, arXiv:2106.09685), made by peft.
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or x.dtype != torch.float32 or self.weight.dtype != torch.float32:
-            return super().forward(x)
-        return _RMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
+    W·x becomes W·x + (α / r)·B·A·x with A (r, in) and B (out, r). B begins at zero: the outputs stay what they are.
+
+    Args:
+        rank, alpha: r and α.
+        targets: ends of the names of layers, such as "attention.img_qkv_proj".
+
+    Raises:
+        UserError: peft isn't installed; the backbone has adapters already.
+        ValueError: a target that is the end of no linear layer's name.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError('LoRA needs peft: pip install "prx-composer[lora]" (or: pip install peft).') from error
+    if is_adapted(backbone):
+        raise UserError("The backbone has adapters already.")
+    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            raise ValueError(f"targets: {target!r} ends no linear layer's name; the blocks have {', '.join(BLOCK_LAYERS)}.")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # pyright: ignore[reportArgumentType]
+    inject_adapter_in_model(config, backbone)
+
+
+def is_adapted(backbone: nn.Module) -> bool:
+    return hasattr(backbone, "peft_config")
+
+
+def merge_adapters(backbone: nn.Module) -> None:
+    """Add the adapters' products to the weights that they adapt, and take the adapters away."""
+    if not is_adapted(backbone):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), child, module.get_base_layer())
+    del backbone.peft_config

@@ -1,9 +1,6 @@
 """How captions and prompts become tokens: cleaned by the rules of PRX's released pipelines, cut at the last token that fits."""
 
 import copy
-import html
-import re
-import urllib.parse
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,14 +16,14 @@ _SHOWN = 60  # characters of a text
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read of a text.
+    """The part of a text that is read.
 
     Args:
         text: the whole of it, as it was given. cleaned: as the tokenizer's cleaning leaves it.
         ids: the tokens that are read, special ones included.
         tokens: how many the whole text has, special ones included.
         read: the part of the cleaned text that is read; None if that is all of it.
-        unknown: words in that that the tokenizer does not know, each once.
+        unknown: words in that part that the tokenizer does not know, each once.
     """
 
     text: str
@@ -38,7 +35,7 @@ class Reading:
 
 
 def readings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int) -> list[Reading]:
-    """How each text is read when it is cut to `max_tokens`."""
+    """Return how each text is read when it is cut to `max_tokens`."""
     if not texts:
         return []
     clean = cleaned(tokenizer, list(texts))
@@ -49,7 +46,8 @@ def readings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
         ids = cut["input_ids"][index]
         if cut.encodings is None:
             read = tokenizer.decode(ids, skip_special_tokens=True) if lost[index] else None
-            unknown = [word for word in text.split() if unknown_id(tokenizer) in _content_ids(tokenizer, word)]
+            words: Any = {word: tokenizer(word, add_special_tokens=False, verbose=False)["input_ids"] for word in text.split()}
+            unknown = [word for word, its_ids in words.items() if unknown_id(tokenizer) in its_ids]
         else:
             spans = _spans(cut.encodings[index])
             read = _part(tokenizer, text, spans) if lost[index] else None
@@ -59,7 +57,7 @@ def readings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
 
 
 def cut_off(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: Any) -> list[int]:
-    """How many tokens of each text were cut off.
+    """Return how many tokens of each text were cut off.
 
     Args:
         texts: cleaned. tokens: what the tokenizer gave for them with `truncation=True`, padded or not.
@@ -75,7 +73,7 @@ def cut_off(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: An
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that stands for all words a tokenizer does not know; None for one that can spell everything.
+    """Return the token that stands for all words a tokenizer does not know; None for one that can spell everything.
 
     Byte-level tokenizers such as CLIP's often name their end token here, which is in every text.
     """
@@ -85,7 +83,7 @@ def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def what_is_lost(found: Sequence[Reading], max_tokens: int) -> list[str]:
-    """Of each prompt that isn't read whole, a sentence that says so; and which of them draw the same picture.
+    """Return a sentence about each prompt that isn't read whole, and about those that draw the same picture.
 
     Args:
         found: of different prompts.
@@ -131,13 +129,8 @@ def _shown(text: str, from_end: bool = False) -> str:
     return f"…{text[-_SHOWN:]!r}" if from_end else f"{text[:_SHOWN]!r}…"
 
 
-def _content_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    tokens: Any = tokenizer(text, add_special_tokens=False, verbose=False)
-    return tokens["input_ids"]
-
-
 def _spans(encoding: Any) -> list[tuple[int, int, int]]:
-    """Token, first and last place in the text of what is no special token."""
+    """Return every token but the special ones, with where it begins and ends in the text."""
     tokens = zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True)
     return [(token, *span) for token, span, special in tokens if not special]
 
@@ -163,7 +156,7 @@ def _unknown_words(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tu
 
 
 class CaptionCounts:
-    """How many captions a loader has cut, over all its workers; they count into shared memory.
+    """Counts how many captions a loader has cut, over all its workers, which count into shared memory.
 
     Args:
         max_workers: DataLoader workers that will share this object.
@@ -173,7 +166,7 @@ class CaptionCounts:
         self._counts = torch.zeros(max_workers + 1, 5, dtype=torch.int64).share_memory_()
 
     def add(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: Any) -> None:
-        """Counts a batch.
+        """Count a batch.
 
         Args:
             texts: cleaned. tokens: what the tokenizer gave for them with `truncation=True` and tensors.
@@ -188,98 +181,32 @@ class CaptionCounts:
 
     @property
     def captions(self) -> int:
+        """How many have been counted."""
         return int(self._counts.numpy()[:, 0].sum())  # the host's own memory: numpy waits for no device
 
     def told(self, max_tokens: int) -> str | None:
-        """What is lost of the captions so far, in words; None if nothing is."""
+        """Return what is lost of the captions so far, in words; None if nothing is."""
         captions, cut, lost, tokens, unknown = self._counts.numpy().sum(0).tolist()
-        return captions_told(captions, cut, lost, tokens, unknown, max_tokens)
-
-
-def captions_told(captions: int, cut: int, lost: int, tokens: int, unknown: int, max_tokens: int) -> str | None:
-    """What is lost of captions, in words; None if nothing is.
-
-    Args:
-        captions, cut: of which so many are cut. lost: tokens that those lose, together.
-        tokens, unknown: tokens that are read, of which so many stand for unknown words.
-    """
-    said = []
-    if cut:
-        said.append(
-            f"{cut:,} of {captions:,} captions ({cut / captions:.1%}) have more than model.text_encoder.max_tokens: {max_tokens} "
-            f"and are cut; they lose {lost / cut:.1f} tokens on average"
-        )
-    if unknown:
-        said.append(
-            f"{unknown:,} of {tokens:,} tokens ({unknown / tokens:.2%}) are words that the tokenizer does not know and reads as "
-            "one and the same"
-        )
-    return "; ".join(said) or None
+        said = []
+        if cut:
+            said.append(
+                f"{cut:,} of {captions:,} captions ({cut / captions:.1%}) have more than model.text_encoder.max_tokens: "
+                f"{max_tokens} and are cut; they lose {lost / cut:.1f} tokens on average"
+            )
+        if unknown:
+            said.append(
+                f"{unknown:,} of {tokens:,} tokens ({unknown / tokens:.2%}) are words that the tokenizer does not know and reads "
+                "as one and the same"
+            )
+        return "; ".join(said) or None
 
 
 Cleaning = Literal["none", "basic", "prx"]
 T = TypeVar("T")
 
-_TOP_LEVEL = "com|co|ru|net|org|edu|gov|it"
-_DASHES = (
-    r"[\u002D\u058A\u05BE\u1400\u1806\u2010-\u2015\u2E17\u2E1A\u2E3A\u2E3B\u2E40\u301C\u3030\u30A0\uFE31\uFE32\uFE58\uFE63"
-    r"\uFF0D]+"
-)
-_FILES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
-_CJK = ("\u31c0-\u31ef", "\u31f0-\u31ff", "\u3200-\u32ff", "\u3300-\u33ff", "\u3400-\u4dbf", "\u4dc0-\u4dff", "\u4e00-\u9fff")
-
-# (pattern, replacement), in this order: before HTML entities are resolved …
-_FIRST = [
-    ("<person>", "person"),
-    (
-        rf"\b((?:https?|www):(?:\/{{1,3}}|[a-zA-Z0-9%])|[a-zA-Z0-9.\-]+[.](?:{_TOP_LEVEL})[\w/-]*\b\/?(?!@))",
-        "",
-    ),  # addresses
-    (r"@[\w\d]+\b", ""),  # names of users
-    *((f"[{span}]+", "") for span in _CJK),
-    (_DASHES, "-"),
-    ("[`´«»¨]", '"'),
-    ("&quot;?", ""),
-    ("&amp", ""),
-    (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),  # IP addresses
-    (r"\d:\d\d\s+$", ""),  # numbers of articles
-    (r"\\n", " "),
-    (r"#\d{1,3}\b", ""),
-    (r"#\d{5,}\b", ""),
-    (r"\b\d{6,}\b", ""),
-    (rf"[\S]+\.(?:{_FILES})", ""),  # names of files
-    (r"[\"\']{2,}", '"'),
-    (r"[\.]{2,}", " "),
-    (r"[#®•©™&@·º½¾¿¡§~\)\(\]\[\}\{\|\\\/\*]+", " "),
-    (r"\s+\.\s+", " "),
-]
-# … and after it.
-_THEN = [
-    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # jc6640
-    (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),  # jc6640vc
-    (r"\b\d+[a-zA-Z]+\d+\b", ""),  # 6640vc231
-    (r"(worldwide\s+)?(free\s+)?shipping", ""),
-    (r"(free\s)?download(\sfree)?", ""),
-    (r"\bclick\b\s(?:for|on)\s\w+", ""),
-    (rf"\b(?:{_FILES})(\simage[s]?)?", ""),
-    (r"\bpage\s+\d+\b", ""),
-    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),  # j2d1a2a
-    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # 1920x1080
-    (r"\b\s+\:\s+", ": "),
-    (r"(\D[,\./])\b", r"\1 "),
-    (r"\s+", " "),
-    (r"^[\"\']([\w\W]+)[\"\']$", r"\1"),
-    (r"^[\'\_,\-\:;]", ""),
-    (r"[\'\_,\-\:\-\+]$", ""),
-    (r"^\.\S+$", ""),
-]
-_BEFORE, _AFTER = ([(re.compile(pattern), replacement) for pattern, replacement in rules] for rules in (_FIRST, _THEN))
-_JOINER = re.compile(r"[\-_]")
-_FEW_JOINERS = 3  # this-is-my-cute-cat has more of them, and they become spaces
-
 
 def cleaner(cleaning: Cleaning) -> Callable[[str], str]:
-    """What a caption goes through: "none", "basic" (PRXPixelPipeline's) or "prx" (PRXPipeline's).
+    """Return what a caption goes through: nothing, or with "basic" and "prx" the rules of PRXPixelPipeline and PRXPipeline.
 
     Raises:
         ValueError: no such cleaning, or ftfy, which both of them need, is not installed.
@@ -289,30 +216,12 @@ def cleaner(cleaning: Cleaning) -> Callable[[str], str]:
     if cleaning == "none":
         return lambda text: text
     try:
-        import ftfy
+        import ftfy  # noqa: F401 (diffusers imports it if it is there, and fails at the first text if it isn't)
     except ImportError as error:
         raise ValueError(f"clean: {cleaning} needs ftfy, which is not installed: `pip install ftfy`.") from error
+    from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 
-    def basic(text: str) -> str:
-        return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-
-    def prx(text: str) -> str:
-        text = urllib.parse.unquote_plus(text).strip().lower()
-        for pattern, replacement in _BEFORE:
-            text = pattern.sub(replacement, text)
-        if len(_JOINER.findall(text)) > _FEW_JOINERS:
-            text = _JOINER.sub(" ", text)
-        text = basic(text)
-        for pattern, replacement in _AFTER:
-            text = pattern.sub(replacement, text)
-        return text.strip()
-
-    return basic if cleaning == "basic" else prx
-
-
-def clean_caption(text: str, cleaning: Cleaning) -> str:
-    """One caption, cleaned."""
-    return cleaner(cleaning)(text)
+    return TextPreprocessor().basic_clean if cleaning == "basic" else TextPreprocessor().clean_text
 
 
 # A tokenizer carries its cleaning, so that whoever is given it to make tokens makes the same: loaders and their workers, `prx
@@ -320,7 +229,7 @@ def clean_caption(text: str, cleaning: Cleaning) -> str:
 
 
 def with_cleaning(tokenizer: T, cleaning: Cleaning) -> T:
-    """The tokenizer, or a shallow copy of it, that cleans captions first, where `tokenize` or `cleaned` is asked.
+    """Return the tokenizer, or a shallow copy of it, that cleans captions first, where `tokenize` or `cleaned` is asked.
 
     Raises:
         ValueError: as `cleaner`.
@@ -338,9 +247,6 @@ def cleaning_of(tokenizer: object) -> Cleaning:
 
 
 def cleaned(tokenizer: object, texts: list[str]) -> list[str]:
-    """The texts as this tokenizer is to read them."""
-    cleaning = cleaning_of(tokenizer)
-    if cleaning == "none":
-        return texts
-    clean = cleaner(cleaning)
+    """Return the texts as this tokenizer is to read them."""
+    clean = cleaner(cleaning_of(tokenizer))
     return [clean(text) for text in texts]

@@ -1,4 +1,4 @@
-"""Every random draw of training, from (seed, rank, step, microbatch, purpose) and nothing else."""
+"""Random draws of training, each from (seed, rank, step, microbatch, purpose) and nothing else."""
 
 import zlib
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ _twister = np.random.RandomState(0)  # to be seeded again costs half of making o
 
 
 def derive_seed(*entropy: int) -> int:
-    """A well-mixed 63-bit seed of some non-negative integers (numpy's SeedSequence)."""
+    """Return a well-mixed 63-bit seed of some non-negative integers (numpy's SeedSequence)."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generator_from(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that every bit of a 64-bit seed decides.
+    """Return a generator that every bit of a 64-bit seed decides.
 
     torch's CPU generator, a Mersenne Twister, is seeded with the lower 32 bits alone: seeds that agree in them draw the same. A
     seed below 2³² draws what `torch.Generator().manual_seed(seed)` does, and so what diffusers' pipelines do. From 2³² on its two
@@ -44,13 +44,13 @@ def generator_from(seed: int, device: torch.device | str = "cpu") -> torch.Gener
 
 
 def seeded_generator(device: torch.device, purpose: str, *entropy: int) -> torch.Generator:
-    """A generator on `device`, another one for every purpose ("timesteps", "noise", …) and every entropy."""
+    """Return a generator on `device`, another one for every purpose ("timesteps", "noise", …) and every entropy."""
     return generator_from(derive_seed(*entropy, zlib.crc32(purpose.encode())), device)
 
 
 @contextmanager
 def seeded_initialisation(seed: int, purpose: str) -> Iterator[None]:
-    """Modules built inside draw their CPU weights from (seed, purpose) alone, whatever was built before them."""
+    """Let modules that are built inside draw their weights on the CPU from (seed, purpose) alone, whatever came before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, zlib.crc32(purpose.encode())))
         yield
@@ -59,8 +59,8 @@ def seeded_initialisation(seed: int, purpose: str) -> Iterator[None]:
 class RandomStreams:
     """Hands out generators that a resumed run finds in the same state as the uninterrupted one.
 
-    `begin_step` is called by `callbacks.RandomStep` at every batch. Without it (a plain loop around the model) each
-    training forward counts as a microbatch of one endless step, which is reproducible but not resumable.
+    The callback `RandomStep` calls `begin_step` at every batch. Without it, in a plain loop around the model, each forward pass
+    of training counts as a microbatch of one endless step, which is reproducible but cannot be resumed.
     """
 
     def __init__(self, seed: int = 0):
@@ -75,5 +75,5 @@ class RandomStreams:
         self.microbatch += 1
 
     def generator(self, purpose: str, device: torch.device) -> torch.Generator:
-        """For one purpose of the current microbatch of this rank."""
+        """Return the generator for one purpose of the current microbatch of this rank."""
         return seeded_generator(device, purpose, self.seed, dist.get_global_rank(), self.step, max(self.microbatch, 0))

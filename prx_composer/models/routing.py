@@ -1,4 +1,4 @@
-"""Which tokens which blocks see.
+"""Token routing: which image tokens which blocks see.
 
 A router draws a `Route` once per microbatch, outside the compiled graph; the backbone gathers the kept tokens once before
 the first routed block and scatters them back once after the last. Shapes depend on the token count alone, never on the draw.
@@ -34,7 +34,7 @@ class Router(Protocol):
     discard: bool  # see `Route`
 
     def draw(self, batch_size: int, num_tokens: int, generator: torch.Generator) -> Route | None:
-        """Draws a route for one microbatch on the generator's device; None means that every block sees every token."""
+        """Draw a route for one microbatch on the generator's device; return None if every block sees every token."""
         ...
 
 
@@ -51,7 +51,7 @@ class TokenFusion(nn.Module):
 
 
 def draw_kept_indices(batch_size: int, num_tokens: int, num_kept: int, generator: torch.Generator) -> Tensor:
-    """A uniformly random subset of tokens for every image: int64 (B, K), ascending, on the generator's device."""
+    """Draw a uniformly random subset of tokens for every image: int64 (B, K), ascending, on the generator's device."""
     order = torch.rand(batch_size, num_tokens, generator=generator, device=generator.device)
     return order.topk(num_kept, dim=1, sorted=False).indices.sort(dim=1).values
 
@@ -71,28 +71,26 @@ class RandomRouter:
         self.start, self.end, self.rate, self.discard = start, end, rate, discard
         self.active = True
 
-    def num_kept(self, num_tokens: int) -> int:
-        return max(1, num_tokens - round(self.rate * num_tokens))
-
     def draw(self, batch_size: int, num_tokens: int, generator: torch.Generator) -> Route | None:
         if not self.active:
             return None
-        kept = draw_kept_indices(batch_size, num_tokens, self.num_kept(num_tokens), generator)
+        num_kept = max(1, num_tokens - round(self.rate * num_tokens))
+        kept = draw_kept_indices(batch_size, num_tokens, num_kept, generator)
         return Route(self.start, self.end, kept, self.discard)
 
 
 def select_tokens(tokens: Tensor, kept_indices: Tensor) -> Tensor:
-    """(B, N, D) and (B, K) → (B, K, D)."""
+    """Return the kept ones (B, K, D) of tokens (B, N, D)."""
     return tokens.gather(1, kept_indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def merge_tokens(tokens: Tensor, kept: Tensor, kept_indices: Tensor) -> Tensor:
-    """Puts `kept` (B, K, D) back into a copy of `tokens` (B, N, D)."""
+    """Put `kept` (B, K, D) back into a copy of `tokens` (B, N, D)."""
     return tokens.scatter(1, kept_indices[..., None].expand_as(kept), kept.type_as(tokens))
 
 
 def counted_pixels(route: Route | None, image: Tensor, patch_size: int) -> Tensor | None:
-    """For an image (B, C, H, W) whose route discards tokens: (B, 1, H, W), 1 on the patches that have a prediction."""
+    """Return 1 on the pixels (B, 1, H, W) of patches that have a prediction, of images (B, C, H, W); None if all have."""
     if route is None or not route.discard:
         return None
     batch_size, _, height, width = image.shape

@@ -15,14 +15,12 @@ from torchmetrics import Metric
 
 from prx_composer.models.autoencoder import Autoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
-from prx_composer.models.flow import FlowMatching
-from prx_composer.models.huggingface import returned_afterwards
-from prx_composer.models.losses import AuxiliaryLosses, FlowOutput
-from prx_composer.models.prompts import what_is_lost
-from prx_composer.models.randomness import RandomStreams, seeded_generator
-from prx_composer.models.routing import Route, counted_pixels
-from prx_composer.models.sampling import (
+from prx_composer.models.encoders import HuggingFaceTextEncoder
+from prx_composer.models.flow import (
+    AuxiliaryLosses,
     ClassifierFreeGuidance,
+    FlowMatching,
+    FlowOutput,
     Guidance,
     SamplingStep,
     TextConditioning,
@@ -30,14 +28,17 @@ from prx_composer.models.sampling import (
     initial_noise,
     sample_flow,
 )
-from prx_composer.models.text_encoder import HuggingFaceTextEncoder
+from prx_composer.models.huggingface import returned_afterwards
+from prx_composer.models.prompts import what_is_lost
+from prx_composer.models.randomness import RandomStreams, seeded_generator
+from prx_composer.models.routing import Route, counted_pixels
 
 log = logging.getLogger(__name__)
 
 EVAL_TIMESTEP_BINS = 4
 
 
-@functools.cache  # said once
+@functools.cache  # so that it is said once
 def _warn_of_guidance() -> None:
     log.warning(
         "Guidance leads away from what the model draws without a caption, and with model.caption_dropout: 0 it has never learnt "
@@ -46,7 +47,7 @@ def _warn_of_guidance() -> None:
 
 
 class TimestepMSE(Metric):
-    """Mean v-space error of the images whose t lies in [low, high): of those that are `counted`, if not all are."""
+    """The mean v-space error of the images whose t lies in [low, high): of the `counted` ones, if not all are."""
 
     full_state_update = False
 
@@ -70,7 +71,7 @@ class TimestepMSE(Metric):
 
 
 class TextToImage(ComposerModel):
-    """Trains and samples a flow-matching text-to-image model.
+    """A flow-matching text-to-image model: its training step, its evaluation and how it draws.
 
     Batches are mappings with `image` uint8 (B, 3, H, W), `input_ids` int64 and `attention_mask` bool (B, T); they are
     never written to. With `text_embedding` they bring what the (frozen) text encoder would make of their captions, and it isn't
@@ -161,7 +162,7 @@ class TextToImage(ComposerModel):
         return self._denoise(batch, self._draw, self.caption_dropout)
 
     def eval_forward(self, batch: Mapping[str, Any], outputs: FlowOutput | None = None) -> FlowOutput:
-        """The forward pass of training without caption dropout, in which a sample's draws depend on its `sample_id` alone."""
+        """Run the forward pass of training, but without caption dropout; a sample's draws depend on its `sample_id` alone."""
         if outputs is not None:
             return outputs
         ids = batch["sample_id"].tolist() if "sample_id" in batch else range(len(batch["input_ids"]))
@@ -174,7 +175,7 @@ class TextToImage(ComposerModel):
         return self._denoise(batch, draw, caption_dropout=0.0)
 
     def _draw(self, clean: Tensor, sample: int | None = None) -> tuple[Tensor, Tensor]:
-        """Timesteps and noise of images: of the microbatch at hand, or in evaluation of one sample."""
+        """Draw timesteps and noise of images: those of the microbatch at hand, or in evaluation those of one sample."""
         device = clean.device
 
         def generator(purpose: str) -> torch.Generator:
@@ -224,14 +225,14 @@ class TextToImage(ComposerModel):
         return TextConditioning(self.text_encoder(input_ids, mask) if embedding is None else embedding.float(), mask)
 
     def _null_embedding(self, device: torch.device) -> Tensor:
-        """Of the empty caption, (1, T, C); computed once."""
+        """Return the embedding of the empty caption, (1, T, C), which is computed once."""
         if self._null is None or self._null.device != device:
             with returned_afterwards():  # the encoder, where training needs it for this caption alone
                 self._null = self.encode_prompts([""], device).embedding.detach()
         return self._null
 
     def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`total`, and each term by name, already weighted: they sum to `total`."""
+        """Return `total` and each of its terms by name, already weighted."""
         o = outputs
         terms = {"flow": self.flow.squared_error(o.prediction, o.clean, o.noise, o.timestep, o.counted).mean()}
         if len(self.auxiliary_losses):
@@ -258,7 +259,7 @@ class TextToImage(ComposerModel):
         num_inference_steps: int = 28,
         guidance_scale: float = 3.5,
     ) -> Tensor:
-        """Draws one image per prompt with the current weights; wrap in `sampling_weights()` to use an average of them.
+        """Draw one image per prompt with the current weights; wrap in `sampling_weights()` to use an average of them.
 
         Args:
             prompts: B captions.
@@ -286,7 +287,7 @@ class TextToImage(ComposerModel):
         num_inference_steps: int = 28,
         guidance_scale: float = 3.5,
     ) -> Tensor:
-        """As `generate`, but before decoding: what the autoencoder would make of the images, fp32 (B, C, H, W)."""
+        """Draw as `generate`, but don't decode: return what the autoencoder would make of the images, fp32 (B, C, H, W)."""
         seeds = list(range(len(prompts))) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
@@ -317,7 +318,7 @@ class TextToImage(ComposerModel):
             self.train(was_training)
 
     def say_what_is_lost(self, prompts: list[str]) -> None:
-        """Warns, once of each prompt, of what the text encoder does not read of it: what is too long, and unknown words."""
+        """Warn, once for each prompt, of what the text encoder does not read of it: what is too long, and unknown words."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._told]
         self._told.update(new)
         encoder: Any = self.text_encoder

@@ -1,1 +1,135 @@
-"""Optimizers and what they train."""
+"""Optimizers and the parameters that they train: in groups with and without weight decay, and whether they are finite."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.utils import dist
+from torch import Tensor, nn
+
+from prx_composer.common.distributed import clean_name
+from prx_composer.optim.exchange import local
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two groups of trained parameters: matrices with `weight_decay`; biases, gains and embeddings without."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def add_parameters(optimizer: torch.optim.Optimizer | None, module: nn.Module) -> None:
+    """Let an optimizer train a module that came after it, such as an algorithm's projector; do nothing without an optimizer."""
+    if optimizer is None:
+        return
+    for group in parameter_groups(module, float(optimizer.defaults.get("weight_decay", 0.0))):
+        optimizer.add_param_group(group)
+
+
+def drop_frozen(optimizer: torch.optim.Optimizer) -> None:
+    """Take parameters that are trained no more out of an optimizer that hasn't stepped yet."""
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, fused, over the parameter groups of a model.
+
+    Args:
+        model: what is trained.
+        lr: learning rate per step.
+        betas: decay of the first and second moment per step.
+        eps: added to the root of the second moment.
+        weight_decay: per step, as a fraction of lr; on matrices only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        if len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, not {list(betas)}.")
+        groups = parameter_groups(model, weight_decay)
+        super().__init__(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=True)
+
+
+# ------------------------------------------------------------------------------------------- finite numbers
+
+
+_AT_ONCE = 256  # tensors between two answers of the device
+
+
+def magnitudes(tensors: list[Tensor]) -> Tensor:
+    """Return one number per tensor, on their device: finite if every element is, else NaN or infinite. Wait for nothing."""
+    # Sums of magnitudes hand NaN and infinity on, and don't overflow where the squares of a 2-norm would.
+    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors, 1)])  # pyright: ignore[reportPrivateImportUsage]
+
+
+def not_finite(tensors: list[Tensor]) -> Tensor:
+    """Return a scalar on the tensors' device: 0 if every element is finite, else NaN. Wait for nothing."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]  # a rank's shard of a small parameter may be empty
+    return 0 * magnitudes(tensors).sum() if tensors else torch.zeros(())
+
+
+def trained(state: State) -> list[nn.Parameter]:
+    """Return what the optimizers would update in this step: the parameters that have a gradient."""
+    groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+    return [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
+
+
+def bad_tensor(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor with an element that isn't finite, of what this rank holds; None if all are."""
+    held = ((name, local(tensor.detach())) for name, tensor in named)
+    asked = ((name, torch.isfinite(tensor).all()) for name, tensor in held if tensor.is_floating_point() and tensor.numel())
+    while some := list(itertools.islice(asked, _AT_ONCE)):
+        names, answers = zip(*some, strict=True)
+        good = torch.stack([answer.to(answers[0].device) for answer in answers]).tolist()
+        if not all(good):
+            return names[good.index(False)]
+    return None
+
+
+def bad_state(state: State) -> str | None:
+    """Return what of a run's state isn't finite, in words: a weight, an average, an optimizer's state; None if all of it is.
+
+    It is a collective and waits for the device; every rank gets the same answer.
+    """
+    return first_of_ranks(bad_tensor(_kept(state)))
+
+
+def first_of_ranks(found: str | None) -> str | None:
+    """Return, of what the ranks have found, what the first of them has that found anything. It is a collective."""
+    return next((of_rank for of_rank in dist.all_gather_object(found) if of_rank is not None), None)
+
+
+def plain_names(state: State) -> dict[Tensor, str]:
+    """Return the model's parameters and their names, without what DDP, FSDP and compile put around them."""
+    return {parameter: clean_name(name) for name, parameter in state.model.named_parameters()}
+
+
+def _kept(state: State) -> Iterator[tuple[str, Tensor]]:
+    """Return what a checkpoint has of floating-point numbers, with what callbacks name in `kept_tensors`.
+
+    Buffers are left out: an infinite one may well be meant, as a mask is.
+    """
+    names = plain_names(state)
+    for parameter, name in names.items():
+        yield f"the weight {name}", parameter
+    for callback in state.callbacks:
+        yield from getattr(callback, "kept_tensors", lambda: ())()
+    for optimizer in state.optimizers:
+        for parameter, slots in optimizer.state.items():
+            for slot, value in slots.items():
+                if isinstance(value, Tensor):
+                    yield f"the optimizer's {slot} of {names.get(parameter, 'a parameter')}", value

@@ -20,12 +20,12 @@ _PARTS = 4  # of an exchange: what of it nothing runs beside is one part there a
 
 
 def local(tensor: Tensor | None) -> Tensor:
-    """What this rank holds of a tensor, not a copy."""
+    """Return what this rank holds of a tensor, not a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else cast(Tensor, tensor)
 
 
 class _Ranks(NamedTuple):
-    """One dimension of the grid."""
+    """The ranks along one dimension of the grid."""
 
     group: Any
     size: int
@@ -68,7 +68,7 @@ class Stack:
     weights: list[nn.Parameter] = field(default_factory=list)
 
     def cost(self) -> int:
-        """FLOPs of a Newton–Schulz iteration on one weight."""
+        """Return the FLOPs of a Newton–Schulz iteration on one weight."""
         short, long = sorted((self.rows // self.pieces, self.columns))
         return self.pieces * (4 * short**2 * long + 2 * short**3)
 
@@ -87,13 +87,13 @@ class _Block(NamedTuple):
         return len(self.members) * self.stack.chunk * self.stack.columns
 
     def shards(self, buffer: Tensor) -> Tensor:
-        """(k, rows of this rank's shard, columns): where its shards of the k members lie in their replica's buffer."""
+        """Return where this rank's shards of the k members lie in their replica's buffer: (k, rows of the shard, columns)."""
         rows = len(local(self.stack.weights[0]))
         return buffer[self.start : self.start + self.size].view(-1, self.stack.chunk, self.stack.columns)[:, :rows]
 
 
 class Part:
-    """What travels together.
+    """Weights that travel together.
 
     Args:
         layout: that of all weights.
@@ -115,9 +115,10 @@ class Part:
 
 
 class Exchange:
-    """One part on its way, in four steps. They wait for no more than they need: others' steps may come between them.
+    """A part on its way, in four steps: `send`, `work`, `pass_on`, `received`.
 
-    Nothing but the last step's results may be used before they are all done.
+    They wait for no more than they need, so that another part's steps may come between them. Nothing but the results of the last
+    step may be used before all are done.
     """
 
     def __init__(self, part: Part):
@@ -128,12 +129,12 @@ class Exchange:
         self._row = self._owned = self._flat[: sum(self._sizes)]
 
     def to_send(self, stack: Stack) -> tuple[list[int], list[Tensor]]:
-        """Indices of the weights that this replica works on, and where their shards of this rank are to be written."""
+        """Return indices of the weights that this replica works on, and where this rank's shards of them are to be written."""
         mine = [block for block in self._part.of(stack) if block.replica == self._layout.replicas.rank]
         return _members(mine), [place for block in mine for place in block.shards(self._flat)]
 
     def send(self) -> None:
-        """Shards to their owners."""
+        """Send shards to their owners."""
         shards = self._layout.shards
         if shards.size > 1:
             own = self._sizes[shards.rank]
@@ -143,10 +144,11 @@ class Exchange:
             )
 
     def work(self, function: Callable[[Stack, Tensor], Tensor]) -> None:
-        """Calls it with (k, rows, columns) for the k weights of each stack that this rank owns, and sends the results back.
+        """Work on the weights that this rank owns, and send the results back.
 
         Args:
-            function: must return the shape that it got, in memory of its own.
+            function: is called with a stack and (k, rows, columns), its k weights of this rank; it must return the same shape, in
+                memory of its own.
         """
         self._wait()
         replicas, shards = self._layout.replicas, self._layout.shards
@@ -166,7 +168,7 @@ class Exchange:
             )
 
     def pass_on(self) -> None:
-        """Results to the other replicas."""
+        """Send results to the other replicas."""
         self._wait()
         replicas = self._layout.replicas
         self._results = self._flat
@@ -175,14 +177,14 @@ class Exchange:
             self._pending = dist.all_gather_into_tensor(self._results, self._flat, group=replicas.group, async_op=True)
 
     def received(self, stack: Stack) -> tuple[list[int], list[Tensor]]:
-        """Indices of all weights of the part, and this rank's shards of their results in the weights' dtype."""
+        """Return indices of all weights of the part, and this rank's shards of their results in the weights' dtype."""
         self._wait()
         buffers = self._results.view(self._layout.replicas.size, -1)
         blocks, dtype = self._part.of(stack), stack.weights[0].dtype
         return _members(blocks), [shard for block in blocks for shard in block.shards(buffers[block.replica]).to(dtype)]
 
     def _wait(self) -> None:
-        """On a GPU its stream does; the host goes on."""
+        """Wait for a collective; on a GPU its stream does, and the host goes on."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
@@ -193,7 +195,7 @@ def _members(blocks: list[_Block]) -> list[int]:
 
 
 class Plan:
-    """Which rank works on which weight, and in which part it travels; all ranks make the same plan.
+    """Says which rank works on which weight, and in which part it travels; all ranks make the same plan.
 
     Args:
         layout: that of all weights.
@@ -228,9 +230,9 @@ class Plan:
         ]
 
     def elements_sent(self) -> tuple[int, int]:
-        """By the rank that sends most in one exchange: to other shards, there and back, and to other replicas.
+        """Return what the rank that sends most sends in one exchange: to other shards, there and back, and to other replicas.
 
-        An all-gather is counted as a ring sends it: every rank all parts but one.
+        An all-gather is counted as a ring sends it: every rank sends all parts but one.
         """
         sent = torch.zeros(self._replicas, self._shards, dtype=torch.int64)
         for part in self.parts:
@@ -241,7 +243,7 @@ class Plan:
 
 
 def _share(owned: list[tuple[Stack, int]], index: int, count: int) -> list[tuple[Stack, list[int]]]:
-    """Part `index` of `count` of an owner's weights, neighbours together: those of a stack are worked on at once."""
+    """Return part `index` of `count` of an owner's weights, neighbours together: those of a stack are worked on at once."""
     found: dict[int, tuple[Stack, list[int]]] = {}
     for stack, member in owned[index * len(owned) // count : (index + 1) * len(owned) // count]:
         found.setdefault(id(stack), (stack, []))[1].append(member)
@@ -249,7 +251,7 @@ def _share(owned: list[tuple[Stack, int]], index: int, count: int) -> list[tuple
 
 
 def make_plans(weights: list[tuple[int, int, nn.Parameter]]) -> list[Plan]:
-    """One plan per layout.
+    """Return one plan per layout.
 
     Args:
         weights: (index of a group, number of matrices in the rows of the weight, weight). Plain tensors are taken to be equal
@@ -265,7 +267,7 @@ def make_plans(weights: list[tuple[int, int, nn.Parameter]]) -> list[Plan]:
 
 
 def plan_for(weights: list[tuple[int, int, nn.Parameter]], replicas: int, shards: int) -> Plan:
-    """The plan of ranks that aren't there, to ask what they would do; it has no groups to exchange anything in.
+    """Return the plan of ranks that aren't there, to ask what they would do; it has no groups to exchange anything in.
 
     Args:
         weights: as for `make_plans`, whole; their storage isn't touched.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from prx_composer.optim import parameter_groups
 from prx_composer.optim.exchange import Exchange, Plan, Stack, local, make_plans
-from prx_composer.optim.groups import parameter_groups
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _WIDE = 1.5  # long side / short side from which iterating on XXᵀ is less work, at five steps
@@ -21,7 +21,7 @@ _FUSED_PROJECTIONS = {"img_qkv_proj": 3, "txt_kv_proj": 2}  # rows ordered (q k 
 
 
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearly U·Vᵀ of every matrix U·Σ·Vᵀ, without an SVD, in the dtype of the input.
+    """Return nearly U·Vᵀ of every matrix U·Σ·Vᵀ, without an SVD, in the dtype of the input.
 
     Divided by its Frobenius norm, a matrix has singular values in [0, 1]. X ← aX + b(XXᵀ)X + c(XXᵀ)²X sends each of them to
     p(σ) = aσ + bσ³ + cσ⁵ and leaves U and V alone. Jordan's (a, b, c) buy a steep slope at 0, 3.4445 per step, with the
@@ -55,7 +55,7 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def _gram_polynomial(gram: Tensor, steps: int) -> Tensor:
-    """The P of Newton–Schulz's P·X from G = XXᵀ, (..., s, s): with Q = aI + bG + cG², P ← Q·P and G ← Q·G·Q."""
+    """Return the P of Newton–Schulz's P·X from G = XXᵀ, (..., s, s): with Q = aI + bG + cG², P ← Q·P and G ← Q·G·Q."""
     a, b, c = _QUINTIC
 
     def factor_of(gram: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _gram_polynomial(gram: Tensor, steps: int) -> Tensor:
 
 
 def muon_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """The trained matrices that Muon is for: 2-D weights of layers inside a module list called `blocks`.
+    """Return the trained matrices that Muon is for: 2-D weights of layers inside a module list called `blocks`.
 
     Of a model with a `backbone` only that is searched. Embedding tables are no linear maps and stay out.
 
@@ -198,7 +198,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        """Update every parameter that has a gradient; return what `closure` returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -244,7 +244,10 @@ class Muon(torch.optim.Optimizer):
         )
 
     def _forget_empty_step(self) -> None:
-        """torch.distributed.checkpoint makes states by a first step with zero gradients: to Adam's bias correction it is none."""
+        """Take back a first step with zero gradients, by which torch.distributed.checkpoint makes states.
+
+        It must not count as a step to Adam's bias correction.
+        """
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not parameters:
             return
@@ -256,7 +259,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter]["step"].mul_(size != 0)
 
     def _plans_of(self, matrices: list[tuple[int, nn.Parameter]]) -> list[Plan]:
-        """Made anew when other parameters have gradients, or are in other groups."""
+        """Return the plans, made anew when other parameters have gradients, or are in other groups."""
         key = [(index, id(parameter)) for index, parameter in matrices]
         if key != self._planned:
             pieces = [group.get("pieces", 1) for group in self.param_groups]
@@ -308,13 +311,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
 
     def _orthogonalise(self, stack: Stack, weights: Tensor) -> Tensor:
-        """(k, rows, columns) → the same."""
         matrices = weights.unflatten(1, (stack.pieces, -1))
         return newton_schulz(matrices, self.param_groups[stack.group]["newton_schulz_steps"]).flatten(1, 2)
 
 
 def _matrices_per_weight(model: nn.Module, matrices: dict[str, nn.Parameter]) -> dict[str, int]:
-    """How many per-head matrices each weight holds: 3 or 2 × `num_heads` of the module that owns a fused projection."""
+    """Return how many matrices each weight holds: 3 or 2 × `num_heads` of the module that owns a fused projection."""
     pieces = dict.fromkeys(matrices, 1)
     for name in matrices:
         *owner, projection, _ = name.split(".")

@@ -6,8 +6,8 @@ from typing import Literal
 from composer.core import State
 from composer.optim import ComposerScheduler
 
+from prx_composer.schedule.clock import time_budget_of
 from prx_composer.schedule.moments import Moment, count_after_step
-from prx_composer.schedule.time_budget import time_budget_of
 
 DECAYS = {
     "linear": lambda part: 1 - part,

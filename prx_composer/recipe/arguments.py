@@ -1,10 +1,14 @@
-"""Arguments of a recipe against what a component takes: names, missing ones, and types, each mistake with its YAML path."""
+"""A component of a recipe: its name and arguments, whether its constructor takes them, and the call.
+
+Nothing here imports PyTorch or Composer: a constructor may be read from its source (`common/outlines.py`). Every error names
+the YAML path.
+"""
 
 import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prx_composer.common.errors import Problems, UserError, nearest
@@ -13,7 +17,13 @@ from prx_composer.registry import NESTED, Registry
 from prx_composer.schedule.moments import Moment
 
 Spec = dict[str, Any]
-NONE: frozenset[str] = frozenset()
+
+
+def split(spec: Any, path: str) -> tuple[str, Spec]:
+    """Return the name and the arguments of `{name: …, **arguments}`."""
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        raise UserError(f"{path} must be a mapping with a `name`, not {spec!r}.")
+    return spec["name"], {key: value for key, value in spec.items() if key != "name"}
 
 
 def provided_by(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +55,7 @@ def is_filled(parameter: inspect.Parameter) -> bool:
 
 
 def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]:
-    """Name and arguments of the algorithms, callbacks or loggers of a recipe, in order, but those set to false."""
+    """Yield name and arguments of the algorithms, callbacks or loggers of a recipe, in order, but those set to false."""
     for name, arguments in components.items():
         if arguments is False:
             continue
@@ -54,34 +64,55 @@ def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]
         yield name, arguments if isinstance(arguments, dict) else {}
 
 
-def check_entries(components: dict[str, Any], kind: str) -> None:
-    """Raises UserError for all that `entries` would refuse."""
-    problems = Problems()
-    for name, arguments in components.items():
-        with problems.noted():
-            list(entries({name: arguments}, kind))
-    problems.raise_any()
+_OF_ONE = ("path", "split", "captions", "remote", "source")  # what the data sets of a mixture may have of their own
+_WEIGHT = "weight"
 
 
-def split(spec: Any, path: str) -> tuple[str, Spec]:
-    """`{name: …, **arguments}` → name, arguments."""
-    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
-        raise UserError(f"{path} must be a mapping with a `name`, not {spec!r}.")
-    return spec["name"], {key: value for key, value in spec.items() if key != "name"}
+def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the data sets that a loader names: where in it → its arguments, those that all share included.
+
+    Below `mix`, a data set lies in a folder of its name in `path` (and `remote`), unless it has one of its own.
+
+    Raises:
+        UserError: no path; a mixture that is empty, has an unknown key, or a weight for some of its data sets only.
+    """
+    mix = spec.get("mix")
+    if mix is None and not spec.get("path"):
+        raise UserError("path is missing: the folder of the data set.")
+    if mix is None:
+        return {"": dict(spec)}
+    if not isinstance(mix, Mapping) or not mix or not all(isinstance(part, Mapping) for part in mix.values()):
+        raise UserError(f"mix must be a mapping such as {{flux: {{path: data/flux, weight: 0.5}}}}, not {mix!r}.")
+    for name, part in mix.items():
+        if unknown := part.keys() - {*_OF_ONE, _WEIGHT}:
+            raise UserError(f"mix.{name}.{min(unknown)}: unknown; a data set has {', '.join(_OF_ONE)} and {_WEIGHT}.")
+        if not (part.get("path") or spec.get("path")):
+            raise UserError(
+                f"mix.{name}.path is missing: the folder of the data set; or set path to the folder that holds them all."
+            )
+    weights = {name: part[_WEIGHT] for name, part in mix.items() if _WEIGHT in part}
+    if weights and len(weights) < len(mix):
+        without = next(name for name in mix if name not in weights)
+        raise UserError(f"mix.{without}.weight is missing: give one to all data sets, or to none: samples are seen equally then.")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise UserError(f"mix.{name}.weight must be a positive number, not {weight!r}.")
+    return {f"mix.{name}": _of_mixture(spec, name, part) for name, part in mix.items()}
 
 
-def check_spec(
-    components: Registry,
-    spec: Any,
-    path: str,
-    provided: frozenset[str] = NONE,
-    also: frozenset[str] = NONE,
-    defaulted: frozenset[str] = NONE,
-    imports: bool = True,
-) -> None:
-    """Checks `{name: …, **arguments}`; see `check_arguments`."""
-    name, arguments = split(spec, path)
-    check_component(components, name, arguments, path, provided, also, defaulted, imports)
+def _of_mixture(spec: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    shared = {key: value for key, value in spec.items() if key != "mix"}
+    below = {key: f"{spec[key]}/{name}" for key in ("path", "remote") if spec.get(key)}
+    return shared | below | {key: value for key, value in part.items() if key != _WEIGHT}
+
+
+def weights_of(mix: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return the weight of every data set, or None if none is given."""
+    weights = {name: float(part[_WEIGHT]) for name, part in mix.items() if _WEIGHT in part}
+    return weights or None
+
+
+# ----------------------------------------------------------------------------------------------------------------------- checked
 
 
 def check_component(
@@ -89,12 +120,12 @@ def check_component(
     name: str,
     arguments: Spec,
     path: str,
-    provided: frozenset[str] = NONE,
-    also: frozenset[str] = NONE,
-    defaulted: frozenset[str] = NONE,
+    provided: Collection[str] = (),
+    also: Collection[str] = (),
+    defaulted: Collection[str] = (),
     imports: bool = True,
 ) -> None:
-    """Checks a component's name, and its arguments as `check_arguments` does.
+    """Check a component's name, and its arguments as `check_arguments` does.
 
     Args:
         imports: whether components may be imported for it. If not, what cannot be known without passes.
@@ -110,9 +141,9 @@ def check_arguments(
     target: Any,
     arguments: Spec,
     path: str,
-    provided: frozenset[str] = NONE,
-    also: frozenset[str] = NONE,
-    defaulted: frozenset[str] = NONE,
+    provided: Collection[str] = (),
+    also: Collection[str] = (),
+    defaulted: Collection[str] = (),
     imports: bool = True,
 ) -> None:
     """Binds arguments against a signature.
@@ -143,8 +174,8 @@ def check_arguments(
                 raise UserError(f"{path}.{key}: no such argument.{instead}")
             if key in NESTED:
                 if value is not None or default is not None:
-                    tokenizer = frozenset({"tokenizer"}) if key == "text_encoder" else NONE
-                    check_spec(NESTED[key], value, f"{path}.{key}", provided=tokenizer, also=tokenizer, imports=imports)
+                    below, tokenizer = f"{path}.{key}", ("tokenizer",) if key == "text_encoder" else ()
+                    check_component(NESTED[key], *split(value, below), below, tokenizer, tokenizer, imports=imports)
             elif key in hints:
                 check_type(value, hints[key], f"{path}.{key}", default)
     for name, parameter in parameters.items():
@@ -154,11 +185,64 @@ def check_arguments(
 
 
 def hints_of(function: Any) -> dict[str, Any]:
-    """Its annotations; none for a foreign function's that only resolve where they were written."""
+    """Return the annotations of a function; none for a foreign one's that only resolve where they were written."""
     try:
         return typing.get_type_hints(function)
     except (NameError, TypeError):
         return {}
+
+
+# ------------------------------------------------------------------------------------------------------------------------ called
+
+
+def build(
+    components: Registry, name: str, arguments: Spec, path: str, provided: Mapping[str, Any] | None = None, **given: Any
+) -> Any:
+    """Call a component's constructor with its arguments from the recipe and with what the program has for it.
+
+    Mappings become what the constructor's annotation asks for: dataclasses, or nested components by name.
+
+    Args:
+        provided: what there is for any component, such as `provided_by` returns; see `is_filled`.
+        given: what components of this kind are called with, if the constructor has such a parameter.
+
+    Raises:
+        UserError: what the constructor rejects with a ValueError, and files or weights that cannot be had, at `path`.
+    """
+    target = components.get(name, path)
+    function = constructor(target)
+    hints = hints_of(function)
+    accepted = inspect.signature(function).parameters
+    filled = {key: value for key, value in (provided or {}).items() if key in accepted and is_filled(accepted[key])}
+    filled |= {key: value for key, value in given.items() if key in accepted}
+    filled |= {key: _construct(value, key, hints.get(key), f"{path}.{key}") for key, value in arguments.items()}
+    try:
+        return target(**filled)
+    except UserError:
+        raise
+    except Exception as error:
+        # A bare Exception is what llm-foundry raises for a value that it doesn't take.
+        if isinstance(error, ValueError | OSError | ImportError) or type(error) is Exception:
+            raise UserError(f"{path}: {error}") from error
+        raise
+
+
+def _construct(value: Any, key: str, hint: Any, path: str) -> Any:
+    if key in NESTED and isinstance(value, dict):
+        return build(NESTED[key], *split(value, path), path)
+    of = dataclass_in(hint, value)
+    if of is None:
+        return value
+    if isinstance(value, dict):
+        return _dataclass(of, value, path)
+    return [_dataclass(of, element, f"{path}[{index}]") for index, element in enumerate(value)]
+
+
+def _dataclass(cls: Any, value: Spec, path: str) -> Any:
+    try:
+        return cls(**value)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- types
@@ -173,44 +257,54 @@ def check_type(value: Any, hint: Any, path: str, example: Any = None) -> None:
     Raises:
         UserError: it is of another type; says what to write.
     """
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    options = typing.get_args(hint) if union else (hint,)
+    options = _options(hint)
     if value is None and type(None) in options:
         return
-    for option in options:
-        item = next(iter(typing.get_args(option)), None)
-        if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            check_arguments(option, value, path)
-            return
-        if dataclasses.is_dataclass(item) and isinstance(value, list):
-            problems = Problems()
-            for index, element in enumerate(value):
-                with problems.noted():
-                    check_type(element, item, f"{path}[{index}]")
-            problems.raise_any()
-            return
+    of = dataclass_in(hint, value)
+    if of is not None and isinstance(value, dict):
+        check_arguments(of, value, path)
+        return
+    if of is not None:
+        _check_each([(f"[{index}]", element, of) for index, element in enumerate(value)], path)
+        return
     expected = [_describe(option) for option in options]
     if not all(expected):
         return
     if not any(_matches(value, option) for option in options):
         raise UserError(f"{path}: expected {' or '.join(expected)}, not {value!r}.{_instead(value, options, example, path)}")
-    if len(options) == 1 and isinstance(value, list | dict):
-        _check_items(value, hint, path)
-
-
-def _check_items(value: list[Any] | dict[Any, Any], hint: Any, path: str) -> None:
-    """Elements of a list, or values of a mapping, where the annotation says of which type they are."""
-    arguments = [argument for argument in typing.get_args(hint) if argument is not Ellipsis]
+    if len(options) > 1 or not isinstance(value, list | dict):
+        return
+    of_items = [argument for argument in typing.get_args(hint) if argument is not Ellipsis]
     if isinstance(value, dict):
-        pairs, hints = [(f".{key}", item) for key, item in value.items()], arguments[1:] * len(value)
+        _check_each([(f".{key}", item, of_item) for of_item in of_items[1:] for key, item in value.items()], path)
     else:
-        pairs = [(f"[{index}]", item) for index, item in enumerate(value)]
-        hints = arguments * len(value) if len(arguments) == 1 else arguments  # of another length: the constructor's to judge
+        of_items = of_items * len(value) if len(of_items) == 1 else of_items  # of another length: the constructor's to judge
+        _check_each([(f"[{i}]", item, of_item) for i, (item, of_item) in enumerate(zip(value, of_items, strict=False))], path)
+
+
+def _check_each(items: Iterable[tuple[str, Any, Any]], path: str) -> None:
+    """Check the types of what is below a path: where, what, and its annotation."""
     problems = Problems()
-    for (below, item), of_item in zip(pairs, hints, strict=False):
+    for below, item, hint in items:
         with problems.noted():
-            check_type(item, of_item, path + below)
+            check_type(item, hint, path + below)
     problems.raise_any()
+
+
+def dataclass_in(hint: Any, value: Any) -> Any:
+    """Return the dataclass that a mapping, or each element of a list, is to become by an annotation; None if there is none."""
+    for option in _options(hint):
+        item = next(iter(typing.get_args(option)), None)
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            return option
+        if dataclasses.is_dataclass(item) and isinstance(value, list):
+            return item
+    return None
+
+
+def _options(hint: Any) -> Sequence[Any]:
+    """Return what an annotation allows: the parts of a union, or itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 _PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
@@ -218,7 +312,7 @@ _CONTAINERS = {dict: "a mapping", list: "a list", tuple: "a list", Sequence: "a 
 
 
 def _describe(hint: Any) -> str:
-    """What a YAML value of that type is called; empty for types that YAML doesn't have, which are then not checked."""
+    """Return what a YAML value of that type is called; "" for types that YAML doesn't have, which are not checked."""
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(repr, typing.get_args(hint)))
     if dataclasses.is_dataclass(hint):
@@ -227,7 +321,7 @@ def _describe(hint: Any) -> str:
 
 
 def _instead(value: Any, options: Sequence[Any], example: Any, path: str) -> str:
-    """What to write where a number stands for a string: a time without its unit, most often."""
+    """Return what to write where a number stands for a string: a time without its unit, most often."""
     if str not in options or isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     unit = _unit(example)
@@ -242,7 +336,7 @@ def _instead(value: Any, options: Sequence[Any], example: Any, path: str) -> str
 
 
 def _unit(example: Any) -> str:
-    """Of a default such as "0.25dur" or "24h"; nothing for one that is no time."""
+    """Return the unit of a default such as "0.25dur" or "24h"; "" for one that is no time."""
     try:
         unit = Moment(example).points[0].unit if isinstance(example, str) else ""
     except ValueError:

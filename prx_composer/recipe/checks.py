@@ -1,32 +1,36 @@
 """What a recipe itself tells of its mistakes: all of them, at once, before anything is imported.
 
-`first_look` reads constructors from their source (`outlines.py`); the same checks run again, over the imported classes, in
-`preflight`, which then builds what it can.
+`first_look` reads constructors from their source (`common/outlines.py`). The same checks run again over the imported classes in
+`training/preflight`, which then makes what it can.
 """
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prx_composer import registry
 from prx_composer.common.errors import Problems, UserError, nearest
 from prx_composer.common.outlines import CannotTell, constants, outline
-from prx_composer.recipe.arguments import NONE, check_component, check_spec, entries, provided_by
-from prx_composer.recipe.data_sets import data_sets
+from prx_composer.recipe.arguments import check_component, data_sets, entries, provided_by, split
+from prx_composer.recipe.consistency import batch_problems, downsampling_of, image_size_problems, schedule_problems, time_problems
 from prx_composer.recipe.resume import check_allowed
-from prx_composer.recipe.sizes import batch_problems, downsampling_of, image_size_problems
-from prx_composer.recipe.time_checks import schedule_problems, time_problems
-from prx_composer.registry import Registry
+from prx_composer.registry import BY_KEY, BY_NAME
 
 Values = Mapping[str, Any]
 
-# What every component of a kind is called with, which a recipe cannot give.
-OF_MODELS = frozenset({"seed"})
-OF_OPTIMIZERS = frozenset({"model", "params"})
-OF_LOADERS = frozenset({"tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed", "evaluation"})
-_OF_OURS = frozenset({"folder", "source"})  # a stranger's component may have settings of these names
+# What every component of a kind is called with, which a recipe cannot give; and what a recipe gives beside its arguments.
+OF_MODELS = (("seed",), ("init_from",))
+_OF_LOADERS = (("tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed", "evaluation"), ("source",))
+_OF = {
+    "model": OF_MODELS,
+    "optimizer": (("model", "params"), ()),
+    "scheduler": ((), ()),
+    "train_loader": _OF_LOADERS,
+    "eval_loader": _OF_LOADERS,
+}
+_OF_OURS = ("folder", "source")  # a stranger's component may have settings of these names
 _SCHEDULE = {"scheduler", "max_duration", "time_budget", "algorithms", "global_train_batch_size"}
 _SEEDS = 2**32  # NumPy takes no others, nor does Composer
 _PRECISIONS = {  # what others call Composer's
@@ -44,90 +48,62 @@ def first_look(values: Values, num_ranks: int) -> list[str]:
     """
     readable = not values.get("code_paths")  # which may add components, and put others in the place of ours
     problems = argument_problems(values, imports=False) if readable else time_problems(values)
-    problems += missing_code(values.get("code_paths", []))
+    for index, name in enumerate(values.get("code_paths", [])):
+        problems += missing_code(name, f"code_paths[{index}]")
     if not any(problem.startswith("scheduler") for problem in problems) and values.keys() >= _SCHEDULE:
         problems += schedule_problems(values)
     problems += setting_problems(values, num_ranks) + batch_problems(values, num_ranks)
     return list(dict.fromkeys(problems + (_image_sizes(values) if readable else [])))
 
 
-def missing_code(paths: Sequence[str], option: str | None = None) -> list[str]:
-    """Python files that aren't there, of `code_paths` or of a command's option."""
-    missing = [(index, name) for index, name in enumerate(paths) if not _is_python(Path(name).expanduser())]
-    return [f"{option or f'code_paths[{index}]'}: there is no Python file {name} (*.py)." for index, name in missing]
-
-
-def _is_python(path: Path) -> bool:
-    return path.is_file() and path.suffix == ".py"  # Python imports no file of another name
+def missing_code(name: str, where: str) -> list[str]:
+    """Return what is wrong with a Python file that `code_paths`, or a command's option, names."""
+    path = Path(name).expanduser()
+    is_python = path.is_file() and path.suffix == ".py"  # Python imports no file of another name
+    return [] if is_python else [f"{where}: there is no Python file {name} (*.py)."]
 
 
 def argument_problems(values: Values, imports: bool = True) -> list[str]:
-    """Names and arguments of every component, and times; what the program supplies counts as given."""
-    found = _component_problems(values, imports)
-    said = {problem.partition(": ")[0] for problem in found}  # a number for a time is of a wrong type, and no time either
-    return found + [problem for problem in time_problems(values) if problem.partition(": ")[0] not in said]
-
-
-def _component_problems(values: Values, imports: bool) -> list[str]:
-    problems, filled = Problems(), frozenset(provided_by(values))
-    for components, key, provided, also, defaulted in (
-        (registry.models, "model", OF_MODELS, frozenset({"init_from"}), NONE),
-        (registry.optimizers, "optimizer", OF_OPTIMIZERS, NONE, filled),
-        (registry.schedulers, "scheduler", NONE, NONE, filled),
-    ):
-        if key in values:
+    """Return what is wrong with names and arguments of components, and with times; what the program supplies counts as given."""
+    problems, filled = Problems(), provided_by(values)
+    for key, components in BY_KEY.items():
+        if values.get(key) is not None:
+            defaulted = () if key == "model" else filled
             with problems.noted():
-                check_spec(components, values[key], key, provided, also, defaulted, imports)
-    source = values.get("model", {}).get("init_from")
-    if not isinstance(source, str | None):
-        problems.found.append(f"model.init_from: expected a string or null, not {source!r}.")
-    with problems.noted():
-        _check_lora(values)
-    for key in ("train_loader", "eval_loader"):
-        if spec := values.get(key):
-            with problems.noted():
-                check_spec(registry.loaders, spec, key, OF_LOADERS, frozenset({"source"}), filled, imports)
-            with problems.noted():
-                _check_sources(spec, key, imports)
-    for kind in ("algorithms", "callbacks", "loggers"):
-        components: Registry = getattr(registry, kind)
+                check_component(components, *split(values[key], key), key, *_OF[key], defaulted, imports)
+    for kind, components in BY_NAME.items():
         for name, given in values.get(kind, {}).items():
+            reserved = _OF_OURS if name in components.builtin else ()
             with problems.noted():
                 for _, arguments in entries({name: given}, kind):
-                    reserved = _OF_OURS if name in components.builtin else NONE
-                    check_component(components, name, arguments, f"{kind}.{name}", reserved, NONE, filled, imports)
-    return problems.found
-
-
-def _check_lora(values: Values) -> None:
-    """Adapters are trained on weights that stay; a backbone of this package begins with random ones."""
-    model = values.get("model") or {}
-    backbone = model.get("backbone")
+                    check_component(components, name, arguments, f"{kind}.{name}", reserved, (), filled, imports)
+    for key in ("train_loader", "eval_loader"):
+        spec, parts = values.get(key) or {}, {}
+        try:
+            parts = data_sets(spec) if spec.get("name") == "image_caption" else {}
+        except UserError as error:
+            problems.found.append(f"{key}.{error}")
+        for where, part in parts.items():
+            if where and part.get("source"):
+                path = f"{key}.{where}.source"
+                with problems.noted():
+                    check_component(registry.sources, *split(part["source"], path), path, imports=imports)
+    model = values.get("model", {})
+    if not isinstance(model.get("init_from"), str | None):
+        problems.found.append(f"model.init_from: expected a string or null, not {model['init_from']!r}.")
+    backbone, lora = model.get("backbone"), values.get("algorithms", {}).get("lora", False)
     ours = isinstance(backbone, dict) and registry.backbones.is_packaged(str(backbone.get("name")))
-    if ours and values.get("algorithms", {}).get("lora", False) is not False and not model.get("init_from"):
-        raise UserError(
+    if ours and lora is not False and not model.get("init_from"):  # a backbone of this package begins with random weights
+        problems.found.append(
             "algorithms.lora: adapters are trained on the weights of another model, which stay as they are, and model.init_from "
             "names none: they would stay random. Set model.init_from (prx import writes it), or algorithms.lora=false."
         )
-
-
-def _check_sources(spec: dict[str, Any], key: str, imports: bool) -> None:
-    if spec.get("name") != "image_caption":
-        return
-    try:
-        found = data_sets(spec)
-    except UserError as error:
-        raise UserError(f"{key}.{error}") from error
-    problems = Problems()
-    for where, part in found.items():
-        if where and part.get("source"):
-            with problems.noted():
-                check_spec(registry.sources, part["source"], f"{key}.{where}.source", imports=imports)
-    problems.raise_any()
+    said = {problem.partition(": ")[0] for problem in problems.found}  # a number for a time is of a wrong type: no time either
+    return problems.found + [problem for problem in time_problems(values) if problem.partition(": ")[0] not in said]
 
 
 def setting_problems(values: Values, num_ranks: int) -> list[str]:
-    """What else needs no component: the seed, the number of checkpoints, precision and sharding."""
+    """Return what is wrong with settings of no component: the seed, the number of checkpoints, precision, sharding."""
     problems = Problems()
     if not 0 <= (seed := values.get("seed", 0)) < _SEEDS:
         problems.found.append(f"seed: {seed} lies outside of 0 … {_SEEDS - 1}, which are the seeds there are.")
@@ -137,8 +113,6 @@ def setting_problems(values: Values, num_ranks: int) -> list[str]:
         )
     problems.found.extend(_number_problems(values))
     with problems.noted():
-        check_allowed(values.get("resume", {}))
-    with problems.noted():
         check_precision(values.get("precision", "fp32"))
     with problems.noted():
         check_parallelism(values.get("parallelism_config"), num_ranks)
@@ -147,11 +121,13 @@ def setting_problems(values: Values, num_ranks: int) -> list[str]:
             "model.compile: true compiles the backbone as one graph, which FSDP2 cannot shard; use model.compile=blocks, or "
             "parallelism_config=null."
         )
+    with problems.noted():
+        check_allowed(values.get("resume", {}))
     return problems.found
 
 
 def _number_problems(values: Values) -> Iterator[str]:
-    """Numbers that mean nothing where they stand, though they are of the right type; of a wrong type is for others to say."""
+    """Yield the numbers that mean nothing where they stand, though they are of the right type."""
     for key, value in (values.get("optimizer") or {}).items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"optimizer.{key}: {value} is no number to train with."
@@ -171,7 +147,7 @@ def _number_problems(values: Values) -> Iterator[str]:
 
 
 def precisions() -> list[str]:
-    """Composer's; none if its source is written in another way than it was."""
+    """Return Composer's precisions; none if its source is written in another way than it was."""
     try:
         return list(constants("composer.core.precision", "Precision").values())
     except CannotTell:
@@ -179,7 +155,7 @@ def precisions() -> list[str]:
 
 
 def check_precision(precision: str) -> None:
-    """Raises UserError for none of Composer's, with the spelling that is meant."""
+    """Raise UserError for a precision that Composer doesn't have, with the spelling that is meant."""
     allowed = precisions()
     if precision in allowed or not allowed:
         return
@@ -196,7 +172,7 @@ _NOT_OURS = frozenset({"device_mesh", "load_monolith_rank0_only"})
 
 
 def check_parallelism(config: dict[str, Any] | None, num_ranks: int) -> None:
-    """Raises UserError for an unknown key of `parallelism_config`, and for shards that the ranks don't divide into."""
+    """Raise UserError for an unknown key of `parallelism_config`, and for shards that the ranks don't divide into."""
     if config is None:
         return
     path = "parallelism_config"
@@ -220,17 +196,15 @@ def check_parallelism(config: dict[str, Any] | None, num_ranks: int) -> None:
 
 
 def _settable() -> list[str]:
-    """What `parallelism_config.fsdp` takes."""
+    """Return what `parallelism_config.fsdp` takes."""
     try:
-        return sorted(
-            inspect.signature(outline("prx_composer.training.components", "HybridConfig")).parameters.keys() - _NOT_OURS
-        )
+        return sorted(inspect.signature(outline("prx_composer.training.trainer", "HybridConfig")).parameters.keys() - _NOT_OURS)
     except CannotTell:
         return []
 
 
 def _image_sizes(values: Values) -> list[str]:
-    """Image sizes that don't divide into patches, where the recipe alone tells the patches' size."""
+    """Return the image sizes that don't divide into patches, where the recipe alone tells the patches' size."""
     model = values.get("model", {})
     backbone, autoencoder = model.get("backbone"), model.get("autoencoder") or {"name": "pixels"}
     if not isinstance(backbone, dict) or backbone.get("name") != "prx" or not isinstance(autoencoder, dict):

@@ -1,17 +1,19 @@
-"""A recipe: YAML files and `key=value`s merged and checked, every error naming its YAML path.
+"""A recipe: YAML files and `key=value`s merged and checked, its author's own code imported, its defaults written out.
 
-Nothing here builds a model or touches data. `check` binds every component's arguments against its signature, so that what
-a constructor would reject is said before anything is built; `build` then calls the constructors.
+A recipe that a user hands to train.py is the user's program, and `import_code` runs what its `code_paths` name. The recipe inside
+of a run folder is data, maybe a stranger's: opening it imports nothing (`without_code`).
 """
 
 import dataclasses
 import importlib.util
 import inspect
 import io
+import json
+import logging
+import shlex
 import sys
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from prx_composer import registry
 from prx_composer.common.errors import Problems, UserError, nearest, raise_all
 from prx_composer.common.files import read_text
 from prx_composer.common.outlines import constructor
-from prx_composer.recipe.arguments import check_entries, check_type, hints_of, is_filled, split
+from prx_composer.recipe.arguments import Spec, check_type, dataclass_in, entries, hints_of
 from prx_composer.recipe.checks import argument_problems, first_look, missing_code
-from prx_composer.registry import NESTED, Registry
-
-Spec = dict[str, Any]
+from prx_composer.registry import BY_KEY, BY_NAME, NESTED, Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,14 @@ class Recipe:
     variables: Spec = field(default_factory=dict)
     resume: Spec = field(default_factory=dict)  # {allow: [keys that may differ from the run that goes on]}; see resume.py
 
+    @property
+    def eval_batch_size(self) -> int:
+        """Images of one step of an evaluation, over all ranks."""
+        return self.global_eval_batch_size or self.global_train_batch_size
+
 
 def load(arguments: list[str], num_ranks: int = 1) -> Recipe:
-    """`[A.yaml, B.yaml, …, key=value, …]`, merged left to right.
+    """Read `[A.yaml, B.yaml, …, key=value, …]`, merged from left to right.
 
     Args:
         num_ranks: over which batches must divide; asked only if the recipe is wrong anyway.
@@ -76,21 +82,21 @@ def load(arguments: list[str], num_ranks: int = 1) -> Recipe:
         UserError: a file that isn't there or isn't YAML, an unknown or missing key, a value of the wrong type; together with
             whatever else is wrong with the keys that are right.
     """
-    merged = _merged(arguments)
-    fields = {f.name: f for f in dataclasses.fields(Recipe)}
+    merged, defaults = _merged(arguments), _defaults()
     hints = typing.get_type_hints(Recipe)
     problems = Problems()
-    values = {name: _default(f) for name, f in fields.items() if name not in merged and _has_default(f)}
-    keys = [str(key) for key in merged]
-    problems.found.extend(f"{key}: no such key in a recipe.{nearest(key, list(fields))}" for key in keys if key not in fields)
-    for key in (key for key in keys if key in fields):
+    values = {key: default for key, default in defaults.items() if key not in merged}
+    for key in map(str, merged):
         with problems.noted():
+            if key not in hints:
+                raise UserError(f"{key}: no such key in a recipe.{nearest(key, list(hints))}")
             value = _resolved(merged, key)
-            check_type(value, hints[key], key, _EXAMPLES.get(key, fields[key].default))
+            check_type(value, hints[key], key, _EXAMPLES.get(key, defaults.get(key)))
             values[key] = value
-            if key in ("algorithms", "callbacks", "loggers"):
-                check_entries(value, key)
-    missing = [name for name, f in fields.items() if name not in merged and not _has_default(f)]
+            for name in value if key in BY_NAME else ():
+                with problems.noted():
+                    list(entries({name: value[name]}, key))
+    missing = [key for key in hints if key not in merged and key not in defaults]
     if missing:
         problems.found.append(
             f"The recipe lacks {', '.join(missing)}. A file that names a few keys, such as those in yamls/ablations/, is "
@@ -119,7 +125,7 @@ def _merged(arguments: list[str]) -> DictConfig:
 
 
 def _is_file(argument: str) -> bool:
-    """Whether an argument is a recipe, and no `key=value`; a file's name may have a `=` in it.
+    """Return whether an argument is a recipe, and no `key=value`; a file's name may have a `=` in it.
 
     Raises:
         UserError: it is both.
@@ -136,7 +142,7 @@ def _is_file(argument: str) -> bool:
 
 
 def _resolved(merged: DictConfig, key: str) -> Any:
-    """A key's value with what it refers to by `${…}`."""
+    """Return a key's value with what it refers to by `${…}`."""
     try:
         value: Any = merged[key]
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -144,16 +150,17 @@ def _resolved(merged: DictConfig, key: str) -> Any:
         raise UserError(f"{error.full_key or key}: {str(error).splitlines()[0]}") from error
 
 
-def _has_default(f: "dataclasses.Field[Any]") -> bool:
-    return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-
-
-def _default(f: "dataclasses.Field[Any]") -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+def _defaults() -> dict[str, Any]:
+    """Return the defaults of the keys that have one."""
+    return {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(Recipe)
+        if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+    }
 
 
 def _merge(below: Any, above: DictConfig) -> Any:
-    """Merges two recipes; a component of another name replaces the one below instead of inheriting its arguments."""
+    """Merge two recipes; a component of another name replaces the one below instead of inheriting its arguments."""
     below = below.copy()
     _drop_replaced(below, above)
     return OmegaConf.merge(below, above)
@@ -170,7 +177,7 @@ def _drop_replaced(below: Any, above: DictConfig) -> None:
 
 
 def _set(merged: Any, argument: str) -> Any:
-    """Applies `a.b=value` or `a.list[0].b=value`; the value is YAML. Components are replaced as by `_merge`."""
+    """Apply `a.b=value` or `a.list[0].b=value`; the value is YAML. Components are replaced as by `_merge`."""
     key, _, text = argument.partition("=")
     parent, _, last = key.rpartition(".")
     try:
@@ -199,8 +206,17 @@ def _read(argument: str) -> DictConfig:
     return config
 
 
+def check(recipe: Recipe) -> None:
+    """Check names, arguments and times that need no data; the arguments that the program supplies count as given.
+
+    Raises:
+        UserError: naming every path that is wrong.
+    """
+    raise_all(argument_problems(vars(recipe)))
+
+
 def import_code(paths: Sequence[str], option: str | None = None) -> None:
-    """Imports a user's Python files, so that what they register is found.
+    """Import a user's Python files, so that what they register is found.
 
     Only files that the user names belong here: of their own recipe, or by `--code`. Never what a run folder or data name.
 
@@ -212,8 +228,8 @@ def import_code(paths: Sequence[str], option: str | None = None) -> None:
     """
     for index, name in enumerate(paths):
         path = Path(name).expanduser()
-        if missing := missing_code([name], option or f"code_paths[{index}]"):
-            raise UserError(missing[0])
+        for problem in missing_code(name, option or f"code_paths[{index}]"):
+            raise UserError(problem)
         module_name = f"prx_composer_user_{path.stem}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None
@@ -222,65 +238,158 @@ def import_code(paths: Sequence[str], option: str | None = None) -> None:
         spec.loader.exec_module(module)
 
 
-# ------------------------------------------------------------------------------------------------------ components
+NEEDS_CODE = "needs_code"
+"""Key of a checkpoint's index: the YAML paths of components that decide what the model draws and came from such files."""
+
+log = logging.getLogger(__name__)
 
 
-def check(recipe: Recipe) -> None:
-    """Checks names, arguments, times and sizes that need no data; the arguments that `train` supplies count as given.
+def needs_code(recipe: dict[str, Any]) -> list[str]:
+    """Return what `NEEDS_CODE` says of a recipe, in the process that trains it."""
+    found = []
+    for path, components, name in _deciding(recipe):
+        if components.is_packaged(name):
+            continue
+        if components is not registry.algorithms or getattr(components.get(name, path), "shapes_sampling", False):
+            found.append(path)
+    return found
 
-    Raises:
-        UserError: naming every path that is wrong.
-    """
-    raise_all(argument_problems(vars(recipe)))
 
-
-def build(
-    components: Registry, name: str, arguments: Spec, path: str, provided: Mapping[str, Any] | None = None, **given: Any
-) -> Any:
-    """Call a component's constructor with its arguments from the recipe and with what the program has for it.
-
-    Mappings become what the constructor's annotation asks for: dataclasses, or nested components by name.
+def without_code(recipe: Recipe, index: dict[str, Any], where: Path) -> Recipe:
+    """Return the recipe of a run that is opened, without algorithms that opening doesn't need and cannot name.
 
     Args:
-        provided: what there is for any component, such as `provided_by` returns; see `is_filled`.
-        given: what components of this kind are called with, if the constructor has such a parameter.
+        index: of the checkpoint.
+        where: it lies, for messages.
 
     Raises:
-        UserError: what the constructor rejects with a ValueError, and files or weights that cannot be had, at `path`.
+        UserError: the model needs code that the user has not given.
     """
-    target = components.get(name, path)
-    function = constructor(target)
-    hints = hints_of(function)
-    accepted = inspect.signature(function).parameters
-    filled = {key: value for key, value in (provided or {}).items() if key in accepted and is_filled(accepted[key])}
-    filled |= {key: value for key, value in given.items() if key in accepted}
-    filled |= {key: _construct(value, key, hints.get(key), f"{path}.{key}") for key, value in arguments.items()}
+    recorded, saved = index.get(NEEDS_CODE), {"model": recipe.model, "algorithms": recipe.algorithms}
+    lacking, passed_over = list[str](), list[str]()
+    for path, components, name in _deciding(saved):
+        replaced = bool(recorded) and path in recorded and components.is_packaged(name)  # the code had a class of that name
+        if not replaced and _is_known(components, name, path):
+            continue
+        if components is registry.algorithms and isinstance(recorded, list) and path not in recorded:
+            passed_over.append(name)  # a loss or the like: of training alone
+        else:
+            lacking.append(path)
+    files = [str(file) for file in recipe.code_paths]
+    if lacking and files:
+        raise UserError(
+            f"{where}: {', '.join(lacking)} came from Python code of the run's author: {', '.join(files)} (its code_paths). "
+            "Opening a run executes nothing that the run names. Read that code, and if you trust it, give your copy: "
+            f"{' '.join(f'--code {shlex.quote(file)}' for file in files)}"
+        )
+    if recorded is None and files and not any(components.is_added(name) for _, components, name in _deciding(saved)):
+        log.warning(
+            "%s: its recipe names Python code (%s), which is not executed. An older version wrote this checkpoint and didn't say "
+            "whether the model needs it; if it does, give --code FILE.",
+            where,
+            ", ".join(files),
+        )
+    if passed_over:
+        log.info("%s: algorithms.%s, of the author's own code, is of training alone.", where, ", ".join(passed_over))
+    return dataclasses.replace(
+        recipe, algorithms={key: value for key, value in recipe.algorithms.items() if key not in passed_over}
+    )
+
+
+def _is_known(components: Registry, name: str, path: str) -> bool:
     try:
-        return target(**filled)
+        components.get(name, path)
     except UserError:
-        raise
-    except Exception as error:
-        # A bare Exception is what llm-foundry raises for a value that it doesn't take.
-        if isinstance(error, ValueError | OSError | ImportError) or type(error) is Exception:
-            raise UserError(f"{path}: {error}") from error
-        raise
+        return False
+    return True
 
 
-def _construct(value: Any, key: str, hint: Any, path: str) -> Any:
-    if key in NESTED and isinstance(value, dict):
-        return build(NESTED[key], *split(value, path), path)
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for option in options:
-        if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            return _dataclass(option, value, path)
-        item = next(iter(typing.get_args(option)), None)
-        if dataclasses.is_dataclass(item) and isinstance(value, list):
-            return [_dataclass(item, element, f"{path}[{index}]") for index, element in enumerate(value)]
-    return value
+def _deciding(recipe: dict[str, Any]) -> Iterator[tuple[str, Registry, str]]:
+    """Yield YAML path, registry and name of every component that may decide what a model draws."""
+    yield from _nested(recipe.get("model"), "model", registry.models)
+    for name, _ in entries(recipe.get("algorithms") or {}, "algorithms"):
+        yield f"algorithms.{name}", registry.algorithms, name
 
 
-def _dataclass(cls: Any, value: Spec, path: str) -> Any:
+def _nested(spec: Any, path: str, components: Registry) -> Iterator[tuple[str, Registry, str]]:
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        return
+    yield path, components, spec["name"]
+    for key, value in spec.items():
+        if key in NESTED:
+            yield from _nested(value, f"{path}.{key}", NESTED[key])
+
+
+# ---------------------------------------------------------------------------------------------------------- with every default
+
+
+_NONE_MEANS: dict[str, Any] = {"flow": {}, "autoencoder": {"name": "pixels"}}  # of a model
+
+
+def resolved(recipe: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """Return a recipe, as YAML gives it, with the defaults of its keys and of every component's constructor.
+
+    What cannot be looked up, such as a stranger's component whose file isn't imported, stays as it is.
+
+    Args:
+        recipe: perhaps of an older version, which had fewer keys.
+        ranks: what a batch is divided by where `device_train_microbatch_size` is left out.
+    """
+    full = {**recipe, **{key: value for key, value in _defaults().items() if key not in recipe}}
+    for key, components in BY_KEY.items():
+        if isinstance(full.get(key), dict):
+            full[key] = _component(components, full[key])
+    for key, components in BY_NAME.items():
+        full[key] = {
+            name: _component(components, {"name": name} | arguments, named=False)
+            for name, arguments in entries(full.get(key) or {}, key)
+        }
+    batch = full.get("global_train_batch_size")
+    if isinstance(batch, int):
+        full["device_train_microbatch_size"] = full.get("device_train_microbatch_size") or batch // ranks
+        full["global_eval_batch_size"] = full.get("global_eval_batch_size") or batch
+    return json.loads(json.dumps(full, default=str))  # as JSON gives it back: keys are strings, and tuples are lists
+
+
+def _component(components: Registry, spec: dict[str, Any], named: bool = True) -> dict[str, Any]:
+    name = spec.get("name")
+    arguments = {key: value for key, value in spec.items() if key != "name"}
     try:
-        return cls(**value)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+        function = constructor(components.get(str(name), str(name)))
+    except (UserError, ImportError):
+        return spec if named else arguments
+    return ({"name": name} if named else {}) | _filled(function, arguments)
+
+
+def _filled(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # of a class written in C
+        return dict(arguments)
+    hints = hints_of(function)
+    found = dict(arguments)
+    for name, parameter in parameters.items():
+        if name not in found and _is_plain(parameter.default):
+            found[name] = parameter.default
+        if name in found:
+            found[name] = _value(found[name], name, hints.get(name))
+    return found
+
+
+def _value(value: Any, name: str, hint: Any) -> Any:
+    value = _NONE_MEANS.get(name) if value is None else value
+    if name in NESTED and isinstance(value, dict):
+        return _component(NESTED[name], value)
+    of = dataclass_in(hint, value)
+    if of is None:
+        return value
+    if isinstance(value, dict):
+        return _filled(of, value)
+    return [_filled(of, element) if isinstance(element, dict) else element for element in value]
+
+
+def _is_plain(default: Any) -> bool:
+    """Return whether a default is a value that a recipe could give."""
+    if isinstance(default, list | tuple):
+        return all(map(_is_plain, default))
+    return default is None or isinstance(default, bool | int | float | str)

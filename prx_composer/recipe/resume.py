@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from prx_composer.common.errors import UserError
-from prx_composer.common.secrets import redacted
+from prx_composer.common.errors import UserError, redacted
 
 May = Literal["free", "logged", "data", "asked", "never"]
 DATA = "data"  # not a key of a recipe: what the data are, by their fingerprint, wherever they lie
@@ -255,10 +254,9 @@ def check_allowed(resume: Any) -> None:
             raise UserError(f"resume.allow: {key} cannot change within a run. {rule.why} {rule.follows}")
 
 
-def changed(changes: Iterable[Change], *, same_data: bool) -> list[Change]:
-    """Return those that change anything: not the free ones, and where the data are the same, not what only names them."""
-    harmless = ("free", "data") if same_data else ("free",)
-    return [change for change in changes if change.rule.may not in harmless]
+def changed(changes: Iterable[Change]) -> list[Change]:
+    """Return those that change anything, which the free ones do not."""
+    return [change for change in changes if change.rule.may != "free"]
 
 
 def is_allowed(change: Change, allow: Sequence[str], known: Mapping[str, Any] | None = None) -> bool:
@@ -316,7 +314,8 @@ def _as_before(changes: Sequence[Change]) -> list[str]:
 
 def advice(keys: Sequence[str]) -> str:
     """Return what to add to a command so that these keys may change; quoted for a shell, where brackets mean something."""
-    return shlex.quote(f"resume.allow=[{','.join(dict.fromkeys(_plain_list(key) for key in keys))}]")
+    lists = dict.fromkeys(key.partition("[")[0] for key in keys)  # brackets would end a list on a command line
+    return shlex.quote(f"resume.allow=[{','.join(lists)}]")
 
 
 def against_what_is_not_finite() -> str:
@@ -325,11 +324,6 @@ def against_what_is_not_finite() -> str:
         "a lower learning rate (optimizer.lr=…), a longer warm-up (scheduler.t_warmup=…), algorithms.gradient_clipping, or the "
         f"end of the term that fails first (algorithms.<term>.end=<batch>ba); name it beside, {advice(['optimizer.lr'])}"
     )
-
-
-def _plain_list(key: str) -> str:
-    """Up to the list: `stages[0].until` is allowed with `stages`, since brackets end a list on a command line."""
-    return key.partition("[")[0]
 
 
 def _typed(value: Any) -> str:

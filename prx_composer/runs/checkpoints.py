@@ -26,15 +26,14 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import inside, sync
-from prx_composer.recipe.own_code import NEEDS_CODE, needs_code
+from prx_composer.recipe.config import NEEDS_CODE, needs_code
 
 log = logging.getLogger(__name__)
 
 INDEX = "checkpoint.json"
 MONOLITH = "rank0.pt"
 _NAME = re.compile(r"ba(\d+)")
-_LEFTOVER = re.compile(r"\.ba\d+\.(partial|old)")
-_CHUNK = 1 << 24
+_CHUNK = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Checkpoint:
         return str(monolith if monolith.exists() else self.path)
 
     def index(self) -> dict[str, Any]:
-        """`batch`, `ranks`, `recipe`, `files`. Raises ValueError or OSError if it can't be read."""
+        """Return `batch`, `ranks`, `recipe` and `files`. Raise ValueError or OSError if they can't be read."""
         index = json.loads((self.path / INDEX).read_text())
         if not isinstance(index, dict) or not isinstance(index.get("files"), dict):
             raise ValueError(f"{self.path / INDEX} is not a checkpoint's index.")
@@ -62,22 +61,20 @@ class Checkpoint:
 
 
 def all_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints in `<run folder>/checkpoints`, oldest first, unverified."""
-    if not folder.is_dir():
-        return []
-    named = [(path, _NAME.fullmatch(path.name)) for path in folder.iterdir()]
+    """Return the complete checkpoints in `<run folder>/checkpoints`, oldest first, unverified."""
+    named = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("ba*")]
     found = [Checkpoint(path, int(match[1])) for path, match in named if match and path.is_dir()]
     return sorted(found, key=lambda checkpoint: checkpoint.batch)
 
 
 def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
-    """The newest one of a run, unverified: for messages."""
+    """Return the newest checkpoint of a run, unverified: for messages."""
     found = all_checkpoints(run_folder / "checkpoints")
     return found[-1] if found else None
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint, by its index: a file missing, cut short or changed; None if it is whole."""
+    """Say what is wrong with a checkpoint, by its index: a file missing, cut short or changed; None if it is whole."""
     try:
         files = checkpoint.index()["files"]
     except (OSError, ValueError) as error:
@@ -99,7 +96,7 @@ def damage(checkpoint: Checkpoint) -> str | None:
 def newest_whole_checkpoint(
     folder: Path, unfit: Callable[[Checkpoint], str | None] = lambda checkpoint: None
 ) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones before it are named in the log and renamed `ba<n>.damaged`.
+    """Return the newest checkpoint that is whole; name damaged ones before it in the log and rename them `ba<n>.damaged`.
 
     Args:
         unfit: says what else is wrong with one, if anything is.
@@ -133,10 +130,9 @@ def _crc32(path: Path) -> int:
 
 
 def without_new_callbacks(load_path: str) -> Callable[[dict[str, Any]], None]:
-    """For Composer's `load_ignore_keys`: a sharded checkpoint is read key by key, and a callback that is new to the run has none.
+    """Return what Composer's `load_ignore_keys` takes: it removes callbacks that are new to the run from the state to be read.
 
-    Returns:
-        A function that takes them out of the state that is about to be read. Everything else must be there.
+    A sharded checkpoint is read key by key, and has none of theirs. Everything else must be there.
     """
 
     def forget(content: dict[str, Any]) -> None:
@@ -156,7 +152,7 @@ def without_new_callbacks(load_path: str) -> Callable[[dict[str, Any]], None]:
 
 
 def write_checkpoint(state: State, folder: Path, recipe: dict[str, Any], finite: bool = False) -> Checkpoint:
-    """Writes the full state of a run on all ranks (a collective); it is there under its name only when it is complete.
+    """Write the full state of a run on all ranks (a collective); it is there under its name only when it is complete.
 
     A sharded state (FSDP2) is written shard by shard, each rank its own; otherwise rank 0 writes all. Files are flushed to the
     disk before the rename, so that a machine that loses power leaves the checkpoint before this one.
@@ -173,15 +169,19 @@ def write_checkpoint(state: State, folder: Path, recipe: dict[str, Any], finite:
     batch, rank = int(state.timestamp.batch), dist.get_global_rank()
     path = folder / f"ba{batch}"
     partial = folder / f".ba{batch}.partial"
-    _together(lambda: _make_anew(partial) if rank == 0 else None)
+
+    def make_anew() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    _together(lambda: make_anew() if rank == 0 else None)
     try:
         _write_state(state, partial)
         mine = _together(lambda: {file.name: _sealed(file) for file in _files_of(rank, partial)})
         files = {name: facts for part in mine for name, facts in part.items()}
         index = {"version": 1, "batch": batch, "ranks": dist.get_world_size(), "torch": torch.__version__}
-        index |= {"finite": finite, "files": files}
-        index[NEEDS_CODE] = needs_code(recipe)
-        _together(lambda: _publish(partial, path, index | {"recipe": recipe}) if rank == 0 else None)
+        index |= {"finite": finite, "files": files, NEEDS_CODE: needs_code(recipe), "recipe": recipe}
+        _together(lambda: _publish(partial, path, index) if rank == 0 else None)
     except OSError:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -212,13 +212,13 @@ def _save(content: dict[str, Any], path: Path) -> None:
 
 
 def _files_of(rank: int, folder: Path) -> list[Path]:
-    """The files that this rank wrote."""
+    """Return the files that this rank wrote."""
     mine = sorted(folder.glob(f"__{rank}_*.distcp"))
     return [*mine, *(folder / name for name in (MONOLITH, ".metadata") if (folder / name).exists())] if rank == 0 else mine
 
 
 def _sealed(path: Path) -> dict[str, int]:
-    """Flushes a file to the disk; returns what it is recognised by."""
+    """Flush a file to the disk; return what it is recognised by."""
     sync(path)
     return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
 
@@ -233,13 +233,8 @@ def _publish(partial: Path, path: Path, index: dict[str, Any]) -> None:
     sync(path.parent)
 
 
-def _make_anew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _together(work: Any) -> list[Any]:
-    """Calls `work` on every rank and gathers what it returns; if it fails on one, OSError is raised on all."""
+def _together(work: Callable[[], Any]) -> list[Any]:
+    """Call `work` on every rank and gather what it returns; if it fails on one, raise OSError on all."""
     result, failure = None, None
     try:
         result = work()
@@ -255,21 +250,20 @@ def _together(work: Any) -> list[Any]:
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Deletes all checkpoints but the newest `count`; −1 keeps all. On one rank."""
+    """Delete all checkpoints but the newest `count`; −1 keeps all. On one rank."""
     found = all_checkpoints(folder)
     for checkpoint in found[: max(len(found) - count, 0)] if count >= 0 else []:
         _delete(checkpoint.path)
 
 
 def clean_up(folder: Path) -> None:
-    """Deletes what a kill left half-written or half-deleted. On one rank, while nobody writes."""
-    for path in folder.iterdir() if folder.is_dir() else []:
-        if _LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    """Delete what a kill left half-written or half-deleted. On one rank, while nobody writes."""
+    for path in [*folder.glob(".ba[0-9]*.partial"), *folder.glob(".ba[0-9]*.old")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _delete(path: Path) -> None:
-    """At once by name, so that a kill leaves no half of it under a checkpoint's name."""
+    """Delete a checkpoint at once by name, so that a kill leaves no half of it under a checkpoint's name."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     path.rename(old)

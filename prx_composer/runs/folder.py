@@ -1,27 +1,34 @@
-"""A run's folder: who may use it, how a run is recognised again, and what it says in the end.
+"""A run's folder: who may use it, how a run is recognised again, what it ran on, and what it says in the end.
 
 runs/<run_name>/config.yaml  environment.jsonl  changes.jsonl  data.json  tokenizer/  frozen/  checkpoints/
                  metrics.jsonl  images/
+
+A line of environment.jsonl says what a start of the run ran on and with. Host, user and secrets are not in it.
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import shlex
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from composer.utils import dist
 
-from prx_composer.common.errors import UserError
-from prx_composer.data.contents import loader_identity, same, told
-from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.resolved import resolved
+from prx_composer.common.errors import UserError, redacted_text
+from prx_composer.common.files import write_whole
+from prx_composer.data.contents import in_words, loader_identity, same_data
+from prx_composer.recipe.config import Recipe, resolved
 from prx_composer.recipe.resume import DATA, Change, changed, data_changed, differences, hidden, is_allowed, refusal
 from prx_composer.runs.checkpoints import Checkpoint, newest_checkpoint, newest_whole_checkpoint
 
@@ -31,43 +38,49 @@ CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 CHANGES = "changes.jsonl"
 DATA_FILE = "data.json"
+ENVIRONMENT = "environment.jsonl"
 TOKENIZER = "tokenizer"
-FROZEN = "frozen"  # see frozen_parts.py
+FROZEN = "frozen"  # parts of the model, see model_parts.py
 
-
-_LEFTOVERS = frozenset({TOKENIZER, FROZEN, f".{TOKENIZER}.partial", f".{CONFIG}.partial", DATA_FILE, f".{DATA_FILE}.partial"})
+_PACKAGES = ("prx-composer", "torch", "torchvision", "mosaicml", "mosaicml-streaming", "transformers", "diffusers", "numpy")
 
 
 def check_run_folder(recipe: Recipe, folder: Path) -> None:
-    """A run folder is used by one run: nothing in it is overwritten, and it is resumed only with its own recipe."""
+    """Make sure that one run alone uses a folder: nothing in it is overwritten, and it is resumed only with its own recipe."""
     if not holds_run(recipe, folder):
-        for name in _LEFTOVERS:
-            (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name, ignore_errors=True)
+        for path in folder.iterdir() if folder.is_dir() else []:
+            if _is_leftover(path.name):
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_leftover(name: str) -> bool:
+    """Return whether a file or folder may be of a run that was refused before its first step, or killed while it wrote."""
+    written = tuple(f".{begun}." for begun in (TOKENIZER, CONFIG, DATA_FILE))
+    return name in (TOKENIZER, FROZEN, DATA_FILE) or name.startswith(written)
 
 
 def holds_run(recipe: Recipe, folder: Path) -> bool:
-    """Whether a run of this recipe is in the folder, to go on with; False if the folder is free.
+    """Return whether a run of this recipe is in the folder, to go on with; False if the folder is free.
 
     Raises:
         UserError: it is in use by something else.
     """
-    saved = folder / CONFIG
     present = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if not path.is_dir()}
-    if present <= _LEFTOVERS:  # of a run that was refused before its first step
+    if all(map(_is_leftover, present)):
         return False
     if not recipe.autoresume:
         raise UserError(
             f"run_folder: {folder} is already in use. Go on with that run with autoresume=true, "
             "or start another run with run_name=<another name>."
         )
-    if not saved.exists():
+    if not (folder / CONFIG).exists():
         raise UserError(f"run_folder: {folder} is not empty and holds no run; choose another run_name or run_folder.")
     check_same_recipe(recipe, *_recipe_of(folder))
     return True
 
 
 def _recipe_of(folder: Path) -> tuple[dict[str, Any], str]:
-    """The recipe that a run goes on from, and what has it: its newest checkpoint, or before there is one, its last start."""
+    """Return the recipe that a run goes on from, and what has it: its newest checkpoint, or, without one, its last start."""
     newest = newest_checkpoint(folder)
     try:
         if newest is not None:
@@ -90,8 +103,7 @@ def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str, ranks: 
     """
     folder = Path(recipe.run_folder)
     ranks = dist.get_world_size() if ranks is None else ranks
-    changes = recipe_changes(before, as_saved(recipe), ranks)
-    changes = _with_data(changes, recipe, folder, before)
+    changes = _with_data(recipe_changes(before, as_saved(recipe), ranks), recipe, folder, before)
     known = {key: change["now"] for start in read_changes(folder) for key, change in start["changes"].items()}
     allow = recipe.resume.get("allow", [])
     refused = [change for change in changes if not is_allowed(change, allow, known)]
@@ -101,7 +113,7 @@ def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str, ranks: 
 
 
 def _command_as_before(folder: Path, before: dict[str, Any], refused: list[Change], ranks: int) -> str | None:
-    """What goes on with the old recipe: the config.yaml of the last start, unless that has other values of these keys too."""
+    """Return what goes on with the old recipe: the last start's config.yaml, unless it has other values of these keys too."""
     file = folder / CONFIG
     if not file.exists():
         return None
@@ -114,22 +126,21 @@ def _command_as_before(folder: Path, before: dict[str, Any], refused: list[Chang
 def recipe_changes(before: dict[str, Any], now: dict[str, Any], ranks: int) -> list[Change]:
     """Return what differs between two recipes and is not free, with every default written out."""
     before, now = (json.loads(json.dumps(content, default=str)) for content in (before, now))  # keys as JSON has them: strings
-    if not changed(differences(before, now), same_data=False):  # as nearly always: nothing needs to be looked up
+    if not changed(differences(before, now)):  # as nearly always: nothing needs to be looked up
         return []
-    return changed(differences(resolved(before, ranks), resolved(now, ranks)), same_data=False)
+    return changed(differences(resolved(before, ranks), resolved(now, ranks)))
 
 
 def _with_data(changes: list[Change], recipe: Recipe, folder: Path, recipe_before: dict[str, Any]) -> list[Change]:
-    """Judges data by what they are instead of by where they lie, once that is known."""
+    """Judge data by what they are instead of by where they lie, once that is known."""
     before = _read_data(folder) or loader_identity(recipe_before.get("train_loader"))  # older runs didn't note it
     now = loader_identity(recipe.train_loader)
     named = [change for change in changes if change.rule.may == "data"]
     if before is not None and now is not None:
         rest = [change for change in changes if change not in named]
-        return rest if same(before, now) else [*rest, Change(DATA, told(before), told(now))]
-    makes = recipe.train_loader.get("source") or any(
-        part.get("source") for part in (recipe.train_loader.get("mix") or {}).values()
-    )
+        return rest if same_data(before, now) else [*rest, Change(DATA, in_words(before), in_words(now))]
+    parts = [recipe.train_loader, *(recipe.train_loader.get("mix") or {}).values()]
+    makes = any(part.get("source") for part in parts)
     fetched = recipe.train_loader.get("remote") and not any(change.key.endswith("remote") for change in named)
     if before is not None and (makes or fetched):  # compared once they are there
         return [change for change in changes if change not in named or not change.key.endswith("path")]
@@ -184,22 +195,17 @@ def going_on(recipe: Recipe, folder: Path, unfit: Callable[[Checkpoint], str | N
     return GoingOn(checkpoint.load_path, tuple(changes), other_data)
 
 
-# ------------------------------------------------------------------------------------------------- what changed, kept
+# ------------------------------------------------------------------------------------------- what changed, and on what
 
 
 def read_changes(folder: Path) -> list[dict[str, Any]]:
     """Return the starts of a run that changed something: `batch`, `time` and `changes`, key → `before`, `now`, `rule`."""
-    file, found = folder / CHANGES, []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # cut short by a kill
-            continue
-    return [start for start in found if isinstance(start, dict) and isinstance(start.get("changes"), dict)]
+    starts = read_metrics(folder / CHANGES) if (folder / CHANGES).exists() else []
+    return [start for start in starts if isinstance(start, dict) and isinstance(start.get("changes"), dict)]
 
 
 def record_changes(folder: Path, batch: int, changes: Sequence[Change]) -> None:
-    """Adds a line for a start that changed something.
+    """Add a line for a start that changed something.
 
     Args:
         batch: of the checkpoint that it goes on from.
@@ -217,30 +223,57 @@ def record_changes(folder: Path, batch: int, changes: Sequence[Change]) -> None:
         os.fsync(file.fileno())
 
 
+def record_environment(folder: Path, batch: int, spent: float) -> None:
+    """Add a line for this start, on all ranks at once; a file that cannot be written is no reason not to train.
+
+    Args:
+        batch: steps before this start.
+        spent: seconds of training before it.
+    """
+    cuda = torch.cuda.is_available()
+    facts = {
+        "batch": batch,
+        "spent": round(spent, 3),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": redacted_text(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "ranks": dist.get_world_size(),
+        "devices": dict(Counter(dist.all_gather_object(torch.cuda.get_device_name() if cuda else "cpu"))),
+        "cpus": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if cuda else None,  # pyright: ignore[reportAttributeAccessIssue]
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+    if dist.get_global_rank() == 0:
+        try:
+            with (folder / ENVIRONMENT).open("a") as file:
+                file.write(json.dumps(facts) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written: %s", folder / ENVIRONMENT, error)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def as_saved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as its YAML file gives it back, without `resume`, which is of one start and not of the run."""
+    """Return the recipe as its YAML file gives it back, without `resume`, which is of one start and not of the run."""
     content = {key: value for key, value in dataclasses.asdict(recipe).items() if key != "resume"}
     return yaml.safe_load(yaml.safe_dump(content, sort_keys=False))
 
 
 def save_recipe(recipe: Recipe, folder: Path) -> None:
-    """Makes the folder this run's, and notes what its data are."""
+    """Make the folder this run's, and note what its data are."""
     if (data := loader_identity(recipe.train_loader)) is not None:
-        _write_whole(folder / DATA_FILE, json.dumps({"train_loader": data}, indent=1) + "\n")
-    _write_whole(folder / CONFIG, yaml.safe_dump(as_saved(recipe), sort_keys=False, allow_unicode=True))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # a kill must not leave half a recipe, with which nothing could be resumed
-    partial.rename(path)
+        write_whole(folder / DATA_FILE, (json.dumps({"train_loader": data}, indent=1) + "\n").encode())
+    write_whole(folder / CONFIG, yaml.safe_dump(as_saved(recipe), sort_keys=False, allow_unicode=True).encode())
 
 
 def summarise(folder: Path) -> str:
-    """One line: the score and the time, and where images, metrics and checkpoints are."""
+    """Return one line: the score and the time, and where images, metrics and checkpoints are."""
     rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     last = rows[-1] if rows else {}
     facts = [f"{name} {last[name]:.3f}" for name in ("heldout_accuracy", "classifier_accuracy") if name in last]
@@ -255,11 +288,11 @@ def summarise(folder: Path) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics file; a last line that a crash cut short is left out."""
+    """Return the objects of a metrics file, or of another of JSON lines; one that a crash cut short is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
-            break
+            continue
     return rows

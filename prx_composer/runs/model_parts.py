@@ -1,31 +1,45 @@
-"""The model of a recipe and its parts, for real or on the meta device, with what the run keeps: tokenizer and frozen parts."""
+"""The model of a recipe and its parts, for real or on the meta device, with what the run keeps: tokenizer and frozen parts.
+
+runs/<run_name>/tokenizer/                              the one that the recipe names, or one trained on its captions
+runs/<run_name>/frozen/text_encoder  frozen/autoencoder
+"""
 
 import inspect
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from composer.utils import dist
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer import registry
-from prx_composer.common.errors import UserError
+from prx_composer.common.errors import UserError, at_path
+from prx_composer.common.files import sync
 from prx_composer.common.outlines import constructor
+from prx_composer.data.format import Manifest, iterate_captions
 from prx_composer.models.autoencoder import Pixels, stored_config
-from prx_composer.models.known_configs import known_config
-from prx_composer.models.text_encoder import load_tokenizer
-from prx_composer.recipe.arguments import Spec, split
-from prx_composer.recipe.config import build
-from prx_composer.recipe.sizes import downsampling_of
+from prx_composer.models.encoders import load_tokenizer, train_tokenizer
+from prx_composer.models.huggingface import known_config
+from prx_composer.models.prompts import cleaner, with_cleaning
+from prx_composer.recipe.arguments import Spec, build, data_sets, split
+from prx_composer.recipe.consistency import downsampling_of
 from prx_composer.registry import Registry
-from prx_composer.runs.folder import TOKENIZER
-from prx_composer.runs.frozen_parts import with_kept
-from prx_composer.runs.tokenizer import kept_tokenizer, made_tokenizer
+from prx_composer.runs.folder import FROZEN, TOKENIZER
+
+log = logging.getLogger(__name__)
 
 MOST_WORDS = 4096  # of a tokenizer that is still to be trained, unless the recipe says
 _OF_TRAINING = ("compile", "activation_memory_budget", "attention")  # arguments of `model` that don't change what it draws
 _WHERE = ("pretrained", "subfolder", "revision")  # arguments that say where a network's weights are
+_LOADERS = {"text_encoder": "huggingface", "autoencoder": "diffusers"}  # the components that load folders, by part
+_WEIGHTS = (".safetensors", ".bin")  # the first of these that is there
+_ENCODER, _TOKENIZER = "model.text_encoder", "model.text_encoder.tokenizer"
 
 
 class UnknownNetwork(UserError):
@@ -33,7 +47,7 @@ class UnknownNetwork(UserError):
 
 
 class Vocabulary:
-    """Stands for a tokenizer on the meta device."""
+    """Stand in for a tokenizer on the meta device."""
 
     def __init__(self, size: int):
         self._size = size
@@ -46,7 +60,7 @@ class Vocabulary:
 
 
 class ModelParts:
-    """Makes a recipe's model and its parts, each when it is first asked for.
+    """Make a recipe's model and its parts, each when it is first asked for.
 
     Args:
         spec: a recipe's `model`.
@@ -109,7 +123,7 @@ class ModelParts:
 
     @cached_property
     def autoencoder(self) -> Any:
-        """What is between pixels and the backbone."""
+        """The autoencoder between pixels and the backbone."""
         if self._given.get("autoencoder") is None:
             return Pixels()
         name, arguments = self._spec("autoencoder")
@@ -134,28 +148,35 @@ class ModelParts:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The text encoder's."""
-        encoder = self.arguments("text_encoder")
-        if self._loader is None or self._folder is None:
-            return kept_tokenizer(encoder, self._folder)
-        return made_tokenizer(encoder, self._loader, self._folder)
+        """The text encoder's tokenizer: the run's, or else the one that the recipe names; nothing is written without `loader`."""
+        encoder, kept = self.arguments("text_encoder"), (self._folder or Path()) / TOKENIZER
+        if self._loader is not None and self._folder is not None:
+            return made_tokenizer(encoder, self._loader, self._folder)
+        with at_path(_TOKENIZER):
+            if self._folder is not None and kept.exists():
+                return load_tokenizer(str(kept))
+            if (named := _named_tokenizer(encoder)) is not None:
+                return named
+            raise UserError(
+                f"{_TOKENIZER}: it was trained with the run and lies in its folder; there is no {kept}. "
+                "Put the checkpoint where the run wrote it: <run folder>/checkpoints/."
+            )
 
     @cached_property
     def text_encoder(self) -> Any:
-        """With its tokenizer; on the meta device with a stand-in of it."""
-        path = "model.text_encoder"
+        """The text encoder with its tokenizer; on the meta device with a stand-in of it."""
         name, arguments = self._spec("text_encoder")
         named = arguments.pop("tokenizer", None)
         if not self.meta:
-            return build(registry.text_encoders, name, arguments, path, tokenizer=self.tokenizer)
+            return build(registry.text_encoders, name, arguments, _ENCODER, tokenizer=self.tokenizer)
         if _has_configuration(registry.text_encoders, name):
             pretrained, revision = arguments.get("pretrained"), arguments.get("revision")
             known = known_config(pretrained, revision, reads_text=True) if pretrained else None
-            arguments = _from_configuration(arguments, known, path)
+            arguments = _from_configuration(arguments, known, _ENCODER)
         arguments.pop("clean", None)
         stand_in = Vocabulary((arguments.get("config") or {}).get("vocab_size") or self._vocabulary_size(named))
         with self._device:
-            return build(registry.text_encoders, name, arguments, path, tokenizer=stand_in)
+            return build(registry.text_encoders, name, arguments, _ENCODER, tokenizer=stand_in)
 
     def _vocabulary_size(self, tokenizer: Any) -> int:
         if self._folder is not None and (self._folder / TOKENIZER).exists():
@@ -173,3 +194,118 @@ def _from_configuration(arguments: dict[str, Any], known: dict[str, Any] | None,
     if config is None:
         raise UnknownNetwork(f"{path}: the sizes of {arguments.get('pretrained')!r} are not known here.")
     return {key: value for key, value in arguments.items() if key not in _WHERE} | {"config": config}
+
+
+# Frozen parts that a recipe names by a folder are kept with the run, since no checkpoint holds them, and folders go. They are
+# hard links where the disk allows, or else copies. Parts of the hub are found again by their id and revision.
+
+
+def with_kept(model: dict[str, Any], run_folder: Path) -> dict[str, Any]:
+    """Return a recipe's `model`, which names what its run has kept instead of folders of elsewhere."""
+    changed = dict(model)
+    for part in _LOADERS:
+        kept = run_folder / FROZEN / part
+        if _named_folder(model, part) is None or not kept.is_dir():
+            continue
+        changed[part] = model[part] | {"pretrained": str(kept)} | ({"subfolder": None} if "subfolder" in model[part] else {})
+        if part == "text_encoder" and (run_folder / TOKENIZER).is_dir():
+            changed[part]["tokenizer"] = str(run_folder / TOKENIZER)
+    return changed
+
+
+def keep_frozen(model: dict[str, Any], run_folder: Path) -> None:
+    """Keep what a recipe's `model` names by a folder with its run, once; on one rank.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for part in _LOADERS:
+        source, kept = _named_folder(model, part), run_folder / FROZEN / part
+        if source is None or kept.exists() or not source.is_dir():
+            continue
+        files = [file for file in sorted(source.iterdir()) if file.is_file() and file.suffix == ".json"]
+        weights = ([file for file in sorted(source.glob(f"*{suffix}")) if file.is_file()] for suffix in _WEIGHTS)
+        files += next((found for found in weights if found), [])
+        partial = kept.with_name(f".{part}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        copied = sum(_link_or_copy(file.resolve(), partial / file.name) for file in files)
+        sync(partial)
+        partial.rename(kept)
+        how = f"copied ({copied / 1e9:.2f} GB)" if copied else "linked"
+        log.info("model.%s: %s is %s into %s, so that the run needs it no more.", part, source, how, kept)
+
+
+def _named_folder(model: dict[str, Any], part: str) -> Path | None:
+    """Return the folder that `pretrained` would be; an id of the hub is none that is there."""
+    spec = model.get(part)
+    if not isinstance(spec, dict) or spec.get("name") != _LOADERS[part] or not isinstance(spec.get("pretrained"), str):
+        return None
+    return Path(spec["pretrained"]).expanduser() / (spec.get("subfolder") or "")
+
+
+def _link_or_copy(source: Path, target: Path) -> int:
+    """Return the number of bytes that were copied."""
+    try:
+        os.link(source, target)
+        return 0
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+        sync(target)
+        return target.stat().st_size
+
+
+def made_tokenizer(encoder: Spec, loader: Spec, folder: Path) -> PreTrainedTokenizerBase:
+    """Return a run's tokenizer, made and kept in the run's folder if it isn't there yet; on all ranks alike.
+
+    Args:
+        encoder: a recipe's `model.text_encoder`.
+        loader: its `train_loader`, for a tokenizer that is trained on the captions.
+        folder: of the run.
+
+    Raises:
+        UserError: one that cannot be had.
+    """
+    with dist.run_local_rank_zero_first():
+        if (folder / TOKENIZER).exists():
+            tokenizer = load_tokenizer(str(folder / TOKENIZER))
+        else:
+            tokenizer = _new(encoder, loader)
+            keep_tokenizer(tokenizer, folder / TOKENIZER)
+    with at_path(_ENCODER):
+        return with_cleaning(tokenizer, encoder.get("clean", "none"))
+
+
+def _named_tokenizer(encoder: Spec) -> PreTrainedTokenizerBase | None:
+    named = encoder.get("tokenizer", encoder.get("pretrained"))
+    return load_tokenizer(named, encoder.get("revision")) if isinstance(named, str) else None
+
+
+def _new(encoder: Spec, loader: Spec) -> PreTrainedTokenizerBase:
+    spec: Any = encoder.get("tokenizer", encoder.get("pretrained"))
+    with at_path(_TOKENIZER):
+        if (named := _named_tokenizer(encoder)) is not None:
+            return named
+        if isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size"} and spec.get("train"):
+            return trained_tokenizer(loader, spec.get("vocab_size", MOST_WORDS), cleaner(encoder.get("clean", "none")))
+    raise UserError(f"{_TOKENIZER}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
+
+
+def trained_tokenizer(loader: Spec, vocab_size: int = MOST_WORDS, clean: Callable[[str], str] = str) -> PreTrainedTokenizerBase:
+    """Return a word-level tokenizer of the captions that a loader trains on, as they are cleaned."""
+
+    def captions() -> Iterator[str]:
+        for part in data_sets(loader).values():
+            folder = Path(part["path"]) / part.get("split", "train")
+            for column in part.get("captions") or [Manifest.read(folder).captions[0]]:
+                yield from iterate_captions(folder, column)
+
+    return train_tokenizer(map(clean, captions()), vocab_size)
+
+
+def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer to a new folder, whole or not at all, on rank 0."""
+    if dist.get_global_rank() == 0:
+        partial = folder.with_name(f".{folder.name}.partial")
+        tokenizer.save_pretrained(str(partial))
+        partial.rename(folder)

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from prx_composer import registry
 from prx_composer.common.distributed import clean_name
-from prx_composer.common.errors import Problems, UserError
-from prx_composer.models.adapters import merge_adapters
-from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance
+from prx_composer.common.errors import Problems, UserError, at_path, listed
+from prx_composer.models.flow import ClassifierFreeGuidance, RoutedSelfGuidance
+from prx_composer.models.layers import merge_adapters
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.arguments import check_spec, check_type, entries, provided_by, split
+from prx_composer.recipe.arguments import build, check_spec, check_type, entries, provided_by
 from prx_composer.recipe.checks import OF_MODELS
-from prx_composer.recipe.config import Recipe, build
-from prx_composer.recipe.own_code import without_code
+from prx_composer.recipe.config import Recipe, without_code
+from prx_composer.recipe.consistency import stages_of
 from prx_composer.runs.checkpoints import all_checkpoints
-from prx_composer.runs.diffusers_folder import open_pipeline
 from prx_composer.runs.model_parts import ModelParts
+from prx_composer.runs.pretrained_models import open_pipeline
 from prx_composer.runs.weights import Located, SavedState, locate, nonfinite, read_checkpoint
 from prx_composer.schedule.clock import TrainingClock
 from prx_composer.schedule.moments import parse_duration
@@ -33,6 +33,7 @@ from prx_composer.schedule.moments import parse_duration
 log = logging.getLogger(__name__)
 
 Weights = Literal["ema", "raw"]
+_LOSSES = "auxiliary_losses."  # where a model has what only training needs
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Trained:
 
 
 def load_trained(name: str, weights: Weights | None = None, merge: bool = True) -> Trained:
-    """Opens a trained model. Nothing in its files is executed, and nothing is written.
+    """Open a trained model. Nothing in its files is executed, and nothing is written.
 
     A model of the user's own classes needs them registered before: by `config.import_code`, or in any other way.
 
@@ -101,12 +102,10 @@ def _require_finite(model: TextToImage, located: Located) -> None:
 
 def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
     assert located.checkpoint is not None
-    try:
+    with at_path(f"{located.path} cannot be read"):
         index = located.checkpoint.index()
         saved_recipe = index["recipe"]
         recipe = without_code(_as_recipe(saved_recipe, located.path), index, located.path)
-    except (OSError, ValueError, LookupError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{located.path} cannot be read: {error}") from error
     check_spec(registry.models, recipe.model, f"{located.path}: recipe.model", OF_MODELS, frozenset({"init_from"}))
     state = read_checkpoint(located.checkpoint)
     if weights == "ema" and not state.average:
@@ -119,7 +118,9 @@ def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
     chosen = weights or ("ema" if state.average else "raw")
     if chosen == "ema":
         _fill_average(model, state.average, str(located.path))
-    return Trained(model.eval(), located.path, chosen, _last_image_size(recipe), located.checkpoint.batch, saved_recipe)
+    _, last_stage = stages_of(vars(recipe))[-1]
+    image_size = int(last_stage.get("image_size", recipe.image_size))
+    return Trained(model.eval(), located.path, chosen, image_size, located.checkpoint.batch, saved_recipe)
 
 
 def _as_recipe(saved: dict[str, Any], where: Path) -> Recipe:
@@ -135,15 +136,7 @@ def _as_recipe(saved: dict[str, Any], where: Path) -> Recipe:
         with problems.noted():
             check_type(value, hints[key], f"{where}: recipe.{key}")
     problems.raise_any()
-    name, _ = split(recipe.model, "model")
-    if name != "text_to_image":
-        log.info("The model is %s, not text_to_image.", name)
     return recipe
-
-
-def _last_image_size(recipe: Recipe) -> int:
-    stages = (recipe.algorithms.get("progressive_resolution") or {}).get("stages") or []
-    return int(stages[-1].get("image_size", recipe.image_size)) if stages else recipe.image_size
 
 
 def build_model(recipe: Recipe, run_folder: Path) -> TextToImage:
@@ -161,13 +154,13 @@ def build_model(recipe: Recipe, run_folder: Path) -> TextToImage:
 
 
 def attach_algorithms(model: TextToImage, recipe: Recipe, saved: SavedState, run_folder: Path) -> None:
-    """Attaches those algorithms that change what the model draws (`shapes_sampling`), as they were at the checkpoint."""
-    shaping: list[Algorithm] = []
+    """Attach those algorithms that change what the model draws (`shapes_sampling`), as they were at the checkpoint."""
     provided = provided_by(vars(recipe) | {"run_folder": run_folder})
-    for name, arguments in entries(recipe.algorithms, "algorithms"):
-        path = f"algorithms.{name}"
-        if getattr(registry.algorithms.get(name, path), "shapes_sampling", False):
-            shaping.append(build(registry.algorithms, name, arguments, path, provided))
+    shaping: list[Algorithm] = [
+        build(registry.algorithms, name, arguments, f"algorithms.{name}", provided)
+        for name, arguments in entries(recipe.algorithms, "algorithms")
+        if getattr(registry.algorithms.get(name, f"algorithms.{name}"), "shapes_sampling", False)
+    ]
     if not shaping:
         return
     clock = TrainingClock(run_folder, None if recipe.time_budget is None else parse_duration(recipe.time_budget))
@@ -182,21 +175,17 @@ def attach_algorithms(model: TextToImage, recipe: Recipe, saved: SavedState, run
         callbacks=[clock],
         algorithms=shaping,
     )
-    logger = Logger(state)
-    for algorithm in shaping:
-        if algorithm.match(Event.INIT, state):
-            algorithm.apply(Event.INIT, state, logger)
-    batch = int(saved.timestamp.get("batch", 0))
-    epoch, sample = (int(saved.timestamp.get(unit, 0)) for unit in ("epoch", "sample"))
-    # Of the last step's beginning, which windows go by.
-    state.timestamp = Timestamp(batch=max(batch - 1, 0), epoch=epoch, sample=sample)
-    for algorithm in shaping:
-        if algorithm.match(Event.BATCH_START, state):
-            algorithm.apply(Event.BATCH_START, state, logger)
+    last: dict[str, Any] = {unit: int(saved.timestamp.get(unit, 0)) for unit in ("batch", "epoch", "sample")}
+    last["batch"] = max(last["batch"] - 1, 0)  # windows go by the last step's beginning
+    for event, timestamp in ((Event.INIT, Timestamp()), (Event.BATCH_START, Timestamp(**last))):
+        state.timestamp = timestamp
+        for algorithm in shaping:
+            if algorithm.match(event, state):
+                algorithm.apply(event, state, Logger(state))
 
 
 def choose_guidance(model: TextToImage, name: str) -> str:
-    """Sets `model.guidance`; returns its name.
+    """Set `model.guidance`; return its name.
 
     Args:
         name: "cfg", "self", or "run" for what the run drew with.
@@ -217,16 +206,15 @@ def choose_guidance(model: TextToImage, name: str) -> str:
         model.guidance = RoutedSelfGuidance(router)
     elif name != "run":
         raise UserError(f"--guidance: {name!r} is none of run, cfg, self.")
-    return {"ClassifierFreeGuidance": "cfg", "RoutedSelfGuidance": "self"}.get(
-        type(model.guidance).__name__, type(model.guidance).__name__
-    )
+    chosen = type(model.guidance)
+    return {ClassifierFreeGuidance: "cfg", RoutedSelfGuidance: "self"}.get(chosen, chosen.__name__)
 
 
 # --------------------------------------------------------------------------------------------------------- weights
 
 
 def fill(module: nn.Module, saved: dict[str, Tensor], source: str) -> None:
-    """Gives a module the weights of the same names. What only training needs (auxiliary losses, teachers) is passed over.
+    """Give a module the weights of the same names. What only training needs (auxiliary losses, teachers) is passed over.
 
     Raises:
         UserError: names or shapes that differ, by name.
@@ -238,27 +226,23 @@ def fill(module: nn.Module, saved: dict[str, Tensor], source: str) -> None:
         for name in own
         if name in saved and saved[name].shape != own[name].shape
     ]:
-        raise UserError(f"{source} does not fit the model: {_some(wrong)}.")
+        raise UserError(f"{source} does not fit the model: {listed(wrong)}.")
     strange = [name for name in saved if name not in own and name.startswith(("backbone.", "text_encoder."))]
-    missing = [name for name in own if name not in saved and not name.startswith("auxiliary_losses.")]
+    missing = [name for name in own if name not in saved and not name.startswith(_LOSSES)]
     if strange or missing:
         said = [*(f"{name} is not in the model" for name in strange), *(f"{name} is not there" for name in missing)]
         raise UserError(
-            f"{source} does not fit the model: {_some(said)}. If an algorithm of the recipe adds them, its class must say "
+            f"{source} does not fit the model: {listed(said)}. If an algorithm of the recipe adds them, its class must say "
             "shapes_sampling = True, so that it is attached here too."
         )
     module.load_state_dict({name: saved[name] for name in own if name in saved}, strict=False)
 
 
-def _some(said: list[str]) -> str:
-    return "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
-
-
 @torch.no_grad()
 def _fill_average(model: nn.Module, average: dict[str, Tensor], source: str) -> None:
-    average = {name: tensor for name, tensor in average.items() if not name.startswith("auxiliary_losses.")}
+    average = {name: tensor for name, tensor in average.items() if not name.startswith(_LOSSES)}
     parameters = {clean_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    if different := sorted(name for name in average.keys() ^ parameters.keys() if not name.startswith("auxiliary_losses.")):
-        raise UserError(f"{source}: the averaged weights are of another model; names that differ: {_some(different)}.")
+    if different := sorted(name for name in average.keys() ^ parameters.keys() if not name.startswith(_LOSSES)):
+        raise UserError(f"{source}: the averaged weights are of another model; names that differ: {listed(different)}.")
     for name, tensor in average.items():
         parameters[name].copy_(tensor)

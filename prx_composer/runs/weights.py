@@ -5,7 +5,7 @@ import datetime
 import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.torch_version import TorchVersion
 
-from prx_composer.common.errors import UserError
+from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import inside
-from prx_composer.optim.finite import bad_tensor
-from prx_composer.runs.checkpoints import MONOLITH, Checkpoint, all_checkpoints, damage
+from prx_composer.optim import bad_tensor
+from prx_composer.runs.checkpoints import INDEX, MONOLITH, Checkpoint, all_checkpoints, damage
 
 _reconstruct = np.zeros(0).__reduce__()[0]
 # Beside tensors, what a run's own state is made of: times, the versions it ran with, numpy's random state.
@@ -50,7 +50,7 @@ _METADATA_NAMES |= {("pathlib._local", name) for _, name in _METADATA_NAMES if n
 
 @dataclass(frozen=True)
 class SavedState:
-    """Of a checkpoint, what sampling needs.
+    """What sampling needs of a checkpoint.
 
     Args:
         model: parameter and buffer names → plain weights.
@@ -66,7 +66,7 @@ class SavedState:
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> SavedState:
-    """Reads a checkpoint of any number of ranks in this process alone, after comparing it with its checksums.
+    """Read a checkpoint of any number of ranks in this process alone, after comparing it with its checksums.
 
     Raises:
         UserError: it is damaged, or holds objects that could execute code.
@@ -87,7 +87,7 @@ def read_checkpoint(checkpoint: Checkpoint) -> SavedState:
 
 
 def not_finite_in(checkpoint: Checkpoint) -> str | None:
-    """What of a checkpoint's weights or average isn't finite, in words; None if all is, or if they cannot be read.
+    """Say what of a checkpoint's weights or average isn't finite; None if all is, or if they cannot be read.
 
     One that was looked at when it was written says so in its index, and isn't read again.
     """
@@ -97,8 +97,8 @@ def not_finite_in(checkpoint: Checkpoint) -> str | None:
         saved = read_checkpoint(checkpoint)
     except (UserError, OSError, ValueError):
         return None
-    named = [(f"the weight {name}", tensor) for name, tensor in saved.model.items()]
-    bad = bad_tensor([*named, *((f"the average of {name}", tensor) for name, tensor in saved.average.items())])
+    parts = {"the weight": saved.model, "the average of": saved.average}
+    bad = bad_tensor((f"{what} {name}", tensor) for what, part in parts.items() for name, tensor in part.items())
     return None if bad is None else f"{bad} is not finite"
 
 
@@ -115,7 +115,7 @@ def _average_began(algorithms: Any) -> bool:
 
 
 class _Reader(FileSystemReader):
-    """Reads the index of the shards, a pickle, without calling anything but what such an index is made of."""
+    """Read the index of the shards, a pickle, without calling anything but what such an index is made of."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -140,13 +140,18 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Reads plain values, as well as tensors, without executing anything."""
+    """Read plain values, as well as tensors, without executing anything."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def below(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return what has names that begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 _PARTS = {
@@ -167,10 +172,7 @@ def _read_shards(folder: Path) -> SavedState:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no process group is used, which is what is asked for
         load_sharded(wanted, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
-    parts: dict[str, dict[str, Any]] = {
-        part: {key.removeprefix(prefix): value for key, value in wanted.items() if key.startswith(prefix)}
-        for part, prefix in _PARTS.items()
-    }
+    parts = {part: below(wanted, prefix) for part, prefix in _PARTS.items()}
     if not _average_began(wanted.get("state.algorithms") or []):
         parts["average"] = {}
     return SavedState(**parts)
@@ -190,36 +192,36 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Without a mask of the tensor's size: NaN is both least and greatest."""
+    """Return whether all is finite, without a mask of the tensor's size: NaN is both least and greatest."""
     tensor = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()  # float8 has no order
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Of one file, or of a folder's file or files.
+    """Read the tensors of one file, or of a folder's file or files.
 
     Raises:
         UserError: there are none, or one is damaged.
     """
-    tensors: dict[str, Tensor] = {}
-    for file in _files(path):
-        try:
-            tensors |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read as safetensors: {error}") from error
-    return tensors
+    return _of_files(path, load_file)
 
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes, from the files' headers alone. Raises UserError as `read_safetensors`."""
-    shapes = {}
+    """Return names and shapes, from the files' headers alone. Raise UserError as `read_safetensors` does."""
+
+    def shapes(file: Path) -> dict[str, tuple[int, ...]]:
+        with safe_open(file, "pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+    return _of_files(path, shapes)
+
+
+def _of_files(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for file in _files(path):
-        try:
-            with safe_open(file, "pt") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read as safetensors: {error}") from error
-    return shapes
+        with at_path(f"{file} cannot be read as safetensors", SafetensorError):
+            found |= read(file)
+    return found
 
 
 def _files(path: Path) -> list[Path]:
@@ -227,11 +229,9 @@ def _files(path: Path) -> list[Path]:
         return [path]
     indices = sorted(path.glob("*.safetensors.index.json"))
     if indices:
-        try:
+        with at_path(f"{indices[0]} is no index of weights that can be read", TypeError, AttributeError):
             named = json.loads(indices[0].read_text())["weight_map"].values()
             files = [inside(path, str(name)) for name in sorted(set(named))]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{indices[0]} is no index of weights that can be read: {error}") from error
         if missing := [file.name for file in files if not file.exists()]:
             raise UserError(f"{path} lacks {', '.join(missing)}, of which {indices[0].name} speaks.")
         return files
@@ -255,7 +255,6 @@ class Located:
         kind: what `path` is.
         path: the checkpoint's folder, the diffusers folder, or the file.
         checkpoint: of a run.
-        run_folder: of that checkpoint.
     """
 
     kind: Literal["checkpoint", "diffusers", "safetensors"]
@@ -264,11 +263,12 @@ class Located:
 
     @property
     def run_folder(self) -> Path:
+        """The folder of the checkpoint's run."""
         return self.path.parent.parent
 
 
 def locate(name: str) -> Located:
-    """Finds out what a path names; of a run, the newest whole checkpoint.
+    """Find out what a path names; of a run, the newest whole checkpoint.
 
     Raises:
         UserError: there is nothing, or nothing of this package or of diffusers' PRX.
@@ -280,67 +280,54 @@ def locate(name: str) -> Located:
             "wrote; a model on the hub is downloaded first: hf download <id> --local-dir <folder>."
         )
     if path.is_file():
-        return _locate_file(path)
+        if path.suffix == ".safetensors":
+            return Located("safetensors", path)
+        if (path.parent / INDEX).exists():
+            return _checkpoint_in(path.parent)
+        raise UserError(f"{path} is neither a file of a checkpoint's folder (with a {INDEX} beside it) nor *.safetensors.")
     if (path / "model_index.json").exists():
-        return _checked_pipeline(path)
-    if (path / "checkpoint.json").exists():
-        return Located("checkpoint", path, _checkpoint(path))
+        of_class = read_json(path / "model_index.json").get("_class_name")
+        if of_class not in PIPELINES:
+            raise UserError(f"{path} is a {of_class}; only diffusers' {' and '.join(PIPELINES)} hold a PRX backbone.")
+        return Located("diffusers", path)
+    if (path / INDEX).exists():
+        return _checkpoint_in(path)
     if path.name == "checkpoints":
         path = path.parent
     if (path / "config.yaml").exists() or (path / "checkpoints").is_dir():
-        checkpoint = _newest_whole(path)
-        return Located("checkpoint", checkpoint.path, checkpoint)
+        return _newest_whole(path)
     raise UserError(
-        f"{name} is no run folder (it has no config.yaml), no checkpoint (no checkpoint.json) and no folder that diffusers opens "
+        f"{name} is no run folder (it has no config.yaml), no checkpoint (no {INDEX}) and no folder that diffusers opens "
         "(no model_index.json)."
     )
 
 
-def _locate_file(path: Path) -> Located:
-    if path.suffix == ".safetensors":
-        return Located("safetensors", path)
-    if (path.parent / "checkpoint.json").exists():
-        return Located("checkpoint", path.parent, _checkpoint(path.parent))
-    raise UserError(f"{path} is neither a file of a checkpoint's folder (with a checkpoint.json beside it) nor *.safetensors.")
+def _checkpoint_in(folder: Path) -> Located:
+    path = folder.resolve()
+    with at_path(f"{folder / INDEX} cannot be read"):
+        return Located("checkpoint", path, Checkpoint(path, int(Checkpoint(path, 0).index()["batch"])))
 
 
-def _checkpoint(path: Path) -> Checkpoint:
-    checkpoint = Checkpoint(path.resolve(), 0)
-    try:
-        return Checkpoint(path.resolve(), int(checkpoint.index()["batch"]))
-    except (OSError, ValueError, LookupError) as error:
-        raise UserError(f"{path / 'checkpoint.json'} cannot be read: {error}") from error
-
-
-def _newest_whole(run_folder: Path) -> Checkpoint:
+def _newest_whole(run_folder: Path) -> Located:
     folder = run_folder / "checkpoints"
     found = all_checkpoints(folder)
-    for checkpoint in reversed(found):
-        if damage(checkpoint) is None:
-            return Checkpoint(checkpoint.path.resolve(), checkpoint.batch)
+    if whole := next((checkpoint for checkpoint in reversed(found) if damage(checkpoint) is None), None):
+        path = whole.path.resolve()
+        return Located("checkpoint", path, Checkpoint(path, whole.batch))
     if found:
         raise UserError(f"No checkpoint in {folder} is whole: {', '.join(c.path.name for c in found)} are damaged.")
     if old := sorted(path.name for path in folder.glob("**/*") if path.suffix in (".pt", ".symlink", ".distcp")):
         raise UserError(
             f"{folder} holds checkpoints of another form ({old[0]} …), of an older version or of Composer alone: they have no "
-            "checkpoint.json. Its weights as *.safetensors can go on with model.init_from; or train again."
+            f"{INDEX}. Its weights as *.safetensors can go on with model.init_from; or train again."
         )
     raise UserError(f"{run_folder} has no checkpoint yet; the first is written at the recipe's save_interval.")
 
 
-def _checked_pipeline(folder: Path) -> Located:
-    name = read_json(folder / "model_index.json").get("_class_name")
-    if name not in PIPELINES:
-        raise UserError(f"{folder} is a {name}; only diffusers' {' and '.join(PIPELINES)} hold a PRX backbone.")
-    return Located("diffusers", folder)
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError if it isn't there or isn't a mapping."""
-    try:
+    """Read a mapping. Raise UserError if it isn't there or isn't one."""
+    with at_path(f"{path} cannot be read"):
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no mapping.")
     return content

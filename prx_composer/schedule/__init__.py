@@ -1,1 +1,1 @@
-"""When things happen: points of time and windows (`moments`), seconds of training (`clock`), an end in time (`time_budget`)."""
+"""When things happen: points of time and windows (`moments`), seconds of training and the end that a budget brings (`clock`)."""

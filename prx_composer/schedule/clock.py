@@ -1,26 +1,34 @@
-"""Seconds of training, over all restarts and the same on every rank."""
+"""Training time, over all restarts and the same on every rank, and a run that ends inside a given time.
+
+A run with a time budget ends with its final evaluation, images and checkpoint inside it. What evaluates, draws and saves at
+intervals asks `with_rehearsal`: a budgeted run also does it once at its beginning, to learn what it costs.
+"""
 
 import json
 import logging
 import math
 import os
+import statistics
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from composer.core import Callback, State
-from composer.loggers import Logger
+from composer.core import Callback, Event, State
+from composer.loggers import Logger, ProgressBarLogger
 from composer.utils import dist
 
 from prx_composer.common.distributed import HostGroup
+from prx_composer.schedule.moments import Moment, TrainingTime, duration_string
 
 log = logging.getLogger(__name__)
 
 _WRITE_EVERY = 10.0  # seconds
 
 
-class TrainingClock(Callback):
-    """Measures training with rank 0's monotonic clock from FIT_START on, with evaluation, drawing, checkpoints and waiting.
+class TrainingClock(TrainingTime, Callback):
+    """Measure training with rank 0's monotonic clock from FIT_START on, with evaluation, drawing, checkpoints and waiting.
 
     The ranks agree once per step, at AFTER_TRAIN_BATCH: one all-reduce of three numbers on the CPU, while the GPU computes. What
     algorithms, scheduler and callbacks read in `elapsed` therefore changes only between a step's BATCH_START and its BATCH_END,
@@ -32,17 +40,13 @@ class TrainingClock(Callback):
 
     Args:
         folder: the run folder.
-        budget: seconds of training that the recipe's `time_budget` allows, if it does.
+        budget: see `TrainingTime`.
         timeout: seconds that a rank waits for the others.
     """
 
     def __init__(self, folder: str | Path, budget: float | None = None, timeout: float = 600.0):
         self.path = Path(folder) / "clock.json"
         self.budget = budget
-        self.elapsed = 0.0
-        """Seconds of training up to the end of the newest step."""
-        self.fraction = 0.0
-        """Largest part of the budget that has been reached; raising the budget does not lower it."""
         self.paused = 0.0
         """Seconds between the end of the step before and the next batch being asked for, on the slowest rank."""
         self.spent = 0.0
@@ -60,7 +64,7 @@ class TrainingClock(Callback):
         self._writable = True
 
     def request_stop(self, reason: str) -> None:
-        """Asks all ranks to stop after the step in hand. May be called by a signal handler, on any rank."""
+        """Ask all ranks to stop after the step in hand. A signal handler may call this, on any rank."""
         self.asked = reason
 
     @property
@@ -103,7 +107,7 @@ class TrainingClock(Callback):
         self._write(time.monotonic())
 
     def stop(self) -> None:
-        """Stops the clock; FIT_START starts it again."""
+        """Stop the clock; FIT_START starts it again."""
         if self._start is not None:
             now = time.monotonic()
             self._write(now, always=True)
@@ -121,22 +125,19 @@ class TrainingClock(Callback):
         self.elapsed, self.fraction = float(state["elapsed"]), float(state["fraction"])
 
     def _agree(self, *values: float) -> list[float]:
-        """The largest of every rank's values, on all of them."""
+        """Return the largest of every rank's values, on all of them."""
         return list(values) if self._hosts is None else self._hosts.largest(values)
 
     def _read(self) -> float:
-        if not self.path.exists():
-            if self.elapsed:
-                log.warning("%s is missing: training time is taken from the checkpoint, %.0f s.", self.path, self.elapsed)
+        if not self.path.exists() and not self.elapsed:
             return 0.0
         try:
             elapsed = float(json.loads(self.path.read_text())["elapsed"])
             if not 0 <= elapsed < math.inf:
                 raise ValueError(f"elapsed is {elapsed}")
         except (OSError, ValueError, TypeError, LookupError) as error:
-            log.warning(
-                "%s cannot be read (%s): training time is taken from the checkpoint, %.0f s.", self.path, error, self.elapsed
-            )
+            wrong = f"cannot be read ({error})" if self.path.exists() else "is missing"
+            log.warning("%s %s: training time is taken from the checkpoint, %.0f s.", self.path, wrong, self.elapsed)
             return 0.0
         return elapsed
 
@@ -156,7 +157,7 @@ class TrainingClock(Callback):
 
 
 class ClockStop(Callback):
-    """Stops the clock when the last callback is done with FIT_END; train.py puts it at the end of the list."""
+    """Stop the clock when the last callback is done with FIT_END; train.py puts it at the end of the list."""
 
     def __init__(self, clock: TrainingClock):
         self._clock = clock
@@ -166,12 +167,189 @@ class ClockStop(Callback):
 
 
 def clock_of(state: State) -> TrainingClock:
-    """The run's clock.
-
-    Raises:
-        RuntimeError: the trainer has none; train.py installs it.
-    """
+    """Return the run's clock. Raise RuntimeError for a trainer that train.py didn't make, which has none."""
     for callback in state.callbacks:
         if isinstance(callback, TrainingClock):
             return callback
     raise RuntimeError("Give the Trainer a prx_composer.schedule.clock.TrainingClock as its first callback, as train.py does.")
+
+
+_STEPS = 50  # the newest, by which a slow one is judged
+_QUANTILE = 0.9
+_MARGIN = 1.1  # on the closing, which is measured a few times at most
+_WORTH_A_SECOND_REHEARSAL = 0.005  # of the budget
+_TELL_EVERY = 10.0  # seconds, at least
+
+
+class TimeBudget(Callback):
+    """Stop training when another step and the closing would no longer fit into the budget.
+
+    The *closing* is what happens between the last step and the end: evaluation, images, scores, checkpoint. So that its cost is
+    known before it is needed, and what is broken in it shows in the first minute and not in the last, the run rehearses it after
+    its first batch. If that took more than 0.5% of the budget it does so once more after the second batch, since the first time
+    includes what is paid once (compilation, starting workers); a resumed run, which pays it again, reckons with the first time.
+    Later pauses between two steps that took longer raise the reserve.
+
+    All is computed from what `TrainingClock` made the same on all ranks, so they stop at the same batch. The budget of a run may
+    be raised on a resume: parts of it that lie ahead move with it, stages and windows that were passed stay passed.
+
+    Args:
+        budget: seconds of training, over all restarts.
+    """
+
+    def __init__(self, budget: float):
+        self.budget = budget
+        self.rehearsing = False
+        """Whether this batch ends with a rehearsal; everything that evaluates, draws or saves at an interval asks for it."""
+        self.progress = 0.0
+        """Part of the time for steps that has passed, 1 = all. It never falls, so that a learning rate may follow it."""
+        self.progress_before: float | None = None
+        """What `progress` was in the checkpoint that the run goes on from, perhaps with another budget."""
+        self._first_closing = self._second_closing = self._longest_pause = 0.0  # seconds
+        self._warm = False  # the second closing was this process's
+        self._slow_step = 0.0  # seconds, of the process before this one
+        self._steps: deque[float] = deque(maxlen=_STEPS)
+        self._first_step = True
+        self._elapsed = 0.0
+        self._told_at = 0.0
+
+    @property
+    def reserve(self) -> float:
+        """Seconds kept for the closing."""
+        closing = self._second_closing if self._warm else max(self._first_closing, self._second_closing)
+        return _MARGIN * max(closing, self._longest_pause)
+
+    @property
+    def slow_step(self) -> float:
+        """Seconds of a slow step, judged by those of late."""
+        if not self._steps:
+            return self._slow_step
+        return max(sorted(self._steps)[int(_QUANTILE * (len(self._steps) - 1))], self._steps[-1])
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether not one more step fits."""
+        return self.progress >= 1
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        self._measure_progress(clock_of(state).spent)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._elapsed = self._told_at = clock_of(state).spent
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:  # before the scheduler steps, which follows `progress`
+        clock = clock_of(state)
+        self._note_pause(clock.paused)
+        if not self._first_step:  # of a process: it compiles and starts workers
+            self._steps.append(clock.elapsed - self._elapsed - clock.paused)
+        self._first_step = False
+        self._elapsed = clock.elapsed
+        self._measure_progress(clock.elapsed)
+        second_is_due = not self._second_closing and self._first_closing > _WORTH_A_SECOND_REHEARSAL * self.budget
+        self.rehearsing = not self._first_closing or second_is_due
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        logger.log_metrics({"budget/elapsed": self._elapsed, "budget/remaining": max(self.budget - self._elapsed, 0.0)})
+        if self.is_used_up:
+            state.stop_training()
+            if dist.get_global_rank() == 0:
+                used, closing = duration_string(self._elapsed), duration_string(self.reserve)
+                log.info("%s of the time budget of %s used; closing takes about %s.", used, self, closing)
+        else:
+            self._tell(state, logger)
+
+    def _note_pause(self, seconds: float) -> None:
+        if not self.rehearsing:
+            self._longest_pause = max(self._longest_pause, seconds)
+        elif self._first_closing:
+            self._second_closing, self._warm = seconds, True
+        else:
+            self._first_closing = seconds
+            if _MARGIN * seconds > self.budget / 4:
+                log.warning(
+                    "Evaluation, images, scores and checkpoint took %s of a budget of %s.", duration_string(seconds), self
+                )
+
+    def _measure_progress(self, elapsed: float) -> None:
+        time_for_steps = self.budget - self.reserve - self.slow_step
+        self.progress = max(self.progress, elapsed / time_for_steps if elapsed < time_for_steps else 1.0)
+
+    # ------------------------------------------------------------------------------------------------- what is left
+
+    def _tell(self, state: State, logger: Logger) -> None:
+        """Say what is left in the progress bar, and in the log at every 1% of the budget."""
+        if not self._steps or dist.get_local_rank() != 0:
+            return
+        step = statistics.median(self._steps)
+        batches = min((self.budget - self.reserve - self._elapsed) / step, Moment("1dur").seconds_left(state, 1.0))
+        seconds = min(self.budget - self._elapsed, batches * step + self.reserve)
+        for destination in logger.destinations:
+            if isinstance(destination, ProgressBarLogger) and destination.train_pbar is not None:
+                # Shown with the next loss.
+                destination.train_pbar.metrics["left"] = f"{batches:.0f}ba, {duration_string(seconds)}"
+        if self._elapsed - self._told_at < max(self.budget / 100, _TELL_EVERY):
+            return
+        self._told_at = self._elapsed
+        used, left = duration_string(self._elapsed), duration_string(seconds)
+        text = f"{used} of {self} used; to go: about {batches:,.0f} batches in {left}"
+        for algorithm in state.algorithms:
+            if isinstance(switch := getattr(algorithm, "next_switch", None), Moment):
+                until_switch = switch.seconds_left(state, step)
+                if until_switch < seconds:
+                    text += f", next stage in {duration_string(until_switch)}"
+        log.info("%s.", text)
+
+    def __str__(self) -> str:
+        return duration_string(self.budget)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "budget": self.budget,
+            "progress": self.progress,
+            "first_closing": self._first_closing,
+            "second_closing": self._second_closing,
+            "longest_pause": self._longest_pause,
+            "slow_step": self.slow_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._first_closing, self._second_closing = float(state["first_closing"]), float(state["second_closing"])
+        self._longest_pause, self._slow_step = float(state["longest_pause"]), float(state["slow_step"])
+        self.progress_before = float(state["progress"])
+        if state["budget"] == self.budget:
+            self.progress = self.progress_before
+
+
+def time_budget_of(state: State) -> TimeBudget | None:
+    """Return the run's time budget, if it has one."""
+    return next((callback for callback in state.callbacks if isinstance(callback, TimeBudget)), None)
+
+
+Due = Callable[[State, Event], bool]
+
+
+def rehearsing(state: State) -> bool:
+    """Return whether what the end of the run does is to be done now, at full size; see `TimeBudget`."""
+    budget = time_budget_of(state)
+    return budget is not None and budget.rehearsing
+
+
+def with_rehearsal(due: Due, event: Event = Event.BATCH_CHECKPOINT) -> Due:
+    """Return what says yes where `due` does, and also at the rehearsals' `event`; once per batch."""
+    return once_per_batch(lambda state, at: due(state, at) or (at == event and rehearsing(state)))
+
+
+def once_per_batch(due: Due) -> Due:
+    """Return what asks `due` every time, but says yes once in a batch: where an epoch ends with it, say."""
+    last = -1
+
+    def check(state: State, event: Event) -> bool:
+        nonlocal last
+        is_due = bool(due(state, event))
+        batch = int(state.timestamp.batch)
+        if not is_due or batch == last:
+            return False
+        last = batch
+        return True
+
+    return check

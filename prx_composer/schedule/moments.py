@@ -12,9 +12,6 @@ from prx_composer.common.errors import UserError
 if TYPE_CHECKING:  # a recipe's times are checked before Composer is imported
     from composer.core import State
 
-    from prx_composer.schedule.clock import TrainingClock
-
-
 BUDGET, SECONDS = "budget", "sec"
 BATCH, EPOCH, DURATION, TOKEN = "ba", "ep", "dur", "tok"  # Composer's TimeUnits
 _NUMBER = r"(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)"
@@ -24,7 +21,7 @@ _COUNT = re.compile(rf"{_NUMBER} ?(iter|ep|ba|sp|tok|dur|budget)", re.IGNORECASE
 
 
 def parse_duration(text: str) -> float:
-    """ "3d", "24h", "90m", "1h30m", "1.5h", "86400s", "86400sec", "2 hours", "1d 12h" → seconds.
+    """Return the seconds of "3d", "24h", "90m", "1h30m", "1.5h", "86400s", "86400sec", "2 hours" or "1d 12h".
 
     Raises:
         ValueError: anything else, and nothing at all.
@@ -37,18 +34,41 @@ def parse_duration(text: str) -> float:
 
 
 def for_composer(text: str) -> str:
-    """A time as Composer's `Time` takes it, which knows no days, and of the day no more than 23 hours."""
+    """Return a time as Composer's `Time` takes it, which knows no days, and of the day no more than 23 hours."""
     point = Point.parse(text)
     return f"{math.ceil(point.value)}sec" if point.unit == SECONDS else point.text
 
 
 def duration_string(seconds: float) -> str:
-    """Seconds as people say them: "23h05m", "4m10s", "12s"."""
+    """Return seconds as people say them: "23h05m", "4m10s", "12s"."""
     whole = round(max(seconds, 0))
     if whole >= 3600:
         minutes = round(whole / 60)
         return f"{minutes // 60}h{minutes % 60:02d}m"
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+class TrainingTime:
+    """What measures training, over all restarts; `clock.TrainingClock` is one.
+
+    Attributes:
+        elapsed: seconds of training up to the end of the newest step.
+        fraction: largest part of the budget that has been reached; raising the budget does not lower it.
+        budget: seconds of training that the recipe's `time_budget` allows, if it does.
+    """
+
+    elapsed = 0.0
+    fraction = 0.0
+    budget: float | None = None
+
+
+def _time_of(state: State, point: Point) -> TrainingTime:
+    found = next((callback for callback in state.callbacks if isinstance(callback, TrainingTime)), None)
+    if found is None:
+        raise UserError(f"{point.text}: time is measured by train.py only; here, give batches, samples, epochs or dur.")
+    if point.unit == BUDGET and found.budget is None:
+        raise UserError(f"{point.text} is a part of the time budget, and the run has none; set time_budget=24h, say.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,7 @@ class Point:
 
     @classmethod
     def parse(cls, text: str) -> Point:
-        """Raises ValueError for what is no time."""
+        """Read a point of time. Raise ValueError for what is none."""
         text = str(text).strip()
         match = _COUNT.fullmatch(text)
         if match is None:
@@ -86,25 +106,28 @@ class Point:
 
     @classmethod
     def parse_interval(cls, text: str) -> Point:
-        """Raises ValueError for what nothing can be repeated at."""
+        """Read an interval. Raise ValueError for what nothing can be repeated at."""
         point = cls.parse(text)
         if point.value <= 0 or point.unit in (BUDGET, TOKEN):
             raise ValueError(f"an interval must be a positive time such as 2000ba, 0.1dur or 30m, not {text}.")
         return point
 
     def reached(self, state: State) -> float:
-        """How much of `value` has passed, in its unit."""
+        """Return how much of `value` has passed, in its unit."""
         if self.unit == BUDGET:
-            return _budgeted_clock(state, self.text).fraction
+            return _time_of(state, self).fraction
         if self.unit == SECONDS:
-            return _clock(state, self.text).elapsed if self.value else 0.0
+            return _time_of(state, self).elapsed if self.value else 0.0
         if self.unit == DURATION:
             elapsed = state.get_elapsed_duration()
             return -math.inf if elapsed is None else elapsed.value
         return state.timestamp.get(self.unit).value
 
     def progress(self, state: State) -> float:
-        """How much of the way there is done after the step in hand, from 0 to 1: what a scheduler, asked during a step, needs."""
+        """Return how much of the way there is done after the step in hand, from 0 to 1.
+
+        A scheduler, which is asked during a step, needs that.
+        """
         if self.value == 0:
             return 1.0
         if self.unit in (BUDGET, SECONDS):
@@ -117,20 +140,21 @@ class Point:
         return min(done / self.value, 1.0)
 
     def seconds_left(self, state: State, seconds_per_batch: float) -> float:
-        """Estimate of the training time until then, at the present pace; inf if it can't be known."""
-        if self.unit == SECONDS:
-            return self.value - _clock(state, self.text).elapsed
-        if self.unit == BUDGET:
-            clock = _budgeted_clock(state, self.text)
-            assert clock.budget is not None
-            return self.value * clock.budget - clock.elapsed
+        """Estimate the training time until then, at the present pace; inf if it can't be known."""
+        if self.unit in (SECONDS, BUDGET):
+            time = _time_of(state, self)
+            seconds = self.value if self.unit == SECONDS or time.budget is None else self.value * time.budget
+            return seconds - time.elapsed
         reached = self.reached(state)
         batches_per_unit = int(state.timestamp.batch) / reached if reached > 0 else math.inf
         return (self.value - reached) * batches_per_unit * seconds_per_batch
 
 
 def count_after_step(state: State, unit: str) -> float:
-    """Batches, samples or (parts of) epochs at the end of the step in hand, whose `timestamp` is still that of its beginning."""
+    """Return the batches, samples or (parts of) epochs at the end of the step in hand.
+
+    The state's `timestamp` is still that of the step's beginning.
+    """
     now, before = state.timestamp, state.previous_timestamp
     count = now.get(unit).value
     if unit == BATCH:
@@ -138,22 +162,6 @@ def count_after_step(state: State, unit: str) -> float:
     if unit == EPOCH:
         return count + (int(now.batch_in_epoch) + 1) / int(state.dataloader_len) if state.dataloader_len else count
     return count + max(count - before.get(unit).value, 0) if before is not None else count  # as many as in the step before
-
-
-def _clock(state: State, text: str) -> TrainingClock:
-    from prx_composer.schedule.clock import clock_of
-
-    try:
-        return clock_of(state)
-    except RuntimeError as error:
-        raise UserError(f"{text}: time is measured by train.py only; here, give batches, samples, epochs or dur.") from error
-
-
-def _budgeted_clock(state: State, text: str) -> TrainingClock:
-    clock = _clock(state, text)
-    if clock.budget is None:
-        raise UserError(f"{text} is a part of the time budget, and the run has none; set time_budget=24h, say.")
-    return clock
 
 
 class Moment:
@@ -184,29 +192,29 @@ class Moment:
         return any(point.reached(state) >= point.value for point in self.points)
 
     def progress(self, state: State) -> float:
-        """How much of the way there is done after the step in hand, from 0 to 1."""
+        """Return how much of the way there is done after the step in hand, from 0 to 1."""
         return max(point.progress(state) for point in self.points)
 
     def seconds_left(self, state: State, seconds_per_batch: float) -> float:
-        """Estimate of the training time until then, at the present pace; inf if it can't be known."""
+        """Estimate the training time until then, at the present pace; inf if it can't be known."""
         return max(min(point.seconds_left(state, seconds_per_batch) for point in self.points), 0.0)
 
     @property
     def is_beginning(self) -> bool:
-        """Whether it has come before the first step."""
+        """Say whether it has come before the first step."""
         return any(point.value == 0 for point in self.points)
 
     def surely_by(self, other: Moment) -> bool:
-        """Whether it is certain not to come later than `other`; points in different units can't be compared."""
+        """Return whether it is certain not to come later than `other`; points in different units can't be compared."""
         return self.is_beginning or all(any(_not_later(mine, theirs) for mine in self.points) for theirs in other.points)
 
     def may_precede(self, other: Moment) -> bool:
-        """Whether it comes no later than `other` whenever the same unit decides about both."""
+        """Return whether it comes no later than `other` whenever the same unit decides about both."""
         return any(_not_later(mine, theirs) for mine in self.points for theirs in other.points)
 
 
 def names_budget(text: str) -> bool:
-    """Whether a string is a moment one of whose alternatives is a part of the time budget."""
+    """Return whether a string is a moment one of whose alternatives is a part of the time budget."""
     try:
         return any(point.unit == BUDGET for point in Moment(text).points)
     except ValueError:
@@ -218,7 +226,7 @@ def _not_later(first: Point, second: Point) -> bool:
 
 
 class ScheduleWindow:
-    """start ≤ now < end.
+    """The span of training for which start ≤ now < end.
 
     Args:
         start: a `Moment`, such as "1000ba", "0.1dur" or "2h or 0.1budget".
@@ -236,15 +244,11 @@ class ScheduleWindow:
         return self.start.has_come(state) and not self.is_over(state)
 
     def is_over(self, state: State) -> bool:
-        """Whether the window has closed for good."""
+        """Return whether the window has closed for good."""
         return self.end is not None and self.end.has_come(state)
 
-    def is_open_throughout(self) -> bool:
-        """Whether it has neither a start nor an end."""
-        return self.start.is_beginning and self.end is None
-
     def is_disjoint_from(self, other: ScheduleWindow) -> bool:
-        """Whether the two are certain never to be open at once; times in different units can't be compared."""
+        """Return whether the two are certain never to be open at once; times in different units can't be compared."""
         return self._ends_before(other) or other._ends_before(self)
 
     def _ends_before(self, other: ScheduleWindow) -> bool:

@@ -1,5 +1,6 @@
 """The components of a recipe, made once: on the meta device to be checked and counted, or for real to be trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,30 +8,20 @@ from typing import Any
 
 from composer.core import Algorithm, Callback, DataSpec
 from composer.loggers import LoggerDestination
-from composer.utils import FSDP2Config, ParallelismConfig
 from torch.optim import Optimizer
 
 from prx_composer import registry
-from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
-from prx_composer.common.errors import Problems, UserError
+from prx_composer.algorithms.resolution import ProgressiveResolution
+from prx_composer.common.errors import Problems, UserError, at_path, raise_all
+from prx_composer.data.dataset import read_manifest
+from prx_composer.data.sources import is_made, prepare
 from prx_composer.data.stored import check_latent_column, check_text_column
-from prx_composer.optim.groups import parameter_groups
-from prx_composer.recipe.arguments import entries, provided_by, split
-from prx_composer.recipe.checks import check_parallelism
-from prx_composer.recipe.config import Recipe, build
-from prx_composer.registry import Registry
+from prx_composer.optim import parameter_groups
+from prx_composer.recipe.arguments import build, data_sets, entries, provided_by, split
+from prx_composer.recipe.config import Recipe
+from prx_composer.registry import BY_NAME
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.schedule.moments import ScheduleWindow
-
-
-def build_components(recipe: Recipe, *, meta: bool, num_ranks: int = 1) -> "Components":
-    """Return what makes the components of a recipe, whose code is imported.
-
-    Args:
-        meta: whether networks are made without storage; nothing is loaded or downloaded then.
-        num_ranks: that share a batch.
-    """
-    return Components(recipe, meta, num_ranks)
 
 
 @dataclass(frozen=True)
@@ -63,65 +54,68 @@ class PlannedStage:
 class Components(ModelParts):
     """Makes every component of a recipe when it is first asked for, and gives it what its constructor declares to need.
 
-    Attributes:
-        problems: names, arguments and types that were found to be wrong before; each begins with its path. What is at such a
-            path is not made.
-
     Every property raises a UserError that names all that is wrong with what it makes.
+
+    Args:
+        recipe: whose code is imported.
+        meta: whether networks are made without storage; nothing is loaded or downloaded then.
+        num_ranks: that share a batch.
+        problems: names, arguments and types that are known to be wrong; each begins with its path. What is at such a path is
+            not made.
     """
 
-    def __init__(self, recipe: Recipe, meta: bool, num_ranks: int):
+    def __init__(self, recipe: Recipe, *, meta: bool, num_ranks: int = 1, problems: Sequence[str] = ()):
         super().__init__(recipe.model, recipe.seed, Path(recipe.run_folder), loader=recipe.train_loader, meta=meta, compiled=True)
-        self.recipe, self.num_ranks = recipe, num_ranks
-        self.problems: list[str] = []
-        self.provided = provided_by(vars(recipe))
+        self.recipe, self.num_ranks, self.problems = recipe, num_ranks, list(problems)
+        self._provided = provided_by(vars(recipe))
 
     def is_wrong(self, path: str) -> bool:
         """Return whether something at or below a path is wrong, so that what is there cannot be relied on."""
         return any(problem.startswith((f"{path}.", f"{path} ", f"{path}:", f"{path}[")) for problem in self.problems)
 
-    def each(self, kind: str, listed: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Return the algorithms, callbacks or loggers that can be made, by name and in order, and what is wrong with others."""
-        components: Registry = getattr(registry, kind)
+    def each(self, kind: str) -> tuple[dict[str, Any], list[str]]:
+        """Return the algorithms, callbacks or loggers that can be made, by name and in order, and what is wrong with others.
+
+        Every run has a file of metrics among its loggers.
+        """
+        listed = getattr(self.recipe, kind) if kind != "loggers" else {"metrics_file": {}} | self.recipe.loggers
         made, problems = dict[str, Any](), Problems()
         for name, arguments in entries(listed, kind):
             path = f"{kind}.{name}"
             if not self.is_wrong(path):
                 with problems.noted():
-                    made[name] = build(components, name, arguments, path, self.provided)
+                    made[name] = build(BY_NAME[kind], name, arguments, path, self._provided)
         return made, problems.found
 
-    def _all(self, kind: str, listed: dict[str, Any]) -> dict[str, Any]:
-        problems = Problems()
-        made, problems.found = self.each(kind, listed)
-        problems.raise_any()
+    def _all(self, kind: str) -> dict[str, Any]:
+        made, problems = self.each(kind)
+        raise_all(problems)
         return made
 
     @cached_property
     def algorithms(self) -> dict[str, Algorithm]:
-        return self._all("algorithms", self.recipe.algorithms)
+        return self._all("algorithms")
 
     @cached_property
     def callbacks(self) -> dict[str, Callback]:
-        return self._all("callbacks", self.recipe.callbacks)
+        return self._all("callbacks")
 
     @cached_property
     def loggers(self) -> dict[str, LoggerDestination]:
-        """The recipe's, and the file of metrics, which every run has."""
-        return self._all("loggers", {"metrics_file": {}} | self.recipe.loggers)
+        return self._all("loggers")
 
     @cached_property
     def scheduler(self) -> Any:
-        return build(registry.schedulers, *split(self.recipe.scheduler, "scheduler"), "scheduler", self.provided)
+        return build(registry.schedulers, *split(self.recipe.scheduler, "scheduler"), "scheduler", self._provided)
 
     @cached_property
     def optimizer(self) -> Optimizer:
-        """Of the whole model. One that declares `model` groups its parameters itself; one that declares `params` gets groups."""
+        """Make the optimizer of the model. One that declares `model` groups its parameters; one with `params` gets groups."""
         name, arguments = split(self.recipe.optimizer, "optimizer")
         groups = parameter_groups(self.model, float(arguments.get("weight_decay", 0.0)))
-        return build(registry.optimizers, name, arguments, "optimizer", self.provided, model=self.model, params=groups)
+        return build(registry.optimizers, name, arguments, "optimizer", self._provided, model=self.model, params=groups)
 
-    def loader(self, key: str, global_batch_size: int) -> DataSpec:
+    def loader(self, key: str) -> DataSpec:
         """Return `train_loader` or `eval_loader`, over data that are there.
 
         Raises:
@@ -129,20 +123,20 @@ class Components(ModelParts):
         """
         name, arguments = split(getattr(self.recipe, key), key)
         arguments.pop("source", None)
-        encoder = self.model.text_encoder
+        encoder, in_training = self.model.text_encoder, key == "train_loader"
         spec = build(
             registry.loaders,
             name,
             arguments,
             key,
-            self.provided,
+            self._provided,
             tokenizer=encoder.tokenizer,
             max_tokens=encoder.max_tokens,
             image_size=self.recipe.image_size,
-            global_batch_size=global_batch_size,
+            global_batch_size=self.recipe.global_train_batch_size if in_training else self.recipe.eval_batch_size,
             multiple=self.multiple,
             seed=self.recipe.seed,
-            **({"evaluation": True, "shuffle": False} if key == "eval_loader" else {}),
+            **({} if in_training else {"evaluation": True, "shuffle": False}),
         )
         dataset = getattr(spec.dataloader, "dataset", None)
         for column in getattr(dataset, "text_columns", {}).values():
@@ -153,7 +147,7 @@ class Components(ModelParts):
 
     @cached_property
     def multiple(self) -> int | None:
-        """Of which image sides must be multiples: patch size × autoencoder downsampling; None if that isn't known."""
+        """Return patch size × downsampling, of which image sides must be multiples; None if that isn't known."""
         if not self.meta:
             return self.model.backbone.patch_size * self.model.autoencoder.downsampling
         patch_size, downsampling = getattr(self.backbone, "patch_size", None), self.downsampling
@@ -182,56 +176,86 @@ def _stage(path: str, sizes: Any, num_ranks: int, window: ScheduleWindow) -> Pla
     return PlannedStage(path, sizes.image_size, batch_size, microbatch_size, num_ranks, window)
 
 
-# ------------------------------------------------------------------------------------------- how weights lie on the ranks
+# -------------------------------------------------------------------------------------------------- data sets that a source makes
 
 
-@dataclass
-class HybridConfig(FSDP2Config):
-    """FSDP2Config that can also ask for hybrid sharding, which Composer's own answers with "all ranks" whatever it is given.
+@dataclass(frozen=True)
+class Making:
+    """A data set that a source makes.
 
     Args:
-        shard_degree: ranks that share one copy of the weights; −1: all.
+        key: where in the recipe its data set is named: train_loader, eval_loader or train_loader.mix.NAME.
+        path: the folder to be.
+        source: makes it.
+        spec: the source as the recipe has it.
     """
 
-    shard_degree: int = -1
+    key: str
+    path: Path
+    source: Any
+    spec: dict[str, Any]
 
-    @property
-    def data_parallel_shard_degree(self) -> int:
-        return self.shard_degree
+    def is_made(self) -> bool:
+        """Return whether it is there. Raise UserError for a folder that holds other data."""
+        with at_path(self.key):
+            return is_made(self.path, self.source, self.spec)
 
-    @property
-    def data_parallel_replicate_degree(self) -> int | None:
-        return None if self.shard_degree == -1 else -1
+    def make(self) -> None:
+        """Make it, unless it is there already. Raise UserError for what is wrong with what the source reads."""
+        with at_path(self.key):
+            prepare(self.path, self.source, self.spec)
 
 
-def parallelism(config: dict[str, Any] | None, num_ranks: int, on_gpu: bool = True) -> ParallelismConfig | None:
-    """Return Composer's configuration, or None for DDP.
-
-    (left out)                    DDP: every rank has all weights
-    {fsdp: {}}                    FSDP2: every rank has a shard
-    {fsdp: {shard_degree: 8}}     HSDP: shards over 8 ranks, such as those of a node, and replicas of that over the others
+def sources_of(spec: dict[str, Any] | None, key: str) -> list[Making]:
+    """Return the data sets of a loader that are made from a source.
 
     Args:
-        config: the recipe's `parallelism_config`.
-        num_ranks: of the run.
-        on_gpu: replicas average their gradients over NCCL; gloo has no such operation.
+        spec: the loader's configuration.
+        key: where in the YAML it is.
 
     Raises:
-        UserError: an unknown key, shards that the ranks don't divide into, replicas on CPUs.
+        UserError: a source that cannot be built, or no folder to make a data set in.
     """
-    if config is None:
-        return None
-    check_parallelism(config, num_ranks)
-    arguments = config.get("fsdp") or {}
-    degree, path = arguments.get("shard_degree", -1), "parallelism_config"
-    if degree not in (-1, num_ranks) and not on_gpu:
-        raise UserError(
-            f"{path}.fsdp.shard_degree: replicas of shards need GPUs (gloo averages over no replicas); on {num_ranks} CPU "
-            f"processes use {path}.fsdp.shard_degree=-1, which shards over all of them."
-        )
-    # Under amp, autocast chooses dtypes op by op. Composer's default would also round every block's and the backbone's inputs
-    # to bf16, timesteps and rotary tables among them.
-    settings: dict[str, Any] = {"mixed_precision": "FULL"} | arguments
-    if degree == num_ranks:
-        settings["shard_degree"] = -1
-    return ParallelismConfig(fsdp2=HybridConfig(**settings))
+    spec = spec or {}
+    if spec.get("source") and spec.get("mix"):
+        raise UserError(f"{key}.source is of one data set; with {key}.mix, give it to a data set of the mixture.")
+    if spec.get("source") and not spec.get("path"):
+        raise UserError(f"{key}.path is missing: the folder that the source is to make the data set in.")
+    if not spec.get("source") and (not spec.get("mix") or not str(spec.get("name", "image_caption")).endswith("image_caption")):
+        return []
+    made = []
+    for where, arguments in data_sets(spec).items():
+        if arguments.get("source"):
+            path = f"{key}.{where}" if where else key
+            name, options = split(arguments["source"], f"{path}.source")
+            source = build(registry.sources, name, options, f"{path}.source")
+            made.append(Making(path, Path(arguments["path"]), source, arguments["source"]))
+    return made
+
+
+def unmade_sources(spec: dict[str, Any] | None, key: str) -> list[Making]:
+    """Return those of `sources_of` that are still to be made. Raise UserError as that, and for a folder of other data."""
+    return [making for making in sources_of(spec, key) if not making.is_made()]
+
+
+def make_data(spec: dict[str, Any] | None, key: str) -> None:
+    """Make a loader's data sets that have a source and are not there yet. Raise UserError for data that cannot be made."""
+    for making in sources_of(spec, key):
+        making.make()
+
+
+def read_manifests(spec: dict[str, Any], key: str) -> None:
+    """Raise UserError if an `image_caption` loader's data isn't there, or isn't what the loader asks for."""
+    with at_path(key):
+        for part in data_sets(spec).values():
+            if not part.get("remote"):
+                read_manifest(part["path"], part.get("split", "train"), part.get("captions"))
+
+
+def make_recipe_data(recipe: Recipe) -> None:
+    """Make what a recipe's sources make, and see that all of its data are there. Raise UserError as the functions above."""
+    for key in ("train_loader", "eval_loader"):
+        spec = getattr(recipe, key)
+        make_data(spec, key)
+        if spec and spec["name"] == "image_caption":
+            read_manifests(spec, key)

@@ -1,7 +1,7 @@
 """A recipe's model without storage, with its tricks attached: what is trained, what is frozen, and what a step costs.
 
 Nothing is downloaded: networks are made from their configuration, which is in the recipe, in a folder, in the hub's cache, or in
-the table of `models.known_configs`.
+the table of `models.huggingface`.
 """
 
 import contextlib
@@ -23,20 +23,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from prx_composer.algorithms.base import Trick
-from prx_composer.common.errors import UserError, nearest
+from prx_composer.common.errors import UserError, at_path, nearest
 from prx_composer.models.counting import AUTOENCODER, TEXT_ENCODER, CannotCount, StepCount, StepCounter
-from prx_composer.models.huggingface import Frozen, frozen_inside
-from prx_composer.models.known_configs import UnknownConfiguration
+from prx_composer.models.huggingface import Frozen, UnknownConfiguration, frozen_inside
 from prx_composer.recipe.arguments import entries, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import TOKENIZER
-from prx_composer.runs.model_parts import MOST_WORDS, UnknownNetwork
-from prx_composer.training.components import Components, build_components
+from prx_composer.runs.model_parts import UnknownNetwork
+from prx_composer.training.components import Components
 
 OPTION = "--leave-out"
-_counts: dict[
-    tuple[Any, ...], StepCount
-] = {}  # a schedule that is moved until it fits is planned often, and its steps cost the same
+# A schedule that is moved until it fits is planned often, and its steps cost the same.
+_counts: dict[tuple[Any, ...], StepCount] = {}
 _IMAGES = 2  # of the step that is counted: a loss may need an image's neighbour
 
 
@@ -52,12 +50,6 @@ class Uncounted:
     leave_out: Collection[str] | None = None
     told: list[str] = field(default_factory=list)
 
-    def check(self, allowed: list[str]) -> None:
-        """Raise UserError for a name that is not among the recipe's."""
-        for name in self.leave_out or ():
-            if name not in allowed:
-                raise UserError(f"{OPTION}: the recipe has no {name!r} to leave out.{nearest(name, allowed)}")
-
     def leaves(self, name: str, path: str) -> bool:
         """Return whether that network is to be left out; if so, it is told."""
         if name not in (self.leave_out or ()):
@@ -69,26 +61,28 @@ class Uncounted:
         """Tell what cannot be counted, and raise UserError if that stops the plan.
 
         Args:
-            why: a clause without a full stop. ways: sentences that say what else could be done.
+            why: a clause without a full stop.
+            ways: sentences that say what else could be done.
         """
         if self.leave_out is None:
             self.told.append(f"{path}: {why}; it is not counted")
             return
         raise UserError(f"{path} cannot be counted: {why}. {ways}{' ' if ways else ''}To plan without it: {OPTION} {name}")
 
-    def refuse_unknown(self, name: str, path: str, network: str, also: str = " and not in the table of known encoders") -> None:
+    def refuse_unknown(self, name: str, path: str, network: str) -> None:
         """Refuse a network by hub id of which nothing is known here."""
         self.refuse(
             name,
             path,
-            f"{network} is no folder with a config.json, is not in the hub's cache on this machine{also}",
+            f"{network} is no folder with a config.json, is not in the hub's cache on this machine and not in the table of known "
+            "encoders",
             "Give its folder (config.json is enough); or run `hf download "
             f"{network} config.json` where there is a network; or give its configuration as `config:` in place of `pretrained:`.",
         )
 
 
 class _StandIn(nn.Module):
-    """Stands for a text encoder or an autoencoder that cannot be made, and never runs."""
+    """Stand for a text encoder or an autoencoder that cannot be made; it never runs."""
 
     def __init__(self, **sizes: Any):
         super().__init__()
@@ -106,7 +100,7 @@ class MetaModel:
 
     Attributes:
         model, optimizer: on the meta device.
-        algorithms: all of the recipe's, by name. tricks: those of them that are attached.
+        tricks: those of the recipe's algorithms that are attached, by name.
         frozen: bytes of frozen weights by part: the text encoder, the autoencoder, each trick by name.
         text: how the text embeddings come about, in words.
         uncounted: what is not counted.
@@ -116,10 +110,11 @@ class MetaModel:
     """
 
     def __init__(self, recipe: Recipe, stored_text: bool = False, leave_out: Collection[str] | None = None):
-        self._recipe, self._components = recipe, build_components(recipe, meta=True)
+        self._recipe, self._components = recipe, Components(recipe, meta=True)
         self.uncounted = Uncounted(leave_out)
-        names = [name for name, _ in entries(recipe.algorithms, "algorithms")]
-        self.uncounted.check(["text_encoder", "autoencoder", *names])
+        allowed = ["text_encoder", "autoencoder", *(name for name, _ in entries(recipe.algorithms, "algorithms"))]
+        if unknown := [name for name in leave_out or () if name not in allowed]:
+            raise UserError(f"{OPTION}: the recipe has no {unknown[0]!r} to leave out.{nearest(unknown[0], allowed)}")
         name = split(recipe.model, "model")[0]
         if "backbone" not in recipe.model:
             raise UserError(f"model: prx plan counts text_to_image with a backbone, not {name!r}.")
@@ -127,20 +122,22 @@ class MetaModel:
         self._stores_latents = bool(recipe.train_loader.get("latent"))
         self._stores_text = stored_text
         self.text = ""
-        self._add_autoencoder(self._components)
-        self._add_text_encoder(self._components)
+        self._add_autoencoder()
+        self._add_text_encoder()
         self.model: Any = self._components.model
         self.optimizer: Optimizer = self._components.optimizer
-        self.algorithms: dict[str, Algorithm] = {}
         self.tricks: dict[str, Trick] = {}
         for name, algorithm in self._components.algorithms.items():
             if not self.uncounted.leaves(name, f"algorithms.{name}"):
                 self._attach(name, algorithm)
-        self._counter: StepCounter | None = None
+
+    @functools.cached_property
+    def _counter(self) -> StepCounter:
+        return StepCounter(self.model, list(self.tricks.values()), self.amp)
 
     @property
     def _identity(self) -> tuple[Any, ...]:
-        """All that the cost of a step follows from, but for the image's size and what is active."""
+        """All that the cost of a step follows from, but for the size of images and what is active."""
         untimed = {
             name: {key: value for key, value in arguments.items() if key not in ("start", "end", "stages")}
             for name, arguments in entries(self._recipe.algorithms, "algorithms")
@@ -163,12 +160,10 @@ class MetaModel:
         return [trick for trick in self.tricks.values() if type(trick).set_active is not Trick.set_active]
 
     def image_tokens(self, image_size: int, path: str) -> int:
-        """Return how many tokens an image of that size is; raises UserError, at `path`, if it isn't cut into patches."""
+        """Return how many tokens an image of that size is. Raise UserError, at `path`, if it isn't cut into patches."""
         side = image_size // self.model.autoencoder.downsampling
-        try:
+        with at_path(path):
             return self.model.backbone.num_tokens(side, side)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
 
     def count(self, image_size: int, active: Collection[str]) -> StepCount:
         """Return the cost of a step on square images of that size.
@@ -180,12 +175,9 @@ class MetaModel:
             UserError: a network whose work cannot be told from its shapes.
         """
         key = (*self._identity, image_size, frozenset(active))
-        if key in _counts:
-            return _counts[key]
-        if self._counter is None:
-            self._counter = StepCounter(self.model, list(self.tricks.values()), self.amp)
         try:
-            _counts[key] = self._counter.count(self._batch(image_size), active)
+            if key not in _counts:
+                _counts[key] = self._counter.count(self._batch(image_size), active)
             return _counts[key]
         except CannotCount as error:
             part = {TEXT_ENCODER: "text_encoder", AUTOENCODER: "autoencoder"}.get(error.part, error.part)
@@ -225,17 +217,17 @@ class MetaModel:
             with frozen_inside() as made:
                 return getattr(self._components, part), _bytes(made)
         except Exception as error:  # whatever a network's code raises
-            if isinstance(error, UserError) and not isinstance(error, UnknownNetwork) and needed and not left_out:
-                raise
             if needed and not left_out:
                 if isinstance(error, UnknownNetwork):
                     self.uncounted.refuse_unknown(part, path, title)
+                elif isinstance(error, UserError):
+                    raise
                 else:
                     self.uncounted.refuse(part, path, f"{title} cannot be made without storage ({error})")
             return None, 0
 
-    def _add_autoencoder(self, components: Components) -> None:
-        """Make it; where it cannot be made or is left out, the step that is counted begins with latents."""
+    def _add_autoencoder(self) -> None:
+        """Make the autoencoder; where it cannot be made or is left out, the step that is counted begins with latents."""
         path, spec = "model.autoencoder", self._recipe.model.get("autoencoder")
         name, arguments = ("pixels", {}) if spec is None else split(spec, path)
         pretrained = str(arguments.get("pretrained") or name)
@@ -244,29 +236,29 @@ class MetaModel:
             named = re.search(r"f(\d+)c\d+", pretrained)  # as DC-AEs are called
             downsampling = int(named[1]) if named else 8
             self.uncounted.told.append(f"{path}: taken to divide an image's sides by {downsampling}")
-            components.autoencoder = _StandIn(channels=components.backbone.in_channels, downsampling=downsampling)
+            channels = self._components.backbone.in_channels
+            self._components.autoencoder = _StandIn(channels=channels, downsampling=downsampling)
         if autoencoder is None or "autoencoder" in (self.uncounted.leave_out or ()):
             self._stores_latents = True
         elif not self._stores_latents:
             self.frozen["autoencoder"] = frozen
 
-    def _add_text_encoder(self, components: Components) -> None:
-        """Make it; where it cannot be made or is left out, the step that is counted begins with embeddings."""
+    def _add_text_encoder(self) -> None:
+        """Make the text encoder; where it cannot be made or is left out, the step that is counted begins with embeddings."""
         path = "model.text_encoder"
         name, arguments = split(self._recipe.model.get("text_encoder"), path)
         title = arguments.get("pretrained") or name
         encoder, frozen = self._make("text_encoder", title, needed=not self._stores_text)
         if encoder is None:
-            max_tokens = int(arguments.get("max_tokens", 256))
-            components.text_encoder = _StandIn(hidden_size=components.backbone.context_in_dim, max_tokens=max_tokens)
+            width, max_tokens = self._components.backbone.context_in_dim, int(arguments.get("max_tokens", 256))
+            self._components.text_encoder = _StandIn(hidden_size=width, max_tokens=max_tokens)
             self.text, self._stores_text = f"{title}, not counted", True
             return
         if self._stores_text and encoder.trainable:
             raise UserError(f"--stored-text: {path} is trained along, so that its embeddings cannot be stored.")
-        config, tokenizer = arguments.get("config") or {}, arguments.get("tokenizer")
+        config = arguments.get("config") or {}
         if config and "vocab_size" not in config and not (Path(self._recipe.run_folder) / TOKENIZER).exists():
-            words = int(tokenizer.get("vocab_size", MOST_WORDS)) if isinstance(tokenizer, dict) else MOST_WORDS
-            told = f"{path}.tokenizer: not trained yet; taken to know {words:,} words, which is the most"
+            told = f"{path}.tokenizer: not trained yet; taken to know {len(encoder.tokenizer):,} words, which is the most"
             self.uncounted.told.append(told)
         title = arguments.get("pretrained") or f"random {config.get('model_type', name)}"
         if self._stores_text:
@@ -285,15 +277,13 @@ class MetaModel:
         if algorithm.not_counted:
             self.uncounted.told.append(f"{path}: {algorithm.not_counted}")
         try:
-            with torch.device("meta"), frozen_inside() as made:
+            with at_path(path), torch.device("meta"), frozen_inside() as made:
                 algorithm.attach(self.model, self.optimizer)
         except UserError as error:
             if not isinstance(error.__cause__, UnknownConfiguration):
                 raise
             self.uncounted.refuse_unknown(name, str(error).partition(":")[0], error.__cause__.name)
             return
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
         self.tricks[name] = algorithm
         self.frozen[name] = _bytes(made)
 
@@ -326,16 +316,16 @@ def bytes_of(tensors: Iterable[Tensor], shards: int = 1) -> int:
     return sum(t.nbytes if shards == 1 or t.ndim == 0 else -(-t.shape[0] // shards) * t[:1].nbytes for t in tensors)
 
 
-def muon_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the groups of parameters that are trained with Muon, if any are."""
-    return [group for group in optimizer.param_groups if group.get("algorithm") == "muon"]
+def muon_groups(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """Return the groups of parameters that are trained with Muon, if any are, by their index."""
+    return {index: group for index, group in enumerate(optimizer.param_groups) if group.get("algorithm") == "muon"}
 
 
 def training_state(planned: MetaModel, shards: int = 1) -> State:
     """Return the state of one GPU that holds one of `shards` parts; of the whole run with one."""
     weights = bytes_of(planned.trained.values(), shards)
     copies = sum(trick.weight_copies for trick in planned.tricks.values())
-    muon = [parameter for group in muon_groups(planned.optimizer) for parameter in group["params"]]
+    muon = [parameter for group in muon_groups(planned.optimizer).values() for parameter in group["params"]]
     return State(weights, bytes_of(optimizer_state(planned), shards), copies * weights, bytes_of(muon, shards))
 
 
@@ -350,35 +340,15 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 @functools.lru_cache(maxsize=8)
 def optimizer_state(planned: MetaModel) -> list[Tensor]:
-    """What a copy of the optimizer keeps after its first step, which it takes on tensors without content."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
-        groups = [
-            group | {"params": [nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in group["params"]]}
-            for group in planned.optimizer.param_groups
-        ]
-        optimizer = copy.copy(planned.optimizer)
-        optimizer.param_groups, optimizer.state = groups, defaultdict(dict)
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)
-        with contextlib.suppress(Exception):  # it reads a number, say, where tensors have no content
-            optimizer.step()
-            return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return _state_of_small_steps(planned)
+    """Return what a copy of the optimizer keeps after its first step, which it takes on tensors without content.
 
-
-def _state_of_small_steps(planned: MetaModel) -> list[Tensor]:
-    """Return the same of an optimizer that needs content: the state of a step on small tensors, of the real shapes."""
-    groups, sizes = [], dict[Tensor, torch.Size]()
-    for group in planned.optimizer.param_groups:
-        small = [nn.Parameter(torch.zeros([min(side, 2) for side in p.shape], dtype=p.dtype)) for p in group["params"]]
-        sizes |= {parameter: p.shape for parameter, p in zip(small, group["params"], strict=True)}
-        groups.append(group | {"params": small})
-    optimizer = copy.copy(planned.optimizer)
-    optimizer.param_groups, optimizer.state = groups, defaultdict(dict)
-    for parameter in sizes:
-        parameter.grad = torch.zeros_like(parameter)
+    One that needs content, since it reads a number, say, takes a step on small tensors instead.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(Exception):
+        optimizer, _ = _about_to_step(planned.optimizer)
+        optimizer.step()
+        return [value for _, value in _state_of(optimizer)]
+    optimizer, shapes = _about_to_step(planned.optimizer, longest_side=2)
     try:
         if dist.get_world_size() > 1:
             raise RuntimeError("its step may wait for the other ranks")  # which don't take it: rank 0 alone asks
@@ -386,10 +356,32 @@ def _state_of_small_steps(planned: MetaModel) -> list[Tensor]:
     except Exception as error:  # whatever an optimizer of one's own raises
         name = type(optimizer).__name__
         planned.uncounted.told.append(f"optimizer: {name} is taken to keep two numbers per weight, as Adam does ({error})")
-        optimizer.state = defaultdict(dict, {parameter: {"first": parameter, "second": parameter} for parameter in sizes})
+        optimizer.state = defaultdict(dict, {parameter: {"first": parameter, "second": parameter} for parameter in shapes})
     return [
-        torch.empty(sizes[parameter], dtype=value.dtype, device="meta") if value.shape == parameter.shape else value
-        for parameter, state in optimizer.state.items()
-        for value in state.values()
-        if isinstance(value, Tensor)
+        torch.empty(shapes[parameter], dtype=value.dtype, device="meta") if value.shape == parameter.shape else value
+        for parameter, value in _state_of(optimizer)
     ]
+
+
+def _about_to_step(optimizer: Optimizer, longest_side: int | None = None) -> tuple[Optimizer, dict[Tensor, torch.Size]]:
+    """Return a copy of an optimizer that hasn't stepped, over other parameters that have gradients, and their shapes.
+
+    Args:
+        longest_side: what the sides of the copy's parameters are cut to; the shapes returned are the uncut ones.
+    """
+    shapes, groups = dict[Tensor, torch.Size](), []
+    for group in optimizer.param_groups:
+        sides = [[min(side, longest_side or side) for side in p.shape] for p in group["params"]]
+        others = [nn.Parameter(torch.zeros(cut, dtype=p.dtype)) for cut, p in zip(sides, group["params"], strict=True)]
+        shapes |= {other: p.shape for other, p in zip(others, group["params"], strict=True)}
+        groups.append(group | {"params": others})
+    copied = copy.copy(optimizer)
+    copied.param_groups, copied.state = groups, defaultdict(dict)
+    for parameter in shapes:
+        parameter.grad = torch.zeros_like(parameter)
+    return copied, shapes
+
+
+def _state_of(optimizer: Optimizer) -> list[tuple[Any, Tensor]]:
+    state = optimizer.state.items()
+    return [(parameter, value) for parameter, kept in state for value in kept.values() if isinstance(value, Tensor)]

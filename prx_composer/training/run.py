@@ -1,30 +1,31 @@
 """A recipe becomes a run: configuration → objects → composer.Trainer → one line that says where everything is."""
 
+import ctypes
 import logging
+import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import psutil
 from composer.core import Callback, Evaluator, Event, State
 from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 
+from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.callbacks.checkpointing import Checkpointing, due_every
-from prx_composer.callbacks.data_monitor import DataMonitor
-from prx_composer.callbacks.finite_guard import FiniteGuard
-from prx_composer.callbacks.random_step import RandomStep
-from prx_composer.callbacks.resumed import NewValues, say_what_moves
+from prx_composer.callbacks.monitors import DataMonitor
+from prx_composer.callbacks.resuming import NewValues, RandomStep, say_what_moves
 from prx_composer.common.distributed import GlooAverage, from_rank_zero
-from prx_composer.common.errors import TrainingInterrupted, UserError, at_path
-from prx_composer.common.secrets import redacted
+from prx_composer.common.errors import TrainingInterrupted, UserError, at_path, redacted
 from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.recipe import config
 from prx_composer.recipe.checks import precisions
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
-from prx_composer.recipe.sizes import check_batch_sizes
-from prx_composer.runs import environment
 from prx_composer.runs.checkpoints import newest_checkpoint, without_new_callbacks
 from prx_composer.runs.folder import (
     CHECKPOINTS,
@@ -33,31 +34,28 @@ from prx_composer.runs.folder import (
     check_run_folder,
     going_on,
     record_changes,
+    record_environment,
     save_recipe,
     summarise,
 )
-from prx_composer.runs.frozen_parts import keep_frozen
-from prx_composer.runs.init_from import initialise
+from prx_composer.runs.model_parts import keep_frozen
+from prx_composer.runs.pretrained_models import initialise
 from prx_composer.runs.weights import not_finite_in
-from prx_composer.schedule.clock import ClockStop, TrainingClock, clock_of
+from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, time_budget_of, with_rehearsal
 from prx_composer.schedule.moments import duration_string, for_composer, parse_duration
-from prx_composer.schedule.time_budget import TimeBudget, time_budget_of, with_rehearsal
-from prx_composer.training.components import Components, build_components, parallelism
-from prx_composer.training.preflight import check_surroundings
+from prx_composer.training.components import Components, make_recipe_data
+from prx_composer.training.preflight import failed, require
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.examine import examine
-from prx_composer.training.preflight.result import Result, failed, require
 from prx_composer.training.preflight.step import remember_steps, try_steps_before_training
-from prx_composer.training.preflight.surroundings import check_gpus
-from prx_composer.training.signals import INTERRUPTED_EXIT_CODE, stop_on_signals, stop_with_launcher
-from prx_composer.training.source_data import make_recipe_data
-from prx_composer.training.trainer import Trainer
+from prx_composer.training.preflight.surroundings import check_gpus, check_surroundings
+from prx_composer.training.trainer import Trainer, parallelism
 
 log = logging.getLogger(__name__)
 
 
 def report(recipe: Recipe) -> int:
-    """Trains a recipe and says how it ended; returns the exit code."""
+    """Train a recipe and say how it ended; return the exit code."""
     try:
         summary = run(recipe)
     except UserError as error:
@@ -95,7 +93,7 @@ def run(recipe: Recipe) -> str:
                 record_changes(folder, int(state.timestamp.batch), trainer.resumed_changes)
                 if recipe.preflight:
                     remember_steps(folder)
-        environment.record(folder, int(state.timestamp.batch), clock_of(state).spent)
+        record_environment(folder, int(state.timestamp.batch), clock_of(state).spent)
         with stop_on_signals(clock_of(state)):
             trainer.fit()
     except BaseException:
@@ -134,25 +132,16 @@ def build_trainer(recipe: Recipe) -> Trainer:
     """
     config.import_code(recipe.code_paths)
     device = get_device(None)
-    checked = _check(recipe, on_cpu=device.name == "cpu")
+    results, checked = examine(recipe, dist.get_world_size())
+    if device.name == "cpu" and recipe.precision in precisions() and recipe.precision != "fp32":
+        results.append(failed(f"precision: {recipe.precision} needs a GPU, and there is none here; use precision=fp32."))
+    if recipe.preflight:
+        results += check_gpus(recipe, checked.algorithms.values(), dist.get_local_world_size(), dist.get_world_size())
+    require(results)
     dist.initialize_dist(device, timeout=recipe.dist_timeout)
     found = _prepare(recipe, checked)
     reproducibility.seed_all(recipe.seed)
     return _build(recipe, found, on_gpu=device.name == "gpu")
-
-
-# ----------------------------------------------------------------------------------------------------------- check
-
-
-def _check(recipe: Recipe, on_cpu: bool) -> Components:
-    """Check what needs neither data nor other ranks; return the components on the meta device."""
-    results, components = examine(recipe, dist.get_world_size())
-    if on_cpu and recipe.precision in precisions() and recipe.precision != "fp32":
-        results.append(failed(f"precision: {recipe.precision} needs a GPU, and there is none here; use precision=fp32."))
-    require(results)
-    if recipe.preflight:
-        _warn(check_gpus(recipe, components.algorithms.values(), dist.get_local_world_size(), dist.get_world_size()))
-    return components
 
 
 def _prepare(recipe: Recipe, checked: Components) -> GoingOn:
@@ -161,27 +150,20 @@ def _prepare(recipe: Recipe, checked: Components) -> GoingOn:
     with _raised_on_every_rank():
         if dist.get_global_rank() == 0:
             if recipe.preflight:
-                _warn(check_surroundings(recipe, checked))
+                require(check_surroundings(recipe, checked))
             check_run_folder(recipe, folder)
             make_recipe_data(recipe)
         found = going_on(recipe, folder, not_finite_in) if dist.get_global_rank() == 0 else GoingOn()
     if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:  # nothing to do unless this node has disks of its own
         if recipe.preflight:
-            _warn(check_data(recipe, checked))
+            require(check_data(recipe, checked))
         make_recipe_data(recipe)
     return from_rank_zero(found)
 
 
-def _warn(results: Iterable[Result]) -> None:
-    """Warn of what should be known; raise UserError with all that must be mended."""
-    for result in require(results):
-        if result.mark == "!":
-            log.warning("%s", result.text)
-
-
 @contextmanager
 def _raised_on_every_rank() -> Iterator[None]:
-    """What rank 0 finds wrong inside of this context is raised on every rank, so that none waits for it in vain."""
+    """Raise what rank 0 finds wrong inside of this context on every rank, so that none waits for it in vain."""
     message = None
     try:
         yield
@@ -197,11 +179,11 @@ def _raised_on_every_rank() -> Iterator[None]:
 def _build(recipe: Recipe, found: GoingOn, on_gpu: bool) -> Trainer:
     """Build everything in an order that decides the random numbers: model, loader, optimizer, loggers, callbacks, algorithms."""
     folder, num_ranks = Path(recipe.run_folder), dist.get_world_size()
-    components = build_components(recipe, meta=False, num_ranks=num_ranks)
-    model = components.model
+    components = Components(recipe, meta=False, num_ranks=num_ranks)
+    model, saved = components.model, as_saved(recipe)
     if found.load_path is None and recipe.model.get("init_from") is not None:
         initialise(model, recipe.model["init_from"])
-    train_loader = components.loader("train_loader", recipe.global_train_batch_size)
+    train_loader = components.loader("train_loader")
     if found.other_data:
         train_loader.dataloader.dataset.other_data_allowed = True  # pyright: ignore[reportAttributeAccessIssue]
     optimizer = components.optimizer
@@ -211,7 +193,7 @@ def _build(recipe: Recipe, found: GoingOn, on_gpu: bool) -> Trainer:
         model=model,
         optimizers=optimizer,
         loggers=loggers,
-        callbacks=_callbacks(recipe, found, list(components.callbacks.values())),
+        callbacks=_callbacks(recipe, found, list(components.callbacks.values()), saved),
         schedulers=components.scheduler,
         algorithms=list(components.algorithms.values()),
         train_dataloader=train_loader,
@@ -231,11 +213,11 @@ def _build(recipe: Recipe, found: GoingOn, on_gpu: bool) -> Trainer:
     trainer = _loaded(options, found.changes)
     trainer.resumed_changes = found.changes
     for destination in loggers:
-        destination.log_hyperparameters(redacted(as_saved(recipe)))
+        destination.log_hyperparameters(redacted(saved))
     return trainer
 
 
-def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback]) -> list[Callback]:
+def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback], saved: dict[str, Any]) -> list[Callback]:
     """Return the recipe's callbacks between those that every run has: the clock comes first, checkpoints come after the guard."""
     folder = Path(recipe.run_folder)
     seconds = None if recipe.time_budget is None else parse_duration(recipe.time_budget)
@@ -250,7 +232,7 @@ def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback]) -> list[Call
         DataMonitor(),
         *own,
         guard,
-        Checkpointing(folder, save_when, recipe.save_num_checkpoints_to_keep, as_saved(recipe), guard.check_state),
+        Checkpointing(folder, save_when, recipe.save_num_checkpoints_to_keep, saved, guard.check_state),
         ClockStop(clock),
     ]
 
@@ -258,15 +240,13 @@ def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback]) -> list[Call
 def _build_evaluator(recipe: Recipe, components: Components) -> Evaluator | None:
     if recipe.eval_loader is None:
         return None
-    batch_size = recipe.global_eval_batch_size or recipe.global_train_batch_size
-    microbatch_size = batch_size // dist.get_world_size()
-    check_batch_sizes("global_eval_batch_size as ", batch_size, microbatch_size or 1, dist.get_world_size())
-    loader = components.loader("eval_loader", batch_size)
+    loader = components.loader("eval_loader")
     if isinstance(loader.dataloader, ImageCaptionLoader):
         loader.dataloader.batch_sampler.keeps_shape = bool(recipe.model.get("compile"))
     # The last evaluation comes with the last batch, not after FIT_END as Composer's: its metrics belong to that batch's line.
     when = create_interval_scheduler(for_composer(recipe.eval_interval), checkpoint_events=False, final_events={Event.BATCH_END})
     interval = with_rehearsal(when, Event.BATCH_END)
+    microbatch_size = recipe.eval_batch_size // dist.get_world_size()
     return Evaluator(label="eval", dataloader=loader, eval_interval=interval, device_eval_microbatch_size=microbatch_size)
 
 
@@ -288,3 +268,50 @@ def _loaded(options: dict[str, Any], changes: Sequence[Change]) -> Trainer:
             raise
         log.debug("Composer refused the recipe", exc_info=True)  # its word for what is asked and it doesn't do
         raise UserError(str(error)) from error
+
+
+# ---------------------------------------------------------------------------------------------------------- asked to stop
+
+
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGTERM
+_PR_SET_PDEATHSIG = 1
+
+
+@contextmanager
+def stop_on_signals(clock: TrainingClock) -> Iterator[None]:
+    """Let SIGTERM, SIGUSR1 (a cluster's warning) and Ctrl-C ask the run to stop; a second Ctrl-C stops at once."""
+    owner = os.getpid()
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a data worker that inherited the handler: it ends as it would without
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if number == signal.SIGINT and clock.asked:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        clock.request_stop(signal.Signals(number).name)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            before[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread: the caller's business
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_with_launcher() -> None:
+    """Ask the kernel for SIGTERM when Composer's launcher dies, which would leave its ranks training on alone (Linux)."""
+    if sys.platform != "linux" or "LOCAL_RANK" not in os.environ:
+        return
+    try:
+        parent = psutil.Process().parent()
+        if parent is not None and any(os.path.basename(part) in ("composer", "composer.cli") for part in parent.cmdline()[:3]):
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    except (psutil.Error, OSError, AttributeError):
+        log.debug("The launcher could not be watched", exc_info=True)

@@ -1,6 +1,6 @@
 """What `prx check` looks at: the recipe, what it needs, and a step of every stage.
 
-For the steps a trainer of one rank's share is built in a temporary folder, which never trains.
+The steps are taken by a trainer of one rank's share, built in a temporary folder, which never trains.
 """
 
 import copy
@@ -17,19 +17,15 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.sources import prepare
 from prx_composer.models.counting import flops_of_backbone
 from prx_composer.recipe import config
-from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
-from prx_composer.runs.frozen_parts import with_kept
-from prx_composer.training.components import Components, PlannedStage
-from prx_composer.training.preflight import check_surroundings
-from prx_composer.training.preflight.captions import check_captions
+from prx_composer.runs.model_parts import with_kept
+from prx_composer.training.components import Components, Making, unmade_sources
+from prx_composer.training.preflight import Result, collected, failed, skipped
 from prx_composer.training.preflight.examine import check_callbacks, examine
-from prx_composer.training.preflight.pretrained import is_here, references
-from prx_composer.training.preflight.result import Result, failed, guarded, skipped
+from prx_composer.training.preflight.pretrained import check_captions, is_here, references
 from prx_composer.training.preflight.step import try_steps
-from prx_composer.training.preflight.surroundings import check_gpus
+from prx_composer.training.preflight.surroundings import check_gpus, check_surroundings
 from prx_composer.training.run import build_trainer
-from prx_composer.training.source_data import Making, unmade_sources
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +35,7 @@ SAMPLES = 256  # of a data set that is still to be made
 
 
 def check_config(recipe: Recipe, num_ranks: int = 1) -> list[Result]:
-    """Checks a recipe without data, weights or a network; finds all that is wrong.
+    """Check a recipe without data, weights or a network, and find all that is wrong.
 
     Every name and argument is bound against its constructor, and what costs nothing is built: the backbone without storage,
     the scheduler, algorithms and callbacks. Batches must divide over `num_ranks`, and image sizes into patches.
@@ -50,17 +46,19 @@ def check_config(recipe: Recipe, num_ranks: int = 1) -> list[Result]:
 def _examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components | None]:
     try:
         config.import_code(recipe.code_paths)
+    except UserError as error:
+        problem = str(error)
     except Exception as error:  # whatever the user's code raises; what it registers may be named anywhere
-        if not isinstance(error, UserError):
-            log.warning("code_paths cannot be imported", exc_info=True)
-        problem = str(error) if isinstance(error, UserError) else f"code_paths: importing them fails with {error!r}."
-        return [failed(problem), skipped("the rest", "it may need that code")], None
-    results, parts = examine(recipe, num_ranks)
-    return [*results, *check_callbacks(recipe, parts)], parts
+        log.warning("code_paths cannot be imported", exc_info=True)
+        problem = f"code_paths: importing them fails with {error!r}."
+    else:
+        results, parts = examine(recipe, num_ranks)
+        return [*results, *check_callbacks(recipe, parts)], parts
+    return [failed(problem), skipped("the rest", "it may need that code")], None
 
 
 def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Iterator[Result]:
-    """All checks, as `prx check` makes them, one after the other; nothing is written, trained or downloaded.
+    """Make all checks of `prx check`, one after the other; nothing is written, trained or downloaded.
 
     Args:
         num_ranks: GPUs that will train it.
@@ -71,18 +69,21 @@ def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Itera
     if parts is None:
         return
     right = all(result.mark != "✗" for result in results)
-    others = [*guarded(check_captions(recipe, parts)), *guarded(check_gpus(recipe, parts.algorithms.values(), 0, num_ranks))]
+    others = [*check_captions(recipe, parts), *check_gpus(recipe, parts.algorithms.values(), 0, num_ranks)]
     for result in [*check_surroundings(recipe, parts), *others]:
         right = right and result.mark != "✗"
         yield result
     if step and right:
-        yield from guarded(_try_out(recipe, parts, num_ranks))
+        yield from _try_out(recipe, parts, num_ranks)
     elif step:
         yield skipped("step", "what is wrong above must be mended first")
+    elif step:
+        yield from guarded(_try_out(recipe, parts, num_ranks))
 
 
+@collected
 def _try_out(recipe: Recipe, parts: Components, num_ranks: int) -> Iterator[Result]:
-    """Builds the model and makes one forward and backward pass of every stage, if this machine can do that in moderate time."""
+    """Build the model and make one forward and backward pass of every stage, if this machine can do that in moderate time."""
     if (reason := _why_not(recipe, parts)) is not None:
         yield skipped("step", reason)
         return
@@ -99,6 +100,7 @@ def _try_out(recipe: Recipe, parts: Components, num_ranks: int) -> Iterator[Resu
 
 
 def _why_not(recipe: Recipe, parts: Components) -> str | None:
+    """Return why the steps are not tried here, in words; None if they are."""
     wanted = references(recipe, parts.algorithms.values())
     if torch.cuda.is_available():
         away = [reference.name for reference in wanted if not is_here(reference)]
@@ -111,23 +113,19 @@ def _why_not(recipe: Recipe, parts: Components) -> str | None:
         return "the model has no backbone with a patch_size"
     else:
         parameters = sum(parameter.numel() for parameter in parts.backbone.parameters())
-        work = sum(_flops(stage, recipe, parts) for stage in parts.stages)
+        tokens = int((recipe.model.get("text_encoder") or {}).get("max_tokens", 256))
+        work = 0.0
+        for stage in parts.stages:  # of square images
+            side = stage.image_size * parts.backbone.patch_size // parts.multiple
+            work += stage.microbatch_size * flops_of_backbone(parts.backbone, side, side, tokens)
         if parameters <= MOST_PARAMETERS and work <= MOST_FLOPS:
             return None
         what = f"{parameters / 1e6:,.0f}M parameters and {work / 1e12:,.1f} TFLOP take too long without a GPU"
     return f"{what}; train.py tries it before the first step"
 
 
-def _flops(stage: PlannedStage, recipe: Recipe, parts: Components) -> float:
-    """Of the backbone for one microbatch of square images."""
-    assert parts.multiple is not None
-    side = stage.image_size * parts.backbone.patch_size // parts.multiple
-    text_tokens = int(split(recipe.model, "model")[1].get("text_encoder", {}).get("max_tokens", 256))
-    return stage.microbatch_size * flops_of_backbone(parts.backbone, side, side, text_tokens)
-
-
 def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:
-    """The same run with one rank's share of every batch, and nothing that reaches out of `folder`."""
+    """Return the same run with one rank's share of every batch, and nothing that reaches out of `folder`."""
     algorithms = copy.deepcopy(recipe.algorithms)
     for stage in (algorithms.get("progressive_resolution") or {}).get("stages", []):
         stage["global_train_batch_size"] //= num_ranks
@@ -135,7 +133,7 @@ def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:
         "run_folder": str(folder / "run"),
         "model": with_kept(recipe.model, Path(recipe.run_folder)),
         "global_train_batch_size": recipe.global_train_batch_size // num_ranks,
-        "global_eval_batch_size": (recipe.global_eval_batch_size or recipe.global_train_batch_size) // num_ranks,
+        "global_eval_batch_size": recipe.eval_batch_size // num_ranks,
         "algorithms": algorithms,
         "loggers": {},
         "parallelism_config": None,
@@ -153,7 +151,7 @@ def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:
 
 
 def _with_trial_data(loader: dict[str, Any], unmade: list[Making], folder: Path) -> dict[str, Any]:
-    """The loader over a few samples of what is still to be made, made in `folder`."""
+    """Return the loader over a few samples of what is still to be made, and make them in `folder`."""
     loader = copy.deepcopy(loader)
     for index, making in enumerate(unmade):
         path = folder / f"data{index}"

@@ -15,9 +15,9 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from prx_composer import registry
-from prx_composer.callbacks.images import draw_images
-from prx_composer.data.small_sets import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, Scene, all_scenes, heldout_scenes, render
-from prx_composer.metrics.recognition import nearest_scenes
+from prx_composer.callbacks.drawings import draw_images
+from prx_composer.data.sources import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, Scene, all_scenes, heldout_scenes, render
+from prx_composer.metrics.scoring import nearest_scenes
 
 COLOUR = "pink"
 SIDE = 32

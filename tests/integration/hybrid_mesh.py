@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
-from prx_composer.models.text_encoder import train_tokenizer
-from prx_composer.training.components import parallelism
+from prx_composer.models.encoders import train_tokenizer
+from prx_composer.training.trainer import parallelism
 
 SHARDS, RANKS = int(sys.argv[1]), int(sys.argv[2])
 os.environ |= {"RANK": "0", "WORLD_SIZE": str(RANKS), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "NODE_RANK": "0"}

@@ -23,9 +23,8 @@ from prx_composer.recipe import config
 from prx_composer.runs import checkpoints
 from prx_composer.runs.checkpoints import all_checkpoints, newest_whole_checkpoint
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.run import run
-from prx_composer.training.signals import INTERRUPTED_EXIT_CODE
-from prx_composer.training.start import main
+from prx_composer.training import main
+from prx_composer.training.run import INTERRUPTED_EXIT_CODE, run
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

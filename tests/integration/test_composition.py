@@ -16,14 +16,14 @@ from composer.loggers import InMemoryLogger
 from stacks import TEACHER, stack_of_24h
 
 from prx_composer import registry
-from prx_composer.callbacks.random_step import RandomStep
+from prx_composer.callbacks.resuming import RandomStep
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.recipe import config
-from prx_composer.recipe.config import build
+from prx_composer.recipe.arguments import build
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import run
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

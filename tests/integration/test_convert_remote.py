@@ -9,12 +9,12 @@ import pytest
 import torch
 from conversions import contents, convert, fetch_all, jpeg, rows, sample, settings, write_tar
 
-from prx_composer.commands.convert import job, units
-from prx_composer.commands.convert.output import open_output
-from prx_composer.commands.convert.records import Job, open_source
+from prx_composer.commands.convert import make_plan, run_conversion, units
+from prx_composer.commands.convert.backends import open_output
+from prx_composer.commands.convert.records import open_source
+from prx_composer.commands.data.split import open_split
 from prx_composer.commands.data.statistics import statistics
-from prx_composer.commands.data.subject import Subject, open_split
-from prx_composer.commands.data.view import look
+from prx_composer.commands.data.view import Subject, look
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.sampler import SampleRequest
@@ -51,20 +51,20 @@ def without_paths(files: dict[str, str]) -> dict[str, str]:
 def test_from_and_to_an_object_store_are_the_bytes_of_a_local_conversion(tmp_path: Path, s3: Any) -> None:
     convert("webdataset", put_tars(s3, tmp_path / "in"), tmp_path / "local", duplicates="exact")
     chosen = settings("webdataset", Path("in"), duplicates="exact", input="s3://data/in")
-    statistics = job.convert(chosen, "s3://data/out", workers=2)
+    statistics = run_conversion(chosen, "s3://data/out", workers=2)
     assert statistics["counts"]["kept"] == 15
     remote = fetch_all(s3, "out/train", tmp_path / "remote" / "train")
     assert without_paths(contents(remote)) == without_paths(contents(tmp_path / "local" / "train"))
     near = sorted(row["caption"] for row in rows(tmp_path / "local"))
     dataset = ImageCaptionDataset(str(tmp_path / "cache"), remote="s3://data/out")
     assert sorted(dataset[SampleRequest(i, 64, 64, 0)]["caption"] for i in range(len(dataset))) == near
-    assert job.convert(chosen, "s3://data/out")["counts"]["kept"] == 15, "it is not done again"
+    assert run_conversion(chosen, "s3://data/out")["counts"]["kept"] == 15, "it is not done again"
     s3.put_object(Bucket="data", Key="in/README.md", Body=b"not read")
-    assert job.convert(chosen, "s3://data/out")["input"]["read"] == 3
+    assert run_conversion(chosen, "s3://data/out")["input"]["read"] == 3
     s3.upload_file(str(tmp_path / "in" / "0.tar"), "data", "in/2.tar")
     s3.upload_file(str(tmp_path / "in" / "0.tar"), "data", "in/3.tar")
     with pytest.raises(UserError, match=r"1 new \(such as 3.tar\), 1 changed in size or time \(such as 2.tar\)"):
-        job.convert(chosen, "s3://data/out")
+        run_conversion(chosen, "s3://data/out")
 
 
 def test_a_conversion_in_an_object_store_goes_on_and_nobody_reads_it_before_it_is_whole(tmp_path: Path, s3: Any) -> None:
@@ -72,13 +72,13 @@ def test_a_conversion_in_an_object_store_goes_on_and_nobody_reads_it_before_it_i
     chosen = settings("webdataset", Path("in"), input="s3://data/in")
     source, store = open_source(chosen), open_output("s3://data/half", "train")
     planned = source.plan()
-    job._planned(store, None, chosen, source, planned)
-    units.convert_unit(Job(chosen, "s3://data/half"), planned[1], {})
+    make_plan(store, None, chosen, source, planned)
+    units.convert_unit(chosen, "s3://data/half", planned[1], {})
     keys = [entry["Key"] for entry in s3.list_objects_v2(Bucket="data", Prefix="half")["Contents"]]
     assert "half/train/manifest.json" not in keys and "half/.train.work/units/000001" in keys
     with pytest.raises(UserError, match="other settings"):
-        job.convert(settings("webdataset", Path("in"), input="s3://data/in", quality=50), "s3://data/half")
-    job.convert(chosen, "s3://data/half")
+        run_conversion(settings("webdataset", Path("in"), input="s3://data/in", quality=50), "s3://data/half")
+    run_conversion(chosen, "s3://data/half")
     remote = fetch_all(s3, "half/train", tmp_path / "remote" / "train")
     assert without_paths(contents(remote)) == without_paths(contents(tmp_path / "local" / "train"))
 
@@ -102,7 +102,7 @@ def test_lines_parquet_and_shards_are_read_from_an_object_store(tmp_path: Path, 
     for path in (tmp_path / "mds").iterdir():
         s3.upload_file(str(path), "data", f"mds/{path.name}")
     for source in ("parquet", "jsonl", "mds"):
-        statistics = job.convert(settings(source, Path("x"), input=f"s3://data/{source}"), str(tmp_path / f"out-{source}"))
+        statistics = run_conversion(settings(source, Path("x"), input=f"s3://data/{source}"), str(tmp_path / f"out-{source}"))
         assert [row["caption"] for row in rows(tmp_path / f"out-{source}")] == ["0", "1", "2", "3"]
     assert contents(tmp_path / "out-parquet")
     dropped = json.loads((tmp_path / "out-jsonl" / "train" / "conversion.json").read_text())["dropped"]
@@ -111,7 +111,7 @@ def test_lines_parquet_and_shards_are_read_from_an_object_store(tmp_path: Path, 
 
 def test_data_in_an_object_store_are_looked_at_where_they_lie(tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     convert("webdataset", put_tars(s3, tmp_path / "in"), tmp_path / "local")
-    job.convert(settings("webdataset", Path("in"), input="s3://data/in"), "s3://data/out")
+    run_conversion(settings("webdataset", Path("in"), input="s3://data/in"), "s3://data/out")
     near, far = (open_split(path, "train") for path in (str(tmp_path / "local"), "s3://data/out"))
     counted = [
         {key: value for key, value in statistics(split).items() if key not in ("path", "conversion")} for split in (near, far)

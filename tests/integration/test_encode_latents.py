@@ -15,8 +15,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.contents import column_contents
 from prx_composer.data.decoding import decode_image
 from prx_composer.data.sampler import SampleRequest
-from prx_composer.data.small_sets import ShapesSource
-from prx_composer.data.sources import prepare
+from prx_composer.data.sources import ShapesSource, prepare
 from prx_composer.data.stored import encoded_folder, unpack
 from prx_composer.models.counting import StepCounter, shape_of
 from prx_composer.recipe import config

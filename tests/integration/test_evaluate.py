@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
 
-from prx_composer.metrics.distances import frechet_distance, mmd, moments
-from prx_composer.metrics.features import ClipScore, clip_images, dino_images, square
+from prx_composer.metrics.features import ClipScore, clip_images, dino_images, frechet_distance, mmd, moments, square
 from prx_composer.metrics.real_images import DataSet, ImageFolder, read_square, reference_features
 from prx_composer.metrics.scoring import Networks, Scorer, interval_95
 

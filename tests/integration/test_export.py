@@ -257,8 +257,8 @@ torch.save(torch.stack(images), output)
 @pytest.mark.timeout(900)
 def test_an_exported_quickstart_scores_in_diffusers_what_it_scores_here(tmp_path: Path) -> None:
     """The quickstart cut to 300 batches: every held-out combination, drawn by diffusers in a process without this package."""
-    from prx_composer.data.small_sets import heldout_scenes
-    from prx_composer.metrics.recognition import nearest_scenes
+    from prx_composer.data.sources import heldout_scenes
+    from prx_composer.metrics.scoring import nearest_scenes
 
     recipe = Path(__file__).parents[2] / "yamls" / "quickstart.yaml"
     changes = [f"run_folder={tmp_path}/run", f"train_loader.path={tmp_path}/shapes", f"eval_loader.path={tmp_path}/shapes"]

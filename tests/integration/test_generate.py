@@ -17,7 +17,7 @@ from conftest import train_once
 from PIL import Image
 from stacks import stack_of_24h
 
-from prx_composer.models.sampling import RoutedSelfGuidance
+from prx_composer.models.flow import RoutedSelfGuidance
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import INDEX, MONOLITH
 from prx_composer.runs.opening import choose_guidance, load_trained

@@ -6,7 +6,7 @@ import commands
 import pytest
 
 from prx_composer.common.errors import UserError
-from prx_composer.training.components import parallelism
+from prx_composer.training.trainer import parallelism
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from prx_composer.cli import app
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.preflight.step import RECORD, try_steps
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from prx_composer.commands.report.page import write_page
+from prx_composer.commands.report import write_page
 from prx_composer.common.pages import image_grid
 
 webdriver = pytest.importorskip("selenium.webdriver")

@@ -18,8 +18,8 @@ from conftest import TINY_BACKBONE, TINY_T5
 from prx_composer.common.errors import UserError
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_changes, read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.start import main
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -333,7 +333,7 @@ def test_a_limit_of_undecodable_images_may_be_raised_as_its_message_says(
 
 
 def test_the_step_before_is_counted_back_within_an_epoch() -> None:
-    from prx_composer.callbacks.resumed import _back
+    from prx_composer.callbacks.resuming import _back
 
     def counted(now: Timestamp, steps: int) -> list[int]:
         back = _back(now, steps)

@@ -18,7 +18,7 @@ from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.opening import load_trained
 from prx_composer.runs.weights import read_safetensors
-from prx_composer.training.start import main
+from prx_composer.training import main
 
 CODE = """
 import io
@@ -32,7 +32,7 @@ from torch import nn
 
 from prx_composer import registry
 from prx_composer.algorithms.base import Trick
-from prx_composer.data.buckets import Bucket
+from prx_composer.data.format import Bucket
 from prx_composer.data.format import RawSample
 
 

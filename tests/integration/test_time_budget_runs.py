@@ -13,13 +13,13 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
+from prx_composer.algorithms.resolution import ProgressiveResolution
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics, save_recipe
 from prx_composer.schedule import clock as clock_module
 from prx_composer.schedule.moments import ScheduleWindow
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

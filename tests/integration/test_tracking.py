@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 from wandb_files import offline_runs
 
-from prx_composer.common.secrets import HIDDEN
+from prx_composer.common.errors import HIDDEN
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import Checkpoint, damage
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import run
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
@@ -269,7 +269,7 @@ def test_a_recipe_of_any_shape_becomes_parameters_that_mlflow_takes(tmp_path: Pa
     mlflow = pytest.importorskip("mlflow")
     from mlflow.entities import Param
 
-    from prx_composer.loggers.mlflow import parameters
+    from prx_composer.loggers.tracking_servers import parameters
 
     recipe = {
         "long": "x" * 9000,

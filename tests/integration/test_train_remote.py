@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from unreliable import UnreliableProxy
 
 from prx_composer.cli import app
-from prx_composer.commands.convert import job
-from prx_composer.data.small_sets import all_scenes
+from prx_composer.commands.convert import run_conversion
+from prx_composer.data.sources import all_scenes
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training.run import run
@@ -56,7 +56,7 @@ def put_data(s3: Any, recipe: Recipe, file: str, tmp_path: Path) -> None:
             members += sample(f"{index:04d}", jpeg(*size, index), scenes[index].caption)
         s3.upload_file(str(write_tar(tmp_path / "tars" / f"{number}.tar", members)), "data", f"in/{number}.tar")
     chosen = settings("webdataset", tmp_path, input="s3://data/in", image_size=16, multiple=4, unit_bytes=1)
-    assert job.convert(chosen, "s3://data/set")["counts"]["kept"] == 240
+    assert run_conversion(chosen, "s3://data/set")["counts"]["kept"] == 240
     local = fetch_all(s3, "set", tmp_path / "local")
     CliRunner().invoke(app, ["encode", "text", file, "--part", "40"], catch_exceptions=False)
     for path in (local / "train" / "encoded").rglob("*.*"):

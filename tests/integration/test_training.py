@@ -14,8 +14,8 @@ from PIL import Image
 
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
@@ -292,9 +292,8 @@ def test_a_checkpoint_of_other_data_is_refused(
 
 
 def test_corrupt_images_are_counted_and_survived(tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
-    from prx_composer.data.buckets import Bucket
-    from prx_composer.data.format import BucketWriter, RawSample
-    from prx_composer.data.small_sets import ShapesSource
+    from prx_composer.data.format import Bucket, BucketWriter, RawSample
+    from prx_composer.data.sources import ShapesSource
 
     with BucketWriter(tmp_path / "data" / "train", 16, ("caption", "short_caption")) as writer:
         for index, (_, sample) in enumerate(ShapesSource(16, images_per_scene=1).samples()):

@@ -12,12 +12,12 @@ from composer.devices import DeviceCPU
 from torch import nn
 
 from prx_composer.algorithms.ema import EMA, WeightAverage
-from prx_composer.algorithms.low_precision_norm import LowPrecisionNorm, apply_low_precision_norm
-from prx_composer.algorithms.progressive_resolution import ProgressiveResolution, Stage
+from prx_composer.algorithms.low_precision import LowPrecisionNorm, apply_low_precision_norm
+from prx_composer.algorithms.resolution import ProgressiveResolution, Stage
 from prx_composer.common.distributed import clean_name
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
-from prx_composer.recipe.sizes import check_batch_sizes
+from prx_composer.recipe.consistency import check_batch_sizes
 from prx_composer.schedule.moments import ScheduleWindow
 
 Build = Callable[..., TextToImage]

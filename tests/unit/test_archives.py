@@ -17,8 +17,7 @@ import pytest
 from conversions import settings, write_tar
 from webdataset.tariterators import group_by_keys, tar_file_iterator  # the outside oracle
 
-from prx_composer.commands.convert.input_files import Passed
-from prx_composer.commands.convert.records import Record, open_source
+from prx_composer.commands.convert.records import Passed, Record, open_source
 from prx_composer.commands.convert.webdataset import members, open_tar
 
 Members = list[tuple[str, bytes]]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from prx_composer.models import PRXBackbone, TextToImage
-from prx_composer.models.attention import key_blocks, key_mask
+from prx_composer.models.layers import key_blocks, key_mask
 from prx_composer.models.routing import Route
 
 

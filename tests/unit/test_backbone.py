@@ -7,8 +7,8 @@ import torch
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 
 from prx_composer.models import PRXBackbone
-from prx_composer.models.attention import key_mask
-from prx_composer.models.backbone import Conditioning, cached_rotation
+from prx_composer.models.backbone import Conditioning
+from prx_composer.models.layers import cached_rotation, key_mask
 from prx_composer.models.routing import Route, merge_tokens, select_tokens
 
 LATENT = dict(in_channels=16, patch_size=2, context_in_dim=20, hidden_size=64, num_heads=2, depth=2, axes_dim=[16, 16])

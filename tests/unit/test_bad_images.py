@@ -19,9 +19,9 @@ from conversions import convert, encoded, jpeg, picture, rows, sample, settings,
 from PIL import Image, ImageCms
 from streaming import MDSWriter
 
+from prx_composer.commands.convert.outcome import REASONS, Dropped, Kept
 from prx_composer.commands.convert.records import Record
-from prx_composer.commands.convert.sample import REASONS, Dropped, Kept
-from prx_composer.commands.convert.sample import convert as convert_sample
+from prx_composer.commands.convert.units import convert as convert_sample
 from prx_composer.common.errors import UserError
 from prx_composer.data.decoding import FORMATS
 

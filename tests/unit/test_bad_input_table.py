@@ -9,7 +9,7 @@ import bad_tables
 import pytest
 from bad_input import outcome, reasons_in, table
 
-from prx_composer.commands.convert.sample import REASONS
+from prx_composer.commands.convert.outcome import REASONS
 
 GROUPS = (bad_archives.CASES, bad_pictures.CASES, bad_tables.CASES)
 CASES = {row: cases for group in GROUPS for row, cases in group.items()}

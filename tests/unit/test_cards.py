@@ -15,7 +15,6 @@ from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from hostile import command, write_run
 
-from prx_composer.commands.drawing import recipe_settings
 from prx_composer.commands.export.card import (
     Card,
     fenced,
@@ -25,12 +24,12 @@ from prx_composer.commands.export.card import (
     without_places,
     write_card,
 )
-from prx_composer.commands.export.lora_file import write_adapters
-from prx_composer.commands.export.pipeline import write_pipeline
+from prx_composer.commands.export.pipeline import write_adapters, write_pipeline
+from prx_composer.commands.generate import recipe_settings
 from prx_composer.models import TextToImage
-from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters
-from prx_composer.runs.diffusers_folder import pipeline_prompt
+from prx_composer.models.layers import BLOCK_LAYERS, add_adapters
 from prx_composer.runs.opening import Trained, load_trained
+from prx_composer.runs.pretrained_models import pipeline_prompt
 
 Recipe = dict[str, Any]
 Build = Callable[..., TextToImage]

@@ -13,19 +13,24 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prx_composer.commands.plan.conditions import GPUS, Conditions, Measured, find_gpu
+from prx_composer.commands.plan.conditions import (
+    GPUS,
+    LINK_SHARE,
+    Conditions,
+    Links,
+    Measured,
+    Traffic,
+    find_gpu,
+)
 from prx_composer.commands.plan.plan import StagePlan, make_plan
-from prx_composer.commands.plan.step_time import (
+from prx_composer.commands.plan.step_cost import (
     DDP,
     GATHER,
-    LINK_SHARE,
     MUON,
     MUON_REPLICAS,
     REDUCE,
     REPLICAS,
-    Links,
     StepTime,
-    Traffic,
     muon_plan,
     traffic,
     uncovered,

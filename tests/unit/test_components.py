@@ -11,7 +11,7 @@ from prx_composer import registry
 from prx_composer.common.errors import UserError
 from prx_composer.recipe import config
 from prx_composer.runs.model_parts import UnknownNetwork
-from prx_composer.training.components import build_components
+from prx_composer.training.components import Components
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -31,13 +31,13 @@ def test_on_the_meta_device_a_model_has_the_real_ones_parameters_and_no_storage(
         tiny_recipe["model"]["autoencoder"] = {"name": "diffusers", "config": sizes | blocks}
     tiny_recipe["model"]["compile"] = True
     recipe = config.load([write_recipe(tiny_recipe)])
-    meta = build_components(recipe, meta=True)
+    meta = Components(recipe, meta=True)
     assert all(parameter.is_meta for parameter in meta.model.parameters())
     assert not Path(recipe.run_folder).exists(), "nothing is made, no tokenizer either"
-    real = build_components(recipe, meta=False)
+    real = Components(recipe, meta=False)
     assert shapes(meta.backbone) == shapes(real.model.backbone)
     words = real.model.text_encoder.network.get_input_embeddings().num_embeddings
-    theirs = build_components(recipe, meta=True)  # by now the run has its tokenizer
+    theirs = Components(recipe, meta=True)  # by now the run has its tokenizer
     assert shapes(theirs.model) == shapes(real.model) and len(real.model.text_encoder.tokenizer) == words
     assert meta.multiple == real.multiple == 4 * (2 if autoencoder else 1)
     assert [type(a) for a in meta.algorithms.values()] == [type(a) for a in real.algorithms.values()]
@@ -45,7 +45,7 @@ def test_on_the_meta_device_a_model_has_the_real_ones_parameters_and_no_storage(
 
 
 def test_the_24_hour_recipe_is_made_without_its_weights() -> None:
-    components = build_components(config.load(["yamls/24h.yaml"], 8), meta=True, num_ranks=8)
+    components = Components(config.load(["yamls/24h.yaml"], 8), meta=True, num_ranks=8)
     model = components.model
     assert model.text_encoder.hidden_size == model.backbone.context_in_dim
     assert all(parameter.is_meta for parameter in [*model.parameters(), *model.text_encoder.network.parameters()])
@@ -53,7 +53,7 @@ def test_the_24_hour_recipe_is_made_without_its_weights() -> None:
 
 def test_a_network_of_which_only_the_name_is_known_is_named(tiny_recipe: Recipe, write_recipe: Write) -> None:
     tiny_recipe["model"]["text_encoder"] = {"name": "huggingface", "pretrained": "nobody/knows-it"}
-    components = build_components(config.load([write_recipe(tiny_recipe)]), meta=True)
+    components = Components(config.load([write_recipe(tiny_recipe)]), meta=True)
     with pytest.raises(UnknownNetwork, match=r"model\.text_encoder: the sizes of 'nobody/knows-it'"):
         _ = components.text_encoder
     assert components.backbone.depth == 2, "what doesn't need it is made all the same"
@@ -75,11 +75,11 @@ def test_a_component_is_given_what_it_declares_and_keeps_the_defaults_that_are_i
         path = write_recipe(tiny_recipe)
         recipe = config.load([path])
         config.check(recipe)
-        made: Any = build_components(recipe, meta=True).callbacks["declares"]
+        made: Any = Components(recipe, meta=True).callbacks["declares"]
         assert made.given == (recipe.run_folder, 16, 3, recipe.train_loader["source"], None)
         other = config.load([path, "callbacks.declares.folder=elsewhere", "callbacks.declares.seed=5"])
         config.check(other)
-        set_by_recipe: Any = build_components(other, meta=True).callbacks["declares"]
+        set_by_recipe: Any = Components(other, meta=True).callbacks["declares"]
         assert set_by_recipe.given[:3] == ("elsewhere", 16, 5)
     finally:
         registry.catalogue.REGISTRY.pop(("prx_composer", "callbacks", "declares"))

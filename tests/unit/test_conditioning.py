@@ -13,12 +13,12 @@ from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prx_composer.algorithms.low_precision_norm import LowPrecisionNorm
-from prx_composer.algorithms.resolution_aware import ResolutionAware
+from prx_composer.algorithms.low_precision import LowPrecisionNorm
+from prx_composer.algorithms.resolution import ResolutionAware
 from prx_composer.models import FlowMatching, TextToImage
 from prx_composer.models.counting import flops_of_batch
 from prx_composer.models.flow import shift_timesteps
-from prx_composer.optim.groups import AdamW
+from prx_composer.optim import AdamW
 
 Build = Callable[..., TextToImage]
 Batch = dict[str, torch.Tensor]

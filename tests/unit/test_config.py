@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from prx_composer import registry
 from prx_composer.common.errors import UserError
 from prx_composer.recipe import config
-from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.arguments import build, entries
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
@@ -121,7 +121,7 @@ def test_ones_own_component_is_found_through_code_paths(tmp_path: Path) -> None:
         "    def apply(self, event, state, logger): ...\n"
     )
     config.import_code([str(code)])
-    built = [config.build(registry.algorithms, "mine", {"strength": 2.0}, "algorithms.mine")]
+    built = [build(registry.algorithms, "mine", {"strength": 2.0}, "algorithms.mine")]
     assert built[0].strength == 2.0
     with pytest.raises(UserError, match=r"code_paths\[0\]"):
         config.import_code([str(tmp_path / "yours.py")])

@@ -13,15 +13,14 @@ from streaming import StreamingDataset
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
-from prx_composer.commands.convert import job, units
-from prx_composer.commands.convert.engine import run
-from prx_composer.commands.convert.output import open_output
-from prx_composer.commands.convert.records import Job, open_source
+from prx_composer.commands.convert import make_plan, run_conversion, units
+from prx_composer.commands.convert.backends import open_output, run
+from prx_composer.commands.convert.records import open_source
 from prx_composer.commands.convert.settings import parse_captions, parse_metadata, parse_range
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.decoding import decode, open_image, resize
+from prx_composer.data.format import Bucket, assign_bucket, make_buckets
 from prx_composer.data.sampler import SampleRequest
 
 # ------------------------------------------------------------------------------------------- what is written
@@ -98,13 +97,13 @@ def test_processes_and_an_interruption_change_no_byte(tmp_path: Path) -> None:
     other = tmp_path / "other"
     planned = open_source(chosen).plan()
     store = open_output(str(other), "train")
-    job._planned(store, None, chosen, open_source(chosen), planned)
-    units.hash_unit(Job(chosen, str(other)), planned[2])
+    make_plan(store, None, chosen, open_source(chosen), planned)
+    units.hash_unit(chosen, str(other), planned[2])
     with store.scratch() as half:
         (half / "64x64").mkdir()
         (half / "64x64" / "shard.00000.mds").write_bytes(b"half")
         half.rename(half.with_name(".left-behind"))
-    job.convert(chosen, str(other), workers=2)
+    run_conversion(chosen, str(other), workers=2)
     assert contents(tmp_path / "whole" / "train") == contents(other / "train")
     assert not (other / ".train.work").exists()
 
@@ -122,9 +121,9 @@ def test_an_interrupted_last_step_goes_on(tmp_path: Path) -> None:
     convert("webdataset", source, tmp_path / "whole")
     chosen = settings("webdataset", source)
     store, planned = open_output(str(tmp_path / "b"), "train"), open_source(chosen).plan()
-    job._planned(store, None, chosen, open_source(chosen), planned)
+    make_plan(store, None, chosen, open_source(chosen), planned)
     for unit in planned:
-        units.convert_unit(Job(chosen, str(tmp_path / "b")), unit, {})
+        units.convert_unit(chosen, str(tmp_path / "b"), unit, {})
     work = tmp_path / "b" / ".train.work"
     (work / "whole" / "64x64").mkdir(parents=True)
     (work / "units" / "000001" / "64x64").rename(work / "whole" / "64x64" / "000001")
@@ -181,7 +180,7 @@ def test_ray_writes_the_same_bytes(tmp_path: Path, duplicates: str) -> None:
 def test_a_mistake_is_said_before_work_begins(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_tars(tmp_path / "in", tars=1)
     with pytest.raises(UserError, match=message):
-        job.convert(
+        run_conversion(
             settings(**{"source": "webdataset", "path": changes.pop("input", tmp_path / "in")} | changes), str(tmp_path / "o")
         )
     assert not (tmp_path / "o" / "train").exists()
@@ -194,7 +193,7 @@ def test_another_conversion_is_not_mixed_in(tmp_path: Path) -> None:
         convert("webdataset", source, tmp_path / "done", quality=80)
     chosen = settings("webdataset", source)
     store = open_output(str(tmp_path / "half"), "train")
-    job._planned(store, None, chosen, open_source(chosen), open_source(chosen).plan())
+    make_plan(store, None, chosen, open_source(chosen), open_source(chosen).plan())
     with pytest.raises(UserError, match="other settings"):
         convert("webdataset", source, tmp_path / "half", min_side=7)
     write_tar(source / "zzz.tar", sample("new", jpeg(64, 64)))

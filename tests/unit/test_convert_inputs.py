@@ -15,11 +15,10 @@ from conversions import contents, convert, jpeg, rows, sample, settings, write_t
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
-from prx_composer.commands.convert import job, outcome, units
-from prx_composer.commands.convert.input_files import as_stored, differences
+from prx_composer.commands.convert import as_stored, differences, make_plan, outcome, run_conversion, units
+from prx_composer.commands.convert.backends import open_output
 from prx_composer.commands.convert.outcome import Tally
-from prx_composer.commands.convert.output import open_output
-from prx_composer.commands.convert.records import Job, open_source
+from prx_composer.commands.convert.records import open_source
 from prx_composer.common.errors import UserError
 from prx_composer.data.storage import list_files, survey
 
@@ -98,15 +97,15 @@ def test_the_counts_add_up_and_are_the_same_after_a_kill(tmp_path: Path) -> None
     for seed in range(5):
         source = soup(tmp_path / f"in{seed}", seed)
         chosen = settings("webdataset", source, min_side=80)
-        whole = job.convert(chosen, str(tmp_path / f"whole{seed}"))
+        whole = run_conversion(chosen, str(tmp_path / f"whole{seed}"))
         assert whole["counts"]["read"] == whole["counts"]["kept"] + sum(whole["dropped"].values())
         assert whole["counts"]["kept"] == len(rows(tmp_path / f"whole{seed}")) == sum(whole["buckets"].values())
         reasons |= whole["dropped"].keys()
         planned, output = open_source(chosen).plan(), tmp_path / f"killed{seed}"
-        job._planned(open_output(str(output), "train"), None, chosen, open_source(chosen), planned)
+        make_plan(open_output(str(output), "train"), None, chosen, open_source(chosen), planned)
         for unit in planned[1:3]:
-            units.convert_unit(Job(chosen, str(output)), unit, {})
-        again = job.convert(chosen, str(output))  # and then it was killed
+            units.convert_unit(chosen, str(output), unit, {})
+        again = run_conversion(chosen, str(output))  # and then it was killed
         assert json.dumps(again) == json.dumps(whole)
         assert contents(output / "train") == contents(tmp_path / f"whole{seed}" / "train")
     assert {"damaged_input", "same_name_twice", "several_images", "no_caption", "no_image", "min_side"} <= reasons
@@ -231,6 +230,6 @@ def test_links_to_folders_are_followed_when_it_is_asked_for_and_may_lead_back(tm
 
 
 def test_the_bar_shows_samples(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    job.convert(settings("webdataset", write_tars(tmp_path / "in", tars=2)), str(tmp_path / "out"), progress=True)
+    run_conversion(settings("webdataset", write_tars(tmp_path / "in", tars=2)), str(tmp_path / "out"), progress=True)
     said: Any = capfd.readouterr().err
     assert re.search(r"Converting.*2/2.* 16 samples", said)

@@ -13,9 +13,9 @@ from streaming import LocalDataset, MDSWriter
 from streaming.base.compression import decompress
 from streaming.base.util import merge_index
 
-from prx_composer.commands.convert.input_files import split_of
 from prx_composer.commands.convert.outcome import as_text
 from prx_composer.commands.convert.records import lookup
+from prx_composer.commands.convert.settings import split_of
 from prx_composer.common.errors import UserError
 
 GOOD = jpeg(64, 64)

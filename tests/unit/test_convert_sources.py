@@ -11,9 +11,8 @@ import pytest
 from conversions import convert, jpeg, rows, sample, settings, write_tar, write_tars
 from streaming import MDSWriter
 
-from prx_composer.commands.convert.input_files import split_of
 from prx_composer.commands.convert.records import open_source
-from prx_composer.commands.convert.settings import parse_captions, parse_metadata
+from prx_composer.commands.convert.settings import parse_captions, parse_metadata, split_of
 from prx_composer.common.errors import UserError
 
 

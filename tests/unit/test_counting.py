@@ -16,19 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from prx_composer.commands.plan.conditions import Conditions, find_gpu
 from prx_composer.commands.plan.plan import make_plan
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import NOTICED, Bucket, assign_bucket, make_buckets, share_cropped
+from prx_composer.data.format import NOTICED, Bucket, assign_bucket, make_buckets, share_cropped
 from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.models import HuggingFaceTextEncoder
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.counting import StepCounter, shape_of
-from prx_composer.models.huggingface import random_config
-from prx_composer.models.known_configs import known_config
-from prx_composer.models.text_encoder import random_encoder
+from prx_composer.models.encoders import random_encoder
+from prx_composer.models.huggingface import known_config, random_config
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe import config
 from prx_composer.runs.model_parts import Vocabulary
-from prx_composer.training.components import build_components
+from prx_composer.training.components import Components
 from prx_composer.training.preflight.data_fit import check_data
 
 Write = Callable[..., str]
@@ -195,7 +194,7 @@ def test_cropping_is_said_when_the_data_is_made_and_by_check(
     folder = mixed(tmp_path / "photos", [(96, 64)] * 10)
     spec = {"name": "folder", "folder": folder, "image_size": 16, "multiple": 16}
     tiny_recipe["train_loader"] = {"name": "image_caption", "path": str(tmp_path / "data"), "source": spec}
-    found = list(check_data(recipe := config.load([write_recipe(tiny_recipe)]), build_components(recipe, meta=True)))
+    found = list(check_data(recipe := config.load([write_recipe(tiny_recipe)]), Components(recipe, meta=True)))
     assert any(result.mark == "!" and "10 of 10 images are cropped" in result.text for result in found)
     prepare(tmp_path / "data", FolderSource(folder, image_size=16, multiple=16), {})
     assert "10 of 10 images are cropped by more than 15%" in caplog.text

@@ -15,15 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from streaming import StreamingDataset
 
-from prx_composer.data.buckets import Bucket, assign_bucket, make_buckets
 from prx_composer.data.dataset import BucketRows, ImageCaptionDataset, UndecodableError, WholeStream
 from prx_composer.data.decoding import BadImageError, decode_image
-from prx_composer.data.format import BucketWriter, Manifest, RawSample
+from prx_composer.data.format import Bucket, BucketWriter, Manifest, RawSample, assign_bucket, make_buckets
 from prx_composer.data.loader import ImageCaptionData
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest, epoch_batches, epoch_steps, evaluation_batches
-from prx_composer.data.small_sets import ShapesSource, all_scenes, heldout_scenes, render
-from prx_composer.data.sources import FolderSource, prepare
-from prx_composer.metrics.recognition import nearest_scenes
+from prx_composer.data.sources import FolderSource, ShapesSource, all_scenes, heldout_scenes, prepare, render
+from prx_composer.metrics.scoring import nearest_scenes
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 from test_resume import _line, compare
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.contents import loader_identity, same, split_identity
+from prx_composer.data.contents import loader_identity, same_data, split_identity
 from prx_composer.recipe import config
 from prx_composer.runs.folder import as_saved, check_same_recipe, save_recipe
 
@@ -94,9 +94,10 @@ def test_data_of_a_run_that_did_not_note_them_are_compared_while_both_are_there(
 def test_what_is_not_known_makes_no_difference_and_what_is_not_there_has_no_identity(shapes_data: Path, tmp_path: Path) -> None:
     known = split_identity(shapes_data / "train")
     assert known is not None and known["samples"] == 240 and known["content"]
-    assert same({"": known}, {"": known | {"content": None}})
-    assert not same({"": known}, {"": known | {"content": "0"}}) and not same({"": known}, {"": known | {"layout": "0"}})
-    assert not same({"": known}, {"a": known})
+    assert same_data({"": known}, {"": known | {"content": None}})
+    assert not same_data({"": known}, {"": known | {"content": "0"}})
+    assert not same_data({"": known}, {"": known | {"layout": "0"}})
+    assert not same_data({"": known}, {"a": known})
     assert split_identity(tmp_path) is None and loader_identity({"name": "mine", "path": str(shapes_data)}) is None
     mixed = loader_identity({"name": "image_caption", "mix": {"a": {"path": str(shapes_data)}, "b": {"path": str(tmp_path)}}})
     assert mixed is None, "not all of it is there"

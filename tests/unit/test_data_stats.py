@@ -11,13 +11,12 @@ from conversions import convert, jpeg, rows, sample, write_tar
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
+from prx_composer.commands.data import as_text
+from prx_composer.commands.data.split import open_split
 from prx_composer.commands.data.statistics import Distinct, Spread, statistics
-from prx_composer.commands.data.statistics_text import as_text
-from prx_composer.commands.data.subject import open_split
 from prx_composer.commands.encode.encoding import Encoded, encode_split
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.format import BucketWriter, RawSample
+from prx_composer.data.format import Bucket, BucketWriter, RawSample
 from prx_composer.data.stored import StoredColumn, encoded_folder
 
 SIZES = [(100, 100), (90, 160), (160, 90), (40, 40), (300, 200)]

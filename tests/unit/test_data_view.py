@@ -15,14 +15,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
-from prx_composer.commands.data.subject import open_split, subject_of
-from prx_composer.commands.data.view import PROBLEM, View, check_output, cut, look, title, write_view
+from prx_composer.commands.data.split import open_split
+from prx_composer.commands.data.view import PROBLEM, View, check_output, cut, look, subject_of, title, write_view
 from prx_composer.common import pages
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.format import BucketWriter, RawSample
+from prx_composer.data.format import Bucket, BucketWriter, RawSample
 from prx_composer.data.loader import ImageCaptionData
-from prx_composer.models.text_encoder import tokenize
+from prx_composer.models.encoders import tokenize
 
 SQUARE, WIDE = Bucket(32, 32), Bucket(24, 40)
 SCRIPT = "<script>alert('&')</script>"

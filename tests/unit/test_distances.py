@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import maximum_mean_discrepancy
 
-from prx_composer.metrics import distances
-from prx_composer.metrics.distances import frechet_distance, mean_kernel, mmd, moments
+from prx_composer.metrics import features as distances
+from prx_composer.metrics.features import frechet_distance, mean_kernel, mmd, moments
 
 
 def features(count: int, width: int = 12, seed: int = 0, shift: float = 0.0) -> Tensor:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from prx_composer.models import HuggingFaceTextEncoder
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
-from prx_composer.models.text_encoder import load_tokenizer, train_tokenizer
+from prx_composer.models.encoders import load_tokenizer, train_tokenizer
 
 CAPTIONS = ["a red circle on the left of a white background", "a blue ring", ""]
 

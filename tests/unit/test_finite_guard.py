@@ -16,13 +16,13 @@ from composer.loggers import Logger
 
 from prx_composer.algorithms.ema import AverageState
 from prx_composer.common.errors import UserError
-from prx_composer.optim.finite import bad_tensor
+from prx_composer.optim import bad_tensor
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import Checkpoint, _sealed, newest_whole_checkpoint
 from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.weights import not_finite_in
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

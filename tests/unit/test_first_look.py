@@ -20,8 +20,8 @@ from prx_composer.recipe.arguments import check_arguments
 from prx_composer.recipe.checks import first_look
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import for_composer
+from prx_composer.training import check_lines, read_recipe
 from prx_composer.training.run import build_trainer
-from prx_composer.training.start import check_lines, read_recipe
 from prx_composer.training.trial import check_config
 
 Write = Callable[..., str]
@@ -103,7 +103,7 @@ def test_neither_torch_nor_composer_is_imported_to_find_a_mistake(tiny_recipe: d
     path = write_recipe(tiny_recipe)
     program = (
         "import sys\n"
-        "from prx_composer.training.start import check_lines, main\n"
+        "from prx_composer.training import check_lines, main\n"
         f"assert main([{path!r}, 'sead=3', 'algorithms.emma={{}}', 'image_size=18', 'optimizer.lrr=1']) == 1\n"
         f"assert list(check_lines([{path!r}, 'optimizer.lr=fast'], 1, True, True))[0].startswith('✗ optimizer.lr: expected')\n"
         "heavy = {'torch', 'composer', 'transformers', 'diffusers', 'numpy', 'streaming'} & sys.modules.keys()\n"
@@ -114,7 +114,7 @@ def test_neither_torch_nor_composer_is_imported_to_find_a_mistake(tiny_recipe: d
     for path in ("sead", "algorithms.emma", "image_size", "optimizer.lrr"):
         assert f"✗ {path}: " in done.stderr or f"✗ {path} " in done.stderr
     script = (Path(__file__).parents[2] / "train.py").read_text()
-    assert "from prx_composer.training.start import main" in script
+    assert "from prx_composer.training import main" in script
 
 
 # ------------------------------------------------------------------------------------------------- broken recipes

@@ -16,21 +16,21 @@ from diffusers import PRXPixelPipeline
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from prx_composer.algorithms.float8 import Float8, apply_float8, float8_layers, hardware_problem
 from prx_composer.algorithms.lora import LoRA
+from prx_composer.algorithms.low_precision import Float8, apply_float8, float8_layers, hardware_problem
 from prx_composer.cli import app
 from prx_composer.common.errors import UserError
 from prx_composer.models import PRXBackbone, TextToImage
-from prx_composer.models.adapters import BLOCK_LAYERS
-from prx_composer.optim.groups import AdamW
+from prx_composer.models.layers import BLOCK_LAYERS
+from prx_composer.optim import AdamW
 from prx_composer.optim.muon import Muon
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.runs.opening import load_trained
-from prx_composer.training.components import parallelism
 from prx_composer.training.meta_model import MetaModel
 from prx_composer.training.preflight.surroundings import check_gpus
 from prx_composer.training.run import build_trainer, run
+from prx_composer.training.trainer import parallelism
 from prx_composer.training.trial import check_config
 
 pytest.importorskip("torchao", reason="the extra float8, which CI has")

@@ -19,16 +19,15 @@ import torch
 from composer.core import Event, Timestamp
 from scipy.stats import median_abs_deviation
 
-from prx_composer.algorithms.skip_nonfinite import SkipNonfinite
-from prx_composer.callbacks.garbage_collection import GarbageCollection
-from prx_composer.callbacks.loss_spikes import LossSpikes, robust_score
-from prx_composer.callbacks.watchdog import Watchdog
+from prx_composer.algorithms.gradients import SkipNonfinite
+from prx_composer.callbacks.monitors import LossSpikes, robust_score
+from prx_composer.callbacks.watchdog import GarbageCollection, Watchdog
 from prx_composer.common.errors import UserError
-from prx_composer.optim.finite import not_finite
+from prx_composer.optim import not_finite
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics, save_recipe
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

@@ -21,7 +21,7 @@ from prx_composer.data.icons import IconsSource
 from prx_composer.data.sources import is_made, prepare
 from prx_composer.data.svg import Box, SVGError, checked, render
 from prx_composer.metrics.nearest_icons import comparable, score_icons, subsets
-from prx_composer.training.source_data import make_data
+from prx_composer.training.components import make_data
 
 pytest.importorskip("resvg_py")
 

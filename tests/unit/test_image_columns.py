@@ -107,6 +107,19 @@ def test_a_key_that_is_no_text_is_no_image(tmp_path: Path) -> None:
     assert "images from file_name (2); images from image (1)" in as_text(statistics)
 
 
+def test_a_line_without_the_key_that_was_asked_for_has_no_image(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").write_bytes(GOOD)
+    lines = [{"photo": "1.jpg", "txt": "a"}, {"txt": "b"}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [record.problem for record in read("jsonl", tmp_path, image="photo")] == ["", "no_image"]
+
+
+def test_base64_that_ends_in_half_a_surrogate_pair_is_decoded_as_far_as_it_goes(tmp_path: Path) -> None:
+    text = base64.b64encode(GOOD).decode() + "\ud800"
+    (tmp_path / "c.jsonl").write_text(json.dumps({"image": text, "txt": "a"}))
+    assert read("jsonl", tmp_path)[0].image == GOOD
+
+
 def test_lines_with_several_keys_of_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text(json.dumps({"file": "1.jpg", "path": "x/1.jpg", "txt": "a"}))
     with pytest.raises(UserError, match=r"--image: file, path could .*: --image file or --image path\."):

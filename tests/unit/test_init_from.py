@@ -20,10 +20,10 @@ from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.runs.init_from import initialise
 from prx_composer.runs.opening import Trained, load_trained
+from prx_composer.runs.pretrained_models import initialise
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.start import main
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

@@ -24,15 +24,15 @@ from prx_composer.cli import app
 from prx_composer.commands.export.pipeline import write_pipeline, written_aside
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
-from prx_composer.models.adapters import BLOCK_LAYERS, add_adapters, merge_adapters
 from prx_composer.models.counting import flops_of_backbone
-from prx_composer.optim.groups import AdamW
+from prx_composer.models.layers import BLOCK_LAYERS, add_adapters, merge_adapters
+from prx_composer.optim import AdamW
 from prx_composer.optim.muon import Muon
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.runs.frozen_parts import keep_frozen, with_kept
-from prx_composer.runs.init_from import write_fragment
+from prx_composer.runs.model_parts import keep_frozen, with_kept
 from prx_composer.runs.opening import Trained, load_trained
+from prx_composer.runs.pretrained_models import write_fragment
 from prx_composer.training.meta_model import MetaModel
 from prx_composer.training.run import build_trainer, run
 

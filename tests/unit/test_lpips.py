@@ -16,16 +16,16 @@ import torchvision
 from composer.core import Event, State
 from composer.devices import DeviceCPU
 
-from prx_composer.algorithms import lpips as algorithm_module
-from prx_composer.algorithms.lpips import LPIPS, Net, build_network, lpips_distance
+from prx_composer.algorithms import perceptual as algorithm_module
+from prx_composer.algorithms.perceptual import LPIPS, Net, build_network, lpips_distance
 from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.huggingface import Frozen
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import run
-from prx_composer.training.start import main
 
 Build = Callable[..., TextToImage]
 Recipe = dict[str, Any]

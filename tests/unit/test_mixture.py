@@ -12,13 +12,12 @@ from PIL import Image
 from test_data import encode
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset
-from prx_composer.data.format import BucketWriter, RawSample
+from prx_composer.data.format import Bucket, BucketWriter, RawSample
 from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest
 from prx_composer.recipe import config
-from prx_composer.recipe.data_sets import data_sets
+from prx_composer.recipe.arguments import data_sets
 from prx_composer.training.run import run
 from prx_composer.training.trial import check_recipe
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from prx_composer.algorithms.progressive_resolution import ProgressiveResolution, Stage
+from prx_composer.algorithms.resolution import ProgressiveResolution, Stage
 from prx_composer.schedule.moments import Moment, ScheduleWindow, duration_string, parse_duration
 
 

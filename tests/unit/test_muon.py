@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from prx_composer.models import PRXBackbone
+from prx_composer.optim import add_parameters
 from prx_composer.optim import exchange as shares
-from prx_composer.optim.groups import add_parameters
 from prx_composer.optim.muon import Muon, muon_parameters, newton_schulz
 
 POLYNOMIAL = [2.0315, 0, -4.7750, 0, 3.4445, 0]  # highest power first

@@ -14,7 +14,7 @@ from hostile import Leaves, Place, command, edited, pickled_call, pickled_rows, 
 from PIL import EpsImagePlugin
 
 from prx_composer import registry
-from prx_composer.commands.report.page import write_page
+from prx_composer.commands.report import write_page
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.decoding import UNDECODABLE, decode_image
@@ -22,13 +22,13 @@ from prx_composer.data.format import iterate_captions
 from prx_composer.data.sources import FolderSource
 from prx_composer.models import PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
-from prx_composer.models.known_configs import known_config
-from prx_composer.models.vision_encoder import VisionEncoder
+from prx_composer.models.encoders import VisionEncoder
+from prx_composer.models.huggingface import known_config
 from prx_composer.recipe import config
-from prx_composer.recipe.own_code import needs_code
+from prx_composer.recipe.config import needs_code
 from prx_composer.runs.checkpoints import MONOLITH
-from prx_composer.runs.init_from import initialise
 from prx_composer.runs.opening import load_trained
+from prx_composer.runs.pretrained_models import initialise
 from prx_composer.training.trial import check_recipe
 
 Recipe = dict[str, Any]

@@ -17,14 +17,14 @@ from composer.core import Event, State
 from composer.devices import DeviceCPU
 from scipy.spatial.distance import cosine
 
-from prx_composer.algorithms.perceptual_dino import PerceptualDINO, fit_size, patch_dissimilarity
+from prx_composer.algorithms.perceptual import PerceptualDINO, fit_size, patch_dissimilarity
 from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput, TextToImage
-from prx_composer.models.vision_encoder import TeacherSpec, VisionEncoder
+from prx_composer.models.encoders import TeacherSpec, VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import run
-from prx_composer.training.start import main
 
 Build = Callable[..., TextToImage]
 Recipe = dict[str, Any]

@@ -12,11 +12,10 @@ from stacks import REPOSITORY, TEACHER, stack_of_24h
 from torch.nn.attention import SDPBackend, sdpa_kernel  # the counter knows no formula of the CPU's own kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prx_composer.algorithms.lpips import LPIPS
-from prx_composer.algorithms.perceptual_dino import PerceptualDINO
+from prx_composer.algorithms.perceptual import LPIPS, PerceptualDINO
+from prx_composer.commands.plan import as_text
 from prx_composer.commands.plan.conditions import GPUS, Conditions, Measured, find_gpu
 from prx_composer.commands.plan.plan import make_plan
-from prx_composer.commands.plan.plan_text import as_text
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.meta_model import MetaModel, checkpoint_bytes, training_state

@@ -13,13 +13,12 @@ from stacks import REPOSITORY
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
+from prx_composer.commands.plan import as_text
 from prx_composer.commands.plan.conditions import GPUS, Conditions, Measured, find_gpu, parse_count, parse_rate
-from prx_composer.commands.plan.fit import fit
-from prx_composer.commands.plan.plan import make_plan
-from prx_composer.commands.plan.plan_text import as_text
+from prx_composer.commands.plan.plan import fit, make_plan
 from prx_composer.commands.plan.timeline import timeline
 from prx_composer.common.errors import UserError
-from prx_composer.models.vision_encoder import VisionEncoder
+from prx_composer.models.encoders import VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.meta_model import checkpoint_bytes

@@ -16,16 +16,15 @@ from huggingface_hub.utils import _http
 from stacks import TEACHER
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.format import BucketWriter, RawSample
-from prx_composer.data.small_sets import ShapesSource
+from prx_composer.data.format import Bucket, BucketWriter, RawSample
+from prx_composer.data.sources import ShapesSource
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.components import Components, build_components
+from prx_composer.training.components import Components
+from prx_composer.training.preflight import Result, require
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.examine import check_callbacks, examine
 from prx_composer.training.preflight.pretrained import check_weights
-from prx_composer.training.preflight.result import Result, require
 from prx_composer.training.preflight.step import extremes
 from prx_composer.training.preflight.surroundings import check_gpus, check_loggers, check_storage, checkpoints_to_keep
 from prx_composer.training.trial import check_config
@@ -328,15 +327,15 @@ def test_room_for_one_checkpoint_more_than_is_kept_is_asked_for(load: Load, monk
     recipe, _ = load("save_num_checkpoints_to_keep=3")
     size = checkpoint_bytes(recipe)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 6 * size, 4 * size))
-    assert not marked(check_storage(recipe, build_components(recipe, meta=True)))
+    assert not marked(check_storage(recipe, Components(recipe, meta=True)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 6 * size, 4 * size - 1))
-    (found,) = marked(check_storage(recipe, build_components(recipe, meta=True)))
+    (found,) = marked(check_storage(recipe, Components(recipe, meta=True)))
     assert found.startswith("run_folder: ") and "Set save_num_checkpoints_to_keep to 2 or less, or run_folder" in found
     written = Path(recipe.run_folder) / "checkpoints" / "ba2"
     written.mkdir(parents=True)
     (written / "rank0.pt").write_bytes(bytes(size))
     (Path(recipe.run_folder) / "config.yaml").write_text("{}")
-    assert not [text for text in marked(check_storage(recipe, build_components(recipe, meta=True))) if "GB" in text], (
+    assert not [text for text in marked(check_storage(recipe, Components(recipe, meta=True))) if "GB" in text], (
         "what is there already needs no more room"
     )
 

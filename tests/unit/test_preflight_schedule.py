@@ -12,7 +12,7 @@ from PIL import Image
 
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training.start import main
+from prx_composer.training import main
 from prx_composer.training.trial import check_config, check_recipe
 
 Recipe = dict[str, Any]

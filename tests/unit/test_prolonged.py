@@ -13,11 +13,11 @@ import pytest
 import torch
 from composer.core import Time
 
-from prx_composer.callbacks.resumed import what_moves
+from prx_composer.callbacks.resuming import what_moves
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer
-from prx_composer.training.start import main
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]

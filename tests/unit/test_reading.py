@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from prx_composer.commands.data.split import open_split
 from prx_composer.commands.data.statistics import statistics
-from prx_composer.commands.data.subject import open_split
-from prx_composer.commands.drawing import check_prompt, read_prompts, save_captions
 from prx_composer.commands.encode.encoding import CaptionEncoder, encode_split, text_column
-from prx_composer.commands.evaluate.layouts import _dpg, _geneval
+from prx_composer.commands.evaluate.sweep import _dpg, _geneval
+from prx_composer.commands.generate import check_prompt, read_prompts, save_captions
 from prx_composer.commands.plan.conditions import read_throughput
 from prx_composer.common.errors import UserError
 from prx_composer.data.format import Manifest, iterate_captions
@@ -28,11 +28,11 @@ from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.data.stored import encoded_folder, read_column
 from prx_composer.metrics.features import ClipScore
 from prx_composer.models import HuggingFaceTextEncoder, TextToImage
+from prx_composer.models.encoders import tokenize, train_tokenizer
 from prx_composer.models.prompts import CaptionCounts, readings, what_is_lost, with_cleaning
-from prx_composer.models.text_encoder import tokenize, train_tokenizer
 from prx_composer.recipe import config
-from prx_composer.training.components import build_components
-from prx_composer.training.preflight.captions import check_captions
+from prx_composer.training.components import Components
+from prx_composer.training.preflight.pretrained import check_captions
 from prx_composer.training.run import run
 
 CORPUS = ["a red circle on the left of a white background", "two blue squares, and a small dot", "playing players play"] * 3
@@ -237,11 +237,11 @@ def test_check_says_it_of_evenly_spaced_captions_and_nothing_of_whole_ones(
     tokenizer: Any = train_tokenizer(captions)
     limit = 9
     tiny_recipe["model"]["text_encoder"]["max_tokens"] = limit
-    (said,) = check_captions(recipe := config.load([write_recipe(tiny_recipe)]), build_components(recipe, meta=True))
+    (said,) = check_captions(recipe := config.load([write_recipe(tiny_recipe)]), Components(recipe, meta=True))
     cut = sum(len(tokenizer(text)["input_ids"]) > limit for text in captions)  # 240: all are looked at
     assert said.mark == "!" and f"{cut} of 240 captions ({cut / 240:.1%})" in said.text
     tiny_recipe["model"]["text_encoder"]["max_tokens"] = 40
-    (said,) = check_captions(recipe := config.load([write_recipe(tiny_recipe)]), build_components(recipe, meta=True))
+    (said,) = check_captions(recipe := config.load([write_recipe(tiny_recipe)]), Components(recipe, meta=True))
     assert said.mark == "✓" and "240 looked at are read whole, in 40 tokens" in said.text
 
 

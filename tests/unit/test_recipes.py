@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from prx_composer.commands.convert.settings import Settings
-from prx_composer.data.buckets import make_buckets
+from prx_composer.data.format import make_buckets
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = REPOSITORY / "yamls"

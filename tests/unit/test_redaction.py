@@ -2,7 +2,7 @@
 
 import pytest
 
-from prx_composer.common.secrets import HIDDEN, redacted, redacted_text
+from prx_composer.common.errors import HIDDEN, redacted, redacted_text
 
 SECRETS = ["password", "db_password", "token", "hf_token", "auth-token", "accessToken", "secret", "client_secret", "api_key"]
 SECRETS += ["apiKey", "WANDB_API_KEY", "aws_secret_access_key", "credentials", "Authorization", "passphrase", "private_key"]

@@ -18,12 +18,12 @@ from prx_composer.algorithms.repa import IREPA, REPA, Adapter, Alignment, Stored
 from prx_composer.common.errors import UserError
 from prx_composer.models import PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
+from prx_composer.models.encoders import TeacherSpec, resize_antialiased
 from prx_composer.models.routing import RandomRouter
-from prx_composer.models.vision_encoder import TeacherSpec, resize_antialiased
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.start import main
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]

@@ -14,13 +14,12 @@ import torch
 import yaml
 from PIL import Image
 
+from prx_composer.commands.report import make_page, write_page
 from prx_composer.commands.report.charts import POINTS, chart_sections, thinned
-from prx_composer.commands.report.page import make_page, write_page
-from prx_composer.commands.report.reported_run import History, read_run
-from prx_composer.commands.report.stages import gpu_hours, stage_rows
+from prx_composer.commands.report.reported_run import History, gpu_hours, read_run, stage_rows
 from prx_composer.common.errors import UserError
 from prx_composer.common.pages import cut, image_grid
-from prx_composer.runs.environment import record
+from prx_composer.runs.folder import record_environment
 
 PROMPTS = [
     "a red circle",
@@ -213,8 +212,8 @@ def test_gpu_hours_count_every_start_with_its_own_gpus(run: Path) -> None:
 
 
 def test_a_start_is_recorded_without_the_host(tmp_path: Path) -> None:
-    record(tmp_path, 0, 0.0)
-    record(tmp_path, 7, 3.5)
+    record_environment(tmp_path, 0, 0.0)
+    record_environment(tmp_path, 7, 3.5)
     first, second = (json.loads(line) for line in (tmp_path / "environment.jsonl").read_text().splitlines())
     assert (second["batch"], second["spent"], second["ranks"]) == (7, 3.5, 1)
     assert first["versions"]["torch"].startswith(torch.__version__.split("+")[0])

@@ -328,7 +328,7 @@ def test_new_values_hold_in_every_group_of_an_optimizer_and_in_no_other_setting(
     import torch
     from composer.core import Timestamp
 
-    from prx_composer.callbacks.resumed import NewValues
+    from prx_composer.callbacks.resuming import NewValues
 
     def built(lr: float, adam_lr: float, betas: tuple[float, float]) -> tuple[Any, Any]:
         groups = [{"params": [torch.zeros(2, requires_grad=True)], "lr": rate, "seen": 0} for rate in (lr, adam_lr, adam_lr)]
@@ -365,9 +365,8 @@ ADVISED = [
     ("training/run.py", "Train it on with a longer time_budget=…", "time_budget"),
     ("runs/folder.py", "Go on with that run with autoresume=true", "autoresume"),
     ("callbacks/checkpointing.py", "Make room (save_num_checkpoints_to_keep", "save_num_checkpoints_to_keep"),
-    ("callbacks/finite_guard.py", "algorithms.skip_nonfinite={}", "algorithms.skip_nonfinite"),
-    ("callbacks/finite_guard.py", "against_what_is_not_finite()", "optimizer.lr"),
-    ("algorithms/skip_nonfinite.py", "against_what_is_not_finite()", "optimizer.lr"),
+    ("algorithms/gradients.py", "algorithms.skip_nonfinite={}", "algorithms.skip_nonfinite"),
+    ("algorithms/gradients.py", "against_what_is_not_finite()", "optimizer.lr"),
     ("recipe/resume.py", "a longer warm-up (scheduler.t_warmup=…)", "scheduler.t_warmup"),
     ("recipe/resume.py", "algorithms.gradient_clipping, or", "algorithms.gradient_clipping"),
     ("recipe/resume.py", "algorithms.<term>.end=<batch>ba", "algorithms.lpips.end"),
@@ -375,7 +374,7 @@ ADVISED = [
     ("data/sampler.py", "to begin a new pass over these, add  {advice([DATA])}", "data"),
     ("training/preflight/surroundings.py", "save_num_checkpoints_to_keep to", "save_num_checkpoints_to_keep"),
     ("training/preflight/surroundings.py", "run_folder to a larger disk", "run_folder"),
-    ("callbacks/resumed.py", "save_num_checkpoints_to_keep=-1", "save_num_checkpoints_to_keep"),
+    ("callbacks/resuming.py", "save_num_checkpoints_to_keep=-1", "save_num_checkpoints_to_keep"),
     ("training/preflight/step.py", "device_train_microbatch_size: out of memory", "device_train_microbatch_size"),
 ]
 

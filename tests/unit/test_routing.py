@@ -16,9 +16,9 @@ from prx_composer.algorithms.token_routing import SPRINT, TREAD, DeferredMasking
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.models.counting import flops_of_batch
+from prx_composer.models.flow import ClassifierFreeGuidance, RoutedSelfGuidance, SamplingStep, TextConditioning
 from prx_composer.models.routing import RandomRouter, Route, draw_kept_indices
-from prx_composer.models.sampling import ClassifierFreeGuidance, RoutedSelfGuidance, SamplingStep, TextConditioning
-from prx_composer.optim.groups import AdamW
+from prx_composer.optim import AdamW
 
 Build = Callable[..., TextToImage]
 Batch = dict[str, torch.Tensor]

@@ -12,8 +12,8 @@ from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from prx_composer.models import FlowMatching, TextToImage
+from prx_composer.models.flow import SamplingStep, initial_noise, sample_flow
 from prx_composer.models.randomness import derive_seed, generator_from, seeded_generator
-from prx_composer.models.sampling import SamplingStep, initial_noise, sample_flow
 
 Build = Callable[..., TextToImage]
 PROMPT = "a red circle on the left of a white background"

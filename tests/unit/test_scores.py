@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prx_composer.callbacks.scores import ShapesScore
+from prx_composer.callbacks.drawings import ShapesScore
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training import run as train

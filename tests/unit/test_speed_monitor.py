@@ -11,8 +11,8 @@ from composer.devices import DeviceCPU
 from composer.models import ComposerModel
 from torch.optim import SGD
 
-from prx_composer.algorithms.lpips import LPIPS
-from prx_composer.callbacks.speed_monitor import SpeedMonitor
+from prx_composer.algorithms.perceptual import LPIPS
+from prx_composer.callbacks.monitors import SpeedMonitor
 from prx_composer.models.counting import StepCounter, shape_of
 
 

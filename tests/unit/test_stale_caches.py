@@ -15,10 +15,9 @@ from test_data import SQUARE, encode
 
 from prx_composer.commands.encode.encoding import Encoded, encode_split
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.contents import check_copy, column_contents
 from prx_composer.data.dataset import ImageCaptionDataset
-from prx_composer.data.format import BucketWriter, RawSample
+from prx_composer.data.format import Bucket, BucketWriter, RawSample
 from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.data.stored import StoredColumn, encoded_folder, manifest_path, read_column
 from prx_composer.integrations.llm_foundry import caption_tokenizer

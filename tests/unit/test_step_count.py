@@ -15,15 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prx_composer.algorithms.base import LossTrick
 from prx_composer.algorithms.lora import LoRA
-from prx_composer.algorithms.low_precision_norm import apply_low_precision_norm
-from prx_composer.algorithms.lpips import LPIPS, Net
-from prx_composer.algorithms.perceptual_dino import PerceptualDINO
+from prx_composer.algorithms.low_precision import apply_low_precision_norm
+from prx_composer.algorithms.perceptual import LPIPS, Net, PerceptualDINO
 from prx_composer.algorithms.repa import IREPA, REPA, Adapter
 from prx_composer.algorithms.token_routing import SPRINT
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.counting import StepCounter, flops_of_backbone, flops_of_batch, shape_of
+from prx_composer.models.encoders import TeacherSpec
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.models.vision_encoder import TeacherSpec
 
 Build = Callable[..., TextToImage]
 Batch = dict[str, torch.Tensor]

@@ -12,15 +12,14 @@ from PIL import Image
 
 from prx_composer.algorithms.repa import StoredFeatures, stored_features
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import ImageCaptionDataset, read_manifest
-from prx_composer.data.format import MANIFEST, BucketWriter, Manifest, RawSample
+from prx_composer.data.format import MANIFEST, Bucket, BucketWriter, Manifest, RawSample
 from prx_composer.data.loader import ImageCaptionData
 from prx_composer.data.sampler import SampleRequest
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.training import main
 from prx_composer.training.run import run
-from prx_composer.training.start import main
 
 SQUARE, WIDE = Bucket(16, 16), Bucket(12, 20)
 GRIDS = {SQUARE: (8, 8), WIDE: (6, 10)}

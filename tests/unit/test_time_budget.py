@@ -20,9 +20,8 @@ from torch import nn
 from prx_composer.common.errors import UserError
 from prx_composer.optim.schedules import WarmupStableDecay
 from prx_composer.recipe import config
-from prx_composer.schedule.clock import ClockStop, TrainingClock, clock_of
+from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, once_per_batch
 from prx_composer.schedule.moments import Moment, ScheduleWindow
-from prx_composer.schedule.time_budget import TimeBudget, once_per_batch
 
 
 class Machine:

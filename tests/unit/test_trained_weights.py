@@ -10,17 +10,16 @@ import torch
 from hostile import command, write_run
 from safetensors.torch import load_file, save_file
 
-from prx_composer.callbacks.images import Images
-from prx_composer.callbacks.scores import DigitsScore, GenerationMetrics, ShapesScore
+from prx_composer.callbacks.drawings import DigitsScore, GenerationMetrics, Images, ShapesScore
 from prx_composer.commands.export.pipeline import write_pipeline, written_aside
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.models import text_to_image as module
+from prx_composer.models.flow import MAX_SEED, RoutedSelfGuidance, initial_noise
 from prx_composer.models.routing import RandomRouter
-from prx_composer.models.sampling import MAX_SEED, RoutedSelfGuidance, initial_noise
 from prx_composer.recipe import config
-from prx_composer.runs.init_from import initialise
 from prx_composer.runs.opening import Trained, build_model, load_trained
+from prx_composer.runs.pretrained_models import initialise
 from prx_composer.runs.weights import nonfinite
 
 Recipe = dict[str, Any]

@@ -15,9 +15,9 @@ from prx_composer import registry
 from prx_composer.algorithms.base import LossTrick, Trick
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
-from prx_composer.optim.groups import AdamW
+from prx_composer.optim import AdamW
 from prx_composer.recipe import config
-from prx_composer.training.components import build_components
+from prx_composer.training.components import Components
 from prx_composer.training.preflight.examine import examine
 from prx_composer.training.preflight.pretrained import check_weights
 from prx_composer.training.trial import check_config
@@ -54,7 +54,7 @@ def test_every_trick_is_attached_to_a_model_without_storage_and_nothing_is_fetch
     trained = {"irepa", "lora", "repa", "resolution_aware", "sprint"}
     for name in registry.algorithms.builtin:
         tiny_recipe["algorithms"] = {name: ARGUMENTS.get(name, {})}
-        parts = build_components(config.load([write_recipe(tiny_recipe)]), meta=True)
+        parts = Components(config.load([write_recipe(tiny_recipe)]), meta=True)
         model, trick = parts.model, parts.algorithms[name]
         assert isinstance(trick, Trick) and trick.name == name
         before = set(dict(model.named_parameters()))

@@ -1,4 +1,4 @@
-"""What came of a conversion: counts, made per work unit and added up over all; the summary; the page with pictures."""
+"""What came of a sample and of a whole conversion: reasons, counts of every work unit added up, the summary, and the page."""
 
 import base64
 import io
@@ -8,17 +8,40 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from prx_composer.commands.convert.input_files import Passed
-from prx_composer.commands.convert.records import Record, has
-from prx_composer.commands.convert.sample import REASONS, Dropped, Kept, Measured, clean_key, thumbnail
+import numpy as np
+import simplejpeg
+
+from prx_composer.commands.convert.records import Passed, Record, has
 from prx_composer.common.pages import render
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.decoding import PIXELS_OPENED, decode, open_image
-from prx_composer.data.format import RawShard, encodings_of
-from prx_composer.data.storage import fetched, join
+from prx_composer.data.decoding import IMAGE_REASONS, PIXELS_OPENED, decode, open_image, resize
+from prx_composer.data.format import Bucket
+from prx_composer.data.storage import RawShard, encodings_of, fetched, join
 
+REASONS = {  # why a sample is left out: the names that are counted, stored and reported, and what they mean
+    "damaged_input": "a file ends early or is broken: what was readable is kept (counted once per file, row group or shard)",
+    "unreadable_record": "a line, JSON member, row or value that is not what it should be",
+    "same_name_twice": "members of a tar with the same name: which image belongs to which text is not known",
+    "several_images": "a sample with several images: --image says which is meant",
+    "no_image": "no image with the record, or the file it names is not there",
+    "url": "the image is an address, and nothing is downloaded: img2dataset does, and makes tars for --source webdataset",
+    "outside_input": "the record names a file outside of the input folder: it is not opened",
+    "file_too_large": "an encoded image or text above 256 MiB: it is not read",
+    **IMAGE_REASONS,
+    "no_caption": "none of the captions is there (missing, NaN, empty or only spaces)",
+    "caption_not_utf8": "a caption that is not text in UTF-8",
+    "metadata": "a metadata column that is missing or not of its type",
+    "caption_length": "the shortest or longest caption is outside of --caption-chars",
+    "min_side": "the shorter side is below --min-side",
+    "max_aspect": "wider or taller than --max-aspect",
+    "single_colour": "all pixels are the same colour, within 2 of 255",
+    "where": "--where is false",
+    "where_failed": "--where cannot be evaluated on this sample, such as a number compared with a missing value",
+    "duplicate": "the same bytes as an earlier sample",
+    "near_duplicate": "a perceptual hash within --distance bits of an earlier sample that is kept",
+}
+MAX_KEY = 1024  # characters
 EXAMPLES = 5  # keys that are kept of every reason …
 FILES = 100  # … and of the one that stands for a whole file
 DETAIL = 600  # characters: messages of other libraries can be long
@@ -32,8 +55,56 @@ SAMPLES = 6  # pictures of every bucket
 DAMAGED = 5  # files that are named in the summary; conversion.json names more
 
 
+class Measured(NamedTuple):
+    """What is known of a sample before its pixels are."""
+
+    height: int = 0  # of the original, upright
+    width: int = 0
+    caption_length: int = 0  # of the longest, characters
+
+
+class Kept(NamedTuple):
+    """A sample to store, and what is counted of it."""
+
+    bucket: Bucket
+    row: dict[str, Any]
+    measured: Measured
+    original: bool  # the bytes are the input's
+    filled: bool  # a missing caption was replaced by another
+
+
+class Dropped(NamedTuple):
+    """A sample that is left out, and why."""
+
+    reason: str
+    key: str
+    measured: Measured
+    pixels: np.ndarray | None = None  # for the report, where they were decoded anyway
+    detail: str = ""  # what else is known, in words
+
+
+def clean_key(key: str) -> str:
+    """Return a label that every encoding can store and every terminal can show."""
+    printable = "".join(character if character.isprintable() else "\ufffd" for character in key)
+    return printable.encode(errors="replace").decode()[:MAX_KEY]
+
+
+def encode_jpeg(pixels: np.ndarray, quality: int, chroma: str) -> bytes:
+    """Encode uint8 (height, width, 3) as JPEG; `chroma` is its subsampling, such as 4:2:0."""
+    pixels, subsampling = np.ascontiguousarray(pixels), chroma.replace(":", "")
+    return simplejpeg.encode_jpeg(pixels, quality, colorspace="RGB", colorsubsampling=subsampling, fastdct=False)
+
+
+def thumbnail(pixels: np.ndarray, side: int = 128) -> str:
+    """Return a JPEG in base64 whose longer side is `side`."""
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    small = Bucket(max(1, math.floor(height * scale)), max(1, math.floor(width * scale)))
+    return base64.b64encode(encode_jpeg(resize(pixels, small), 80, "4:2:0")).decode()
+
+
 class Tally:
-    """Counts as JSON stores them.
+    """Counts of one work unit or of several, as JSON stores them.
 
     Args:
         content: counts to go on from.
@@ -59,31 +130,29 @@ class Tally:
             self.images[record.image_column] += 1
 
     def add(self, outcome: Kept | Dropped) -> None:
+        """Count what came of a record."""
+        height, width, length = outcome.measured
         self.counts["read"] += 1
-        self._measure(outcome.measured)
+        values = {"caption_length": length} if length else {}
+        if height and width:
+            values |= {"size": math.sqrt(height * width), "log2_aspect": math.log2(width / height)}
+        for name, value in values.items():
+            self.histograms[name][str(math.floor(value / HISTOGRAMS[name]))] += 1
         if isinstance(outcome, Dropped):
             self.dropped[outcome.reason] += 1
-            self._example(outcome.reason, outcome.key, outcome.detail)
+            detail = f": {clean_key(outcome.detail)[:DETAIL]}" if outcome.detail else ""
+            self._example(outcome.reason, outcome.key + detail)
             return
-        height, width, _ = outcome.measured
         self.counts["kept"] += 1
         self.counts["original_bytes"] += outcome.original
         self.counts["enlarged"] += height < outcome.bucket.height or width < outcome.bucket.width
         self.counts["captions_filled"] += outcome.filled
         self.buckets[str(outcome.bucket)] += 1
 
-    def _measure(self, measured: Measured) -> None:
-        height, width, length = measured
-        values = {"caption_length": length} if length else {}
-        if height and width:
-            values |= {"size": math.sqrt(height * width), "log2_aspect": math.log2(width / height)}
-        for name, value in values.items():
-            self.histograms[name][str(math.floor(value / HISTOGRAMS[name]))] += 1
-
-    def _example(self, reason: str, key: str, detail: str = "") -> None:
-        keys = self.examples.setdefault(reason, [])
-        if len(keys) < (FILES if reason == "damaged_input" else EXAMPLES):
-            keys.append(f"{key}: {clean_key(detail)[:DETAIL]}" if detail else key)
+    def _example(self, reason: str, said: str) -> None:
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < (FILES if reason == "damaged_input" else EXAMPLES):
+            examples.append(said)
 
     def include(self, other: "Tally") -> None:
         """Add what another unit counted."""
@@ -96,9 +165,9 @@ class Tally:
             self.passed.add(kind, example, count)
         for name, histogram in other.histograms.items():
             self.histograms[name] += histogram
-        for reason, keys in other.examples.items():
-            for key in keys:
-                self._example(reason, key)
+        for reason, examples in other.examples.items():
+            for said in examples:
+                self._example(reason, said)
 
     def check(self) -> None:
         """Raise RuntimeError unless every record that was read is either kept, in one bucket, or left out for a reason."""
@@ -110,10 +179,8 @@ class Tally:
             )
 
     def to_json(self) -> dict[str, Any]:
-        content: dict[str, Any] = {"counts": dict(self.counts), "dropped": dict(self.dropped), "buckets": dict(self.buckets)}
-        content |= {"images": dict(self.images), "columns": dict(self.columns)}
-        content["passed"] = dict(self.passed)
-        return content | {"histograms": {n: dict(h) for n, h in self.histograms.items()}, "examples": self.examples}
+        """Return the counts as `Tally(content)` takes them."""
+        return vars(self)
 
 
 def as_text(statistics: dict[str, Any]) -> str:
@@ -133,26 +200,22 @@ def files_text(statistics: dict[str, Any]) -> list[str]:
     """Say how many files were read, and what is in them and is no sample."""
     lines = []
     if files := statistics.get("input"):
-        lines.append(
-            f"{files['read']} of {files['found']} files of the input were read.{_listed(files['passed'], 'Passed over')}"
-        )
-    if passed := statistics.get("passed"):
-        lines.append(_listed(passed, "Passed over in them").strip())
-    return lines
+        read = f"{files['read']} of {files['found']} files of the input were read."
+        lines.append(" ".join([read, *_listed(files["passed"], "Passed over")]))
+    return lines + _listed(statistics.get("passed", {}), "Passed over in them")
 
 
-def _listed(passed: dict[str, list[Any]], what: str) -> str:
+def _listed(passed: dict[str, list[Any]], what: str) -> list[str]:
     some = [f"{count} {kind} (such as {example})" for kind, (count, example) in sorted(passed.items())]
-    return f" {what}: {'; '.join(some)}." if some else ""
+    return [f"{what}: {'; '.join(some)}."] if some else []
 
 
 def columns_text(statistics: dict[str, Any]) -> list[str]:
     """Say from which column images were taken, and how many records had the others."""
     images, columns = statistics.get("images", {}), statistics.get("columns", {})
     records = statistics["counts"].get("read", 0)
-    taken = [f"{column} in {columns.get(column, 0)} of {records} records" for column in statistics.get("asked", [])]
-    many = len(images) > 1
-    taken[:0] = [f"images from {name}{f' ({count})' if many else ''}" for name, count in sorted(images.items())]
+    taken = [f"images from {name}{f' ({count})' if len(images) > 1 else ''}" for name, count in sorted(images.items())]
+    taken += [f"{column} in {columns.get(column, 0)} of {records} records" for column in statistics.get("asked", [])]
     return [f"Columns taken: {'; '.join(taken)}."] if taken else []
 
 
@@ -169,39 +232,25 @@ def write_report(statistics: dict[str, Any], output: str, path: str) -> None:
     """Write the page of a finished conversion.
 
     Args:
-        statistics: what `job.convert` returned.
+        statistics: what `run_conversion` returned.
         output: folder of the data set, from which the pictures of its buckets are read.
         path: file to write.
     """
-    split = statistics["settings"]["split"]
-    counts, dropped = statistics["counts"], statistics["dropped"]
+
     buckets = []
-    for name, count in sorted(statistics["buckets"].items(), key=lambda item: Bucket.parse(item[0])):
-        bucket = Bucket.parse(name)
-        share = 100 * count / counts["kept"]
-        samples = _samples(join(output, split, name))
-        buckets.append({"name": name, "aspect": bucket.width / bucket.height, "count": count, "share": share, "samples": samples})
-    reasons = [
-        {
-            "name": reason,
-            "count": count,
-            "meaning": REASONS[reason],
-            "examples": statistics["examples"].get(reason, []),
-            "pictures": statistics["pictures"].get(reason, []),
-        }
-        for reason, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
-    ]
-    plots = [(TITLES[name], _histogram(statistics["histograms"][name], width)) for name, width in HISTOGRAMS.items()]
-    settings = statistics["settings"]
+    for bucket, count in sorted((Bucket.parse(name), count) for name, count in statistics["buckets"].items()):
+        aspect, share = bucket.width / bucket.height, 100 * count / statistics["counts"]["kept"]
+        samples = _samples(join(output, statistics["settings"]["split"], str(bucket)))
+        buckets.append({"name": str(bucket), "aspect": aspect, "count": count, "share": share, "samples": samples})
     page = render(
         "prx_composer.commands.convert",
         "report.html",
-        settings=settings,
+        **statistics,
         account=[*files_text(statistics), *columns_text(statistics), *statistics.get("notes", [])],
-        counts=counts,
-        buckets=buckets,
-        reasons=reasons,
-        plots=plots,
+        sizes=buckets,
+        reasons=sorted(statistics["dropped"].items(), key=lambda item: (-item[1], item[0])),
+        meanings=REASONS,
+        plots=[(TITLES[name], _histogram(statistics["histograms"][name], width)) for name, width in HISTOGRAMS.items()],
     )
     Path(path).write_text(page, encoding="utf-8")
 
@@ -221,7 +270,7 @@ def _histogram(bins: dict[str, int], width: float) -> str:
 
 
 def _samples(folder: str) -> list[tuple[str, str]]:
-    """Return small pictures of a bucket's first samples, as base64, with their first caption."""
+    """Return small pictures of a bucket's first samples, with their first caption."""
     found = []
     with tempfile.TemporaryDirectory(prefix="prx-convert.") as cache, fetched(join(folder, "index.json")) as index:
         shard = json.loads(index.read_text())["shards"][0]
@@ -230,6 +279,5 @@ def _samples(folder: str) -> list[tuple[str, str]]:
         for number in range(min(SAMPLES, len(rows))):
             row = rows.read(number)
             decoded = decode(row["image"], open_image(row["image"], PIXELS_OPENED))
-            caption = row[captions[0]].decode() if captions else ""
-            found.append((base64.b64encode(thumbnail(decoded)).decode(), caption))
+            found.append((thumbnail(decoded), row[captions[0]].decode()))
     return found

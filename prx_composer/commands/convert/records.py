@@ -1,13 +1,12 @@
-"""What an input gives: raw records, in numbered work units that can be read one by one, in any order, on any machine; and
-what the columns of records hold.
+"""What an input gives: raw records, in numbered work units that can be read one by one, in any order, on any machine.
+
+The second part reads what the columns of records hold: a value by its name, and the image that a value is or names.
 """
 
 import base64
 import binascii
-import dataclasses
-import importlib
-import itertools
 import os
+import pkgutil
 import re
 import time
 import unicodedata
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from prx_composer.commands.convert.input_files import Passed, first, one_split
-from prx_composer.commands.convert.settings import SOURCES, Settings
+from prx_composer.commands.convert.settings import SOURCES, Settings, check_one_split, first
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.data.storage import list_files, relative_name
 
@@ -34,7 +32,7 @@ class Record(NamedTuple):
         key: where it came from; only ever a label.
         image: the encoded file; None if there is none.
         columns: everything else, by column name.
-        problem: reason (see `sample.REASONS`) for which the source itself could not give the sample.
+        problem: reason (see `outcome.REASONS`) for which the source itself could not give the sample.
         detail: what else is known of the problem, in words: the reader's own message, how many records a file promised.
         image_column: the column (of a tar: the suffix) that the image came from.
     """
@@ -87,12 +85,13 @@ class Unit:
         return f"{self.number:06d}"
 
 
-@dataclass(frozen=True)
-class Job:
-    """What all units have in common."""
+class Passed(dict[str, list[Any]]):
+    """Files or members that are passed over: kind → how many, and the name of the first."""
 
-    settings: Settings
-    output: str
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        """Count one more of a kind, or several."""
+        entry = self.setdefault(kind, [0, example])
+        entry[0] += count
 
 
 class Source(ABC):
@@ -103,8 +102,8 @@ class Source(ABC):
         suffixes: by which they are known.
         of_nothing: what a file without records has, for the message that there is nothing to read.
         without: the same, as the summary says it of some of the files.
-        passed: what `read` has come upon that is no record.
-        notes: what is to be said of the input after `plan` and `columns`: files that are passed over, and why.
+        passed: members that `read` has passed over.
+        notes: what `plan` and `columns` have to say of the input: files that are passed over, and why.
     """
 
     looked_for: str
@@ -125,18 +124,15 @@ class Source(ABC):
         if not files:
             pattern = f" of the pattern --include '{self.settings.include}'" if self.settings.include != "*" else ""
             raise UserError(f"--input: no {self.looked_for} in {given}{pattern}.{self.instead([name for name, _ in listed])}")
-        one_split([name for name, _ in files], self.settings)
-        units: list[Unit] = []
-        empty: list[str] = []
-        for name, size in files:
-            parts = self.cut(name, size)
-            empty += [] if parts else [relative_name(name, given)]
-            units += [Unit(len(units) + i, self.path_of(name), *part) for i, part in enumerate(parts)]
-        if not units:
+        check_one_split([name for name, _ in files], self.settings)
+        cuts = {name: self.cut(name, size) for name, size in files}
+        parts = [(self.path_of(name), *part) for name, found in cuts.items() for part in found]
+        empty = [relative_name(name, given) for name, found in cuts.items() if not found]
+        if not parts:
             raise UserError(f"--input: {first(empty)} in {given}: {self.of_nothing}. There is nothing to read.")
         if empty and self.without:
             self.notes.append(f"{self.without}: {first(empty)}.")
-        return units
+        return [Unit(number, *part) for number, part in enumerate(parts)]
 
     def select(self, listed: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
         """Return those of all files, with their sizes, that are read."""
@@ -158,6 +154,22 @@ class Source(ABC):
     def columns(self, units: list[Unit]) -> Seen:
         """Return the columns that a record can be asked for."""
 
+    def missing(self, wanted: Iterable[str], parts: list[tuple[str, Any]], has: Callable[[Any, str], bool]) -> list[str]:
+        """Return the columns that no part of the input has. Note those that only some parts have.
+
+        Args:
+            parts: name and schema of every file or shard.
+            has: whether a schema has a column.
+        """
+        found = []
+        for column in sorted(wanted):
+            lacking = [name for name, schema in parts if not has(schema, column)]
+            if len(lacking) == len(parts):
+                found.append(column)
+            elif lacking:
+                self.notes.append(f"Without a column {column!r}: {first(lacking)}.")
+        return found
+
     @abstractmethod
     def read(self, unit: Unit) -> Iterator[Record]:
         """Yield the unit's records, in a fixed order. What cannot be read is a record with a problem."""
@@ -165,20 +177,24 @@ class Source(ABC):
 
 def open_source(settings: Settings) -> Source:
     """Return the source that the settings name; only its own libraries are imported."""
-    module, _, name = SOURCES[settings.source].partition(":")
-    return getattr(importlib.import_module(f"prx_composer.commands.convert.{module}"), name)(settings)
+    return pkgutil.resolve_name(f"prx_composer.commands.convert.{SOURCES[settings.source]}")(settings)
 
 
-def limited(source: Source, units: list[Unit], limit: int) -> list[Unit]:
-    """Return the first units, as many as hold `limit` records, the last of them cut. Read that many records, and no more."""
-    kept: list[Unit] = []
-    for unit in units:
-        count = sum(1 for _ in itertools.islice(source.read(unit), limit))
-        kept.append(dataclasses.replace(unit, take=count))
-        limit -= count
-        if limit <= 0:
-            break
-    return kept
+def ranges(sizes: dict[int, int], least: int) -> list[tuple[int, int]]:
+    """Cut parts of a file into work units: return start and stop of each, all of neighbours.
+
+    Args:
+        sizes: number of a part → bytes, in order.
+        least: bytes at which a unit is full.
+    """
+    found, start, gathered = [], None, 0
+    for number, size in sizes.items():
+        start = number if start is None else start
+        gathered += size
+        if gathered >= least or number + 1 not in sizes:
+            found.append((start, number + 1))
+            start, gathered = None, 0
+    return found
 
 
 def damaged(label: str, error: Exception | str, read: int, promised: int | None) -> Record:
@@ -192,8 +208,10 @@ def damaged(label: str, error: Exception | str, read: int, promised: int | None)
     """
     words = error if isinstance(error, str) else f"{type(error).__name__}: {error}"[:WORDS]  # ours may hold a remedy: not cut
     words = " ".join(words.split()).rstrip(".")
-    of = "records were read, how many it promised is not known" if promised is None else f"of the {promised} records it promised"
-    return Record(label, None, {}, "damaged_input", f"{words}; {read} {of}" + (" were read" if promised is not None else ""))
+    known = f"{read} of the {promised} records it promised were read"
+    if promised is None:
+        known = f"{read} records were read, how many it promised is not known"
+    return Record(label, None, {}, "damaged_input", f"{words}; {known}")
 
 
 def damage(error: Exception) -> Exception:
@@ -216,38 +234,30 @@ _OTHER = re.compile(rb"[^A-Za-z0-9+/_\s-]")  # than base64's characters
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
-def lookup(columns: dict[str, Any], name: str) -> Any:
-    """Return the value of a column; `meta.tags.0` looks inside of mappings and lists. None if there is none."""
-    value = _walk(columns, name)
-    return None if value is _ABSENT else value
-
-
-def has(columns: dict[str, Any], name: str) -> bool:
-    """Return whether there is such a column, be it empty; see `lookup`. What is null may hold anything."""
-    return _walk(columns, name) is not _ABSENT
-
-
-def _walk(columns: dict[str, Any], name: str) -> Any:
+def lookup(columns: dict[str, Any], name: str, default: Any = None) -> Any:
+    """Return the value of a column, or `default` if there is none. `meta.tags.0` looks inside of mappings and lists."""
     if name in columns:
         return columns[name]
     value: Any = columns
     for part in name.split("."):
         if value is None:
-            return None
+            return None  # what is null may hold anything
         if isinstance(value, dict) and part in value:
             value = value[part]
         elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
-            return _ABSENT
+            return default
     return value
 
 
+def has(columns: dict[str, Any], name: str) -> bool:
+    """Return whether there is such a column, be it empty."""
+    return lookup(columns, name, _ABSENT) is not _ABSENT
+
+
 def look(
-    rows: Iterable[dict[str, Any]],
-    settings: Settings,
-    seconds: float = SECONDS,
-    enough: Callable[[], bool] = lambda: True,
+    rows: Iterable[dict[str, Any]], settings: Settings, seconds: float = SECONDS, enough: Callable[[], bool] = lambda: True
 ) -> Seen:
     """Look at records until every column that the settings name was seen, for inputs that have no schema.
 
@@ -287,13 +297,13 @@ def choose_image(sure: list[str], likely: list[str], names: list[str], wanted: s
     if "image" in sure or "image" in likely:
         return "image"
     found = list(dict.fromkeys(sure or likely))
-    if len(found) > 1:
+    if len(found) == 1:
+        return found[0]
+    if found:
         options = " or ".join(f"--image {name}" for name in found)
         raise UserError(f"--image: {', '.join(found)} could each hold the images. Say which one is trained on: {options}.")
-    if not found:
-        advice = next((f" If {name} holds addresses: {ADVICE}." for name in names if name.lower().endswith("url")), "")
-        raise UserError(f"--image: say which column holds the images; there are {', '.join(names) or 'none'}.{advice}")
-    return found[0]
+    advice = next((f" If {name} holds addresses: {ADVICE}." for name in names if name.lower().endswith("url")), "")
+    raise UserError(f"--image: say which column holds the images; there are {', '.join(names) or 'none'}.{advice}")
 
 
 def image_of(value: Any, find: Callable[[str], Found]) -> Found:
@@ -326,7 +336,8 @@ def image_of(value: Any, find: Callable[[str], Found]) -> Found:
 def _of_text(value: str, find: Callable[[str], Found]) -> Found:
     if value[:5].lower() == "data:":
         head, _, content = value.partition(",")
-        return (_decoded(content) if head.endswith(";base64") else unquote_to_bytes(content)) or b"", "", ""
+        decoded = _decoded(content.encode(errors="replace")) if head.endswith(";base64") else unquote_to_bytes(content)
+        return decoded or b"", "", ""
     if (content := from_base64(value)) is not None:
         return content, "", ""
     if _URL.match(value):
@@ -347,22 +358,20 @@ def usable(value: Any) -> bool:
 
 def from_base64(text: str | bytes) -> bytes | None:
     """Return the image that a text is in base64, as far as it goes; None if it clearly isn't one, by its first bytes."""
-    if len(text) < _SHORTEST:
+    content = text if isinstance(text, bytes) else text.encode(errors="replace")
+    head = _decoded(content[:_SHORTEST])
+    if len(content) < _SHORTEST or head is None or not _HEAD.match(head):
         return None
-    head = _decoded(text[:_SHORTEST])
-    if head is None or not _HEAD.match(head):
-        return None
-    return _decoded(text) or _decoded(_OTHER.split(text if isinstance(text, bytes) else text.encode(), maxsplit=1)[0])
+    return _decoded(content) or _decoded(_OTHER.split(content, maxsplit=1)[0])
 
 
-def _decoded(text: str | bytes) -> bytes | None:
+def _decoded(text: bytes) -> bytes | None:
     """Decode base64 of either alphabet, perhaps in lines, perhaps without padding or cut; None if it is none."""
+    text = b"".join(text.split()).rstrip(b"=")
+    text = text[: len(text) - (len(text) % 4 == 1)]
     try:
-        content = text if isinstance(text, bytes) else text.encode("ascii")
-        content = b"".join(content.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
-        content = content[: len(content) - (len(content) % 4 == 1)]
-        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
-    except (UnicodeEncodeError, binascii.Error):
+        return base64.b64decode(text + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except binascii.Error:
         return None
 
 

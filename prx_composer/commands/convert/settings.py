@@ -1,12 +1,16 @@
-"""What a conversion was asked to do: everything that decides the output, and nothing else."""
+"""What a conversion was asked to do: everything that decides the output, `--where`, and which split the files are of."""
 
 import ast
 import dataclasses
 import functools
-from collections.abc import Mapping
+import glob
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from simpleeval import InvalidExpression, SimpleEval
 from typer import Option
@@ -15,15 +19,15 @@ from prx_composer.commands.options import Parsed
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.data.decoding import MAX_PIXELS, PIXELS_OPENED
 from prx_composer.data.format import RESERVED
+from prx_composer.data.storage import is_included, relative_name
 
 SOURCES = {  # name → module and class, imported only when it is used
     "webdataset": "webdataset:WebDataset",
     "parquet": "tables:Tables",
-    "jsonl": "lines:Lines",
-    "mds": "mds_shards:Shards",
+    "jsonl": "jsonl_mds:Lines",
+    "mds": "jsonl_mds:Shards",
 }
 METADATA_TYPES = {"str": "str", "int": "int", "float": "float64"}  # ours → MDS encoding
-CHROMA = {"4:4:4": 0, "4:2:0": 2}  # ours → Pillow's
 MEASURED = ("width", "height", "aspect", "caption_length")  # of the original image and the longest caption
 FUNCTIONS = {"len": len, "min": min, "max": max, "abs": abs, "round": round, "lower": lambda text: str(text).lower()}
 
@@ -132,7 +136,7 @@ class Settings:
             require(value in allowed, f"{option}: {value!r} is not one of them.{nearest(value, list(allowed))}")
 
         choice("--source", self.source, tuple(SOURCES))
-        choice("--chroma", self.chroma, tuple(CHROMA))
+        choice("--chroma", self.chroma, ("4:4:4", "4:2:0"))
         choice("--duplicates", self.duplicates, ("keep", "exact", "perceptual"))
         require(bool(self.captions), "--caption: name at least one caption column.")
         require(self.multiple > 0, f"--patch must be positive, not {self.multiple}.")
@@ -153,28 +157,25 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """Return them as JSON reads them back: lists for tuples."""
-        return {
-            name: list(value)
-            if isinstance(value, tuple)
-            else {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
-            if isinstance(value, dict)
-            else value
-            for name, value in dataclasses.asdict(self).items()
-        }
-
-    @property
-    def input_columns(self) -> set[str]:
-        """The columns of the input that are asked for, the image aside."""
-        names = {*self.captions.values(), *(column for column, _ in self.metadata.values())}
-        return names | ({*_names(self.where)} - {*MEASURED} if self.where else set())
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @property
     def asked(self) -> list[tuple[str, str]]:
         """Option and column of all that is asked for by name, the image aside."""
         named = [("--caption", column) for column in self.captions.values()]
         named += [("--metadata", column) for column, _ in self.metadata.values()]
-        others = self.input_columns - {column for _, column in named}
+        others = {*_names(self.where)} - {*MEASURED} - {column for _, column in named} if self.where else ()
         return named + [("--where", column) for column in sorted(others)]
+
+    @property
+    def input_columns(self) -> set[str]:
+        """The columns of the input that are asked for, the image aside."""
+        return {column for _, column in self.asked}
+
+    @property
+    def metadata_encodings(self) -> dict[str, str]:
+        """The MDS encodings of the metadata columns of the output."""
+        return {name: METADATA_TYPES[kind] for name, (_, kind) in self.metadata.items()}
 
 
 # `--where` is evaluated by simpleeval, which has no way to attributes, calls or files.
@@ -186,7 +187,7 @@ def _parse(where: str) -> ast.AST:
 
 
 def _names(where: str) -> list[str]:
-    return [n.id for n in ast.walk(_parse(where)) if isinstance(n, ast.Name) and n.id not in FUNCTIONS | {"True": 0, "False": 0}]
+    return [node.id for node in ast.walk(_parse(where)) if isinstance(node, ast.Name) and node.id not in FUNCTIONS]
 
 
 def check_where(where: str) -> None:
@@ -207,8 +208,87 @@ def is_wanted(where: str, columns: Mapping[str, Any]) -> bool | None:
     """Return whether a sample fulfils an expression; None if it cannot be evaluated on it."""
     values = {name: columns.get(name) for name in _names(where)}
     values = {name: v.decode(errors="replace") if isinstance(v, bytes) else v for name, v in values.items()}
-    evaluator = SimpleEval(functions=FUNCTIONS, names=values | {"True": True, "False": False, "None": None})
     try:
-        return bool(evaluator.eval(where, previously_parsed=_parse(where)))
+        return bool(SimpleEval(functions=FUNCTIONS, names=values).eval(where, previously_parsed=_parse(where)))
     except Exception:  # whatever the operands are: a sample must not stop the job
         return None
+
+
+# Which split the input's files are of, by their names.
+
+ALL = "**"  # --include that mixes splits all the same
+OTHERS = "the others"  # files whose names say no split
+WORDS = {  # the words by which Hugging Face's `datasets` tells splits apart, and our own
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "heldout": ("heldout",),
+}
+_SPLITS = {word: split for split, words in WORDS.items() for word in words}
+_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
+
+
+class SplitName(NamedTuple):
+    """A split that a path names, and patterns for `--include` that take its files, the plainest first."""
+
+    split: str
+    patterns: tuple[str, ...]
+
+
+def split_of(path: str) -> SplitName | None:
+    """Return the split that a file's name says, else one of its folders, the outermost first; None if nothing does.
+
+    Args:
+        path: below the input, with `/`.
+    """
+    *folders, name = path.split("/")
+    if match := _WORD.search(name):
+        word, after = match[1], name[match.end() : match.end() + 1]
+        start = "" if match.start() == 0 else "*"
+        return SplitName(_SPLITS[word.lower()], (f"{start}{word}{glob.escape(after)}*", f"{start}{word}*"))
+    for depth, folder in enumerate(folders, 1):
+        if match := _WORD.search(folder):
+            above = "/".join(folders[:depth])
+            return SplitName(_SPLITS[match[1].lower()], (f"{glob.escape(above)}/*", f"*{glob.escape(folder)}/*"))
+    return None
+
+
+def check_one_split(files: list[str], settings: Settings) -> None:
+    """Check that the input's files are not of several splits.
+
+    Args:
+        files: those that are to be read, as `list_files` names them.
+
+    Raises:
+        UserError: they are, and `--include` doesn't say that they should be mixed. Names the patterns that take one of them.
+    """
+    if settings.include == ALL:
+        return
+    found = {path: split_of(path) for path in (relative_name(file, settings.input) for file in files)}
+    splits: dict[str, list[str]] = defaultdict(list)
+    for path, named in found.items():
+        splits[named.split if named else OTHERS].append(path)
+    if "train" in splits:  # not so in cats.parquet beside cats_test.parquet
+        splits.pop(OTHERS, None)
+    if len(splits) < 2:
+        return
+    ways = []
+    for _, members in sorted(splits.items()):
+        patterns = dict.fromkeys(p for member in members if (named := found[member]) for p in named.patterns)
+        exact = (p for p in patterns if {path for path in found if is_included(path, p)} == set(members))
+        ways.append(next((f"--include '{pattern}'" for pattern in exact), ""))
+    known = ", or ".join(filter(None, ways))
+    advice = [f"Take one of them: {known}."] if known else []
+    advice += [] if all(ways) else [f"Give the files of {OTHERS if known else 'one of them'} a folder of their own."]
+    counted = "; ".join(f"{split}: {first(members, 2)}" for split, members in sorted(splits.items()))
+    raise UserError(
+        f"--input: {settings.input} holds several splits, and one data set would mix them ({counted}). {' '.join(advice)} "
+        f"To mix them all the same: --include '{ALL}'."
+    )
+
+
+def first(names: Iterable[str], count: int = 3) -> str:
+    """Return `a, b, c and 5 more`, for messages."""
+    names = list(names)
+    shown = ", ".join(names[:count])
+    return f"{shown} and {len(names) - count} more" if len(names) > count else shown

@@ -3,7 +3,6 @@
 Parquet is cut into work units between row groups, an arrow file is one unit.
 """
 
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prx_composer.commands.convert.input_files import first
 from prx_composer.commands.convert.records import (
     IMAGE_NAMES,
     Record,
@@ -24,8 +22,9 @@ from prx_composer.commands.convert.records import (
     damaged,
     image_inside,
     image_of,
+    ranges,
 )
-from prx_composer.commands.convert.settings import Settings
+from prx_composer.commands.convert.settings import Settings, first
 from prx_composer.common.errors import UserError
 from prx_composer.data.storage import fetched, is_remote, join, relative_name
 
@@ -73,25 +72,15 @@ class Tables(Source):
         except Exception as error:
             damage(error)
             return [(0, WHOLE)]  # to be counted when it is read
-        parts, start, gathered = [], 0, 0
-        for group in range(metadata.num_row_groups):
-            gathered += metadata.row_group(group).total_byte_size
-            if gathered >= self.settings.unit_bytes or group + 1 == metadata.num_row_groups:
-                parts.append((start, group + 1))
-                start, gathered = group + 1, 0
-        return parts if metadata.num_rows else []
+        sizes = {group: metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)}
+        return ranges(sizes, self.settings.unit_bytes) if metadata.num_rows else []
 
     def columns(self, units: list[Unit]) -> Seen:
         schemas = self._all_schemas(units)
         names = list(dict.fromkeys(name for schema in schemas.values() for name in schema.names))
         image = self._image(schemas, names)
-        missing = []
-        for column in sorted({*self.settings.input_columns, image}):
-            lacking = [relative_name(f, self.settings.input) for f, schema in schemas.items() if not schema_has(schema, column)]
-            if len(lacking) == len(schemas):
-                missing.append(column)
-            elif lacking:
-                self.notes.append(f"Without a column {column!r}: {first(lacking)}.")
+        parts = [(relative_name(file, self.settings.input), schema) for file, schema in schemas.items()]
+        missing = self.missing({*self.settings.input_columns, image}, parts, schema_has)
         return Seen(list(dict.fromkeys(n for schema in schemas.values() for n in names_of(schema))), missing, image=image)
 
     def _all_schemas(self, units: list[Unit]) -> dict[str, pa.Schema]:
@@ -100,7 +89,7 @@ class Tables(Source):
         for name in dict.fromkeys(unit.path for unit in units):
             if is_remote(name) and schemas:
                 break
-            if name not in self._schemas and (is_remote(name) or name.endswith(".arrow")):
+            if name not in self._schemas:
                 with fetched(name) as path:
                     try:
                         self._schemas[name] = pq.read_schema(path) if path.suffix == ".parquet" else open_arrow(path)[0]
@@ -114,13 +103,9 @@ class Tables(Source):
 
     def _image(self, schemas: dict[str, pa.Schema], names: list[str]) -> str:
         """Return the one column that holds the images in all files. A file without it is read, and its rows are counted."""
-        if self.settings.image is not None:
-            return choose_image([], [], names, self.settings.image)
         chosen: dict[str, list[str]] = {}
         for file, schema in schemas.items():
-            candidates = image_candidates(schema)
-            if any(candidates):
-                column = choose_image(*candidates, schema.names, None)
+            if column := self._image_in(schema):
                 chosen.setdefault(column, []).append(relative_name(file, self.settings.input))
         if len(chosen) > 1:
             each = "; ".join(f"{column} in {first(files)}" for column, files in chosen.items())
@@ -128,7 +113,14 @@ class Tables(Source):
                 f"--image: the files hold their images in different columns: {each}. Convert them one after the other, each with "
                 f"its --image and --include, or give them one name."
             )
-        return next(iter(chosen), None) or choose_image([], [], names, None)
+        return next(iter(chosen), None) or choose_image([], [], names, self.settings.image)
+
+    def _image_in(self, schema: pa.Schema) -> str | None:
+        """Return the column of images of one file; None if it has none."""
+        if self.settings.image is not None:
+            return self.settings.image if self.settings.image in schema.names else None
+        candidates = image_candidates(schema)
+        return choose_image(*candidates, schema.names, None) if any(candidates) else None
 
     def read(self, unit: Unit) -> Iterator[Record]:
         with fetched(unit.path) as path:
@@ -144,10 +136,10 @@ class Tables(Source):
             yield damaged(label, damage(error), 0, None)
             return
         with file:
+            wanted = self._wanted(file.schema_arrow, image)
             number = sum(metadata.row_group(group).num_rows for group in range(unit.start))
             for group in range(unit.start, file.num_row_groups if unit.stop == WHOLE else unit.stop):
                 promised, read, problem = metadata.row_group(group).num_rows, 0, None
-                wanted = self._wanted(file.schema_arrow, image)
                 try:
                     for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], columns=wanted):
                         for row in rows_of(batch):
@@ -173,13 +165,6 @@ class Tables(Source):
                         number += 1
         except Exception as error:
             yield damaged(Path(unit.path).name, damage(error), number, None)
-
-    def _image_in(self, schema: pa.Schema) -> str | None:
-        """Return the column of one file, None if it has none: its rows are counted."""
-        if self.settings.image is not None:
-            return self.settings.image if self.settings.image in schema.names else None
-        candidates = image_candidates(schema)
-        return choose_image(*candidates, schema.names, None) if any(candidates) else None
 
     def _wanted(self, schema: pa.Schema, image: str | None) -> list[str]:
         names = self.settings.input_columns
@@ -219,7 +204,7 @@ def image_candidates(schema: pa.Schema) -> tuple[list[str], list[str]]:
 
 
 def schema_has(schema: pa.Schema, name: str) -> bool:
-    """Return whether rows may have a column; `meta.tags.0` looks inside of structs and lists, as `columns.lookup` does."""
+    """Return whether rows may have a column; `meta.tags.0` looks inside of structs and lists, as `lookup` does."""
     if name in schema.names:
         return True
     head, *parts = name.split(".")
@@ -257,8 +242,6 @@ def rows_of(batch: pa.RecordBatch) -> list[Row]:
 
 
 def _row(batch: pa.RecordBatch, number: int) -> Row:
-    with contextlib.suppress(Exception):
-        return batch.slice(number, 1).to_pylist()[0]
     try:
         return {name: _plain(column[number]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     except Exception:

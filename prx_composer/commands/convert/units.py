@@ -3,62 +3,79 @@
 A unit becomes shards, one folder for each bucket, and a result that says what is in them: a function of its input alone.
 """
 
-import base64
+import functools
 import hashlib
 import io
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from streaming import MDSWriter
 
-from prx_composer.commands.convert.engine import progress
-from prx_composer.commands.convert.input_files import Passed
-from prx_composer.commands.convert.outcome import Tally
-from prx_composer.commands.convert.output import RESULT, open_output
-from prx_composer.commands.convert.records import Job, Record, Unit, open_source
-from prx_composer.commands.convert.sample import Dropped, Kept, check, convert, is_one_colour, thumbnail
-from prx_composer.commands.convert.settings import METADATA_TYPES, Settings
-from prx_composer.common.files import sync
-from prx_composer.data.decoding import BadImageError, decode, open_image
-from prx_composer.data.format import COLUMNS
+from prx_composer.commands.convert.backends import RESULT, open_output, progress
+from prx_composer.commands.convert.outcome import Dropped, Kept, Measured, Tally, clean_key, encode_jpeg, thumbnail
+from prx_composer.commands.convert.records import Record, Source, Unit, lookup, open_source
+from prx_composer.commands.convert.settings import Settings, is_wanted
+from prx_composer.common.files import encoding_of, sync
+from prx_composer.data.decoding import JPEGS, BadImageError, decode, is_plain, open_image, oriented_size, resize
+from prx_composer.data.format import COLUMNS, assign_bucket, make_buckets
 
 SHARD_BYTES = 1 << 26
 BUFFERED_BYTES = 1 << 28  # over all buckets of a unit: memory does not depend on how many there are
 PICTURES = 2  # of every reason for dropping, kept for the report
 PICTURED_UNITS = 50  # first units, which keep them
+STORED = (*JPEGS, "PNG", "WEBP")  # formats that are kept as they are where they fit
+HASHES = np.dtype([("competes", "?"), ("exact", "S16"), ("perceptual", "<u8")])
+HASHED_SIDE = 64  # images are decoded at about this size, where JPEG allows it
+PAIRS = 1 << 22  # compared at a time
+
+_buckets = functools.cache(make_buckets)
 
 
-def convert_unit(job: Job, unit: Unit, duplicates: Mapping[int, str]) -> int:
-    """Write a unit's shards and make it count as done. Return the number of records read."""
-    output = open_output(job.output, job.settings.split)
-    with output.scratch() as folder:
-        records, passed = _records(job, unit)
-        result = write_unit(records, job.settings, folder, unit.number < PICTURED_UNITS, duplicates, passed)
-        output.commit(unit, folder, result)
-    return int(result["counts"].get("read", 0))
+def convert_unit(settings: Settings, output: str, unit: Unit, duplicates: Mapping[int, str]) -> int:
+    """Write a unit's shards and make it count as done. Return the number of records read.
+
+    Args:
+        duplicates: number of a record in the unit → reason, of those that are duplicates.
+    """
+    store, source, asked = open_output(output, settings.split), open_source(settings), settings.input_columns
+    tally, pictures = Tally(), dict[str, list[str]]()
+    writers: dict[str, BoundedWriter] = {}
+    with store.scratch() as folder:
+        for number, record in enumerate(_records(source, unit)):
+            tally.see(record, asked)
+            outcome = convert(record, settings, duplicates.get(number, ""))
+            tally.add(outcome)
+            if isinstance(outcome, Kept):
+                _write(writers, outcome, settings, folder)
+            elif unit.number < PICTURED_UNITS:
+                _picture(pictures, outcome, record, settings)
+        tally.passed = source.passed
+        result = tally.to_json() | {"shards": _finish(writers, folder), "pictures": pictures}
+        (folder / RESULT).write_text(json.dumps(result))
+        sync(folder / RESULT)
+        sync(folder)
+        store.commit(unit, folder, result)
+    return tally.counts["read"]
 
 
-def hash_unit(job: Job, unit: Unit) -> int:
-    """Store the hashes of a unit's records. Return their number."""
-    hashes = hash_records(_records(job, unit)[0], job.settings)
-    open_output(job.output, job.settings.split).put(f"hashes/{unit.name}", to_bytes(hashes))
+def hash_unit(settings: Settings, output: str, unit: Unit) -> int:
+    """Store one of HASHES for every record of a unit. Return their number."""
+    hashes = np.array([_hash(record, settings) for record in _records(open_source(settings), unit)], HASHES)
+    file = io.BytesIO()
+    np.save(file, hashes, allow_pickle=False)
+    open_output(output, settings.split).put(f"hashes/{unit.name}", file.getvalue())
     return len(hashes)
 
 
-def _records(job: Job, unit: Unit) -> tuple[Iterator[Record], Passed]:
-    """Return the unit's records, and what was seen beside them, once they are read."""
-    source = open_source(job.settings)
-    return _counted(itertools.islice(source.read(unit), unit.take)), source.passed
-
-
-def _counted(records: Iterator[Record]) -> Iterator[Record]:
-    for record in records:
+def _records(source: Source, unit: Unit) -> Iterator[Record]:
+    for record in itertools.islice(source.read(unit), unit.take):
         yield record
         progress.step()
 
@@ -71,68 +88,34 @@ class BoundedWriter(MDSWriter):
         self._reset_cache()
 
 
-def columns_of(settings: Settings) -> dict[str, str]:
-    """Return the MDS encodings of the columns that a conversion writes."""
-    metadata = {name: METADATA_TYPES[kind] for name, (_, kind) in settings.metadata.items()}
-    return COLUMNS | dict.fromkeys(settings.captions, "str") | metadata
-
-
-def write_unit(
-    records: Iterable[Record],
-    settings: Settings,
-    folder: Path,
-    pictured: bool,
-    duplicates: Mapping[int, str],
-    passed: Passed,
-) -> dict[str, Any]:
-    """Write a unit's shards below an empty folder, bucket by bucket, and beside them RESULT, which is returned.
-
-    Args:
-        pictured: whether to keep small pictures of what was dropped.
-        duplicates: number of a record in the unit → reason, of those that are duplicates.
-        passed: what the source has seen beside the records, when they are read.
-    """
-    tally, pictures = Tally(), dict[str, list[str]]()
-    writers: dict[str, BoundedWriter] = {}
-    asked = settings.input_columns
-    for number, record in enumerate(records):
-        tally.see(record, asked)
-        outcome = convert(record, settings, duplicates.get(number, ""))
-        tally.add(outcome)
-        if isinstance(outcome, Dropped):
-            if pictured:
-                _picture(pictures.setdefault(outcome.reason, []), outcome, record, settings)
-            continue
-        _write(writers, outcome, settings, folder)
-    tally.passed, shards = passed, {}
-    for bucket, writer in sorted(writers.items()):
-        writer.finish()
-        index = folder / bucket / "index.json"
-        shards[bucket] = json.loads(index.read_text())["shards"]
-        index.unlink()
-        for file in sorted((folder / bucket).iterdir()):
-            sync(file)
-        sync(folder / bucket)
-    result = tally.to_json() | {"shards": shards, "pictures": {reason: some for reason, some in pictures.items() if some}}
-    path = folder / RESULT
-    path.write_text(json.dumps(result))
-    sync(path)
-    sync(folder)
-    return result
-
-
 def _write(writers: dict[str, BoundedWriter], kept: Kept, settings: Settings, folder: Path) -> None:
     name = str(kept.bucket)
     if name not in writers:
-        writers[name] = BoundedWriter(out=str(folder / name), columns=columns_of(settings), size_limit=SHARD_BYTES)
+        columns = COLUMNS | dict.fromkeys(settings.captions, "str") | settings.metadata_encodings
+        writers[name] = BoundedWriter(out=str(folder / name), columns=columns, size_limit=SHARD_BYTES)
     writers[name].write(kept.row)
     sizes = Counter({bucket: writer.new_shard_size for bucket, writer in writers.items()})
     if sizes.total() > BUFFERED_BYTES:
         writers[sizes.most_common(1)[0][0]].flush()
 
 
-def _picture(pictures: list[str], dropped: Dropped, record: Record, settings: Settings) -> None:
-    if len(pictures) >= PICTURES or record.image is None:
+def _finish(writers: dict[str, BoundedWriter], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Write what is buffered through to the disk. Return the shards of every bucket, as an index names them."""
+    shards = {}
+    for bucket, writer in sorted(writers.items()):
+        writer.finish()
+        index = folder / bucket / "index.json"
+        shards[bucket] = json.loads(index.read_text())["shards"]
+        index.unlink()
+        for file in (folder / bucket).iterdir():
+            sync(file)
+        sync(folder / bucket)
+    return shards
+
+
+def _picture(pictures: dict[str, list[str]], dropped: Dropped, record: Record, settings: Settings) -> None:
+    """Keep a small picture of a sample that is left out, if there aren't enough of its reason."""
+    if len(pictures.get(dropped.reason, [])) >= PICTURES or record.image is None:
         return
     decoded = dropped.pixels
     if decoded is None:
@@ -140,54 +123,196 @@ def _picture(pictures: list[str], dropped: Dropped, record: Record, settings: Se
             decoded = decode(record.image, open_image(record.image, settings.max_pixels))
         except BadImageError:
             return
-    pictures.append(base64.b64encode(thumbnail(decoded)).decode())
+    pictures.setdefault(dropped.reason, []).append(thumbnail(decoded))
+
+
+# One sample: a record → a row to store, or the reason why not.
+
+
+class Checked(NamedTuple):
+    """A record of which only the pixels are still to be looked at."""
+
+    key: str
+    encoded: bytes
+    image: Image.Image  # header read, pixels not
+    captions: dict[str, str]
+    filled: bool
+    metadata: dict[str, Any]
+    measured: Measured
+
+
+class _Drop(Exception):
+    """Its arguments are a reason and, perhaps, a detail."""
+
+
+def check(record: Record, settings: Settings) -> Checked | Dropped:
+    """Check all that can be checked without decoding the image."""
+    key, measured = clean_key(record.key), Measured()
+    try:
+        if record.problem:
+            raise _Drop(record.problem, record.detail)
+        captions, filled = _captions(record.columns, settings)
+        lengths = [len(text) for text in captions.values()]
+        measured = Measured(caption_length=max(lengths))
+        metadata = {name: _typed(lookup(record.columns, column), kind) for name, (column, kind) in settings.metadata.items()}
+        if record.image is None:
+            raise _Drop("no_image")
+        image = open_image(record.image, settings.max_pixels)
+        measured = Measured(*oriented_size(image), max(lengths))
+        if problem := _unwanted(record.columns, measured, min(lengths), settings):
+            raise _Drop(problem)
+    except (_Drop, BadImageError) as drop:
+        reason, detail, *_ = *drop.args, ""
+        known = record.detail if reason in ("no_image", "no_caption") else ""
+        return Dropped(reason, key, measured, detail=detail or known)
+    return Checked(key, record.image, image, captions, filled, metadata, measured)
+
+
+def convert(record: Record, settings: Settings, duplicate: str = "") -> Kept | Dropped:
+    """Return one record as it will be stored, or why it won't be.
+
+    Args:
+        duplicate: the reason, if the record is a duplicate of another one.
+    """
+    checked = check(record, settings)
+    if isinstance(checked, Dropped):
+        return checked
+    if duplicate:
+        return Dropped(duplicate, checked.key, checked.measured)
+    height, width, _ = checked.measured
+    bucket = assign_bucket(height, width, _buckets(settings.image_size, settings.multiple, settings.bucket_aspect))
+    fits = (height, width) == bucket and checked.image.format in STORED and is_plain(checked.image)
+    twice = None if fits else (2 * bucket.height, 2 * bucket.width)  # enough for a sharp downscale
+    pixels = _decode(checked, twice, settings)
+    if isinstance(pixels, Dropped):
+        return pixels
+    encoded = checked.encoded if fits else encode_jpeg(resize(pixels, bucket), settings.quality, settings.chroma)
+    row = {"image": encoded, "width": bucket.width, "height": bucket.height, "key": checked.key}
+    return Kept(bucket, row | checked.captions | checked.metadata, checked.measured, fits, checked.filled)
+
+
+def _decode(checked: Checked, least: tuple[int, int] | None, settings: Settings) -> np.ndarray | Dropped:
+    """Return the pixels as `decode` does, or why the sample is left out for them."""
+    try:
+        pixels = decode(checked.encoded, checked.image, least)
+    except BadImageError as error:
+        return Dropped(str(error), checked.key, checked.measured)
+    if not settings.single_colour and is_one_colour(pixels):
+        return Dropped("single_colour", checked.key, checked.measured, pixels)
+    return pixels
+
+
+def _captions(columns: dict[str, Any], settings: Settings) -> tuple[dict[str, str], bool]:
+    """Return every caption, and whether one was missing: it takes the first that is not."""
+    found = {name: _text(lookup(columns, column), column) for name, column in settings.captions.items()}
+    there = [text for text in found.values() if text]
+    if not there:
+        raise _Drop("no_caption")
+    return {name: text or there[0] for name, text in found.items()}, len(there) < len(found)
+
+
+def _instead_of_text(value: Any, column: str) -> str:
+    """Say what stands where a caption should, and what to type to have it."""
+    if isinstance(value, dict):
+        return f"{column} holds {', '.join(map(str, value))}: --caption {column}.NAME takes one of them" if value else ""
+    if isinstance(value, list):
+        return f"{column} is a list of {len(value)}: --caption {column}.0 takes the first" if value else ""
+    return f"{column} is {value!r}, which is no text"
+
+
+def _text(value: Any, column: str) -> str:
+    """Return text without surrounding space; "" for none."""
+    try:
+        if isinstance(value, list) and len(value) == 1:
+            value, column = value[0], f"{column}.0"
+        if isinstance(value, bytes):
+            encoding = encoding_of(value)
+            value = value.decode(encoding)
+            # UTF-16 of any script, without its mark, is often valid UTF-8, but with zeros.
+            if encoding == "utf-8" and "\0" in value.rstrip("\0"):
+                raise _Drop("caption_not_utf8", "zero bytes, as in UTF-16 without a byte-order mark")
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return ""
+        if not isinstance(value, str):
+            raise _Drop("no_caption", _instead_of_text(value, column))
+        value.encode()  # half a surrogate pair, as JSON can spell it, is no text
+    except UnicodeError:
+        raise _Drop("caption_not_utf8") from None
+    return value.replace("\0", "").strip()
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """Convert a value: a missing number is NaN where there is one, missing text is empty."""
+    try:
+        if isinstance(value, bytes):
+            value = value.decode(encoding_of(value))
+        if kind == "float":
+            return float("nan") if value is None else float(value)
+        if kind == "int":
+            number = int(value)
+            if not -(2**63) <= number < 2**63 or (not isinstance(value, str) and number != value):
+                raise ValueError
+            return number
+        text = "" if value is None else str(value)
+        text.encode()
+    except (TypeError, ValueError, OverflowError):
+        raise _Drop("metadata") from None
+    return text
+
+
+def _unwanted(columns: dict[str, Any], measured: Measured, shortest: int, settings: Settings) -> str:
+    height, width, longest = measured
+    low, high = settings.caption_chars
+    aspect = max(height, width) / min(height, width)
+    if shortest < low or (high is not None and longest > high):
+        return "caption_length"
+    if min(height, width) < settings.min_side:
+        return "min_side"
+    if settings.max_aspect is not None and aspect > settings.max_aspect:
+        return "max_aspect"
+    if settings.where:
+        own = {"width": width, "height": height, "aspect": width / height, "caption_length": longest}
+        wanted = is_wanted(settings.where, columns | own)
+        if not wanted:
+            return "where_failed" if wanted is None else "where"
+    return ""
+
+
+def is_one_colour(pixels: np.ndarray, tolerance: int = 2) -> bool:
+    """Return whether every channel stays within `tolerance` of 255."""
+
+    def spread(part: np.ndarray) -> int:
+        return int(np.ptp(part.reshape(-1, 3), axis=0).max())
+
+    return spread(pixels[::16, ::16]) <= tolerance and spread(pixels) <= tolerance  # a few pixels tell most images
 
 
 # Which samples are duplicates: a first pass hashes them, one place decides, in the order of the input. Only samples that pass
 # every other check compete, so that a duplicate is never left out in favour of one that is left out itself.
 
 
-HASHES = np.dtype([("competes", "?"), ("exact", "S16"), ("perceptual", "<u8")])
-HASHED_SIDE = 64  # images are decoded at about this size, where JPEG allows it
-PAIRS = 1 << 22  # compared at a time
-
-
-def hash_records(records: Iterable[Record], settings: Settings) -> np.ndarray:
-    """Return one HASHES per record: 128 bits of the bytes' SHA-256, and imagehash's phash of the pixels, if it is asked for."""
-    return np.array([_hash(record, settings) for record in records], dtype=HASHES)
-
-
 def _hash(record: Record, settings: Settings) -> tuple[bool, bytes, int]:
+    """Return 128 bits of the bytes' SHA-256, and imagehash's phash of the pixels, if it is asked for."""
     checked = check(record, settings)
     if isinstance(checked, Dropped):
         return False, b"", 0
-    try:
-        decoded = decode(checked.encoded, checked.image, (2 * HASHED_SIDE, 2 * HASHED_SIDE))
-    except BadImageError:
-        return False, b"", 0
-    if not settings.single_colour and is_one_colour(decoded):
+    pixels = _decode(checked, (2 * HASHED_SIDE, 2 * HASHED_SIDE), settings)
+    if isinstance(pixels, Dropped):
         return False, b"", 0
     perceptual = 0
     if settings.duplicates == "perceptual":
         import imagehash  # slow to import
 
-        bits = imagehash.phash(Image.fromarray(decoded)).hash.ravel()
+        bits = imagehash.phash(Image.fromarray(pixels)).hash.ravel()
         perceptual = int(np.packbits(bits).view(">u8")[0])
     return True, hashlib.sha256(checked.encoded).digest()[:16], perceptual
-
-
-def to_bytes(hashes: np.ndarray) -> bytes:
-    """Return hashes as they are stored."""
-    file = io.BytesIO()
-    np.save(file, hashes, allow_pickle=False)
-    return file.getvalue()
 
 
 def decide(stored: list[bytes], settings: Settings) -> list[dict[int, str]]:
     """Return per unit: number of a record → reason, of those that are left out. The first of any group stays.
 
     Args:
-        stored: hashes of every unit, as `to_bytes` returned them.
+        stored: hashes of every unit, as `hash_unit` stored them.
     """
     hashes = [np.load(io.BytesIO(content), allow_pickle=False) for content in stored]
     joined = np.concatenate(hashes) if hashes else np.empty(0, HASHES)

@@ -18,12 +18,12 @@ import json
 import lzma
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prx_composer.commands.convert.input_files import Passed
-from prx_composer.commands.convert.records import MAX_FILE_BYTES, PEEKED, Record, Seen, Source, Unit, damage, look
+from prx_composer.commands.convert.records import MAX_FILE_BYTES, PEEKED, Passed, Record, Seen, Source, Unit, damage, look
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.common.errors import UserError
 from prx_composer.data.storage import fetched
@@ -57,8 +57,7 @@ class Part(NamedTuple):
         """Return the content; None if it is too large. Raise tarfile.ReadError if the file ends before."""
         if self.info.size > MAX_FILE_BYTES:
             return None
-        file = self.tar.extractfile(self.info)
-        return b"" if file is None else file.read()
+        return self.tar.extractfile(self.info).read()
 
 
 class WebDataset(Source):
@@ -96,26 +95,26 @@ class WebDataset(Source):
                     runs = apart[key] if key in apart else [list(run)]
                     if key in apart:
                         apart[key] = []  # it comes once, at its first place
-                    for record in self._records(label, key, runs):
-                        samples += 1
-                        yield record
+                    if runs:
+                        for record in self._records(label, key, runs):
+                            samples += 1
+                            yield record
             if problem:
                 yield Record(label, None, {}, "damaged_input", f"{problem} ({samples} samples were read)")
 
     def _records(self, label: str, key: str, runs: list[list[Part]]) -> Iterator[Record]:
         """Yield the samples of one key up to the first dot, from all places where it stands."""
-        if not runs:
-            return
         for stem, some in _by_stem(key, runs, self._suffixes).items():
-            samples = _samples(some)
-            if samples is not None:
-                yield from filter(None, (self._record(f"{label}/{stem}", parts) for parts in samples))
+            names = Counter(part.suffix for run in some for part in run)
+            twice = {name: count for name, count in names.items() if count > 1}
+            if not twice:
+                some = [list(itertools.chain.from_iterable(some))]
+            elif not all(map(_is_sample, some)):
+                detail = ", ".join(f"{stem}.{name} {count} times" for name, count in twice.items())
+                for _ in range(max(twice.values())):
+                    yield Record(f"{label}/{stem}", None, {}, "same_name_twice", detail)
                 continue
-            names = [part.suffix for run in some for part in run]
-            twice = {name: names.count(name) for name in names if names.count(name) > 1}
-            detail = ", ".join(f"{stem}.{name} {count} times" for name, count in twice.items())
-            for _ in range(max(twice.values())):
-                yield Record(f"{label}/{stem}", None, {}, "same_name_twice", detail)
+            yield from filter(None, (self._record(f"{label}/{stem}", parts) for parts in some))
 
     def _record(self, key: str, parts: list[Part]) -> Record | None:
         """Return a sample; None if the tar ends within its first member."""
@@ -168,7 +167,12 @@ def _images(parts: list[Part], wanted: str | None) -> list[Part]:
 
 
 def _by_stem(key: str, runs: list[list[Part]], suffixes: set[str]) -> dict[str, list[list[Part]]]:
-    """Return the runs by key, which ends at the first dot or, where that makes one sample of several, at the last."""
+    """Return the runs by key: it ends at the first dot or, where that makes one sample of several, at the last.
+
+    Args:
+        runs: members of one key up to the first dot, by the place where they lie together.
+        suffixes: those of several parts that options name.
+    """
     kinds: dict[str, set[bool]] = {}
     for part in itertools.chain.from_iterable(runs):
         stem, dot, _ = part.suffix.rpartition(".")
@@ -189,15 +193,9 @@ def _by_stem(key: str, runs: list[list[Part]], suffixes: set[str]) -> dict[str, 
     return found
 
 
-def _samples(runs: list[list[Part]]) -> list[list[Part]] | None:
-    """Return the samples of one key: one, or one for each place where it stands; None if what belongs together is not known."""
-    every = [part for run in runs for part in run]
-    if len({part.suffix for part in every}) == len(every):
-        return [every]
-    for run in runs:
-        if len({part.suffix for part in run}) < len(run) or {part.is_image for part in run} != {True, False}:
-            return None
-    return runs
+def _is_sample(run: list[Part]) -> bool:
+    """Return whether members that lie together are one whole sample: an image and something else, no name twice."""
+    return len({part.suffix for part in run}) == len(run) and {part.is_image for part in run} == {True, False}
 
 
 def _parts(file: BinaryIO, label: str, passed: Passed) -> Iterator[Part]:

@@ -4,7 +4,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,15 +57,15 @@ def print_statistics(options: StatsOptions) -> None:
 
     With a recipe captions are also counted in its tokens, and buckets against its batches. No image is decoded.
     """
+    from prx_composer.commands.data.split import open_split
     from prx_composer.commands.data.statistics import statistics
-    from prx_composer.commands.data.statistics_text import as_text
-    from prx_composer.commands.data.subject import open_split, subject_of
+    from prx_composer.commands.data.view import subject_of
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     subject, file = subject_of(options.what, options.split), options.json_file
-    batch_sizes = subject.batch_sizes if options.batch_size is None else [options.batch_size]
+    batch_sizes = [stage.global_batch_size for stage in subject.stages] if options.batch_size is None else [options.batch_size]
     data = open_split(subject.path, subject.split)
-    found = statistics(data, options.samples, batch_sizes, subject.tokenizer, subject.max_tokens, progress=True)
+    found = statistics(data, options.samples, batch_sizes, subject.tokenizer, subject.max_tokens)
     if file != "-":
         typer.echo(as_text(found))
     if file is not None:
@@ -82,8 +82,8 @@ def draw_samples(options: ViewOptions) -> None:
     With a recipe they are what its loader gives in the first epoch, at its image size, with captions cut to its tokens. Without
     one, images are as stored, or at another --image-size in sides that are multiples of what all stored sides are.
     """
-    from prx_composer.commands.data.subject import open_split, subject_of
-    from prx_composer.commands.data.view import check_output, look, title, write_view
+    from prx_composer.commands.data.split import open_split
+    from prx_composer.commands.data.view import check_output, look, subject_of, title, write_view
 
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # what cannot be decoded is on the sheet
     check_output(options.output)
@@ -92,3 +92,50 @@ def draw_samples(options: ViewOptions) -> None:
     seen = look(subject, data, options.n, options.seed, options.image_size, options.bucket)
     write_view(seen, options.output)
     typer.echo(f"{options.output}: {title(seen)}")
+
+
+# --------------------------------------------------------------------------------- statistics, as a page of text
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Return what `statistics` returned, for a terminal."""
+    from prx_composer.common.pages import render
+
+    return render(
+        __name__,
+        "statistics.txt.jinja",
+        **found,
+        number=_number,
+        spread=_spread,
+        share=_share,
+        size=_size,
+        counted=_count,
+        repr=repr,
+    ).rstrip()
+
+
+def _spread(column: dict[str, Any]) -> str:
+    if not column["count"]:
+        return "no values"
+    names = ("min", "5%", "median", "95%", "max", "mean")
+    return "  ".join(f"{name} {_number(column[name])}" for name in names)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "–"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

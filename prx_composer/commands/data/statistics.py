@@ -10,15 +10,13 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from prx_composer.commands.data.subject import Split
+from prx_composer.commands.data.split import Split
 from prx_composer.common.errors import UserError
-from prx_composer.data.buckets import Bucket
-from prx_composer.data.format import RawShard, encodings_of
-from prx_composer.data.storage import is_remote, join
+from prx_composer.data.format import Bucket
+from prx_composer.data.storage import RawShard, encodings_of, is_remote, join
 from prx_composer.models.prompts import cleaned, unknown_id
 
-_FACTS = ("kind", "encoder", "revision", "storage", "width", "max_tokens", "image_size", "cut")
-SHARES = (0.05, 0.5, 0.95)
+SHARES = {"5%": 0.05, "median": 0.5, "95%": 0.95}
 TOGETHER = 256  # captions that are tokenised at a time
 
 
@@ -28,7 +26,6 @@ def statistics(
     batch_sizes: Sequence[int] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_tokens: int = 0,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Return what a split holds, as JSON stores it.
 
@@ -44,23 +41,19 @@ def statistics(
     buckets = [_bucket(split, bucket, total, batch_sizes) for bucket in sorted(split.manifest.buckets)]
     columns = _Columns(split, tokenizer, max_tokens)
     shards = [(bucket, shard) for bucket, listed in split.shards.items() for shard in listed]
-    looked_at = shards
-    if samples is not None and samples < total and is_remote(split.path):
+    looked_at, some = shards, samples is not None and samples < total
+    if some and is_remote(split.path):
         number = min(math.ceil(samples * len(shards) / total), len(shards))
         looked_at = [shards[index * len(shards) // number] for index in range(number)]
     seen = first = 0
-    with tqdm(total=len(looked_at), desc="Reading", unit="shard", leave=False, disable=None if progress else True) as bar:
-        for bucket, shard in looked_at:
-            count = int(shard["samples"])
-            chosen: Sequence[int] = range(count)
-            if samples is not None and samples < total and not is_remote(split.path):
-                chosen = _evenly_spaced(first, count, total, samples)
-            first, seen = first + count, seen + len(chosen)
-            for row, sizes in _rows(split, bucket, shard, chosen, columns.read):
-                columns.add(bucket, row, sizes, encodings_of(shard))
-            bar.update()
-    columns.finish()
-    conversion = split.conversion()
+    for bucket, shard in tqdm(looked_at, desc="Reading", unit="shard", leave=False, disable=None):
+        chosen: Sequence[int] = range(int(shard["samples"]))
+        first += len(chosen)
+        if some and not is_remote(split.path):
+            chosen = _evenly_spaced(first - len(chosen), len(chosen), total, samples)
+        seen += len(chosen)
+        for row, sizes in _rows(split, bucket, shard, chosen, columns.read):
+            columns.add(bucket, row, sizes, encodings_of(shard))
     return {
         "path": split.path,
         "split": split.name,
@@ -72,8 +65,8 @@ def statistics(
         "buckets": buckets,
         **columns.to_json(),
         "features": _features(split),
-        "stored": [_stored(split, name, source, found) for (name, source), found in sorted(split.encoded().items())],
-        "conversion": conversion and {key: conversion.get(key) for key in ("settings", "counts", "dropped")},
+        "stored": list(split.stored()),
+        "conversion": split.conversion(),
     }
 
 
@@ -129,80 +122,70 @@ def _features(split: Split) -> list[dict[str, Any]]:
     ]
 
 
-def _stored(split: Split, name: str, source: str, found: dict[str, Any]) -> dict[str, Any]:
-    manifest = found["manifest"]
-    if manifest is None:
-        parts = sum(file.endswith(".json") and "/part." in file for file in found["files"])
-        return {"name": name, "source": source, "whole": False, "parts": parts}
-    buckets = {str(bucket): count for bucket, count in split.manifest.buckets.items()}
-    facts = {key: manifest.get(key) for key in _FACTS}
-    stored = {"name": name, "source": source, "whole": True, **facts}
-    stored |= {"samples": sum(manifest["buckets"].values()), "of_this_data": manifest["buckets"] == buckets}
-    return stored | {"bytes": sum(split.stored_bytes(name, source, bucket) for bucket in manifest["buckets"])}
+class _Captions:
+    """What is counted of a caption column; without a tokenizer, no tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int):
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._characters, self._tokens = Spread(), Spread()
+        self._empty, self._cut, self._unknown = 0, 0, 0
+        self._waiting: list[str] = []
+
+    def add(self, text: str) -> None:
+        self._characters.add(len(text))
+        self._empty += not text.strip()
+        if self._tokenizer is not None:
+            self._waiting.append(text)
+            if len(self._waiting) == TOGETHER:
+                self._count_tokens(self._tokenizer)
+
+    def _count_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        tokens: Any = tokenizer(cleaned(tokenizer, self._waiting), verbose=False) if self._waiting else {"input_ids": []}
+        self._waiting = []
+        for ids in tokens["input_ids"]:
+            self._tokens.add(len(ids))
+            self._cut += len(ids) > self._max_tokens
+            self._unknown += ids.count(unknown_id(tokenizer))
+
+    def to_json(self) -> dict[str, Any]:
+        found = {"characters": self._characters.to_json(), "empty": self._empty}
+        if self._tokenizer is None:
+            return found
+        self._count_tokens(self._tokenizer)
+        found |= {"tokens": self._tokens.to_json(), "max_tokens": self._max_tokens, "cut": self._cut}
+        return found | {"unknown": self._unknown, "tokens_together": int(self._tokens.total)}
 
 
 class _Columns:
     """What is counted of the samples, column by column."""
 
     def __init__(self, split: Split, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int):
-        self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._image, self._smaller = Spread(), 0
-        captions = split.manifest.captions
-        self._characters = {name: Spread() for name in captions}
-        self._tokens = {name: Spread() for name in captions}
-        self._empty, self._cut, self._unknown = dict.fromkeys(captions, 0), dict.fromkeys(captions, 0), dict.fromkeys(captions, 0)
-        self._together = dict.fromkeys(captions, 0)  # tokens of all captions
-        self._waiting: dict[str, list[str]] = {name: [] for name in captions}
+        self._captions = {name: _Captions(tokenizer, max_tokens) for name in split.manifest.captions}
         self._metadata: dict[str, Spread | Distinct] = {
             name: Distinct() if kind == "str" else Spread() for name, kind in split.manifest.metadata.items()
         }
-        self.read = {"width", "height", *captions, *self._metadata}
+        self.read = {"width", "height", *self._captions, *self._metadata}
 
     def add(self, bucket: Bucket, row: dict[str, bytes], sizes: dict[str, int], encodings: dict[str, str]) -> None:
         self._image.add(sizes["image"])
         if "width" in row and "height" in row:
             height, width = (_number(row[side], encodings[side]) for side in ("height", "width"))
             self._smaller += height < bucket.height or width < bucket.width
-        for name in self._characters:
-            text = row[name].decode(errors="replace")
-            self._characters[name].add(len(text))
-            self._empty[name] += not text.strip()
-            if self._tokenizer is not None:
-                self._waiting[name].append(text)
-                if len(self._waiting[name]) == TOGETHER:
-                    self._count_tokens(name)
+        for name, captions in self._captions.items():
+            captions.add(row[name].decode(errors="replace"))
         for name, summary in self._metadata.items():
             if isinstance(summary, Distinct):
                 summary.add(row[name].decode(errors="replace"))
             else:
                 summary.add(_number(row[name], encodings[name]))
 
-    def _count_tokens(self, name: str) -> None:
-        texts, self._waiting[name] = self._waiting[name], []
-        if not texts or self._tokenizer is None:
-            return
-        tokens: Any = self._tokenizer(cleaned(self._tokenizer, texts), verbose=False)
-        for ids in tokens["input_ids"]:
-            self._tokens[name].add(len(ids))
-            self._together[name] += len(ids)
-            self._cut[name] += len(ids) > self._max_tokens
-            self._unknown[name] += ids.count(unknown_id(self._tokenizer))
-
-    def finish(self) -> None:
-        for name in self._waiting:
-            self._count_tokens(name)
-
     def to_json(self) -> dict[str, Any]:
-        captions = {
-            name: {"characters": spread.to_json(), "empty": self._empty[name]} for name, spread in self._characters.items()
+        return {
+            "images": {"bytes": self._image.to_json(), "smaller_than_bucket": self._smaller},
+            "captions": {name: captions.to_json() for name, captions in self._captions.items()},
+            "metadata": {name: summary.to_json() for name, summary in self._metadata.items()},
         }
-        if self._tokenizer is not None:
-            for name in captions:
-                captions[name] |= {"tokens": self._tokens[name].to_json(), "max_tokens": self._max_tokens, "cut": self._cut[name]}
-                captions[name] |= {"unknown": self._unknown[name], "tokens_together": self._together[name]}
-        metadata = {name: summary.to_json() for name, summary in self._metadata.items()}
-        images = {"bytes": self._image.to_json(), "smaller_than_bucket": self._smaller}
-        return {"images": images, "captions": captions, "metadata": metadata}
 
 
 def _number(content: bytes, encoding: str) -> float:
@@ -213,15 +196,15 @@ def _number(content: bytes, encoding: str) -> float:
     return float(mds_decode(encoding, content))
 
 
-# Summaries of columns in bounded memory, however many values go by.
+# ------------------------------------------- summaries of columns in bounded memory, however many values go by
 
 
 class Spread:
     """Smallest, largest and mean of numbers, exactly, and their quantiles to three digits: exact for integers below 1,000."""
 
     def __init__(self) -> None:
-        self.count, self.missing = 0, 0
-        self._sum, self._low, self._high = 0.0, math.inf, -math.inf
+        self.count, self.missing, self.total = 0, 0, 0.0
+        self._low, self._high = math.inf, -math.inf
         self._rounded: Counter[float] = Counter()
 
     def add(self, value: float) -> None:
@@ -230,7 +213,7 @@ class Spread:
             self.missing += 1
             return
         self.count += 1
-        self._sum += value
+        self.total += value
         self._low, self._high = min(self._low, value), max(self._high, value)
         self._rounded[float(f"{value:.3g}")] += 1
 
@@ -246,16 +229,13 @@ class Spread:
     def to_json(self) -> dict[str, Any]:
         if not self.count:
             return {"count": 0, "missing": self.missing}
-        low, median, high = (_plain(self.quantile(share)) for share in SHARES)
         return {
             "count": self.count,
             "missing": self.missing,
             "min": _plain(self._low),
-            "5%": low,
-            "median": median,
-            "mean": round(self._sum / self.count, 6),
-            "95%": high,
             "max": _plain(self._high),
+            "mean": round(self.total / self.count, 6),
+            **{name: _plain(self.quantile(share)) for name, share in SHARES.items()},
         }
 
 

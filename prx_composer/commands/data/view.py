@@ -1,15 +1,14 @@
-"""Samples of a data set as a model sees them: decoded, scaled and cropped, with the caption that is chosen, where it is cut.
+"""A data set as a recipe trains on it: its samples decoded, scaled and cropped, with the caption that is chosen, where it is cut.
 
-`look` draws them, `write_view` makes a picture or a page of them.
+`subject_of` says which data set and how, `look` draws samples, `write_view` makes a picture or a page of them.
 """
 
-import base64
 import io
 import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,123 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prx_composer.commands.data.subject import Split, Subject
-from prx_composer.common.errors import UserError, at_path
-from prx_composer.common.pages import Text, Tile, contact_sheet, picture, render, shown_factor
-from prx_composer.data.buckets import Bucket
+from prx_composer.commands.data.split import Split, open_split
+from prx_composer.common.errors import UserError, at_path, raise_all
+from prx_composer.common.pages import Text, Tile, contact_sheet, data_uri, picture, render, shown_factor
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.decoding import UNDECODABLE, decode_image
+from prx_composer.data.format import Bucket
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest
 from prx_composer.data.storage import is_remote
-from prx_composer.models.prompts import cleaned
+from prx_composer.models.prompts import readings
+from prx_composer.recipe import config
+from prx_composer.recipe.arguments import data_sets
+from prx_composer.recipe.arguments import split as split_spec
+from prx_composer.runs.folder import TOKENIZER
+from prx_composer.runs.model_parts import made_tokenizer
+from prx_composer.training.components import PlannedStage, make_data
+from prx_composer.training.preflight.examine import examine
 
 COLUMNS = 8
 PROBLEM = (190, 30, 30)
 WORDS = 6  # before and after a cut, in a picture
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A split, and how it is trained on if a recipe says so.
+
+    Args:
+        path, split: of the data set, local or remote.
+        loader: the recipe's arguments of the loader; empty without one.
+        key: of the loader in the recipe.
+        seed: of the recipe.
+        image_size: the recipe's first, if there is a recipe.
+        multiple: of which image sides must be multiples.
+        tokenizer, max_tokens: of the recipe's text encoder.
+        stages: of the recipe.
+    """
+
+    path: str
+    split: str
+    loader: dict[str, Any] = field(default_factory=dict)
+    key: str = "train_loader"
+    seed: int = 0
+    image_size: int | None = None
+    multiple: int | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    max_tokens: int = 0
+    stages: tuple[PlannedStage, ...] = ()
+
+
+def subject_of(arguments: list[str], split: str | None) -> Subject:
+    """Return what `[folder]`, or `[A.yaml, …, key=value, …]` as for train.py, names. Data of a source is made.
+
+    Args:
+        split: by default the recipe's, or train.
+
+    Raises:
+        UserError: neither one folder nor a recipe; a recipe that is wrong, or whose tokenizer cannot be had.
+    """
+    recipes = [argument for argument in arguments if argument.endswith((".yaml", ".yml"))]
+    if len(arguments) > 1 and (not recipes or any("=" not in argument for argument in arguments if argument not in recipes)):
+        raise UserError(
+            f"{' '.join(arguments)}: name one folder of a data set, or a recipe (.yaml) and key=value. For the data of a folder "
+            "as a recipe would load it: RECIPE.yaml train_loader.path=FOLDER"
+        )
+    if not recipes:
+        return Subject(arguments[0], split or "train")
+    recipe = config.load(arguments)
+    config.import_code(recipe.code_paths)
+    _, parts = examine(recipe, 1)
+    raise_all(parts.problems)
+    own = [key for key in ("train_loader", "eval_loader") if getattr(recipe, key)]
+    key = next((key for key in own if split in (None, getattr(recipe, key).get("split", "train"))), "train_loader")
+    name, loader = split_spec(getattr(recipe, key), key)
+    if name != "image_caption":
+        raise UserError(f"{key}: the loader {name!r} is not of this package; name the folder of its data instead.")
+    for made in own:
+        make_data(getattr(recipe, made), made)
+    loader = {argument: value for argument, value in loader.items() if argument != "source"}
+    if loader.get("mix"):
+        names = " or ".join(part.get("remote") or part["path"] for part in data_sets(loader).values())
+        raise UserError(
+            f"{key}.mix names several data sets; look at one of them: {names}. As the recipe would load it: add {key}.mix=null "
+            f"{key}.path=FOLDER."
+        )
+    loader["split"] = split or loader.get("split", "train")
+    path = loader.get("remote") or loader["path"]
+    open_split(path, loader["split"])  # before a tokenizer is downloaded
+    tokenizer, max_tokens = _tokenizer(recipe)
+    return Subject(
+        path=path,
+        split=loader["split"],
+        loader=loader,
+        key=key,
+        seed=recipe.seed,
+        image_size=recipe.image_size,
+        multiple=parts.multiple,
+        tokenizer=tokenizer,
+        max_tokens=max_tokens,
+        stages=tuple(parts.stages) if key == "train_loader" else (),
+    )
+
+
+def _tokenizer(recipe: config.Recipe) -> tuple[PreTrainedTokenizerBase | None, int]:
+    """The run's, if it was trained already; nothing is written to its folder."""
+    spec = recipe.model.get("text_encoder")
+    if not isinstance(spec, dict):
+        return None, 0
+    with tempfile.TemporaryDirectory(prefix="prx-look.") as scratch:
+        run = Path(recipe.run_folder)
+        try:
+            tokenizer = made_tokenizer(spec, recipe.train_loader, run if (run / TOKENIZER).exists() else Path(scratch))
+        except UserError as error:
+            raise UserError(f"{error} Without it: name the folder of the data, {recipe.train_loader.get('path')}") from error
+    return tokenizer, int(spec.get("max_tokens", 256))
+
+
+# --------------------------------------------------------------------------------------------------------- samples
 
 
 @dataclass(frozen=True)
@@ -168,22 +271,14 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int) -
     """Return where a caption is cut; without a tokenizer it isn't."""
     if tokenizer is None:
         return Cut(text, "", 0)
-    (text,) = cleaned(tokenizer, [text])
-    whole: Any = tokenizer(text, verbose=False)
-    tokens = len(whole["input_ids"])
-    if tokens <= max_tokens:
-        return Cut(text, "", tokens)
-    options: dict[str, Any] = {"truncation": True, "max_length": max_tokens}
-    if tokenizer.is_fast:
-        read: Any = tokenizer(text, return_offsets_mapping=True, **options)
-        end = max((stop for _, stop in read["offset_mapping"]), default=0)
-        return Cut(text[:end], text[end:], tokens)
-    read = tokenizer(text, **options)
-    kept = str(tokenizer.decode(read["input_ids"], skip_special_tokens=True))
-    return Cut(kept, text[len(kept) :] if text.startswith(kept) else "…", tokens)
+    (found,) = readings(tokenizer, [text], max_tokens)
+    if found.read is None:
+        return Cut(found.cleaned, "", found.tokens)
+    lost = found.cleaned[len(found.read) :] if found.cleaned.startswith(found.read) else "…"
+    return Cut(found.read, lost, found.tokens)
 
 
-# Pictures and pages.
+# ----------------------------------------------------------------------------------------------- pictures and pages
 
 
 def check_output(path: str) -> None:
@@ -200,7 +295,8 @@ def write_view(view: View, path: str) -> None:
         if path.lower().endswith(".html"):
             Path(path).write_text(_page(view), encoding="utf-8")
         else:
-            contact_sheet([_tile(seen, view.max_tokens) for seen in view.samples], COLUMNS, _font_size(view)).save(path)
+            font_size = 11 if max(seen.size.width for seen in view.samples) < 256 else 14
+            contact_sheet([_tile(seen, view.max_tokens) for seen in view.samples], COLUMNS, font_size).save(path)
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error}") from error
 
@@ -213,11 +309,6 @@ def title(view: View) -> str:
     undecodable = f"; {broken} cannot be decoded" if broken else ""
     what = f"{len(view.samples)} of {view.total:,} samples{bucket} of {view.split.folder}"
     return f"{what} at {view.image_size} px{tokens}{undecodable}"
-
-
-def _font_size(view: View) -> int:
-    widest = max(seen.size.width for seen in view.samples)
-    return 11 if widest < 256 else 14
 
 
 def _shown(seen: Seen) -> Image.Image:
@@ -251,15 +342,10 @@ def _tile(seen: Seen, max_tokens: int) -> Tile:
 
 def _page(view: View) -> str:
     factor = max(shown_factor(*seen.size) for seen in view.samples)
-    tiles = [
-        {"seen": seen, "image": _png(_shown(seen)), "width": seen.size.width * factor, "problem": _problem(seen)}
-        for seen in view.samples
-    ]
+    tiles = []
+    for seen in view.samples:
+        file = io.BytesIO()
+        _shown(seen).save(file, "PNG")
+        image = data_uri(file.getvalue(), "png")
+        tiles.append({"seen": seen, "image": image, "width": seen.size.width * factor, "problem": _problem(seen)})
     return render("prx_composer.commands.data", "sheet.html", title=title(view), tiles=tiles, view=view)
-
-
-def _png(image: Image.Image) -> str:
-    """Return a PNG as base64."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()

@@ -1,16 +1,21 @@
 """`prx encode …`: what is computed from a data set once, on any number of processes, and stored beside it."""
 
-import logging
-from collections.abc import Iterable
+import tempfile
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from typer import Argument, Option, echo
+
+from prx_composer.commands.options import show_log
+from prx_composer.common.errors import UserError, at_path
 
 HELP = (
     "Compute embeddings, features and latents once and store them beside the data. On several GPUs or processes: "
     "composer -n 8 -m prx_composer.cli encode text RECIPE.yaml"
 )
+
+_STORAGE = ("bfloat16", "float16", "float32")
 
 Recipe = Annotated[list[str], Argument(help="YAML files and key=value, as for train.py: its encoder, its train_loader.")]
 Split = Annotated[str, Option(help="Split to encode.")]
@@ -56,18 +61,65 @@ def store_text(options: TextOptions) -> None:
     Killed and given again, the same command goes on where it was. Train on them with train_loader.text_embedding=NAME; the run
     refuses embeddings of another encoder.
     """
-    from prx_composer.commands.encode.encode_jobs import encode_text
+    from composer.utils import dist
 
+    from prx_composer.commands.encode import encoding
+    from prx_composer.data.stored import encoded_folder
+    from prx_composer.runs.model_parts import ModelParts
+
+    show_log(timed=True)
     o = options
-    _tell(encode_text(o.recipe, o.name, o.split, o.storage, o.batch_size, o.part))
+    recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, (*_STORAGE, "int8"))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, str(dist.get_global_rank()))
+        parts = ModelParts(recipe.model, recipe.seed, folder, loader=recipe.train_loader)
+        encoder, given = parts.text_encoder, parts.arguments("text_encoder")
+    title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('model_type')}")
+    column = encoding.text_column(encoder, title, given.get("revision"), o.storage)
+    for data in sets:
+        for caption in data.captions:
+            target = encoded_folder(data.path, o.split, o.name, caption)
+            work = encoding.CaptionEncoder(encoder, caption, o.storage, o.batch_size, device)
+            made = encoding.encode_split(data.path / o.split, target, column, work, o.part, batch_size=o.batch_size)
+            count = sum(made.buckets.values())
+            said = f"{target}: {count:,} captions by {title}, {o.storage}"
+            if made.error is not None:
+                said += f", relative error of a token {made.error:.2%}"
+            if made.cut and made.lost:
+                said += (
+                    f"; {made.cut:,} ({made.cut / count:.1%}) were cut to model.text_encoder.max_tokens: {made.max_tokens}"
+                    f" and lost {made.lost / made.cut:.1f} tokens on average"
+                )
+            echo(said)
 
 
 def store_features(options: FeaturesOptions) -> None:
     """Store a teacher's patch features of every image, one vector for each patch of the backbone."""
-    from prx_composer.commands.encode.encode_jobs import encode_features
+    from prx_composer.commands.encode import encoding
+    from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, fingerprint
+    from prx_composer.models.encoders import TeacherSpec, VisionEncoder
+    from prx_composer.runs.model_parts import ModelParts
 
+    show_log(timed=True)
     o = options
-    _tell(encode_features(o.recipe, o.teacher, o.name, o.split, o.image_size, o.storage, o.batch_size, o.part))
+    recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, _STORAGE)
+    spec: Any = {"algorithms": recipe.algorithms}
+    for key in o.teacher.split("."):
+        spec = spec.get(key) if isinstance(spec, dict) else None
+    if not isinstance(spec, dict | str):
+        raise UserError(f"--teacher: the recipe has nothing at {o.teacher}; name one such as algorithms.repa.teacher.")
+    with at_path(o.teacher, TypeError):
+        teacher = VisionEncoder(TeacherSpec(**spec) if isinstance(spec, dict) else spec)
+    patch = int(recipe.model["backbone"]["patch_size"]) * int(ModelParts(recipe.model, recipe.seed).autoencoder.downsampling)
+    revision = spec.get("revision") if isinstance(spec, dict) else None
+    size, mark = o.image_size or recipe.image_size, fingerprint(teacher.module)
+    column = StoredColumn("features", teacher.name, revision, mark, teacher.hidden_size, o.storage, image_size=size)
+    for data in sets:
+        target = encoded_folder(data.path, o.split, o.name, IMAGE)
+        encode = encoding.features_of(teacher, patch)
+        work = encoding.ImageEncoder(encode, data.size_of(size, patch), o.storage, o.batch_size, device)
+        made = encoding.encode_split(data.path / o.split, target, column, work, o.part, batch_size=o.batch_size, patch=patch)
+        echo(f"{target}: features of {sum(made.buckets.values()):,} images by {teacher.name}, {o.storage}")
 
 
 def store_latents(options: LatentsOptions) -> None:
@@ -76,15 +128,26 @@ def store_latents(options: LatentsOptions) -> None:
     Train on them with train_loader.latent=NAME: no image is decoded or encoded then. For stages of several sizes give the command
     once for each, with --image-size, and name all: train_loader.latent=[A,B].
     """
-    from prx_composer.commands.encode.encode_jobs import encode_latents
+    from prx_composer.commands.encode import encoding
+    from prx_composer.data.stored import IMAGE, encoded_folder, latent_column
+    from prx_composer.runs.model_parts import ModelParts
 
+    show_log(timed=True)
     o = options
-    _tell(encode_latents(o.recipe, o.name, o.split, o.image_size, o.storage, o.batch_size, o.part))
-
-
-def _tell(lines: Iterable[str]) -> None:
-    """Print the lines of a job, which it yields as it stores things."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("prx_composer").setLevel(logging.INFO)
-    for line in lines:
-        echo(line)
+    recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, _STORAGE)
+    autoencoder, given = ModelParts(recipe.model, recipe.seed).autoencoder, recipe.model.get("autoencoder") or {}
+    size = o.image_size or recipe.image_size
+    multiple = int(recipe.model["backbone"]["patch_size"]) * int(autoencoder.downsampling)
+    title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('_class_name', 'AutoencoderKL')}")
+    column = latent_column(autoencoder, title, given.get("revision"), o.storage, size, multiple)
+    sizes = [(size, size), *(data.size_of(size, multiple)(bucket) for data in sets for bucket in data.manifest.buckets)]
+    if uneven := [sides for sides in sizes if any(side % multiple for side in sides)]:
+        raise UserError(
+            f"--image-size {size}: images of {uneven[0][0]}x{uneven[0][1]} cannot be cut into patches of {multiple} "
+            "(model.backbone.patch_size × autoencoder downsampling)."
+        )
+    for data in sets:
+        target = encoded_folder(data.path, o.split, o.name, IMAGE)
+        work = encoding.ImageEncoder(autoencoder.encode, data.size_of(size, multiple), o.storage, o.batch_size, device)
+        made = encoding.encode_split(data.path / o.split, target, column, work, o.part, batch_size=o.batch_size)
+        echo(f"{target}: latents of {sum(made.buckets.values()):,} images of {size} px by {title}, {o.storage}")

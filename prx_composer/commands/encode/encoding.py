@@ -1,4 +1,6 @@
-"""Encoding in parts: each rank takes some, each part is a shard that appears whole or not at all, and the manifest comes last.
+"""Encoding a split in parts: each rank takes some, each part is a shard that appears whole or not at all.
+
+The manifest comes last:
 
 <folder>/settings.json                  what is made, written first
 <folder>/<bucket>/part.00012.mds        a part's rows
@@ -11,32 +13,78 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from composer.utils import dist
+from composer.utils import dist, get_device
 from streaming import LocalDataset, MDSWriter
 from torch import Tensor
 
-from prx_composer.common.errors import UserError
+from prx_composer.common.distributed import from_rank_zero
+from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import sync, write_whole
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.contents import column_contents
+from prx_composer.data.dataset import read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import Manifest, open_local
+from prx_composer.data.format import Bucket, Manifest, open_local
 from prx_composer.data.stored import COLUMNS, RESULTS, StoredColumn, fingerprint, is_whole, manifest_path, pack, unpack
+from prx_composer.models.encoders import HuggingFaceTextEncoder, VisionEncoder, teacher_features, tokenize
 from prx_composer.models.prompts import readings
-from prx_composer.models.text_encoder import HuggingFaceTextEncoder, tokenize
-from prx_composer.models.vision_encoder import VisionEncoder, teacher_features
+from prx_composer.recipe import config
+from prx_composer.recipe.arguments import data_sets
+from prx_composer.recipe.config import Recipe
 
 log = logging.getLogger(__name__)
 
 _SETTINGS = "settings.json"
 _TELL_EVERY = 30.0  # seconds
 _LARGEST = 2**32 - 1  # bytes of a shard, whose offsets are uint32
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set of the recipe: its folder, its manifest, and the caption columns that are trained on."""
+
+    path: Path
+    manifest: Manifest
+    captions: list[str]
+
+    def size_of(self, image_size: int, multiple: int) -> Callable[[Bucket], tuple[int, int]]:
+        return lambda bucket: bucket.at(image_size, self.manifest.image_size, multiple)
+
+
+def begin(arguments: list[str], split: str, storage: str, allowed: Sequence[str]) -> tuple[Recipe, torch.device, list[DataSet]]:
+    """Load the recipe and connect the ranks. Return it with this rank's device and the data sets.
+
+    Raises:
+        UserError: a storage that isn't allowed, a wrong recipe, or data that aren't there or not on a disk.
+    """
+    if storage not in allowed:
+        raise UserError(f"--storage: {storage!r} must be {', '.join(allowed[:-1])} or {allowed[-1]}.")
+    recipe = config.load(arguments)
+    config.import_code(recipe.code_paths)
+    config.check(recipe)
+    chosen = get_device(None)
+    dist.initialize_dist(chosen, timeout=recipe.dist_timeout)
+    device = torch.device("cuda", torch.cuda.current_device()) if chosen.name == "gpu" else torch.device("cpu")
+    with at_path("train_loader"):
+        found = data_sets(recipe.train_loader)
+    sets = []
+    for where, spec in found.items():
+        path = f"train_loader.{where}" if where else "train_loader"
+        if spec.get("remote"):
+            raise UserError(f"{path}.remote: encode where the data lies on a disk; then upload the folder `encoded` beside it.")
+        with at_path(path):
+            manifest = read_manifest(spec["path"], split, spec.get("captions"))
+        sets.append(DataSet(Path(spec["path"]), manifest, list(spec.get("captions") or manifest.captions[:1])))
+    return recipe, device, sets
+
+
+# ------------------------------------------------------------------------------------------------ a split, in parts
 
 
 @dataclass(frozen=True)
@@ -56,14 +104,12 @@ class Encoded:
     cut: int = 0
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     bucket: Bucket
     number: int
 
-    @property
-    def stem(self) -> str:
-        return f"part.{self.number:05d}"
+    def file(self, folder: Path, kind: str) -> Path:
+        return folder / str(self.bucket) / f"part.{self.number:05d}.{kind}"
 
 
 Work = Callable[[Bucket, Sequence[dict[str, Any]]], list[Encoded]]
@@ -89,12 +135,13 @@ def encode_split(split: Path, folder: Path, column: StoredColumn, work: Work, pa
     images = Manifest.read(split)
     column = replace(column, data=column_contents(split, folder.name))
     folder.mkdir(parents=True, exist_ok=True)
-    _same_settings(folder, {**column.settings, "part_size": part_size, **options})
+    settings = {**column.settings, "part_size": part_size, **options}
+    if problem := from_rank_zero(_claim(folder, settings) if dist.get_global_rank() == 0 else None):
+        raise UserError(problem)
     if not is_whole(folder):
         parts = [_Part(b, n) for b, count in sorted(images.buckets.items()) for n in range(-(-count // part_size))]
-        missing: list[Any] = [[part for part in parts if not _entry(folder, part).exists()]]
-        dist.broadcast_object_list(missing, src=0)
-        _encode_parts(split, folder, missing[0], len(parts), work, part_size)
+        missing = from_rank_zero([part for part in parts if not part.file(folder, "json").exists()])
+        _encode_parts(split, folder, missing, len(parts), work, part_size)
         dist.barrier()
         if dist.get_global_rank() == 0:
             _finish(folder, column, parts, images)
@@ -102,52 +149,44 @@ def encode_split(split: Path, folder: Path, column: StoredColumn, work: Work, pa
     return replace(column, **{key: json.loads(manifest_path(folder).read_text())[key] for key in RESULTS})
 
 
-def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
-    problem: list[str | None] = [None]
-    if dist.get_global_rank() == 0:
-        path = folder / _SETTINGS
-        before = json.loads(path.read_text()) if path.exists() else settings
-        before.setdefault("data", settings["data"])  # an earlier version didn't note it
-        if before["data"] != settings["data"]:
-            problem[0] = (
-                f"{folder} was begun with other data: the column {folder.name!r} of {folder.parents[2]} has changed since. "
-                "Delete the folder to encode it again, or give another --name."
-            )
-        different = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
-        if problem[0] is None and different:
-            told = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in different)
-            problem[0] = f"{folder} was begun with other settings: {told}. Use those, another --name, or delete the folder."
-        elif problem[0] is None:
-            write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
-            for leftover in list(folder.rglob(".*")):  # of a run that was killed
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise UserError(problem[0])
+def _claim(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Note the settings in the folder and remove what a killed command left; return why not, if it was begun with others."""
+    path = folder / _SETTINGS
+    before = json.loads(path.read_text()) if path.exists() else settings
+    before.setdefault("data", settings["data"])  # an earlier version didn't note it
+    if before["data"] != settings["data"]:
+        return (
+            f"{folder} was begun with other data: the column {folder.name!r} of {folder.parents[2]} has changed since. "
+            "Delete the folder to encode it again, or give another --name."
+        )
+    different = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
+    if different:
+        told = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in different)
+        return f"{folder} was begun with other settings: {told}. Use those, another --name, or delete the folder."
+    write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
+    for leftover in list(folder.rglob(".*")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return None
 
 
 def _encode_parts(split: Path, folder: Path, missing: list[_Part], of: int, work: Work, part_size: int) -> None:
-    own = missing[dist.get_global_rank() :: dist.get_world_size()]
+    """Encode this rank's share of the missing parts."""
     rows: dict[Bucket, LocalDataset] = {}
     told = time.monotonic()
-    for done, part in enumerate(own):
+    for done, part in enumerate(missing[dist.get_global_rank() :: dist.get_world_size()], start=1):
         if part.bucket not in rows:
             rows[part.bucket] = open_local(split / str(part.bucket))
         first = part.number * part_size
-        count = min(part_size, len(rows[part.bucket]) - first)
-        _write_part(folder, part, work(part.bucket, [rows[part.bucket][first + index] for index in range(count)]))
+        last = min(first + part_size, len(rows[part.bucket]))
+        _write_part(folder, part, work(part.bucket, [rows[part.bucket][index] for index in range(first, last)]))
         if dist.get_global_rank() == 0 and time.monotonic() - told > _TELL_EVERY:
             told = time.monotonic()
-            log.info("%d of %d parts are encoded.", of - len(missing) + (done + 1) * dist.get_world_size(), of)
-
-
-def _entry(folder: Path, part: _Part) -> Path:
-    return folder / str(part.bucket) / f"{part.stem}.json"
+            log.info("%d of %d parts are encoded.", of - len(missing) + done * dist.get_world_size(), of)
 
 
 def _write_part(folder: Path, part: _Part, encoded: list[Encoded]) -> None:
-    target = folder / str(part.bucket)
-    target.mkdir(exist_ok=True)
+    target = part.file(folder, "mds")
+    target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as temporary:
         with MDSWriter(out=f"{temporary}/mds", columns=COLUMNS, size_limit=_LARGEST) as writer:
             for row in encoded:
@@ -158,31 +197,32 @@ def _write_part(folder: Path, part: _Part, encoded: list[Encoded]) -> None:
         (entry,) = shards
         file = Path(temporary, "mds", entry["raw_data"]["basename"])
         sync(file)
-        os.replace(file, target / f"{part.stem}.mds")
-    entry["raw_data"]["basename"] = f"{part.stem}.mds"
+        os.replace(file, target)
+    entry["raw_data"]["basename"] = target.name
     sums = {"errors": sum(row.errors for row in encoded), "tokens": sum(row.tokens for row in encoded)}
     sums |= {"cut": sum(row.cut > 0 for row in encoded), "lost": sum(row.cut for row in encoded)}
-    write_whole(_entry(folder, part), json.dumps({"shard": entry, **sums}).encode())
+    write_whole(part.file(folder, "json"), json.dumps({"shard": entry, **sums}).encode())
 
 
 def _finish(folder: Path, column: StoredColumn, parts: list[_Part], images: Manifest) -> None:
     """Write the indexes, then the manifest; then remove what says which parts are done."""
-    errors, tokens, cut, lost = 0.0, 0, 0, 0
+    entries = {part: json.loads(part.file(folder, "json").read_text()) for part in parts}
     for bucket in images.buckets:
-        entries = [json.loads(_entry(folder, part).read_text()) for part in parts if part.bucket == bucket]
-        errors, tokens = errors + sum(e["errors"] for e in entries), tokens + sum(e["tokens"] for e in entries)
-        cut, lost = cut + sum(e.get("cut", 0) for e in entries), lost + sum(e.get("lost", 0) for e in entries)
-        index = {"version": 2, "shards": [entry["shard"] for entry in entries]}
+        index = {"version": 2, "shards": [entry["shard"] for part, entry in entries.items() if part.bucket == bucket]}
         write_whole(folder / str(bucket) / "index.json", json.dumps(index, sort_keys=True).encode())
+    errors, tokens, cut, lost = (
+        sum(entry.get(key, 0) for entry in entries.values())  # an earlier version didn't count what is cut
+        for key in ("errors", "tokens", "cut", "lost")
+    )
     error = round(errors / tokens, 6) if column.storage == "int8" and tokens else None
     buckets = {str(bucket): count for bucket, count in sorted(images.buckets.items())}
     column = replace(column, error=error, buckets=buckets, cut=cut if column.kind == "text" else None, lost=lost if cut else None)
     write_whole(manifest_path(folder), column.to_json().encode())
     for part in parts:
-        _entry(folder, part).unlink()
+        part.file(folder, "json").unlink()
 
 
-# What is stored of captions and images: embeddings, a teacher's patch features, an autoencoder's latents.
+# ------------------------------------------------------------------------------ what is stored of captions and images
 
 
 def text_column(encoder: HuggingFaceTextEncoder, name: str, revision: str | None, storage: str) -> StoredColumn:
@@ -193,44 +233,48 @@ def text_column(encoder: HuggingFaceTextEncoder, name: str, revision: str | None
     return StoredColumn("text", name, revision, mark, encoder.hidden_size, storage, max_tokens=encoder.max_tokens)
 
 
+@dataclass(frozen=True)
 class CaptionEncoder:
     """Encodes a part's captions in batches of similar length, each padded only to its own longest.
 
     Args:
         encoder: frozen.
         caption: column.
-        storage: bfloat16 or int8.
+        storage: bfloat16, float16, float32 or int8.
         batch_size: captions at a time; with the part it decides the padding, and so the last bits of the result.
     """
 
-    def __init__(self, encoder: HuggingFaceTextEncoder, caption: str, storage: str, batch_size: int, device: torch.device):
-        self._encoder, self._caption, self._storage = encoder, caption, storage
-        self._batch_size, self._device = batch_size, device
+    encoder: HuggingFaceTextEncoder
+    caption: str
+    storage: str
+    batch_size: int
+    device: torch.device
 
     def __call__(self, bucket: Bucket, rows: Sequence[dict[str, Any]]) -> list[Encoded]:
-        captions = [row[self._caption] for row in rows]
-        tokens = tokenize(self._encoder.tokenizer, captions, self._encoder.max_tokens)
-        cut = [one.tokens - len(one.ids) for one in readings(self._encoder.tokenizer, captions, self._encoder.max_tokens)]
+        captions = [row[self.caption] for row in rows]
+        tokens = tokenize(self.encoder.tokenizer, captions, self.encoder.max_tokens)
+        cut = [one.tokens - len(one.ids) for one in readings(self.encoder.tokenizer, captions, self.encoder.max_tokens)]
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        order = torch.argsort(mask.sum(1), stable=True).split(self._batch_size)
+        order = torch.argsort(mask.sum(1), stable=True).split(self.batch_size)
         encoded: dict[int, Encoded] = {}
         for members in order:
             used = mask[members].any(0)  # columns that are padding for none of them
-            embedding = self._encoder(ids[members][:, used].to(self._device), mask[members][:, used].to(self._device)).cpu()
+            embedding = self.encoder(ids[members][:, used].to(self.device), mask[members][:, used].to(self.device)).cpu()
             for index, values, valid in zip(members.tolist(), embedding, mask[members][:, used], strict=True):
                 encoded[index] = replace(self._stored(values[valid]), cut=cut[index])
         return [encoded[index] for index in range(len(rows))]
 
     def _stored(self, values: Tensor) -> Encoded:
-        stored = pack(values, self._storage)
-        if self._storage != "int8":
+        stored = pack(values, self.storage)
+        if self.storage != "int8":
             return Encoded(stored, tuple(values.shape))
         row = {"shape": "x".join(map(str, values.shape)), "values": stored}
-        difference = unpack(row, self._storage).float() - values.float()
+        difference = unpack(row, self.storage).float() - values.float()
         relative = difference.norm(dim=-1) / values.float().norm(dim=-1).clamp(min=1e-12)
         return Encoded(stored, tuple(values.shape), float(relative.sum()), len(values))
 
 
+@dataclass(frozen=True)
 class ImageEncoder:
     """Encodes a part's images in batches of one bucket; what cannot be decoded is stored as nothing.
 
@@ -242,42 +286,33 @@ class ImageEncoder:
         UserError: on encoding, for values that are not finite in `storage`.
     """
 
-    def __init__(
-        self,
-        encode: Callable[[Tensor], Tensor],
-        size_of: Callable[[Bucket], tuple[int, int]],
-        storage: str,
-        batch_size: int,
-        device: torch.device,
-    ):
-        self._encode, self._size_of, self._storage = encode, size_of, storage
-        self._batch_size, self._device = batch_size, device
+    encode: Callable[[Tensor], Tensor]
+    size_of: Callable[[Bucket], tuple[int, int]]
+    storage: str
+    batch_size: int
+    device: torch.device
 
     @torch.no_grad()
     def __call__(self, bucket: Bucket, rows: Sequence[dict[str, Any]]) -> list[Encoded]:
         encoded = [Encoded() for _ in rows]
-        images: dict[int, Tensor] = {}
-        for index, row in enumerate(rows):
-            try:
-                images[index] = decode_image(row["image"], *self._size_of(bucket))
-            except UNDECODABLE:  # training counts and names it
-                continue
-            if len(images) == self._batch_size:
-                self._flush(images, encoded)
-        self._flush(images, encoded)
-        return encoded
-
-    def _flush(self, images: dict[int, Tensor], encoded: list[Encoded]) -> None:
-        if images:
-            made = self._encode(torch.stack(list(images.values())).to(self._device)).cpu()
-            if not made.to(getattr(torch, self._storage)).isfinite().all():
+        images = self._decoded(bucket, rows)
+        while batch := dict(islice(images, self.batch_size)):
+            made = self.encode(torch.stack(list(batch.values())).to(self.device)).cpu()
+            if not made.to(getattr(torch, self.storage)).isfinite().all():
                 raise UserError(
-                    f"What was made of an image is not finite in {self._storage}: give another --storage, or let the encoder "
+                    f"What was made of an image is not finite in {self.storage}: give another --storage, or let the encoder "
                     "compute in float32 (`dtype` in the recipe); some autoencoders overflow in float16."
                 )
-            for index, values in zip(images, made, strict=True):
-                encoded[index] = Encoded(pack(values, self._storage), tuple(values.shape))
-            images.clear()
+            for index, values in zip(batch, made, strict=True):
+                encoded[index] = Encoded(pack(values, self.storage), tuple(values.shape))
+        return encoded
+
+    def _decoded(self, bucket: Bucket, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:
+        for index, row in enumerate(rows):
+            try:
+                yield index, decode_image(row["image"], *self.size_of(bucket))
+            except UNDECODABLE:  # training counts and names it
+                continue
 
 
 def features_of(teacher: VisionEncoder, patch: int) -> Callable[[Tensor], Tensor]:

@@ -1,21 +1,31 @@
 """`prx evaluate`: numbers of a trained model, or the folders that other benchmarks' scorers read."""
 
+import hashlib
+import math
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from typer import Option, echo
 
 from prx_composer.commands.options import CodeOption, ModelArgument, made_folder, show_log
-from prx_composer.common.errors import UserError
+from prx_composer.common.errors import UserError, at_path
 
 if TYPE_CHECKING:
+    import torch
+
     from prx_composer.commands.evaluate.sweep import Sweep
+    from prx_composer.metrics.real_images import DataSet, ImageFolder
+    from prx_composer.metrics.scoring import Scorer
     from prx_composer.runs.opening import Trained
 
+T = TypeVar("T", int, float)
+Kinds = list[Literal["ema", "raw"] | None]
 _SEEDS = "0,1,2"
+_PROMPTS_AT_MOST = 5000
+_LAYOUTS = ("geneval", "dpg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +94,21 @@ def evaluate_model(options: EvaluateOptions) -> None:
     """
     from composer.utils import dist
 
-    from prx_composer.commands.drawing import check_settings, chosen_settings
-    from prx_composer.commands.evaluate import evaluation_inputs as inputs
-    from prx_composer.commands.evaluate.layouts import write_layout
-    from prx_composer.commands.evaluate.sweep import Sweep
+    from prx_composer.commands.evaluate.sweep import SEEDS_APART, Sweep, image_seeds, write_layout
+    from prx_composer.commands.generate import check_settings, chosen_settings
+    from prx_composer.models.flow import check_seeds
     from prx_composer.recipe.config import import_code
     from prx_composer.runs.opening import load_trained
 
     o = options
     show_log()
-    names, kinds = inputs.check_choices(o.layout, o.metrics, o.output, o.weights)
-    scales, steps, seeds = inputs.parse_lists(o.guidance_scale, o.steps, o.seeds)
-    device = inputs.start(o.device)
+    names, kinds = _chosen(o)
+    scales = () if o.guidance_scale is None else _numbers(o.guidance_scale, float, "--guidance-scale", 1.0)
+    steps = () if o.steps is None else _numbers(o.steps, int, "--steps", 1)
+    seeds = _numbers(o.seeds, int, "--seeds", 0)
+    with at_path("--seeds"):
+        check_seeds(image_seeds(max(seeds), [SEEDS_APART - 1]), f"image i of seed s is drawn from s·{SEEDS_APART}+i")
+    device = _connect(o.device)
     import_code(o.code, "--code")
     trained = load_trained(o.model, kinds[0])
     base = chosen_settings(trained, device, o.size, o.guidance, o.precision)
@@ -107,7 +120,7 @@ def evaluate_model(options: EvaluateOptions) -> None:
     for settings in sweep.settings:
         check_settings(trained.model, settings, device)
     if o.layout is None:
-        _measure(options, names, kinds, trained, sweep)
+        _measure(o, names, kinds, trained, sweep)
         return
     if len(sweep.settings) * len(kinds) > 1 or (len(seeds) > 1 and o.seeds != _SEEDS):
         raise UserError("--layout: one folder is of one guidance scale, one number of steps, one kind of weights and one seed.")
@@ -116,24 +129,88 @@ def evaluate_model(options: EvaluateOptions) -> None:
     echo(write_layout(o.layout, trained, o.prompts, Path(o.output).expanduser(), o.images_per_prompt, sweep))
 
 
-def _measure(
-    options: EvaluateOptions, names: list[str], kinds: list[Literal["ema", "raw"] | None], trained: "Trained", sweep: "Sweep"
-) -> None:
+def _chosen(o: EvaluateOptions) -> tuple[list[str], Kinds]:
+    """Return the metrics and the kinds of weights that are asked for; None is the model's own choice.
+
+    Raises:
+        UserError: naming the option.
+    """
+    from prx_composer.metrics.scoring import check_metrics
+
+    if o.layout is not None and o.layout not in _LAYOUTS:
+        raise UserError(f"--layout: {o.layout!r} is none of {', '.join(_LAYOUTS)}.")
+    try:
+        names = check_metrics([name.strip() for name in o.metrics.split(",") if name.strip()])
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    if o.layout is None and o.output is not None and Path(o.output).suffix != ".json":
+        raise UserError(f"--output: {o.output} must be a file that ends in .json; the table becomes the .md beside it.")
+    kinds = [None] if o.weights is None else [kind.strip() for kind in o.weights.split(",") if kind.strip()]
+    if any(kind not in (None, "ema", "raw") for kind in kinds) or not kinds:
+        raise UserError(f"--weights must be ema, raw, or ema,raw, not {o.weights!r}.")
+    return names, cast(Kinds, kinds)
+
+
+def _numbers(text: str, kind: type[T], option: str, least: T) -> tuple[T, ...]:
+    """Return the numbers of a list, each once. Raise UserError for one that is smaller than `least`, or for none."""
+    try:
+        values = tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        values = ()
+    if not values or not all(math.isfinite(value) and value >= least for value in values):
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option}: {text!r} must be {what} from {least:g} on, such as 1,2,5.")
+    return tuple(dict.fromkeys(values))
+
+
+def _connect(name: str | None) -> "torch.device":
+    """Connect the ranks and return this one's device. Raise UserError if there is no device of that name."""
+    import torch
+    from composer.utils import dist, get_device
+
+    if name not in (None, "cpu", "gpu", "cuda"):
+        raise UserError(f"--device must be cpu or gpu, not {name!r}; several GPUs: composer -n 8 -m prx_composer.cli evaluate …")
+    if name in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError("--device: there is no GPU here; use --device cpu.")
+    device = get_device("gpu" if name == "cuda" else name)
+    dist.initialize_dist(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device.name == "gpu" else torch.device("cpu")
+
+
+def _measure(o: EvaluateOptions, names: list[str], kinds: Kinds, trained: "Trained", sweep: "Sweep") -> None:
     """Measure every combination with every kind of weights, write the numbers down and print their table."""
     from composer.utils import dist
 
-    from prx_composer.commands.evaluate import evaluation_inputs as inputs
     from prx_composer.commands.evaluate.sweep import Results, measure
+    from prx_composer.common.distributed import from_rank_zero
     from prx_composer.metrics.real_images import default_cache
+    from prx_composer.metrics.scoring import Networks, Scorer
     from prx_composer.runs.opening import load_trained
 
-    o = options
-    data = inputs.find_data(trained, o.data, o.split, o.caption, needed=o.prompts is None)
-    prompts, source = inputs.choose_prompts(o.prompts, data, o.num)
-    scorer = inputs.make_scorer(names, clip=o.clip, dino=o.dino, clip_score=o.clip_score, inception=o.inception)
-    real = inputs.find_real_images(scorer, o.reference, o.split, o.caption, data)
+    data = find_data(trained, o.data, o.split, o.caption, needed=o.prompts is None)
+    prompts, source = _choose_prompts(o, data)
+    networks = {"clip": o.clip, "dino": o.dino, "clip_score": o.clip_score, "inception": o.inception}
+    try:
+        scorer = Scorer(names, Networks(**{kind: name for kind, name in networks.items() if name is not None}))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{error} Each network has an option (--clip, --dino, --clip-score, --inception).") from error
+    real = _find_real_images(o, scorer, data)
     cache = default_cache() if o.cache is None else Path(o.cache).expanduser()
-    conditions = inputs.describe(scorer, prompts, source, sweep.base, real, o.reference_num, cache)
+    conditions: dict[str, Any] = {
+        "metrics": scorer.metrics,
+        "prompts": {"source": source, "count": len(prompts), "sha256": _hash(prompts)},
+        "height": sweep.base.height,
+        "width": sweep.base.width,
+        "guidance": sweep.base.guidance,
+        "precision": sweep.base.precision,
+        "networks": scorer.description(),
+    }
+    if real is not None:
+        count = len(real) if o.reference_num is None else min(o.reference_num, len(real))
+        identity = from_rank_zero(real.identity(cache) if dist.get_global_rank() == 0 else "")
+        conditions["reference"] = {"source": real.name, "count": count, "identity": identity}
     results = Results(Path(o.output or "evaluation.json").expanduser(), conditions)
     made_folder(str(results.path.parent))
     if real is not None:
@@ -142,3 +219,67 @@ def _measure(
         measure(trained if index == 0 else load_trained(o.model, kind), sweep, prompts, scorer, results)
     if dist.get_global_rank() == 0:
         echo(results.table() + f"\n{results.path}")
+
+
+def find_data(trained: "Trained", data: str | None, split: str | None, caption: str | None, needed: bool) -> "DataSet | None":
+    """Return the data set that was named, or the recipe's, if it is there or needed."""
+    from prx_composer.data.format import MANIFEST
+    from prx_composer.metrics.real_images import DataSet, default_cache
+
+    if data is not None:
+        with at_path("--data"):
+            return DataSet(data, split or "train", caption)
+    recipe = trained.recipe or {}
+    spec = recipe.get("eval_loader") or recipe.get("train_loader") or {}
+    if not spec.get("path"):
+        if needed:
+            raise UserError("What is to be drawn? Name a data set with --data DIR, or a file with --prompts FILE.")
+        return None
+    try:
+        column = caption or next(iter(spec.get("captions") or {}), None)
+        with at_path("the recipe's data; name others with --data DIR or --prompts FILE"):
+            path, name, remote = spec["path"], split or spec.get("split", "train"), spec.get("remote")
+            if remote is not None and not Path(path, name, MANIFEST).exists():
+                # Downloaded to the cache, and not wherever somebody's recipe says.
+                path = str(default_cache() / f"data-{_hash([remote])[:16]}")
+            return DataSet(path, name, column, remote)
+    except UserError:
+        if needed:
+            raise
+        return None
+
+
+def _choose_prompts(o: EvaluateOptions, data: "DataSet | None") -> tuple[list[str], str]:
+    """Return the prompts and where they are from."""
+    from prx_composer.commands.generate import read_prompts
+    from prx_composer.metrics.real_images import evenly
+
+    num = o.num or _PROMPTS_AT_MOST
+    if o.prompts is not None:
+        texts, source = read_prompts(o.prompts), o.prompts
+        chosen = [texts[index] for index in evenly(len(texts), num)]
+    else:
+        assert data is not None
+        chosen, source = [data.caption(index) for index in evenly(len(data), num)], data.name
+    if len(chosen) < 2:
+        raise UserError(f"{source}: a number needs at least two prompts.")
+    return chosen, source
+
+
+def _find_real_images(o: EvaluateOptions, scorer: "Scorer", data: "DataSet | None") -> "DataSet | ImageFolder | None":
+    """Return the images to compare with: those that were named, or the prompts' data; None if no metric compares."""
+    from prx_composer.metrics.real_images import open_images
+
+    if not scorer.needs_reference:
+        return None
+    if o.reference is not None:
+        with at_path("--reference"):
+            return open_images(o.reference, o.split or "train", o.caption)
+    if data is None:
+        comparing = ", ".join(name for name in scorer.metrics if name != "clip_score")
+        raise UserError(f"{comparing}: name real images to compare with: --reference DIR.")
+    return data
+
+
+def _hash(texts: list[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()

@@ -1,12 +1,24 @@
-"""A trained model's numbers over a sweep of settings, each with all that is needed to get it again."""
+"""What is drawn for an evaluation, over a sweep of settings: numbers in a table, or folders that other scorers read.
+
+Beside every number stands all that is needed to get it again.
+
+GenEval (github.com/djghosh13/geneval, evaluation/evaluate_images.py) reads
+<out>/00000/metadata.jsonl             the prompt's line of evaluation_metadata.jsonl
+<out>/00000/samples/00000.png …        four of them
+
+DPG-Bench (github.com/TencentQQGYLab/ELLA, dpg_bench/compute_dpg_bench.py) reads
+<out>/<name of the prompt's file>.png  a square of 2 × 2 square images; the scorer is told their side and their number
+"""
 
 import datetime
+import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from io import BytesIO
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,15 +27,17 @@ import torch
 from composer.utils import dist
 from torch import Tensor
 
-from prx_composer.commands.drawing import DrawingSettings, draw, metadata, weights_hash
+from prx_composer.commands.generate import DrawingSettings, draw, metadata, save_png, weights_hash
 from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError
-from prx_composer.common.files import write_whole
+from prx_composer.common.files import read_lines, read_text, write_whole
+from prx_composer.common.pages import picture, render
 from prx_composer.metrics.scoring import METRICS, Scorer, interval_95
-from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.opening import Trained, choose_guidance
 
 log = logging.getLogger(__name__)
+
+_DPG_TILES = 4
 
 SEEDS_APART = 1_000_000
 """Image i of seed s is what `prx generate --seed s·1000000+i` draws of its prompt."""
@@ -62,17 +76,6 @@ def image_seeds(seed: int, indices: Sequence[int]) -> list[int]:
     return [seed * SEEDS_APART + index for index in indices]
 
 
-def drawer(model: TextToImage, prompts: list[str], seed: int, settings: DrawingSettings) -> Callable[[list[int]], Tensor]:
-    """Return a function from numbers of prompts to their images, uint8 (B, 3, H, W)."""
-
-    def draw_them(indices: list[int]) -> Tensor:
-        asked = [prompts[index] for index in indices]
-        drawn = draw(model, asked, image_seeds(seed, indices), settings, len(indices))
-        return torch.stack([image for _, image in drawn])
-
-    return draw_them
-
-
 @dataclass
 class Results:
     """What was measured: a JSON file, and a Markdown table beside it, written anew after every row.
@@ -108,10 +111,6 @@ class Results:
         if problem is not None:
             raise UserError(f"--output: {self.path} holds {problem}. Name another file, or remove it.")
 
-    def find(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the row with these values, if it was measured already."""
-        return next((row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())), None)
-
     def add(self, row: dict[str, Any]) -> None:
         """Add a row, and write both files on rank 0."""
         self.rows.append(row)
@@ -122,59 +121,53 @@ class Results:
 
     def table(self) -> str:
         """Return Markdown: a row per combination, then what makes it repeatable."""
-        names = list(self.conditions["metrics"])
-        head = ["weights", "guidance scale", "steps", *(f"{name} {METRICS[name].better}" for name in names)]
-        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-        for row in self.rows:
-            cells = [row["weights"], f"{row['guidance_scale']:g}", str(row["num_inference_steps"])]
-            lines.append(f"| {' | '.join([*cells, *(_cell(row['metrics'][name]) for name in names)])} |")
-        return "\n".join([*lines, "", *(f"- {line}" for line in self._notes())]) + "\n"
-
-    def _notes(self) -> list[str]:
-        conditions = self.conditions
-        notes = [f"{conditions['prompts']['count']} prompts of {conditions['prompts']['source']}, one image each per seed."]
-        if reference := conditions.get("reference"):
-            notes.append(f"Compared with {reference['count']} images of {reference['source']}.")
-        size, guidance = f"{conditions['height']}×{conditions['width']}", conditions["guidance"]
-        notes.append(f"Images of {size}, guidance {guidance}, {conditions['precision']}.")
-        for seeds in sorted({tuple(row["seeds"]) for row in self.rows}):
-            interval = "; ± is the 95% t-interval over them" if len(seeds) > 1 else "; a single one says nothing of the spread"
-            notes.append(f"Seeds {', '.join(map(str, seeds))}{interval}.")
-        for kind, network in conditions["networks"].items():
-            notes.append(f"{kind}: {network['name']} at {network['image_size']}, {network['fingerprint'][:12]}.")
-        for weights, batch, digest in sorted({(r["weights"], r["batch"] or 0, r["weights_sha256"]) for r in self.rows}):
-            notes.append(f"Weights {weights} of batch {batch}: SHA-256 {digest}.")
-        for command, versions in sorted({(r["command"], json.dumps(r["versions"])) for r in self.rows}):
-            said = ", ".join(f"{name} {number}" for name, number in json.loads(versions).items())
-            notes.append(f"`{command}` with {said}.")
-        return notes
+        return render(
+            "prx_composer.commands.evaluate",
+            "evaluation.md.jinja",
+            conditions=self.conditions,
+            rows=self.rows,
+            metrics=METRICS,
+            drawn=sorted({tuple(row["seeds"]) for row in self.rows}),
+            models=sorted({(row["weights"], row["batch"] or 0, row["weights_sha256"]) for row in self.rows}),
+            commands=sorted({(row["command"], tuple(row["versions"].items())) for row in self.rows}),
+        )
 
 
-def _cell(metric: dict[str, Any]) -> str:
-    return f"{metric['mean']:.4g}" + ("" if metric["interval_95"] is None else f" ± {metric['interval_95']:.2g}")
+def _prepared(trained: Trained, sweep: Sweep, prompts: list[str]) -> str:
+    """Move the model to its device and say what it cannot read of the prompts; return the hash of its weights."""
+    trained.model.say_what_is_lost(prompts)
+    trained.model.to(sweep.device)
+    return from_rank_zero(weights_hash(trained.model) if dist.get_global_rank() == 0 else "")
 
 
 def measure(trained: Trained, sweep: Sweep, prompts: list[str], scorer: Scorer, results: Results) -> None:
     """Measure every combination with one kind of weights; pass over those that the results have already."""
-    trained.model.say_what_is_lost(prompts)
-    trained.model.to(sweep.device)
+    digest = _prepared(trained, sweep, prompts)
     choose_guidance(trained.model, sweep.base.guidance if sweep.base.guidance in ("cfg", "self") else "run")
-    digest = from_rank_zero(weights_hash(trained.model) if dist.get_global_rank() == 0 else "")
     for settings in sweep.settings:
         facts = metadata(trained, settings, digest, sweep.device)
         wanted = {key: facts[key] for key in ("weights_sha256", "guidance_scale", "num_inference_steps")}
         wanted |= {"weights": trained.weights, "seeds": list(sweep.seeds)}
         said = f"{trained.weights}, guidance scale {settings.guidance_scale:g}, {settings.num_inference_steps} steps"
-        if results.find(wanted) is not None:
+        if any(all(row.get(key) == value for key, value in wanted.items()) for row in results.rows):
             log.info("%s: measured already.", said)
             continue
         begun = datetime.datetime.now(datetime.UTC)
         per_seed = []
         for seed in sweep.seeds:
-            draw_them = drawer(trained.model, prompts, seed, settings)
+
+            def draw_them(indices: list[int], seed: int = seed, settings: DrawingSettings = settings) -> Tensor:
+                """Return the images of the prompts with these numbers, uint8 (B, 3, H, W)."""
+                asked = [prompts[index] for index in indices]
+                return torch.stack([i for _, i in draw(trained.model, asked, image_seeds(seed, indices), settings, len(asked))])
+
             per_seed.append(scorer.score(draw_them, prompts, sweep.batch_size, sweep.device))
             log.info("%s, seed %d: %s", said, seed, ", ".join(f"{name} {value:.4g}" for name, value in per_seed[-1].items()))
-        measured = {name: _summary([scores[name] for scores in per_seed]) for name in scorer.metrics}
+        measured = {}
+        for name in scorer.metrics:
+            values = [scores[name] for scores in per_seed]
+            mean = math.fsum(values) / len(values)
+            measured[name] = {"mean": mean, "interval_95": interval_95(values), "per_seed": values}
         took = (datetime.datetime.now(datetime.UTC) - begun).total_seconds()
         facts["versions"] |= {name: version(name) for name in ("torchvision", "mosaicml")}
         results.add(
@@ -185,5 +178,131 @@ def measure(trained: Trained, sweep: Sweep, prompts: list[str], scorer: Scorer, 
         )
 
 
-def _summary(values: list[float]) -> dict[str, Any]:
-    return {"mean": math.fsum(values) / len(values), "interval_95": interval_95(values), "per_seed": values}
+# ---------------------------------------------------------------------------------- folders that other scorers read
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A prompt of a benchmark.
+
+    Args:
+        files: that its images become, below the folder.
+        content: text file beside them and what it says.
+    """
+
+    prompt: str
+    files: tuple[str, ...]
+    content: tuple[str, str] | None = None
+
+
+def write_layout(layout: str, trained: Trained, prompts: str, folder: Path, images_per_prompt: int, sweep: Sweep) -> str:
+    """Draw a benchmark's prompts, but for what is there of the same settings already; return a line about it.
+
+    How it was drawn is in <folder>.json: the folder itself holds only what the scorer expects.
+
+    Args:
+        sweep: of a single combination; its first seed is drawn.
+
+    Raises:
+        UserError: prompts that cannot be read, a folder drawn otherwise, or a shape that the scorer cannot read.
+    """
+    (settings,), seed = sweep.settings, sweep.seeds[0]
+    items = _geneval(Path(prompts).expanduser(), images_per_prompt) if layout == "geneval" else _dpg(Path(prompts).expanduser())
+    if layout == "dpg" and settings.height != settings.width:
+        raise UserError(f"--layout dpg: its scorer cuts squares; --size {settings.height}x{settings.width} is none.")
+    if layout == "dpg" and images_per_prompt != _DPG_TILES:
+        raise UserError(f"--layout dpg: a file holds {_DPG_TILES} images; leave --images-per-prompt out.")
+    digest = _prepared(trained, sweep, [item.prompt for item in items])
+    facts = metadata(trained, settings, digest, sweep.device)
+    facts |= {"seed": seed, "images_per_prompt": images_per_prompt, "layout": layout}
+    asked = hashlib.sha256(json.dumps([[item.prompt, item.files, item.content] for item in items]).encode()).hexdigest()
+    _claim(folder, {**facts, "prompts_sha256": asked}, sweep.command)
+    mine = list(enumerate(items))[dist.get_global_rank() :: dist.get_world_size()]
+    todo = [(number, item) for number, item in mine if not all((folder / name).exists() for name in item.files)]
+    jobs = [
+        (item, image_seed)
+        for number, item in todo
+        for image_seed in image_seeds(seed, range(number * images_per_prompt, (number + 1) * images_per_prompt))
+    ]
+    images: list[Tensor] = []
+    for index, image in draw(trained.model, [item.prompt for item, _ in jobs], [s for _, s in jobs], settings, sweep.batch_size):
+        images.append(image)
+        if len(images) == images_per_prompt:
+            item, seeds = jobs[index][0], [s for _, s in jobs[index + 1 - images_per_prompt : index + 1]]
+            if layout == "dpg":
+                rows = [torch.cat(images[start : start + 2], 2) for start in range(0, _DPG_TILES, 2)]
+                content = BytesIO()
+                picture(torch.cat(rows, 1)).save(content, "PNG")
+                write_whole(folder / item.files[0], content.getvalue())
+            else:
+                _save_each(folder, item, images, seeds, facts)
+            images.clear()
+    dist.barrier()
+    scored = f" · its scorer is told --resolution {settings.width} --pic-num 4" if layout == "dpg" else ""
+    return f"{len(items)} prompts, {images_per_prompt} images each, {trained.weights} weights · {folder}{scored}"
+
+
+def _claim(folder: Path, facts: dict[str, object], command: str) -> None:
+    """Write <folder>.json; refuse a folder that was drawn with something else."""
+    note = folder.with_name(f"{folder.name}.json")
+    problem: str | None = None
+    if dist.get_global_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            there = json.loads(note.read_text()) if note.exists() else None
+            if there is None and any(folder.iterdir()):
+                problem = f"{folder} isn't empty, and there is no {note.name} that says how it was drawn"
+            elif there is not None and {key: there.get(key) for key in facts} != json.loads(json.dumps(facts)):
+                problem = f"{folder} was drawn with other settings, weights or prompts, see {note}"
+            else:
+                write_whole(note, (json.dumps(facts | {"command": command}, indent=1) + "\n").encode())
+        except (OSError, ValueError, AttributeError) as error:
+            problem = f"{folder} cannot be used: {error}"
+    problem = from_rank_zero(problem)
+    if problem is not None:
+        raise UserError(f"--output: {problem}. Name another folder, or remove both.")
+
+
+def _save_each(folder: Path, item: _Item, images: list[Tensor], seeds: list[int], facts: dict[str, Any]) -> None:
+    for name, image, seed in zip(item.files, images, seeds, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if item.content is not None:
+            write_whole(folder / item.content[0], item.content[1].encode())
+        save_png(image, folder / name, {"prompt": item.prompt} | facts | {"seed": seed})
+
+
+def _geneval(file: Path, images: int) -> list[_Item]:
+    """Return GenEval's prompts: one for every line of its metadata."""
+    try:
+        lines = [line for line in read_lines(file) if line.strip()]
+        read = [(line, json.loads(line)) for line in lines]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts: {file} cannot be read: {error}. GenEval's is prompts/evaluation_metadata.jsonl.") from error
+    for number, (_, entry) in enumerate(read, 1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or "tag" not in entry:
+            raise UserError(
+                f'--prompts: {file}, line {number} has no "prompt" and "tag", as GenEval\'s evaluation_metadata.jsonl has.'
+            )
+    if not read:
+        raise UserError(f"--prompts: {file} is empty.")
+    return [
+        _Item(
+            entry["prompt"],
+            tuple(f"{number:05d}/samples/{index:05d}.png" for index in range(images)),
+            (f"{number:05d}/metadata.jsonl", line + "\n"),
+        )
+        for number, (line, entry) in enumerate(read)
+    ]
+
+
+def _dpg(folder: Path) -> list[_Item]:
+    """Return DPG-Bench's prompts: one for every text file of the folder."""
+    items = []
+    for file in sorted(folder.glob("*.txt")):
+        try:
+            items.append(_Item(read_text(file).strip(), (f"{file.stem}.png",)))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--prompts: {file} cannot be read: {error}") from error
+    if not items:
+        raise UserError(f"--prompts: {folder} has no *.txt; DPG-Bench's are in dpg_bench/prompts, one file per prompt.")
+    return items

@@ -49,12 +49,13 @@ def export_model(options: ExportOptions) -> None:
     """Write a folder that diffusers opens without this package, with a model card; its pipeline draws what `prx generate` draws.
 
     PRXPixelPipeline.from_pretrained(DIR) opens a model on pixels, PRXPipeline.from_pretrained(DIR) one on latents. Adapters of a
-    run with algorithms.lora are merged into its weights. A setting that
-    diffusers has no place for is named and refused. The folder appears under its name only when it is complete.
+    run with algorithms.lora are merged into its weights. A setting that diffusers has no place for is named and refused. The
+    folder appears under its name only when it is complete.
 
     prx export runs/quickstart --output exported --license apache-2.0
     """
-    from prx_composer.commands.export import lora_file, pipeline
+    from prx_composer.commands.export import pipeline
+    from prx_composer.models.backbone import PRXBackbone
     from prx_composer.recipe.config import import_code
     from prx_composer.runs.opening import load_trained
 
@@ -70,8 +71,8 @@ def export_model(options: ExportOptions) -> None:
     title = options.name or str((trained.recipe or {}).get("run_name") or target.name)
     with writing_output(), pipeline.written_aside(target) as partial:
         if options.format == "lora":
-            lora_file.write_adapters(trained, partial, title, options.license)
-        elif not pipeline.is_diffusers(trained.model):
+            pipeline.write_adapters(trained, partial, title, options.license)
+        elif not isinstance(trained.model.backbone, PRXBackbone):
             pipeline.write_weights(trained, partial)
             echo(
                 "diffusers has no class for the backbone: model.safetensors has the weights, with which a recipe can begin "
@@ -89,12 +90,12 @@ def export_model(options: ExportOptions) -> None:
 
 def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOptions) -> None:
     """Write the model card, with samples that are drawn as the exported pipeline draws."""
-    from prx_composer.commands import drawing
+    from prx_composer.commands import generate
     from prx_composer.commands.export.card import SAMPLES, Card, public_command, write_card
-    from prx_composer.runs.diffusers_folder import mends_prompts, pipeline_prompt
     from prx_composer.runs.opening import choose_guidance
+    from prx_composer.runs.pretrained_models import mends_prompts, pipeline_prompt
 
-    prompts, settings = drawing.recipe_settings(trained)
+    prompts, settings = generate.recipe_settings(trained)
     prompts = (options.prompt or prompts)[:_MOST_SAMPLES]
     choose_guidance(trained.model, "cfg")
     if mends_prompts(trained.model):
@@ -109,8 +110,8 @@ def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOpt
                 pipeline_prompt(changed[0]),
             )
     if prompts and not options.no_samples:
-        images = [image for _, image in drawing.draw(trained.model, prompts, list(range(len(prompts))), settings, 4)]
-        drawing.save_grid(images, prompts, folder / SAMPLES)
+        images = [image for _, image in generate.draw(trained.model, prompts, list(range(len(prompts))), settings, 4)]
+        generate.save_grid(images, prompts, folder / SAMPLES)
     command = shlex.join(public_command(["prx", *sys.argv[1:]]))
-    card = Card(title, options.license, command, drawing.weights_hash(trained.model), settings, prompts)
+    card = Card(title, options.license, command, generate.weights_hash(trained.model), settings, prompts)
     write_card(trained, folder, card)

@@ -8,25 +8,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import yaml
+from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 
 from prx_composer import __version__
-from prx_composer.commands.drawing import DrawingSettings
-from prx_composer.common.secrets import redacted
+from prx_composer.commands.generate import DrawingSettings
+from prx_composer.common.errors import redacted
+from prx_composer.common.pages import render
 from prx_composer.models.autoencoder import Pixels
-from prx_composer.models.prompts import clean_caption, cleaning_of
-from prx_composer.runs.diffusers_folder import RECIPE, REFERENCE
+from prx_composer.models.prompts import cleaner, cleaning_of
 from prx_composer.runs.opening import Trained
+from prx_composer.runs.pretrained_models import RECIPE, REFERENCE
 
 SAMPLES = "samples.png"
-_CLEAN_FIRST = (
-    " Clean a prompt first, with `diffusers.pipelines.prx.pipeline_prx.TextPreprocessor().clean_text`: the captions of training "
-    "were, and this pipeline doesn't."
-)
-_MENDED = (
-    " The pipeline mends a prompt before it reads it: HTML entities become the characters that they stand for, curly quotes "
-    "straight ones, and what a wrong encoding has garbled is repaired."
-)
+ADAPTERS = "pytorch_lora_weights.safetensors"  # by the name that diffusers looks for
 VERSIONS = ("torch", "diffusers", "transformers", "mosaicml", "mosaicml-streaming")
 _PLACE = re.compile(r"(?:/|~|file:|[A-Za-z]:\\)")  # how a path begins that another machine does not have
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)(?:/|$)")  # in the hub's cache
@@ -55,94 +51,15 @@ class Card:
 
 def write_card(trained: Trained, folder: Path, card: Card) -> None:
     """Write README.md beside what `write_pipeline` wrote."""
-    pixels = isinstance(trained.model.autoencoder, Pixels)
+    model, recipe = trained.model, trained.recipe or {}
+    pixels, cleaned = isinstance(model.autoencoder, Pixels), cleaning_of(model.text_encoder.tokenizer) == "prx"
+    prompt = card.prompts[0] if card.prompts else "a red circle"
+    loader = recipe.get("train_loader") or {}
+    data = {key: loader[key] for key in ("source", "path", "remote", "mix", "split", "captions") if loader.get(key)}
     head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer"]}
     if card.licence is not None:
         head["license"] = card.licence
-    parts = [
-        _about(trained, pixels),
-        "## Use\n\n" + _usage(trained, folder, card, pixels),
-        _samples(folder, card),
-        _training(trained),
-        "## Data\n\n" + _data(trained.recipe),
-        "## Licence\n\n"
-        + (
-            inline(card.licence or "")
-            or "Not stated. Data and text encoder have licences of their own; say which this model has before sharing it."
-        ),
-        _provenance(trained, card),
-    ]
-    write_readme(folder, head, card.name, parts)
-
-
-def write_readme(folder: Path, head: dict[str, Any], title: str, parts: list[str]) -> None:
-    """Write a card as the hub reads it: facts as YAML, a title, and those parts that aren't empty."""
-    top = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {inline(title)}"]
-    (folder / "README.md").write_text("\n\n".join([*top, *filter(None, parts)]) + "\n", encoding="utf-8")
-
-
-def _about(trained: Trained, pixels: bool) -> str:
-    model = trained.model
-    parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
-    sizes = model.backbone.config
-    space = "pixels" if pixels else f"latents of a {type(model.autoencoder.module).__name__}"  # pyright: ignore[reportAttributeAccessIssue]
-    return (
-        f"A PRX text-to-image diffusion transformer with {parameters / 1e6:,.1f}M parameters (hidden size "
-        f"{sizes['hidden_size']}, depth {sizes['depth']}, patch {sizes['patch_size']}) that works on {space}, trained at "
-        f"{trained.image_size} px with [MosaicML Composer](https://github.com/mosaicml/composer)."
-    )
-
-
-def _usage(trained: Trained, folder: Path, card: Card, pixels: bool) -> str:
-    pipeline = "PRXPixelPipeline" if pixels else "PRXPipeline"
-    prompt = card.prompts[0] if card.prompts else "a red circle"
-    s = card.sampling
-    arguments = (
-        f"height={s.height}, width={s.width}, num_inference_steps={s.num_inference_steps}, guidance_scale={s.guidance_scale}"
-    )
-    lines = ["import torch", f"from diffusers import {pipeline}", ""]
-    load = '"PATH_OR_HUB_ID"'
-    if (folder / REFERENCE).exists():
-        reference = json.loads((folder / REFERENCE).read_text())
-        network = type(trained.model.text_encoder.network).__name__
-        lines[1:1] = [f"from transformers import {network}"]
-        known, of_hub = public_name(reference["pretrained"])
-        of_hub = of_hub or known == reference["pretrained"]
-        revision = "" if reference["revision"] is None or not of_hub else f", revision={reference['revision']!r}"
-        name = known if of_hub else f"PATH_OF_{known}"  # a folder of the exporter's machine
-        lines.append(f"text_encoder = {network}.from_pretrained({name!r}{revision})  # not in this repository")
-        load += ", text_encoder=text_encoder"
-    cleaning = cleaning_of(trained.model.text_encoder.tokenizer)
-    skip = "" if pixels or cleaning == "prx" else ", skip_text_cleaning=True"
-    if pixels and cleaning == "prx":
-        prompt = clean_caption(prompt, "prx")
-    lines += [
-        f"pipe = {pipeline}.from_pretrained({load})",
-        f"image = pipe({prompt!r}, {arguments},",
-        f"    use_resolution_binning=False{skip}, generator=torch.Generator().manual_seed(0)).images[0]",
-    ]
-    code = "\n".join(lines)
-    return (
-        f"{fenced(code, 'python')}\n\nIt needs `pip install diffusers transformers ftfy`. `use_resolution_binning=False` keeps "
-        "the size that is asked for; one prompt at a time."
-    ) + (_CLEAN_FIRST if pixels and cleaning == "prx" else "" if cleaning == "prx" else _MENDED)
-
-
-def _samples(folder: Path, card: Card) -> str:
-    if not (folder / SAMPLES).exists():
-        return ""
-    s = card.sampling
-    return (
-        f"## Samples\n\n![Samples]({SAMPLES})\n\nSeeds 0 to {len(card.prompts) - 1}, {s.num_inference_steps} Euler steps, "
-        f"classifier-free guidance {s.guidance_scale}, {s.height}×{s.width}, the first drawing of each prompt."
-    )
-
-
-def _training(trained: Trained) -> str:
-    if trained.recipe is None:
-        return ""
-    recipe = trained.recipe
-    rows = {
+    training = {
         "weights": {"ema": "averaged (EMA)", "raw": "plain"}.get(trained.weights, trained.weights),
         "batches": trained.batch,
         "batch size": recipe.get("global_train_batch_size"),
@@ -150,27 +67,83 @@ def _training(trained: Trained) -> str:
         "algorithms": ", ".join(name for name, arguments in (recipe.get("algorithms") or {}).items() if arguments is not False),
         "seed": recipe.get("seed"),
     }
-    table = "\n".join(f"| {name} | {inline(str(value)).replace('|', '/')} |" for name, value in rows.items())
-    return f"## Recipe\n\nAll of it is in [{RECIPE}]({RECIPE}).\n\n| | |\n|---|---|\n{table}"
-
-
-def _data(recipe: dict[str, Any] | None) -> str:
-    loader = (recipe or {}).get("train_loader") or {}
-    facts = {key: loader[key] for key in ("source", "path", "remote", "mix", "split", "captions") if loader.get(key)}
-    if not facts:
-        return "Not known: the model was not exported from its run."
-    return fenced(yaml.safe_dump(without_places(redacted(facts)), sort_keys=False, allow_unicode=True), "yaml")
-
-
-def _provenance(trained: Trained, card: Card) -> str:
-    facts = {
+    made_with = {
         "weights_sha256": card.digest,
         "command": card.command,
         "versions": {"prx-composer": __version__} | {name: version(name) for name in VERSIONS},
         "sampling": {k: v for k, v in asdict(card.sampling).items() if k not in ("precision", "guidance")},
-        "flow": asdict(trained.model.flow),
+        "flow": asdict(model.flow),
     }
-    return "## Made with\n\n" + fenced(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), "yaml")
+    _write(
+        folder,
+        "card.md.jinja",
+        card=card,
+        trained=trained,
+        head=head,
+        parameters=sum(parameter.numel() for parameter in model.backbone.parameters()),
+        sizes=model.backbone.config,
+        pixels=pixels,
+        autoencoder=type(getattr(model.autoencoder, "module", None)).__name__,
+        pipeline="PRXPixelPipeline" if pixels else "PRXPipeline",
+        network=type(model.text_encoder.network).__name__,
+        reference=_public_reference(folder),
+        cleaned=cleaned,
+        prompt=cleaner("prx")(prompt) if pixels and cleaned else prompt,
+        s=card.sampling,
+        samples=SAMPLES if (folder / SAMPLES).exists() else None,
+        recipe_file=RECIPE,
+        training=training,
+        data=without_places(redacted(data)),
+        made_with=made_with,
+    )
+
+
+def _public_reference(folder: Path) -> dict[str, Any] | None:
+    """Return the text encoder that the export refers to, if it does, by the name that others know."""
+    if not (folder / REFERENCE).exists():
+        return None
+    reference = json.loads((folder / REFERENCE).read_text())
+    known, of_hub = public_name(reference["pretrained"])
+    if of_hub or known == reference["pretrained"]:
+        return reference | {"pretrained": known}
+    return {"pretrained": f"PATH_OF_{known}", "revision": None}  # a folder of the exporter's machine
+
+
+def write_adapter_card(trained: Trained, folder: Path, title: str, licence: str | None, base: str, of_hub: bool) -> None:
+    """Write README.md beside the adapters of a LoRA run.
+
+    Args:
+        title, licence: as of a `Card`.
+        base: name of what the run began with.
+        of_hub: whether that is an id of the hub.
+    """
+    head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer", "lora"]}
+    head |= ({"base_model": base} if of_hub else {}) | ({} if licence is None else {"license": licence})
+    backbone: Any = trained.model.backbone
+    _write(
+        folder,
+        "adapters.md.jinja",
+        trained=trained,
+        title=title,
+        head=head,
+        base=base,
+        of_hub=of_hub,
+        rank=backbone.peft_config["default"].r,
+        pipeline="PRXPixelPipeline" if isinstance(trained.model.autoencoder, Pixels) else "PRXPipeline",
+        adapters=ADAPTERS,
+        readable=hasattr(PRXTransformer2DModel, "load_lora_adapter"),
+        diffusers_version=diffusers.__version__,
+    )
+
+
+def _write(folder: Path, template: str, **values: Any) -> None:
+    """Write README.md as the hub reads it: facts as YAML, then Markdown."""
+
+    def as_yaml(value: Any) -> str:
+        return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+    content = render("prx_composer.commands.export", template, yaml=as_yaml, inline=inline, fenced=fenced, repr=repr, **values)
+    (folder / "README.md").write_text(content.rstrip("\n") + "\n", encoding="utf-8")
 
 
 # ------------------------------------------- text that leaves this machine: nobody's markup, and none of its paths

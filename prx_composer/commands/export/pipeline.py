@@ -1,5 +1,6 @@
-"""A trained model as a folder that diffusers' PRXPixelPipeline or PRXPipeline opens, and that draws what this package draws."""
+"""The files of an export: a folder that diffusers' pipelines open and that draws what this package draws, or weights alone."""
 
+import copy
 import json
 import logging
 import os
@@ -16,22 +17,100 @@ import yaml
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
-from torch import Tensor
 
-from prx_composer.commands.export.card import without_places
-from prx_composer.common.errors import UserError, raise_all
+from prx_composer.commands.export.card import ADAPTERS, public_name, without_places, write_adapter_card
+from prx_composer.common.errors import UserError, raise_all, redacted
 from prx_composer.common.files import sync
-from prx_composer.common.secrets import redacted
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
-from prx_composer.models.backbone import PRXBackbone
-from prx_composer.models.sampling import NUM_TRAIN_TIMESTEPS
+from prx_composer.models.flow import NUM_TRAIN_TIMESTEPS
+from prx_composer.models.layers import is_adapted
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.runs.diffusers_folder import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
+from prx_composer.runs.pretrained_models import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"  # of a model that diffusers has no class for
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise UserError for a place where no export can be written."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file; give a folder.")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise UserError(f"--output: {output} is not empty; give another folder, or --overwrite to replace an export.")
+        if not any((output / name).exists() for name in ("model_index.json", "adapter_config.json", WEIGHTS)):
+            raise UserError(f"--output: {output} holds something else than an export (no model_index.json); give another folder.")
+
+
+@contextmanager
+def written_aside(output: Path) -> Iterator[Path]:
+    """Give a folder to write in, which gets its name `output` when all that is done inside of this context has succeeded.
+
+    What was there goes only then.
+    """
+    partial = output.with_name(f".{output.name}.partial.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        old = output.with_name(f".{output.name}.old.{os.getpid()}")
+        if output.exists():
+            output.rename(old)
+        partial.rename(output)
+        sync(output.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_pipeline(trained: Trained, folder: Path, reference: bool = False) -> None:
+    """Write a pipeline that diffusers opens.
+
+    Args:
+        folder: empty, such as `written_aside` gives.
+        reference: name the text encoder instead of copying it.
+
+    Raises:
+        UserError: diffusers has no place for a part of the model, or the encoder cannot be referred to.
+    """
+    model = trained.model
+    check_exportable(model)
+    pixels = isinstance(model.autoencoder, Pixels)
+    scale = 1.0 if pixels else model.flow.noise_scale  # PRXPipeline begins with unit noise: the scale goes into the weights
+    tokenizer: Any = model.text_encoder.tokenizer
+    network: Any = model.text_encoder.network
+    index: dict[str, Any] = {
+        "_class_name": "PRXPixelPipeline" if pixels else "PRXPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "default_sample_size": trained.image_size,
+        "transformer": ["diffusers", "PRXTransformer2DModel"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "tokenizer": ["transformers", type(tokenizer).__name__],
+        "text_encoder": ["transformers", type(network).__name__],
+    }
+    if pixels:
+        index |= {"prompt_max_tokens": model.text_encoder.max_tokens, "noise_scale": model.flow.noise_scale}
+    if reference:
+        (folder / REFERENCE).write_text(json.dumps(_reference(trained), indent=2) + "\n")
+    else:
+        network.save_pretrained(str(folder / "text_encoder"))
+    _write_transformer(model, folder / "transformer", scale)
+    FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=model.flow.timestep_shift).save_pretrained(folder / "scheduler")
+    length = tokenizer.model_max_length
+    tokenizer.model_max_length = model.text_encoder.max_tokens  # to which PRXPipeline pads
+    try:
+        tokenizer.save_pretrained(str(folder / "tokenizer"))
+    finally:
+        tokenizer.model_max_length = length
+    if isinstance(model.autoencoder, DiffusersAutoencoder):
+        _write_autoencoder(model.autoencoder, folder / "vae", scale)
+        index["vae"] = ["diffusers", type(model.autoencoder.module).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    _write_recipe(trained, folder)
 
 
 def check_exportable(model: TextToImage) -> None:
@@ -67,131 +146,22 @@ def check_exportable(model: TextToImage) -> None:
     raise_all(problems)
 
 
-def write_pipeline(trained: Trained, folder: Path, reference: bool = False) -> None:
-    """Write the pipeline into an empty folder.
-
-    Args:
-        trained: the model.
-        folder: such as `written_aside` gives.
-        reference: name the text encoder instead of copying it.
-
-    Raises:
-        UserError: diffusers has no place for a part of the model, or the encoder cannot be referred to.
-    """
-    check_exportable(trained.model)
-    _write_parts(trained, folder, _reference(trained) if reference else None)
-
-
-@contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
-    """Give a folder to write in, which gets its name `output` when all that is done inside of this context has succeeded.
-
-    What was there goes only then.
-    """
-    partial = output.with_name(f".{output.name}.partial.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in partial.rglob("*"):
-            sync(path)
-        old = output.with_name(f".{output.name}.old.{os.getpid()}")
-        if output.exists():
-            output.rename(old)
-        partial.rename(output)
-        sync(output.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def is_diffusers(model: TextToImage) -> bool:
-    """Return whether the backbone is PRX's, for which diffusers has a class; one of the user's own it hasn't."""
-    return isinstance(model.backbone, PRXBackbone)
-
-
-def write_weights(trained: Trained, folder: Path) -> None:
-    """Write the weights of a model that diffusers has no class for, under its own names, with tokenizer and recipe."""
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in trained.model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS)
-    trained.model.text_encoder.tokenizer.save_pretrained(str(folder / "tokenizer"))
-    _write_recipe(trained, folder)
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise UserError for a place where no export can be written."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output: {output} is a file; give a folder.")
-    if output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            raise UserError(f"--output: {output} is not empty; give another folder, or --overwrite to replace an export.")
-        if not any((output / name).exists() for name in ("model_index.json", "adapter_config.json", WEIGHTS)):
-            raise UserError(f"--output: {output} holds something else than an export (no model_index.json); give another folder.")
-
-
-def _write_parts(trained: Trained, folder: Path, referred: dict[str, Any] | None) -> None:
-    model = trained.model
-    pixels = isinstance(model.autoencoder, Pixels)
-    scale = 1.0 if pixels else model.flow.noise_scale  # PRXPipeline begins with unit noise: the scale goes into the weights
-    index: dict[str, Any] = {
-        "_class_name": "PRXPixelPipeline" if pixels else "PRXPipeline",
-        "_diffusers_version": diffusers.__version__,
-    }
-    index["default_sample_size"] = trained.image_size
-    if pixels:
-        index |= {"prompt_max_tokens": model.text_encoder.max_tokens, "noise_scale": model.flow.noise_scale}
-
-    transformer_config = dict(model.backbone.config)
+def _write_transformer(model: TextToImage, folder: Path, scale: float) -> None:
+    """Write the backbone in units of the noise: x = s·x′ enters, and v′ = v / s comes out of the same velocity field."""
+    config = dict(model.backbone.config)
     weights = {name: tensor.detach().cpu() for name, tensor in model.backbone.state_dict().items()}
     embedder = model.backbone.resolution_embedder
     if embedder is not None and not embedder.active:
-        transformer_config["resolution_embeds"] = False
+        config["resolution_embeds"] = False
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("resolution_embedder.")}
+    if scale != 1.0:
+        first = "img_in.weight" if config["bottleneck_size"] is None else "img_in.0.weight"
+        factors = {first: scale, "final_layer.linear.weight": 1 / scale, "final_layer.linear.bias": 1 / scale}
+        weights |= {name: weights[name] * factor for name, factor in factors.items() if name in weights}
     with torch.device("meta"):
-        transformer = PRXTransformer2DModel(**transformer_config)
-    transformer.load_state_dict(_rescaled(weights, scale, transformer_config["bottleneck_size"] is not None), assign=True)
-    transformer.save_pretrained(folder / "transformer")
-    index["transformer"] = ["diffusers", "PRXTransformer2DModel"]
-
-    FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=model.flow.timestep_shift).save_pretrained(folder / "scheduler")
-    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-
-    tokenizer: Any = model.text_encoder.tokenizer
-    length = tokenizer.model_max_length
-    tokenizer.model_max_length = model.text_encoder.max_tokens  # to which PRXPipeline pads
-    try:
-        tokenizer.save_pretrained(str(folder / "tokenizer"))
-    finally:
-        tokenizer.model_max_length = length
-    index["tokenizer"] = ["transformers", type(tokenizer).__name__]
-
-    network: Any = model.text_encoder.network
-    index["text_encoder"] = ["transformers", type(network).__name__]
-    if referred is None:
-        network.save_pretrained(str(folder / "text_encoder"))
-    else:
-        (folder / REFERENCE).write_text(json.dumps(referred, indent=2) + "\n")
-    if isinstance(model.autoencoder, DiffusersAutoencoder):
-        _write_autoencoder(model.autoencoder, folder / "vae", scale)
-        index["vae"] = ["diffusers", type(model.autoencoder.module).__name__]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    _write_recipe(trained, folder)
-
-
-def _write_recipe(trained: Trained, folder: Path) -> None:
-    if trained.recipe is not None:
-        recipe = without_places(redacted(trained.recipe))
-        head = "# Paths of the machine that trained it are cut to their last names.\n"
-        (folder / RECIPE).write_text(head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def _rescaled(weights: dict[str, Tensor], scale: float, bottleneck: bool) -> dict[str, Tensor]:
-    """Return weights of the same velocity field in units of the noise: x = s·x′ enters, and v′ = v / s comes out."""
-    if scale == 1.0:
-        return weights
-    first = "img_in.0.weight" if bottleneck else "img_in.weight"
-    factors = {first: scale, "final_layer.linear.weight": 1 / scale, "final_layer.linear.bias": 1 / scale}
-    return weights | {name: weights[name] * factor for name, factor in factors.items() if name in weights}
+        transformer = PRXTransformer2DModel(**config)
+    transformer.load_state_dict(weights, assign=True)
+    transformer.save_pretrained(folder)
 
 
 def _write_autoencoder(autoencoder: DiffusersAutoencoder, folder: Path, scale: float) -> None:
@@ -218,6 +188,57 @@ def _reference(trained: Trained) -> dict[str, Any]:
     if Path(pretrained).expanduser().exists():
         log.warning("The text encoder is the folder %s, which only this machine has.", pretrained)
     return {"pretrained": pretrained, "revision": encoder.get("revision")}
+
+
+def _write_recipe(trained: Trained, folder: Path) -> None:
+    if trained.recipe is not None:
+        recipe = without_places(redacted(trained.recipe))
+        head = "# Paths of the machine that trained it are cut to their last names.\n"
+        (folder / RECIPE).write_text(head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def write_weights(trained: Trained, folder: Path) -> None:
+    """Write the weights of a model that diffusers has no class for, under its own names, with tokenizer and recipe."""
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in trained.model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    trained.model.text_encoder.tokenizer.save_pretrained(str(folder / "tokenizer"))
+    _write_recipe(trained, folder)
+
+
+def write_adapters(trained: Trained, folder: Path, title: str, licence: str | None) -> None:
+    """Write adapter_config.json and adapter_model.safetensors (peft), pytorch_lora_weights.safetensors (diffusers), README.md.
+
+    Args:
+        folder: empty.
+        title, licence: of the card; a licence of None is left open.
+
+    Raises:
+        UserError: the model has no adapters.
+    """
+    backbone: Any = trained.model.backbone
+    if not is_adapted(backbone):
+        raise UserError(f"--format lora: {trained.source} is not of a run with algorithms.lora; leave the option out.")
+    from peft import get_peft_model_state_dict
+
+    base, of_hub = public_name(str(((trained.recipe or {}).get("model") or {}).get("init_from") or "its base"))
+    config = copy.copy(backbone.peft_config["default"])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(folder))
+    facts = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(backbone).items()}
+    save_file(
+        {f"base_model.model.{name}": tensor for name, tensor in state.items()},
+        folder / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    prefix = "transformer"  # of a pipeline's part, as diffusers names it in its own files
+    settings = json.dumps({f"{prefix}.{key}": value for key, value in facts.items()}, indent=2, sort_keys=True, default=str)
+    save_file(
+        {f"{prefix}.{name}": tensor for name, tensor in state.items()},
+        folder / ADAPTERS,
+        {"format": "pt", "lora_adapter_metadata": settings},
+    )
+    write_adapter_card(trained, folder, title, licence, base, of_hub)
 
 
 def push(folder: Path, repository: str, private: bool = False) -> str:

@@ -1,12 +1,22 @@
 """`prx plan`: what a run will take, before anything is rented."""
 
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option, echo
 
 from prx_composer.commands.options import RecipeArgument
 from prx_composer.common.errors import UserError
+from prx_composer.schedule.moments import duration_string
+
+if TYPE_CHECKING:  # they import torch and Composer
+    from prx_composer.commands.plan.plan import Fit, Plan, StagePlan
 
 ASSUMED_UTILISATION = 0.33  # where nothing was measured
 
@@ -74,41 +84,231 @@ def plan_recipe(options: PlanOptions) -> None:
 
     Nothing is downloaded or trained. How to read it, and what is assumed: recipes/speedrun_24h/PLAN.md
     """
-    from prx_composer.commands.plan import conditions as given
-    from prx_composer.commands.plan import fit as plan_fit
-    from prx_composer.commands.plan import plan as planning
-    from prx_composer.commands.plan import plan_text
-    from prx_composer.commands.plan.conditions import Conditions, find_gpu, parse_count, parse_rate
+    from prx_composer.commands.plan.conditions import Conditions, find_gpu, parse_count, parse_rate, read_throughput
+    from prx_composer.commands.plan.plan import fit, least_gpus, make_plan, seconds
     from prx_composer.recipe import config
 
     if options.mfu is not None and options.throughput is not None:
         raise UserError("--mfu and --throughput both say how fast training is; give one of them.")
-    measured_on, speeds = (None, None) if options.throughput is None else given.read_throughput(options.throughput)
-    kind = find_gpu(options.gpu) if options.gpu else measured_on or find_gpu("h200")
-    if measured_on is not None and measured_on != kind:
+    measured_on, speeds = (None, None) if options.throughput is None else read_throughput(options.throughput)
+    gpu = find_gpu(options.gpu) if options.gpu else measured_on or find_gpu("h200")
+    if measured_on is not None and measured_on != gpu:
         raise UserError(
-            f"--gpu: {options.throughput} was measured on {measured_on.name}, which says little of {kind.name}; measure there."
+            f"--gpu: {options.throughput} was measured on {measured_on.name}, which says little of {gpu.name}; measure there."
         )
-    loaded = config.load(options.recipe)
-    config.import_code(loaded.code_paths)
-    config.check(loaded)
+    recipe = config.load(options.recipe)
+    config.import_code(recipe.code_paths)
+    config.check(recipe)
     conditions = Conditions(
-        kind,
-        options.gpus or planning.least_gpus(loaded),
-        options.gpus_per_node,
-        options.price,
-        (options.mfu or ASSUMED_UTILISATION) if options.throughput is None else None,
-        speeds,
-        None if options.samples is None else parse_count(options.samples, "--samples"),
-        parse_rate(options.disk, "--disk"),
-        options.stored_text,
-        options.network,
-        options.loader,
-        tuple(options.leave_out),
+        gpu,
+        num_gpus=options.gpus or least_gpus(recipe),
+        gpus_per_node=options.gpus_per_node,
+        price=options.price,
+        utilisation=(options.mfu or ASSUMED_UTILISATION) if speeds is None else None,
+        throughput=speeds,
+        samples=None if options.samples is None else parse_count(options.samples, "--samples"),
+        disk=parse_rate(options.disk, "--disk"),
+        stored_text=options.stored_text,
+        network=options.network,
+        loader=options.loader,
+        leave_out=tuple(options.leave_out),
     )
-    fitted = None if options.fit is None else plan_fit.fit(loaded, conditions, planning.seconds(options.fit, "--fit"))
-    made = fitted.plan if fitted else planning.make_plan(loaded, conditions)
+    fitted = None if options.fit is None else fit(recipe, conditions, seconds(options.fit, "--fit"))
+    plan = fitted.plan if fitted else make_plan(recipe, conditions)
     if options.json_file is not None:
-        plan_text.write_json(made, fitted, options.json_file)
+        _write_json(plan, fitted, options.json_file)
     if options.json_file != "-":
-        echo(plan_text.as_text(made) + (plan_text.fit_text(fitted) if fitted else ""))
+        echo(as_text(plan) + (_fit_text(fitted) if fitted else ""))
+
+
+# ---------------------------------------------------------------------------------------------------------- JSON
+
+
+def _write_json(plan: "Plan", fitted: "Fit | None", file: str) -> None:
+    """Write a plan as JSON to a file or, for "-", to the terminal.
+
+    Quantities are in the units of `Plan` and its parts, memory in bytes. The changes of a fitted schedule are in `fit`.
+    """
+    values: dict[str, Any] = dataclasses.asdict(plan)
+    values["conditions"]["gpu"]["reachable_tflops"] = plan.conditions.gpu.reachable_tflops
+    for stage, given in zip(plan.stages, values["stages"], strict=True):
+        given |= {"total_flops": stage.total_flops, "memory": given["memory"] | {"peak": stage.memory.peak}}
+        step = stage.step
+        given["step"] |= {"total": step.total, "waiting": step.waiting, "efficiency": step.efficiency}
+    values |= {"training_hours": plan.training_hours, "images": plan.images, "fits_budget": plan.fits_budget}
+    if fitted:
+        values["fit"] = fitted.changes
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    if file == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(file).write_text(text)
+    except OSError as error:
+        raise UserError(f"--json: {file} cannot be written: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- text
+
+GIB = 2**30
+_CELL = 10  # characters, at least
+_MEMORY = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "ema": "EMA",
+    "frozen": "text encoder, teachers",
+    "gathered": "gathered for communication",
+    "casts": "16-bit copies of weights",
+    "batch": "images of a step",
+    "activations": "activations of a microbatch",
+}
+_STEP = {
+    "compute": "computing",
+    "uncovered": "sending that outlasts it",
+    "optimizer": "Muon, a GPU's share",
+    "exchange": "Muon's exchange",
+    "waiting": "waiting for data",
+}
+_NAMES = {"repa": "REPA", "irepa": "iREPA", "lpips": "LPIPS", "perceptual_dino": "perceptual DINO"}
+
+
+def as_text(plan: "Plan") -> str:
+    """Return the whole plan for a terminal."""
+    assumed = ["assumed:", *(f"  - {text}" for text in plan.assumptions)]
+    unknown = ["not counted, or guessed:", *(f"  - {text}" for text in plan.unknown)] if plan.unknown else []
+    return "\n".join([*_head(plan), "", *_table(plan), "", *_totals(plan), "", *assumed, *unknown])
+
+
+def _fit_text(fitted: "Fit") -> str:
+    """Return what to give to train.py for the schedule of this plan, and what it leaves alone."""
+    arguments = "".join(f" \\\n    {shlex.quote(argument)}" for argument in fitted.arguments)
+    stays = f"\nstays as it is, though counted in steps: {', '.join(fitted.unmoved)}" if fitted.unmoved else ""
+    return f"\n\nTo train this schedule, give train.py after the recipe:{arguments}{stays}"
+
+
+def _head(plan: "Plan") -> list[str]:
+    c = plan.conditions
+    nodes = -(-c.num_gpus // c.gpus_per_node)
+    on = f", {nodes} nodes of {c.gpus_per_node}" if nodes > 1 else ""
+    price = "" if c.price is None else f" at ${c.price:,.2f} per GPU-hour"
+    extra = plan.trained_parameters - plan.parameters
+    beside = f", {extra / 1e6:,.1f}M beside it" if extra else ""
+    data = f"{_count(plan.samples)} images ({plan.samples_from})" if plan.samples else "size unknown; give --samples for epochs"
+    lines = {
+        "peak": c.gpu.describe(),
+        "speed": _speed(plan),
+        "trained": f"{plan.parameters / 1e6:,.1f}M parameters in the backbone{beside}",
+        "text": plan.text,
+        "data": data,
+    }
+    return [f"{plan.run_name} on {c.num_gpus} × {c.gpu.name}{on}{price}", "", *(f"{key:<9}{text}" for key, text in lines.items())]
+
+
+def _speed(plan: "Plan") -> str:
+    c = plan.conditions
+    if c.throughput is not None:
+        shares = ", ".join(f"{stage.utilisation:.0%}" for stage in plan.stages)
+        return f"measured images per second; {shares} of the reachable peak"
+    utilisation, share = c.utilisation or 0.0, c.gpu.reachable_tflops / c.gpu.datasheet_tflops
+    of = f"{utilisation:.0%} of the reachable peak ({utilisation * share:.0%} of the datasheet's)"
+    return f"assumed utilisation {of} while nothing is waited for"
+
+
+def _table(plan: "Plan") -> list[str]:
+    from prx_composer.commands.plan.plan import RESERVE
+
+    stages, c = plan.stages, plan.conditions
+    rows: list[tuple[str, list[str], str]] = [("", [f"stage {index + 1}" for index in range(len(stages))], "total")]
+
+    def row(label: str, cell: "Callable[[StagePlan], str] | None" = None, total: str = "") -> None:
+        rows.append((label, [cell(stage) for stage in stages] if cell else [], total))
+
+    epochs = sum(stage.epochs or 0.0 for stage in stages)
+    row("image size, px", lambda s: f"{s.image_size}")
+    row("steps", lambda s: f"{s.end - s.start:,}", f"{stages[-1].end:,}")
+    row("batch / microbatch of a GPU", lambda s: f"{s.batch_size:,} / {s.microbatch_size}")
+    row("images", lambda s: _count(s.images), _count(plan.images))
+    row("epochs", lambda s: "?" if s.epochs is None else f"{s.epochs:.2f}", f"{epochs:.2f}" if plan.samples else "?")
+    row("tokens per image (image + text)", lambda s: f"{s.image_tokens:,} + {s.text_tokens}")
+    row("training GFLOP per image")
+    for name in dict.fromkeys(name for stage in stages for name in stage.flops):
+        row(f"  {_NAMES.get(name, name)}", lambda s, name=name: _giga(s.flops[name]) if name in s.flops else "–")
+    row("  sum", lambda s: _giga(s.total_flops))
+    if any(stage.optimizer_flops for stage in stages):
+        row("  Muon's, not in the sum", lambda s: _giga(s.optimizer_flops))
+    row("images per second and GPU", lambda s: f"{s.images_per_second:,.1f}")
+    row("seconds per step", lambda s: f"{s.step.total:#.3g}")
+    for name, label in _STEP.items():
+        if any(getattr(stage.step, name) for stage in stages):
+            row(f"  {label}", lambda s, name=name: f"{getattr(s.step, name):#.3g}")
+    if any(stage.step.sent for stage in stages):
+        row("  (sending beside computing)", lambda s: f"{s.step.beside:#.3g}")
+        row("GB sent per step and GPU", lambda s: f"{sum(s.step.sent.values()) / 1e9:#.3g}")
+    row("scaling efficiency", lambda s: f"{s.step.efficiency:.1%}")
+    row("hours", lambda s: _hours(s.hours), _hours(plan.training_hours))
+    if c.price is not None:
+        row("dollars", lambda s: f"{s.dollars:,.0f}", f"{sum(stage.dollars or 0.0 for stage in stages):,.0f}")
+    row(f"data loading, for one GPU / for the {c.per_node} of a node" if c.per_node > 1 else "data loading")
+    row("  images per second", lambda s: _pair(s.images_per_second, c.per_node))
+    row("  MB/s read from disk", lambda s: _pair(s.images_per_second * s.read_bytes / 1e6, c.per_node))
+    row("  MB/s to the GPU", lambda s: _pair(s.images_per_second * s.device_bytes / 1e6, c.per_node))
+    row(f"memory of one GPU, GiB ({plan.parallelism})")
+    for name, label in _MEMORY.items():
+        row(f"  {label}", lambda s, name=name: f"{getattr(s.memory, name) / GIB:.2f}")
+    row(f"  together, of {c.gpu.memory_gib:.1f}", lambda s: f"{s.memory.peak / GIB:.2f}")
+    row(f"  fits with {RESERVE:.0%} to spare", lambda s: "yes" if s.fits else "NO")
+    return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[str, list[str], str]]) -> list[str]:
+    """Return lines of rows, each a label, cells and what stands at the end; a label without cells widens no column."""
+    label_width = max(len(label) for label, cells, _ in rows if cells)
+    widths = [max(_CELL, *map(len, column)) + 2 for column in zip(*(cells for _, cells, _ in rows if cells), strict=True)]
+    lines = []
+    for label, cells, total in rows:
+        columns = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
+        lines.append((f"{label:<{label_width}}{columns}" + (f"{total:>{_CELL}}" if total else "")).rstrip())
+    return lines
+
+
+def _totals(plan: "Plan") -> list[str]:
+    c, ck = plan.conditions, plan.checkpoints
+    dollars = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
+    lines = [
+        f"checkpoints: {ck.bytes / 1e9:,.2f} GB each, {ck.seconds:.1f} s at {c.disk / 1e9:g} GB/s; "
+        f"{ck.count:,} of them take {duration_string(ck.count * ck.seconds)}, and {ck.on_disk / 1e9:,.1f} GB of disk are needed "
+        "at once",
+        f"total: {_hours(plan.hours)} hours with checkpoints, {plan.hours * c.num_gpus:,.0f} GPU-hours{dollars}",
+    ]
+    if plan.time_budget is not None:
+        spare = duration_string(abs(plan.time_budget - plan.hours) * 3600)
+        fits = f"it fits with {spare} to spare"
+        if not plan.fits_budget:
+            fits = f"it does NOT fit: {spare} too long; --fit proposes a schedule"
+        lines.append(f"time_budget: {plan.time_budget:g} h, which {fits}")
+    for index, stage in enumerate(plan.stages):
+        if not stage.fits:
+            size = stage.fitting_microbatch
+            hint = f"device_train_microbatch_size: {size} would" if size else "no microbatch would; shard it (parallelism_config)"
+            lines.append(f"stage {index + 1} does NOT fit into the GPU's memory: {hint}")
+    return lines
+
+
+def _count(number: float) -> str:
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:,.1f}{suffix}"
+    return f"{number:,.0f}"
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:,.1f}" if flops >= 1e10 else f"{flops / 1e9:.4f}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.3g}"
+
+
+def _pair(of_gpu: float, gpus: int) -> str:
+    return f"{of_gpu:,.0f} / {of_gpu * gpus:,.0f}" if gpus > 1 else f"{of_gpu:,.0f}"

@@ -1,6 +1,7 @@
-"""What is to be rented, how well it is known to work, and what lies on disk: what a plan is made for."""
+"""What a plan is made for: GPUs and their links, the speeds that were measured on them, and the data that lie on disk."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 from prx_composer.common.errors import UserError, at_path, nearest
 from prx_composer.common.files import read_text
 from prx_composer.data.format import MANIFEST, Manifest
+from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.data_sets import data_sets
 
+LINK_SHARE = 0.8  # of a link's bandwidth that collectives of large messages reach: about 360 of NVLink 4's 450 GB/s
 ASSUMED_SHARE = 0.8  # of the datasheet, where nobody's measurement is at hand: what H100 and H200 reach
 
 
@@ -41,11 +43,11 @@ class GPU:
 
     @property
     def reachable_tflops(self) -> float:
-        """What a bf16 matrix product reaches: measured, or `ASSUMED_SHARE` of the datasheet."""
+        """TFLOP/s that a bf16 matrix product reaches: as measured, or `ASSUMED_SHARE` of the datasheet."""
         return self.measured_tflops or ASSUMED_SHARE * self.datasheet_tflops
 
     def describe(self) -> str:
-        """The peak that utilisation is a share of, and where it comes from."""
+        """Return in words the peak that utilisation is a share of, and where it comes from."""
         how = f"measured {self.source}" if self.measured_tflops else f"assumed, {ASSUMED_SHARE:.0%} of the datasheet"
         return f"{self.reachable_tflops:,.0f} TFLOP/s by a bf16 matrix product ({how}); datasheet: {self.datasheet_tflops:,.0f}"
 
@@ -76,7 +78,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPU:
-    """By the table's name or the device's own ("NVIDIA H200"); raises UserError, with the names that there are."""
+    """Find a GPU by the table's name or the device's own ("NVIDIA H200"). Raise UserError, with the names that there are."""
     key = "".join(character for character in name.lower() if character.isalnum())
     for gpu in GPUS.values():
         if all(part in key for part in gpu.name.split("-")):
@@ -86,12 +88,12 @@ def find_gpu(name: str) -> GPU:
 
 @dataclass(frozen=True)
 class Measured:
-    """A speed at one image size.
+    """A speed that was measured at one image size.
 
     Args:
         images_per_second: per GPU.
-        gpus: that it was measured on; None: on those that are planned for.
-        batch: images per step of one of them; None: as planned.
+        gpus: number that it was measured on; None: as many as are planned for.
+        batch: images per step of one of them; None: as many as planned.
     """
 
     images_per_second: float
@@ -137,6 +139,62 @@ class Conditions:
         """GPUs of one node that are used."""
         return min(self.gpus_per_node, self.num_gpus)
 
+    @property
+    def between_nodes(self) -> float:
+        """GB/s per GPU between nodes, in one direction."""
+        return self.gpu.network if self.network is None else self.network
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind in one optimizer step.
+
+    Args:
+        purpose: in words.
+        bytes: sent by the GPU that sends most.
+        ranks: of a group.
+        window: share of the step's forward and backward passes that it can run beside; 0: nothing runs beside it.
+        stride: distance of neighbours in the group, in ranks.
+        pairwise: everyone sends to everyone, rather than around a ring.
+    """
+
+    purpose: str
+    bytes: float
+    ranks: int
+    window: float
+    stride: int = 1
+    pairwise: bool = False
+
+
+@dataclass(frozen=True)
+class Links:
+    """What GPUs send over, in bytes per second in one direction.
+
+    Args:
+        inside: of a node, per GPU. between: nodes, per GPU.
+        per_node: GPUs of one node; neighbours in rank share it.
+    """
+
+    inside: float
+    between: float
+    per_node: int
+
+    def seconds(self, sent: Traffic) -> float:
+        """Return how long a step's collectives of one kind take, one after the other, without latency.
+
+        A ring crosses a node's border once, however many of its members are in the node, and may use the adapters of all of them
+        for it. In a pairwise exchange each byte for another node goes through the sender's own.
+        """
+        span = sent.ranks * sent.stride
+        aligned = math.gcd(span, self.per_node)
+        if aligned == span:
+            return sent.bytes / (LINK_SHARE * self.inside)
+        together = max(aligned // sent.stride, 1)  # members of a group that share a node
+        if sent.pairwise:
+            outside = sent.bytes * (sent.ranks - together) / (sent.ranks - 1)
+            return max((sent.bytes - outside) / self.inside, outside / self.between) / LINK_SHARE
+        return sent.bytes / (LINK_SHARE * min(self.inside, self.between * together))
+
 
 # ------------------------------------------------------------------------------------------ what is read from disk
 
@@ -144,7 +202,11 @@ JPEG_BYTES_PER_PIXEL = 0.25  # at about quality 90; only used where the data isn
 
 
 def read_manifests(recipe: Recipe) -> dict[Path, Manifest] | None:
-    """Folder → manifest of the recipe's training data, if all of it is on this machine; raises UserError if it is not right."""
+    """Read the manifests of the recipe's training data, by folder; None if not all of it is on this machine.
+
+    Raises:
+        UserError: a manifest that is not right.
+    """
     if "path" not in recipe.train_loader and "mix" not in recipe.train_loader:
         return None
     with at_path("train_loader"):
@@ -161,7 +223,7 @@ def read_manifests(recipe: Recipe) -> dict[Path, Manifest] | None:
 
 
 def stored_bytes(manifests: dict[Path, Manifest] | None, largest: int) -> tuple[float, str]:
-    """Bytes on disk per image, and how that is known."""
+    """Return the bytes on disk per image, and how that is known; `largest` is the largest image size."""
     total = samples = 0
     for folder, manifest in (manifests or {}).items():
         samples += sum(manifest.buckets.values())
@@ -169,15 +231,13 @@ def stored_bytes(manifests: dict[Path, Manifest] | None, largest: int) -> tuple[
             index = folder / str(bucket) / "index.json"
             for shard in json.loads(index.read_text())["shards"] if index.is_file() else ():
                 total += (shard.get("zip_data") or shard["raw_data"])["bytes"]
-    if total:
-        size = total / samples
-        return size, f"read from disk: {size / 1e3:,.1f} kB per image, the mean of the data in train_loader.path"
-    size = JPEG_BYTES_PER_PIXEL * largest**2
-    return size, f"read from disk: {size / 1e3:,.1f} kB per image, {JPEG_BYTES_PER_PIXEL} bytes a pixel (JPEG) at {largest} px"
+    size = total / samples if total else JPEG_BYTES_PER_PIXEL * largest**2
+    how = "the mean of the data in train_loader.path" if total else f"{JPEG_BYTES_PER_PIXEL} bytes a pixel (JPEG) at {largest} px"
+    return size, f"read from disk: {size / 1e3:,.1f} kB per image, {how}"
 
 
 def read_throughput(path: str) -> tuple[GPU, dict[int, Measured]]:
-    """What `benchmarks/throughput.py` measured: the GPU, and the speed by image size.
+    """Read what `benchmarks/throughput.py` measured: the GPU, and the speed by image size.
 
     The file is JSON: `{"gpu": "h200", "stages": [{"image_size": 512, "images_per_second_per_gpu": 190.0, …}, …]}`; `gpus` and
     `batch_per_gpu` of a stage may be there. Of a sweep the point on most GPUs is taken, of several such the fastest.
@@ -198,18 +258,15 @@ def read_throughput(path: str) -> tuple[GPU, dict[int, Measured]]:
         raise UserError(f"--throughput: {path} is no file of the form {form} ({error!r}).") from error
     if not found or min(speed.images_per_second for _, speed in found) <= 0:
         raise UserError(f"--throughput: {path} has no stage with a positive images_per_second_per_gpu.")
-    found.sort(key=lambda one: (one[1].gpus or 0, one[1].images_per_second))
-    return _gpu(path, name), dict(found)  # the last of each size
-
-
-def _gpu(path: str, name: str) -> GPU:
     try:
-        return find_gpu(name)
+        gpu = find_gpu(name)
     except UserError as error:
         raise UserError(
             f"--throughput: {path} was measured on {name!r}, which is none of the GPUs that a plan is made for: "
             f"{', '.join(sorted(GPUS))}. Measure on one of them; or leave --throughput out and give --mfu."
         ) from error
+    found.sort(key=lambda one: (one[1].gpus or 0, one[1].images_per_second))
+    return gpu, dict(found)  # the last of each size
 
 
 def _measured(stage: dict[str, Any]) -> Measured:
@@ -222,23 +279,25 @@ def _measured(stage: dict[str, Any]) -> Measured:
 # ---------------------------------------------------------------------------- counts and rates as people write them
 
 _POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmb]?)", re.IGNORECASE)
-_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b(?:/s|ps)?", re.IGNORECASE)
 
 
 def parse_count(text: str, what: str) -> int:
-    """ "8.7M", "240k" or "1000" → a whole number ≥ 1; raises UserError, naming `what`, for anything else."""
-    match = _COUNT.fullmatch(text.strip().replace(",", "").replace("_", ""))
-    count = round(float(match[1]) * _POWERS[match[2].lower()]) if match else 0
+    """Parse "8.7M", "240k" or "1000", a whole number ≥ 1. Raise UserError, naming `what`, for anything else."""
+    count = round(_quantity(text.replace(",", "").replace("_", ""), r"([kmb]?)"))
     if count < 1:
         raise UserError(f"{what}: {text!r} is no number such as 8.7M, 240k or 1000.")
     return count
 
 
 def parse_rate(text: str, what: str) -> float:
-    """ "1GB/s" or "500MB/s" → bytes per second (decimal); raises UserError, naming `what`, for anything else or nothing."""
-    match = _RATE.fullmatch(text.strip())
-    rate = float(match[1]) * _POWERS[match[2].lower()] if match else 0.0
+    """Parse "1GB/s" or "500MB/s" to bytes per second (decimal). Raise UserError, naming `what`, for anything else or nothing."""
+    rate = _quantity(text, r"([kmgt]?)b(?:/s|ps)?")
     if rate <= 0:
         raise UserError(f"{what}: {text!r} is no rate such as 1GB/s or 500MB/s.")
     return rate
+
+
+def _quantity(text: str, unit: str) -> float:
+    """Return the number that is written with a unit, of which the pattern's group is the power of ten; 0 if it is none."""
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*{unit}", text.strip(), re.IGNORECASE)
+    return float(match[1]) * _POWERS[match[2].lower()] if match else 0.0

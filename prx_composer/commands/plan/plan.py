@@ -1,28 +1,31 @@
 """What a run will take, before anything is rented: time, money, memory, disk and data, from one count of FLOPs.
 
-`make_plan` computes, `plan_text` prints, `plan_fit` moves a schedule until it fits a given time.
+`make_plan` computes a recipe's plan, and `fit` stretches a recipe's schedule until it takes a given time.
 """
 
+import dataclasses
+import math
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
-from prx_composer.commands.plan.conditions import Conditions, read_manifests, stored_bytes
-from prx_composer.commands.plan.memory import RESERVE, CheckpointPlan, Memory, Segment, memory, plan_checkpoints, sharding
-from prx_composer.commands.plan.step_time import LINK_SHARE, StepTime, StepTimes
-from prx_composer.commands.plan.timeline import Span, Timeline, timeline
-from prx_composer.common.errors import UserError
+from prx_composer.commands.plan.conditions import LINK_SHARE, Conditions, read_manifests, stored_bytes
+from prx_composer.commands.plan.step_cost import Memory, Segment, StepTime, StepTimes, memory, sharding
+from prx_composer.commands.plan.timeline import Span, Timeline, left_in_steps, stretched, timeline
+from prx_composer.common.errors import UserError, at_path
 from prx_composer.recipe.config import Recipe
-from prx_composer.schedule.moments import parse_duration
-from prx_composer.training.components import parallelism
+from prx_composer.schedule.moments import SECONDS, Point, duration_string, parse_duration
 from prx_composer.training.meta_model import MetaModel, training_state
+from prx_composer.training.trainer import parallelism
 
+RESERVE = 0.1  # of a GPU's memory: CUDA's context, communication buffers, fragments, what runs without gradients
 VALID_TEXT = 0.4  # share of the padded tokens that are real ones in long captions, which is what is stored of them
 LANDED_TOKEN_BYTES = 9  # id (int64) and mask (bool)
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage.
+    """What one stage takes.
 
     Args:
         image_size: side in pixels. batch_size, microbatch_size: images per step over all GPUs, and per pass of one.
@@ -67,8 +70,24 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class CheckpointPlan:
+    """Checkpoints of the full state.
+
+    Args:
+        bytes, seconds: of one.
+        count: over the run.
+        on_disk: bytes of those that lie on disk at once.
+    """
+
+    bytes: int
+    seconds: float
+    count: int
+    on_disk: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Of a whole run.
+    """What a whole run takes.
 
     Args:
         run_name: of the recipe.
@@ -114,14 +133,17 @@ class Plan:
 
 
 def least_gpus(recipe: Recipe) -> int:
-    """That can train it: its `shard_degree`, or one. What is wrong with the configuration is for `make_plan` to say."""
+    """Return the number of GPUs that can train a recipe: its `shard_degree`, or one.
+
+    What is wrong with the configuration is for `make_plan` to say.
+    """
     fsdp = (recipe.parallelism_config or {}).get("fsdp")
     degree = fsdp.get("shard_degree") if isinstance(fsdp, dict) else None
     return degree if isinstance(degree, int) and degree > 0 else 1
 
 
 def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
-    """Computes the plan of a recipe; see `Plan` and, for what is assumed, recipes/speedrun_24h/PLAN.md.
+    """Compute the plan of a recipe; what is assumed is said in recipes/speedrun_24h/PLAN.md.
 
     Raises:
         UserError: a recipe that cannot be planned, at its YAML path, or a throughput that lacks one of its image sizes.
@@ -137,54 +159,46 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         elif samples != there:
             source = f"--samples; train_loader.path has {there:,}"
     line = timeline(recipe, conditions.num_gpus, samples)
-    largest = max(span.image_size for span in line.spans)
-    read_bytes, read_from = stored_bytes(manifests, largest)
+    read_bytes, read_from = stored_bytes(manifests, max(span.image_size for span in line.spans))
     times = StepTimes(planned, recipe, conditions)
-    stages = [_stage(planned, recipe, conditions, line, span, samples, read_bytes, times) for span in line.spans]
+    stages = [_stage(planned, recipe, conditions, line, span, read_bytes, times) for span in line.spans]
 
     training = sum(stage.hours for stage in stages)
-    checkpoints = plan_checkpoints(training_state(planned).checkpoint, recipe, line, training, conditions.disk)
+    checkpoints = _checkpoints(training_state(planned).checkpoint, recipe, line, training, conditions.disk)
     hours = training + checkpoints.count * checkpoints.seconds / 3600
-    budget = recipe.time_budget
+    sharded = f"FSDP2, sharded over {sharding(recipe, conditions.num_gpus)}"
     return Plan(
         run_name=recipe.run_name,
         conditions=conditions,
         parameters=sum(p.numel() for p in planned.model.backbone.parameters()),
         trained_parameters=sum(p.numel() for p in planned.trained.values()),
         text=planned.text,
-        parallelism="DDP, whole"
-        if recipe.parallelism_config is None
-        else f"FSDP2, sharded over {sharding(recipe, conditions.num_gpus)}",
+        parallelism="DDP, whole" if recipe.parallelism_config is None else sharded,
         samples=samples,
         samples_from=source,
         stages=stages,
         checkpoints=checkpoints,
         hours=hours,
         dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
-        time_budget=None if budget is None else seconds(budget, "time_budget") / 3600,
-        assumptions=[*line.notes, read_from, *_assumptions(planned, recipe), *_step_assumptions(conditions)],
+        time_budget=None if recipe.time_budget is None else seconds(recipe.time_budget, "time_budget") / 3600,
+        assumptions=[*line.notes, read_from, *_assumptions(planned, recipe, conditions)],
         unknown=planned.uncounted.told,
     )
 
 
-def _assumptions(planned: MetaModel, recipe: Recipe) -> list[str]:
+def _assumptions(planned: MetaModel, recipe: Recipe, c: Conditions) -> list[str]:
+    """Return what a reader must know of the time of a step, in words."""
     assumed = ["left out of the hours: start, compilation, evaluation, drawing images"]
     if not planned.amp:
         assumed.append(f"precision: {recipe.precision} does not come near the peak, which is bf16's; --mfu has to allow for it")
     if recipe.model.get("compile"):
         assumed.append("activations: as eager PyTorch keeps them; a compiled model keeps fewer")
-    return assumed
-
-
-def _step_assumptions(c: Conditions) -> list[str]:
-    assumed = []
     for size, measured in sorted((c.throughput or {}).items()):
         gpus, batch = measured.gpus or c.num_gpus, f" with {measured.batch} images each" if measured.batch else ""
         on = f"{gpus} GPU{'s' if gpus > 1 else ''}{batch}" + ("" if measured.gpus else ": the file doesn't say otherwise")
         assumed.append(f"speed at {size} px: {measured.images_per_second:,.1f} images per second and GPU, measured on {on}")
     if c.num_gpus > 1:
-        network = c.gpu.network if c.network is None else c.network
-        between = f", {network:g} between nodes" if c.num_gpus > c.per_node else ""
+        between = f", {c.between_nodes:g} between nodes" if c.num_gpus > c.per_node else ""
         assumed.append(
             f"links: {c.gpu.link:g} GB/s per GPU and direction in a node{between}, used to {LINK_SHARE:.0%}, no latency"
         )
@@ -196,13 +210,11 @@ def _step_assumptions(c: Conditions) -> list[str]:
 
 
 def seconds(text: str, path: str) -> float:
-    """ "24h", "1h30m", "90m" or "86400s"; raises UserError, at `path`, for anything else or nothing."""
-    try:
+    """Parse "24h", "1h30m", "90m" or "86400s". Raise UserError, at `path`, for anything else or nothing."""
+    with at_path(path):
         length = parse_duration(text)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    if length <= 0:
-        raise UserError(f"{path}: {text} is no time to train in.")
+        if length <= 0:
+            raise ValueError(f"{text} is no time to train in.")
     return length
 
 
@@ -215,21 +227,21 @@ def _stage(
     conditions: Conditions,
     line: Timeline,
     span: Span,
-    samples: int | None,
     read_bytes: float,
     times: StepTimes,
 ) -> StagePlan:
-    segments, flops = _segments(planned, line, span), dict[str, float]()
+    segments, flops = _segments(planned, line, span), defaultdict[str, float](float)
     for segment in segments:
         for name, count in segment.count.flops.items():
-            flops[name] = flops.get(name, 0.0) + segment.share * count
+            flops[name] += segment.share * count
     own_batch = span.batch_size // conditions.num_gpus
     step = times.of(span, sum(flops.values()))
     hours = span.steps * step.total / 3600
     speed = own_batch / step.total
 
     def memory_of(microbatch_size: int) -> Memory:
-        return memory(planned, recipe, conditions.num_gpus, span.image_size, own_batch, microbatch_size, segments)
+        tried = dataclasses.replace(span, microbatch_size=microbatch_size)
+        return memory(planned, recipe, conditions.num_gpus, tried, segments)
 
     room = (1 - RESERVE) * conditions.gpu.memory_gib * 2**30
     divisors = [size for size in range(1, own_batch + 1) if own_batch % size == 0]
@@ -243,14 +255,14 @@ def _stage(
         images=span.samples,
         image_tokens=planned.image_tokens(span.image_size, f"{span.path}image_size"),
         text_tokens=planned.model.text_encoder.max_tokens,
-        flops=flops,
+        flops=dict(flops),
         optimizer_flops=times.muon_flops / span.batch_size,
         utilisation=speed * sum(flops.values()) / (conditions.gpu.reachable_tflops * 1e12),
         images_per_second=speed,
         step=step,
         hours=hours,
         dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
-        epochs=None if samples is None else span.samples / samples,
+        epochs=None if line.epoch is None else span.samples / line.epoch,
         read_bytes=read_bytes,
         device_bytes=_device_bytes(planned, recipe, conditions, span.image_size),
         memory=needed,
@@ -273,6 +285,7 @@ def _segments(planned: MetaModel, line: Timeline, span: Span) -> list[Segment]:
 
 
 def _device_bytes(planned: MetaModel, recipe: Recipe, conditions: Conditions, image_size: int) -> float:
+    """Return the bytes of an image, with its caption and what is stored of it, as they go to the GPU."""
     encoder = planned.model.text_encoder
     text = encoder.max_tokens * LANDED_TOKEN_BYTES
     if conditions.stored_text:
@@ -283,3 +296,79 @@ def _device_bytes(planned: MetaModel, recipe: Recipe, conditions: Conditions, im
     if not latent or recipe.train_loader.get("images"):
         seen += 3 * image_size**2
     return seen + text
+
+
+def _checkpoints(size: int, recipe: Recipe, line: Timeline, training_hours: float, disk: float) -> CheckpointPlan:
+    """Count checkpoints of `size` bytes as the recipe's `save_interval` has them.
+
+    Raises:
+        UserError: an interval that is none, or in epochs of data whose size isn't known.
+    """
+    with at_path("save_interval"):
+        interval = Point.parse_interval(recipe.save_interval)
+    length = {SECONDS: training_hours * 3600, "ba": line.steps, "sp": line.samples, "dur": 1.0}
+    if line.epoch is not None:
+        length["ep"] = line.samples / line.epoch
+    if interval.unit not in length:
+        raise UserError(f"save_interval: {recipe.save_interval} of data that isn't here; say how many images with --samples.")
+    count = max(1, math.ceil(length[interval.unit] / interval.value - 1e-9))  # the last is written at the end, whenever that is
+    kept = count if recipe.save_num_checkpoints_to_keep < 0 else min(count, max(recipe.save_num_checkpoints_to_keep, 1) + 1)
+    return CheckpointPlan(size, size / disk, count, kept * size)
+
+
+# ------------------------------------------------------------------------------------------------------- fitting
+
+_DIGITS = 3  # of a number of steps; rounded down
+_ATTEMPTS = 200
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A changed schedule.
+
+    Args:
+        changes: key of the recipe → new value, to be given to train.py as `key=value`.
+        unmoved: keys in steps that are left as they are, in words.
+        plan: of the recipe with the changes.
+    """
+
+    changes: dict[str, str]
+    unmoved: list[str]
+    plan: Plan
+
+    @property
+    def arguments(self) -> list[str]:
+        return [f"{key}={value}" for key, value in self.changes.items()]
+
+
+def fit(recipe: Recipe, conditions: Conditions, longest: float) -> Fit:
+    """Scale the stages' numbers of steps so that training and checkpoints take at most `longest` seconds, and nearly that.
+
+    What is tied to steps moves along; see `stretched`. Times in parts of the run ("0.5dur") move by themselves. A time budget of
+    the recipe becomes the new time.
+
+    Raises:
+        UserError: a recipe that cannot be planned, or a time that is too short for one step of each stage.
+    """
+    before = make_plan(recipe, conditions)
+    spans = timeline(recipe, conditions.num_gpus, before.samples).spans
+    factor = longest / 3600 / before.hours
+    for _ in range(_ATTEMPTS):
+        lengths = [_round_down(span.steps * factor) for span in spans]
+        if min(lengths) < 1:
+            break
+        changes, moved = stretched(recipe, spans, lengths)
+        if recipe.time_budget is not None and parse_duration(recipe.time_budget) != longest:
+            changes["time_budget"] = duration_string(longest)
+            moved = dataclasses.replace(moved, time_budget=changes["time_budget"])
+        plan = make_plan(moved, conditions)
+        if plan.hours * 3600 <= longest:
+            return Fit(changes, left_in_steps(recipe), plan)
+        factor *= min(0.995, longest / 3600 / plan.hours)
+    now = f"the recipe as it is takes {before.hours:.2f} h"
+    raise UserError(f"--fit: {duration_string(longest)} is too short for a step of every stage; {now}.")
+
+
+def _round_down(steps: float) -> int:
+    grain = 10 ** max(0, math.floor(math.log10(max(steps, 1))) - _DIGITS + 1)
+    return math.floor(steps / grain + 1e-9) * grain

@@ -1,33 +1,28 @@
-"""A recipe's stages in steps and samples, and where on that line a time string lies."""
+"""A recipe's stages in steps and samples, where on that line a time string lies, and the same schedule stretched."""
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from composer.core import TimeUnit
-
-from prx_composer.algorithms.progressive_resolution import Stage
-from prx_composer.common.errors import UserError
+from prx_composer.common.errors import UserError, at_path
+from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.sizes import check_batch_sizes
-from prx_composer.schedule.moments import BUDGET, SECONDS, Moment, Point, ScheduleWindow
+from prx_composer.recipe.consistency import STAGES, check_batch_sizes, stages_of
+from prx_composer.schedule.moments import BATCH, BUDGET, DURATION, EPOCH, SECONDS, Moment, Point, ScheduleWindow
 
-STAGES = "algorithms.progressive_resolution.stages"
 _NEVER = 1 << 62  # steps
-_DUR = TimeUnit.DURATION.value
 
 
 def placeable(text: str, path: str) -> Point | None:
-    """The first alternative of "100000ba or 0.83budget" that says how far training has come, not how much time has passed.
+    """Return the first alternative of "100000ba or 0.83budget" that says how far training has come, not how long it took.
 
     Raises:
         UserError: no time, at `path`.
     """
-    try:
+    with at_path(path):
         points = Moment(text).points
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
     return next((point for point in points if point.unit not in (SECONDS, BUDGET)), None)
 
 
@@ -85,17 +80,34 @@ class Timeline:
         return sum(span.samples for span in self.spans)
 
     def step_of(self, text: str, path: str) -> int | None:
-        """The first step at or after the moment that a time string names; None, and a note, if that can't be said."""
+        """Return the first step at or after the moment that a time string names; None, and a note, if that can't be said."""
         time = placeable(text, path)
-        step = None if time is None else _step(time, self.spans, self.max_duration, self.epoch)
+        step = None if time is None else self.place(time)
         if step is None:
             self.note(f"{path}: {text} cannot be placed in steps; it is left out of account")
-        elif " or " in text:
-            self.note(f"{path}: {text} is taken as {time.text if time else text}")
+        elif time is not None and " or " in text:
+            self.note(f"{path}: {text} is taken as {time.text}")
         return step
 
+    def place(self, time: Point) -> int | None:
+        """Return the first step at or after a point of time; the last span is thought to go on.
+
+        None stands for seconds and parts of a budget, and for epochs of unknown length.
+        """
+        value = time.value
+        if time.unit == DURATION:
+            return self.place(Point(value * self.max_duration.value, self.max_duration.unit, time.text))
+        if time.unit == BATCH:
+            return math.ceil(value - 1e-9)
+        if time.unit == EPOCH:
+            return None if self.epoch is None else math.floor(value * (self.epoch // self.spans[-1].batch_size))
+        for span in self.spans:
+            if value <= span.first_sample + span.samples or span is self.spans[-1]:
+                return span.start + max(0, math.ceil((value - span.first_sample) / span.batch_size - 1e-9))
+        return None
+
     def window(self, window: ScheduleWindow, path: str) -> tuple[int, int]:
-        """First step inside and first step after a window; open where its times cannot be placed."""
+        """Return the first step inside and the first after a window; it is open where its times cannot be placed."""
         first = self.step_of(window.start.text, f"{path}.start") or 0
         last = None if window.end is None else self.step_of(window.end.text, f"{path}.end")
         return first, self.steps if last is None else last
@@ -105,20 +117,8 @@ class Timeline:
             self.notes.append(text)
 
 
-def stages(recipe: Recipe) -> list[tuple[str, Stage]]:
-    """Each stage with its YAML path; a recipe without `progressive_resolution` is one."""
-    spec = recipe.algorithms.get("progressive_resolution")
-    if not isinstance(spec, dict):
-        size, batch, microbatch = recipe.image_size, recipe.global_train_batch_size, recipe.device_train_microbatch_size
-        return [("", Stage(size, batch, microbatch))]
-    listed: Any = spec.get("stages") or []
-    if not listed:
-        raise UserError(f"{STAGES} needs at least one stage.")
-    return [(f"{STAGES}[{index}].", Stage(**stage)) for index, stage in enumerate(listed)]
-
-
 def timeline(recipe: Recipe, num_gpus: int, epoch: int | None) -> Timeline:
-    """Lays the recipe's stages out.
+    """Lay out the recipe's stages; a recipe without `progressive_resolution` is one.
 
     Args:
         num_gpus: over which batches divide.
@@ -128,34 +128,27 @@ def timeline(recipe: Recipe, num_gpus: int, epoch: int | None) -> Timeline:
         UserError: batches that don't divide, a stage whose end cannot be placed, nothing to train.
     """
     max_duration = placeable(recipe.max_duration, "max_duration")
-    if max_duration is None or max_duration.unit == _DUR:
+    if max_duration is None or max_duration.unit == DURATION:
         raise UserError(f"max_duration: {recipe.max_duration} must be a number of batches, epochs or samples, such as 1000ba.")
     line = Timeline([], max_duration, epoch)
-    listed = stages(recipe)
-    if len(listed) > 1 and max_duration.unit == TimeUnit.EPOCH.value:
+    listed = stages_of(vars(recipe))[1:] or [("", vars(recipe))]
+    if len(listed) > 1 and max_duration.unit == EPOCH:
         raise UserError(
             f"max_duration: {recipe.max_duration} cannot be in epochs with {STAGES}, whose switch begins one; use ba."
         )
-    for index, (path, stage) in enumerate(listed):
-        microbatch = stage.device_train_microbatch_size or max(stage.global_train_batch_size // num_gpus, 1)
-        check_batch_sizes(path, stage.global_train_batch_size, microbatch, num_gpus)
-        endless = Span(path, stage.image_size, stage.global_train_batch_size, microbatch, line.steps, _NEVER, line.samples)
-        end = _step(max_duration, [*line.spans, endless], max_duration, epoch)
+    for path, stage in listed:
+        batch = stage["global_train_batch_size"]
+        microbatch = stage.get("device_train_microbatch_size") or max(batch // num_gpus, 1)
+        check_batch_sizes(path, batch, microbatch, num_gpus)
+        endless = Span(path, stage["image_size"], batch, microbatch, line.steps, _NEVER, line.samples)
+        begun = dataclasses.replace(line, spans=[*line.spans, endless])  # where its end is looked for
+        end = begun.place(max_duration)
         if end is None:
             raise UserError(
                 f"max_duration: {recipe.max_duration} is in epochs of data that isn't here; say how many images with --samples."
             )
-        if index < len(listed) - 1:  # the last goes on to the end of the run, whatever it says
-            until = None if stage.until is None else placeable(stage.until, f"{path}until")
-            step = None if until is None else _step(until, [*line.spans, endless], max_duration, epoch)
-            if step is None:
-                raise UserError(
-                    f"{path}until: {stage.until} says nothing of steps, so that the stage's length cannot be planned; "
-                    "give one in ba, sp or dur, such as 100000ba or 0.5dur."
-                )
-            if until is not None and " or " in str(stage.until):
-                line.note(f"{path}until: {stage.until} is taken as {until.text}")
-            end = min(end, step)
+        if path != listed[-1][0]:  # the last goes on to the end of the run, whatever it says
+            end = min(end, _end(begun, stage.get("until"), path))
         if end <= line.steps:
             line.note(f"{path.rstrip('.') or 'the run'} has no step")
             continue
@@ -165,16 +158,79 @@ def timeline(recipe: Recipe, num_gpus: int, epoch: int | None) -> Timeline:
     return line
 
 
-def _step(time: Point, spans: list[Span], max_duration: Point, epoch: int | None) -> int | None:
-    """The first step at or after that moment; the last span is thought to go on. None for epochs of unknown length."""
-    value = time.value
-    if time.unit == _DUR:
-        return _step(Point(value * max_duration.value, max_duration.unit, time.text), spans, max_duration, epoch)
-    if time.unit == TimeUnit.BATCH.value:
-        return math.ceil(value - 1e-9)
-    if time.unit == TimeUnit.EPOCH.value:
-        return None if epoch is None else math.floor(value * (epoch // spans[-1].batch_size))
-    for span in spans:
-        if value <= span.first_sample + span.samples or span is spans[-1]:
-            return span.start + max(0, math.ceil((value - span.first_sample) / span.batch_size - 1e-9))
-    return None
+def _end(line: Timeline, until: str | None, path: str) -> int:
+    """Return the step before which the last stage of a line ends; raise UserError if that can't be said."""
+    time = None if until is None else placeable(until, f"{path}until")
+    step = None if time is None else line.place(time)
+    if time is None or step is None:
+        raise UserError(
+            f"{path}until: {until} says nothing of steps, so that the stage's length cannot be planned; "
+            "give one in ba, sp or dur, such as 100000ba or 0.5dur."
+        )
+    if " or " in str(until):
+        line.note(f"{path}until: {until} is taken as {time.text}")
+    return step
+
+
+# ----------------------------------------------------------------------------------------------- a schedule stretched
+
+
+def stretched(recipe: Recipe, spans: list[Span], lengths: list[int]) -> tuple[dict[str, str], Recipe]:
+    """Return the recipe with stages of other lengths, and the keys that change, with their new values.
+
+    Windows of algorithms and a scheduler's `t_max` move along: those at a stage's end stay there.
+
+    Args:
+        spans: the recipe's stages.
+        lengths: their new numbers of steps.
+    """
+    new: list[Span] = []
+    for span, steps in zip(spans, lengths, strict=True):
+        start, first = (new[-1].end, new[-1].first_sample + new[-1].samples) if new else (0, 0)
+        new.append(dataclasses.replace(span, start=start, end=start + steps, first_sample=first))
+    changes: dict[str, str] = {}
+
+    def move(mapping: dict[str, Any], key: str, path: str) -> None:
+        """Move the steps and samples in the time string of a key, and note it as a change if it isn't the same then."""
+        points = Moment(str(mapping[key])).points
+        moved = " or ".join(_moved(point, spans, new) for point in points)
+        if moved != " or ".join(point.text for point in points):
+            mapping[key] = changes[f"{path}{key}"] = moved
+
+    last = Moment(recipe.max_duration).points[0]
+    if last.unit == EPOCH:  # stages and epochs don't go together, so that there is one stage
+        last = Point(spans[-1].end, BATCH, "")
+    changes["max_duration"] = _moved(last, spans, new)
+    algorithms, scheduler = copy.deepcopy(recipe.algorithms), dict(recipe.scheduler)
+    stages: list[Any] = stages_of({"algorithms": algorithms})[1:]
+    for path, stage in stages if len(stages) > 1 else ():
+        if stage.get("until"):
+            move(stage, "until", path)
+    for name, arguments in entries(algorithms, "algorithms"):
+        for key in ("start", "end"):
+            if arguments.get(key):
+                move(arguments, key, f"algorithms.{name}.")
+    if "t_max" in scheduler:
+        move(scheduler, "t_max", "scheduler.")
+    return changes, dataclasses.replace(recipe, algorithms=algorithms, scheduler=scheduler, max_duration=changes["max_duration"])
+
+
+def _moved(point: Point, old: list[Span], new: list[Span]) -> str:
+    """Return a point in steps or samples at the same place of the same stage, at a whole step; any other as it is."""
+    if point.unit not in ("ba", "sp") or point.value <= 0:
+        return point.text
+    for before, after in zip(old, new, strict=True):
+        first, length = (before.start, before.steps) if point.unit == BATCH else (before.first_sample, before.samples)
+        if point.value <= first + length:
+            step = after.start + round((point.value - first) / length * after.steps)
+            return f"{step}ba" if point.unit == BATCH else f"{after.first_sample + (step - after.start) * after.batch_size}sp"
+    return point.text  # after the end, which it stays
+
+
+def left_in_steps(recipe: Recipe) -> list[str]:
+    """Return what is counted in steps or samples and doesn't move with the schedule, as `key=value`."""
+    times: dict[str, Any] = {"scheduler.t_warmup": recipe.scheduler.get("t_warmup"), "save_interval": recipe.save_interval}
+    times["eval_interval"] = recipe.eval_interval if recipe.eval_loader else None
+    for name, arguments in entries(recipe.callbacks, "callbacks"):
+        times[f"callbacks.{name}.interval"] = arguments.get("interval")
+    return [f"{key}={value}" for key, value in times.items() if str(value).endswith(("ba", "sp"))]

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from prx_composer.commands.report.reported_run import Column, History, Numbers, Run, spread
-from prx_composer.commands.report.stages import Switch, switches
+from prx_composer.commands.report.reported_run import Column, History, Numbers, Run, spread, stage_starts
 
 POINTS = 250
 WIDTH, HEIGHT = 3.9, 2.25  # inches; shown at about 380 pixels
@@ -54,7 +53,7 @@ class Chart:
 
 def chart_sections(run: Run) -> list[tuple[str, list[Chart]]]:
     """Return the sections of the page with their pictures; those without any are left out."""
-    columns, history, marks = run.history.columns, run.history, switches(run)
+    columns, history, marks = run.history.columns, run.history, stage_starts(run)[1:]
     spikes = [spike["batch"] for spike in run.spikes if isinstance(spike.get("batch"), int) and spike["batch"] <= history.steps]
 
     def one(title: str, lines: dict[str, Column], at: list[int] | None = None) -> Chart:
@@ -83,8 +82,8 @@ def scores(run: Run) -> dict[str, Column]:
     return {name: column for name, column in run.history.columns.items() if not _NOT_SCORES.match(name)}
 
 
-def evaluation(run: Run) -> tuple[list[int], int, list[tuple[str, list[float | None]]]]:
-    """Return the steps shown, how many there were, and the scores at each of those shown."""
+def evaluation(run: Run) -> dict[str, Any]:
+    """Return the `steps` that are shown, `of` how many, and `rows` of each score at those."""
     found = scores(run)
     steps = sorted({int(batch) for column in found.values() for batch in column.batches})
     shown = spread(steps, EVALUATIONS)
@@ -92,7 +91,7 @@ def evaluation(run: Run) -> tuple[list[int], int, list[tuple[str, list[float | N
     for name, column in found.items():
         values = dict(zip(column.batches.astype(int).tolist(), column.values.tolist(), strict=True))
         rows.append((name.removeprefix("metrics/"), [values.get(step) for step in shown]))
-    return shown, len(steps), rows
+    return {"steps": shown, "of": len(steps), "rows": rows}
 
 
 def _score_groups(run: Run) -> dict[str, dict[str, Column]]:
@@ -143,12 +142,17 @@ def thinned(batches: Numbers, values: Numbers) -> tuple[Numbers, Numbers, Number
 
 
 def draw(
-    title: str, lines: Mapping[str, Column], history: History, switches: Sequence[Switch] = (), marks: Sequence[int] = ()
+    title: str,
+    lines: Mapping[str, Column],
+    history: History,
+    stages: Sequence[tuple[int, int | None]] = (),
+    marks: Sequence[int] = (),
 ) -> Chart:
     """Draw one picture.
 
     Args:
         lines: name → metric; more than `LINES` are not drawn.
+        stages: where one followed another, and its image size.
         marks: steps to point at.
     """
     import matplotlib
@@ -170,16 +174,10 @@ def draw(
             axes.plot(steps, medians, color=colour, linewidth=1.2, marker="o" if len(steps) <= 25 else None, markersize=2.5)
         _scale(axes, drawn)
         axes.set_xlim(0, max(history.steps, 1))
-        for switch in switches:
-            axes.axvline(switch.batch, color=_INK, linewidth=0.7, linestyle=(0, (3, 3)), alpha=0.7)
-            axes.annotate(
-                switch.label,
-                (switch.batch, 1),
-                (2, -7),
-                xycoords=("data", "axes fraction"),
-                textcoords="offset points",
-                fontsize=7,
-            )
+        for start, size in stages:
+            axes.axvline(start, color=_INK, linewidth=0.7, linestyle=(0, (3, 3)), alpha=0.7)
+            place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            axes.annotate(f"{size} px", (start, 1), (2, -7), fontsize=7, **place)
         if marks:
             axes.plot(marks, [0.02] * len(marks), "^", color=_SERIES[-1], markersize=3, transform=axes.get_xaxis_transform())
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))  # pyright: ignore[reportAttributeAccessIssue]

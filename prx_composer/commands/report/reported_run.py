@@ -1,4 +1,4 @@
-"""A run's folder as a report reads it: what is there, and in words what is missing.
+"""A run as a report reads it from its folder: what it logged, its stages as they went, and in words what is missing.
 
 metrics.jsonl is read as columns, whatever a crash, a resume or another program left in it.
 """
@@ -8,8 +8,9 @@ import json
 import math
 import re
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from prx_composer.common.errors import UserError
-from prx_composer.common.secrets import redacted, redacted_text
-from prx_composer.runs.environment import ENVIRONMENT
-from prx_composer.runs.folder import CONFIG
+from prx_composer.commands.plan.timeline import timeline
+from prx_composer.common.errors import UserError, redacted, redacted_text
+from prx_composer.recipe.config import Recipe
+from prx_composer.runs.folder import CONFIG, ENVIRONMENT
 
 METRICS = "metrics.jsonl"
 SHOWN_NEIGHBOURS = 5
@@ -136,24 +137,23 @@ class Run:
 
     Args:
         recipe: as saved, without secrets; empty if it wasn't.
+        recipe_text: the file's, without secrets; None without a file.
         starts: the lines of environment.jsonl, one for every start.
         elapsed: seconds that were paid for, with what a crash lost; None if unknown.
         grids: step → picture of the samples.
         spikes: the lines of spikes.jsonl.
         written: when metrics.jsonl was last written, UTC.
-        missing: sentences about what isn't there.
     """
 
     folder: Path
     recipe: dict[str, Any]
-    recipe_text: str
+    recipe_text: str | None
     history: History
     starts: list[dict[str, Any]]
     elapsed: float | None
     grids: dict[int, Path]
     spikes: list[dict[str, Any]]
     written: datetime | None
-    missing: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -202,25 +202,14 @@ def read_run(path: str) -> Run:
         elapsed = history.seconds_at(history.steps)
     matches = ((re.fullmatch(r"ba(\d+)\.png", file.name), file) for file in sorted((folder / "images").glob("ba*.png")))
     grids = {int(match[1]): file for match, file in matches if match}
-    run = Run(
-        folder,
-        recipe,
-        recipe_text,
-        history,
-        starts,
-        elapsed,
-        dict(sorted(grids.items())),
-        _lines(folder / "spikes.jsonl"),
-        written,
-    )
-    run.missing = _missing(run)
-    return run
+    spikes = _lines(folder / "spikes.jsonl")
+    return Run(folder, recipe, recipe_text, history, starts, elapsed, dict(sorted(grids.items())), spikes, written)
 
 
-def _recipe(folder: Path) -> tuple[str, dict[str, Any]]:
+def _recipe(folder: Path) -> tuple[str | None, dict[str, Any]]:
     file = folder / CONFIG
     if not file.exists():
-        return "", {}
+        return None, {}
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
         recipe = yaml.safe_load(text)
@@ -245,21 +234,6 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _missing(run: Run) -> list[str]:
-    has, history = (run.folder / CONFIG).exists(), run.history
-    facts = {
-        f"There is no {CONFIG}: the recipe isn't known.": not has,
-        f"{CONFIG} is no YAML that can be read.": has and not run.recipe,
-        f"There is no {METRICS}: nothing is known of the losses and the speed.": run.written is None,
-        f"{METRICS} has no line yet: no step was finished.": run.written is not None and not history.steps,
-        f"{history.unreadable} lines of {METRICS} cannot be read (a crash cuts one) and are left out.": history.unreadable > 0,
-        f"{history.repeated} steps were trained again after a resume; the later values are shown.": history.repeated > 0,
-        f"There is no {ENVIRONMENT}, which newer runs write: versions and machine aren't known.": not run.starts,
-        "No images were drawn (callbacks.images).": not run.grids,
-    }
-    return [sentence for sentence, holds in facts.items() if holds]
-
-
 def _is_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or (folder / METRICS).is_file()
 
@@ -279,3 +253,101 @@ def _no_run(folder: Path) -> str:
     hint = f"Runs nearby: {', '.join(ordered[:SHOWN_NEIGHBOURS])}" if ordered else "There is none nearby either"
     more = f" and {len(ordered) - SHOWN_NEIGHBOURS} more" if len(ordered) > SHOWN_NEIGHBOURS else ""
     return f"{folder} {what}. {hint}{more}."
+
+
+# ------------------------------------------------------------------------------------------------- stages and cost
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A stage as it went.
+
+    Args:
+        image_size: pixels.
+        until, batch_size: as the recipe has them.
+        start, end: steps before its first and at its last.
+        planned_end: by the recipe; None if that can't be said.
+        seconds: of training.
+        speed: median images per second and GPU.
+        loss: the median of its last tenth of steps.
+    """
+
+    image_size: int | None
+    until: str | None
+    batch_size: int | None
+    start: int
+    end: int
+    planned_end: int | None
+    seconds: float | None
+    speed: float | None
+    loss: float | None
+
+
+def stage_starts(run: Run) -> list[tuple[int, int | None]]:
+    """Return for each stage the step before its first, and its image size."""
+    column = run.history.columns.get("stage/image_size")
+    if column is None:
+        return [(0, run.recipe.get("image_size"))] if run.history.steps else []
+    batches, values = column.batches, column.values
+    changes = [0, *(np.flatnonzero(np.diff(values)) + 1)]
+    return [(0 if index == 0 else int(batches[index - 1]), int(values[index])) for index in changes]
+
+
+def stage_rows(run: Run) -> list[StageRow]:
+    """Return the stages that were trained, in order."""
+    starts, history = stage_starts(run), run.history
+    listed: Any = run.part("algorithms", "progressive_resolution").get("stages") or []
+    planned = _planned_ends(run)
+    ends = [*(start for start, _ in starts[1:]), history.steps][: len(starts)]
+    rows = []
+    for index, ((start, size), end) in enumerate(zip(starts, ends, strict=True)):
+        given = listed[index] if index < len(listed) and isinstance(listed[index], dict) else {}
+        before, after = (0.0 if start == 0 else history.seconds_at(start)), history.seconds_at(end)
+        rows.append(
+            StageRow(
+                size,
+                given.get("until"),
+                given.get("global_train_batch_size", run.recipe.get("global_train_batch_size")),
+                start,
+                end,
+                planned[index] if index < len(planned) else None,
+                None if before is None or after is None else after - before,
+                _median(run, "throughput/device/samples_per_sec", start, end),
+                _median(run, "loss/train/total", end - max((end - start) // 10, 1), end),
+            )
+        )
+    return rows
+
+
+def _planned_ends(run: Run) -> list[int]:
+    """Return the last steps of the stages by the recipe; none if they cannot be said."""
+    try:
+        return [span.end for span in timeline(Recipe(**run.recipe), run.ranks or 1, None).spans]
+    except (UserError, TypeError, ValueError, AttributeError, KeyError):  # of another version, or in epochs
+        return []
+
+
+def _median(run: Run, name: str, start: int, end: int) -> float | None:
+    """Return the median of a metric over the steps in (start, end]."""
+    column = run.history.columns.get(name)
+    if column is None:
+        return None
+    batches, values = column.batches, column.values
+    inside = values[(batches > start) & (batches <= end) & np.isfinite(values)]
+    return float(np.median(inside)) if len(inside) else None
+
+
+def gpu_hours(run: Run) -> float | None:
+    """Return the GPU-hours of all starts, each with its own number of processes.
+
+    Time that ran beside no record of a start is counted with the processes of the first that is known.
+    """
+    if run.elapsed is None or run.ranks is None:
+        return None
+    recorded = [s for s in run.starts if isinstance(s.get("ranks"), int) and isinstance(s.get("spent"), int | float)]
+    if not recorded:
+        return run.elapsed * run.ranks / 3600
+    ends = [*(min(float(start["spent"]), run.elapsed) for start in recorded), run.elapsed]
+    total = ends[0] * recorded[0]["ranks"]
+    total += sum(max(end - begin, 0) * s["ranks"] for s, (begin, end) in zip(recorded, pairwise(ends), strict=True))
+    return total / 3600

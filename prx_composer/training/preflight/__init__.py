@@ -1,30 +1,78 @@
 """Everything is checked before the first GPU second is spent: by `prx check`, and by train.py when it starts.
 
-examine.py     names, arguments, types; what must divide
-pretrained.py  hub ids: a folder, in the cache, or answered for by the hub
-data_fit.py    splits, columns, shards, buckets
-captions.py    whether captions are read whole; a run says that itself, of all that it has seen
+examine.py       names, arguments, types; what must divide
+pretrained.py    hub ids: a folder, in the cache, or answered for by the hub; whether captions are read whole
+data_fit.py      splits, columns, shards, buckets
 surroundings.py  run folder, disk, GPUs, loggers
-step.py        one forward and backward pass of every stage, without a trace
+step.py          one forward and backward pass of every stage, without a trace
+
+A check yields what it finds, one `Result` for each line of the page.
 """
 
-from collections.abc import Iterator
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, ParamSpec
 
-from prx_composer.recipe.config import Recipe
-from prx_composer.training.components import Components
-from prx_composer.training.preflight.data_fit import check_data
-from prx_composer.training.preflight.pretrained import check_weights
-from prx_composer.training.preflight.result import Result, guarded
-from prx_composer.training.preflight.surroundings import check_loggers, check_storage
+from prx_composer.common.errors import UserError, problems_of, raise_all
+
+log = logging.getLogger(__name__)
 
 
-def check_surroundings(recipe: Recipe, parts: Components) -> Iterator[Result]:
-    """What a recipe needs and does not contain: weights, data, room and permission to write, loggers.
+@dataclass(frozen=True)
+class Result:
+    """✓ is right, ! will train but should be known, ✗ must be mended, – could not be checked here."""
 
-    Args:
-        parts: what `examine` built.
+    mark: Literal["✓", "!", "✗", "–"]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.mark} {self.text}"
+
+
+def passed(what: str, fact: str) -> Result:
+    return Result("✓", f"{what}: {fact}")
+
+
+def warned(what: str, fact: str) -> Result:
+    return Result("!", f"{what}: {fact}")
+
+
+def failed(problem: str) -> Result:
+    """Return a mistake, which begins with the YAML path as the message of every UserError does."""
+    return Result("✗", problem)
+
+
+def skipped(what: str, reason: str) -> Result:
+    return Result("–", f"{what}: not checked here, because {reason}")
+
+
+Given = ParamSpec("Given")
+
+
+def collected(function: Callable[Given, Iterable[Result]]) -> Callable[Given, Iterator[Result]]:
+    """Decorate a check: a UserError ends it, and becomes one more result for everything that it names."""
+
+    @functools.wraps(function)
+    def checked(*args: Given.args, **kwargs: Given.kwargs) -> Iterator[Result]:
+        try:
+            yield from function(*args, **kwargs)
+        except UserError as error:
+            yield from map(failed, problems_of(error))
+
+    return checked
+
+
+def require(results: Iterable[Result]) -> list[Result]:
+    """Return all results, and warn of what should be known.
+
+    Raises:
+        UserError: with everything that must be mended, if anything must.
     """
-    yield from guarded(check_weights(recipe, parts))
-    yield from guarded(check_data(recipe, parts))
-    yield from guarded(check_storage(recipe, parts))
-    yield from guarded(check_loggers(recipe, parts))
+    results = list(results)
+    raise_all([result.text for result in results if result.mark == "✗"])
+    for result in results:
+        if result.mark == "!":
+            log.warning("%s", result.text)
+    return results

@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from prx_composer.common.errors import UserError, at_path, raise_all
-from prx_composer.data.buckets import Bucket
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import MANIFEST, Manifest, open_local
+from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local
 from prx_composer.data.mixture import Shares
 from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
+from prx_composer.recipe.arguments import data_sets, weights_of
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.data_sets import data_sets, weights_of
-from prx_composer.recipe.time_checks import schedule_problems
+from prx_composer.recipe.consistency import schedule_problems
 from prx_composer.schedule.moments import ScheduleWindow
-from prx_composer.training.components import Components, PlannedStage
-from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped, warned
-from prx_composer.training.source_data import Making, unmade_sources
+from prx_composer.training.components import Components, Making, PlannedStage, unmade_sources
+from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
 
 REMOTE_TIMEOUT = 20.0  # seconds for a manifest of a few kilobytes
 LOOKED_AT = 10  # samples of a bucket, if the first cannot be decoded
@@ -30,17 +28,19 @@ NAMED = 4  # broken files or small buckets that are named; the others are counte
 _MANY = 0.25  # of the samples
 
 
+@collected
 def check_data(recipe: Recipe, parts: Components) -> Iterator[Result]:
-    """The splits of both loaders; `parts.stages` and `parts.multiple` may be unknown, and what needs them is then left out."""
+    """Check the splits of both loaders. `parts.stages` and `parts.multiple` may be unknown; what needs them is left out."""
     to_be_made: set[str] = set()
     for key in ("train_loader", "eval_loader"):
         spec = getattr(recipe, key)
         if spec is not None and parts.is_wrong(key):
             yield skipped(key, "its arguments must be right first")
         elif spec is not None:
-            yield from guarded(_check_loader(recipe, key, parts, to_be_made))
+            yield from _check_loader(recipe, key, parts, to_be_made)
 
 
+@collected
 def _check_loader(recipe: Recipe, key: str, parts: Components, to_be_made: set[str]) -> Iterator[Result]:
     spec = getattr(recipe, key)
     if spec.get("name") != "image_caption":
@@ -49,12 +49,11 @@ def _check_loader(recipe: Recipe, key: str, parts: Components, to_be_made: set[s
     if key == "train_loader":
         stages = parts.stages
     else:  # it stays at one size
-        size = recipe.global_eval_batch_size or recipe.global_train_batch_size
+        size = recipe.eval_batch_size
         stages = [PlannedStage("", recipe.image_size, size, size, 1, ScheduleWindow())]
     unmade = {making.key: making for making in unmade_sources(spec, key)}
     to_be_made.update(str(making.path) for making in unmade.values())
-    with at_path(key):
-        found = data_sets(spec)
+    found = data_sets(spec)
     tables: list[dict[Bucket, int]] = []
     trained = {f"{stage.path}image_size": stage.image_size for stage in parts.stages}  # evaluation follows the stages
     for where, arguments in found.items():
@@ -67,7 +66,7 @@ def _check_loader(recipe: Recipe, key: str, parts: Components, to_be_made: set[s
         if arguments["path"] in to_be_made:
             yield skipped(name, f"train_loader.source makes {arguments['path']} on first use")
             continue
-        manifest = _remote_manifest(name, arguments) if arguments.get("remote") else _local_manifest(name, arguments)
+        manifest = _read_manifest(name, arguments)
         tables.append(manifest.buckets)
         yield from _check_data_set(name, arguments, manifest, stages, parts.multiple, {"image_size": recipe.image_size} | trained)
     if key == "train_loader" and tables and len(tables) == len(found):
@@ -79,7 +78,7 @@ def _check_loader(recipe: Recipe, key: str, parts: Components, to_be_made: set[s
 
 
 def _check_enough(recipe: Recipe, samples: int, stages: list[PlannedStage]) -> Iterator[Result]:
-    """Whether the batch that the loader begins with, and that of every stage, are at most what there is to train on."""
+    """Check that the batch that the loader begins with, and that of every stage, are at most what there is to train on."""
     sizes = {"": recipe.global_train_batch_size} | {stage.path: stage.global_batch_size for stage in stages}
     for path, size in sizes.items():
         if problem := fewer_than_a_batch(samples, size, path):
@@ -87,13 +86,12 @@ def _check_enough(recipe: Recipe, samples: int, stages: list[PlannedStage]) -> I
 
 
 def _check_epochs(recipe: Recipe, samples: int) -> Iterator[Result]:
-    """What the recipe says in epochs, now that it is known how long one is; all but what could be said without."""
+    """Check what the recipe says in epochs, now that their length is known; all but what could be said without."""
     if recipe.algorithms.get("progressive_resolution"):
         return
-    known = set(schedule_problems(vars(recipe)))
-    for problem in schedule_problems(vars(recipe), samples / recipe.global_train_batch_size):
-        if problem not in known:
-            yield failed(problem)
+    known = schedule_problems(vars(recipe))
+    found = schedule_problems(vars(recipe), samples / recipe.global_train_batch_size)
+    yield from (failed(problem) for problem in found if problem not in known)
 
 
 def _check_unmade(making: Making, spec: dict[str, Any], stages: list[PlannedStage], multiple: int | None) -> Iterator[Result]:
@@ -146,17 +144,14 @@ def _check_data_set(
 # ------------------------------------------------------------------------------------------------------- manifests
 
 
-def _local_manifest(key: str, spec: dict[str, Any]) -> Manifest:
-    with at_path(key, TypeError, AttributeError):
-        if "path" not in spec:
-            raise UserError(f"{key}.path is missing: the folder of the data set.")
-        return read_manifest(spec["path"], spec.get("split", "train"), spec.get("captions"), spec.get("features"))
-
-
-def _remote_manifest(key: str, spec: dict[str, Any]) -> Manifest:
+def _read_manifest(key: str, spec: dict[str, Any]) -> Manifest:
+    """Read the manifest of a data set, which is fetched if only the object store has it."""
+    name = spec.get("split", "train")
+    if not spec.get("remote"):
+        with at_path(key, TypeError, AttributeError):
+            return read_manifest(spec["path"], name, spec.get("captions"), spec.get("features"))
     from streaming.base.storage import CloudDownloader
 
-    name = spec.get("split", "train")
     source = f"{spec['remote']}/{name}/{MANIFEST}"
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / name).mkdir()
@@ -175,7 +170,7 @@ def _remote_manifest(key: str, spec: dict[str, Any]) -> Manifest:
 
 
 def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, Any]) -> str:
-    """Compares what lies in the folder with the index of every bucket, by name and size; returns what was looked at.
+    """Compare what lies in the folder with the index of every bucket, by name and size; return what was looked at.
 
     Raises:
         UserError: files that are missing or cut short, an index with other samples or columns than the manifest's.
@@ -215,7 +210,7 @@ def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, An
 
 
 def _sizes(folder: Path, below: set[str]) -> dict[str, int]:
-    """Bytes of every file in some folders below one, by the name that an index gives them."""
+    """Return the bytes of every file in some folders below one, by the name that an index gives them."""
     sizes: dict[str, int] = {}
     for part in below:
         if (folder / part).is_dir():
@@ -224,7 +219,7 @@ def _sizes(folder: Path, below: set[str]) -> dict[str, int]:
 
 
 def _check_images(key: str, folder: Path, manifest: Manifest) -> Iterator[Result]:
-    """Decodes the first image of every bucket."""
+    """Decode the first image of every bucket."""
     undecodable = []
     for bucket, count in manifest.buckets.items():
         samples = open_local(folder / str(bucket))
@@ -257,7 +252,14 @@ def _check_sizes(
 ) -> Iterator[Result]:
     if multiple is None:
         return
-    uneven = sorted({bucket for bucket in buckets for stage in stages if _is_uneven(bucket, stage, base_size, multiple)})
+    uneven = sorted(
+        {
+            bucket
+            for bucket in buckets
+            for stage in stages
+            if any(side % multiple for side in bucket.at(stage.image_size, base_size, multiple))
+        }
+    )
     if uneven:
         yield failed(
             f"{key}: {counted(len(uneven), 'bucket')} cannot be cut into patches of {multiple}: {some(uneven)}. Convert the data "
@@ -268,7 +270,7 @@ def _check_sizes(
 def _check_latents(
     key: str, latents: dict[str, StoredColumn], manifest: Manifest, image_sizes: dict[str, int], multiple: int
 ) -> Iterator[Result]:
-    """Whether there are some of every image size, which are given by YAML path."""
+    """Check that there are latents of every image size, which are given by YAML path."""
     buckets = sorted(manifest.buckets)
     for image_size in sorted(set(image_sizes.values())):
         sizes = [bucket.at(image_size, manifest.image_size, multiple) for bucket in buckets]
@@ -277,17 +279,13 @@ def _check_latents(
             yield failed(f"{key}.latent: {path}: {problem}")
 
 
-def _is_uneven(bucket: Bucket, stage: PlannedStage, base_size: int, multiple: int) -> bool:
-    return any(side % multiple for side in bucket.at(stage.image_size, base_size, multiple))
-
-
 # -------------------------------------------------------------------------- whether buckets fill batches
 
 
 def check_buckets(
     key: str, tables: Sequence[Mapping[Bucket, int]], weights: Mapping[str, float] | None, stages: list[PlannedStage], mixed: bool
 ) -> Iterator[Result]:
-    """Says what the batches of every stage, each of one bucket, do to samples of rare ones.
+    """Say what the batches of every stage, each of one bucket, do to samples of rare ones.
 
     Args:
         tables: samples by bucket, of every data set.
@@ -344,11 +342,11 @@ def _of_mixture(
 
 
 def some(buckets: list[Bucket]) -> str:
-    """Some of them by name, and how many more there are."""
+    """Return some of the buckets by name, and how many more there are."""
     return ", ".join(map(str, buckets[:NAMED])) + (f" and {len(buckets) - NAMED} more" if len(buckets) > NAMED else "")
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and what it is of."""
+    """Return a number and what it is of."""
     plural = "" if number == 1 else "es" if noun.endswith("ch") else "s"
     return f"{number:,} {noun}{plural}"

@@ -11,44 +11,39 @@ from prx_composer.models.prompts import Cleaning, cleaner
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.checks import argument_problems, setting_problems
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.sizes import batch_problems, image_size_problems
-from prx_composer.recipe.time_checks import schedule_problems
-from prx_composer.training.components import Components, PlannedStage, build_components, parallelism
-from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped, warned
+from prx_composer.recipe.consistency import batch_problems, image_size_problems, schedule_problems
+from prx_composer.training.components import Components
+from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
+from prx_composer.training.trainer import parallelism
 
 
 def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components]:
     """Return all that can be said of a recipe without data, weights or a network, and its components on the meta device."""
-    parts = build_components(recipe, meta=True, num_ranks=num_ranks)
-    parts.problems = argument_problems(vars(recipe))
-    results = [failed(problem) for problem in dict.fromkeys(parts.problems)]
-    if not parts.problems:
+    settings = setting_problems(vars(recipe), num_ranks)
+    wrong = argument_problems(vars(recipe))
+    batches = batch_problems(vars(recipe), num_ranks)
+    parts = Components(recipe, meta=True, num_ranks=num_ranks, problems=wrong)
+    results = [failed(problem) for problem in wrong]
+    if not wrong:
         counts = [f"{len(list(entries(getattr(recipe, kind), kind)))} {kind}" for kind in ("algorithms", "callbacks")]
         results.append(passed("names, arguments and types", f"model, optimizer, scheduler, {', '.join(counts)}"))
-    results.extend(guarded(_check_backbone(recipe, parts)))
-    results.extend(map(failed, setting_problems(vars(recipe), num_ranks)))
-    results.extend(guarded(_check_cleaning(recipe)))
-    if not parts.is_wrong("scheduler"):
-        results.extend(guarded(_check_scheduler(recipe, parts)))
-    parts.algorithms, problems = parts.each("algorithms", recipe.algorithms)
-    results.extend(map(failed, problems))
-    if not parts.is_wrong("train_loader"):
-        results.extend(_check_latents(recipe, parts))
-    results.extend(_check_fit(recipe, parts, num_ranks))
+    results += [*_check_backbone(parts), *map(failed, settings), *_check_cleaning(parts), *_check_scheduler(parts)]
+    parts.algorithms, problems = parts.each("algorithms")
+    results += [*map(failed, problems), *_check_images(parts), *_check_tricks(parts)]
     if parts.algorithms:
         results.append(passed("algorithms", ", ".join(parts.algorithms)))
     if "progressive_resolution" not in parts.algorithms and recipe.algorithms.get("progressive_resolution"):
         parts.stages = []
         results.append(skipped("stages", "they could not be built"))
-    results.extend(_check_batches(recipe, parts.stages, num_ranks))
-    results.extend(_check_image_sizes(recipe, parts))
+    results += [*map(failed, batches), *_check_sizes(parts, divides=not batches)]
     return list(dict.fromkeys(results)), parts
 
 
-def _check_backbone(recipe: Recipe, parts: Components) -> Iterator[Result]:
+@collected
+def _check_backbone(parts: Components) -> Iterator[Result]:
     """Make the backbone; whoever asks for one that is wrong, or that the model doesn't have, is given None from here on."""
     try:
-        parts.backbone = None if parts.is_wrong("model") or "backbone" not in recipe.model else parts.backbone
+        parts.backbone = None if parts.is_wrong("model") or "backbone" not in parts.recipe.model else parts.backbone
     except UserError:
         parts.backbone = None
         raise
@@ -57,8 +52,9 @@ def _check_backbone(recipe: Recipe, parts: Components) -> Iterator[Result]:
         yield passed("model.backbone", f"{parameters / 1e6:,.1f}M parameters")
 
 
-def _check_cleaning(recipe: Recipe) -> Iterator[Result]:
-    encoder = recipe.model.get("text_encoder")
+@collected
+def _check_cleaning(parts: Components) -> Iterator[Result]:
+    encoder = parts.recipe.model.get("text_encoder")
     clean: Any = encoder.get("clean") if isinstance(encoder, dict) else None
     if clean in get_args(Cleaning):  # else its type is wrong, which is said elsewhere
         with at_path("model.text_encoder"):
@@ -66,14 +62,17 @@ def _check_cleaning(recipe: Recipe) -> Iterator[Result]:
     yield from ()
 
 
-def _check_scheduler(recipe: Recipe, parts: Components) -> Iterator[Result]:
-    _ = parts.scheduler
-    yield from map(failed, schedule_problems(vars(recipe)))
+@collected
+def _check_scheduler(parts: Components) -> Iterator[Result]:
+    if not parts.is_wrong("scheduler"):
+        _ = parts.scheduler
+        yield from map(failed, schedule_problems(vars(parts.recipe)))
 
 
+@collected
 def check_callbacks(recipe: Recipe, parts: Components) -> Iterator[Result]:
     """Build the callbacks one by one and let them go again."""
-    made, problems = parts.each("callbacks", recipe.callbacks)
+    made, problems = parts.each("callbacks")
     yield from map(failed, problems)
     if made:
         yield passed("callbacks", ", ".join(made))
@@ -89,8 +88,12 @@ def check_callbacks(recipe: Recipe, parts: Components) -> Iterator[Result]:
                 )
 
 
-def _check_latents(recipe: Recipe, parts: Components) -> Iterator[Result]:
-    """Whether latents that come with the data have an autoencoder, and who looks at images has them."""
+@collected
+def _check_images(parts: Components) -> Iterator[Result]:
+    """Check that latents that come with the data have an autoencoder, and that who looks at images has them."""
+    recipe = parts.recipe
+    if parts.is_wrong("train_loader"):
+        return
     autoencoder = (recipe.model.get("autoencoder") or {}).get("name", "pixels")
     for key in ("train_loader", "eval_loader"):
         spec = getattr(recipe, key) or {}
@@ -108,45 +111,41 @@ def _check_latents(recipe: Recipe, parts: Components) -> Iterator[Result]:
             )
 
 
-def _check_fit(recipe: Recipe, parts: Components, num_ranks: int) -> Iterator[Result]:
+@collected
+def _check_tricks(parts: Components) -> Iterator[Result]:
     """Ask tricks whether they go with the recipe, the others, the backbone and the sharding."""
     try:
-        wrapped = parallelism(recipe.parallelism_config, num_ranks)
+        wrapped = parallelism(parts.recipe.parallelism_config, parts.num_ranks)
     except UserError:  # said by `setting_problems`
         wrapped = None
-    problems, algorithms = Problems(), list(parts.algorithms.values())
-    for trick in algorithms:
+    sharding, problems = None if wrapped is None else wrapped.fsdp2, Problems()
+    for trick in parts.algorithms.values():
         if isinstance(trick, Trick):
-            others = [other for other in algorithms if other is not trick]
+            others = [other for other in parts.algorithms.values() if other is not trick]
             with problems.noted():
-                trick.check(recipe, others, parts.backbone, None if wrapped is None else wrapped.fsdp2)
-    yield from map(failed, problems.found)
+                trick.check(parts.recipe, others, parts.backbone, sharding)
+    problems.raise_any()
+    yield from ()
 
 
-# ---------------------------------------------------------------------------------------------------------- sizes
-
-
-def _check_batches(recipe: Recipe, stages: list[PlannedStage], num_ranks: int) -> Iterator[Result]:
-    problems = batch_problems(vars(recipe), num_ranks)
-    yield from map(failed, problems)
-    if not problems and stages:
-        shares = [f"{s.global_batch_size} = {s.device_batch_size // s.microbatch_size} × {s.microbatch_size}" for s in stages]
-        ranks = f" × {num_ranks} ranks" if num_ranks > 1 else ""
+@collected
+def _check_sizes(parts: Components, divides: bool) -> Iterator[Result]:
+    """Say how the batches of every stage divide, if they do, and whether its images can be cut into patches."""
+    if divides and parts.stages:
+        shares = [
+            f"{s.global_batch_size} = {s.device_batch_size // s.microbatch_size} × {s.microbatch_size}" for s in parts.stages
+        ]
+        ranks = f" × {parts.num_ranks} ranks" if parts.num_ranks > 1 else ""
         yield passed("batches divide into microbatches", ", ".join(share + ranks for share in dict.fromkeys(shares)))
-
-
-def _check_image_sizes(recipe: Recipe, parts: Components) -> Iterator[Result]:
     if parts.backbone is None:
         return
     patch_size, downsampling = getattr(parts.backbone, "patch_size", None), parts.downsampling
     if not isinstance(patch_size, int):
         yield skipped("image sizes", "the backbone has no patch_size")
-        return
-    if downsampling is None:
+    elif downsampling is None:
         yield skipped("image sizes", "what the autoencoder divides them by is known only from its weights")
-        return
-    problems = image_size_problems(vars(recipe), patch_size, downsampling)
-    yield from map(failed, problems)
-    if not problems and parts.stages:
+    elif problems := image_size_problems(vars(parts.recipe), patch_size, downsampling):
+        yield from map(failed, problems)
+    elif parts.stages:
         of = ", ".join(str(size) for size in sorted({stage.image_size for stage in parts.stages}))
         yield passed("image sizes divide into patches", f"{of} px, patches of {patch_size}")

@@ -17,18 +17,22 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers import PreTrainedTokenizerBase
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
-from prx_composer.models.vision_encoder import TeacherSpec
-from prx_composer.recipe.arguments import split
+from prx_composer.data.dataset import read_manifest
+from prx_composer.data.format import MANIFEST, Manifest, open_local
+from prx_composer.models.encoders import TeacherSpec, load_tokenizer, tokenize, train_tokenizer
+from prx_composer.models.prompts import CaptionCounts, clean_caption, with_cleaning
+from prx_composer.recipe.arguments import data_sets, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import TOKENIZER
-from prx_composer.runs.frozen_parts import with_kept
-from prx_composer.runs.init_from import check_init_from
+from prx_composer.runs.model_parts import with_kept
+from prx_composer.runs.pretrained_models import check_init_from
 from prx_composer.training.components import Components
-from prx_composer.training.preflight.result import Result, failed, passed, warned
+from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
 
 TIMEOUT = 5.0  # seconds for one answer
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
@@ -55,7 +59,7 @@ class Reference:
 
 
 def references(recipe: Recipe, algorithms: Iterable[Any], model: bool = True) -> list[Reference]:
-    """What a recipe loads through transformers and diffusers: its model's encoder and tokenizer, an autoencoder, teachers."""
+    """Return what a recipe loads through transformers and diffusers: encoder and tokenizer, an autoencoder, teachers."""
     found = _of_model(recipe) if model else []
     for algorithm in algorithms:
         teacher = getattr(algorithm, "teacher", None)
@@ -86,8 +90,9 @@ def _of_model(recipe: Recipe) -> list[Reference]:
     return found
 
 
+@collected
 def check_weights(recipe: Recipe, parts: Components) -> Iterator[Result]:
-    """One result per reference; those that must be asked for are asked for at once."""
+    """Yield one result per reference; those that must be asked for are asked for at once."""
     algorithms = list(parts.algorithms.values())
     if source := recipe.model.get("init_from"):
         yield from _check_init_from(recipe, source, parts)
@@ -105,6 +110,7 @@ def check_weights(recipe: Recipe, parts: Components) -> Iterator[Result]:
                 yield failed(str(error))
 
 
+@collected
 def _check_init_from(recipe: Recipe, source: Any, parts: Components) -> Iterator[Result]:
     newest = newest_checkpoint(Path(recipe.run_folder)) if recipe.autoresume else None
     if parts.is_wrong("model"):
@@ -112,14 +118,11 @@ def _check_init_from(recipe: Recipe, source: Any, parts: Components) -> Iterator
     if newest is not None:
         yield passed("model.init_from", f"is not read again: the run goes on from {newest.path}")
         return
-    try:
-        yield passed("model.init_from", check_init_from(source, parts.backbone))
-    except UserError as error:
-        yield failed(str(error))
+    yield passed("model.init_from", check_init_from(source, parts.backbone))
 
 
 def _answer(reference: Reference) -> tuple[Result, int]:
-    """The result, and how many bytes will be downloaded."""
+    """Return the result, and how many bytes will be downloaded."""
     try:
         fact, size = _look_up(reference)
         return passed(reference.path, f"{reference.name} {fact}"), size
@@ -161,7 +164,7 @@ def _cached(reference: Reference) -> Path | None:
 
 
 def is_here(reference: Reference) -> bool:
-    """Whether nothing of it must be downloaded."""
+    """Return whether nothing of it must be downloaded."""
     folder: Path | None = Path(reference.name).expanduser()
     try:
         folder = folder if folder.is_dir() else _cached(reference)
@@ -171,7 +174,7 @@ def is_here(reference: Reference) -> bool:
 
 
 def _what_is_missing(folder: Path, reference: Reference) -> str | None:
-    """What a folder lacks of what is loaded from it, in words; None if all is there."""
+    """Return what a folder lacks of what is loaded from it, in words; None if all is there."""
     if reference.tokenizer and not any((folder / name).exists() for name in _TOKENIZERS):
         return f"tokenizer ({_TOKENIZERS[0]} or the like)"
     if not reference.weights:
@@ -220,7 +223,7 @@ def _ask_hub(reference: Reference, there: str) -> tuple[str, int]:
 
 
 def _download_size(files: dict[str, int], reference: Reference) -> int:
-    """Of the weights in one format, which are nearly all of it."""
+    """Return the bytes of the weights in one format, which are nearly all of it."""
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
     here = [name for name in files if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
     for ending in (".safetensors", ".bin"):
@@ -230,7 +233,7 @@ def _download_size(files: dict[str, int], reference: Reference) -> int:
 
 
 def _check_cache(download: int) -> Iterator[Result]:
-    """Only a warning: a repository may hold the weights more than once."""
+    """Warn of a cache without room; only that, since a repository may hold the weights more than once."""
     cache = Path(constants.HF_HUB_CACHE)
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     if free < 1.2 * download:
@@ -242,8 +245,76 @@ def _check_cache(download: int) -> Iterator[Result]:
 
 
 def _first_line(error: BaseException) -> str:
-    """What is at the bottom of an error, in one line: requests and urllib wrap the reason in what they were doing."""
+    """Return the bottom of an error in one line: requests and urllib wrap the reason in what they were doing."""
     inner = getattr(error, "reason", None) or next((a for a in error.args if isinstance(a, BaseException)), None)
     if isinstance(inner, BaseException):
         return _first_line(inner)
     return (str(error).strip().partition("\n")[0].rpartition("): ")[2] or type(error).__name__)[:200]
+
+
+LOOKED_AT = 256  # captions of a column, evenly spaced over its data set
+MAX_TOKENS = 256  # of a text encoder that doesn't say
+
+
+@collected
+def check_captions(recipe: Recipe, parts: Components) -> Iterator[Result]:
+    """Say how many of the training captions are cut, and how many words are unknown; nothing is downloaded."""
+    if parts.is_wrong("model") or parts.is_wrong("train_loader") or recipe.train_loader.get("name") != "image_caption":
+        return
+    encoder = split(recipe.model, "model")[1].get("text_encoder")
+    if not isinstance(encoder, dict):
+        return
+    try:
+        found = [part for part in data_sets(recipe.train_loader).values() if not part.get("remote")]
+        captions = [text for part in found for text in _some_captions(part)]
+    except (OSError, ValueError, LookupError):  # said by the checks of data
+        return
+    if not captions:  # remote, or still to be made
+        return
+    own = not isinstance(encoder.get("tokenizer", encoder.get("pretrained")), str)
+    cleaning = encoder.get("clean", "none")
+    tokenizer = _tokenizer(recipe, encoder, [clean_caption(text, cleaning) for text in captions])
+    if tokenizer is None:
+        yield skipped("train_loader: captions", "their tokenizer is not on this machine")
+        return
+    tokenizer = with_cleaning(tokenizer, cleaning)
+    max_tokens, counts = int(encoder.get("max_tokens", MAX_TOKENS)), CaptionCounts()
+    for start in range(0, len(captions), LOOKED_AT):
+        tokenize(tokenizer, captions[start : start + LOOKED_AT], max_tokens, counts)
+    lost = counts.told(max_tokens)
+    if lost is not None:
+        yield warned("train_loader: captions", f"of those looked at, {lost}")
+    else:
+        unknown = "" if own else ", and their words are known"
+        yield passed("train_loader: captions", f"{len(captions):,} looked at are read whole, in {max_tokens} tokens{unknown}")
+
+
+def _some_captions(part: dict[str, Any]) -> Iterator[str]:
+    """Yield evenly spaced captions of the columns that are trained on; none of a data set that isn't there or isn't right."""
+    name = part.get("split", "train")
+    folder = Path(part["path"]) / name
+    if not (folder / MANIFEST).exists():
+        return
+    manifest: Manifest = read_manifest(part["path"], name, part.get("captions"))
+    columns = list(part.get("captions") or manifest.captions[:1])
+    total, first = sum(manifest.buckets.values()), 0
+    step = max(1, -(-total // LOOKED_AT))
+    for bucket, count in manifest.buckets.items():
+        rows = open_local(folder / str(bucket))
+        for index in range(-first % step, count, step):
+            row = rows[index]
+            yield from (row[column] for column in columns)
+        first += count
+
+
+def _tokenizer(recipe: Recipe, encoder: dict[str, Any], captions: list[str]) -> PreTrainedTokenizerBase | None:
+    """Return the run's or the named tokenizer if it is here, else one of the kind that the run will train, which counts alike."""
+    spec, folder = encoder.get("tokenizer", encoder.get("pretrained")), Path(recipe.run_folder) / TOKENIZER
+    try:
+        if folder.exists():
+            return load_tokenizer(str(folder))
+        if isinstance(spec, str):
+            return load_tokenizer(spec, encoder.get("revision"), local_files_only=True)
+    except (OSError, ValueError):  # said by the checks of weights
+        return None
+    return train_tokenizer(captions)

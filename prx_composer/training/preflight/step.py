@@ -24,18 +24,18 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from prx_composer.algorithms.base import Trick
-from prx_composer.algorithms.progressive_resolution import ProgressiveResolution
+from prx_composer.algorithms.resolution import ProgressiveResolution
 from prx_composer.algorithms.token_routing import TokenRouting
 from prx_composer.common.distributed import from_rank_zero, unwrapped
 from prx_composer.common.errors import UserError, problems_of
-from prx_composer.data.buckets import Bucket
+from prx_composer.data.format import Bucket
 from prx_composer.data.loader import ImageCaptionLoader, channels_first
 from prx_composer.data.sampler import SampleRequest
 from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import ScheduleWindow
 from prx_composer.training.components import PlannedStage, planned_stages
-from prx_composer.training.preflight.result import Result, failed, passed, require, skipped
+from prx_composer.training.preflight import Result, failed, passed, require, skipped
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class _Step:
 
 
 def extremes(sizes: list[Bucket]) -> list[int]:
-    """Indices of the sizes with most and with fewest pixels, of the widest and the tallest; each size once."""
+    """Return the indices of the sizes with most and with fewest pixels, of the widest and the tallest; each size once."""
     pixels: Callable[[int], float] = lambda index: sizes[index].height * sizes[index].width  # noqa: E731
     aspect: Callable[[int], float] = lambda index: sizes[index].width / sizes[index].height  # noqa: E731
     every = range(len(sizes))
@@ -73,7 +73,7 @@ def extremes(sizes: list[Bucket]) -> list[int]:
 
 
 def try_steps(trainer: Trainer, recipe: Recipe) -> list[Result]:
-    """Makes one forward and backward pass for every stage that is to come and every extreme image size; on all ranks alike.
+    """Make one forward and backward pass for every stage that is to come and every extreme image size; on all ranks alike.
 
     Afterwards nothing is different (see `undisturbed`). On a GPU a step is tried at its peak: beside what the optimizer will
     keep, and, where a batch has several microbatches, beside the gradients of the one before.
@@ -121,7 +121,7 @@ def _steps(state: State, recipe: Recipe, loader: ImageCaptionLoader) -> Iterator
 
 
 def _first_stage(state: State) -> int:
-    """The stage that a resumed run is in."""
+    """Return the index of the stage that a resumed run is in."""
     for algorithm in state.algorithms:
         if isinstance(algorithm, ProgressiveResolution):
             return next(i for i, stage in enumerate(algorithm.stages) if stage is algorithm.stage)
@@ -129,7 +129,7 @@ def _first_stage(state: State) -> int:
 
 
 def _try(state: State, step: _Step, loader: ImageCaptionLoader) -> int:
-    """Returns the peak of memory in bytes, 0 without a GPU.
+    """Return the peak of memory in bytes, 0 without a GPU.
 
     Raises:
         UserError: whatever went wrong.
@@ -179,7 +179,7 @@ def _run(state: State, step: _Step, batch: Any) -> int:
 
 
 def _microbatch(loader: ImageCaptionLoader, step: _Step) -> Any:
-    """The first sample of the bucket, as often as a microbatch needs it, with captions of full length."""
+    """Return the first sample of the bucket, as often as a microbatch needs it, with captions of full length."""
     dataset = loader.dataset
     sample = dataset.look_at(SampleRequest(dataset.first_of(step.bucket), *step.size, epoch=0))
     batch: dict[str, torch.Tensor] = loader.collate_fn([sample] * step.stage.microbatch_size)
@@ -221,12 +221,12 @@ def _device() -> str:
 
 
 def is_sharded(state: State) -> bool:
-    """Whether passes are collective."""
+    """Return whether passes are collective."""
     return any(isinstance(module, FSDPModule) for module in state.model.modules())
 
 
 def forward_and_backward(state: State, batch: Any) -> dict[str, Tensor]:
-    """One microbatch as Composer's Trainer does it, but for its events; returns the losses, detached.
+    """Pass one microbatch as Composer's Trainer does it, but for its events; return the losses, detached.
 
     Under DDP the model is called without its wrapper: gradients are not reduced, and DDP does not learn the order in which they
     are ready. Under FSDP2 it is called as it is, on all ranks.
@@ -244,7 +244,7 @@ def forward_and_backward(state: State, batch: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def undisturbed(state: State) -> Iterator[None]:
-    """Puts back what passes change: gradients, buffers, modes, random streams and generators, and where frozen networks are."""
+    """Put back what passes change: gradients, buffers, modes, random streams and generators, and where frozen networks are."""
     model = unwrapped(state.model)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
@@ -273,7 +273,7 @@ def undisturbed(state: State) -> Iterator[None]:
 
 @contextmanager
 def switched(state: State, window: ScheduleWindow, dense: bool = False) -> Iterator[None]:
-    """Tricks that may act inside of `window` are on, the others off; afterwards as they were.
+    """Put tricks that may act inside of `window` on, and the others off; afterwards they are as they were.
 
     Args:
         dense: routers are off, for the part of the window in which they don't act.
@@ -294,7 +294,7 @@ def _may_act(trick: Trick, window: ScheduleWindow, state: State) -> bool:
 
 
 def is_sometimes_dense(state: State, window: ScheduleWindow) -> bool:
-    """Whether a router that may act inside of `window` may also be off there."""
+    """Return whether a router that may act inside of `window` may also be off there."""
     for algorithm in state.algorithms:
         if isinstance(algorithm, TokenRouting) and _may_act(algorithm, window, state):
             own = algorithm.window
@@ -305,7 +305,7 @@ def is_sometimes_dense(state: State, window: ScheduleWindow) -> bool:
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """What an optimizer that hasn't stepped yet will keep on this rank: one momentum for Muon's matrices, else two moments."""
+    """Return the bytes that an optimizer will keep on this rank: a momentum for Muon's matrices, else two moments."""
     if optimizer.state:
         return 0
     size = 0
@@ -321,7 +321,7 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def try_steps_before_training(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
-    """`try_steps`, unless this run goes on where the same steps were tried before: as many ranks on the same kind of device.
+    """Try the steps, unless this run goes on where they were tried before: as many ranks on the same kind of device.
 
     Raises:
         UserError: with everything that failed; where the weights are sharded, with what failed on this rank.
@@ -340,7 +340,7 @@ def try_steps_before_training(trainer: Trainer, recipe: Recipe, folder: Path) ->
 
 
 def remember_steps(folder: Path) -> None:
-    """Says in the run folder on what the steps were tried."""
+    """Write into the run folder on what the steps were tried."""
     (folder / RECORD).write_text(json.dumps(_circumstances()) + "\n")
 
 

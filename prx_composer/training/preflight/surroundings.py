@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import netrc
 import os
 import re
 import shutil
@@ -12,49 +11,64 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from composer.core import TimeUnit
+from requests.utils import get_netrc_auth
 
 from prx_composer.algorithms.base import Trick
-from prx_composer.common.secrets import redacted
-from prx_composer.loggers.wandb import wandb_mode
+from prx_composer.common.errors import UserError, problems_of, redacted
+from prx_composer.loggers.tracking_servers import wandb_mode
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import CHECKPOINTS, holds_run
 from prx_composer.schedule.moments import SECONDS, Point, parse_duration
 from prx_composer.training.components import Components
 from prx_composer.training.meta_model import checkpoint_bytes
-from prx_composer.training.preflight.result import Result, failed, guarded, passed, skipped, warned
+from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
+from prx_composer.training.preflight.data_fit import check_data
+from prx_composer.training.preflight.pretrained import check_weights
 
 
+def check_surroundings(recipe: Recipe, parts: Components) -> Iterator[Result]:
+    """Check what a recipe needs and does not contain: weights, data, room and permission to write, loggers.
+
+    Args:
+        parts: what `examine` built.
+    """
+    yield from check_weights(recipe, parts)
+    yield from check_data(recipe, parts)
+    yield from check_storage(recipe, parts)
+    yield from check_loggers(recipe, parts)
+
+
+@collected
 def check_storage(recipe: Recipe, parts: Components) -> Iterator[Result]:
-    """Who the run folder belongs to, whether it can be written, and whether the checkpoints fit its file system."""
+    """Check who the run folder belongs to, whether it can be written, and whether the checkpoints fit its file system."""
     folder = Path(recipe.run_folder)
     if (problem := why_not_writable(folder)) is not None:
         yield failed(f"run_folder: {folder} cannot be written: {problem}. Set run_folder to another place.")
         return
 
-    def whose() -> Iterator[Result]:
+    try:
         fact = "holds this run, which goes on" if holds_run(recipe, folder) else "is free and can be written"
         yield passed("run_folder", f"{folder} {fact}")
-
-    yield from guarded(whose())
+    except UserError as error:
+        yield from map(failed, problems_of(error))
     if parts.problems:
         yield skipped("disk", "names and arguments must be right first")
     else:
-        yield from guarded(_check_room(recipe, folder))
+        yield from _check_room(recipe, folder)
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest of its parents that is there."""
+    """Return the folder, or the nearest of its parents that is there."""
     absolute = folder.absolute()
     return next(path for path in (absolute, *absolute.parents) if path.exists())
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Makes a file in a folder, or in the nearest parent that is there, and deletes it again; returns why that fails, or None."""
+    """Make a file in a folder, or in the nearest parent that is there, and delete it; return why that fails, or None."""
     parent = _existing(folder)
     if not parent.is_dir():
         return f"{parent} is a file"
@@ -66,7 +80,7 @@ def why_not_writable(folder: Path) -> str | None:
 
 
 def checkpoints_to_keep(recipe: Recipe) -> int | None:
-    """How many checkpoints lie on the disk at most: one more than are kept, while it is written. None if that can't be known."""
+    """Return how many checkpoints lie on the disk at most, one being written included; None if that can't be known."""
     keep = recipe.save_num_checkpoints_to_keep
     if keep >= 0:
         return max(keep, 1) + 1
@@ -81,6 +95,7 @@ def checkpoints_to_keep(recipe: Recipe) -> int | None:
     return math.ceil(duration.value / interval.value) if interval.unit == duration.unit else None
 
 
+@collected
 def _check_room(recipe: Recipe, folder: Path) -> Iterator[Result]:
     count = checkpoints_to_keep(recipe)
     if count is None:
@@ -112,8 +127,9 @@ def _check_room(recipe: Recipe, folder: Path) -> Iterator[Result]:
 FOREIGN_MEMORY = 2e9  # bytes in use on a GPU that cannot be this process's own context
 
 
+@collected
 def check_gpus(recipe: Recipe, algorithms: Iterable[Any], local_ranks: int, num_ranks: int) -> Iterator[Result]:
-    """Number, precision and free memory of the GPUs of this node.
+    """Check number, precision and free memory of the GPUs of this node.
 
     Args:
         algorithms: of the run.
@@ -156,14 +172,16 @@ def check_gpus(recipe: Recipe, algorithms: Iterable[Any], local_ranks: int, num_
 TIMEOUT = 5.0  # seconds for a host to answer
 
 
+@collected
 def check_loggers(recipe: Recipe, parts: Components) -> Iterator[Result]:
-    """Whether what metrics are sent to is installed, writable, logged in and reachable."""
+    """Check whether what metrics are sent to is installed, writable, logged in and reachable."""
     checks = {"wandb": _check_wandb, "mlflow": _check_mlflow, "tensorboard": _check_tensorboard}
     for name, arguments in entries(recipe.loggers, "loggers"):
         if name in checks and not parts.is_wrong(f"loggers.{name}"):
-            yield from guarded(checks[name](arguments))
+            yield from checks[name](arguments)
 
 
+@collected
 def _check_wandb(arguments: dict[str, Any]) -> Iterator[Result]:
     if not _installed("wandb"):
         yield failed("loggers.wandb: wandb is not installed; `uv pip install wandb`, or set loggers.wandb=false.")
@@ -178,7 +196,7 @@ def _check_wandb(arguments: dict[str, Any]) -> Iterator[Result]:
         )
         return
     host = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(host):
+    if not os.environ.get("WANDB_API_KEY") and get_netrc_auth(host) is None:
         yield failed("loggers.wandb: there is no API key; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline.")
     elif (reason := _silence(host)) is not None:
         yield failed(f"loggers.wandb: {host} does not answer ({reason}); set WANDB_MODE=offline and `wandb sync` later.")
@@ -186,6 +204,7 @@ def _check_wandb(arguments: dict[str, Any]) -> Iterator[Result]:
         yield passed("loggers.wandb", f"{host} answers, and there is an API key")
 
 
+@collected
 def _check_mlflow(arguments: dict[str, Any]) -> Iterator[Result]:
     if not _installed("mlflow"):
         yield failed("loggers.mlflow: mlflow is not installed; `uv pip install 'mlflow<3'`, or set loggers.mlflow=false.")
@@ -210,6 +229,7 @@ def _check_mlflow(arguments: dict[str, Any]) -> Iterator[Result]:
         yield passed("loggers.mlflow", f"the store {shown or './mlruns'} can be used")
 
 
+@collected
 def _check_tensorboard(arguments: dict[str, Any]) -> Iterator[Result]:
     folder = Path(arguments.get("log_dir") or "tensorboard_logs")
     if not _installed("tensorboard"):
@@ -221,7 +241,7 @@ def _check_tensorboard(arguments: dict[str, Any]) -> Iterator[Result]:
 
 
 def _unusable_store(uri: str) -> str | None:
-    """Why a store on this machine, or a database, cannot be read and written; None if it can, or is still to be made."""
+    """Return why a store on this machine, or a database, cannot be used; None if it can, or is still to be made."""
     file = re.fullmatch(r"sqlite:///(.*?)(\?.*)?", uri)
     place = Path(file[1] if file else uri.removeprefix("file://") or "mlruns")
     if (file or "://" not in uri.removeprefix("file://")) and (problem := why_not_writable(place.parent if file else place)):
@@ -241,15 +261,8 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _in_netrc(host: str) -> bool:
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlparse(host).hostname or host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 def _silence(address: str) -> str | None:
-    """Why a host does not answer; None if it does, whatever it says."""
+    """Return why a host does not answer; None if it does, whatever it says."""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT).close()
     except urllib.error.HTTPError:

@@ -1,0 +1,337 @@
+"""Encoders of transformers: of text, frozen or trained along, with their tokenizers, and of images, as frozen teachers."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from prx_composer.models.autoencoder import Pixels
+from prx_composer.models.huggingface import (
+    Frozen,
+    UnknownConfiguration,
+    attend_without_reading,
+    known_config,
+    load_config,
+    makes_no_storage,
+    random_config,
+    says_how_to_get,
+)
+from prx_composer.models.layers import cached_tensor
+from prx_composer.models.prompts import CaptionCounts, Cleaning, Reading, cleaned, readings, with_cleaning
+
+# Encoder-only classes, so that a decoder's weights are never loaded only to be thrown away.
+_ENCODER_CLASSES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "t5gemma": "T5GemmaEncoderModel", "clip": "CLIPTextModel"}
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerBase:
+    """Return a word-level tokenizer of these captions: lower-cased words and punctuation, then an end token.
+
+    The end token makes the empty caption one real token long, which is what the unconditional branch attends to.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(captions, trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
+    )
+
+
+def load_tokenizer(name_or_folder: str, revision: str | None = None, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """Return a tokenizer by hub id or folder; one without a padding token pads with its end token."""
+    with says_how_to_get(name_or_folder):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_folder, revision=revision, local_files_only=local_files_only, trust_remote_code=False
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _text_tower(model: nn.Module) -> nn.Module:
+    """Return the part of a multimodal or encoder-decoder model that reads text."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model.get_encoder()  # pyright: ignore[reportCallIssue]
+    if hasattr(model, "vision_model") or hasattr(model, "visual"):
+        return getattr(model, "language_model", None) or model.text_model  # pyright: ignore[reportReturnType]
+    return model
+
+
+def _pretrained_encoder(name: str, revision: str | None) -> nn.Module:
+    with says_how_to_get(name):
+        hf_config = load_config(name, revision)
+        cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), AutoModel)
+        extra: dict[str, Any] = {"trust_remote_code": False}
+        if hf_config.model_type == "t5gemma":  # diffusers' own PRX folders have the inner encoder's names
+            extra |= {"is_encoder_decoder": False, "key_mapping": {r"^(embed_tokens|layers|norm)\.": r"encoder.\1."}}
+        return _text_tower(cls.from_pretrained(name, revision=revision, dtype=torch.float32, **extra))
+
+
+def random_encoder(hf_config: Any) -> nn.Module:
+    """Return the part of a network that reads text, with random weights, by the configuration of the whole network."""
+    cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), None)
+    if hf_config.model_type == "t5gemma":
+        hf_config.is_encoder_decoder = False
+    if cls is None:
+        return _text_tower(AutoModel.from_config(hf_config, trust_remote_code=False))
+    if not isinstance(hf_config, cls.config_class):  # of a network that also sees
+        hf_config = hf_config.get_text_config()
+    return _text_tower(cls(hf_config))
+
+
+class HuggingFaceTextEncoder(nn.Module):
+    """Turns captions into embeddings (B, T, C) and a mask (B, T).
+
+    Args:
+        tokenizer: from `load_tokenizer` or `train_tokenizer`.
+        pretrained: hub id or folder of the encoder.
+        config: transformers configuration of an encoder with random weights instead: `model_type` and its arguments.
+        max_tokens: captions are cut and padded to this many tokens.
+        trainable: train it with the backbone (its weights are then in checkpoints); else it is frozen and left out.
+        dtype: storage dtype of a frozen encoder.
+        revision: of `pretrained`.
+        clean: what captions and prompts go through first: nothing, "prx" (the rules of the released PRXPipeline: lower case, no
+            brackets, long numbers, addresses …) or "basic" (PRXPixelPipeline's: HTML entities and broken encodings).
+
+    Raises:
+        ValueError: neither or both of `pretrained` and `config`; an embedding table smaller than the vocabulary.
+        OSError: weights that cannot be had (missing, gated, offline).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        max_tokens: int = 256,
+        trainable: bool = False,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        revision: str | None = None,
+        clean: Cleaning = "none",
+    ):
+        super().__init__()
+        if (pretrained is None) == (config is None):
+            raise ValueError("text_encoder needs either `pretrained` (hub id or folder) or `config` (random weights).")
+        self.tokenizer = with_cleaning(tokenizer, clean)
+        self.max_tokens = max_tokens
+        self.trainable = trainable
+        self.null_input_ids: Tensor
+        self.null_attention_mask: Tensor
+        if pretrained is not None:
+            encoder = _pretrained_encoder(pretrained, revision)
+        else:
+            encoder = random_encoder(random_config(config or {}, vocab_size=len(tokenizer)))
+        attend_without_reading(encoder)
+        vocabulary = encoder.get_input_embeddings().num_embeddings  # pyright: ignore[reportCallIssue]
+        if vocabulary < len(tokenizer):
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens but the text encoder only {vocabulary} embeddings; "
+                "set model.text_encoder.tokenizer to the encoder's own, or leave vocab_size out of its config."
+            )
+        hf_config: Any = encoder.config
+        hf_config = getattr(hf_config, "encoder", hf_config)  # T5Gemma's configuration holds two
+        self.hidden_size = int(hf_config.hidden_size)
+        if trainable:
+            self.encoder = encoder
+        else:
+            self._frozen = Frozen(encoder, getattr(torch, dtype))
+        null = self.tokenize([""])
+        self.register_buffer("null_input_ids", null["input_ids"], persistent=False)
+        self.register_buffer("null_attention_mask", null["attention_mask"], persistent=False)
+
+    @property
+    def network(self) -> nn.Module:
+        """The module of transformers, trained or frozen."""
+        return self.encoder if self.trainable else self._frozen.module
+
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        """Return `input_ids` int64 and `attention_mask` bool, both (B, max_tokens)."""
+        return tokenize(self.tokenizer, texts, self.max_tokens)
+
+    def readings(self, texts: list[str]) -> list[Reading]:
+        """Return what `tokenize` leaves of each text."""
+        return readings(self.tokenizer, texts, self.max_tokens)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return embeddings (B, T, hidden_size), fp32 outside of autocast, of token ids and a mask, both (B, T)."""
+        if self.trainable:
+            return self.encoder(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
+        with torch.no_grad():
+            encoder = self._frozen.on(input_ids.device)
+            return encoder(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state.float()
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int, counts: CaptionCounts | None = None
+) -> dict[str, Tensor]:
+    """Return `input_ids` int64 and `attention_mask` bool, both (B, max_tokens), of captions, cleaned as the tokenizer says.
+
+    Args:
+        counts: is told how many were cut.
+    """
+    texts = cleaned(tokenizer, texts)
+    tokens: Any = tokenizer(
+        texts,
+        padding="max_length",
+        max_length=max_tokens,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    if counts is not None:
+        counts.add(tokenizer, texts, tokens)
+    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"].bool()}
+
+
+# ------------------------------------------------------------------------------------------------------- images
+
+
+_VISION_CLASSES = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}  # image towers of models that also read text
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """Says which vision encoder a teacher is.
+
+    Args:
+        pretrained: hub id or folder.
+        config: transformers configuration of one with random weights instead: `model_type` and its settings.
+        revision: of `pretrained`.
+        dtype: storage dtype of the weights; bfloat16 halves the memory and, without autocast, the time.
+        compile: `torch.compile` it, one graph for every image size that it sees.
+
+    Raises:
+        ValueError: neither or both of `pretrained` and `config`.
+    """
+
+    pretrained: str | None = None
+    config: dict[str, Any] | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.pretrained is None) == (self.config is None):
+            raise ValueError("a teacher needs either `pretrained` (hub id or folder) or `config` (random weights).")
+
+
+@cached_tensor
+def _resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
+    """Return what torch's antialiased bicubic interpolation does to one side, as a matrix (target, source)."""
+    with torch.inference_mode(False), torch.no_grad():
+        identity = torch.eye(source)[None, None]
+        return F.interpolate(identity, (target, source), mode="bicubic", antialias=True)[0, 0].to(device)
+
+
+def resize_antialiased(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize (B, C, H, W) to (B, C, height, width), bicubic and antialiased; return the same tensor if nothing changes.
+
+    It is two matrix products, since the backward pass of `interpolate` adds up in no fixed order on a GPU.
+    """
+    if image.shape[-2:] == (height, width):
+        return image
+    rows = _resize_matrix(image.shape[-2], height, image.device)
+    columns = _resize_matrix(image.shape[-1], width, image.device)
+    with torch.autocast(image.device.type, enabled=False):
+        return rows @ image.float() @ columns.mT
+
+
+class VisionEncoder:
+    """Patch features of a frozen vision encoder (DINOv2, DINOv3, SigLIP, CLIP, ViT …). Not a module: no checkpoint has it.
+
+    On the meta device it is made from its configuration, if that is known here: nothing is loaded or downloaded.
+
+    Args:
+        spec: which one, or its hub id or folder.
+
+    Raises:
+        ValueError: a configuration without patches.
+        OSError: weights that cannot be had (missing, gated, offline).
+    """
+
+    def __init__(self, spec: TeacherSpec | str):
+        spec = TeacherSpec(pretrained=spec) if isinstance(spec, str) else spec
+        on_meta = makes_no_storage()
+        if on_meta and spec.pretrained is not None:
+            known = known_config(spec.pretrained, spec.revision)
+            if known is None:
+                raise UnknownConfiguration(spec.pretrained)
+            spec = TeacherSpec(config=known, dtype=spec.dtype)
+        if spec.pretrained is not None:
+            self.name = spec.pretrained
+            with says_how_to_get(spec.pretrained):
+                config = load_config(spec.pretrained, spec.revision)
+                cls = getattr(transformers, _VISION_CLASSES.get(config.model_type, "AutoModel"))
+                module = cls.from_pretrained(
+                    spec.pretrained, revision=spec.revision, dtype=torch.float32, trust_remote_code=False
+                )
+                processor = _image_processor(spec.pretrained, spec.revision)
+        else:
+            config, processor = random_config(spec.config or {}), {}
+            if on_meta:
+                config = getattr(config, "vision_config", config)  # of a model that also reads text
+            module: Any = AutoModel.from_config(config, trust_remote_code=False)
+            self.name = f"random {config.model_type}"
+        patch_size = getattr(module.config, "patch_size", None)
+        if not isinstance(patch_size, int):
+            raise ValueError(f"{self.name} is no vision transformer with square patches (patch_size is {patch_size}).")
+        self.patch_size = patch_size
+        self.hidden_size = int(module.config.hidden_size)
+        self._dtype = getattr(torch, spec.dtype)
+        self._frozen = Frozen(module, self._dtype)
+        self._run: Any = torch.compile(module, dynamic=False) if spec.compile and not on_meta else module
+        self._mean = torch.tensor(processor.get("image_mean") or IMAGENET_MEAN)[:, None, None]
+        self._std = torch.tensor(processor.get("image_std") or IMAGENET_STD)[:, None, None]
+        takes = inspect.signature(module.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
+
+    @property
+    def module(self) -> nn.Module:
+        """The module of transformers."""
+        return self._frozen.module
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return features of the patches, without class and register tokens; gradients flow to the image.
+
+        Args:
+            image: (B, 3, H, W) in [−1, 1] (values outside are kept), H and W divisible by `patch_size`.
+
+        Returns:
+            (B, H/p, W/p, hidden_size), fp32.
+        """
+        mean, std = self._mean.to(image.device), self._std.to(image.device)
+        rows, columns = image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
+        normalised = ((image.float() + 1) / 2 - mean) / std
+        self._frozen.on(image.device)
+        tokens = self._run(pixel_values=normalised.to(self._dtype), **self._options).last_hidden_state
+        return tokens[:, -rows * columns :].float().unflatten(1, (rows, columns))  # what comes before are prefix tokens
+
+
+def _image_processor(name: str, revision: str | None) -> dict[str, Any]:
+    """Return the settings that images are prepared with; none if a folder holds weights alone."""
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    try:
+        return BaseImageProcessor.get_image_processor_dict(name, revision=revision)[0]
+    except OSError:
+        return {}
+
+
+@torch.no_grad()
+def teacher_features(teacher: VisionEncoder, batch: Mapping[str, Any], rows: int, columns: int) -> Tensor:
+    """Return features (B, rows · columns, C) of a batch's images, resized so that its patches are the backbone's tokens."""
+    image = resize_antialiased(Pixels().encode(batch["image"]), rows * teacher.patch_size, columns * teacher.patch_size)
+    return teacher(image).flatten(1, 2)

@@ -1,0 +1,228 @@
+"""Numbers of a recipe that must fit one another: times the length of the run, batches the ranks, image sizes the patches."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
+
+from prx_composer.common.errors import Problems, UserError
+from prx_composer.schedule.moments import BUDGET, SECONDS, Moment, Point, names_budget, parse_duration
+
+Values = Mapping[str, Any]
+
+STAGES = "algorithms.progressive_resolution.stages"
+
+
+def stages_of(values: Values) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return path and keys of what the loader begins with, and of every stage."""
+    spec = values.get("algorithms", {}).get("progressive_resolution")
+    listed = spec.get("stages") if isinstance(spec, dict) else None
+    stages = [(f"{STAGES}[{index}].", stage) for index, stage in enumerate(listed if isinstance(listed, list) else [])]
+    return [("", values), *((path, stage) for path, stage in stages if isinstance(stage, Mapping))]
+
+
+def strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yield every string in a value of a recipe, with its path."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from strings(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from strings(item, f"{path}[{index}]")
+
+
+# ------------------------------------------------------------------------------------------------------------------------- times
+
+
+def time_problems(values: Values) -> list[str]:
+    """Return what is wrong with durations and intervals, and with the budget."""
+    problems, num_stages = list[str](), len(stages_of(values)) - 1
+    texts = [text for key in ("scheduler", "algorithms", "callbacks") for text in strings(values.get(key), key)]
+    times = {key: values[key] for key in ("save_interval", "max_duration", "eval_interval", "time_budget") if key in values}
+    times |= {f"scheduler.{key}": text for key, text in values.get("scheduler", {}).items() if key.startswith("t_")}
+    for path, text in times.items():
+        try:
+            _check_time(path, text, num_stages)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+    if times.get("time_budget", "1h") is None and (parts := [(path, text) for path, text in texts if names_budget(text)]):
+        path, text = parts[0]
+        problems.append(f"{path}: {text} is a part of the time budget, and the recipe has none; set time_budget=24h, say.")
+    return problems
+
+
+def _check_time(path: str, text: Any, num_stages: int) -> None:
+    """Raise ValueError for what is no time, or none that can stand at that path."""
+    if path == "save_interval":
+        Point.parse_interval(text)
+        return
+    if path == "time_budget":
+        if text is not None and parse_duration(text) <= 0:
+            raise ValueError("a budget must be more than nothing.")
+        return
+    if path.startswith("scheduler."):
+        Moment(text)
+        return
+    given = str(text).strip()
+    point = Point.parse(given.removeprefix("-"))
+    unit, is_length = point.unit, path == "max_duration"
+    if is_length and unit not in ("ba", "ep", "sp"):
+        hours = (
+            " For a length in hours, give it as time_budget, and a max_duration that is long enough." if unit == SECONDS else ""
+        )
+        raise ValueError(f"{text} must be a number of batches, epochs or samples, such as 1000ba.{hours}")
+    if unit == "tok":
+        raise ValueError(f"{text}: images have no tokens to count; use ba, ep, sp or dur.")
+    if point.value <= 0 or given.startswith("-"):
+        raise ValueError(f"{text} must be positive, such as {'1000ba or 3ep' if is_length else '0.25dur'}.")
+    if unit == BUDGET:
+        raise ValueError(f"{text}: evaluation comes at batches, epochs, samples, times or parts of the run; use 0.1dur, say.")
+    if is_length and unit == "ep" and num_stages > 1:
+        raise ValueError(f"{text} cannot be in epochs with {STAGES}, whose switch begins one; use ba.")
+
+
+# Composer's schedulers, which compare two times in one unit. `warmup_stable_decay` takes `Moment`s, each of which knows its own.
+_AS_OURS = {
+    "constant_with_warmup": "decay: 0",
+    "cosine_with_warmup": "decay: 1, shape: cosine",
+    "linear_decay_with_warmup": "decay: 1, shape: linear",
+}
+_COUNTED = {"ba": "batches", "sp": "samples", "ep": "epochs", "dur": "parts of max_duration"}
+
+
+def schedule_problems(values: Values, batches_per_epoch: float | None = None) -> list[str]:
+    """Return what is wrong with the times of the scheduler: what Composer cannot compare, or the run never reaches.
+
+    Args:
+        values: keys of a recipe whose times are times.
+        batches_per_epoch: if it is known; without it epochs are compared with epochs alone.
+    """
+    scheduler, path = values["scheduler"], "scheduler.t_warmup"
+    given = values["max_duration"], scheduler.get("t_warmup"), scheduler.get("t_max", "1dur"), values["time_budget"]
+    total, warmup, t_max, budget = map(_point, given)
+    if total is None or total.value <= 0 or warmup is None:
+        return []  # said elsewhere
+    # Samples are a number of batches if all are of one size.
+    batch_size = None if values["algorithms"].get("progressive_resolution") else values["global_train_batch_size"]
+    if scheduler.get("name") in _AS_OURS and (problem := _not_comparable(values, warmup, t_max, total, batch_size)):
+        return [f"{path}: {problem}"]
+    key, length, whole = "max_duration", warmup.value, total.value
+    if warmup.unit == SECONDS:
+        key, whole = "time_budget", None if budget is None else budget.value
+    elif warmup.unit == "dur":
+        whole = 1.0
+    elif warmup.unit != total.unit:
+        length, whole = (_batches(point, batch_size, batches_per_epoch) for point in (warmup, total))
+    if length is None or whole is None or length <= whole:
+        return []
+    return [
+        f"{path}: {warmup.text} is longer than the run ({key}: {values[key]}), whose full learning rate would "
+        f"never be reached; give a shorter one, such as 0.1dur, or a longer {key}."
+    ]
+
+
+def _not_comparable(values: Values, warmup: Point, t_max: Point | None, total: Point, batch_size: int | None) -> str | None:
+    """Return why a scheduler of Composer's cannot compare its warm-up with its end, if it cannot."""
+    scheduler = values["scheduler"]
+    name = scheduler["name"]
+    ours = f"or 'scheduler={{name: warmup_stable_decay, t_warmup: {warmup.text}, {_AS_OURS[name]}}}', which takes any time"
+    if warmup.unit in (SECONDS, BUDGET, "tok", "iter"):
+        return f"{name} counts batches, samples, epochs or dur, not {warmup.text}; give such as 0.05dur, {ours}."
+    unit, against = (_composers_unit(point or warmup, total) for point in (warmup, t_max))
+    if unit == against:
+        return None
+    instead = "a part of the run such as 0.05dur"
+    if batch_size is not None and (warmup.unit, against) == ("sp", "ba"):
+        instead = f"{max(math.ceil(warmup.value / batch_size), 1)}ba"
+    elif batch_size is not None and (warmup.unit, against) == ("ba", "sp"):
+        instead = f"{int(warmup.value) * batch_size}sp"
+    key = "scheduler.t_max" if "t_max" in scheduler else "max_duration"
+    return (
+        f"{warmup.text} is counted in {_COUNTED[warmup.unit]}, and {key}: {scheduler.get('t_max', values['max_duration'])} in "
+        f"{_COUNTED[against]}, which {name} cannot compare; give {instead}, {ours}."
+    )
+
+
+def _point(text: Any) -> Point | None:
+    try:
+        return Point.parse(str(text))
+    except ValueError:
+        return None
+
+
+def _composers_unit(point: Point, total: Point) -> str:
+    """Return the unit in which Composer compares a point: parts of the run are of its unit, and epochs become batches."""
+    unit = total.unit if point.unit == "dur" else point.unit
+    return "ba" if unit == "ep" else unit
+
+
+def _batches(point: Point, batch_size: int | None, batches_per_epoch: float | None) -> float | None:
+    """Return how many batches it lasts; None if that isn't known."""
+    if point.unit == "sp":
+        return None if batch_size is None else point.value / batch_size
+    if point.unit == "ep":
+        return None if batches_per_epoch is None else point.value * batches_per_epoch
+    return point.value if point.unit == "ba" else None
+
+
+# ------------------------------------------------------------------------------------------------------------------ sizes
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_batch_sizes(path: str, global_batch_size: int, microbatch_size: int, num_ranks: int) -> None:
+    """Raise UserError, naming the YAML path, unless the batch divides into ranks and whole microbatches."""
+    if min(global_batch_size, microbatch_size) < 1:
+        raise UserError(f"{path}global_train_batch_size and device_train_microbatch_size must be at least 1.")
+    if global_batch_size % num_ranks:
+        raise UserError(
+            f"{path}global_train_batch_size: {global_batch_size} does not divide over {num_ranks} ranks; "
+            f"try {max(global_batch_size // num_ranks, 1) * num_ranks}."
+        )
+    device_batch_size = global_batch_size // num_ranks
+    if device_batch_size % microbatch_size:
+        fitting = max(d for d in range(1, microbatch_size + 1) if device_batch_size % d == 0)
+        raise UserError(
+            f"{path}device_train_microbatch_size: {microbatch_size} does not divide the device batch "
+            f"{global_batch_size} / {num_ranks} ranks = {device_batch_size}; try {fitting}."
+        )
+
+
+def batch_problems(values: Values, num_ranks: int) -> list[str]:
+    """Return what doesn't divide, of training and of evaluation; what is no number is left to who checks types."""
+    problems = Problems()
+    for path, stage in stages_of(values):
+        batch, microbatch = stage.get("global_train_batch_size"), stage.get("device_train_microbatch_size")
+        if _is_count(batch):
+            microbatch = max(batch // num_ranks, 1) if microbatch is None else microbatch
+            with problems.noted():
+                check_batch_sizes(path, batch, microbatch if _is_count(microbatch) else 1, num_ranks)
+    size = values.get("global_eval_batch_size") or values.get("global_train_batch_size")
+    if values.get("eval_loader") is not None and size is not None:
+        with problems.noted():
+            if size < 1:
+                raise UserError(f"global_eval_batch_size: {size} must be at least 1.")
+            check_batch_sizes("global_eval_batch_size as ", size, size // num_ranks or 1, num_ranks)
+    return list(dict.fromkeys(problems.found))
+
+
+def image_size_problems(values: Values, patch_size: int, downsampling: int) -> list[str]:
+    """Return the image sizes that the model cannot cut into patches."""
+    multiple = patch_size * downsampling
+    by = f" × autoencoder downsampling {downsampling}" if downsampling > 1 else ""
+    sizes = [(path, stage.get("image_size")) for path, stage in stages_of(values)]
+    return [
+        f"{path}image_size: {size} is not divisible by model.backbone.patch_size {patch_size}{by}; "
+        f"try {max(round(size / multiple), 1) * multiple}."
+        for path, size in sizes
+        if _is_count(size) and (size < 1 or size % multiple)
+    ]
+
+
+def downsampling_of(config: Mapping[str, Any]) -> int | None:
+    """Return image side / latent side of a diffusers autoencoder; None if its configuration doesn't say."""
+    stages = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    return None if stages is None else 2 ** (len(stages) - 1)
