@@ -19,7 +19,7 @@ from prx_composer.common.errors import Problems, UserError, at_path, listed
 from prx_composer.models.flow import ClassifierFreeGuidance, RoutedSelfGuidance
 from prx_composer.models.layers import merge_adapters
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.arguments import build, check_spec, check_type, entries, provided_by
+from prx_composer.recipe.arguments import build, check_component, check_type, entries, provided_by, split
 from prx_composer.recipe.checks import OF_MODELS
 from prx_composer.recipe.config import Recipe, without_code
 from prx_composer.recipe.consistency import stages_of
@@ -106,7 +106,8 @@ def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
         index = located.checkpoint.index()
         saved_recipe = index["recipe"]
         recipe = without_code(_as_recipe(saved_recipe, located.path), index, located.path)
-    check_spec(registry.models, recipe.model, f"{located.path}: recipe.model", OF_MODELS, frozenset({"init_from"}))
+    path = f"{located.path}: recipe.model"
+    check_component(registry.models, *split(recipe.model, path), path, *OF_MODELS)
     state = read_checkpoint(located.checkpoint)
     if weights == "ema" and not state.average:
         raise UserError(

@@ -77,8 +77,6 @@ def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Itera
         yield from _try_out(recipe, parts, num_ranks)
     elif step:
         yield skipped("step", "what is wrong above must be mended first")
-    elif step:
-        yield from guarded(_try_out(recipe, parts, num_ranks))
 
 
 @collected

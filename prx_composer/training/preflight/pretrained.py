@@ -24,7 +24,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.format import MANIFEST, Manifest, open_local
 from prx_composer.models.encoders import TeacherSpec, load_tokenizer, tokenize, train_tokenizer
-from prx_composer.models.prompts import CaptionCounts, clean_caption, with_cleaning
+from prx_composer.models.prompts import CaptionCounts, cleaner, with_cleaning
 from prx_composer.recipe.arguments import data_sets, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.checkpoints import newest_checkpoint
@@ -273,7 +273,7 @@ def check_captions(recipe: Recipe, parts: Components) -> Iterator[Result]:
         return
     own = not isinstance(encoder.get("tokenizer", encoder.get("pretrained")), str)
     cleaning = encoder.get("clean", "none")
-    tokenizer = _tokenizer(recipe, encoder, [clean_caption(text, cleaning) for text in captions])
+    tokenizer = _tokenizer(recipe, encoder, list(map(cleaner(cleaning), captions)))
     if tokenizer is None:
         yield skipped("train_loader: captions", "their tokenizer is not on this machine")
         return
