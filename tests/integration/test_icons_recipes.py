@@ -19,6 +19,7 @@ SMALL = (
     "train_loader.num_workers=0", "global_train_batch_size=32", "global_eval_batch_size=16", "scheduler.t_warmup=1ba",
     "algorithms.progressive_resolution.stages[0].global_train_batch_size=32",
     "algorithms.progressive_resolution.stages[1].global_train_batch_size=32",
+    "algorithms.progressive_resolution.stages[1].device_train_microbatch_size=16",
     "callbacks.images.num_inference_steps=1", "callbacks.icons_score.num_inference_steps=2", "progress_bar=false",
 )  # fmt: skip
 SCORES = [f"{name}_accuracy{top}" for name in ("heldout", "trained", "other_style", "chance") for top in ("", "/top5")]
