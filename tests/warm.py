@@ -5,10 +5,7 @@
 the fork's deputy: it passes signals on, its death kills the fork and its children, and it ends as the fork ended. In a fork
 `sys.executable` is the small `python`, so that what starts processes itself, as the benchmarks do, starts forks too.
 
-Several ranks are real processes always.
-
-They are there where WARM_COMMANDS is set, for somebody who waits for the tests. CI starts real processes: in a fork a loader has
-been seen to hang, for a reason that is mended since, and they are to prove themselves first.
+With WARM_COMMANDS=0 all of them are real processes: the same tests, three times as long.
 
 What differs from a process of its own: modules are imported already (what is read of the environment at an import is the
 server's), hashes of strings are the same in all forks, and the parent of a fork is none of the test's processes. Tests of these
@@ -50,8 +47,6 @@ def deputy(address: str, program: str, arguments: list[str], real: str) -> None:
     """
     rest = [a for a in arguments if a != "-u"]
     script = bool(rest) and not rest[0].startswith("-")
-    if program == "composer" and "-n" in rest:  # what several ranks do is worth real processes
-        os.execv(os.path.join(os.path.dirname(real), program), [program, *arguments])
     if program == "python" and not script and not (rest[:1] == ["-m"] and rest[1].startswith(WARM_MODULES)):
         os.execv(real, [real, *arguments])
     connection = socket.socket(socket.AF_UNIX)
@@ -102,7 +97,7 @@ deputy({address!r}, {program!r}, sys.argv[1:], {real!r})
 
 def open_folder() -> None:
     """Fork a server of this process as it is now, which should have one thread and have computed nothing."""
-    if sys.platform != "linux" or not os.environ.get("WARM_COMMANDS"):
+    if sys.platform != "linux" or os.environ.get("WARM_COMMANDS") == "0":
         return
     import tempfile
 
@@ -289,12 +284,14 @@ def _open_standard_streams() -> None:
     """Make them anew, for handlers of logs too, which libraries have bound to the streams of when they were imported."""
     import logging
 
+    before = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
     for handler in {handler for logger in loggers for handler in logger.handlers}:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+        # Not one that has no stream yet: torch's handler for traces would take ours for its file, and close it.
+        if isinstance(handler, logging.StreamHandler) and handler.stream in before:
             handler.setStream(sys.stderr)
 
 
