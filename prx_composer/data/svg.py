@@ -104,6 +104,6 @@ def render(body: str, box: Box, size: int, background: str = "white", supersampl
         raise
     except BaseException as error:  # a panic of Rust's is no Exception
         raise SVGError("cannot be drawn") from error
-    if all(low == high for low, high in drawn.getextrema()):
+    if drawn.getcolors(1):  # None if there are more
         raise SVGError("is blank")
     return drawn.resize((size, size), Image.Resampling.LANCZOS)
