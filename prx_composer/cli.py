@@ -13,8 +13,19 @@ import typer
 import typer.core
 from typer import Argument, Option
 
-from prx_composer.commands import convert, data, encode, evaluate, export, generate, plan, report
-from prx_composer.commands.options import RecipeArgument, command, show_log
+from prx_composer.commands import (
+    RecipeArgument,
+    command,
+    convert,
+    data,
+    encode,
+    evaluate,
+    export,
+    generate,
+    plan,
+    report,
+    show_log,
+)
 from prx_composer.common.errors import UserError
 
 # What is imported here imports neither torch nor Composer before its verb is called: `prx --help` answers at once.

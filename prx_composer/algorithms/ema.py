@@ -105,7 +105,7 @@ class AverageState(Callback):
         self._loaded = True
 
     def kept_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name the tensors that no checkpoint is written of unless they are finite; see `optim.finite.bad_state`."""
+        """Name the tensors that no checkpoint is written of unless they are finite; see `optim.bad_state`."""
         for name, tensor in self._average.average.items():
             yield f"the average of {name}", tensor
 

@@ -55,6 +55,9 @@ class GradientClipping(composer.algorithms.GradientClipping, Trick):
     def match(self, event: Event, state: State) -> bool:
         return super().match(event, state) and self.window.contains(state)
 
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        super().apply(event, state, logger)
+
 
 # --------------------------------------------------------------------------------------- steps that are not finite are skipped
 

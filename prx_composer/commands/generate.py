@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option, echo, progressbar
 
 from prx_composer import __version__
-from prx_composer.commands.options import (
+from prx_composer.commands import (
     CodeOption,
     ModelArgument,
     WeightsOption,

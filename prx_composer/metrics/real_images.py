@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from composer.utils import dist
@@ -106,7 +105,7 @@ def evenly(count: int, wanted: int | None) -> list[int]:
     """Return `wanted` of the numbers below `count`, evenly spaced; all, if there are fewer."""
     if wanted is None or wanted >= count:
         return list(range(count))
-    return [int(index) for index in np.arange(wanted) * count // wanted]
+    return [index * count // wanted for index in range(wanted)]
 
 
 def open_images(path: str, split: str, caption: str | None = None) -> ImageSet:
@@ -153,7 +152,7 @@ class Reference:
 
     @cached_property
     def within(self) -> float:
-        """The mean of the kernel among the features of length 1."""
+        """`mean_kernel` among the features of length 1."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return mean_kernel(self.unit.to(device))
 

@@ -1,6 +1,7 @@
 """Scores of drawn images: each metric by name, computed by all ranks together, and what the bundled data are judged by."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +130,7 @@ class Scorer:
             raise UserError(f"A distance needs at least two prompts, not {len(prompts)}.")
         if self.clip_score is not None:
             self.clip_score.say_what_is_cut(prompts)
-        made: dict[str, list[Tensor]] = {kind: [] for kind in self.extractors}
-        scores: list[Tensor] = []
+        made: dict[str, list[Tensor]] = defaultdict(list)
         mine = share(len(prompts))
         with returned_afterwards():
             for start in range(0, len(mine), batch_size):
@@ -139,19 +139,16 @@ class Scorer:
                 for kind, extractor in self.extractors.items():
                     made[kind].append(extractor(images))
                 if self.clip_score is not None:
-                    scores.append(self.clip_score(images, [prompts[index] for index in batch]))
-        features = {kind: gathered(torch.cat(rows), len(prompts)) for kind, rows in made.items()}
-        all_scores = gathered(torch.cat(scores), len(prompts)) if scores else None
+                    made["clip_score"].append(self.clip_score(images, [prompts[index] for index in batch]))
+        rows = {kind: gathered(torch.cat(parts), len(prompts)) for kind, parts in made.items()}
         found: dict[str, float] = {}
         if dist.get_global_rank() == 0:
             for name in self.metrics:
-                metric = METRICS[name]
-                if metric.kind == "score":
-                    assert all_scores is not None
-                    found[name] = float(all_scores.double().mean())
+                kind = METRICS[name].extractor
+                if METRICS[name].kind == "score":
+                    found[name] = float(rows[kind].double().mean())
                 else:
-                    kind = metric.extractor
-                    found[name] = _distance(name, features[kind].to(device), self.references[kind], device)
+                    found[name] = _distance(name, rows[kind].to(device), self.references[kind], device)
         return from_rank_zero(found)
 
 

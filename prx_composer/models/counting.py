@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -273,9 +274,9 @@ class _Step:
     @contextmanager
     def _hooked(self, parts: Mapping[str, nn.Module]) -> Iterator[None]:
         """Count forward passes of the parts as theirs, and note which of the backbone's blocks is at work."""
-        handles, opened = [], list[Any]()
+        handles, opened = list[Any](), list[Any]()
 
-        def enter(name: str) -> None:
+        def enter(name: str, *_: Any) -> None:
             opened.append(self._counted(name))
             opened[-1].__enter__()
 
@@ -283,24 +284,22 @@ class _Step:
             opened.pop().__exit__(None, None, None)
 
         for name, module in parts.items():
-            begin = module.register_forward_pre_hook(lambda *_, name=name: enter(name))
+            begin = module.register_forward_pre_hook(partial(enter, name))
             handles += [begin, module.register_forward_hook(leave)]
         for index, block in enumerate(blocks_of(self._model.backbone)):
-            handles += [
-                block.register_forward_pre_hook(lambda _, given, index=index: self._enter_block(index, given[0])),
-                block.register_forward_hook(lambda *_: self._leave_block()),
-            ]
+            begin = block.register_forward_pre_hook(partial(self._enter_block, index))
+            handles += [begin, block.register_forward_hook(self._leave_block)]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _enter_block(self, index: int, given: Tensor) -> None:
+    def _enter_block(self, index: int, _: nn.Module, given: tuple[Any, ...]) -> None:
         self._block = index
-        self._inputs.append(given.nbytes)
+        self._inputs.append(given[0].nbytes)
 
-    def _leave_block(self) -> None:
+    def _leave_block(self, *_: Any) -> None:
         self._block = None
 
     def _keep(self, tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-NAMED = 20  # prompts that are named; the others are counted
+_NAMED = 20  # prompts that are named; the others are counted
 _SHOWN = 60  # characters of a text
 
 
@@ -32,6 +32,11 @@ class Reading:
     tokens: int
     read: str | None = None
     unknown: tuple[str, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is read, and every word is known."""
+        return self.read is None and not self.unknown
 
 
 def readings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int) -> list[Reading]:
@@ -88,9 +93,9 @@ def what_is_lost(found: Sequence[Reading], max_tokens: int) -> list[str]:
     Args:
         found: of different prompts.
     """
-    partly = [one for one in found if one.read is not None or one.unknown]
-    said = [_said(one, max_tokens) for one in partly[:NAMED]]
-    if more := partly[NAMED:]:
+    partly = [one for one in found if not one.is_whole]
+    said = [_said(one, max_tokens) for one in partly[:_NAMED]]
+    if more := partly[_NAMED:]:
         cut = sum(one.read is not None for one in more)
         said.append(
             f"So it is with {len(more):,} more of {len(found):,} prompts: {cut:,} are cut, the others have unknown words."
@@ -102,16 +107,17 @@ def what_is_lost(found: Sequence[Reading], max_tokens: int) -> list[str]:
     same: dict[tuple[int, ...], list[Reading]] = defaultdict(list)
     for one in found:
         same[one.ids].append(one)
-    groups = [group for group in same.values() if len(group) > 1 and any(one.read is not None or one.unknown for one in group)]
-    for group in groups[:NAMED]:
+    groups = [group for group in same.values() if len(group) > 1 and not all(one.is_whole for one in group)]
+    for group in groups[:_NAMED]:
         names = ", ".join(_shown(one.text, from_end=one.read is not None) for one in group[:4])
         said.append(f"{len(group)} prompts are read alike and draw the same picture from the same seed: {names}.")
-    if more := groups[NAMED:]:
+    if more := groups[_NAMED:]:
         said.append(f"{len(more):,} more groups of prompts are read alike.")
     return said
 
 
 def _said(one: Reading, max_tokens: int) -> str:
+    """Return a sentence about a prompt that isn't read whole."""
     said = []
     if one.read is not None:
         read, last = one.read.strip(), one.read.strip()[-_SHOWN:]

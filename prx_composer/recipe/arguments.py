@@ -264,7 +264,7 @@ def check_type(value: Any, hint: Any, path: str, example: Any = None) -> None:
     if of is not None and isinstance(value, dict):
         check_arguments(of, value, path)
         return
-    if of is not None:
+    if of is not None and isinstance(value, list):
         _check_each([(f"[{index}]", element, of) for index, element in enumerate(value)], path)
         return
     expected = [_describe(option) for option in options]

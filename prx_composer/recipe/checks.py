@@ -68,9 +68,9 @@ def argument_problems(values: Values, imports: bool = True) -> list[str]:
     problems, filled = Problems(), provided_by(values)
     for key, components in BY_KEY.items():
         if values.get(key) is not None:
-            defaulted = () if key == "model" else filled
+            (provided, also), defaulted = _OF[key], () if key == "model" else filled
             with problems.noted():
-                check_component(components, *split(values[key], key), key, *_OF[key], defaulted, imports)
+                check_component(components, *split(values[key], key), key, provided, also, defaulted, imports)
     for kind, components in BY_NAME.items():
         for name, given in values.get(kind, {}).items():
             reserved = _OF_OURS if name in components.builtin else ()

@@ -86,10 +86,10 @@ def load(arguments: list[str], num_ranks: int = 1) -> Recipe:
     hints = typing.get_type_hints(Recipe)
     problems = Problems()
     values = {key: default for key, default in defaults.items() if key not in merged}
-    for key in map(str, merged):
+    keys = [str(key) for key in merged]
+    problems.found += [f"{key}: no such key in a recipe.{nearest(key, list(hints))}" for key in keys if key not in hints]
+    for key in (key for key in keys if key in hints):
         with problems.noted():
-            if key not in hints:
-                raise UserError(f"{key}: no such key in a recipe.{nearest(key, list(hints))}")
             value = _resolved(merged, key)
             check_type(value, hints[key], key, _EXAMPLES.get(key, defaults.get(key)))
             values[key] = value

@@ -5,15 +5,10 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from prx_composer.common.errors import UserError, problems_of, raise_all
 from prx_composer.recipe.checks import first_look
-from prx_composer.recipe.config import load
-
-if TYPE_CHECKING:
-    from prx_composer.recipe.config import Recipe
-
+from prx_composer.recipe.config import Recipe, load
 
 _NOT_YET = "– what only the components can tell: not checked here, because what is wrong above must be mended first"
 
@@ -31,7 +26,7 @@ def main(arguments: list[str]) -> int:
     return train.report(recipe)
 
 
-def read_recipe(arguments: list[str], num_ranks: int) -> "Recipe":
+def read_recipe(arguments: list[str], num_ranks: int) -> Recipe:
     """Read and merge a recipe, and check all that can be checked without torch and Composer.
 
     Raises:

@@ -153,6 +153,14 @@ class Components(ModelParts):
         patch_size, downsampling = getattr(self.backbone, "patch_size", None), self.downsampling
         return None if patch_size is None or downsampling is None else patch_size * downsampling
 
+    def prepare_data(self) -> None:
+        """Make what the recipe's sources make, and see that all of its data are there; raise UserError for what is not."""
+        for key in ("train_loader", "eval_loader"):
+            spec = getattr(self.recipe, key)
+            make_data(spec, key)
+            if spec and spec["name"] == "image_caption":
+                read_manifests(spec, key)
+
     @cached_property
     def stages(self) -> list[PlannedStage]:
         return planned_stages(self.recipe, list(self.algorithms.values()), self.num_ranks)
@@ -250,12 +258,3 @@ def read_manifests(spec: dict[str, Any], key: str) -> None:
         for part in data_sets(spec).values():
             if not part.get("remote"):
                 read_manifest(part["path"], part.get("split", "train"), part.get("captions"))
-
-
-def make_recipe_data(recipe: Recipe) -> None:
-    """Make what a recipe's sources make, and see that all of its data are there. Raise UserError as the functions above."""
-    for key in ("train_loader", "eval_loader"):
-        spec = getattr(recipe, key)
-        make_data(spec, key)
-        if spec and spec["name"] == "image_caption":
-            read_manifests(spec, key)

@@ -43,7 +43,7 @@ from prx_composer.runs.pretrained_models import initialise
 from prx_composer.runs.weights import not_finite_in
 from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, time_budget_of, with_rehearsal
 from prx_composer.schedule.moments import duration_string, for_composer, parse_duration
-from prx_composer.training.components import Components, make_recipe_data
+from prx_composer.training.components import Components
 from prx_composer.training.preflight import failed, require
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.examine import examine
@@ -150,14 +150,14 @@ def _prepare(recipe: Recipe, checked: Components) -> GoingOn:
     with _raised_on_every_rank():
         if dist.get_global_rank() == 0:
             if recipe.preflight:
-                require(check_surroundings(recipe, checked))
+                require(check_surroundings(checked))
             check_run_folder(recipe, folder)
-            make_recipe_data(recipe)
+            checked.prepare_data()
         found = going_on(recipe, folder, not_finite_in) if dist.get_global_rank() == 0 else GoingOn()
     if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:  # nothing to do unless this node has disks of its own
         if recipe.preflight:
-            require(check_data(recipe, checked))
-        make_recipe_data(recipe)
+            require(check_data(checked))
+        checked.prepare_data()
     return from_rank_zero(found)
 
 
@@ -220,9 +220,9 @@ def _build(recipe: Recipe, found: GoingOn, on_gpu: bool) -> Trainer:
 def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback], saved: dict[str, Any]) -> list[Callback]:
     """Return the recipe's callbacks between those that every run has: the clock comes first, checkpoints come after the guard."""
     folder = Path(recipe.run_folder)
+    save_when = with_rehearsal(due_every(recipe.save_interval))
     seconds = None if recipe.time_budget is None else parse_duration(recipe.time_budget)
     clock, guard = TrainingClock(folder, seconds, recipe.dist_timeout), FiniteGuard(folder)
-    save_when = with_rehearsal(due_every(recipe.save_interval))
     return [
         clock,
         *([] if seconds is None else [TimeBudget(seconds)]),

@@ -53,7 +53,7 @@ def _examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components |
         problem = f"code_paths: importing them fails with {error!r}."
     else:
         results, parts = examine(recipe, num_ranks)
-        return [*results, *check_callbacks(recipe, parts)], parts
+        return [*results, *check_callbacks(parts)], parts
     return [failed(problem), skipped("the rest", "it may need that code")], None
 
 
@@ -68,15 +68,16 @@ def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Itera
     yield from results
     if parts is None:
         return
-    right = all(result.mark != "✗" for result in results)
-    others = [*check_captions(recipe, parts), *check_gpus(recipe, parts.algorithms.values(), 0, num_ranks)]
-    for result in [*check_surroundings(recipe, parts), *others]:
-        right = right and result.mark != "✗"
-        yield result
-    if step and right:
-        yield from _try_out(recipe, parts, num_ranks)
-    elif step:
+    others = [
+        *check_surroundings(parts),
+        *check_captions(parts),
+        *check_gpus(recipe, parts.algorithms.values(), 0, num_ranks),
+    ]
+    yield from others
+    if step and any(result.mark == "✗" for result in [*results, *others]):
         yield skipped("step", "what is wrong above must be mended first")
+    elif step:
+        yield from _try_out(recipe, parts, num_ranks)
 
 
 @collected
@@ -99,7 +100,7 @@ def _try_out(recipe: Recipe, parts: Components, num_ranks: int) -> Iterator[Resu
 
 def _why_not(recipe: Recipe, parts: Components) -> str | None:
     """Return why the steps are not tried here, in words; None if they are."""
-    wanted = references(recipe, parts.algorithms.values())
+    wanted = references(parts)
     if torch.cuda.is_available():
         away = [reference.name for reference in wanted if not is_here(reference)]
         return f"it would download {', '.join(away)}" if away else None

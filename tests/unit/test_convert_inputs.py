@@ -111,6 +111,14 @@ def test_the_counts_add_up_and_are_the_same_after_a_kill(tmp_path: Path) -> None
     assert {"damaged_input", "same_name_twice", "several_images", "no_caption", "no_image", "min_side"} <= reasons
 
 
+def test_columns_are_counted_in_one_order_whatever_the_process(tmp_path: Path) -> None:
+    columns: dict[str, Any] = {f"c{i}": i for i in range(6)}
+    write_tar(tmp_path / "in.tar", sample("a", jpeg(100, 100), **columns))
+    metadata = {name: (name, "int") for name in columns}
+    statistics = convert("webdataset", tmp_path / "in.tar", tmp_path / "out", metadata=metadata)
+    assert list(statistics["columns"]) == [*columns, "txt"]
+
+
 def test_counts_that_do_not_add_up_end_the_conversion() -> None:
     good = {"counts": {"read": 3, "kept": 2}, "dropped": {"no_image": 1}, "buckets": {"64x64": 2}}
     Tally(good).check()

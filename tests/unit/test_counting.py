@@ -194,7 +194,7 @@ def test_cropping_is_said_when_the_data_is_made_and_by_check(
     folder = mixed(tmp_path / "photos", [(96, 64)] * 10)
     spec = {"name": "folder", "folder": folder, "image_size": 16, "multiple": 16}
     tiny_recipe["train_loader"] = {"name": "image_caption", "path": str(tmp_path / "data"), "source": spec}
-    found = list(check_data(recipe := config.load([write_recipe(tiny_recipe)]), Components(recipe, meta=True)))
+    found = list(check_data(Components(config.load([write_recipe(tiny_recipe)]), meta=True)))
     assert any(result.mark == "!" and "10 of 10 images are cropped" in result.text for result in found)
     prepare(tmp_path / "data", FolderSource(folder, image_size=16, multiple=16), {})
     assert "10 of 10 images are cropped by more than 15%" in caplog.text

@@ -11,7 +11,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from prx_composer import cli
-from prx_composer.commands.options import Parsed, command, parse_size
+from prx_composer.commands import Parsed, command, parse_size
 from prx_composer.common.errors import UserError
 
 

@@ -136,14 +136,14 @@ def test_weights_are_looked_for_in_folders_and_in_the_cache(load: Load, tmp_path
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_text("{}")
 
-    recipe, parts = load(
+    _, parts = load(
         "model.text_encoder={name: huggingface, pretrained: org/whole}",
         "algorithms.repa={teacher: org/sharded, block: 1}",
         f"algorithms.irepa={{teacher: {tmp_path}/half, block: 1}}",
         "algorithms.perceptual_dino={teacher: org/absent}",
         f"algorithms.lpips.weights={tmp_path}/vgg.pth",
     )
-    results = list(check_weights(recipe, parts))
+    results = list(check_weights(parts))
     assert marked(results, "✓") == ["model.text_encoder: org/whole is in the local cache"]
     found = {text.split(":")[0]: text for text in marked(results)}
     assert "lacks its 1 of 2 shards of the weights, and HF_HUB_OFFLINE is set" in found["algorithms.repa.teacher"]
@@ -152,14 +152,14 @@ def test_weights_are_looked_for_in_folders_and_in_the_cache(load: Load, tmp_path
     assert "hf download org/absent" in found["algorithms.perceptual_dino.teacher"]
     assert found["algorithms.lpips.weights"].endswith("there is no file " + f"{tmp_path}/vgg.pth.")
     (shards / "model-2.safetensors").write_text("")
-    assert "algorithms.repa.teacher: org/sharded is in the local cache" in marked(check_weights(recipe, parts), "✓")
+    assert "algorithms.repa.teacher: org/sharded is in the local cache" in marked(check_weights(parts), "✓")
 
 
 def test_random_weights_and_a_runs_own_tokenizer_need_nothing(load: Load) -> None:
     recipe, parts = load("model.text_encoder.tokenizer=org/absent", algorithms={"repa": {"teacher": TEACHER, "block": 1}})
-    assert marked(check_weights(recipe, parts))[0].startswith("model.text_encoder.tokenizer: org/absent cannot be loaded")
+    assert marked(check_weights(parts))[0].startswith("model.text_encoder.tokenizer: org/absent cannot be loaded")
     (Path(recipe.run_folder) / "tokenizer").mkdir(parents=True)
-    assert list(check_weights(recipe, parts)) == []
+    assert list(check_weights(parts)) == []
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -208,12 +208,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_the_hub_is_asked_for_what_is_not_here_and_nothing_is_downloaded(load: Load, hub: str, tmp_path: Path) -> None:
-    recipe, parts = load(
+    _, parts = load(
         "algorithms.repa={teacher: org/open, block: 1}",
         "algorithms.irepa={teacher: org/gated, block: 1}",
         "algorithms.perceptual_dino={teacher: org/absent}",
     )
-    results = list(check_weights(recipe, parts))
+    results = list(check_weights(parts))
     assert marked(results, "✓") == ["algorithms.repa.teacher: org/open is downloaded on first use (2.5 GB)"]
     gated, absent = marked(results)
     assert gated.startswith("algorithms.irepa.teacher") and f"Accept its licence on {hub}/org/gated" in gated
@@ -224,8 +224,8 @@ def test_the_hub_is_asked_for_what_is_not_here_and_nothing_is_downloaded(load: L
 
 def test_a_hub_that_does_not_answer_is_named_with_the_way_round(load: Load, hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-    recipe, parts = load("algorithms.repa={teacher: org/open, block: 1}")
-    (found,) = marked(check_weights(recipe, parts))
+    _, parts = load("algorithms.repa={teacher: org/open, block: 1}")
+    (found,) = marked(check_weights(parts))
     assert "http://127.0.0.1:9 does not answer" in found and "hf download org/open" in found
 
 
@@ -240,7 +240,7 @@ def data(shapes_data: Path, tmp_path: Path) -> Path:
 
 def test_whole_data_pass(load: Load, data: Path) -> None:
     loader = {"name": "image_caption", "path": str(data)}
-    results = list(check_data(*load(train_loader=loader, eval_loader=loader | {"split": "heldout"})))
+    results = list(check_data(load(train_loader=loader, eval_loader=loader | {"split": "heldout"})[1]))
     assert {result.mark for result in results} == {"✓"}
     assert "240 samples in 1 bucket; 1 shard file, all there and whole by size; captions: caption" in results[0].text
 
@@ -251,7 +251,7 @@ def test_missing_and_truncated_shards_and_columns_are_found_without_reading_them
     os.truncate(shards, size - 1)
     (data / "heldout" / "16x16" / "shard.00000.mds").unlink()
     loader = {"name": "image_caption", "path": str(data)}
-    train, heldout = marked(check_data(*load(train_loader=loader, eval_loader=loader | {"split": "heldout"})))
+    train, heldout = marked(check_data(load(train_loader=loader, eval_loader=loader | {"split": "heldout"})[1]))
     assert "1 of 1 shard file" in train and f"16x16/shard.00000.mds ({size - 1:,} of {size:,} bytes)" in train
     assert heldout.startswith("eval_loader: ") and "16x16/shard.00000.mds (missing)" in heldout
 
@@ -260,7 +260,7 @@ def test_a_manifest_that_disagrees_with_the_shards_is_refused(load: Load, data: 
     manifest = data / "train" / "manifest.json"
     content = json.loads(manifest.read_text()) | {"buckets": {"16x16": 241, "8x32": 7}}
     manifest.write_text(json.dumps(content | {"captions": ["caption", "title"]}))
-    found = marked(check_data(*load(train_loader={"name": "image_caption", "path": str(data), "captions": {"title": 1.0}})))
+    found = marked(check_data(load(train_loader={"name": "image_caption", "path": str(data), "captions": {"title": 1.0}})[1]))
     assert len(found) == 3 and "lists 240 samples, but" in found[0] and "have no column title" in found[1]
     assert "8x32/index.json cannot be read" in found[2]
 
@@ -268,7 +268,7 @@ def test_a_manifest_that_disagrees_with_the_shards_is_refused(load: Load, data: 
 def test_a_column_that_the_data_do_not_have_is_named(load: Load, data: Path) -> None:
     for key, column in (("captions", {"prompt": 1.0}), ("features", ["dino"])):
         loader = {"name": "image_caption", "path": str(data), key: column}
-        assert f"train_loader: {key}: no" in marked(check_data(*load(train_loader=loader)))[0]
+        assert f"train_loader: {key}: no" in marked(check_data(load(train_loader=loader)[1]))[0]
 
 
 def scenes(path: Path, counts: dict[tuple[int, int], int], broken: frozenset[int] = frozenset()) -> Path:
@@ -284,16 +284,16 @@ def scenes(path: Path, counts: dict[tuple[int, int], int], broken: frozenset[int
 
 def test_buckets_that_patches_do_not_divide_are_found_in_every_stage(load: Load, tmp_path: Path) -> None:
     path = scenes(tmp_path / "data", {(16, 16): 90, (10, 26): 90})
-    (found,) = marked(check_data(*load(train_loader={"name": "image_caption", "path": str(path)})))
+    (found,) = marked(check_data(load(train_loader={"name": "image_caption", "path": str(path)})[1]))
     assert found.startswith("train_loader: 1 bucket cannot be cut into patches of 4: 10x26.")
 
 
 def test_images_that_cannot_be_decoded_are_an_error_only_if_none_can(load: Load, tmp_path: Path) -> None:
     some = scenes(tmp_path / "some", {(16, 16): 90}, frozenset({0, 1}))
-    results = list(check_data(*load(train_loader={"name": "image_caption", "path": str(some)})))
+    results = list(check_data(load(train_loader={"name": "image_caption", "path": str(some)})[1]))
     assert not marked(results) and "scene-0" in marked(results, "!")[0]
     none = scenes(tmp_path / "none", {(16, 16): 90}, frozenset(range(90)))
-    (found,) = marked(check_data(*load(train_loader={"name": "image_caption", "path": str(none)})))
+    (found,) = marked(check_data(load(train_loader={"name": "image_caption", "path": str(none)})[1]))
     assert "none of the first 10 images of bucket 16x16" in found
 
 
@@ -301,7 +301,7 @@ def test_data_that_a_source_makes_later_are_not_made_by_the_check(load: Load, tm
     path = tmp_path / "later"
     source = {"name": "shapes", "image_size": 16, "aspects": [[1, 1], [2, 3]], "multiple": 2}
     loader = {"name": "image_caption", "path": str(path), "source": source}
-    results = list(check_data(*load(train_loader=loader, eval_loader={"name": "image_caption", "path": str(path)})))
+    results = list(check_data(load(train_loader=loader, eval_loader={"name": "image_caption", "path": str(path)})[1]))
     assert not path.exists()
     assert [text.split(":")[0] for text in marked(results, "–")] == ["train_loader", "eval_loader"]
     (found,) = marked(results)
@@ -310,9 +310,9 @@ def test_data_that_a_source_makes_later_are_not_made_by_the_check(load: Load, tm
 
 def test_a_remote_manifest_is_fetched_and_checked(load: Load, data: Path, tmp_path: Path) -> None:
     loader = {"name": "image_caption", "path": str(tmp_path / "cache"), "remote": str(data)}
-    results = list(check_data(*load(train_loader=loader)))
+    results = list(check_data(load(train_loader=loader)[1]))
     assert "240 samples in 1 bucket" in marked(results, "✓")[0] and not (tmp_path / "cache").exists()
-    (found,) = marked(check_data(*load(train_loader=loader | {"remote": f"{tmp_path}/nowhere"})))
+    (found,) = marked(check_data(load(train_loader=loader | {"remote": f"{tmp_path}/nowhere"})[1]))
     assert found.startswith("train_loader.remote: ") and "nowhere/train/manifest.json cannot be fetched" in found
 
 
@@ -327,15 +327,15 @@ def test_room_for_one_checkpoint_more_than_is_kept_is_asked_for(load: Load, monk
     recipe, _ = load("save_num_checkpoints_to_keep=3")
     size = checkpoint_bytes(recipe)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 6 * size, 4 * size))
-    assert not marked(check_storage(recipe, Components(recipe, meta=True)))
+    assert not marked(check_storage(Components(recipe, meta=True)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 6 * size, 4 * size - 1))
-    (found,) = marked(check_storage(recipe, Components(recipe, meta=True)))
+    (found,) = marked(check_storage(Components(recipe, meta=True)))
     assert found.startswith("run_folder: ") and "Set save_num_checkpoints_to_keep to 2 or less, or run_folder" in found
     written = Path(recipe.run_folder) / "checkpoints" / "ba2"
     written.mkdir(parents=True)
     (written / "rank0.pt").write_bytes(bytes(size))
     (Path(recipe.run_folder) / "config.yaml").write_text("{}")
-    assert not [text for text in marked(check_storage(recipe, Components(recipe, meta=True))) if "GB" in text], (
+    assert not [text for text in marked(check_storage(Components(recipe, meta=True))) if "GB" in text], (
         "what is there already needs no more room"
     )
 
@@ -351,14 +351,14 @@ def test_how_many_checkpoints_lie_on_the_disk(load: Load, keep: int, interval: s
 
 def test_a_run_folder_that_cannot_be_made_or_is_in_use_is_refused(load: Load, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    (found,) = marked(check_storage(*load(run_folder=f"{tmp_path}/file/run")))
+    (found,) = marked(check_storage(load(run_folder=f"{tmp_path}/file/run")[1]))
     assert f"run_folder: {tmp_path}/file/run cannot be written: {tmp_path}/file is a file" in found
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("precious")
-    assert "is already in use" in marked(check_storage(*load(run_folder=f"{tmp_path}/used")))[0]
+    assert "is already in use" in marked(check_storage(load(run_folder=f"{tmp_path}/used")[1]))[0]
     free = tmp_path / "free"
     free.mkdir()
-    assert not marked(check_storage(*load(run_folder=str(free)))) and not list(free.iterdir()), "it leaves nothing"
+    assert not marked(check_storage(load(run_folder=str(free))[1])) and not list(free.iterdir()), "it leaves nothing"
 
 
 def test_loggers_must_be_logged_in_and_writable(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,21 +368,21 @@ def test_loggers_must_be_logged_in_and_writable(load: Load, tmp_path: Path, monk
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     (tmp_path / "file").write_text("")
     loggers = {"wandb": {}, "tensorboard": {"log_dir": str(tmp_path / "file" / "tb")}}
-    wandb, tensorboard = marked(check_loggers(*load(loggers=loggers)))
+    wandb, tensorboard = marked(check_loggers(load(loggers=loggers)[1]))
     assert "there is no API key" in wandb and tensorboard.startswith("loggers.tensorboard.log_dir: ")
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password key\n")
-    assert "http://127.0.0.1:9 does not answer" in marked(check_loggers(*load(loggers={"wandb": {}})))[0]
+    assert "http://127.0.0.1:9 does not answer" in marked(check_loggers(load(loggers={"wandb": {}})[1]))[0]
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert not marked(check_loggers(*load(loggers={"wandb": {}})))
+    assert not marked(check_loggers(load(loggers={"wandb": {}})[1]))
 
 
 def test_an_mlflow_store_that_cannot_be_used_is_found(load: Load, tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     store = tmp_path / "mlruns"
-    recipe = load(loggers={"mlflow": {"tracking_uri": str(store)}})
-    assert not marked(check_loggers(*recipe)) and not store.exists(), "it is made when the run starts"
+    _, parts = load(loggers={"mlflow": {"tracking_uri": str(store)}})
+    assert not marked(check_loggers(parts)) and not store.exists(), "it is made when the run starts"
     store.write_text("not a folder")
-    (problem,) = marked(check_loggers(*recipe))
+    (problem,) = marked(check_loggers(parts))
     assert f"loggers.mlflow.tracking_uri: the store {store} cannot be used" in problem
 
 
@@ -400,8 +400,8 @@ def test_guidance_that_is_never_learnt_is_known_before_training(load: Load) -> N
     """It was said with the first picture."""
 
     def warnings(*changes: str) -> list[str]:
-        recipe, parts = load("callbacks.images={prompts: [a], interval: 1dur}", *changes)
-        return marked(check_callbacks(recipe, parts), "!")
+        _, parts = load("callbacks.images={prompts: [a], interval: 1dur}", *changes)
+        return marked(check_callbacks(parts), "!")
 
     (said,) = warnings("model.caption_dropout=0")
     assert said.startswith("callbacks.images.guidance_scale: 3.5 leads away")
@@ -414,6 +414,6 @@ def test_guidance_that_is_never_learnt_is_known_before_training(load: Load) -> N
 def test_pictures_at_every_nothing_are_refused_before_training(name: str, interval: str, load: Load) -> None:
     """A division by zero ended the run at its first batch."""
     prompts = {"prompts": ["a"]} if name == "images" else {}
-    recipe, parts = load(callbacks={name: prompts | {"interval": interval}})
-    (said,) = marked(check_callbacks(recipe, parts))
+    _, parts = load(callbacks={name: prompts | {"interval": interval}})
+    (said,) = marked(check_callbacks(parts))
     assert said.startswith(f"callbacks.{name}: ") and interval in said

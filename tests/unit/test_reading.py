@@ -237,11 +237,11 @@ def test_check_says_it_of_evenly_spaced_captions_and_nothing_of_whole_ones(
     tokenizer: Any = train_tokenizer(captions)
     limit = 9
     tiny_recipe["model"]["text_encoder"]["max_tokens"] = limit
-    (said,) = check_captions(recipe := config.load([write_recipe(tiny_recipe)]), Components(recipe, meta=True))
+    (said,) = check_captions(Components(config.load([write_recipe(tiny_recipe)]), meta=True))
     cut = sum(len(tokenizer(text)["input_ids"]) > limit for text in captions)  # 240: all are looked at
     assert said.mark == "!" and f"{cut} of 240 captions ({cut / 240:.1%})" in said.text
     tiny_recipe["model"]["text_encoder"]["max_tokens"] = 40
-    (said,) = check_captions(recipe := config.load([write_recipe(tiny_recipe)]), Components(recipe, meta=True))
+    (said,) = check_captions(Components(config.load([write_recipe(tiny_recipe)]), meta=True))
     assert said.mark == "✓" and "240 looked at are read whole, in 40 tokens" in said.text
 
 

@@ -202,5 +202,5 @@ def test_a_strangers_trick_is_checked_as_ours_are(tiny_recipe: Recipe, write_rec
         "algorithms.choosy looks at images" in text and text.endswith("the latents, or leave choosy out.") for text in found
     )
     recipe = config.load([write_recipe(tiny_recipe | {"code_paths": [str(code)]})])
-    answers = [result.text for result in check_weights(recipe, examine(recipe, 1)[1])]
+    answers = [result.text for result in check_weights(examine(recipe, 1)[1])]
     assert "algorithms.choosy: its weights cannot be had." in answers

@@ -18,11 +18,11 @@ from typing import Annotated, Any
 from tqdm import tqdm
 from typer import Option, echo
 
+from prx_composer.commands import Parsed
 from prx_composer.commands.convert import backends
 from prx_composer.commands.convert.outcome import Tally, as_text, columns_text, files_text, left_out_text, write_report
 from prx_composer.commands.convert.records import Passed, Seen, Source, Unit, open_source
 from prx_composer.commands.convert.settings import MEASURED, Settings, check_where, whole_path
-from prx_composer.commands.options import Parsed
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.data.format import MANIFEST, Bucket, Manifest
 from prx_composer.data.storage import Entry, is_included, relative_name, survey
@@ -111,11 +111,10 @@ def run_conversion(
 
         duplicates: list[dict[int, str]] = [{} for _ in units]
         if settings.duplicates != "keep":
-            from prx_composer.commands.convert.units import decide  # slow to import
-
             run("hash_unit", [(unit,) for unit in units], "hashes", "Hashing")
-            hashes = (store.get(f"hashes/{unit.name}") for unit in units)
-            duplicates = decide([content for content in hashes if content is not None], settings)
+            from prx_composer.commands.convert.units import decide  # slow to import: workers begin before
+
+            duplicates = decide([store.get(f"hashes/{unit.name}") or b"" for unit in units], settings)
         run("convert_unit", list(zip(units, duplicates, strict=True)), "units", "Converting")
         return _finish(store, units, settings, files, source.notes)
 

@@ -47,7 +47,7 @@ STATS = "conversion.json"
 RESULT = "unit.json"  # beside the shards of a unit
 
 Task = tuple[Any, ...]
-Seen = Callable[[int], None]
+Listener = Callable[[int], None]
 
 
 class Progress:
@@ -56,7 +56,7 @@ class Progress:
     def __init__(self) -> None:
         self.begin()
 
-    def begin(self, seen: Seen | None = None, shared: Any = None) -> None:
+    def begin(self, seen: Listener | None = None, shared: Any = None) -> None:
         """Count anew.
 
         Args:
@@ -93,7 +93,7 @@ def prepare(engine: str, workers: int) -> None:
 
 
 def run(
-    engine: str, workers: int, function: str, tasks: list[Task], address: str | None = None, seen: Seen | None = None
+    engine: str, workers: int, function: str, tasks: list[Task], address: str | None = None, seen: Listener | None = None
 ) -> Iterator[Any]:
     """Yield results of `function(*task)` as they come, in any order.
 
@@ -150,7 +150,7 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _run_in_processes(workers: int, function: str, tasks: list[Task], seen: Seen) -> Iterator[Any]:
+def _run_in_processes(workers: int, function: str, tasks: list[Task], seen: Listener) -> Iterator[Any]:
     left, crashes, finished = dict(enumerate(tasks)), 0, 0
     context = multiprocessing.get_context("forkserver")
     while left:

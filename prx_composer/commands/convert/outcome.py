@@ -14,7 +14,6 @@ import numpy as np
 import simplejpeg
 
 from prx_composer.commands.convert.records import Passed, Record, has
-from prx_composer.common.pages import render
 from prx_composer.data.decoding import IMAGE_REASONS, PIXELS_OPENED, decode, open_image, resize
 from prx_composer.data.format import Bucket
 from prx_composer.data.storage import RawShard, encodings_of, fetched, join
@@ -45,11 +44,10 @@ MAX_KEY = 1024  # characters
 EXAMPLES = 5  # keys that are kept of every reason …
 FILES = 100  # … and of the one that stands for a whole file
 DETAIL = 600  # characters: messages of other libraries can be long
-HISTOGRAMS = {"size": 64, "log2_aspect": 0.25, "caption_length": 50}  # widths of their bins
-TITLES = {
-    "size": "Size of the originals: √(height · width), pixels",
-    "log2_aspect": "Aspect ratio of the originals: log₂(width / height)",
-    "caption_length": "Longest caption, characters",
+HISTOGRAMS = {  # name → width of the bins, and title
+    "size": (64, "Size of the originals: √(height · width), pixels"),
+    "log2_aspect": (0.25, "Aspect ratio of the originals: log₂(width / height)"),
+    "caption_length": (50, "Longest caption, characters"),
 }
 SAMPLES = 6  # pictures of every bucket
 DAMAGED = 5  # files that are named in the summary; conversion.json names more
@@ -137,7 +135,7 @@ class Tally:
         if height and width:
             values |= {"size": math.sqrt(height * width), "log2_aspect": math.log2(width / height)}
         for name, value in values.items():
-            self.histograms[name][str(math.floor(value / HISTOGRAMS[name]))] += 1
+            self.histograms[name][str(math.floor(value / HISTOGRAMS[name][0]))] += 1
         if isinstance(outcome, Dropped):
             self.dropped[outcome.reason] += 1
             detail = f": {clean_key(outcome.detail)[:DETAIL]}" if outcome.detail else ""
@@ -236,6 +234,7 @@ def write_report(statistics: dict[str, Any], output: str, path: str) -> None:
         output: folder of the data set, from which the pictures of its buckets are read.
         path: file to write.
     """
+    from prx_composer.common.pages import render  # imports torch, which `prx --help` must not
 
     buckets = []
     for bucket, count in sorted((Bucket.parse(name), count) for name, count in statistics["buckets"].items()):
@@ -250,7 +249,7 @@ def write_report(statistics: dict[str, Any], output: str, path: str) -> None:
         sizes=buckets,
         reasons=sorted(statistics["dropped"].items(), key=lambda item: (-item[1], item[0])),
         meanings=REASONS,
-        plots=[(TITLES[name], _histogram(statistics["histograms"][name], width)) for name, width in HISTOGRAMS.items()],
+        plots=[(title, _histogram(statistics["histograms"][name], width)) for name, (width, title) in HISTOGRAMS.items()],
     )
     Path(path).write_text(page, encoding="utf-8")
 

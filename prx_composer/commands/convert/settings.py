@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 from simpleeval import InvalidExpression, SimpleEval
 from typer import Option
 
-from prx_composer.commands.options import Parsed
+from prx_composer.commands import Parsed
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.data.decoding import MAX_PIXELS, PIXELS_OPENED
 from prx_composer.data.format import RESERVED

@@ -44,7 +44,8 @@ def convert_unit(settings: Settings, output: str, unit: Unit, duplicates: Mappin
     Args:
         duplicates: number of a record in the unit → reason, of those that are duplicates.
     """
-    store, source, asked = open_output(output, settings.split), open_source(settings), settings.input_columns
+    store, source = open_output(output, settings.split), open_source(settings)
+    asked = sorted(settings.input_columns)  # statistics are the same bytes, whatever order this process has for sets
     tally, pictures = Tally(), dict[str, list[str]]()
     writers: dict[str, BoundedWriter] = {}
     with store.scratch() as folder:

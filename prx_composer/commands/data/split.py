@@ -35,7 +35,7 @@ class Split:
 
     @cached_property
     def shards(self) -> dict[Bucket, list[dict[str, Any]]]:
-        """The shards of every bucket, as its index lists them. Raise UserError for an index that cannot be read."""
+        """Return the shards of every bucket as its index lists them. Raise UserError for an index that cannot be read."""
         return {bucket: self._listed(str(bucket)) for bucket in sorted(self.manifest.buckets)}
 
     def _listed(self, below: str) -> list[dict[str, Any]]:

@@ -41,16 +41,16 @@ def statistics(
     buckets = [_bucket(split, bucket, total, batch_sizes) for bucket in sorted(split.manifest.buckets)]
     columns = _Columns(split, tokenizer, max_tokens)
     shards = [(bucket, shard) for bucket, listed in split.shards.items() for shard in listed]
-    looked_at, some = shards, samples is not None and samples < total
-    if some and is_remote(split.path):
-        number = min(math.ceil(samples * len(shards) / total), len(shards))
+    looked_at, wanted = shards, total if samples is None else min(samples, total)
+    if wanted < total and is_remote(split.path):
+        number = math.ceil(wanted * len(shards) / total)
         looked_at = [shards[index * len(shards) // number] for index in range(number)]
     seen = first = 0
     for bucket, shard in tqdm(looked_at, desc="Reading", unit="shard", leave=False, disable=None):
         chosen: Sequence[int] = range(int(shard["samples"]))
         first += len(chosen)
-        if some and not is_remote(split.path):
-            chosen = _evenly_spaced(first - len(chosen), len(chosen), total, samples)
+        if wanted < total and not is_remote(split.path):
+            chosen = _evenly_spaced(first - len(chosen), len(chosen), total, wanted)
         seen += len(chosen)
         for row, sizes in _rows(split, bucket, shard, chosen, columns.read):
             columns.add(bucket, row, sizes, encodings_of(shard))

@@ -120,7 +120,7 @@ def subject_of(arguments: list[str], split: str | None) -> Subject:
 
 
 def _tokenizer(recipe: config.Recipe) -> tuple[PreTrainedTokenizerBase | None, int]:
-    """The run's, if it was trained already; nothing is written to its folder."""
+    """Return the run's tokenizer and max_tokens; without a trained run, make it. Nothing is written to the run's folder."""
     spec = recipe.model.get("text_encoder")
     if not isinstance(spec, dict):
         return None, 0
@@ -152,7 +152,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Seen:
-    """One sample.
+    """One sample, as training sees it.
 
     Args:
         image: uint8 (3, H, W), or None if it cannot be decoded.
@@ -175,7 +175,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class View:
-    """Some samples of a split.
+    """Samples that were drawn from a split.
 
     Args:
         total: samples that they were drawn from. max_tokens: 0 if captions are not cut.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, echo
 
-from prx_composer.commands.options import show_log
+from prx_composer.commands import show_log
 from prx_composer.common.errors import UserError, at_path
 
 HELP = (

@@ -89,7 +89,7 @@ def begin(arguments: list[str], split: str, storage: str, allowed: Sequence[str]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row.
+    """What is stored of one row.
 
     Args:
         values: see `stored.pack`. shape: of the array. Both are empty for a sample that cannot be encoded.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from typer import Option, echo
 
-from prx_composer.commands.options import CodeOption, ModelArgument, made_folder, show_log
+from prx_composer.commands import CodeOption, ModelArgument, made_folder, show_log
 from prx_composer.common.errors import UserError, at_path
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ class Sweep:
 
     @property
     def settings(self) -> list[DrawingSettings]:
-        """The settings of every combination."""
+        """Return the settings of every combination."""
         pairs = product(self.guidance_scales, self.steps)
         return [replace(self.base, guidance_scale=scale, num_inference_steps=steps) for scale, steps in pairs]
 

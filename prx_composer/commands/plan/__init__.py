@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option, echo
 
-from prx_composer.commands.options import RecipeArgument
+from prx_composer.commands import RecipeArgument
 from prx_composer.common.errors import UserError
 from prx_composer.schedule.moments import duration_string
 

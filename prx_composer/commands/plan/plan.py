@@ -230,6 +230,7 @@ def _stage(
     read_bytes: float,
     times: StepTimes,
 ) -> StagePlan:
+    image_tokens = planned.image_tokens(span.image_size, f"{span.path}image_size")
     segments, flops = _segments(planned, line, span), defaultdict[str, float](float)
     for segment in segments:
         for name, count in segment.count.flops.items():
@@ -238,14 +239,11 @@ def _stage(
     step = times.of(span, sum(flops.values()))
     hours = span.steps * step.total / 3600
     speed = own_batch / step.total
-
-    def memory_of(microbatch_size: int) -> Memory:
-        tried = dataclasses.replace(span, microbatch_size=microbatch_size)
-        return memory(planned, recipe, conditions.num_gpus, tried, segments)
-
+    needed = memory(planned, recipe, conditions.num_gpus, span, segments)
     room = (1 - RESERVE) * conditions.gpu.memory_gib * 2**30
+    of_image = needed.activations // span.microbatch_size  # all that grows with the microbatch
     divisors = [size for size in range(1, own_batch + 1) if own_batch % size == 0]
-    needed = memory_of(span.microbatch_size)
+    fitting = [size for size in divisors if dataclasses.replace(needed, activations=size * of_image).peak <= room]
     return StagePlan(
         image_size=span.image_size,
         batch_size=span.batch_size,
@@ -253,7 +251,7 @@ def _stage(
         start=span.start,
         end=span.end,
         images=span.samples,
-        image_tokens=planned.image_tokens(span.image_size, f"{span.path}image_size"),
+        image_tokens=image_tokens,
         text_tokens=planned.model.text_encoder.max_tokens,
         flops=dict(flops),
         optimizer_flops=times.muon_flops / span.batch_size,
@@ -267,13 +265,12 @@ def _stage(
         device_bytes=_device_bytes(planned, recipe, conditions, span.image_size),
         memory=needed,
         fits=needed.peak <= room,
-        fitting_microbatch=max((size for size in divisors if memory_of(size).peak <= room), default=0),
+        fitting_microbatch=max(fitting, default=0),
     )
 
 
 def _segments(planned: MetaModel, line: Timeline, span: Span) -> list[Segment]:
     """Cut a stage where the window of a trick opens or closes."""
-    planned.image_tokens(span.image_size, f"{span.path}image_size")
     windows = {trick.name: line.window(trick.window, f"algorithms.{trick.name}") for trick in planned.switched}
     edges = {span.start, span.end, *(edge for window in windows.values() for edge in window)}
     segments = []

@@ -36,7 +36,7 @@ class ReportOptions:
 
 
 def report_run(options: ReportOptions) -> None:
-    """One HTML page of a run: samples, losses, speed, stages, evaluation, cost, environment and recipe.
+    """Make one HTML page of a run: samples, losses, speed, stages, evaluation, cost, environment and recipe.
 
     The page is one file, needs no network, and can be made while the run goes on.
     """

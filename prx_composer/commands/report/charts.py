@@ -176,8 +176,9 @@ def draw(
         axes.set_xlim(0, max(history.steps, 1))
         for start, size in stages:
             axes.axvline(start, color=_INK, linewidth=0.7, linestyle=(0, (3, 3)), alpha=0.7)
-            place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-            axes.annotate(f"{size} px", (start, 1), (2, -7), fontsize=7, **place)
+            axes.annotate(
+                f"{size} px", (start, 1), (2, -7), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=7
+            )
         if marks:
             axes.plot(marks, [0.02] * len(marks), "^", color=_SERIES[-1], markersize=3, transform=axes.get_xaxis_transform())
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))  # pyright: ignore[reportAttributeAccessIssue]

@@ -168,7 +168,7 @@ class Run:
 
     @property
     def ranks(self) -> int | None:
-        """The processes of the last start, one per GPU; from the speeds where the run didn't record it."""
+        """Return how many processes the last start had, one per GPU; from the speeds where the run didn't record it."""
         if self.starts and isinstance(self.starts[-1].get("ranks"), int):
             return self.starts[-1]["ranks"]
         together = self.history.last("throughput/samples_per_sec")
@@ -177,7 +177,7 @@ class Run:
 
     @property
     def devices(self) -> dict[str, int]:
-        """The devices of the last start: name → number."""
+        """Return the devices of the last start: name → number."""
         devices = self.starts[-1].get("devices") if self.starts else None
         return devices if isinstance(devices, dict) else {}
 

@@ -29,19 +29,20 @@ _MANY = 0.25  # of the samples
 
 
 @collected
-def check_data(recipe: Recipe, parts: Components) -> Iterator[Result]:
+def check_data(parts: Components) -> Iterator[Result]:
     """Check the splits of both loaders. `parts.stages` and `parts.multiple` may be unknown; what needs them is left out."""
     to_be_made: set[str] = set()
     for key in ("train_loader", "eval_loader"):
-        spec = getattr(recipe, key)
+        spec = getattr(parts.recipe, key)
         if spec is not None and parts.is_wrong(key):
             yield skipped(key, "its arguments must be right first")
         elif spec is not None:
-            yield from _check_loader(recipe, key, parts, to_be_made)
+            yield from _check_loader(key, parts, to_be_made)
 
 
 @collected
-def _check_loader(recipe: Recipe, key: str, parts: Components, to_be_made: set[str]) -> Iterator[Result]:
+def _check_loader(key: str, parts: Components, to_be_made: set[str]) -> Iterator[Result]:
+    recipe = parts.recipe
     spec = getattr(recipe, key)
     if spec.get("name") != "image_caption":
         yield skipped(key, f"the loader {spec.get('name')!r} is not of this package")

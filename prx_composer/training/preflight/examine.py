@@ -70,8 +70,9 @@ def _check_scheduler(parts: Components) -> Iterator[Result]:
 
 
 @collected
-def check_callbacks(recipe: Recipe, parts: Components) -> Iterator[Result]:
+def check_callbacks(parts: Components) -> Iterator[Result]:
     """Build the callbacks one by one and let them go again."""
+    recipe = parts.recipe
     made, problems = parts.each("callbacks")
     yield from map(failed, problems)
     if made:

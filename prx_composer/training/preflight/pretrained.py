@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,6 @@ from prx_composer.recipe.arguments import data_sets, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import TOKENIZER
-from prx_composer.runs.model_parts import with_kept
 from prx_composer.runs.pretrained_models import check_init_from
 from prx_composer.training.components import Components
 from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
@@ -58,10 +57,10 @@ class Reference:
     tokenizer: bool = False
 
 
-def references(recipe: Recipe, algorithms: Iterable[Any], model: bool = True) -> list[Reference]:
+def references(parts: Components) -> list[Reference]:
     """Return what a recipe loads through transformers and diffusers: encoder and tokenizer, an autoencoder, teachers."""
-    found = _of_model(recipe) if model else []
-    for algorithm in algorithms:
+    found = [] if parts.is_wrong("model") else _of_model(parts.arguments(), Path(parts.recipe.run_folder))
+    for algorithm in parts.algorithms.values():
         teacher = getattr(algorithm, "teacher", None)
         path = f"algorithms.{getattr(algorithm, 'name', type(algorithm).__name__)}.teacher"
         if isinstance(teacher, str):
@@ -71,13 +70,12 @@ def references(recipe: Recipe, algorithms: Iterable[Any], model: bool = True) ->
     return found
 
 
-def _of_model(recipe: Recipe) -> list[Reference]:
+def _of_model(model: dict[str, Any], run_folder: Path) -> list[Reference]:
     found = []
-    _, model = split(with_kept(recipe.model, Path(recipe.run_folder)), "model")
     if isinstance(encoder := model.get("text_encoder"), dict):
         pretrained, revision = encoder.get("pretrained"), encoder.get("revision")
         tokenizer: Any = encoder.get("tokenizer", pretrained)
-        if (Path(recipe.run_folder) / TOKENIZER).exists() or not isinstance(tokenizer, str):  # a run keeps its own
+        if (run_folder / TOKENIZER).exists() or not isinstance(tokenizer, str):  # a run keeps its own
             tokenizer = None
         if pretrained:
             found.append(Reference("model.text_encoder", pretrained, revision, tokenizer=tokenizer == pretrained))
@@ -91,13 +89,13 @@ def _of_model(recipe: Recipe) -> list[Reference]:
 
 
 @collected
-def check_weights(recipe: Recipe, parts: Components) -> Iterator[Result]:
+def check_weights(parts: Components) -> Iterator[Result]:
     """Yield one result per reference; those that must be asked for are asked for at once."""
-    algorithms = list(parts.algorithms.values())
+    recipe, algorithms = parts.recipe, list(parts.algorithms.values())
     if source := recipe.model.get("init_from"):
-        yield from _check_init_from(recipe, source, parts)
+        yield from _check_init_from(source, parts)
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(_answer, references(recipe, algorithms, model=not parts.is_wrong("model"))))
+        answers = list(pool.map(_answer, references(parts)))
     yield from (result for result, _ in answers)
     if download := sum(size for _, size in answers):
         yield from _check_cache(download)
@@ -111,8 +109,8 @@ def check_weights(recipe: Recipe, parts: Components) -> Iterator[Result]:
 
 
 @collected
-def _check_init_from(recipe: Recipe, source: Any, parts: Components) -> Iterator[Result]:
-    newest = newest_checkpoint(Path(recipe.run_folder)) if recipe.autoresume else None
+def _check_init_from(source: str, parts: Components) -> Iterator[Result]:
+    newest = newest_checkpoint(Path(parts.recipe.run_folder)) if parts.recipe.autoresume else None
     if parts.is_wrong("model"):
         return
     if newest is not None:
@@ -257,8 +255,9 @@ MAX_TOKENS = 256  # of a text encoder that doesn't say
 
 
 @collected
-def check_captions(recipe: Recipe, parts: Components) -> Iterator[Result]:
+def check_captions(parts: Components) -> Iterator[Result]:
     """Say how many of the training captions are cut, and how many words are unknown; nothing is downloaded."""
+    recipe = parts.recipe
     if parts.is_wrong("model") or parts.is_wrong("train_loader") or recipe.train_loader.get("name") != "image_caption":
         return
     encoder = split(recipe.model, "model")[1].get("text_encoder")

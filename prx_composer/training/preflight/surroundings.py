@@ -30,22 +30,22 @@ from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.pretrained import check_weights
 
 
-def check_surroundings(recipe: Recipe, parts: Components) -> Iterator[Result]:
+def check_surroundings(parts: Components) -> Iterator[Result]:
     """Check what a recipe needs and does not contain: weights, data, room and permission to write, loggers.
 
     Args:
         parts: what `examine` built.
     """
-    yield from check_weights(recipe, parts)
-    yield from check_data(recipe, parts)
-    yield from check_storage(recipe, parts)
-    yield from check_loggers(recipe, parts)
+    yield from check_weights(parts)
+    yield from check_data(parts)
+    yield from check_storage(parts)
+    yield from check_loggers(parts)
 
 
 @collected
-def check_storage(recipe: Recipe, parts: Components) -> Iterator[Result]:
+def check_storage(parts: Components) -> Iterator[Result]:
     """Check who the run folder belongs to, whether it can be written, and whether the checkpoints fit its file system."""
-    folder = Path(recipe.run_folder)
+    recipe, folder = parts.recipe, Path(parts.recipe.run_folder)
     if (problem := why_not_writable(folder)) is not None:
         yield failed(f"run_folder: {folder} cannot be written: {problem}. Set run_folder to another place.")
         return
@@ -173,10 +173,10 @@ TIMEOUT = 5.0  # seconds for a host to answer
 
 
 @collected
-def check_loggers(recipe: Recipe, parts: Components) -> Iterator[Result]:
+def check_loggers(parts: Components) -> Iterator[Result]:
     """Check whether what metrics are sent to is installed, writable, logged in and reachable."""
     checks = {"wandb": _check_wandb, "mlflow": _check_mlflow, "tensorboard": _check_tensorboard}
-    for name, arguments in entries(recipe.loggers, "loggers"):
+    for name, arguments in entries(parts.recipe.loggers, "loggers"):
         if name in checks and not parts.is_wrong(f"loggers.{name}"):
             yield from checks[name](arguments)
 
