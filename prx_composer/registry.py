@@ -175,7 +175,7 @@ loggers = Registry(
     "loggers",
     {
         "file": "composer.loggers:FileLogger",
-        "metrics_file": "prx_composer.loggers.metrics_file:MetricsFile",
+        "metrics_file": "prx_composer.loggers.trackers:MetricsFile",
         "mlflow": "prx_composer.loggers.tracking_servers:MLflow",
         "tensorboard": "prx_composer.loggers.trackers:TensorBoard",
         "wandb": "prx_composer.loggers.tracking_servers:WandB",
@@ -196,7 +196,7 @@ schedulers = Registry(
         "constant_with_warmup": "composer.optim:ConstantWithWarmupScheduler",
         "cosine_with_warmup": "composer.optim:CosineAnnealingWithWarmupScheduler",
         "linear_decay_with_warmup": "composer.optim:LinearWithWarmupScheduler",
-        "warmup_stable_decay": "prx_composer.optim.schedules:WarmupStableDecay",
+        "warmup_stable_decay": "prx_composer.optim:WarmupStableDecay",
     },
 )
 

@@ -1,21 +1,31 @@
-"""Write checkpoints at an interval, at the end, and when the run is asked to stop; stop early on purpose."""
+"""Checkpoints are written, and a run that goes on from one draws the same random numbers and takes the recipe's new values."""
 
 import logging
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, Event, State
+from composer.core import Callback, Event, State, Timestamp
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
+from torch.optim import Optimizer
 
+from prx_composer.algorithms.base import Trick
+from prx_composer.common.distributed import unwrapped
 from prx_composer.common.errors import TrainingInterrupted, UserError
 from prx_composer.loggers.trackers import log_checkpoint
-from prx_composer.runs.checkpoints import clean_up, keep_newest, newest_checkpoint, write_checkpoint
-from prx_composer.schedule.clock import clock_of
-from prx_composer.schedule.moments import SECONDS, Moment, Point
+from prx_composer.models.randomness import RandomStreams, derive_seed
+from prx_composer.recipe.config import Recipe
+from prx_composer.recipe.resume import Change
+from prx_composer.runs.checkpoints import Checkpoint, clean_up, keep_newest, newest_checkpoint, write_checkpoint
+from prx_composer.schedule.clock import clock_of, time_budget_of
+from prx_composer.schedule.moments import SECONDS, Moment, Point, ScheduleWindow
 
 log = logging.getLogger(__name__)
 
@@ -131,3 +141,184 @@ class StopAfter(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         if self._time.has_come(state):
             state.stop_training()
+
+
+class RandomStep(Callback):
+    """Tell the model's `RandomStreams` which step it is, and reseeds the global generators.
+
+    Our own code draws from the streams; the global generators are for dropout layers and other people's algorithms.
+    """
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        step = int(state.timestamp.batch)
+        streams = getattr(unwrapped(state.model), "random", None)
+        if isinstance(streams, RandomStreams):
+            streams.begin_step(step)
+        seed = derive_seed(state.rank_zero_seed, dist.get_global_rank(), step)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+
+_OF_SOME = "adam_"  # muon's name for what its AdamW groups call lr, betas and eps
+
+
+class NewValues(Callback):
+    """Put new values where loading a checkpoint has put the old ones: into the optimizer's groups, the schedule and the seed.
+
+    Everything else that a recipe says is held by the objects that are built from it, of which a checkpoint has counts, moments
+    and weights but no settings. Which these are is tested key by key.
+
+    Args:
+        changes: that are allowed, against the recipe in the checkpoint.
+    """
+
+    def __init__(self, changes: Sequence[Change]):
+        parts = [change.key.split(".") for change in changes]
+        self._arguments = {part[1].partition("[")[0] for part in parts if part[0] == "optimizer" and len(part) > 1}
+        self._schedule = any(part[0] == "scheduler" for part in parts)
+        self._seed = any(part[0] == "seed" for part in parts)
+        self._groups: list[list[dict[str, Any]]] = []  # as they were built, by optimizer
+        self._built_seed = 0
+        self.loaded_rate: float | None = None  # the learning rate in the checkpoint, of the first group
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        self._groups = [
+            [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+            for optimizer in state.optimizers
+        ]
+        self._built_seed = state.rank_zero_seed
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        self.loaded_rate = float(state.optimizers[0].param_groups[0]["lr"])
+        if self._seed:
+            state.rank_zero_seed = self._built_seed
+        if not (self._arguments or self._schedule):
+            return
+        names = {name.removeprefix(_OF_SOME) for name in self._arguments}
+        for optimizer, built in zip(state.optimizers, self._groups, strict=True):
+            for group, new in zip(optimizer.param_groups, built, strict=True):
+                group |= {name: new[name] for name in names if name in new and name != "lr"}
+            if "lr" in names or self._schedule:
+                self._renew_rates(state, optimizer, [new.get("initial_lr", new["lr"]) for new in built])
+
+    @staticmethod
+    def _renew_rates(state: State, optimizer: Optimizer, rates: list[float]) -> None:
+        """Make the rates what they would be if the run had had these and this schedule from its beginning on."""
+        now = state.timestamp
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            before = group.get("initial_lr", group["lr"])
+            group["initial_lr"] = rate
+            group["lr"] = group["lr"] * rate / before if before else rate
+        for scheduler in (scheduler for scheduler in state.schedulers if scheduler.optimizer is optimizer):
+            scheduler.base_lrs = list(rates)
+            multipliers = getattr(scheduler, "lr_lambdas", None)
+            if multipliers is None:  # PyTorch's own, which has state of its own
+                continue
+            # Composer asks a schedule at the end of a step, before it counts it, for the rate of the next one.
+            with _holding(state, timestamp=_back(now, 1), previous_timestamp=_back(now, 2)):
+                for group, rate, multiplier in zip(optimizer.param_groups, rates, multipliers, strict=True):
+                    group["lr"] = rate * multiplier(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+        log.info("Learning rates of the next step: %s", ", ".join(f"{group['lr']:.4g}" for group in optimizer.param_groups))
+
+
+@contextmanager
+def _holding(holder: Any, **values: Any) -> Iterator[None]:
+    """Give attributes of an object other values inside of this context."""
+    before = {name: getattr(holder, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(holder, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(holder, name, value)
+
+
+def _back(now: Timestamp, steps: int) -> Timestamp:
+    """Return the time so many steps ago, of the average size; within the epoch."""
+    batch = int(now.batch)
+    steps = min(steps, batch)
+    samples = steps * int(now.sample) // max(batch, 1)
+    return now.copy(
+        batch=batch - steps,
+        sample=int(now.sample) - samples,
+        batch_in_epoch=max(int(now.batch_in_epoch) - steps, 0),
+        sample_in_epoch=max(int(now.sample_in_epoch) - samples, 0),
+    )
+
+
+_KEYS = ("max_duration", "time_budget")
+_ALSO = ("optimizer", "scheduler")  # what else the rate depends on, where it was allowed to change
+_SAME = 0.01  # of a learning rate
+
+
+def say_what_moves(state: State, recipe: Recipe, checkpoint: Checkpoint | None) -> None:
+    """Warn of `what_moves` in the log; called on one rank, once the checkpoint is loaded."""
+    before = {} if checkpoint is None else checkpoint.index().get("recipe", {})
+    for message in what_moves(state, recipe, before):
+        log.warning("%s", message)
+
+
+def what_moves(state: State, recipe: Recipe, before: dict[str, Any]) -> list[str]:
+    """Return what another `max_duration` or `time_budget` changes at this point of the run, in words.
+
+    Args:
+        state: after loading.
+        before: the recipe that the checkpoint was written with.
+    """
+    changed = [key for key in _KEYS if key in before and before[key] != getattr(recipe, key)]
+    if not changed or int(state.timestamp.batch) == 0:
+        return []
+    rate, windows = _rate(state), _windows(state)
+    budget = time_budget_of(state)
+    with ExitStack() as stack:
+        stack.enter_context(_holding(state, max_duration=before.get("max_duration", state.max_duration)))
+        if budget is not None and budget.progress_before is not None:
+            stack.enter_context(_holding(budget, progress=budget.progress_before))
+        rate_before, windows_before = _rate(state), _windows(state)
+    by = " and ".join(
+        [f"{key} {before[key]} → {getattr(recipe, key)}" for key in changed]
+        + [f"another {key}" for key in _ALSO if key in before and before[key] != getattr(recipe, key)]
+    )
+    batch = int(state.timestamp.batch)
+    messages = []
+    if abs(rate - rate_before) > _SAME * max(rate, rate_before):
+        messages.append(_about_rate(state, rate, by, recipe.run_folder))
+    for name, (window, phase) in windows.items():
+        was = windows_before[name][1]
+        if phase != was:
+            span = f"{window.start} to {window.end or 'the end'}"
+            messages.append(f"algorithms.{name}: at batch {batch} its window ({span}) was {was}, and is {phase} now ({by}).")
+    return messages
+
+
+def _about_rate(state: State, rate: float, by: str, folder: str) -> str:
+    batch = int(state.timestamp.batch)
+    loaded = next((callback.loaded_rate for callback in state.callbacks if isinstance(callback, NewValues)), None)
+    last = float(state.optimizers[0].param_groups[0]["lr"]) if loaded is None else loaded
+    return (
+        f"The learning rate was {last:.3g} up to batch {batch} and goes to {rate:.3g} now ({by}): its schedule is a part of the "
+        f"run's length. To go on without that jump, train these weights in another run: run_name=<another name> "
+        f"model.init_from={folder} optimizer.lr={last:.3g} 'scheduler={{name: constant}}'. A run that is to be "
+        "prolonged trains with scheduler: {name: warmup_stable_decay}, whose rate is constant until its last part: keep the "
+        "checkpoints before that (save_num_checkpoints_to_keep=-1), delete the later ones, and go on with a longer max_duration."
+    )
+
+
+def _rate(state: State) -> float:
+    """Return the learning rate of the first group of weights, in the step after the coming one at the latest."""
+    scheduler: Any = state.schedulers[0]
+    return float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](0))
+
+
+def _windows(state: State) -> dict[str, tuple[ScheduleWindow, str]]:
+    """Return the window of every trick by its name, and whether it is not begun, open or over."""
+    found = {}
+    for trick in state.algorithms:
+        if isinstance(trick, Trick):
+            begun = trick.has_begun or trick.window.start.has_come(state)
+            phase = "over" if trick.window.is_over(state) else "open" if begun else "not begun"
+            found[trick.name] = trick.window, phase
+    return found

@@ -18,9 +18,18 @@ from prx_composer.common.errors import UserError
 from prx_composer.common.pages import image_grid
 from prx_composer.data.sources import DIGIT_WORDS, ShapesSource, heldout_scenes
 from prx_composer.loggers.trackers import log_drawings
-from prx_composer.metrics.grid_artifacts import VISIBLE_GRID, can_measure_grid, grid_energy, seam_energy
 from prx_composer.metrics.real_images import DataSet, ImageFolder, default_cache, evenly, open_images
-from prx_composer.metrics.scoring import DEFAULT_METRICS, Networks, Scorer, nearest_scenes, score_digits
+from prx_composer.metrics.scoring import (
+    DEFAULT_METRICS,
+    VISIBLE_GRID,
+    Networks,
+    Scorer,
+    can_measure_grid,
+    grid_energy,
+    nearest_scenes,
+    score_digits,
+    seam_energy,
+)
 from prx_composer.models.flow import check_guidance_scale, check_seeds
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.schedule.clock import Due, rehearsing, with_rehearsal

@@ -17,8 +17,8 @@ from composer.utils import dist
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer import registry
+from prx_composer.callbacks.checkpointing import RandomStep
 from prx_composer.callbacks.monitors import DataMonitor
-from prx_composer.callbacks.resuming import RandomStep
 from prx_composer.common.distributed import GlooAverage, unwrapped
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import write_whole

@@ -16,9 +16,8 @@ from composer.core import Callback, Evaluator, Event, State
 from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 
 from prx_composer.algorithms.gradients import FiniteGuard
-from prx_composer.callbacks.checkpointing import Checkpointing, due_every
+from prx_composer.callbacks.checkpointing import Checkpointing, NewValues, RandomStep, due_every, say_what_moves
 from prx_composer.callbacks.monitors import DataMonitor
-from prx_composer.callbacks.resuming import NewValues, RandomStep, say_what_moves
 from prx_composer.common.distributed import GlooAverage, from_rank_zero
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path, redacted
 from prx_composer.data.loader import ImageCaptionLoader
@@ -44,9 +43,8 @@ from prx_composer.runs.weights import not_finite_in
 from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, time_budget_of, with_rehearsal
 from prx_composer.schedule.moments import duration_string, for_composer, parse_duration
 from prx_composer.training.components import Components
-from prx_composer.training.preflight import failed, require
+from prx_composer.training.preflight import examine, failed, require
 from prx_composer.training.preflight.data_fit import check_data
-from prx_composer.training.preflight.examine import examine
 from prx_composer.training.preflight.step import remember_steps, try_steps_before_training
 from prx_composer.training.preflight.surroundings import check_gpus, check_surroundings
 from prx_composer.training.trainer import Trainer, parallelism

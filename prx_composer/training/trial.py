@@ -20,8 +20,7 @@ from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.model_parts import with_kept
 from prx_composer.training.components import Components, Making, unmade_sources
-from prx_composer.training.preflight import Result, collected, failed, skipped
-from prx_composer.training.preflight.examine import check_callbacks, examine
+from prx_composer.training.preflight import Result, check_callbacks, collected, examine, failed, skipped
 from prx_composer.training.preflight.pretrained import check_captions, is_here, references
 from prx_composer.training.preflight.step import try_steps
 from prx_composer.training.preflight.surroundings import check_gpus, check_surroundings

@@ -16,7 +16,7 @@ from composer.loggers import InMemoryLogger
 from stacks import TEACHER, stack_of_24h
 
 from prx_composer import registry
-from prx_composer.callbacks.resuming import RandomStep
+from prx_composer.callbacks.checkpointing import RandomStep
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.recipe import config

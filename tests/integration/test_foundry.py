@@ -316,7 +316,7 @@ import sys
 from prx_composer.recipe import config
 from prx_composer.common.errors import UserError
 from prx_composer.integrations.foundry_names import INSTALL
-from prx_composer.training.preflight.examine import examine
+from prx_composer.training.preflight import examine
 _, parts = examine(config.load(["yamls/quickstart.yaml"]), 1)
 assert not parts.problems
 assert "llmfoundry" not in sys.modules

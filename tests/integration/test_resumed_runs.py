@@ -333,7 +333,7 @@ def test_a_limit_of_undecodable_images_may_be_raised_as_its_message_says(
 
 
 def test_the_step_before_is_counted_back_within_an_epoch() -> None:
-    from prx_composer.callbacks.resuming import _back
+    from prx_composer.callbacks.checkpointing import _back
 
     def counted(now: Timestamp, steps: int) -> list[int]:
         back = _back(now, steps)

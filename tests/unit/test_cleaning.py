@@ -15,7 +15,7 @@ from prx_composer.models.encoders import tokenize
 from prx_composer.models.prompts import cleaned, cleaner, with_cleaning
 from prx_composer.recipe import config
 from prx_composer.runs.model_parts import ModelParts
-from prx_composer.training.preflight.examine import examine
+from prx_composer.training.preflight import examine
 
 CLEAN = {  # text → as PRXPixelPipeline ("basic") and PRXPipeline ("prx") read it
     "A Photo of a CAT": ("A Photo of a CAT", "a photo of a cat"),

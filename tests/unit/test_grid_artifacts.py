@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prx_composer.metrics.grid_artifacts import VISIBLE_GRID, can_measure_grid, grid_energy, seam_energy
+from prx_composer.metrics.scoring import VISIBLE_GRID, can_measure_grid, grid_energy, seam_energy
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training.run import run

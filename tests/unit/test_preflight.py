@@ -21,9 +21,8 @@ from prx_composer.data.sources import ShapesSource
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.components import Components
-from prx_composer.training.preflight import Result, require
+from prx_composer.training.preflight import Result, check_callbacks, examine, require
 from prx_composer.training.preflight.data_fit import check_data
-from prx_composer.training.preflight.examine import check_callbacks, examine
 from prx_composer.training.preflight.pretrained import check_weights
 from prx_composer.training.preflight.step import extremes
 from prx_composer.training.preflight.surroundings import check_gpus, check_loggers, check_storage, checkpoints_to_keep

@@ -13,7 +13,7 @@ import pytest
 import torch
 from composer.core import Time
 
-from prx_composer.callbacks.resuming import what_moves
+from prx_composer.callbacks.checkpointing import what_moves
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training import main

@@ -328,7 +328,7 @@ def test_new_values_hold_in_every_group_of_an_optimizer_and_in_no_other_setting(
     import torch
     from composer.core import Timestamp
 
-    from prx_composer.callbacks.resuming import NewValues
+    from prx_composer.callbacks.checkpointing import NewValues
 
     def built(lr: float, adam_lr: float, betas: tuple[float, float]) -> tuple[Any, Any]:
         groups = [{"params": [torch.zeros(2, requires_grad=True)], "lr": rate, "seen": 0} for rate in (lr, adam_lr, adam_lr)]
@@ -374,7 +374,7 @@ ADVISED = [
     ("data/sampler.py", "to begin a new pass over these, add  {advice([DATA])}", "data"),
     ("training/preflight/surroundings.py", "save_num_checkpoints_to_keep to", "save_num_checkpoints_to_keep"),
     ("training/preflight/surroundings.py", "run_folder to a larger disk", "run_folder"),
-    ("callbacks/resuming.py", "save_num_checkpoints_to_keep=-1", "save_num_checkpoints_to_keep"),
+    ("callbacks/checkpointing.py", "save_num_checkpoints_to_keep=-1", "save_num_checkpoints_to_keep"),
     ("training/preflight/step.py", "device_train_microbatch_size: out of memory", "device_train_microbatch_size"),
 ]
 

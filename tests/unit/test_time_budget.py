@@ -18,7 +18,7 @@ from composer.optim.scheduler import compile_composer_scheduler
 from torch import nn
 
 from prx_composer.common.errors import UserError
-from prx_composer.optim.schedules import WarmupStableDecay
+from prx_composer.optim import WarmupStableDecay
 from prx_composer.recipe import config
 from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, once_per_batch
 from prx_composer.schedule.moments import Moment, ScheduleWindow

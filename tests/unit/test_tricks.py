@@ -18,7 +18,7 @@ from prx_composer.models import TextToImage
 from prx_composer.optim import AdamW
 from prx_composer.recipe import config
 from prx_composer.training.components import Components
-from prx_composer.training.preflight.examine import examine
+from prx_composer.training.preflight import examine
 from prx_composer.training.preflight.pretrained import check_weights
 from prx_composer.training.trial import check_config
 

@@ -32,7 +32,7 @@ from prx_composer.recipe.arguments import split as split_spec
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.model_parts import made_tokenizer
 from prx_composer.training.components import PlannedStage, make_data
-from prx_composer.training.preflight.examine import examine
+from prx_composer.training.preflight import examine
 
 COLUMNS = 8
 PROBLEM = (190, 30, 30)

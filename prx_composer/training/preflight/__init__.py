@@ -1,21 +1,31 @@
 """Everything is checked before the first GPU second is spent: by `prx check`, and by train.py when it starts.
 
-examine.py       names, arguments, types; what must divide
 pretrained.py    hub ids: a folder, in the cache, or answered for by the hub; whether captions are read whole
 data_fit.py      splits, columns, shards, buckets
 surroundings.py  run folder, disk, GPUs, loggers
 step.py          one forward and backward pass of every stage, without a trace
 
-A check yields what it finds, one `Result` for each line of the page.
+A check yields what it finds, one `Result` for each line of the page. Here is what the recipe alone tells: names, arguments and
+types, and sizes that must divide one another.
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, get_args
 
-from prx_composer.common.errors import UserError, problems_of, raise_all
+from prx_composer import registry
+from prx_composer.algorithms.base import Trick
+from prx_composer.common.errors import Problems, UserError, at_path, problems_of, raise_all
+from prx_composer.models.prompts import Cleaning, cleaner
+from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.checks import argument_problems, setting_problems
+from prx_composer.recipe.config import Recipe
+from prx_composer.recipe.consistency import batch_problems, image_size_problems, schedule_problems
+from prx_composer.training.components import Components
+from prx_composer.training.trainer import parallelism
 
 log = logging.getLogger(__name__)
 
@@ -76,3 +86,138 @@ def require(results: Iterable[Result]) -> list[Result]:
         if result.mark == "!":
             log.warning("%s", result.text)
     return results
+
+
+def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components]:
+    """Return all that can be said of a recipe without data, weights or a network, and its components on the meta device."""
+    settings = setting_problems(vars(recipe), num_ranks)
+    wrong = argument_problems(vars(recipe))
+    batches = batch_problems(vars(recipe), num_ranks)
+    parts = Components(recipe, meta=True, num_ranks=num_ranks, problems=wrong)
+    results = [failed(problem) for problem in wrong]
+    if not wrong:
+        counts = [f"{len(list(entries(getattr(recipe, kind), kind)))} {kind}" for kind in ("algorithms", "callbacks")]
+        results.append(passed("names, arguments and types", f"model, optimizer, scheduler, {', '.join(counts)}"))
+    results += [*_check_backbone(parts), *map(failed, settings), *_check_cleaning(parts), *_check_scheduler(parts)]
+    parts.algorithms, problems = parts.each("algorithms")
+    results += [*map(failed, problems), *_check_images(parts), *_check_tricks(parts)]
+    if parts.algorithms:
+        results.append(passed("algorithms", ", ".join(parts.algorithms)))
+    if "progressive_resolution" not in parts.algorithms and recipe.algorithms.get("progressive_resolution"):
+        parts.stages = []
+        results.append(skipped("stages", "they could not be built"))
+    results += [*map(failed, batches), *_check_sizes(parts, divides=not batches)]
+    return list(dict.fromkeys(results)), parts
+
+
+@collected
+def _check_backbone(parts: Components) -> Iterator[Result]:
+    """Make the backbone; whoever asks for one that is wrong, or that the model doesn't have, is given None from here on."""
+    try:
+        parts.backbone = None if parts.is_wrong("model") or "backbone" not in parts.recipe.model else parts.backbone
+    except UserError:
+        parts.backbone = None
+        raise
+    if parts.backbone is not None:
+        parameters = sum(parameter.numel() for parameter in parts.backbone.parameters())
+        yield passed("model.backbone", f"{parameters / 1e6:,.1f}M parameters")
+
+
+@collected
+def _check_cleaning(parts: Components) -> Iterator[Result]:
+    encoder = parts.recipe.model.get("text_encoder")
+    clean: Any = encoder.get("clean") if isinstance(encoder, dict) else None
+    if clean in get_args(Cleaning):  # else its type is wrong, which is said elsewhere
+        with at_path("model.text_encoder"):
+            cleaner(clean)
+    yield from ()
+
+
+@collected
+def _check_scheduler(parts: Components) -> Iterator[Result]:
+    if not parts.is_wrong("scheduler"):
+        _ = parts.scheduler
+        yield from map(failed, schedule_problems(vars(parts.recipe)))
+
+
+@collected
+def check_callbacks(parts: Components) -> Iterator[Result]:
+    """Build the callbacks one by one and let them go again."""
+    recipe = parts.recipe
+    made, problems = parts.each("callbacks")
+    yield from map(failed, problems)
+    if made:
+        yield passed("callbacks", ", ".join(made))
+    if recipe.model.get("caption_dropout") == 0 and not recipe.model.get("init_from"):
+        for name, arguments in entries({name: recipe.callbacks[name] for name in made}, "callbacks"):
+            taken = inspect.signature(registry.callbacks.get(name, f"callbacks.{name}")).parameters.get("guidance_scale")
+            scale = arguments.get("guidance_scale", None if taken is None else taken.default)
+            if isinstance(scale, int | float) and scale != 1:
+                yield warned(
+                    f"callbacks.{name}.guidance_scale",
+                    f"{scale} leads away from what the model draws without a caption, and with model.caption_dropout: 0 it never "
+                    "learns that. Set it to 1, or model.caption_dropout to 0.1.",
+                )
+
+
+@collected
+def _check_images(parts: Components) -> Iterator[Result]:
+    """Check that latents that come with the data have an autoencoder, and that who looks at images has them."""
+    recipe = parts.recipe
+    if parts.is_wrong("train_loader"):
+        return
+    autoencoder = (recipe.model.get("autoencoder") or {}).get("name", "pixels")
+    for key in ("train_loader", "eval_loader"):
+        spec = getattr(recipe, key) or {}
+        if spec.get("latent") and autoencoder == "pixels":
+            yield failed(f"{key}.latent: model.autoencoder is pixels, so that training is on images; leave {key}.latent out.")
+        elif spec.get("images") is False and not spec.get("latent"):
+            yield failed(f"{key}.images: false leaves nothing to train on; name stored latents in {key}.latent.")
+    if not recipe.train_loader.get("latent") or recipe.train_loader.get("images"):
+        return
+    for name, algorithm in parts.algorithms.items():
+        if isinstance(algorithm, Trick) and algorithm.needs_image:
+            yield failed(
+                f"algorithms.{name} looks at images, which train_loader.latent leaves out; set train_loader.images: true to have "
+                f"them decoded beside the latents{algorithm.instead_of_images}."
+            )
+
+
+@collected
+def _check_tricks(parts: Components) -> Iterator[Result]:
+    """Ask tricks whether they go with the recipe, the others, the backbone and the sharding."""
+    try:
+        wrapped = parallelism(parts.recipe.parallelism_config, parts.num_ranks)
+    except UserError:  # said by `setting_problems`
+        wrapped = None
+    sharding, problems = None if wrapped is None else wrapped.fsdp2, Problems()
+    for trick in parts.algorithms.values():
+        if isinstance(trick, Trick):
+            others = [other for other in parts.algorithms.values() if other is not trick]
+            with problems.noted():
+                trick.check(parts.recipe, others, parts.backbone, sharding)
+    problems.raise_any()
+    yield from ()
+
+
+@collected
+def _check_sizes(parts: Components, divides: bool) -> Iterator[Result]:
+    """Say how the batches of every stage divide, if they do, and whether its images can be cut into patches."""
+    if divides and parts.stages:
+        shares = [
+            f"{s.global_batch_size} = {s.device_batch_size // s.microbatch_size} × {s.microbatch_size}" for s in parts.stages
+        ]
+        ranks = f" × {parts.num_ranks} ranks" if parts.num_ranks > 1 else ""
+        yield passed("batches divide into microbatches", ", ".join(share + ranks for share in dict.fromkeys(shares)))
+    if parts.backbone is None:
+        return
+    patch_size, downsampling = getattr(parts.backbone, "patch_size", None), parts.downsampling
+    if not isinstance(patch_size, int):
+        yield skipped("image sizes", "the backbone has no patch_size")
+    elif downsampling is None:
+        yield skipped("image sizes", "what the autoencoder divides them by is known only from its weights")
+    elif problems := image_size_problems(vars(parts.recipe), patch_size, downsampling):
+        yield from map(failed, problems)
+    elif parts.stages:
+        of = ", ".join(str(size) for size in sorted({stage.image_size for stage in parts.stages}))
+        yield passed("image sizes divide into patches", f"{of} px, patches of {patch_size}")
