@@ -14,13 +14,12 @@ from icon_sets import STYLES, THINGS, content, write_sets, write_tarball
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from prx_composer.callbacks.icons_score import IconsScore
+from prx_composer.callbacks.icons_score import IconsScore, comparable, score_icons, subsets
 from prx_composer.common.errors import UserError
 from prx_composer.data.format import Manifest, RawSample, open_local
 from prx_composer.data.icons import IconsSource
 from prx_composer.data.sources import is_made, prepare
 from prx_composer.data.svg import Box, SVGError, checked, render
-from prx_composer.metrics.nearest_icons import comparable, score_icons, subsets
 from prx_composer.training.components import make_data
 
 pytest.importorskip("resvg_py")
