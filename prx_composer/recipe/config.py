@@ -29,11 +29,12 @@ from prx_composer.common.outlines import constructor
 from prx_composer.recipe.arguments import Spec, check_type, dataclass_in, entries, hints_of
 from prx_composer.recipe.checks import argument_problems, first_look, missing_code
 from prx_composer.registry import BY_KEY, BY_NAME, NESTED, Registry
+from prx_composer.schedule.moments import Point, parse_duration
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The keys of a recipe, llm-foundry's names where it has one."""
+    """The keys of a recipe, llm-foundry's names where it has one; and its times as what they are, once they have been checked."""
 
     run_name: str
     model: Spec
@@ -70,6 +71,23 @@ class Recipe:
     def eval_batch_size(self) -> int:
         """Images of one step of an evaluation, over all ranks."""
         return self.global_eval_batch_size or self.global_train_batch_size
+
+    @property
+    def length(self) -> Point:
+        return Point.parse(self.max_duration)
+
+    @property
+    def budget(self) -> float | None:
+        """Seconds of training that the run may take."""
+        return None if self.time_budget is None else parse_duration(self.time_budget)
+
+    @property
+    def save_every(self) -> Point:
+        return Point.parse_interval(self.save_interval)
+
+    @property
+    def evaluate_every(self) -> Point:
+        return Point.parse(self.eval_interval)
 
 
 def load(arguments: list[str], num_ranks: int = 1) -> Recipe:

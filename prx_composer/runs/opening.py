@@ -28,7 +28,6 @@ from prx_composer.runs.model_parts import ModelParts
 from prx_composer.runs.pretrained_models import open_pipeline
 from prx_composer.runs.weights import Located, SavedState, locate, nonfinite, read_checkpoint
 from prx_composer.schedule.clock import TrainingClock
-from prx_composer.schedule.moments import parse_duration
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +163,7 @@ def attach_algorithms(model: TextToImage, recipe: Recipe, saved: SavedState, run
     ]
     if not shaping:
         return
-    clock = TrainingClock(run_folder, None if recipe.time_budget is None else parse_duration(recipe.time_budget))
+    clock = TrainingClock(run_folder, recipe.budget)
     clock.elapsed, clock.fraction = (float(saved.clock.get(name, 0.0)) for name in ("elapsed", "fraction"))
     state = State(
         rank_zero_seed=recipe.seed,

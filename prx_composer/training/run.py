@@ -16,7 +16,7 @@ from composer.core import Callback, Evaluator, Event, State
 from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 
 from prx_composer.algorithms.gradients import FiniteGuard
-from prx_composer.callbacks.checkpointing import Checkpointing, NewValues, RandomStep, due_every, say_what_moves
+from prx_composer.callbacks.checkpointing import Checkpointing, NewValues, RandomStep, say_what_moves
 from prx_composer.callbacks.monitors import DataMonitor
 from prx_composer.common.distributed import GlooAverage, from_rank_zero
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path, redacted
@@ -41,7 +41,7 @@ from prx_composer.runs.model_parts import keep_frozen
 from prx_composer.runs.pretrained_models import initialise
 from prx_composer.runs.weights import not_finite_in
 from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, time_budget_of, with_rehearsal
-from prx_composer.schedule.moments import duration_string, for_composer, parse_duration
+from prx_composer.schedule.moments import duration_string
 from prx_composer.training.components import Components
 from prx_composer.training.preflight import examine, failed, require
 from prx_composer.training.preflight.data_fit import check_data
@@ -217,20 +217,18 @@ def _build(recipe: Recipe, found: GoingOn, on_gpu: bool) -> Trainer:
 
 def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback], saved: dict[str, Any]) -> list[Callback]:
     """Return the recipe's callbacks between those that every run has: the clock comes first, checkpoints come after the guard."""
-    folder = Path(recipe.run_folder)
-    save_when = with_rehearsal(due_every(recipe.save_interval))
-    seconds = None if recipe.time_budget is None else parse_duration(recipe.time_budget)
-    clock, guard = TrainingClock(folder, seconds, recipe.dist_timeout), FiniteGuard(folder)
+    folder, budget = Path(recipe.run_folder), recipe.budget
+    clock, guard = TrainingClock(folder, budget, recipe.dist_timeout), FiniteGuard(folder)
     return [
         clock,
-        *([] if seconds is None else [TimeBudget(seconds)]),
+        *([] if budget is None else [TimeBudget(budget)]),
         NewValues(found.changes),
         GlooAverage(),
         RandomStep(),
         DataMonitor(),
         *own,
         guard,
-        Checkpointing(folder, save_when, recipe.save_num_checkpoints_to_keep, saved, guard.check_state),
+        Checkpointing(folder, recipe.save_every, recipe.save_num_checkpoints_to_keep, saved, guard.check_state),
         ClockStop(clock),
     ]
 
@@ -242,8 +240,9 @@ def _build_evaluator(recipe: Recipe, components: Components) -> Evaluator | None
     if isinstance(loader.dataloader, ImageCaptionLoader):
         loader.dataloader.batch_sampler.keeps_shape = bool(recipe.model.get("compile"))
     # The last evaluation comes with the last batch, not after FIT_END as Composer's: its metrics belong to that batch's line.
-    when = create_interval_scheduler(for_composer(recipe.eval_interval), checkpoint_events=False, final_events={Event.BATCH_END})
-    interval = with_rehearsal(when, Event.BATCH_END)
+    every = recipe.evaluate_every.for_composer()
+    due = create_interval_scheduler(every, checkpoint_events=False, final_events={Event.BATCH_END})
+    interval = with_rehearsal(due, Event.BATCH_END)
     microbatch_size = recipe.eval_batch_size // dist.get_world_size()
     return Evaluator(label="eval", dataloader=loader, eval_interval=interval, device_eval_microbatch_size=microbatch_size)
 
