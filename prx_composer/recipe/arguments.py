@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prx_composer.common.errors import Problems, UserError, nearest
@@ -131,10 +131,10 @@ def check_component(
         imports: whether components may be imported for it. If not, what cannot be known without passes.
     """
     try:
-        target = components.described(name, path, imports)
+        function = components.constructor(name, path, imports)
     except CannotTell:
         return
-    check_arguments(target, arguments, path, provided, also, defaulted, imports)
+    _check_given(function, arguments, path, provided, also, defaulted, imports)
 
 
 def check_arguments(
@@ -159,6 +159,18 @@ def check_arguments(
         function = constructor(target)
     except CannotTell:
         return
+    _check_given(function, arguments, path, provided, also, defaulted, imports)
+
+
+def _check_given(
+    function: Callable[..., Any],
+    arguments: Spec,
+    path: str,
+    provided: Collection[str],
+    also: Collection[str],
+    defaulted: Collection[str],
+    imports: bool,
+) -> None:
     parameters = {
         name: parameter for name, parameter in inspect.signature(function).parameters.items() if name not in ("self", *provided)
     }

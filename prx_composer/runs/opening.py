@@ -59,7 +59,7 @@ class Trained:
 def load_trained(name: str, weights: Weights | None = None, merge: bool = True) -> Trained:
     """Open a trained model. Nothing in its files is executed, and nothing is written.
 
-    A model of the user's own classes needs them registered before: by `config.import_code`, or in any other way.
+    A model of the user's own classes needs them registered before: by `registry.import_code`, or in any other way.
 
     Args:
         name: run folder, checkpoint or diffusers folder.

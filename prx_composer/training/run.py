@@ -15,13 +15,13 @@ import psutil
 from composer.core import Callback, Evaluator, Event, State
 from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 
+from prx_composer import registry
 from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.callbacks.checkpointing import Checkpointing, NewValues, RandomStep, say_what_moves
 from prx_composer.callbacks.monitors import DataMonitor
 from prx_composer.common.distributed import GlooAverage, from_rank_zero
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path, redacted
 from prx_composer.data.loader import ImageCaptionLoader
-from prx_composer.recipe import config
 from prx_composer.recipe.checks import precisions
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
@@ -128,7 +128,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     Raises:
         UserError: as `run`.
     """
-    config.import_code(recipe.code_paths)
+    registry.import_code(recipe.code_paths)
     device = get_device(None)
     results, checked = examine(recipe, dist.get_world_size())
     if device.name == "cpu" and recipe.precision in precisions() and recipe.precision != "fp32":
