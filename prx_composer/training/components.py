@@ -67,10 +67,7 @@ class Components(ModelParts):
     def __init__(self, recipe: Recipe, *, meta: bool, num_ranks: int = 1, problems: Sequence[str] = ()):
         super().__init__(recipe.model, recipe.seed, Path(recipe.run_folder), loader=recipe.train_loader, meta=meta, compiled=True)
         self.recipe, self.num_ranks, self.problems = recipe, num_ranks, list(problems)
-
-    @cached_property
-    def _provided(self) -> dict[str, Any]:
-        return provided_by(vars(self.recipe))
+        self._provided = provided_by(vars(recipe))
 
     def is_wrong(self, path: str) -> bool:
         """Return whether something at or below a path is wrong, so that what is there cannot be relied on."""
