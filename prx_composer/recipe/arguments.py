@@ -9,6 +9,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prx_composer.common.errors import Problems, UserError, nearest
@@ -104,6 +105,17 @@ def _of_mixture(spec: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> 
     shared = {key: value for key, value in spec.items() if key != "mix"}
     below = {key: f"{spec[key]}/{name}" for key in ("path", "remote") if spec.get(key)}
     return shared | below | {key: value for key, value in part.items() if key != _WEIGHT}
+
+
+def split_folders(loader: Mapping[str, Any] | None) -> dict[str, Path] | None:
+    """Return where the splits of an `image_caption` loader lie, by data set; None of another loader, or of one that is wrong."""
+    if not loader or loader.get("name") != "image_caption":
+        return None
+    try:
+        parts = data_sets(loader)
+    except UserError:
+        return None
+    return {where.removeprefix("mix."): Path(part["path"]) / (part.get("split") or "train") for where, part in parts.items()}
 
 
 def weights_of(mix: Mapping[str, Any]) -> dict[str, float] | None:
