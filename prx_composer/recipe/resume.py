@@ -1,4 +1,4 @@
-"""Which keys of a recipe may change when a run goes on: one table, which the comparison (`runs/folder.py`) and the documents read.
+"""Which keys of a recipe may change when a run goes on: one table, which the comparison in `runs/folder.py` and documents read.
 
 A run that goes on with `autoresume` is compared with the recipe it was started with. `RULES` says for every key whether it may
 be another one now, why, and what follows. What may not simply change can be allowed by name, `resume: {allow: [optimizer.lr]}`,
