@@ -220,14 +220,14 @@ def hints_of(function: Any) -> dict[str, Any]:
 
 
 def build(
-    components: Registry, name: str, arguments: Spec, path: str, provided: Mapping[str, Any] | None = None, **given: Any
+    components: Registry, name: str, arguments: Spec, path: str, recipe: Mapping[str, Any] | None = None, **given: Any
 ) -> Any:
     """Call a component's constructor with its arguments from the recipe and with what the program has for it.
 
     Mappings become what the constructor's annotation asks for: dataclasses, or nested components by name.
 
     Args:
-        provided: what there is for any component, such as `provided_by` returns; see `is_filled`.
+        recipe: keys of the recipe, which have something for any component; see `provided_by` and `is_filled`.
         given: what components of this kind are called with, if the constructor has such a parameter.
 
     Raises:
@@ -237,7 +237,8 @@ def build(
     function = constructor(target)
     hints = hints_of(function)
     accepted = inspect.signature(function).parameters
-    filled = {key: value for key, value in (provided or {}).items() if key in accepted and is_filled(accepted[key])}
+    provided = {} if recipe is None else provided_by(recipe)
+    filled = {key: value for key, value in provided.items() if key in accepted and is_filled(accepted[key])}
     filled |= {key: value for key, value in given.items() if key in accepted}
     filled |= {key: _construct(value, key, hints.get(key), f"{path}.{key}") for key, value in arguments.items()}
     try:

@@ -31,7 +31,7 @@ from prx_composer.data.contents import data_identity, in_words, same_data
 from prx_composer.recipe.arguments import split_folders
 from prx_composer.recipe.config import Recipe, resolved
 from prx_composer.recipe.resume import ABSENT, DATA, Change, advice, hidden, rule_of
-from prx_composer.runs.checkpoints import Checkpoint, newest_checkpoint, newest_whole_checkpoint
+from prx_composer.runs.checkpoints import Checkpoint, newest_checkpoint, newest_whole_checkpoint, without_new_callbacks
 
 log = logging.getLogger(__name__)
 
@@ -250,6 +250,11 @@ class GoingOn:
     load_path: str | None = None
     changes: tuple[Change, ...] = ()
     other_data: bool = False
+
+    @property
+    def ignored(self) -> Callable[[dict[str, Any]], None] | None:
+        """What Composer's `load_ignore_keys` takes."""
+        return None if self.load_path is None else without_new_callbacks(self.load_path)
 
 
 def going_on(recipe: Recipe, folder: Path, unfit: Callable[[Checkpoint], str | None]) -> GoingOn:

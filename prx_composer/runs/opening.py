@@ -19,7 +19,7 @@ from prx_composer.common.errors import Problems, UserError, at_path, listed
 from prx_composer.models.flow import ClassifierFreeGuidance, RoutedSelfGuidance
 from prx_composer.models.layers import merge_adapters
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.arguments import build, check_component, check_type, entries, provided_by, split
+from prx_composer.recipe.arguments import build, check_component, check_type, entries, split
 from prx_composer.recipe.checks import OF_MODELS
 from prx_composer.recipe.config import Recipe, without_code
 from prx_composer.recipe.consistency import stages_of
@@ -155,9 +155,9 @@ def build_model(recipe: Recipe, run_folder: Path) -> TextToImage:
 
 def attach_algorithms(model: TextToImage, recipe: Recipe, saved: SavedState, run_folder: Path) -> None:
     """Attach those algorithms that change what the model draws (`shapes_sampling`), as they were at the checkpoint."""
-    provided = provided_by(vars(recipe) | {"run_folder": run_folder})
+    values = vars(recipe) | {"run_folder": run_folder}
     shaping: list[Algorithm] = [
-        build(registry.algorithms, name, arguments, f"algorithms.{name}", provided)
+        build(registry.algorithms, name, arguments, f"algorithms.{name}", values)
         for name, arguments in entries(recipe.algorithms, "algorithms")
         if getattr(registry.algorithms.get(name, f"algorithms.{name}"), "shapes_sampling", False)
     ]
