@@ -135,6 +135,7 @@ sources = Registry(
     {
         "digits": "prx_composer.data.sources:DigitsSource",
         "folder": "prx_composer.data.sources:FolderSource",
+        "icons": "prx_composer.data.icons:IconsSource",
         "shapes": "prx_composer.data.sources:ShapesSource",
     },
 )
@@ -165,6 +166,7 @@ callbacks = Registry(
         "digits_score": "prx_composer.callbacks.drawings:DigitsScore",
         "garbage_collection": "prx_composer.callbacks.watchdog:GarbageCollection",
         "generation_metrics": "prx_composer.callbacks.drawings:GenerationMetrics",
+        "icons_score": "prx_composer.callbacks.icons_score:IconsScore",
         "images": "prx_composer.callbacks.drawings:Images",
         "loss_spikes": "prx_composer.callbacks.monitors:LossSpikes",
         "lr_monitor": "composer.callbacks:LRMonitor",
