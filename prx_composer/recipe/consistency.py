@@ -106,7 +106,7 @@ def schedule_problems(values: Values, batches_per_epoch: float | None = None) ->
     # Samples are a number of batches if all are of one size.
     batch_size = None if values["algorithms"].get("progressive_resolution") else values["global_train_batch_size"]
     if scheduler.get("name") in _AS_OURS and (problem := _not_comparable(values, warmup, t_max, total, batch_size)):
-        return [f"{path}: {problem}"]
+        return [problem]
     key, length, whole = "max_duration", warmup.value, total.value
     if warmup.unit == SECONDS:
         key, whole = "time_budget", None if budget is None else budget.value
@@ -123,12 +123,13 @@ def schedule_problems(values: Values, batches_per_epoch: float | None = None) ->
 
 
 def _not_comparable(values: Values, warmup: Point, t_max: Point | None, total: Point, batch_size: int | None) -> str | None:
-    """Return why a scheduler of Composer's cannot compare its warm-up with its end, if it cannot."""
+    """Return why a scheduler of Composer's cannot compare its warm-up with its end, at its path, if it cannot."""
     scheduler = values["scheduler"]
     name = scheduler["name"]
     ours = f"or 'scheduler={{name: warmup_stable_decay, t_warmup: {warmup.text}, {_AS_OURS[name]}}}', which takes any time"
-    if warmup.unit in (SECONDS, BUDGET, "tok", "iter"):
-        return f"{name} counts batches, samples, epochs or dur, not {warmup.text}; give such as 0.05dur, {ours}."
+    for path, point, instead in (("scheduler.t_warmup", warmup, "0.05dur"), ("scheduler.t_max", t_max, "1dur")):
+        if point is not None and point.unit not in _COUNTED:
+            return f"{path}: {name} counts batches, samples, epochs or dur, not {point.text}; give such as {instead}, {ours}."
     unit, against = (_composers_unit(point or warmup, total) for point in (warmup, t_max))
     if unit == against:
         return None
@@ -139,7 +140,7 @@ def _not_comparable(values: Values, warmup: Point, t_max: Point | None, total: P
         instead = f"{int(warmup.value) * batch_size}sp"
     key = "scheduler.t_max" if "t_max" in scheduler else "max_duration"
     return (
-        f"{warmup.text} is counted in {_COUNTED[warmup.unit]}, and {key}: {scheduler.get('t_max', values['max_duration'])} in "
+        f"scheduler.t_warmup: {warmup.text} is counted in {_COUNTED[warmup.unit]}, and {key}: {scheduler.get('t_max', values['max_duration'])} in "
         f"{_COUNTED[against]}, which {name} cannot compare; give {instead}, {ours}."
     )
 

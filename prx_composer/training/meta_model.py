@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, at_path, nearest
-from prx_composer.models.counting import AUTOENCODER, TEXT_ENCODER, CannotCount, StepCount, StepCounter
+from prx_composer.models.counting import AUTOENCODER, DENOISER, TEXT_ENCODER, CannotCount, StepCount, StepCounter
 from prx_composer.models.huggingface import Frozen, UnknownConfiguration, frozen_inside
 from prx_composer.recipe.arguments import entries, split
 from prx_composer.recipe.config import Recipe
@@ -180,6 +180,8 @@ class MetaModel:
                 _counts[key] = self._counter.count(self._batch(image_size), active)
             return _counts[key]
         except CannotCount as error:
+            if error.part == DENOISER:  # without which there is nothing to plan
+                raise UserError(f"model.backbone cannot be counted: {error}. It must work on tensors without content.") from error
             part = {TEXT_ENCODER: "text_encoder", AUTOENCODER: "autoencoder"}.get(error.part, error.part)
             path = f"algorithms.{part}" if part == error.part else f"model.{part}"
             self.uncounted.refuse(part, path, str(error))
