@@ -111,8 +111,11 @@ def test_a_backbone_that_reads_its_input_is_named_and_not_left_out(tiny_recipe: 
     registry.backbones.register("reads")(_Reads)
     tiny_recipe["model"]["backbone"]["name"] = "reads"
     recipe = config.load([write_recipe(tiny_recipe)])
-    with pytest.raises(UserError, match=r"^model.backbone cannot be counted: .*It must work on tensors without") as refused:
-        make_plan(recipe, CONDITIONS)
+    try:
+        with pytest.raises(UserError, match=r"^model.backbone cannot be counted: .*It must work on tensors without") as refused:
+            make_plan(recipe, CONDITIONS)
+    finally:
+        registry.catalogue.REGISTRY.pop(("prx_composer", "backbones", "reads"))
     assert "--leave-out" not in str(refused.value)
 
 

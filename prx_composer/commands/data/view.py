@@ -29,9 +29,10 @@ from prx_composer.models.prompts import readings
 from prx_composer.recipe import config
 from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.arguments import split as split_spec
+from prx_composer.recipe.consistency import PlannedStage
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.model_parts import made_tokenizer
-from prx_composer.training.components import PlannedStage, make_data
+from prx_composer.training.components import make_data
 from prx_composer.training.preflight import examine
 
 COLUMNS = 8

@@ -17,9 +17,9 @@ from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
 from prx_composer.recipe.arguments import data_sets, weights_of
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.consistency import schedule_problems
+from prx_composer.recipe.consistency import PlannedStage, schedule_problems
 from prx_composer.schedule.moments import ScheduleWindow
-from prx_composer.training.components import Components, Making, PlannedStage, unmade_sources
+from prx_composer.training.components import Components, Making, unmade_sources
 from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
 
 REMOTE_TIMEOUT = 20.0  # seconds for a manifest of a few kilobytes
