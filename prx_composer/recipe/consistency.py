@@ -149,7 +149,7 @@ def schedule_problems(values: Values, batches_per_epoch: float | None = None) ->
     if total is None or total.value <= 0 or warmup is None:
         return []  # said elsewhere
     # Samples are a number of batches if all are of one size.
-    batch_size = None if values["algorithms"].get("progressive_resolution") else values["global_train_batch_size"]
+    batch_size = None if stages_of(values)[1:] else values["global_train_batch_size"]
     if scheduler.get("name") in _AS_OURS and (problem := _not_comparable(values, warmup, t_max, total, batch_size)):
         return [problem]
     key, length, whole = "max_duration", warmup.value, total.value

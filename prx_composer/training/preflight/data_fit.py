@@ -17,7 +17,7 @@ from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
 from prx_composer.recipe.arguments import data_sets, weights_of
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.consistency import PlannedStage, schedule_problems
+from prx_composer.recipe.consistency import PlannedStage, schedule_problems, stages_of
 from prx_composer.schedule.moments import ScheduleWindow
 from prx_composer.training.components import Components, Making, unmade_sources
 from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
@@ -88,7 +88,7 @@ def _check_enough(recipe: Recipe, samples: int, stages: list[PlannedStage]) -> I
 
 def _check_epochs(recipe: Recipe, samples: int) -> Iterator[Result]:
     """Check what the recipe says in epochs, now that their length is known; all but what could be said without."""
-    if recipe.algorithms.get("progressive_resolution"):
+    if stages_of(vars(recipe))[1:]:
         return
     known = schedule_problems(vars(recipe))
     found = schedule_problems(vars(recipe), samples / recipe.global_train_batch_size)
