@@ -1,6 +1,5 @@
 """Whether the data can serve every stage: splits, columns, shards, buckets and a first look at the images."""
 
-import json
 import os
 import tempfile
 from collections import Counter
@@ -14,6 +13,7 @@ from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local
 from prx_composer.data.mixture import Shares
 from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
+from prx_composer.data.storage import INDEX, shards_in
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
 from prx_composer.recipe.arguments import data_sets, weights_of
 from prx_composer.recipe.config import Recipe
@@ -179,9 +179,9 @@ def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, An
     problems, broken, shards = [], [], 0
     wanted = {"image", *(spec.get("captions") or manifest.captions), *manifest.features.keys() & {*(spec.get("features") or [])}}
     for bucket, count in manifest.buckets.items():
-        index = folder / str(bucket) / "index.json"
+        index = folder / str(bucket) / INDEX
         try:
-            listed = json.loads(index.read_text())["shards"]
+            listed = shards_in(index.parent)
             files = [(shard["raw_data"]["basename"], int(shard["raw_data"]["bytes"])) for shard in listed]
             sizes = _sizes(index.parent, {str(Path(name).parent) for name, _ in files})
             samples = sum(int(shard["samples"]) for shard in listed)
