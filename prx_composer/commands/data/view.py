@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from prx_composer.commands import writing
 from prx_composer.commands.data.split import Split, open_split
 from prx_composer.common.errors import UserError, at_path, raise_all
 from prx_composer.common.pages import Text, Tile, contact_sheet, data_uri, picture, render, shown_factor
@@ -292,14 +293,12 @@ def check_output(path: str) -> None:
 
 def write_view(view: View, path: str) -> None:
     """Write a .png or .html file. Raise UserError if it cannot be written."""
-    try:
+    with writing(f"--output {path}"):
         if path.lower().endswith(".html"):
             Path(path).write_text(_page(view), encoding="utf-8")
         else:
             font_size = 11 if max(seen.size.width for seen in view.samples) < 256 else 14
             contact_sheet([_tile(seen, view.max_tokens) for seen in view.samples], COLUMNS, font_size).save(path)
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written: {error}") from error
 
 
 def title(view: View) -> str:
