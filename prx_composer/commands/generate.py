@@ -312,10 +312,8 @@ def read_prompts(path: str) -> list[str]:
     Raises:
         UserError: no such file, or a line that cannot be read, by number.
     """
-    try:
+    with at_path(f"--prompts: {path} cannot be read"):
         lines = read_lines(path)
-    except OSError as error:
-        raise UserError(f"--prompts: {path} cannot be read: {error}") from error
     prompts = [
         _prompt_of(line.strip(), f"--prompts: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
     ]
