@@ -4,7 +4,7 @@ What cannot be decoded is counted, named and replaced.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.contents import fetch_manifest
+from prx_composer.data.contents import KEYS, LeftOut, SkipList, fetch_if_there, fetch_manifest, key_hashes
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import MANIFEST, Bucket, Manifest, check_shards, open_local
 from prx_composer.data.sampler import BucketedDataset, SampleRequest
@@ -103,6 +103,12 @@ class BucketRows:
             return self._local[bucket][index]
         return self._streaming[sum(self.counts[:bucket]) + index]
 
+    def keys(self) -> Iterator[Iterator[str]] | None:
+        """Return the keys of all rows by bucket, which fetches every shard; None if the shards are here."""
+        if self._streaming is None:
+            return None
+        return ((str(self.row(bucket, index)["key"]) for index in range(count)) for bucket, count in enumerate(self.counts))
+
 
 class StoredRows:
     """The rows of a stored column, as tensors.
@@ -131,6 +137,25 @@ class StoredRows:
         if not row["shape"]:
             raise ValueError(f"it could not be decoded when {self.column.kind} were stored")
         return unpack(row, self.column.storage)
+
+
+def leave_out(skip: SkipList, folder: Path, remote: str | None = None, rows: BucketRows | None = None) -> LeftOut:
+    """Return what a skip list leaves out of a split; its keys are read once, see `key_hashes`.
+
+    Args:
+        folder: of the split; local, or the local cache of `remote`.
+        rows: of the split, if `remote` is given.
+
+    Raises:
+        UserError: as `key_hashes`; nothing would be left.
+    """
+    if remote is not None and not (folder / KEYS).exists():
+        fetch_if_there(f"{remote}/{KEYS}", folder / KEYS)
+    hashes = key_hashes(folder, None if rows is None else rows.keys())
+    left_out = skip.find(hashes)
+    if left_out.samples == sum(map(len, hashes)):
+        raise UserError(f"skip: {skip.path} leaves out all {left_out.samples:,} samples of {folder}; none is left to train on.")
+    return left_out
 
 
 MIN_SEEN_FOR_RATE = 500
@@ -184,10 +209,14 @@ class ImageCaptionDataset(BucketedDataset):
         remote: where the same layout lies remotely (`s3://…`), if anywhere.
         max_undecodable: share of samples above which training stops.
         max_workers: DataLoader workers that will share this object, for the counts.
+        skip: file of keys whose samples are left out; see `SkipList`.
+
+    Attributes:
+        left_out: what `skip` leaves out, if there is one.
 
     Raises:
         ValueError: no such folder, no samples, no such caption or feature column; neither images nor latents.
-        UserError: something stored that isn't there, or belongs to other data.
+        UserError: something stored that isn't there, or belongs to other data; a skip list that leaves nothing.
     """
 
     def __init__(
@@ -203,13 +232,16 @@ class ImageCaptionDataset(BucketedDataset):
         text_embedding: str | None = None,
         latent: str | list[str] | None = None,
         images: bool | None = None,
+        skip: str | None = None,
     ):
         folder, remote = Path(path) / split, None if remote is None else f"{remote}/{split}"
         fetch_manifest(folder, remote)
         self.manifest = read_manifest(path, split, captions, features)
         buckets = sorted(self.manifest.buckets)
         self._rows = BucketRows(folder, buckets, remote)
-        super().__init__(self.manifest.image_size, buckets, [self._rows.counts])
+        self.left_out = None if skip is None else leave_out(SkipList.read(skip), folder, remote, self._rows)
+        places = None if self.left_out is None else [self.left_out.places]
+        super().__init__(self.manifest.image_size, buckets, [self._rows.counts], places)
 
         def stored(kind: str, key: str, name: str, source: str = IMAGE) -> StoredRows:
             there = None if remote is None else f"{remote}/{ENCODED}/{name}/{source}"
@@ -252,9 +284,11 @@ class ImageCaptionDataset(BucketedDataset):
         `sample_id` is that of the sample that was really used. In evaluation `counted` says whether it is to be measured.
         """
         _, bucket, place = self.locate(request.sample_id)
-        count = self.counts[bucket]
+        count, skipped = self.stored[0][bucket], self.skipped[0][bucket]
         for attempt in range(count):
             index = (place + attempt) % count
+            if attempt and index in skipped:
+                continue
             sample_id = request.sample_id - place + index
             row = self._rows.row(bucket, index)
             self._count(seen=1)
@@ -325,4 +359,6 @@ class ImageCaptionDataset(BucketedDataset):
             )
 
     def identity(self) -> dict[str, Any]:
-        return {"counts": self.counts}
+        if self.left_out is None:
+            return {"counts": self.counts}
+        return {"counts": self.counts, "skip": f"those of {self.left_out.skip.digest}"}

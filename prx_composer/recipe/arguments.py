@@ -64,7 +64,7 @@ def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]
         yield name, arguments if isinstance(arguments, dict) else {}
 
 
-_OF_ONE = ("path", "split", "captions", "remote", "source")  # what the data sets of a mixture may have of their own
+_OF_ONE = ("path", "split", "captions", "remote", "source", "skip")  # what the data sets of a mixture may have of their own
 _WEIGHT = "weight"
 
 
