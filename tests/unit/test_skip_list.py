@@ -26,7 +26,6 @@ from prx_composer.data.sampler import BucketBatchSampler, BucketedDataset, Sampl
 from prx_composer.recipe import config
 from prx_composer.recipe.config import check
 from prx_composer.runs.folder import save_recipe
-from prx_composer.training.preflight import examine
 from prx_composer.training.run import run
 from prx_composer.training.trial import check_recipe
 
@@ -144,21 +143,16 @@ def test_a_bucket_that_is_left_out_whole_is_in_no_epoch(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- mixtures
 
 
-def mixed(tmp_path: Path, data: Path, weights: dict[str, float] | None, **skips: str) -> MixedDataset:
-    others = (
-        write(tmp_path / "more", {SQUARE: 8, TALL: 4}, name="more-") if not (tmp_path / "more").exists() else tmp_path / "more"
-    )
-    parts = {
-        "data": ImageCaptionDataset(str(data), skip=skips.get("data")),
-        "more": ImageCaptionDataset(str(others), skip=skips.get("more")),
-    }
+def mixed(tmp_path: Path, data: Path, weights: dict[str, float] | None, skip: str, of_more: str | None = None) -> MixedDataset:
+    more = write(tmp_path / "more", {SQUARE: 8, TALL: 4}, name="more-")
+    parts = {"data": ImageCaptionDataset(str(data), skip=skip), "more": ImageCaptionDataset(str(more), skip=of_more)}
     return MixedDataset(parts, weights, 0)
 
 
 @pytest.mark.parametrize("weights", [None, {"data": 14.0, "more": 1.0}])
 def test_each_data_set_of_a_mixture_has_its_list(data: Path, skip: str, tmp_path: Path, weights: dict[str, float] | None) -> None:
     of_more = listed(tmp_path / "more.txt", {*(f"more-tall-{i}" for i in range(4)), *(f"more-square-{i}" for i in range(4))})
-    dataset = mixed(tmp_path, data, weights, data=skip, more=of_more)
+    dataset = mixed(tmp_path, data, weights, skip, of_more)
     assert len(dataset) == 60 and dataset.table == [[20, 36, 0], [0, 4, 0]]
     drawn = Counter(key for epoch in range(3) for batch in keys_of(dataset, epoch) for key in batch)
     assert {*drawn.values()} == {3} and len(drawn) == 60 and not drawn.keys() & BAD
@@ -296,10 +290,10 @@ def test_a_check_counts_what_is_left(recipe: dict[str, Any], write_recipe: Calla
     assert any((result.mark == "✓" and "of 192 samples" in str(result)) or "192" in result.text for result in results) or True
     with (tmp_path / "ids.txt").open("a") as file:
         file.write("nobody\n")
-    (said,) = [result for result in examine(loaded, 1)[0] if "nobody" in result.text]
+    (said,) = [result for result in check_recipe(loaded, 1, step=False) if "nobody" in result.text]
     assert said.mark == "!" and "1 match no sample" in said.text
     large = config.load([write_recipe(recipe), "global_train_batch_size=208"])
-    assert any("208 is more than the 192 images" in result.text for result in examine(large, 1)[0])
+    assert any("208 is more than the 192 images" in result.text for result in check_recipe(large, 1, step=False))
     lost = config.load([write_recipe(recipe), "train_loader.skip=nowhere.txt"])
     with pytest.raises(UserError, match=r"train_loader.skip: there is no file nowhere.txt, with one key"):
         check(lost)
@@ -340,7 +334,7 @@ def test_a_position_with_another_list_is_refused(data: Path, skip: str, tmp_path
     with pytest.raises(UserError, match=r"56 samples in 2 buckets, without those of 9 keys.*56 in 2, without those of 8 keys"):
         ImageCaptionDataset(str(data), skip=as_many).load_state_dict(state)
     assert ImageCaptionDataset(str(data)).identity() == {"counts": [24, 40]}, "as checkpoints without a list have it"
-    assert "skip" in mixed(tmp_path, data, None, data=skip).identity()["mix"]["data"]
+    assert "skip" in mixed(tmp_path, data, None, skip).identity()["mix"]["data"]
 
 
 def test_a_resumed_run_has_its_list_and_repeats_every_loss(
