@@ -32,6 +32,7 @@ from prx_composer.data.stored import (
     read_column,
     unpack,
 )
+from prx_composer.models.prompts import Captions, not_to_be_stored, wordings
 
 # Of a shard's download. A connection that is lost now and then must not end a run of a day, as streaming's two retries would.
 _RETRIES, _TIMEOUT = 7, 120.0  # seconds
@@ -165,11 +166,11 @@ class UndecodableError(UserError):
     """Too many samples of a data set cannot be decoded to go on."""
 
 
-def read_manifest(path: str | Path, split: str, captions: dict[str, float] | None, features: list[str] | None = None) -> Manifest:
+def read_manifest(path: str | Path, split: str, captions: Captions | None, features: list[str] | None = None) -> Manifest:
     """Return the manifest of a split that has the captions and features asked for.
 
     Raises:
-        ValueError: no such folder, no samples, no such caption or feature column, impossible weights.
+        ValueError: no such folder, no samples, no such caption or feature column, impossible weights or wordings.
     """
     folder = Path(path) / split
     if not (folder / MANIFEST).exists():
@@ -178,11 +179,12 @@ def read_manifest(path: str | Path, split: str, captions: dict[str, float] | Non
             "Set `path` and `split` to one, or name a `source` to make it from."
         )
     manifest = Manifest.read(folder)
-    for column, weight in (captions or {}).items():
+    weights = {column: wording.weight for column, wording in wordings(captions or {}).items()}
+    for column, weight in weights.items():
         if column not in manifest.captions:
             raise ValueError(f"captions: no caption column {column!r}; the data set has {', '.join(manifest.captions)}.")
-        if weight < 0 or sum((captions or {}).values()) <= 0:
-            raise ValueError(f"captions: weights must be non-negative with a positive sum, not {captions}.")
+        if weight < 0 or sum(weights.values()) <= 0:
+            raise ValueError(f"captions: weights must be non-negative with a positive sum, not {weights}.")
     for column in features or []:
         if column not in manifest.features and not (folder / ENCODED / column / IMAGE).exists():
             there = ", ".join(manifest.features) or "none"
@@ -201,7 +203,7 @@ class ImageCaptionDataset(BucketedDataset):
     Args:
         path: folder with the splits; local, or the local cache of `remote`.
         split: name of the split.
-        captions: caption column → weight of choosing it; by default the first column alone.
+        captions: caption column → weight of choosing it, or its `Wording`; by default the first column alone.
         features: feature columns that samples are to have: of the data set, or stored by `prx encode features`.
         text_embedding: name of embeddings that `prx encode text` has stored for these captions.
         latent: name of latents that `prx encode latents` has stored, or names, one for every image size that is trained.
@@ -223,7 +225,7 @@ class ImageCaptionDataset(BucketedDataset):
         self,
         path: str,
         split: str = "train",
-        captions: dict[str, float] | None = None,
+        captions: Captions | None = None,
         remote: str | None = None,
         seed: int = 0,
         max_undecodable: float = 0.01,
@@ -247,7 +249,9 @@ class ImageCaptionDataset(BucketedDataset):
             there = None if remote is None else f"{remote}/{ENCODED}/{name}/{source}"
             return StoredRows(encoded_folder(path, split, name, source), kind, key, self.manifest.buckets, there)
 
-        self.captions = captions or {self.manifest.captions[0]: 1.0}
+        self.captions = wordings(captions or {self.manifest.captions[0]: 1.0})
+        if text_embedding is not None and (problem := not_to_be_stored(captions or {})):
+            raise ValueError(problem)
         self.features = features or []
         beside = [name for name in self.features if name not in self.manifest.features]
         self._features = {name: stored("features", "features", name) for name in beside}
@@ -306,7 +310,8 @@ class ImageCaptionDataset(BucketedDataset):
                 name: self._features[name].read(bucket, index) if name in self._features else torch.tensor(row[name])
                 for name in self.features
             }
-            sample = {**seen, "caption": row[column], "sample_id": sample_id, "features": features}
+            caption = self.read_caption(row, column, sample_id, request.epoch)
+            sample = {**seen, "caption": caption, "sample_id": sample_id, "features": features}
             if request.counted is not None:  # another sample in its place is measured in its own
                 sample["counted"] = request.counted and attempt == 0
             if column in self._texts:
@@ -332,9 +337,13 @@ class ImageCaptionDataset(BucketedDataset):
         columns = list(self.captions)
         if len(columns) == 1:
             return columns[0]
-        weights = np.array(list(self.captions.values()))
+        weights = np.array([wording.weight for wording in self.captions.values()])
         choice = np.random.default_rng([self._seed, epoch, sample_id]).choice(len(columns), p=weights / weights.sum())
         return columns[choice]
+
+    def read_caption(self, row: Mapping[str, Any], column: str, sample_id: int, epoch: int) -> str:
+        """Return what training reads of a row's caption in an epoch."""
+        return self.captions[column].of(row[column], self._seed, epoch, sample_id)
 
     def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
         columns = self.latent_columns

@@ -181,7 +181,7 @@ class ImageCaptionData(DataSpec):
         path: str | None = None,
         mix: dict[str, dict[str, Any]] | None = None,
         split: str = "train",
-        captions: dict[str, float] | None = None,
+        captions: dict[str, float | dict[str, Any]] | None = None,
         features: list[str] | None = None,
         text_embedding: str | None = None,
         latent: str | list[str] | None = None,

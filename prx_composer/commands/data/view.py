@@ -237,7 +237,8 @@ def _see(dataset: ImageCaptionDataset, sampler: BucketBatchSampler, subject: Sub
     place = dataset.bucket_of(sample_id)
     size, row = sampler.sizes[place], dataset.row(sample_id)
     column = dataset.choose_caption(sample_id, 0)
-    texts = {name: row[name] for name in dataset.manifest.captions if name in row}
+    read = dataset.read_caption(row, column, sample_id, 0)
+    texts = {name: row[name] for name in dataset.manifest.captions if name in row and (name != column or row[name] != read)}
     image, problem, replacement = _image(dataset, SampleRequest(sample_id, size.height, size.width, 0), row)
     return Seen(
         sample_id,
@@ -246,8 +247,8 @@ def _see(dataset: ImageCaptionDataset, sampler: BucketBatchSampler, subject: Sub
         size,
         image,
         column,
-        cut(row[column], subject.tokenizer, subject.max_tokens),
-        {name: text for name, text in texts.items() if name != column},
+        cut(read, subject.tokenizer, subject.max_tokens),
+        {name if name != column else f"{name} as stored": text for name, text in texts.items()},
         problem,
         replacement,
     )

@@ -16,6 +16,7 @@ from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local
 from prx_composer.data.mixture import Shares
 from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
+from prx_composer.models.prompts import not_to_be_stored
 from prx_composer.recipe.arguments import data_sets, weights_of
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import schedule_problems
@@ -147,7 +148,10 @@ def _check_data_set(
         facts.append(_check_shards(key, folder, manifest, spec))
     captions = spec.get("captions") or {manifest.captions[0]: 1}
     facts.append(f"captions: {', '.join(captions)}")
-    if (stored := spec.get("text_embedding")) and not spec.get("remote"):
+    stored = spec.get("text_embedding")
+    if stored and (problem := not_to_be_stored(captions)):
+        yield failed(f"{key}.{problem}")
+    elif stored and not spec.get("remote"):
         for caption in captions:
             column = read_column(encoded_folder(path, name, stored, caption), "text", f"{key}.text_embedding")
             facts.append(f"embeddings of {caption} by {column.encoder}, {column.storage}")
