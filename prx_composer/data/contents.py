@@ -373,7 +373,7 @@ def _known_hashes(file: Path, identity: Mapping[str, Any]) -> list[NDArray[np.ui
 def _keys(split: Path, bucket: Bucket) -> Iterator[str]:
     folder = split / str(bucket)
     try:
-        for entry in json.loads((folder / "index.json").read_text())["shards"]:
+        for entry in shards_in(folder):
             shard = RawShard(str(folder), entry, folder)
             for index in range(len(shard)):
                 yield shard.read(index, {"key"})["key"].decode(errors="surrogatepass")
