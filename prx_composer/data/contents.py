@@ -17,7 +17,6 @@ from prx_composer.common.errors import UserError
 from prx_composer.common.files import write_whole
 from prx_composer.data.format import MANIFEST, Manifest, open_local
 from prx_composer.data.storage import INDEX, download, join, shards_in
-from prx_composer.recipe.arguments import data_sets
 
 log = logging.getLogger(__name__)
 
@@ -150,20 +149,14 @@ def _column_contents(split: Path, column: str, at_most: int, states: tuple[tuple
 # By what a checkpoint recognises its data again, wherever they lie: buckets, sizes of shards, and bytes of some of them.
 
 
-def loader_identity(spec: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return what a loader of this package reads, by data set: `samples`, `layout` and `content`; None if it isn't known (yet).
+def data_identity(splits: Mapping[str, Path] | None) -> dict[str, Any] | None:
+    """Return what data sets hold, by name: `samples`, `layout` and `content`; None if it isn't known (yet).
 
     Args:
-        spec: as a recipe has it under `train_loader`.
+        splits: where they lie, as `split_folders` says of a loader.
     """
-    if not spec or spec.get("name") != "image_caption":
-        return None
-    try:
-        folders = {where: Path(part["path"]) / (part.get("split") or "train") for where, part in data_sets(spec).items()}
-    except UserError:
-        return None
-    found = {where.removeprefix("mix."): split_identity(folder) for where, folder in folders.items()}
-    return None if None in found.values() else found
+    found = {name: split_identity(folder) for name, folder in (splits or {}).items()}
+    return None if splits is None or None in found.values() else found
 
 
 def split_identity(folder: Path) -> dict[str, Any] | None:
