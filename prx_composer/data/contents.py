@@ -1,26 +1,34 @@
 """Whether data are still what they were, for caches and for resumed runs: told by bytes, wherever they lie and whenever written.
 
 Of single files, bytes are read again only where a file's size or one of its times differs from when they were read last.
+A skip list is part of what data are: which samples are left out, by their keys.
 """
 
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from prx_composer.common.errors import UserError
-from prx_composer.common.files import write_whole
-from prx_composer.data.format import MANIFEST, Manifest, open_local
-from prx_composer.data.storage import INDEX, download, join, shards_in
+from prx_composer.common.files import read_lines, write_whole
+from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local
+from prx_composer.data.storage import INDEX, RawShard, download, join, shards_in
 
 log = logging.getLogger(__name__)
 
 _TIMEOUT = 20.0  # seconds for a file of a few kilobytes
+_MANY = 100_000  # keys that take seconds to read
 _EXACT = 1 << 30  # bytes of a split that is compared row by row
 _ROWS = 64  # of every bucket of a larger one
 _SHARDS = 64  # that are looked into, evenly spaced
@@ -93,6 +101,18 @@ def fetch_manifest(folder: Path, remote: str | None) -> None:
         download(f"{remote}/{MANIFEST}", folder / MANIFEST)
 
 
+def fetch_if_there(source: str, target: Path) -> None:
+    """Download a remote file that may not be there; it appears whole or not at all."""
+    from streaming.base.storage import CloudDownloader
+
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch.") as fresh:
+        try:
+            CloudDownloader.get(source).download(source, f"{fresh}/part", timeout=_TIMEOUT)
+            os.replace(f"{fresh}/part", target)
+        except Exception as error:  # every SDK has its own
+            log.info("%s is not fetched: %s", source, error)
+
+
 def check_copy(folder: Path, remote: str) -> None:
     """Check that manifest and indexes that were downloaded to a folder are still those of `remote`, which shards come from.
 
@@ -149,14 +169,23 @@ def _column_contents(split: Path, column: str, at_most: int, states: tuple[tuple
 # By what a checkpoint recognises its data again, wherever they lie: buckets, sizes of shards, and bytes of some of them.
 
 
-def data_identity(splits: Mapping[str, Path] | None) -> dict[str, Any] | None:
+def data_identity(splits: Mapping[str, Path] | None, skips: Mapping[str, str] | None = None) -> dict[str, Any] | None:
     """Return what data sets hold, by name: `samples`, `layout` and `content`; None if it isn't known (yet).
+
+    With a skip list, `skip` is its keys' number and digest.
 
     Args:
         splits: where they lie, as `split_folders` says of a loader.
+        skips: files of their skip lists, as `skip_files` says.
     """
     found = {name: split_identity(folder) for name, folder in (splits or {}).items()}
-    return None if splits is None or None in found.values() else found
+    if splits is None or None in found.values():
+        return None
+    try:
+        left_out = {name: {"skip": SkipList.read(file).digest} for name, file in (skips or {}).items()}
+    except UserError:
+        return None
+    return {name: (identity or {}) | left_out.get(name, {}) for name, identity in found.items()}
 
 
 def split_identity(folder: Path) -> dict[str, Any] | None:
@@ -198,7 +227,7 @@ def same_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 def _same_split(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     contents = {before.get("content"), now.get("content")} - {None}
-    return before.get("layout") == now.get("layout") and len(contents) <= 1
+    return len(contents) <= 1 and all(before.get(key) == now.get(key) for key in ("layout", "skip"))
 
 
 def in_words(identity: Mapping[str, Any]) -> str:
@@ -206,5 +235,149 @@ def in_words(identity: Mapping[str, Any]) -> str:
     parts = []
     for name, part in identity.items():
         fingerprint = f"{part['layout'][:6]}-{(part['content'] or 'unread')[:6]}"
-        parts.append(f"{name + ': ' if name else ''}{part['samples']:,} samples, fingerprint {fingerprint}")
+        skip = f", without those of a skip list ({part['skip']})" if part.get("skip") else ""
+        parts.append(f"{name + ': ' if name else ''}{part['samples']:,} samples, fingerprint {fingerprint}{skip}")
     return "; ".join(parts)
+
+
+# Which samples are left out. Their keys lie in the rows, between images: they are read once, and what is kept of them is small.
+
+KEYS = "keys.npz"  # in a split's folder: 8 bytes of a digest of every key, bucket by bucket, and of which shards they are
+
+
+@dataclass(frozen=True)
+class SkipList:
+    """Keys of samples that are left out: a text file with one on each line. Lines that begin with `#`, and empty ones, are none.
+
+    Args:
+        path: of the file.
+    """
+
+    path: str
+    keys: frozenset[str]
+
+    @classmethod
+    def read(cls, path: str) -> "SkipList":
+        """Read a list. Raise UserError if it cannot be read."""
+        try:
+            lines = [line.strip() for line in read_lines(path)]
+        except OSError as error:
+            raise UserError(
+                f"skip: {path} cannot be read ({error.strerror}); it is a text file with one key of a sample on each line."
+            ) from error
+        return cls(str(path), frozenset(line for line in lines if line and not line.startswith("#")))
+
+    @property
+    def digest(self) -> str:
+        """The number of keys and what tells them from others, whatever their order in the file."""
+        lines = "\n".join(sorted(self.keys)).encode(errors="surrogatepass")
+        return f"{len(self.keys):,} keys, {hashlib.sha256(lines).hexdigest()[:12]}"
+
+    def find(self, hashes: Sequence[NDArray[np.uint64]]) -> "LeftOut":
+        """Return which rows of every bucket have one of the keys.
+
+        Args:
+            hashes: of the keys of every bucket's rows; see `key_hashes`.
+        """
+        keys = sorted(self.keys)
+        own = _hashes(keys)
+        order = np.argsort(own)
+        places, matched = [], set[str]()
+        for rows in hashes:
+            at = np.minimum(np.searchsorted(own[order], rows), max(len(keys) - 1, 0))
+            places.append(np.flatnonzero(own[order][at] == rows) if keys else np.empty(0, np.int64))
+            matched.update(keys[order[index]] for index in np.unique(at[places[-1]]))
+        return LeftOut(self, places, frozenset(matched))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a skip list leaves out of a data set.
+
+    Args:
+        places: of the rows, bucket by bucket.
+        matched: keys of the list that the data set has.
+    """
+
+    skip: SkipList
+    places: list[NDArray[np.int64]]
+    matched: frozenset[str]
+
+    @property
+    def samples(self) -> int:
+        return sum(map(len, self.places))
+
+
+def said_of_skipped(parts: Iterable[LeftOut]) -> list[tuple[str, bool]]:
+    """Return what the skip lists of a loader's data sets leave out, list by list, and whether some of its lines match nothing."""
+    by_list: dict[SkipList, list[LeftOut]] = {}
+    for part in parts:
+        by_list.setdefault(part.skip, []).append(part)
+    said = []
+    for skip, left_out in by_list.items():
+        lacking = sorted(skip.keys.difference(*(part.matched for part in left_out)))
+        found, samples = len(skip.keys) - len(lacking), sum(part.samples for part in left_out)
+        nothing = f"; {len(lacking):,} match no sample, such as {lacking[0]!r}" if lacking else ""
+        said.append(
+            (
+                f"{skip.path}: {found:,} of {len(skip.keys):,} keys are in the data, {samples:,} samples left out{nothing}",
+                bool(lacking),
+            )
+        )
+    return said
+
+
+def _hashes(keys: Iterable[str]) -> NDArray[np.uint64]:
+    digests = b"".join(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest() for key in keys)
+    return np.frombuffer(digests, "<u8")
+
+
+def key_hashes(split: Path, rows: Iterable[Iterator[str]] | None = None) -> list[NDArray[np.uint64]]:
+    """Return a digest of the key of every row, for each bucket of a split, in order: from `keys.npz`, or read and kept there.
+
+    Args:
+        split: a folder; local, or the local cache of a remote one, with its indexes.
+        rows: keys by bucket, where the shards are still to be fetched.
+
+    Raises:
+        UserError: rows without keys, or a shard that cannot be read.
+    """
+    identity = split_identity(split) or {}
+    if identity and (known := _known_hashes(split / KEYS, identity)) is not None:
+        return known
+    buckets = sorted(Manifest.read(split).buckets)
+    level = logging.INFO if rows is None and identity.get("samples", _MANY) < _MANY else logging.WARNING
+    log.log(level, "skip: all keys of %s are read once%s.", split, "" if rows is None else ", for which all shards are fetched")
+    hashes = [_hashes(keys) for keys in (rows or (_keys(split, bucket) for bucket in buckets))]
+    content = io.BytesIO()
+    np.savez(
+        content, identity=np.array(json.dumps(identity)), counts=[len(part) for part in hashes], hashes=np.concatenate(hashes)
+    )
+    try:
+        write_whole(split / KEYS, content.getvalue())
+    except OSError as error:
+        log.warning("%s cannot be written (%s); the keys will be read again next time.", split / KEYS, error)
+    return hashes
+
+
+def _known_hashes(file: Path, identity: Mapping[str, Any]) -> list[NDArray[np.uint64]] | None:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            if not _same_split(json.loads(str(stored["identity"])), identity):
+                return None
+            return np.split(stored["hashes"].astype(np.uint64), np.cumsum(stored["counts"])[:-1])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _keys(split: Path, bucket: Bucket) -> Iterator[str]:
+    folder = split / str(bucket)
+    try:
+        for entry in shards_in(folder):
+            shard = RawShard(str(folder), entry, folder)
+            for index in range(len(shard)):
+                yield shard.read(index, {"key"})["key"].decode(errors="surrogatepass")
+    except KeyError as error:
+        raise UserError(f"skip: the rows in {folder} have no column {error}, by which samples could be left out.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"skip: the keys of {folder} cannot be read ({error}); copy or convert the data again.") from error

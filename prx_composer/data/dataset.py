@@ -4,7 +4,7 @@ What cannot be decoded is counted, named and replaced.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.contents import fetch_manifest
+from prx_composer.data.contents import KEYS, LeftOut, SkipList, fetch_if_there, fetch_manifest, key_hashes
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import MANIFEST, Bucket, Manifest, check_shards, open_local
 from prx_composer.data.sampler import BucketedDataset, SampleRequest
@@ -32,6 +32,7 @@ from prx_composer.data.stored import (
     read_column,
     unpack,
 )
+from prx_composer.models.prompts import Captions, not_to_be_stored, wordings
 
 # Of a shard's download. A connection that is lost now and then must not end a run of a day, as streaming's two retries would.
 _RETRIES, _TIMEOUT = 7, 120.0  # seconds
@@ -103,6 +104,12 @@ class BucketRows:
             return self._local[bucket][index]
         return self._streaming[sum(self.counts[:bucket]) + index]
 
+    def keys(self) -> Iterator[Iterator[str]] | None:
+        """Return the keys of all rows by bucket, which fetches every shard; None if the shards are here."""
+        if self._streaming is None:
+            return None
+        return ((str(self.row(bucket, index)["key"]) for index in range(count)) for bucket, count in enumerate(self.counts))
+
 
 class StoredRows:
     """The rows of a stored column, as tensors.
@@ -133,6 +140,25 @@ class StoredRows:
         return unpack(row, self.column.storage)
 
 
+def leave_out(skip: SkipList, folder: Path, remote: str | None = None, rows: BucketRows | None = None) -> LeftOut:
+    """Return what a skip list leaves out of a split; its keys are read once, see `key_hashes`.
+
+    Args:
+        folder: of the split; local, or the local cache of `remote`.
+        rows: of the split, if `remote` is given.
+
+    Raises:
+        UserError: as `key_hashes`; nothing would be left.
+    """
+    if remote is not None and not (folder / KEYS).exists():
+        fetch_if_there(f"{remote}/{KEYS}", folder / KEYS)
+    hashes = key_hashes(folder, None if rows is None else rows.keys())
+    left_out = skip.find(hashes)
+    if left_out.samples == sum(map(len, hashes)):
+        raise UserError(f"skip: {skip.path} leaves out all {left_out.samples:,} samples of {folder}; none is left to train on.")
+    return left_out
+
+
 MIN_SEEN_FOR_RATE = 500
 
 
@@ -140,11 +166,11 @@ class UndecodableError(UserError):
     """Too many samples of a data set cannot be decoded to go on."""
 
 
-def read_manifest(path: str | Path, split: str, captions: dict[str, float] | None, features: list[str] | None = None) -> Manifest:
+def read_manifest(path: str | Path, split: str, captions: Captions | None, features: list[str] | None = None) -> Manifest:
     """Return the manifest of a split that has the captions and features asked for.
 
     Raises:
-        ValueError: no such folder, no samples, no such caption or feature column, impossible weights.
+        ValueError: no such folder, no samples, no such caption or feature column, impossible weights or wordings.
     """
     folder = Path(path) / split
     if not (folder / MANIFEST).exists():
@@ -153,11 +179,12 @@ def read_manifest(path: str | Path, split: str, captions: dict[str, float] | Non
             "Set `path` and `split` to one, or name a `source` to make it from."
         )
     manifest = Manifest.read(folder)
-    for column, weight in (captions or {}).items():
+    weights = {column: wording.weight for column, wording in wordings(captions or {}).items()}
+    for column, weight in weights.items():
         if column not in manifest.captions:
             raise ValueError(f"captions: no caption column {column!r}; the data set has {', '.join(manifest.captions)}.")
-        if weight < 0 or sum((captions or {}).values()) <= 0:
-            raise ValueError(f"captions: weights must be non-negative with a positive sum, not {captions}.")
+        if weight < 0 or sum(weights.values()) <= 0:
+            raise ValueError(f"captions: weights must be non-negative with a positive sum, not {weights}.")
     for column in features or []:
         if column not in manifest.features and not (folder / ENCODED / column / IMAGE).exists():
             there = ", ".join(manifest.features) or "none"
@@ -176,7 +203,7 @@ class ImageCaptionDataset(BucketedDataset):
     Args:
         path: folder with the splits; local, or the local cache of `remote`.
         split: name of the split.
-        captions: caption column → weight of choosing it; by default the first column alone.
+        captions: caption column → weight of choosing it, or its `Wording`; by default the first column alone.
         features: feature columns that samples are to have: of the data set, or stored by `prx encode features`.
         text_embedding: name of embeddings that `prx encode text` has stored for these captions.
         latent: name of latents that `prx encode latents` has stored, or names, one for every image size that is trained.
@@ -184,17 +211,21 @@ class ImageCaptionDataset(BucketedDataset):
         remote: where the same layout lies remotely (`s3://…`), if anywhere.
         max_undecodable: share of samples above which training stops.
         max_workers: DataLoader workers that will share this object, for the counts.
+        skip: file of keys whose samples are left out; see `SkipList`.
+
+    Attributes:
+        left_out: what `skip` leaves out, if there is one.
 
     Raises:
         ValueError: no such folder, no samples, no such caption or feature column; neither images nor latents.
-        UserError: something stored that isn't there, or belongs to other data.
+        UserError: something stored that isn't there, or belongs to other data; a skip list that leaves nothing.
     """
 
     def __init__(
         self,
         path: str,
         split: str = "train",
-        captions: dict[str, float] | None = None,
+        captions: Captions | None = None,
         remote: str | None = None,
         seed: int = 0,
         max_undecodable: float = 0.01,
@@ -203,19 +234,24 @@ class ImageCaptionDataset(BucketedDataset):
         text_embedding: str | None = None,
         latent: str | list[str] | None = None,
         images: bool | None = None,
+        skip: str | None = None,
     ):
         folder, remote = Path(path) / split, None if remote is None else f"{remote}/{split}"
         fetch_manifest(folder, remote)
         self.manifest = read_manifest(path, split, captions, features)
         buckets = sorted(self.manifest.buckets)
         self._rows = BucketRows(folder, buckets, remote)
-        super().__init__(self.manifest.image_size, buckets, [self._rows.counts])
+        self.left_out = None if skip is None else leave_out(SkipList.read(skip), folder, remote, self._rows)
+        places = None if self.left_out is None else [self.left_out.places]
+        super().__init__(self.manifest.image_size, buckets, [self._rows.counts], places)
 
         def stored(kind: str, key: str, name: str, source: str = IMAGE) -> StoredRows:
             there = None if remote is None else f"{remote}/{ENCODED}/{name}/{source}"
             return StoredRows(encoded_folder(path, split, name, source), kind, key, self.manifest.buckets, there)
 
-        self.captions = captions or {self.manifest.captions[0]: 1.0}
+        self.captions = wordings(captions or {self.manifest.captions[0]: 1.0})
+        if text_embedding is not None and (problem := not_to_be_stored(captions or {})):
+            raise ValueError(problem)
         self.features = features or []
         beside = [name for name in self.features if name not in self.manifest.features]
         self._features = {name: stored("features", "features", name) for name in beside}
@@ -252,9 +288,11 @@ class ImageCaptionDataset(BucketedDataset):
         `sample_id` is that of the sample that was really used. In evaluation `counted` says whether it is to be measured.
         """
         _, bucket, place = self.locate(request.sample_id)
-        count = self.counts[bucket]
+        count, skipped = self.stored[0][bucket], self.skipped[0][bucket]
         for attempt in range(count):
             index = (place + attempt) % count
+            if attempt and index in skipped:
+                continue
             sample_id = request.sample_id - place + index
             row = self._rows.row(bucket, index)
             self._count(seen=1)
@@ -272,7 +310,8 @@ class ImageCaptionDataset(BucketedDataset):
                 name: self._features[name].read(bucket, index) if name in self._features else torch.tensor(row[name])
                 for name in self.features
             }
-            sample = {**seen, "caption": row[column], "sample_id": sample_id, "features": features}
+            caption = self.read_caption(row, column, sample_id, request.epoch)
+            sample = {**seen, "caption": caption, "sample_id": sample_id, "features": features}
             if request.counted is not None:  # another sample in its place is measured in its own
                 sample["counted"] = request.counted and attempt == 0
             if column in self._texts:
@@ -298,9 +337,13 @@ class ImageCaptionDataset(BucketedDataset):
         columns = list(self.captions)
         if len(columns) == 1:
             return columns[0]
-        weights = np.array(list(self.captions.values()))
+        weights = np.array([wording.weight for wording in self.captions.values()])
         choice = np.random.default_rng([self._seed, epoch, sample_id]).choice(len(columns), p=weights / weights.sum())
         return columns[choice]
+
+    def read_caption(self, row: Mapping[str, Any], column: str, sample_id: int, epoch: int) -> str:
+        """Return what training reads of a row's caption in an epoch."""
+        return self.captions[column].of(row[column], self._seed, epoch, sample_id)
 
     def check_sizes(self, image_size: int, sizes: list[Bucket]) -> None:
         columns = self.latent_columns
@@ -325,4 +368,6 @@ class ImageCaptionDataset(BucketedDataset):
             )
 
     def identity(self) -> dict[str, Any]:
-        return {"counts": self.counts}
+        if self.left_out is None:
+            return {"counts": self.counts}
+        return {"counts": self.counts, "skip": f"those of {self.left_out.skip.digest}"}

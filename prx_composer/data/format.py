@@ -3,6 +3,7 @@
 Images of a bucket have one size, and those of all buckets (nearly) equal area, so that every batch costs the same.
 
     <path>/<split>/manifest.json            {"version": 1, "image_size": 512, "captions": […], "buckets": {"512x512": 8000, …}}
+    <path>/<split>/keys.npz                 once a skip list was used: digests of all keys, see contents.py
     <path>/<split>/512x512/index.json …     MDS shards (mosaicml-streaming); bucket names are height x width at `image_size`
 
 Columns: `image` (the encoded file), `width`, `height` (of that file), `key` (where it came from), one `str` per caption, and

@@ -1,5 +1,6 @@
 """Samples → batches, with text embeddings of valid tokens only, on their way to the device, and what a schedule may change."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer.common.errors import UserError
+from prx_composer.data.contents import said_of_skipped
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler, BucketedDataset, fewer_than_a_batch
 from prx_composer.models.encoders import tokenize
 from prx_composer.models.prompts import CaptionCounts
 from prx_composer.recipe.arguments import data_sets, weights_of
+
+log = logging.getLogger(__name__)
 
 PACKED = ("text_embedding", "text_position")
 SEEN = ("image", "latent")
@@ -153,9 +157,10 @@ class ImageCaptionData(DataSpec):
         multiple: see `BucketBatchSampler`.
         seed: of order and choices.
         evaluation: every sample is counted once, in stored order, with any batch size and number of ranks.
-        path, split, captions, features, text_embedding, latent, images, remote, max_undecodable: see `ImageCaptionDataset`.
-        mix: several data sets, each in a folder of its name in `path`: name → perhaps weight, path, split, captions, remote; see
-            `MixedDataset`.
+        path, split, captions, features, text_embedding, latent, images, remote, skip, max_undecodable: see
+            `ImageCaptionDataset`.
+        mix: several data sets, each in a folder of its name in `path`: name → perhaps weight, path, split, captions, remote and
+            skip; see `MixedDataset`.
         shuffle: a new order every epoch; off, the stored one. Of training: evaluation has no use for it.
         num_workers: processes that decode and tokenise; 0 = in the training process.
 
@@ -176,17 +181,18 @@ class ImageCaptionData(DataSpec):
         path: str | None = None,
         mix: dict[str, dict[str, Any]] | None = None,
         split: str = "train",
-        captions: dict[str, float] | None = None,
+        captions: dict[str, float | dict[str, Any]] | None = None,
         features: list[str] | None = None,
         text_embedding: str | None = None,
         latent: str | list[str] | None = None,
         images: bool | None = None,
         remote: str | None = None,
+        skip: str | None = None,
         shuffle: bool = True,
         num_workers: int = 0,
         max_undecodable: float = 0.01,
     ):
-        own: dict[str, Any] = {"path": path, "split": split, "captions": captions, "remote": remote}
+        own: dict[str, Any] = {"path": path, "split": split, "captions": captions, "remote": remote, "skip": skip}
         shared: dict[str, Any] = {"features": features, "text_embedding": text_embedding, "latent": latent, "images": images}
         shared |= {"seed": seed, "max_undecodable": max_undecodable, "max_workers": num_workers}
         parts = {
@@ -195,6 +201,8 @@ class ImageCaptionData(DataSpec):
         }
         dataset = parts[""] if mix is None else MixedDataset(parts, weights_of(mix), seed)
         ranks, rank = dist.get_world_size(), dist.get_global_rank()
+        for said, lacking in said_of_skipped(part.left_out for part in parts.values() if part.left_out is not None):
+            log.log(logging.WARNING if lacking and rank == 0 else logging.INFO, "skip: %s", said)
         shuffle = shuffle and not evaluation
         if shuffle and (problem := fewer_than_a_batch(len(dataset), global_batch_size)):
             raise UserError(problem)

@@ -39,9 +39,14 @@ class MixedDataset(BucketedDataset):
             told = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise UserError(f"mix: the data sets have different base sizes ({told} px); convert them with one --base-size.")
         buckets = sorted({bucket for part in parts.values() for bucket in part.buckets})
-        counts = [dict(zip(part.buckets, part.counts, strict=True)) for part in parts.values()]
-        table = [[there.get(bucket, 0) for bucket in buckets] for there in counts]
-        super().__init__(next(iter(sizes.values())), buckets, table)
+        counts = [dict(zip(part.buckets, part.stored[0], strict=True)) for part in parts.values()]
+        skipped = [dict(zip(part.buckets, part.skipped[0], strict=True)) for part in parts.values()]
+        super().__init__(
+            next(iter(sizes.values())),
+            buckets,
+            [[there.get(bucket, 0) for bucket in buckets] for there in counts],
+            [[places.get(bucket, np.empty(0, np.int64)) for bucket in buckets] for places in skipped],
+        )
         self._weights = weights or {name: float(len(part)) for name, part in parts.items()}
         self._shares: dict[int, Shares] = {}  # by batch size
         self.images = all(part.images for part in parts.values())
@@ -77,7 +82,7 @@ class MixedDataset(BucketedDataset):
 
     def identity(self) -> dict[str, Any]:
         total = sum(self._weights.values())
-        return {"mix": {name: {"counts": part.counts, "share": self._weights[name] / total} for name, part in self.parts.items()}}
+        return {"mix": {name: {**part.identity(), "share": self._weights[name] / total} for name, part in self.parts.items()}}
 
     def epoch_ids(self, epoch: int, batch_size: int) -> list[NDArray[np.int64]]:
         plan = self._plans(batch_size).epoch(epoch)
@@ -175,7 +180,8 @@ class Shares:
     def _batches(self, owed: list[list[int]]) -> list[int]:
         """Return how many batches every bucket has in this epoch."""
         needs, unit = [sum(column) for column in zip(*owed, strict=True)], self._scale * self.batch_size
-        unseen = [bucket for bucket in range(len(needs)) if not any(row[bucket] for row in self._drawn)]
+        held = [bucket for bucket in range(len(needs)) if any(row[bucket] for row in self._rates)]  # others are left out whole
+        unseen = [bucket for bucket in held if not any(row[bucket] for row in self._drawn)]
         first = sorted(unseen, key=lambda bucket: -needs[bucket])[: self.steps]
         rest = apportion([need - unit * (bucket in first) for bucket, need in enumerate(needs)], unit, self.steps - len(first))
         return [number + (bucket in first) for bucket, number in enumerate(rest)]

@@ -35,10 +35,12 @@ class BucketedDataset(Dataset, ABC):
     Args:
         image_size: side of the square whose area every bucket has, as it is stored.
         buckets: sorted.
-        table: samples by data set and bucket.
+        stored: samples by data set and bucket.
+        skipped: places of those that are left out, likewise; by default none. The others keep their numbers.
 
     Attributes:
-        counts: samples of every bucket, over all data sets.
+        table: samples by data set and bucket, without those that are left out.
+        counts: samples of every bucket, over all data sets, likewise.
         images: whether images are decoded.
         text_columns, latent_columns: what is stored beside the images and taken from there, by name.
     """
@@ -50,13 +52,23 @@ class BucketedDataset(Dataset, ABC):
     other_data_allowed = False  # by `resume.allow`: a new pass begins then
     _before_pass = _before_next_pass = 0  # samples of other data that Composer counts to the epoch
 
-    def __init__(self, image_size: int, buckets: list[Bucket], table: list[list[int]]):
-        self.image_size, self.buckets, self.table = image_size, buckets, table
-        self.counts = [sum(column) for column in zip(*table, strict=True)]
-        self._starts = np.cumsum([0, *chain.from_iterable(table)])
+    def __init__(
+        self,
+        image_size: int,
+        buckets: list[Bucket],
+        stored: list[list[int]],
+        skipped: Sequence[Sequence[NDArray[np.int64]]] | None = None,
+    ):
+        self.image_size, self.buckets, self.stored = image_size, buckets, stored
+        self.skipped = skipped or [[np.empty(0, np.int64)] * len(buckets)] * len(stored)
+        self.table = [
+            [count - len(places) for count, places in zip(*rows, strict=True)] for rows in zip(stored, self.skipped, strict=True)
+        ]
+        self.counts = [sum(column) for column in zip(*self.table, strict=True)]
+        self._starts = np.cumsum([0, *chain.from_iterable(stored)])
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return sum(self.counts)
 
     @abstractmethod
     def __getitem__(self, request: SampleRequest) -> dict[str, Any]: ...
@@ -89,14 +101,14 @@ class BucketedDataset(Dataset, ABC):
 
     def first_of(self, bucket: int) -> int:
         """Return the id of a sample of the bucket with this index."""
-        return next(self._start(part, bucket) for part, counts in enumerate(self.table) if counts[bucket])
+        return next(int(self.ids_in(part, bucket)[0]) for part, counts in enumerate(self.table) if counts[bucket])
 
     def _start(self, part: int, bucket: int) -> int:
         return int(self._starts[part * len(self.buckets) + bucket])
 
     def ids_in(self, part: int, bucket: int) -> NDArray[np.int64]:
-        """Return the samples that one of the data sets has in a bucket."""
-        return self._start(part, bucket) + np.arange(self.table[part][bucket])
+        """Return the samples that one of the data sets has in a bucket, without those that are left out."""
+        return self._start(part, bucket) + np.delete(np.arange(self.stored[part][bucket]), self.skipped[part][bucket])
 
     def ids(self) -> list[NDArray[np.int64]]:
         """Return every sample once, by bucket, in stored order."""
@@ -143,14 +155,21 @@ class BucketedDataset(Dataset, ABC):
 def _in_words(identity: dict[str, Any]) -> tuple[str, str]:
     """Say what a checkpoint was trained on, and what a recipe has."""
     if "mix" in identity:
-        shares = (f"{name}: {sum(part['counts']):,} samples at {part['share']:.1%}" for name, part in identity["mix"].items())
+        shares = (
+            f"{name}: {sum(part['counts']):,} samples at {part['share']:.1%}{_without(part)}"
+            for name, part in identity["mix"].items()
+        )
         parts = ", ".join(shares)
         return f"train_loader.mix ({parts})", f"train_loader.mix is {parts}"
-    counts = identity["counts"]
+    counts, without = identity["counts"], _without(identity)
     return (
-        f"one data set with {sum(counts):,} samples in {len(counts)} buckets",
-        f"train_loader.path has {sum(counts):,} in {len(counts)}",
+        f"one data set with {sum(counts):,} samples in {len(counts)} buckets{without}",
+        f"train_loader.path has {sum(counts):,} in {len(counts)}{without}",
     )
+
+
+def _without(part: dict[str, Any]) -> str:
+    return f", without {part['skip']}" if "skip" in part else ""
 
 
 def epoch_batches(

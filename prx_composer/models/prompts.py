@@ -1,11 +1,13 @@
-"""How captions and prompts become tokens: cleaned by the rules of PRX's released pipelines, cut at the last token that fits."""
+"""How captions and prompts become tokens: worded anew in training, cleaned by PRX's rules, cut at the last token that fits."""
 
 import copy
+import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
@@ -257,3 +259,114 @@ def cleaned(tokenizer: object, texts: list[str]) -> list[str]:
     """Return the texts as this tokenizer is to read them."""
     clean = cleaner(cleaning_of(tokenizer))
     return [clean(text) for text in texts]
+
+
+# What training reads of a caption. Captions that were written for training are long, and prompts are short.
+
+Captions = Mapping[str, float | Mapping[str, Any]]  # `train_loader.captions`: column → its weight, or the arguments of a Wording
+
+_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+[」』”’]*|\n")
+_SHORT = frozenset(["approx", "ca", "cf", "dr", "etc", "fig", "jr", "mr", "mrs", "ms", "prof", "sr", "st", "vs"])  # before a dot
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How often training takes a caption column, and what of its texts.
+
+    Args:
+        weight: of choosing this column.
+        first_sentence: share of the draws in which a text ends after its first sentence.
+        shuffle: whether tags, which commas divide, are in another order in every epoch.
+        drop: share of the tags that is left out, others in every epoch; one tag always stays.
+        keep: how many tags at the beginning are neither moved nor left out.
+
+    Raises:
+        ValueError: a value that is none of these.
+    """
+
+    weight: float = 1.0
+    first_sentence: float = 0.0
+    shuffle: bool = False
+    drop: float = 0.0
+    keep: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "first_sentence", "drop"):
+            value, most = getattr(self, name), float("inf") if name == "weight" else 1.0
+            if isinstance(value, bool) or not isinstance(value, int | float) or (name != "weight" and not 0 <= value <= most):
+                raise ValueError(f"{name}: expected {'a number' if name == 'weight' else 'a share from 0 to 1'}, not {value!r}.")
+        if not isinstance(self.shuffle, bool):
+            raise ValueError(f"shuffle: expected true or false, not {self.shuffle!r}.")
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 0:
+            raise ValueError(f"keep: expected a number of tags, 0 or more, not {self.keep!r}.")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What it does to texts, as a recipe has it; empty if it leaves them alone."""
+        return {key: value for key, value in asdict(self).items() if value and key not in ("weight", "keep")}
+
+    def of(self, text: str, *draw: int) -> str:
+        """Return what is read of a text in a draw, which is named by numbers such as seed, epoch and sample."""
+        if not self.changes:
+            return text
+        rng = np.random.default_rng([*draw, 1])  # without the 1 it is the draw of a column
+        if rng.random() < self.first_sentence:
+            text = first_sentence(text)
+        tags = [tag.strip() for tag in text.split(",") if tag.strip()]
+        if not (self.shuffle or self.drop) or not tags:
+            return text
+        first, rest = tags[: self.keep], tags[self.keep :]
+        luck = rng.random(len(rest))
+        stays = luck >= self.drop
+        if not first and not stays.any():
+            stays[luck.argmax()] = True
+        order = rng.permutation(len(rest)) if self.shuffle else range(len(rest))
+        return ", ".join([*first, *(rest[index] for index in order if stays[index])])
+
+
+def wordings(captions: Captions) -> dict[str, Wording]:
+    """Return the wording of every column that a recipe names.
+
+    Raises:
+        ValueError: an unknown or impossible setting, by column.
+    """
+    found, known = {}, [field.name for field in fields(Wording)]
+    for column, given in captions.items():
+        settings = given if isinstance(given, Mapping) else {"weight": given}
+        if unknown := sorted(settings.keys() - {*known}):
+            raise ValueError(f"captions.{column}.{unknown[0]}: unknown; a caption column has {', '.join(known)}.")
+        try:
+            found[column] = Wording(**settings)
+        except ValueError as error:
+            raise ValueError(f"captions.{column}.{error}") from None
+    return found
+
+
+def not_to_be_stored(captions: Captions) -> str | None:
+    """Say which captions are other ones in every epoch, so that stored embeddings cannot follow; None if all stay as they are."""
+    for column, wording in wordings(captions).items():
+        if wording.changes:
+            told = ", ".join(f"{key}: {value}" for key, value in wording.changes.items()).replace("True", "true")
+            return (
+                f"captions.{column}: with {told} its texts are other ones in every epoch, which stored embeddings "
+                f"(text_embedding) cannot follow; give its weight alone, {column}: {wording.weight:g}, or leave text_embedding "
+                "out."
+            )
+    return None
+
+
+def first_sentence(text: str) -> str:
+    """Return a text up to the end of its first sentence or line; all of it, if it has no other."""
+    for end in _END.finditer(text):
+        head, rest = text[: end.end()].strip(), text[end.end() :].strip()
+        if not rest:
+            return text
+        words = text[: end.start()].split()
+        if not head or not words:
+            continue
+        if end[0][0] in ".!?…":  # a dot also ends an abbreviation
+            word = words[-1].lstrip("\"'“‘([").lower()
+            if rest[0].islower() or (end[0][0] == "." and (word in _SHORT or "." in word or (len(word) == 1 and word.isalpha()))):
+                continue
+        return head
+    return text

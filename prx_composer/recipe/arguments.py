@@ -65,7 +65,7 @@ def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]
         yield name, arguments if isinstance(arguments, dict) else {}
 
 
-_OF_ONE = ("path", "split", "captions", "remote", "source")  # what the data sets of a mixture may have of their own
+_OF_ONE = ("path", "split", "captions", "remote", "source", "skip")  # what the data sets of a mixture may have of their own
 _WEIGHT = "weight"
 
 
@@ -116,6 +116,12 @@ def split_folders(loader: Mapping[str, Any] | None) -> dict[str, Path] | None:
     except UserError:
         return None
     return {where.removeprefix("mix."): Path(part["path"]) / (part.get("split") or "train") for where, part in parts.items()}
+
+
+def skip_files(loader: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the files of an `image_caption` loader's skip lists, by data set, as `split_folders`."""
+    parts = data_sets(loader) if loader and split_folders(loader) is not None else {}
+    return {where.removeprefix("mix."): str(part["skip"]) for where, part in parts.items() if part.get("skip")}
 
 
 def weights_of(mix: Mapping[str, Any]) -> dict[str, float] | None:

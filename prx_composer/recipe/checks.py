@@ -7,6 +7,7 @@
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from prx_composer import registry
@@ -76,6 +77,9 @@ def argument_problems(values: Values, imports: bool = True) -> list[str]:
         except UserError as error:
             problems.found.append(f"{key}.{error}")
         for where, part in parts.items():
+            if isinstance(listed := part.get("skip"), str) and not Path(listed).expanduser().is_file():
+                own = f"{where}." if where and "skip" in spec["mix"][where.removeprefix("mix.")] else ""
+                problems.found.append(f"{key}.{own}skip: there is no file {listed}, with one key of a sample on each line.")
             if where and part.get("source"):
                 path = f"{key}.{where}.source"
                 with problems.noted():
@@ -90,6 +94,7 @@ def argument_problems(values: Values, imports: bool = True) -> list[str]:
             "algorithms.lora: adapters are trained on the weights of another model, which stay as they are, and model.init_from "
             "names none: they would stay random. Set model.init_from (prx import writes it), or algorithms.lora=false."
         )
+    problems.found = list(dict.fromkeys(problems.found))  # a list that data sets share is missing once
     said = {problem.partition(": ")[0] for problem in problems.found}  # a number for a time is of a wrong type: no time either
     return problems.found + [problem for problem in time_problems(values) if problem.partition(": ")[0] not in said]
 

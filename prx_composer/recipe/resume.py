@@ -95,8 +95,8 @@ RULES = (
     Rule("train_loader", "never", "The place in the data is of this loader.", _FROM_WEIGHTS),
     Rule("data", "asked", "What is learned depends on the data.", _NEW_PASS),
     Rule(
-        "train_loader.path train_loader.remote train_loader.split train_loader.source** train_loader.mix.*.path"
-        " train_loader.mix.*.remote train_loader.mix.*.split train_loader.mix.*.source**",
+        "train_loader.path train_loader.remote train_loader.split train_loader.source** train_loader.skip train_loader.mix.*.path"
+        " train_loader.mix.*.remote train_loader.mix.*.split train_loader.mix.*.source** train_loader.mix.*.skip",
         "data",
         "What is learned depends on the data, wherever they lie.",
         _NEW_PASS,

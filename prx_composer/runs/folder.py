@@ -29,7 +29,7 @@ from composer.utils import dist
 from prx_composer.common.errors import UserError, redacted_text
 from prx_composer.common.files import write_whole
 from prx_composer.data.contents import data_identity, in_words, same_data
-from prx_composer.recipe.arguments import split_folders
+from prx_composer.recipe.arguments import skip_files, split_folders
 from prx_composer.recipe.config import Recipe, resolved
 from prx_composer.recipe.resume import ABSENT, DATA, Change, advice, hidden, rule_of
 from prx_composer.runs.checkpoints import Checkpoint, newest_checkpoint, newest_whole_checkpoint, without_new_callbacks
@@ -152,9 +152,8 @@ def changed(changes: Iterable[Change]) -> list[Change]:
 
 def _with_data(changes: list[Change], recipe: Recipe, folder: Path, recipe_before: dict[str, Any]) -> list[Change]:
     """Judge data by what they are instead of by where they lie, once that is known."""
-    before = _read_data(folder) or data_identity(split_folders(recipe_before.get("train_loader")))  # older runs didn't note it
-    splits = split_folders(recipe.train_loader)
-    now = data_identity(splits)
+    before = _read_data(folder) or _identity(recipe_before.get("train_loader"))  # older runs didn't note it
+    now = _identity(recipe.train_loader)
     named = [change for change in changes if change.rule.may == "data"]
     if before is not None and now is not None:
         rest = [change for change in changes if change not in named]
@@ -165,6 +164,10 @@ def _with_data(changes: list[Change], recipe: Recipe, folder: Path, recipe_befor
     if before is not None and (makes or fetched):  # compared once they are there
         return [change for change in changes if change not in named or not change.key.endswith("path")]
     return changes
+
+
+def _identity(loader: dict[str, Any] | None) -> dict[str, Any] | None:
+    return data_identity(split_folders(loader), skip_files(loader))
 
 
 def _read_data(folder: Path) -> dict[str, Any] | None:
@@ -361,7 +364,7 @@ def as_saved(recipe: Recipe) -> dict[str, Any]:
 
 def save_recipe(recipe: Recipe, folder: Path) -> None:
     """Make the folder this run's, and note what its data are."""
-    if (data := data_identity(split_folders(recipe.train_loader))) is not None:
+    if (data := _identity(recipe.train_loader)) is not None:
         write_whole(folder / DATA_FILE, (json.dumps({"train_loader": data}, indent=1) + "\n").encode())
     write_whole(folder / CONFIG, yaml.safe_dump(as_saved(recipe), sort_keys=False, allow_unicode=True).encode())
 

@@ -58,7 +58,7 @@ def _examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components |
 
 
 def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Iterator[Result]:
-    """Make all checks of `prx check`, one after the other; nothing is written, trained or downloaded.
+    """Make all checks of `prx check`, one after the other; nothing is trained or downloaded, and nothing written but `keys.npz`.
 
     Args:
         num_ranks: GPUs that will train it.

@@ -212,21 +212,23 @@ def look(
         multiple = subject.multiple or math.gcd(*sides, image_size)
         with at_path("--image-size"):
             sampler = BucketBatchSampler(dataset, image_size, 1, multiple, False, 0, 1, 0)
-        first, total = 0, len(dataset)
+        ids = dataset.ids()
         if bucket is not None:
             names = [str(stored) for stored in dataset.buckets]
             if bucket not in names:
                 raise UserError(f"--bucket: there is no {bucket!r}; the data set has {', '.join(names)}.")
-            first, total = sum(dataset.counts[: names.index(bucket)]), dataset.counts[names.index(bucket)]
+            ids = [ids[names.index(bucket)]]
+        members = np.concatenate(ids)
+        total = len(members)
         drawn = np.random.default_rng(seed).choice(total, min(count, total), replace=False)
-        samples = [_see(dataset, sampler, subject, first + int(index)) for index in sorted(drawn)]
+        samples = [_see(dataset, sampler, subject, int(members[index])) for index in sorted(drawn)]
     return View(split, image_size, total, bucket, subject.max_tokens if subject.tokenizer is not None else 0, samples)
 
 
 @contextmanager
 def _dataset(subject: Subject) -> Iterator[ImageCaptionDataset]:
     """Open the data set that the recipe's loader has; without a recipe, one with that loader's defaults."""
-    given = {name: subject.loader[name] for name in ("captions", "remote") if subject.loader.get(name)}
+    given = {name: subject.loader[name] for name in ("captions", "remote", "skip") if subject.loader.get(name)}
     with tempfile.TemporaryDirectory(prefix="prx-look.") as cache, at_path(subject.key if subject.loader else subject.path):
         path = subject.loader.get("path") or subject.path
         if not subject.loader and is_remote(path):
@@ -238,7 +240,8 @@ def _see(dataset: ImageCaptionDataset, sampler: BucketBatchSampler, subject: Sub
     place = dataset.bucket_of(sample_id)
     size, row = sampler.sizes[place], dataset.row(sample_id)
     column = dataset.choose_caption(sample_id, 0)
-    texts = {name: row[name] for name in dataset.manifest.captions if name in row}
+    read = dataset.read_caption(row, column, sample_id, 0)
+    texts = {name: row[name] for name in dataset.manifest.captions if name in row and (name != column or row[name] != read)}
     image, problem, replacement = _image(dataset, SampleRequest(sample_id, size.height, size.width, 0), row)
     return Seen(
         sample_id,
@@ -247,8 +250,8 @@ def _see(dataset: ImageCaptionDataset, sampler: BucketBatchSampler, subject: Sub
         size,
         image,
         column,
-        cut(row[column], subject.tokenizer, subject.max_tokens),
-        {name: text for name, text in texts.items() if name != column},
+        cut(read, subject.tokenizer, subject.max_tokens),
+        {name if name != column else f"{name} as stored": text for name, text in texts.items()},
         problem,
         replacement,
     )

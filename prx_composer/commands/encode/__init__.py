@@ -65,11 +65,16 @@ def store_text(options: TextOptions) -> None:
 
     from prx_composer.commands.encode import encoding
     from prx_composer.data.stored import encoded_folder
+    from prx_composer.models.prompts import not_to_be_stored
+    from prx_composer.recipe.arguments import data_sets
     from prx_composer.runs.model_parts import ModelParts
 
     show_log(timed=True)
     o = options
     recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, (*_STORAGE, "int8"))
+    for where, part in data_sets(recipe.train_loader).items():
+        if problem := not_to_be_stored(part.get("captions") or {}):
+            raise UserError(f"train_loader.{where + '.' if where else ''}{problem}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, str(dist.get_global_rank()))
         parts = ModelParts(recipe.model, recipe.seed, folder, loader=recipe.train_loader)

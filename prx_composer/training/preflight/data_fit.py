@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from prx_composer.common.errors import UserError, at_path, first, raise_all
-from prx_composer.data.dataset import read_manifest
+from prx_composer.data.contents import LeftOut, SkipList, said_of_skipped
+from prx_composer.data.dataset import leave_out, read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local
 from prx_composer.data.mixture import Shares
 from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
 from prx_composer.data.storage import INDEX, shards_in
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
+from prx_composer.models.prompts import not_to_be_stored
 from prx_composer.recipe.arguments import data_sets, weights_of
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import PlannedStage, schedule_problems, stages_of
@@ -56,6 +58,7 @@ def _check_loader(key: str, parts: Components, to_be_made: set[str]) -> Iterator
     to_be_made.update(str(making.path) for making in unmade.values())
     found = data_sets(spec)
     tables: list[dict[Bucket, int]] = []
+    left_out: list[LeftOut] = []
     trained = {f"{stage.path}image_size": stage.image_size for stage in parts.stages}  # evaluation follows the stages
     for where, arguments in found.items():
         name = f"{key}.{where}" if where else key
@@ -68,14 +71,37 @@ def _check_loader(key: str, parts: Components, to_be_made: set[str]) -> Iterator
             yield skipped(name, f"train_loader.source makes {arguments['path']} on first use")
             continue
         manifest = _read_manifest(name, arguments)
-        tables.append(manifest.buckets)
+        if skipped_here := _left_out(name, arguments):
+            left_out.append(skipped_here)
+        elif arguments.get("skip"):
+            yield skipped(f"{name}.skip", f"the keys lie on {arguments['remote']}, and are counted at the start of training")
+        tables.append(_without(manifest.buckets, skipped_here))
         yield from _check_data_set(name, arguments, manifest, stages, parts.multiple, {"image_size": recipe.image_size} | trained)
+    for said, lacking in said_of_skipped(left_out):
+        yield warned(f"{key}.skip", said) if lacking else passed(f"{key}.skip", said)
     if key == "train_loader" and tables and len(tables) == len(found):
         mix = spec.get("mix")
         yield from check_buckets(key, tables, weights_of(mix or {}), stages, mixed=mix is not None)
         samples = sum(sum(table.values()) for table in tables)
         yield from _check_enough(recipe, samples, stages)
         yield from _check_epochs(recipe, samples)
+
+
+def _left_out(key: str, spec: dict[str, Any]) -> LeftOut | None:
+    """Return what a data set's skip list leaves out; None without one, or if the keys are elsewhere."""
+    if not spec.get("skip"):
+        return None
+    with at_path(key, TypeError, AttributeError):
+        skip = SkipList.read(spec["skip"])
+        return None if spec.get("remote") else leave_out(skip, Path(spec["path"]) / spec.get("split", "train"))
+
+
+def _without(buckets: dict[Bucket, int], left_out: LeftOut | None) -> dict[Bucket, int]:
+    """Return the samples by bucket, without those that are left out, and without buckets that then have none."""
+    if left_out is None:
+        return buckets
+    counts = {bucket: buckets[bucket] - len(places) for bucket, places in zip(sorted(buckets), left_out.places, strict=True)}
+    return {bucket: count for bucket, count in counts.items() if count}
 
 
 def _check_enough(recipe: Recipe, samples: int, stages: list[PlannedStage]) -> Iterator[Result]:
@@ -122,7 +148,10 @@ def _check_data_set(
         facts.append(_check_shards(key, folder, manifest, spec))
     captions = spec.get("captions") or {manifest.captions[0]: 1}
     facts.append(f"captions: {', '.join(captions)}")
-    if (stored := spec.get("text_embedding")) and not spec.get("remote"):
+    stored = spec.get("text_embedding")
+    if stored and (problem := not_to_be_stored(captions)):
+        yield failed(f"{key}.{problem}")
+    elif stored and not spec.get("remote"):
         for caption in captions:
             column = read_column(encoded_folder(path, name, stored, caption), "text", f"{key}.text_embedding")
             facts.append(f"embeddings of {caption} by {column.encoder}, {column.storage}")

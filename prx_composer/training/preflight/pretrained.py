@@ -24,7 +24,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.format import MANIFEST, Manifest, open_local
 from prx_composer.models.encoders import TeacherSpec, load_tokenizer, tokenize, train_tokenizer
-from prx_composer.models.prompts import CaptionCounts, cleaner, with_cleaning
+from prx_composer.models.prompts import CaptionCounts, cleaner, with_cleaning, wordings
 from prx_composer.recipe.arguments import data_sets, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.checkpoints import newest_checkpoint
@@ -265,7 +265,7 @@ def check_captions(parts: Components) -> Iterator[Result]:
         return
     try:
         found = [part for part in data_sets(recipe.train_loader).values() if not part.get("remote")]
-        captions = [text for part in found for text in _some_captions(part)]
+        captions = [text for part in found for text in _some_captions(part, recipe.seed)]
     except (OSError, ValueError, LookupError):  # said by the checks of data
         return
     if not captions:  # remote, or still to be made
@@ -288,21 +288,24 @@ def check_captions(parts: Components) -> Iterator[Result]:
         yield passed("train_loader: captions", f"{len(captions):,} looked at are read whole, in {max_tokens} tokens{unknown}")
 
 
-def _some_captions(part: dict[str, Any]) -> Iterator[str]:
-    """Yield evenly spaced captions of the columns that are trained on; none of a data set that isn't there or isn't right."""
+def _some_captions(part: dict[str, Any], seed: int) -> Iterator[str]:
+    """Yield evenly spaced captions of the columns that are trained on, as the first epoch reads them.
+
+    None of a data set that isn't there or isn't right.
+    """
     name = part.get("split", "train")
     folder = Path(part["path"]) / name
     if not (folder / MANIFEST).exists():
         return
     manifest: Manifest = read_manifest(part["path"], name, part.get("captions"))
-    columns = list(part.get("captions") or manifest.captions[:1])
+    columns = wordings(part.get("captions") or {manifest.captions[0]: 1.0})
     total, first = sum(manifest.buckets.values()), 0
     step = max(1, -(-total // LOOKED_AT))
     for bucket, count in manifest.buckets.items():
         rows = open_local(folder / str(bucket))
         for index in range(-first % step, count, step):
             row = rows[index]
-            yield from (row[column] for column in columns)
+            yield from (wording.of(row[column], seed, 0, first + index) for column, wording in columns.items())
         first += count
 
 

@@ -117,7 +117,8 @@ def _steps(state: State, recipe: Recipe, loader: ImageCaptionLoader) -> Iterator
         if stage.window.is_over(state):  # before a resumed run goes on
             continue
         sizes = [bucket.at(stage.image_size, dataset.image_size, multiple) for bucket in dataset.buckets]
-        for number, index in enumerate(extremes(sizes)):
+        there = [index for index, count in enumerate(dataset.counts) if count]  # a skip list may leave nothing of one
+        for number, index in enumerate(there[place] for place in extremes([sizes[index] for index in there])):
             yield _Step(stage, index, sizes[index], dense=False)
             if number == 0 and is_sometimes_dense(state, stage.window):
                 yield _Step(stage, index, sizes[index], dense=True)
