@@ -4,11 +4,12 @@ import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from composer.core import Event, State
+from composer.core import Event, State, Timestamp
 from composer.devices import DeviceCPU
 
 from prx_composer import registry
@@ -17,9 +18,12 @@ from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.optim import AdamW
 from prx_composer.recipe import config
+from prx_composer.recipe.consistency import planned_stages
+from prx_composer.schedule.moments import ScheduleWindow
 from prx_composer.training.components import Components
 from prx_composer.training.preflight import examine
 from prx_composer.training.preflight.pretrained import check_weights
+from prx_composer.training.preflight.step import is_sometimes_dense
 from prx_composer.training.trial import check_config
 
 Build = Callable[..., TextToImage]
@@ -204,3 +208,28 @@ def test_a_strangers_trick_is_checked_as_ours_are(tiny_recipe: Recipe, write_rec
     recipe = config.load([write_recipe(tiny_recipe | {"code_paths": [str(code)]})])
     answers = [result.text for result in check_weights(examine(recipe, 1)[1])]
     assert "algorithms.choosy: its weights cannot be had." in answers
+
+
+class Thin(Trick):
+    name = "thin"
+    saves_memory = True
+
+
+def test_a_trick_that_saves_memory_is_tried_off_too_where_its_window_opens_or_closes() -> None:
+    state: Any = SimpleNamespace(algorithms=[Thin("2ba", "5ba")], timestamp=Timestamp())
+    assert is_sometimes_dense(state, ScheduleWindow()) and is_sometimes_dense(state, ScheduleWindow("4ba"))
+    assert not is_sometimes_dense(state, ScheduleWindow("2ba", "5ba")) and not is_sometimes_dense(state, ScheduleWindow("5ba"))
+
+
+def test_stages_follow_one_another_and_the_last_goes_on_to_the_end() -> None:
+    stages = [
+        {"until": "4ba", "image_size": 8, "global_train_batch_size": 48, "device_train_microbatch_size": 12},
+        {"until": "7ba", "image_size": 16, "global_train_batch_size": 24},
+    ]
+    sizes = {"image_size": 32, "global_train_batch_size": 6}
+    first, last = planned_stages(sizes | {"algorithms": {"progressive_resolution": {"stages": stages}}}, num_ranks=2)
+    assert (first.image_size, first.device_batch_size, first.microbatch_size) == (8, 24, 12)
+    assert (last.image_size, last.device_batch_size, last.microbatch_size) == (16, 12, 12)
+    assert str(first.window.end) == str(last.window.start) == "4ba" and last.window.end is None
+    (whole,) = planned_stages(sizes | {"algorithms": {}}, num_ranks=2)
+    assert (whole.path, whole.image_size, whole.microbatch_size, whole.window.end) == ("", 32, 3, None)
