@@ -181,7 +181,7 @@ HOLDS: dict[str, tuple[list[str], Callable[[Any], Any], Any]] = {
     ),
     "train_loader.captions": (
         ["train_loader.captions={short_caption: 1.0}"],
-        lambda t: t.state.train_dataloader.dataset.captions,
+        lambda t: {column: wording.weight for column, wording in t.state.train_dataloader.dataset.captions.items()},
         {"short_caption": 1.0},
     ),
     "model.caption_dropout": (["model.caption_dropout=0.5"], lambda t: t.state.model.caption_dropout, 0.5),
