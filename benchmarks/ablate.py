@@ -25,6 +25,7 @@ import ablate_cost
 from common import ROOT, by_turn, circumstances, heading, parse, percentile, save, says_errors, subplots
 from turns import Run, Stack, fresh_folder, publish, train
 
+from prx_composer import registry
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
@@ -85,7 +86,7 @@ def check_stack(recipe_files: list[str], stack: Stack, overrides: list[str]) -> 
             if name not in present:
                 raise UserError(f"the recipe has no algorithm {name} to leave out.{nearest(name, present)}")
         recipe = config.load([*recipe_files, *stack.changes, *overrides])
-        config.import_code(recipe.code_paths)
+        registry.import_code(recipe.code_paths)
         config.check(recipe)
     except UserError as error:
         raise UserError(f"--stack {stack.name}: {error}") from error

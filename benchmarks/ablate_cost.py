@@ -26,6 +26,7 @@ from common import by_turn, circumstances, heading, middle_half, parse, save, sa
 from stages import SHAPE, batch_of_share, closed_algorithms, one_stage, with_random_weights, with_synthetic_batches, write_recipe
 from turns import REFUSED, Run, Stack, fresh_folder, publish, train
 
+from prx_composer import registry
 from prx_composer.commands.plan.timeline import Timeline, timeline
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.recipe import config
@@ -161,7 +162,7 @@ def plan(options: Options) -> list[tuple[Stage, list[list[Run]]]]:
         UserError: a recipe that is refused, stages or algorithms that aren't there, results that are.
     """
     recipe = config.load(options.recipe)
-    config.import_code(recipe.code_paths)
+    registry.import_code(recipe.code_paths)
     config.check(recipe)
     present = [name for name, _ in entries(recipe.algorithms, "algorithms") if name != SHAPE]
     for name in options.keep:

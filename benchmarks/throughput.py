@@ -25,6 +25,7 @@ import torch
 from common import as_json, circumstances, environment, milliseconds, parse, says_errors, summary, train_command, write
 from stages import PARTS, batch_of_share, one_stage, with_random_weights, with_synthetic_batches, write_recipe
 
+from prx_composer import registry
 from prx_composer.commands.plan.conditions import GPUS, Conditions
 from prx_composer.commands.plan.plan import make_plan
 from prx_composer.commands.plan.timeline import Span, timeline
@@ -211,7 +212,7 @@ def main(arguments: list[str]) -> int:
     """Measure every point and write them; return 0 if all have trained."""
     options = parse(Options, arguments, __doc__, "throughput.py")
     recipe = config.load(options.recipe)
-    config.import_code(recipe.code_paths)
+    registry.import_code(recipe.code_paths)
     rate = matrix_product_rate()
     measured = []
     for point in points_of(recipe, options):

@@ -11,13 +11,16 @@ class Mine(composer.Algorithm): ...
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import catalogue
 
 from prx_composer.common.errors import UserError, nearest
-from prx_composer.common.outlines import CannotTell, outline
+from prx_composer.common.outlines import CannotTell, constructor, outline
 
 T = TypeVar("T")
 
@@ -107,6 +110,11 @@ class Registry:
             return self.get(name, path)
         return outline(*self.builtin[name].split(":"))
 
+    def constructor(self, name: str, path: str, imports: bool = True) -> Callable[..., Any]:
+        """Return the function whose signature says what the component of that name takes. Raise as `described` does."""
+        target = self.described(name, path, imports)
+        return constructor(target)
+
     def _entry_points(self) -> frozenset[str]:
         return _entry_points().get(f"prx_composer_{self.kind}", frozenset())
 
@@ -127,6 +135,7 @@ sources = Registry(
     {
         "digits": "prx_composer.data.sources:DigitsSource",
         "folder": "prx_composer.data.sources:FolderSource",
+        "icons": "prx_composer.data.icons:IconsSource",
         "shapes": "prx_composer.data.sources:ShapesSource",
     },
 )
@@ -157,6 +166,7 @@ callbacks = Registry(
         "digits_score": "prx_composer.callbacks.drawings:DigitsScore",
         "garbage_collection": "prx_composer.callbacks.watchdog:GarbageCollection",
         "generation_metrics": "prx_composer.callbacks.drawings:GenerationMetrics",
+        "icons_score": "prx_composer.callbacks.icons_score:IconsScore",
         "images": "prx_composer.callbacks.drawings:Images",
         "loss_spikes": "prx_composer.callbacks.monitors:LossSpikes",
         "lr_monitor": "composer.callbacks:LRMonitor",
@@ -204,3 +214,36 @@ NESTED = {"backbone": backbones, "text_encoder": text_encoders, "autoencoder": a
 # The components that keys of a recipe name: one by `name`, or several by their own keys.
 BY_KEY = {"model": models, "optimizer": optimizers, "scheduler": schedulers, "train_loader": loaders, "eval_loader": loaders}
 BY_NAME = {"algorithms": algorithms, "callbacks": callbacks, "loggers": loggers}
+
+
+# ---------------------------------------------------------------------------------------------------- a user's own files
+
+
+def import_code(paths: Sequence[str], option: str | None = None) -> None:
+    """Import a user's Python files, so that what they register is found.
+
+    Only files that the user names belong here: of their own recipe, or by `--code`. Never what a run folder or data name.
+
+    Args:
+        option: of the command line, that named them; by default they are the recipe's `code_paths`.
+
+    Raises:
+        UserError: a file that isn't there.
+    """
+    for index, name in enumerate(paths):
+        path = Path(name).expanduser()
+        for problem in missing_code(name, option or f"code_paths[{index}]"):
+            raise UserError(problem)
+        module_name = f"prx_composer_user_{path.stem}"
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+
+
+def missing_code(name: str, where: str) -> list[str]:
+    """Return what is wrong with a Python file that `code_paths`, or a command's option, names."""
+    path = Path(name).expanduser()
+    is_python = path.is_file() and path.suffix == ".py"  # Python imports no file of another name
+    return [] if is_python else [f"{where}: there is no Python file {name} (*.py)."]

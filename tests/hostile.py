@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from prx_composer.cli import app
 from prx_composer.commands.export.pipeline import write_pipeline, written_aside
 from prx_composer.common.errors import UserError
+from prx_composer.common.files import crc32
 from prx_composer.data.format import MANIFEST
 from prx_composer.models import TextToImage
 from prx_composer.recipe import config
-from prx_composer.runs.checkpoints import INDEX, MONOLITH, _crc32
+from prx_composer.runs.checkpoints import INDEX, MONOLITH
 from prx_composer.runs.folder import as_saved
 from prx_composer.runs.opening import Trained
 
@@ -103,7 +104,7 @@ def pickled_rows(place: Place) -> Path:
 def seal(checkpoint: Path, index: dict[str, Any]) -> None:
     """Writes an index that fits the files, as whoever changed them would."""
     files = [file for file in checkpoint.iterdir() if file.name != INDEX]
-    sums = {file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in files}
+    sums = {file.name: {"bytes": file.stat().st_size, "crc32": crc32(file)} for file in files}
     (checkpoint / INDEX).write_text(json.dumps(index | {"files": sums}))
 
 

@@ -24,21 +24,16 @@ from prx_composer.models.randomness import RandomStreams, derive_seed
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
 from prx_composer.runs.checkpoints import Checkpoint, clean_up, keep_newest, newest_checkpoint, write_checkpoint
-from prx_composer.schedule.clock import clock_of, time_budget_of
+from prx_composer.schedule.clock import clock_of, time_budget_of, with_rehearsal
 from prx_composer.schedule.moments import SECONDS, Moment, Point, ScheduleWindow
 
 log = logging.getLogger(__name__)
 
 
-def due_every(interval: str) -> Any:
-    """Return `(state, event) → bool` for "2000ba", "0.1dur" …, or for training time ("30m", "1h"), counted over restarts.
-
-    Raises:
-        ValueError: not a time, or not a positive one.
-    """
-    point = Point.parse_interval(interval)
-    if point.unit != SECONDS:
-        return create_interval_scheduler(interval)
+def due_every(interval: Point) -> Any:
+    """Return `(state, event) → bool` for 2000ba, 0.1dur …, or for training time (30m, 1h), counted over restarts."""
+    if interval.unit != SECONDS:
+        return create_interval_scheduler(interval.text)
     at_end = create_interval_scheduler("1dur")
     last: float | None = None
 
@@ -46,7 +41,7 @@ def due_every(interval: str) -> Any:
         nonlocal last
         elapsed = clock_of(state).elapsed
         last = elapsed if last is None else last
-        if elapsed - last >= point.value:
+        if elapsed - last >= interval.value:
             last = elapsed
             return True
         return at_end(state, event)
@@ -63,15 +58,15 @@ class Checkpointing(CheckpointSaver):
 
     Args:
         run_folder: of the run; checkpoints go to `<run folder>/checkpoints`.
-        save_interval: when, as a Composer callable.
+        interval: from one to the next.
         keep: how many; −1 = all.
         recipe: kept in each of them.
         check: raises UserError, on all ranks, if the state is none that should be kept.
     """
 
-    def __init__(self, run_folder: Path, save_interval: Any, keep: int, recipe: dict[str, Any], check: Callable[[State], None]):
-        folder = str(run_folder / "checkpoints")
-        super().__init__(folder, save_interval=save_interval, overwrite=True, num_checkpoints_to_keep=keep)
+    def __init__(self, run_folder: Path, interval: Point, keep: int, recipe: dict[str, Any], check: Callable[[State], None]):
+        folder, due = str(run_folder / "checkpoints"), with_rehearsal(due_every(interval))
+        super().__init__(folder, save_interval=due, overwrite=True, num_checkpoints_to_keep=keep)
         self._run_folder, self._recipe, self._check = run_folder, recipe, check
         self.failures = 0  # in a row
 

@@ -84,7 +84,7 @@ def generate_images(options: GenerateOptions) -> None:
     prx generate runs/quickstart -p "a red circle on the left of a white background"
     """
     from prx_composer.models.flow import check_seeds
-    from prx_composer.recipe.config import import_code
+    from prx_composer.registry import import_code
     from prx_composer.runs.opening import load_trained
 
     show_log()

@@ -2,9 +2,12 @@
 
 import codecs
 import os
+import zlib
 from pathlib import Path
 
 from prx_composer.common.errors import UserError
+
+_CHUNK = 1 << 24  # bytes
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -25,6 +28,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def crc32(path: Path) -> int:
+    """Return what a file is recognised by: one bit that is changed in it makes it another."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -24,7 +24,6 @@ from prx_composer.common.errors import UserError
 from prx_composer.common.files import read_lines, write_whole
 from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local
 from prx_composer.data.storage import RawShard, download, join
-from prx_composer.recipe.arguments import data_sets
 
 log = logging.getLogger(__name__)
 
@@ -170,26 +169,23 @@ def _column_contents(split: Path, column: str, at_most: int, states: tuple[tuple
 # By what a checkpoint recognises its data again, wherever they lie: buckets, sizes of shards, and bytes of some of them.
 
 
-def loader_identity(spec: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return what a loader of this package reads, by data set: `samples`, `layout`, `content`; None if it isn't known (yet).
+def data_identity(splits: Mapping[str, Path] | None, skips: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    """Return what data sets hold, by name: `samples`, `layout` and `content`; None if it isn't known (yet).
 
     With a skip list, `skip` is its keys' number and digest.
 
     Args:
-        spec: as a recipe has it under `train_loader`.
+        splits: where they lie, as `split_folders` says of a loader.
+        skips: files of their skip lists, as `skip_files` says.
     """
-    if not spec or spec.get("name") != "image_caption":
+    found = {name: split_identity(folder) for name, folder in (splits or {}).items()}
+    if splits is None or None in found.values():
         return None
-    found = {}
     try:
-        for where, part in data_sets(spec).items():
-            if (identity := split_identity(Path(part["path"]) / (part.get("split") or "train"))) is None:
-                return None
-            left_out = {"skip": SkipList.read(part["skip"]).digest} if part.get("skip") else {}
-            found[where.removeprefix("mix.")] = identity | left_out
+        left_out = {name: {"skip": SkipList.read(file).digest} for name, file in (skips or {}).items()}
     except UserError:
         return None
-    return found
+    return {name: (identity or {}) | left_out.get(name, {}) for name, identity in found.items()}
 
 
 def split_identity(folder: Path) -> dict[str, Any] | None:

@@ -8,7 +8,8 @@ Images of a bucket have one size, and those of all buckets (nearly) equal area, 
 
 Columns: `image` (the encoded file), `width`, `height` (of that file), `key` (where it came from), one `str` per caption, and
 perhaps features: arrays (h, w, channels) made of the image as it is cropped to its bucket. The manifest names them: `"features":
-{"dinov3": 1024}`, column and channels. Further columns it names under `"metadata"`: `{"score": "float64"}`.
+{"dinov3": 1024}`, column and channels. Further columns it names under `"metadata"`: `{"score": "float64"}`. Under `"attribution"`
+it says whose work the images are, where their source knows: `{"openmoji": {"author": …, "licence": …}}`.
 """
 
 import json
@@ -191,6 +192,7 @@ class Manifest:
     buckets: dict[Bucket, int]
     features: dict[str, int] = field(default_factory=dict)  # column → channels
     metadata: dict[str, str] = field(default_factory=dict)  # column → MDS encoding
+    attribution: dict[str, dict[str, str]] = field(default_factory=dict)  # part of the data → author, licence …
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -201,7 +203,8 @@ class Manifest:
         buckets = {Bucket.parse(name): int(count) for name, count in raw["buckets"].items() if count}
         if not buckets:
             raise ValueError(f"{folder} holds no samples.")
-        return cls(int(raw["image_size"]), tuple(raw["captions"]), buckets, raw.get("features", {}), raw.get("metadata", {}))
+        known = {name: raw.get(name, {}) for name in ("features", "metadata", "attribution")}
+        return cls(int(raw["image_size"]), tuple(raw["captions"]), buckets, **known)
 
     def to_json(self) -> str:
         names = {str(bucket): count for bucket, count in sorted(self.buckets.items())}
@@ -210,6 +213,8 @@ class Manifest:
             content["features"] = self.features
         if self.metadata:
             content["metadata"] = self.metadata
+        if self.attribution:
+            content["attribution"] = self.attribution
         return json.dumps(content, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -224,16 +229,25 @@ class BucketWriter:
         image_size: side of the square whose area every bucket has.
         captions: caption columns; every sample must have all of them.
         features: feature columns and their channels, likewise. Within a bucket they have one shape and dtype.
+        attribution: whose work the images are; see `Manifest`.
 
     Raises:
         ValueError: a feature column whose name is taken; on writing, features of another shape.
     """
 
-    def __init__(self, folder: Path, image_size: int, captions: tuple[str, ...], features: dict[str, int] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        image_size: int,
+        captions: tuple[str, ...],
+        features: dict[str, int] | None = None,
+        attribution: dict[str, dict[str, str]] | None = None,
+    ):
         if taken := (features or {}).keys() & {*RESERVED, *captions}:
             raise ValueError(f"features: {min(taken)!r} is the name of another column.")
         self._folder, self._partial = folder, folder.with_name(f".{folder.name}.partial")
         self._image_size, self._captions, self._features = image_size, captions, features or {}
+        self._attribution = attribution or {}
         self._writers: dict[Bucket, MDSWriter] = {}
         self._counts: dict[Bucket, int] = {}
 
@@ -262,7 +276,8 @@ class BucketWriter:
         for writer in self._writers.values():
             writer.finish()
         if kind is None:
-            Manifest(self._image_size, self._captions, self._counts, self._features).write(self._partial)
+            manifest = Manifest(self._image_size, self._captions, self._counts, self._features, {}, self._attribution)
+            manifest.write(self._partial)
             self._partial.rename(self._folder)
         else:
             shutil.rmtree(self._partial, ignore_errors=True)

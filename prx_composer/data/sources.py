@@ -42,6 +42,7 @@ class Source(Protocol):
     identity: dict[str, Any]  # what decides the data beside the source's arguments, such as a checksum
     # and perhaps `files: dict[str, Path]`, what it reads, by name: data made of other contents are refused
     # and perhaps `notes: list[str]`, what a person should know of how the data is made
+    # and perhaps `attribution: dict[str, dict[str, str]]`, whose work the images are, for the manifest
 
     def samples(self) -> Iterator[tuple[str, RawSample]]:
         """Yield every sample with the name of its split."""
@@ -107,7 +108,9 @@ def prepare(path: Path, source: Source, spec: dict[str, Any], limit: int | None 
         with contextlib.ExitStack() as whole:
             for split, sample in itertools.islice(source.samples(), limit):
                 if split not in writers:
-                    writers[split] = whole.enter_context(BucketWriter(partial / split, source.image_size, source.captions))
+                    whose = getattr(source, "attribution", None)
+                    writer = BucketWriter(partial / split, source.image_size, source.captions, attribution=whose)
+                    writers[split] = whole.enter_context(writer)
                 writers[split].write(assign_bucket(sample.height, sample.width, source.buckets), sample)
         if "train" not in writers:
             raise ValueError("The source gave no training samples.")

@@ -8,7 +8,8 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prx_composer.common.errors import Problems, UserError, nearest
@@ -106,6 +107,23 @@ def _of_mixture(spec: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> 
     return shared | below | {key: value for key, value in part.items() if key != _WEIGHT}
 
 
+def split_folders(loader: Mapping[str, Any] | None) -> dict[str, Path] | None:
+    """Return where the splits of an `image_caption` loader lie, by data set; None of another loader, or of one that is wrong."""
+    if not loader or loader.get("name") != "image_caption":
+        return None
+    try:
+        parts = data_sets(loader)
+    except UserError:
+        return None
+    return {where.removeprefix("mix."): Path(part["path"]) / (part.get("split") or "train") for where, part in parts.items()}
+
+
+def skip_files(loader: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the files of an `image_caption` loader's skip lists, by data set, as `split_folders`."""
+    parts = data_sets(loader) if loader and split_folders(loader) is not None else {}
+    return {where.removeprefix("mix."): str(part["skip"]) for where, part in parts.items() if part.get("skip")}
+
+
 def weights_of(mix: Mapping[str, Any]) -> dict[str, float] | None:
     """Return the weight of every data set, or None if none is given."""
     weights = {name: float(part[_WEIGHT]) for name, part in mix.items() if _WEIGHT in part}
@@ -131,10 +149,10 @@ def check_component(
         imports: whether components may be imported for it. If not, what cannot be known without passes.
     """
     try:
-        target = components.described(name, path, imports)
+        function = components.constructor(name, path, imports)
     except CannotTell:
         return
-    check_arguments(target, arguments, path, provided, also, defaulted, imports)
+    _check_given(function, arguments, path, provided, also, defaulted, imports)
 
 
 def check_arguments(
@@ -159,6 +177,18 @@ def check_arguments(
         function = constructor(target)
     except CannotTell:
         return
+    _check_given(function, arguments, path, provided, also, defaulted, imports)
+
+
+def _check_given(
+    function: Callable[..., Any],
+    arguments: Spec,
+    path: str,
+    provided: Collection[str],
+    also: Collection[str],
+    defaulted: Collection[str],
+    imports: bool,
+) -> None:
     parameters = {
         name: parameter for name, parameter in inspect.signature(function).parameters.items() if name not in ("self", *provided)
     }
@@ -196,14 +226,14 @@ def hints_of(function: Any) -> dict[str, Any]:
 
 
 def build(
-    components: Registry, name: str, arguments: Spec, path: str, provided: Mapping[str, Any] | None = None, **given: Any
+    components: Registry, name: str, arguments: Spec, path: str, recipe: Mapping[str, Any] | None = None, **given: Any
 ) -> Any:
     """Call a component's constructor with its arguments from the recipe and with what the program has for it.
 
     Mappings become what the constructor's annotation asks for: dataclasses, or nested components by name.
 
     Args:
-        provided: what there is for any component, such as `provided_by` returns; see `is_filled`.
+        recipe: keys of the recipe, which have something for any component; see `provided_by` and `is_filled`.
         given: what components of this kind are called with, if the constructor has such a parameter.
 
     Raises:
@@ -213,7 +243,8 @@ def build(
     function = constructor(target)
     hints = hints_of(function)
     accepted = inspect.signature(function).parameters
-    filled = {key: value for key, value in (provided or {}).items() if key in accepted and is_filled(accepted[key])}
+    provided = {} if recipe is None else provided_by(recipe)
+    filled = {key: value for key, value in provided.items() if key in accepted and is_filled(accepted[key])}
     filled |= {key: value for key, value in given.items() if key in accepted}
     filled |= {key: _construct(value, key, hints.get(key), f"{path}.{key}") for key, value in arguments.items()}
     try:

@@ -16,7 +16,7 @@ from prx_composer.common.outlines import CannotTell, constants, outline
 from prx_composer.recipe.arguments import check_component, data_sets, entries, provided_by, split
 from prx_composer.recipe.consistency import batch_problems, downsampling_of, image_size_problems, schedule_problems, time_problems
 from prx_composer.recipe.resume import check_allowed
-from prx_composer.registry import BY_KEY, BY_NAME
+from prx_composer.registry import BY_KEY, BY_NAME, missing_code
 
 Values = Mapping[str, Any]
 
@@ -54,13 +54,6 @@ def first_look(values: Values, num_ranks: int) -> list[str]:
         problems += schedule_problems(values)
     problems += setting_problems(values, num_ranks) + batch_problems(values, num_ranks)
     return list(dict.fromkeys(problems + (_image_sizes(values) if readable else [])))
-
-
-def missing_code(name: str, where: str) -> list[str]:
-    """Return what is wrong with a Python file that `code_paths`, or a command's option, names."""
-    path = Path(name).expanduser()
-    is_python = path.is_file() and path.suffix == ".py"  # Python imports no file of another name
-    return [] if is_python else [f"{where}: there is no Python file {name} (*.py)."]
 
 
 def argument_problems(values: Values, imports: bool = True) -> list[str]:

@@ -1,19 +1,17 @@
-"""A recipe: YAML files and `key=value`s merged and checked, its author's own code imported, its defaults written out.
+"""A recipe: YAML files and `key=value`s merged and checked, its defaults written out.
 
-A recipe that a user hands to train.py is the user's program, and `import_code` runs what its `code_paths` name. The recipe inside
-of a run folder is data, maybe a stranger's: opening it imports nothing (`without_code`).
+A recipe that a user hands to train.py is the user's program, and `registry.import_code` runs what its `code_paths` name. The
+recipe inside of a run folder is data, maybe a stranger's: opening it imports nothing (`without_code`).
 """
 
 import dataclasses
-import importlib.util
 import inspect
 import io
 import json
 import logging
 import shlex
-import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,15 @@ from omegaconf.errors import OmegaConfBaseException
 from prx_composer import registry
 from prx_composer.common.errors import Problems, UserError, nearest, raise_all
 from prx_composer.common.files import read_text
-from prx_composer.common.outlines import constructor
 from prx_composer.recipe.arguments import Spec, check_type, dataclass_in, entries, hints_of
-from prx_composer.recipe.checks import argument_problems, first_look, missing_code
+from prx_composer.recipe.checks import argument_problems, first_look
 from prx_composer.registry import BY_KEY, BY_NAME, NESTED, Registry
+from prx_composer.schedule.moments import Point, parse_duration
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The keys of a recipe, llm-foundry's names where it has one."""
+    """The keys of a recipe, llm-foundry's names where it has one; and its times as what they are, once they have been checked."""
 
     run_name: str
     model: Spec
@@ -70,6 +68,23 @@ class Recipe:
     def eval_batch_size(self) -> int:
         """Images of one step of an evaluation, over all ranks."""
         return self.global_eval_batch_size or self.global_train_batch_size
+
+    @property
+    def length(self) -> Point:
+        return Point.parse(self.max_duration)
+
+    @property
+    def budget(self) -> float | None:
+        """Seconds of training that the run may take."""
+        return None if self.time_budget is None else parse_duration(self.time_budget)
+
+    @property
+    def save_every(self) -> Point:
+        return Point.parse_interval(self.save_interval)
+
+    @property
+    def evaluate_every(self) -> Point:
+        return Point.parse(self.eval_interval)
 
 
 def load(arguments: list[str], num_ranks: int = 1) -> Recipe:
@@ -215,29 +230,6 @@ def check(recipe: Recipe) -> None:
     raise_all(argument_problems(vars(recipe)))
 
 
-def import_code(paths: Sequence[str], option: str | None = None) -> None:
-    """Import a user's Python files, so that what they register is found.
-
-    Only files that the user names belong here: of their own recipe, or by `--code`. Never what a run folder or data name.
-
-    Args:
-        option: of the command line, that named them; by default they are the recipe's `code_paths`.
-
-    Raises:
-        UserError: a file that isn't there.
-    """
-    for index, name in enumerate(paths):
-        path = Path(name).expanduser()
-        for problem in missing_code(name, option or f"code_paths[{index}]"):
-            raise UserError(problem)
-        module_name = f"prx_composer_user_{path.stem}"
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        spec.loader.exec_module(module)
-
-
 NEEDS_CODE = "needs_code"
 """Key of a checkpoint's index: the YAML paths of components that decide what the model draws and came from such files."""
 
@@ -355,7 +347,7 @@ def _component(components: Registry, spec: dict[str, Any], named: bool = True) -
     name = spec.get("name")
     arguments = {key: value for key, value in spec.items() if key != "name"}
     try:
-        function = constructor(components.get(str(name), str(name)))
+        function = components.constructor(str(name), str(name))
     except (UserError, ImportError):
         return spec if named else arguments
     return ({"name": name} if named else {}) | _filled(function, arguments)

@@ -1,4 +1,4 @@
-"""Which keys of a recipe may change when a run goes on: one table, which the comparison, the messages and the documents read.
+"""Which keys of a recipe may change when a run goes on: one table, which the comparison in `runs/folder.py` and documents read.
 
 A run that goes on with `autoresume` is compared with the recipe it was started with. `RULES` says for every key whether it may
 be another one now, why, and what follows. What may not simply change can be allowed by name, `resume: {allow: [optimizer.lr]}`,
@@ -10,10 +10,8 @@ Nothing here imports PyTorch or Composer.
 import dataclasses
 import fnmatch
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
-
-import yaml
 
 from prx_composer.common.errors import UserError, redacted
 
@@ -217,28 +215,6 @@ def table() -> str:
     return "\n".join(["| key | may it change? | why | what follows |", "|---|---|---|---|", *rows]) + "\n"
 
 
-# -------------------------------------------------------------------------------------------------- the comparison
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return every key that differs between two recipes, as YAML gives them; of lists of one length, item by item."""
-    return [change for key in [*now, *(key for key in before if key not in now)] for change in _different(before, now, key, key)]
-
-
-def _different(before: Mapping[str, Any], now: Mapping[str, Any], key: str, path: str) -> Iterable[Change]:
-    old, new = before.get(key, ABSENT), now.get(key, ABSENT)
-    if old == new and isinstance(old, bool) == isinstance(new, bool):
-        return
-    if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("name") == new.get("name"):
-        for inner in [*new, *(inner for inner in old if inner not in new)]:
-            yield from _different(old, new, inner, f"{path}.{inner}")
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(isinstance(i, Mapping) for i in new):
-        for index, pair in enumerate(zip(old, new, strict=True)):
-            yield from _different({"": pair[0]}, {"": pair[1]}, "", f"{path}[{index}]")
-    else:
-        yield Change(path, old, new)
-
-
 def check_allowed(resume: Any) -> None:
     """Raise UserError unless `resume` is `{allow: [keys of a recipe]}`, and none of them is one that nothing can allow."""
     if not isinstance(resume, Mapping) or resume.keys() - {"allow"}:
@@ -254,62 +230,7 @@ def check_allowed(resume: Any) -> None:
             raise UserError(f"resume.allow: {key} cannot change within a run. {rule.why} {rule.follows}")
 
 
-def changed(changes: Iterable[Change]) -> list[Change]:
-    """Return those that change anything, which the free ones do not."""
-    return [change for change in changes if change.rule.may != "free"]
-
-
-def is_allowed(change: Change, allow: Sequence[str], known: Mapping[str, Any] | None = None) -> bool:
-    """Return whether a change needs no further word: by its rule, by `resume.allow`, or since an earlier start was allowed it.
-
-    Args:
-        known: key → value of what this run was allowed before.
-    """
-    if change.rule.may in ("free", "logged"):
-        return True
-    if change.rule.may == "never":
-        return False
-    if known is not None and change.key in known and known[change.key] == change.now:
-        return True
-    return any(change.key == key or change.key.startswith((f"{key}.", f"{key}[")) for key in map(str, allow))
-
-
-def data_changed(keys: Iterable[str]) -> bool:
-    """Return whether changes of these keys may have given a run other samples, or another order of them."""
-    return any(key.partition(".")[0] in (DATA, "train_loader") and rule_of(key).may in ("data", "asked") for key in keys)
-
-
-# ----------------------------------------------------------------------------------------------------- the message
-
-
-def refusal(changes: Sequence[Change], what: str, as_before: str | None = None) -> str:
-    """Return what to say of changes that are not allowed: each with its values and its reason, and what to type.
-
-    Args:
-        what: that was started or written with the other recipe.
-        as_before: a command that goes on with the old recipe, if it can be named.
-    """
-    asked = [change for change in changes if change.rule.may != "never"]
-    never = [change for change in changes if change.rule.may == "never"]
-    lines = [f"autoresume: {what} was started with another recipe; what differs: {', '.join(change.key for change in changes)}."]
-    for change in changes:
-        rule = change.rule
-        end = f" This cannot change within a run. {rule.follows}" if rule.may == "never" else f" If it is allowed: {rule.follows}"
-        lines.append(f"  {change}: {rule.why}{end}")
-    back = shlex.join(_as_before(changes))
-    if asked:
-        first = f"keep {shlex.join(_as_before(never))}, and " if never and _as_before(never) else ""
-        lines.append(f"To go on with the new values from here: {first}add  {advice([change.key for change in asked])}")
-    if as_before:
-        lines.append(f"To go on with the old recipe: {as_before}")
-    elif back:
-        lines.append(f"To go on with the old values: add  {back}")
-    lines.append("To train from the beginning: add  run_name=NEW run_folder=runs/NEW")
-    return "\n".join(lines)
-
-
-def _as_before(changes: Sequence[Change]) -> list[str]:
-    return [f"{change.key}={_typed(change.before)}" for change in changes if change.before != ABSENT and change.key != DATA]
+# ------------------------------------------------------------------------------------------------------------- what is said
 
 
 def advice(keys: Sequence[str]) -> str:
@@ -324,11 +245,6 @@ def against_what_is_not_finite() -> str:
         "a lower learning rate (optimizer.lr=…), a longer warm-up (scheduler.t_warmup=…), algorithms.gradient_clipping, or the "
         f"end of the term that fails first (algorithms.<term>.end=<batch>ba); name it beside, {advice(['optimizer.lr'])}"
     )
-
-
-def _typed(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).strip()
-    return text.removesuffix("...").strip()
 
 
 def _shown(key: str, value: Any) -> str:

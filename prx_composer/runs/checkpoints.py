@@ -10,7 +10,6 @@ import json
 import logging
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from prx_composer.common.errors import UserError
-from prx_composer.common.files import inside, sync
+from prx_composer.common.files import crc32, inside, sync
 from prx_composer.recipe.config import NEEDS_CODE, needs_code
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,6 @@ log = logging.getLogger(__name__)
 INDEX = "checkpoint.json"
 MONOLITH = "rank0.pt"
 _NAME = re.compile(r"ba(\d+)")
-_CHUNK = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def damage(checkpoint: Checkpoint) -> str | None:
             path = inside(checkpoint.path, name)
             if (size := path.stat().st_size) != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
-            if _crc32(path) != expected["crc32"]:
+            if crc32(path) != expected["crc32"]:
                 return f"{name} was changed: its CRC-32 is another"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
@@ -119,14 +117,6 @@ def newest_whole_checkpoint(
             "from the beginning, or start another run with run_name=<another name>."
         )
     return None
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            value = zlib.crc32(chunk, value)
-    return value
 
 
 def without_new_callbacks(load_path: str) -> Callable[[dict[str, Any]], None]:
@@ -220,7 +210,7 @@ def _files_of(rank: int, folder: Path) -> list[Path]:
 def _sealed(path: Path) -> dict[str, int]:
     """Flush a file to the disk; return what it is recognised by."""
     sync(path)
-    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+    return {"bytes": path.stat().st_size, "crc32": crc32(path)}
 
 
 def _publish(partial: Path, path: Path, index: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from composer.utils import dist
 
 from prx_composer.common.errors import UserError, redacted_text
 from prx_composer.common.files import write_whole
-from prx_composer.data.contents import in_words, loader_identity, same_data
+from prx_composer.data.contents import data_identity, in_words, same_data
+from prx_composer.recipe.arguments import skip_files, split_folders
 from prx_composer.recipe.config import Recipe, resolved
-from prx_composer.recipe.resume import DATA, Change, changed, data_changed, differences, hidden, is_allowed, refusal
-from prx_composer.runs.checkpoints import Checkpoint, newest_checkpoint, newest_whole_checkpoint
+from prx_composer.recipe.resume import ABSENT, DATA, Change, advice, hidden, rule_of
+from prx_composer.runs.checkpoints import Checkpoint, newest_checkpoint, newest_whole_checkpoint, without_new_callbacks
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,9 @@ def _recipe_of(folder: Path) -> tuple[dict[str, Any], str]:
     return yaml.safe_load((folder / CONFIG).read_text()) or {}, str(folder)
 
 
+# ---------------------------------------------------------------------------------------------------------- with another recipe
+
+
 def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str, ranks: int | None = None) -> list[Change]:
     """Return what differs and may: by `resume.RULES`, by the recipe's `resume.allow`, or since an earlier start was allowed it.
 
@@ -103,13 +107,123 @@ def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str, ranks: 
     """
     folder = Path(recipe.run_folder)
     ranks = dist.get_world_size() if ranks is None else ranks
-    changes = _with_data(recipe_changes(before, as_saved(recipe), ranks), recipe, folder, before)
+    changes = recipe_changes(before, as_saved(recipe), ranks)
+    changes = _with_data(changes, recipe, folder, before)
     known = {key: change["now"] for start in read_changes(folder) for key, change in start["changes"].items()}
     allow = recipe.resume.get("allow", [])
     refused = [change for change in changes if not is_allowed(change, allow, known)]
     if refused:
         raise UserError(refusal(refused, what, _command_as_before(folder, before, refused, ranks)))
     return changes
+
+
+def recipe_changes(before: dict[str, Any], now: dict[str, Any], ranks: int) -> list[Change]:
+    """Return what differs between two recipes and is not free, with every default written out."""
+    before, now = (json.loads(json.dumps(content, default=str)) for content in (before, now))  # keys as JSON has them: strings
+    if not changed(differences(before, now)):  # as nearly always: nothing needs to be looked up
+        return []
+    return changed(differences(resolved(before, ranks), resolved(now, ranks)))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Return every key that differs between two recipes, as YAML gives them; of lists of one length, item by item."""
+    return [change for key in [*now, *(key for key in before if key not in now)] for change in _different(before, now, key, key)]
+
+
+def _different(before: Mapping[str, Any], now: Mapping[str, Any], key: str, path: str) -> Iterable[Change]:
+    old, new = before.get(key, ABSENT), now.get(key, ABSENT)
+    if old == new and isinstance(old, bool) == isinstance(new, bool):
+        return
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("name") == new.get("name"):
+        for inner in [*new, *(inner for inner in old if inner not in new)]:
+            yield from _different(old, new, inner, f"{path}.{inner}")
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(isinstance(i, Mapping) for i in new):
+        for index, pair in enumerate(zip(old, new, strict=True)):
+            yield from _different({"": pair[0]}, {"": pair[1]}, "", f"{path}[{index}]")
+    else:
+        yield Change(path, old, new)
+
+
+def changed(changes: Iterable[Change]) -> list[Change]:
+    """Return those that change anything, which the free ones do not."""
+    return [change for change in changes if change.rule.may != "free"]
+
+
+def _with_data(changes: list[Change], recipe: Recipe, folder: Path, recipe_before: dict[str, Any]) -> list[Change]:
+    """Judge data by what they are instead of by where they lie, once that is known."""
+    before = _read_data(folder) or _identity(recipe_before.get("train_loader"))  # older runs didn't note it
+    now = _identity(recipe.train_loader)
+    named = [change for change in changes if change.rule.may == "data"]
+    if before is not None and now is not None:
+        rest = [change for change in changes if change not in named]
+        return rest if same_data(before, now) else [*rest, Change(DATA, in_words(before), in_words(now))]
+    parts = [recipe.train_loader, *(recipe.train_loader.get("mix") or {}).values()]
+    makes = any(part.get("source") for part in parts)
+    fetched = recipe.train_loader.get("remote") and not any(change.key.endswith("remote") for change in named)
+    if before is not None and (makes or fetched):  # compared once they are there
+        return [change for change in changes if change not in named or not change.key.endswith("path")]
+    return changes
+
+
+def _identity(loader: dict[str, Any] | None) -> dict[str, Any] | None:
+    return data_identity(split_folders(loader), skip_files(loader))
+
+
+def _read_data(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / DATA_FILE).read_text())["train_loader"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_allowed(change: Change, allow: Sequence[str], known: Mapping[str, Any] | None = None) -> bool:
+    """Return whether a change needs no further word: by its rule, by `resume.allow`, or since an earlier start was allowed it.
+
+    Args:
+        known: key → value of what this run was allowed before.
+    """
+    if change.rule.may in ("free", "logged"):
+        return True
+    if change.rule.may == "never":
+        return False
+    if known is not None and change.key in known and known[change.key] == change.now:
+        return True
+    return any(change.key == key or change.key.startswith((f"{key}.", f"{key}[")) for key in map(str, allow))
+
+
+def refusal(changes: Sequence[Change], what: str, as_before: str | None = None) -> str:
+    """Return what to say of changes that are not allowed: each with its values and its reason, and what to type.
+
+    Args:
+        what: that was started or written with the other recipe.
+        as_before: a command that goes on with the old recipe, if it can be named.
+    """
+    asked = [change for change in changes if change.rule.may != "never"]
+    never = [change for change in changes if change.rule.may == "never"]
+    lines = [f"autoresume: {what} was started with another recipe; what differs: {', '.join(change.key for change in changes)}."]
+    for change in changes:
+        rule = change.rule
+        end = f" This cannot change within a run. {rule.follows}" if rule.may == "never" else f" If it is allowed: {rule.follows}"
+        lines.append(f"  {change}: {rule.why}{end}")
+    back = shlex.join(_as_before(changes))
+    if asked:
+        first = f"keep {shlex.join(_as_before(never))}, and " if never and _as_before(never) else ""
+        lines.append(f"To go on with the new values from here: {first}add  {advice([change.key for change in asked])}")
+    if as_before:
+        lines.append(f"To go on with the old recipe: {as_before}")
+    elif back:
+        lines.append(f"To go on with the old values: add  {back}")
+    lines.append("To train from the beginning: add  run_name=NEW run_folder=runs/NEW")
+    return "\n".join(lines)
+
+
+def _as_before(changes: Sequence[Change]) -> list[str]:
+    return [f"{change.key}={_typed(change.before)}" for change in changes if change.before != ABSENT and change.key != DATA]
+
+
+def _typed(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).strip()
+    return text.removesuffix("...").strip()
 
 
 def _command_as_before(folder: Path, before: dict[str, Any], refused: list[Change], ranks: int) -> str | None:
@@ -123,35 +237,7 @@ def _command_as_before(folder: Path, before: dict[str, Any], refused: list[Chang
     return shlex.join(["composer", "train.py", str(file), f"run_folder={folder}", "autoresume=true"])
 
 
-def recipe_changes(before: dict[str, Any], now: dict[str, Any], ranks: int) -> list[Change]:
-    """Return what differs between two recipes and is not free, with every default written out."""
-    before, now = (json.loads(json.dumps(content, default=str)) for content in (before, now))  # keys as JSON has them: strings
-    if not changed(differences(before, now)):  # as nearly always: nothing needs to be looked up
-        return []
-    return changed(differences(resolved(before, ranks), resolved(now, ranks)))
-
-
-def _with_data(changes: list[Change], recipe: Recipe, folder: Path, recipe_before: dict[str, Any]) -> list[Change]:
-    """Judge data by what they are instead of by where they lie, once that is known."""
-    before = _read_data(folder) or loader_identity(recipe_before.get("train_loader"))  # older runs didn't note it
-    now = loader_identity(recipe.train_loader)
-    named = [change for change in changes if change.rule.may == "data"]
-    if before is not None and now is not None:
-        rest = [change for change in changes if change not in named]
-        return rest if same_data(before, now) else [*rest, Change(DATA, in_words(before), in_words(now))]
-    parts = [recipe.train_loader, *(recipe.train_loader.get("mix") or {}).values()]
-    makes = any(part.get("source") for part in parts)
-    fetched = recipe.train_loader.get("remote") and not any(change.key.endswith("remote") for change in named)
-    if before is not None and (makes or fetched):  # compared once they are there
-        return [change for change in changes if change not in named or not change.key.endswith("path")]
-    return changes
-
-
-def _read_data(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / DATA_FILE).read_text())["train_loader"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+# --------------------------------------------------------------------------------------------------------------------- going on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +253,11 @@ class GoingOn:
     load_path: str | None = None
     changes: tuple[Change, ...] = ()
     other_data: bool = False
+
+    @property
+    def ignored(self) -> Callable[[dict[str, Any]], None] | None:
+        """What Composer's `load_ignore_keys` takes."""
+        return None if self.load_path is None else without_new_callbacks(self.load_path)
 
 
 def going_on(recipe: Recipe, folder: Path, unfit: Callable[[Checkpoint], str | None]) -> GoingOn:
@@ -193,6 +284,11 @@ def going_on(recipe: Recipe, folder: Path, unfit: Callable[[Checkpoint], str | N
     since = [key for start in read_changes(folder) if start["batch"] >= checkpoint.batch for key in start["changes"]]
     other_data = data_changed([*since, *(change.key for change in changes), *map(str, recipe.resume.get("allow", []))])
     return GoingOn(checkpoint.load_path, tuple(changes), other_data)
+
+
+def data_changed(keys: Iterable[str]) -> bool:
+    """Return whether changes of these keys may have given a run other samples, or another order of them."""
+    return any(key.partition(".")[0] in (DATA, "train_loader") and rule_of(key).may in ("data", "asked") for key in keys)
 
 
 # ------------------------------------------------------------------------------------------- what changed, and on what
@@ -267,7 +363,7 @@ def as_saved(recipe: Recipe) -> dict[str, Any]:
 
 def save_recipe(recipe: Recipe, folder: Path) -> None:
     """Make the folder this run's, and note what its data are."""
-    if (data := loader_identity(recipe.train_loader)) is not None:
+    if (data := _identity(recipe.train_loader)) is not None:
         write_whole(folder / DATA_FILE, (json.dumps({"train_loader": data}, indent=1) + "\n").encode())
     write_whole(folder / CONFIG, yaml.safe_dump(as_saved(recipe), sort_keys=False, allow_unicode=True).encode())
 

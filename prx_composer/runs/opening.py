@@ -19,7 +19,7 @@ from prx_composer.common.errors import Problems, UserError, at_path, listed
 from prx_composer.models.flow import ClassifierFreeGuidance, RoutedSelfGuidance
 from prx_composer.models.layers import merge_adapters
 from prx_composer.models.text_to_image import TextToImage
-from prx_composer.recipe.arguments import build, check_component, check_type, entries, provided_by, split
+from prx_composer.recipe.arguments import build, check_component, check_type, entries, split
 from prx_composer.recipe.checks import OF_MODELS
 from prx_composer.recipe.config import Recipe, without_code
 from prx_composer.recipe.consistency import stages_of
@@ -28,7 +28,6 @@ from prx_composer.runs.model_parts import ModelParts
 from prx_composer.runs.pretrained_models import open_pipeline
 from prx_composer.runs.weights import Located, SavedState, locate, nonfinite, read_checkpoint
 from prx_composer.schedule.clock import TrainingClock
-from prx_composer.schedule.moments import parse_duration
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class Trained:
 def load_trained(name: str, weights: Weights | None = None, merge: bool = True) -> Trained:
     """Open a trained model. Nothing in its files is executed, and nothing is written.
 
-    A model of the user's own classes needs them registered before: by `config.import_code`, or in any other way.
+    A model of the user's own classes needs them registered before: by `registry.import_code`, or in any other way.
 
     Args:
         name: run folder, checkpoint or diffusers folder.
@@ -156,15 +155,15 @@ def build_model(recipe: Recipe, run_folder: Path) -> TextToImage:
 
 def attach_algorithms(model: TextToImage, recipe: Recipe, saved: SavedState, run_folder: Path) -> None:
     """Attach those algorithms that change what the model draws (`shapes_sampling`), as they were at the checkpoint."""
-    provided = provided_by(vars(recipe) | {"run_folder": run_folder})
+    values = vars(recipe) | {"run_folder": run_folder}
     shaping: list[Algorithm] = [
-        build(registry.algorithms, name, arguments, f"algorithms.{name}", provided)
+        build(registry.algorithms, name, arguments, f"algorithms.{name}", values)
         for name, arguments in entries(recipe.algorithms, "algorithms")
         if getattr(registry.algorithms.get(name, f"algorithms.{name}"), "shapes_sampling", False)
     ]
     if not shaping:
         return
-    clock = TrainingClock(run_folder, None if recipe.time_budget is None else parse_duration(recipe.time_budget))
+    clock = TrainingClock(run_folder, recipe.budget)
     clock.elapsed, clock.fraction = (float(saved.clock.get(name, 0.0)) for name in ("elapsed", "fraction"))
     state = State(
         rank_zero_seed=recipe.seed,

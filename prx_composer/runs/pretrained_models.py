@@ -4,7 +4,8 @@ With it, training begins with the weights of such a folder, of a file of safeten
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from prx_composer.common.distributed import clean_name
 from prx_composer.common.errors import UserError, at_path, listed
 from prx_composer.common.files import read_text, write_whole
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
@@ -22,16 +22,7 @@ from prx_composer.models.flow import FlowMatching
 from prx_composer.models.prompts import cleaner, cleaning_of
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.consistency import strings
-from prx_composer.runs.weights import (
-    Located,
-    below,
-    locate,
-    nonfinite,
-    read_checkpoint,
-    read_json,
-    read_safetensors,
-    safetensors_shapes,
-)
+from prx_composer.runs.weights import locate, read_json, read_parts, read_safetensors, safetensors_shapes, split_parts
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +31,6 @@ RECIPE = "recipe.yaml"  # of the run that it was exported from
 PIXEL_MIN_TIMESTEP = 0.05  # written into PRXPixelPipeline
 _DEFAULTS = {"PRXPixelPipeline": (1024, 256), "PRXPipeline": (512, None)}  # default_sample_size, prompt tokens
 PATH = "model.init_from"
-BACKBONE, ENCODER = "backbone.", "text_encoder.encoder."
 
 
 def pipeline_prompt(prompt: str) -> str:
@@ -173,51 +163,33 @@ def initialise(model: TextToImage, source: str) -> None:
     Raises:
         UserError: nothing there, or names or shapes that are not the model's, by parameter.
     """
-    located = _located(source)
-    backbone, encoder = _read(located, model.text_encoder.trainable)
+    with _named():
+        found = read_parts(source, model.text_encoder.trainable)
     own: Mapping[str, Tensor] = model.backbone.state_dict()
-    _compare(_shapes(backbone), _shapes(own), source, "model.backbone")
-    if wrong := nonfinite(backbone | {f"{ENCODER}{name}": tensor for name, tensor in encoder.items()}):
-        raise UserError(f"{PATH}: {source} is no beginning: {wrong}. Name an older checkpoint of that run, or another model.")
-    model.backbone.load_state_dict(backbone)
+    _compare(_shapes(found.backbone), _shapes(own), source, "model.backbone")
+    if found.wrong is not None:
+        raise UserError(
+            f"{PATH}: {source} is no beginning: {found.wrong}. Name an older checkpoint of that run, or another model."
+        )
+    model.backbone.load_state_dict(found.backbone)
     model.knows_empty_caption = True  # what it was trained with is not known here
-    begun = f"the backbone ({len(backbone)} tensors)"
+    begun = f"the backbone ({len(found.backbone)} tensors)"
     if model.text_encoder.trainable:
-        if encoder:
-            _load_encoder(model.text_encoder.network, encoder, source)
-            begun += f" and the text encoder ({len(encoder)})"
+        if found.encoder:
+            _load_encoder(model.text_encoder.network, found.encoder, source)
+            begun += f" and the text encoder ({len(found.encoder)})"
         else:
             log.warning("%s: %s has no text encoder; the one that is trained begins as model.text_encoder says.", PATH, source)
     log.info("%s: %s gives %s its first weights.", PATH, source, begun)
 
 
-def _located(source: str) -> Located:
+@contextmanager
+def _named() -> Iterator[None]:
+    """Say of what is wrong with a source that `model.init_from` names it."""
     try:
-        return locate(source)
+        yield
     except UserError as error:
         raise UserError(f"{PATH}: {error}") from error
-
-
-def _read(located: Located, with_encoder: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the weights of the backbone and of the text encoder, by their own names; the latter may have none."""
-    if located.kind == "diffusers":
-        text = located.path / "text_encoder"
-        return read_safetensors(located.path / "transformer"), read_safetensors(text) if with_encoder and text.is_dir() else {}
-    if located.checkpoint is not None:
-        state = read_checkpoint(located.checkpoint)
-        return _split({clean_name(name): tensor for name, tensor in (state.model | state.average).items()})
-    return _split(read_safetensors(located.path))
-
-
-def _split(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    if any(".lora_A." in name for name in tensors):
-        raise UserError(
-            f"{PATH}: these weights have LoRA adapters beside them. Merge them with `prx export RUN --output DIR`, and name "
-            "that folder."
-        )
-    if not any(name.startswith(BACKBONE) for name in tensors):  # a file of the backbone alone, such as diffusers writes
-        return tensors, {}
-    return below(tensors, BACKBONE), below(tensors, ENCODER)
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -261,11 +233,12 @@ def check_init_from(source: str, backbone: nn.Module | None) -> str:
     Raises:
         UserError: as `initialise`, as far as that is known without reading weights.
     """
-    located = _located(source)
-    if located.checkpoint is not None:
-        return f"{located.path} is a checkpoint"
-    path = located.path / "transformer" if located.kind == "diffusers" else located.path
-    shapes, _ = _split(safetensors_shapes(path))
+    with _named():
+        located = locate(source)
+        if located.checkpoint is not None:
+            return f"{located.path} is a checkpoint"
+        path = located.path / "transformer" if located.kind == "diffusers" else located.path
+        shapes, _ = split_parts(safetensors_shapes(path))
     if backbone is not None:
         _compare(shapes, _shapes(backbone.state_dict()), source, "model.backbone")
     return f"{source} has its {len(shapes)} tensors"

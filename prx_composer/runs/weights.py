@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.torch_version import TorchVersion
 
+from prx_composer.common.distributed import clean_name
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import inside
 from prx_composer.optim import bad_tensor
@@ -322,6 +323,60 @@ def _newest_whole(run_folder: Path) -> Located:
             f"{INDEX}. Its weights as *.safetensors can go on with model.init_from; or train again."
         )
     raise UserError(f"{run_folder} has no checkpoint yet; the first is written at the recipe's save_interval.")
+
+
+# --------------------------------------------------------------------------------------------------- a model's parts
+
+
+BACKBONE, ENCODER = "backbone.", "text_encoder.encoder."
+
+
+@dataclass(frozen=True)
+class PartWeights:
+    """The weights that a source has for the parts of a model.
+
+    Args:
+        backbone, encoder: of the backbone and of the text encoder, by their own names; the latter may have none.
+        wrong: which of them hold NaN or infinite values, in words; None if all are numbers.
+    """
+
+    backbone: dict[str, Tensor]
+    encoder: dict[str, Tensor]
+    wrong: str | None
+
+
+def read_parts(source: str, with_encoder: bool) -> PartWeights:
+    """Read the weights of a model's parts; of a run, the averaged ones, if it has them.
+
+    Args:
+        source: whatever `locate` finds.
+        with_encoder: whether a text encoder is read that lies in files of its own.
+
+    Raises:
+        UserError: nothing is there, it is damaged, or it has adapters beside its weights.
+    """
+    located = locate(source)
+    if located.kind == "diffusers":
+        text = located.path / "text_encoder"
+        backbone = read_safetensors(located.path / "transformer")
+        encoder = read_safetensors(text) if with_encoder and text.is_dir() else {}
+    elif located.checkpoint is not None:
+        state = read_checkpoint(located.checkpoint)
+        backbone, encoder = split_parts({clean_name(name): tensor for name, tensor in (state.model | state.average).items()})
+    else:
+        backbone, encoder = split_parts(read_safetensors(located.path))
+    return PartWeights(backbone, encoder, nonfinite(backbone | {f"{ENCODER}{name}": tensor for name, tensor in encoder.items()}))
+
+
+def split_parts(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what belongs to the backbone and to the text encoder. Raise UserError for adapters, which aren't merged yet."""
+    if any(".lora_A." in name for name in tensors):
+        raise UserError(
+            "these weights have LoRA adapters beside them. Merge them with `prx export RUN --output DIR`, and name that folder."
+        )
+    if not any(name.startswith(BACKBONE) for name in tensors):  # a file of the backbone alone, such as diffusers writes
+        return tensors, {}
+    return below(tensors, BACKBONE), below(tensors, ENCODER)
 
 
 def read_json(path: Path) -> dict[str, Any]:

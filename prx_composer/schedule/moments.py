@@ -33,12 +33,6 @@ def parse_duration(text: str) -> float:
     return sum(length * float(number or 0) for length, number in zip(_UNITS, match.groups(), strict=True))
 
 
-def for_composer(text: str) -> str:
-    """Return a time as Composer's `Time` takes it, which knows no days, and of the day no more than 23 hours."""
-    point = Point.parse(text)
-    return f"{math.ceil(point.value)}sec" if point.unit == SECONDS else point.text
-
-
 def duration_string(seconds: float) -> str:
     """Return seconds as people say them: "23h05m", "4m10s", "12s"."""
     whole = round(max(seconds, 0))
@@ -111,6 +105,10 @@ class Point:
         if point.value <= 0 or point.unit in (BUDGET, TOKEN):
             raise ValueError(f"an interval must be a positive time such as 2000ba, 0.1dur or 30m, not {text}.")
         return point
+
+    def for_composer(self) -> str:
+        """Return it as Composer's `Time` takes it, which knows no days, and of the day no more than 23 hours."""
+        return f"{math.ceil(self.value)}sec" if self.unit == SECONDS else self.text
 
     def reached(self, state: State) -> float:
         """Return how much of `value` has passed, in its unit."""

@@ -6,21 +6,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from composer.core import Algorithm, Callback, DataSpec
+from composer.core import Algorithm, Callback, DataSpec, Evaluator, Event
 from composer.loggers import LoggerDestination
+from composer.utils import create_interval_scheduler
 from torch.optim import Optimizer
 
 from prx_composer import registry
 from prx_composer.algorithms.resolution import ProgressiveResolution
 from prx_composer.common.errors import Problems, UserError, at_path, raise_all
 from prx_composer.data.dataset import read_manifest
+from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.data.sources import is_made, prepare
 from prx_composer.data.stored import check_latent_column, check_text_column
 from prx_composer.optim import parameter_groups
-from prx_composer.recipe.arguments import build, data_sets, entries, provided_by, split
+from prx_composer.recipe.arguments import build, data_sets, entries, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.registry import BY_NAME
 from prx_composer.runs.model_parts import ModelParts
+from prx_composer.schedule.clock import with_rehearsal
 from prx_composer.schedule.moments import ScheduleWindow
 
 
@@ -67,7 +70,6 @@ class Components(ModelParts):
     def __init__(self, recipe: Recipe, *, meta: bool, num_ranks: int = 1, problems: Sequence[str] = ()):
         super().__init__(recipe.model, recipe.seed, Path(recipe.run_folder), loader=recipe.train_loader, meta=meta, compiled=True)
         self.recipe, self.num_ranks, self.problems = recipe, num_ranks, list(problems)
-        self._provided = provided_by(vars(recipe))
 
     def is_wrong(self, path: str) -> bool:
         """Return whether something at or below a path is wrong, so that what is there cannot be relied on."""
@@ -84,7 +86,7 @@ class Components(ModelParts):
             path = f"{kind}.{name}"
             if not self.is_wrong(path):
                 with problems.noted():
-                    made[name] = build(BY_NAME[kind], name, arguments, path, self._provided)
+                    made[name] = build(BY_NAME[kind], name, arguments, path, vars(self.recipe))
         return made, problems.found
 
     def _all(self, kind: str) -> dict[str, Any]:
@@ -106,14 +108,14 @@ class Components(ModelParts):
 
     @cached_property
     def scheduler(self) -> Any:
-        return build(registry.schedulers, *split(self.recipe.scheduler, "scheduler"), "scheduler", self._provided)
+        return build(registry.schedulers, *split(self.recipe.scheduler, "scheduler"), "scheduler", vars(self.recipe))
 
     @cached_property
     def optimizer(self) -> Optimizer:
         """Make the optimizer of the model. One that declares `model` groups its parameters; one with `params` gets groups."""
         name, arguments = split(self.recipe.optimizer, "optimizer")
         groups = parameter_groups(self.model, float(arguments.get("weight_decay", 0.0)))
-        return build(registry.optimizers, name, arguments, "optimizer", self._provided, model=self.model, params=groups)
+        return build(registry.optimizers, name, arguments, "optimizer", vars(self.recipe), model=self.model, params=groups)
 
     def loader(self, key: str) -> DataSpec:
         """Return `train_loader` or `eval_loader`, over data that are there.
@@ -129,7 +131,7 @@ class Components(ModelParts):
             name,
             arguments,
             key,
-            self._provided,
+            vars(self.recipe),
             tokenizer=encoder.tokenizer,
             max_tokens=encoder.max_tokens,
             image_size=self.recipe.image_size,
@@ -144,6 +146,20 @@ class Components(ModelParts):
         for column in getattr(dataset, "latent_columns", {}).values():
             check_latent_column(column, self.model.autoencoder, f"{key}.latent")
         return spec
+
+    @cached_property
+    def evaluator(self) -> Evaluator | None:
+        """What evaluates the run over its `eval_loader`, if it has one."""
+        if self.recipe.eval_loader is None:
+            return None
+        loader = self.loader("eval_loader")
+        if isinstance(loader.dataloader, ImageCaptionLoader):
+            loader.dataloader.batch_sampler.keeps_shape = bool(self.recipe.model.get("compile"))
+        # The last evaluation comes with the last batch, not after FIT_END as Composer's: its metrics belong to that batch's line.
+        every = self.recipe.evaluate_every.for_composer()
+        due = create_interval_scheduler(every, checkpoint_events=False, final_events={Event.BATCH_END})
+        interval, microbatch_size = with_rehearsal(due, Event.BATCH_END), self.recipe.eval_batch_size // self.num_ranks
+        return Evaluator(label="eval", dataloader=loader, eval_interval=interval, device_eval_microbatch_size=microbatch_size)
 
     @cached_property
     def multiple(self) -> int | None:

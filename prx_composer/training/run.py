@@ -12,20 +12,19 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from composer.core import Callback, Evaluator, Event, State
-from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
+from composer.core import Callback, State
+from composer.utils import dist, get_device, reproducibility
 
+from prx_composer import registry
 from prx_composer.algorithms.gradients import FiniteGuard
-from prx_composer.callbacks.checkpointing import Checkpointing, NewValues, RandomStep, due_every, say_what_moves
+from prx_composer.callbacks.checkpointing import Checkpointing, NewValues, RandomStep, say_what_moves
 from prx_composer.callbacks.monitors import DataMonitor
 from prx_composer.common.distributed import GlooAverage, from_rank_zero
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path, redacted
-from prx_composer.data.loader import ImageCaptionLoader
-from prx_composer.recipe import config
 from prx_composer.recipe.checks import precisions
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
-from prx_composer.runs.checkpoints import newest_checkpoint, without_new_callbacks
+from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import (
     CHECKPOINTS,
     GoingOn,
@@ -40,8 +39,8 @@ from prx_composer.runs.folder import (
 from prx_composer.runs.model_parts import keep_frozen
 from prx_composer.runs.pretrained_models import initialise
 from prx_composer.runs.weights import not_finite_in
-from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, time_budget_of, with_rehearsal
-from prx_composer.schedule.moments import duration_string, for_composer, parse_duration
+from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, time_budget_of
+from prx_composer.schedule.moments import duration_string
 from prx_composer.training.components import Components
 from prx_composer.training.preflight import examine, failed, require
 from prx_composer.training.preflight.data_fit import check_data
@@ -128,7 +127,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     Raises:
         UserError: as `run`.
     """
-    config.import_code(recipe.code_paths)
+    registry.import_code(recipe.code_paths)
     device = get_device(None)
     results, checked = examine(recipe, dist.get_world_size())
     if device.name == "cpu" and recipe.precision in precisions() and recipe.precision != "fp32":
@@ -137,9 +136,9 @@ def build_trainer(recipe: Recipe) -> Trainer:
         results += check_gpus(recipe, checked.algorithms.values(), dist.get_local_world_size(), dist.get_world_size())
     require(results)
     dist.initialize_dist(device, timeout=recipe.dist_timeout)
-    found = _prepare(recipe, checked)
+    found, saved = _prepare(recipe, checked), as_saved(recipe)
     reproducibility.seed_all(recipe.seed)
-    return _build(recipe, found, on_gpu=device.name == "gpu")
+    return _build(recipe, saved, found, on_gpu=device.name == "gpu")
 
 
 def _prepare(recipe: Recipe, checked: Components) -> GoingOn:
@@ -174,11 +173,11 @@ def _raised_on_every_rank() -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------- build
 
 
-def _build(recipe: Recipe, found: GoingOn, on_gpu: bool) -> Trainer:
+def _build(recipe: Recipe, saved: dict[str, Any], found: GoingOn, on_gpu: bool) -> Trainer:
     """Build everything in an order that decides the random numbers: model, loader, optimizer, loggers, callbacks, algorithms."""
     folder, num_ranks = Path(recipe.run_folder), dist.get_world_size()
     components = Components(recipe, meta=False, num_ranks=num_ranks)
-    model, saved = components.model, as_saved(recipe)
+    model = components.model
     if found.load_path is None and recipe.model.get("init_from") is not None:
         initialise(model, recipe.model["init_from"])
     train_loader = components.loader("train_loader")
@@ -195,7 +194,7 @@ def _build(recipe: Recipe, found: GoingOn, on_gpu: bool) -> Trainer:
         schedulers=components.scheduler,
         algorithms=list(components.algorithms.values()),
         train_dataloader=train_loader,
-        eval_dataloader=_build_evaluator(recipe, components),
+        eval_dataloader=components.evaluator,
         eval_subset_num_batches=recipe.eval_subset_num_batches,
         device_train_microbatch_size=recipe.device_train_microbatch_size or recipe.global_train_batch_size // num_ranks,
         max_duration=recipe.max_duration,
@@ -204,7 +203,7 @@ def _build(recipe: Recipe, found: GoingOn, on_gpu: bool) -> Trainer:
         seed=recipe.seed,
         save_folder=str(folder / CHECKPOINTS),  # where `Checkpointing` writes
         load_path=found.load_path,
-        load_ignore_keys=None if found.load_path is None else without_new_callbacks(found.load_path),
+        load_ignore_keys=found.ignored,
         progress_bar=recipe.progress_bar,
         dist_timeout=recipe.dist_timeout,
     )
@@ -217,35 +216,20 @@ def _build(recipe: Recipe, found: GoingOn, on_gpu: bool) -> Trainer:
 
 def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback], saved: dict[str, Any]) -> list[Callback]:
     """Return the recipe's callbacks between those that every run has: the clock comes first, checkpoints come after the guard."""
-    folder = Path(recipe.run_folder)
-    save_when = with_rehearsal(due_every(recipe.save_interval))
-    seconds = None if recipe.time_budget is None else parse_duration(recipe.time_budget)
-    clock, guard = TrainingClock(folder, seconds, recipe.dist_timeout), FiniteGuard(folder)
+    folder, budget = Path(recipe.run_folder), recipe.budget
+    clock, guard = TrainingClock(folder, budget, recipe.dist_timeout), FiniteGuard(folder)
     return [
         clock,
-        *([] if seconds is None else [TimeBudget(seconds)]),
+        *([] if budget is None else [TimeBudget(budget)]),
         NewValues(found.changes),
         GlooAverage(),
         RandomStep(),
         DataMonitor(),
         *own,
         guard,
-        Checkpointing(folder, save_when, recipe.save_num_checkpoints_to_keep, saved, guard.check_state),
+        Checkpointing(folder, recipe.save_every, recipe.save_num_checkpoints_to_keep, saved, guard.check_state),
         ClockStop(clock),
     ]
-
-
-def _build_evaluator(recipe: Recipe, components: Components) -> Evaluator | None:
-    if recipe.eval_loader is None:
-        return None
-    loader = components.loader("eval_loader")
-    if isinstance(loader.dataloader, ImageCaptionLoader):
-        loader.dataloader.batch_sampler.keeps_shape = bool(recipe.model.get("compile"))
-    # The last evaluation comes with the last batch, not after FIT_END as Composer's: its metrics belong to that batch's line.
-    when = create_interval_scheduler(for_composer(recipe.eval_interval), checkpoint_events=False, final_events={Event.BATCH_END})
-    interval = with_rehearsal(when, Event.BATCH_END)
-    microbatch_size = recipe.eval_batch_size // dist.get_world_size()
-    return Evaluator(label="eval", dataloader=loader, eval_interval=interval, device_eval_microbatch_size=microbatch_size)
 
 
 def _loaded(options: dict[str, Any], changes: Sequence[Change]) -> Trainer:

@@ -14,7 +14,6 @@ from torch import Tensor
 from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.common.distributed import HostGroup
 from prx_composer.common.errors import UserError
-from prx_composer.recipe.checks import check_parallelism
 from prx_composer.recipe.resume import Change
 
 
@@ -164,16 +163,15 @@ def parallelism(config: dict[str, Any] | None, num_ranks: int, on_gpu: bool = Tr
     {fsdp: {shard_degree: 8}}     HSDP: shards over 8 ranks, such as those of a node, and replicas of that over the others
 
     Args:
-        config: the recipe's `parallelism_config`.
+        config: the recipe's `parallelism_config`, which `check_parallelism` has nothing against.
         num_ranks: of the run.
         on_gpu: replicas average their gradients over NCCL; gloo has no such operation.
 
     Raises:
-        UserError: an unknown key, shards that the ranks don't divide into, replicas on CPUs.
+        UserError: replicas on CPUs.
     """
     if config is None:
         return None
-    check_parallelism(config, num_ranks)
     arguments = config.get("fsdp") or {}
     degree, path = arguments.get("shard_degree", -1), "parallelism_config"
     if degree not in (-1, num_ranks) and not on_gpu:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from prx_composer import registry
 from prx_composer.common.errors import UserError
 from prx_composer.data.sources import prepare
 from prx_composer.models.counting import flops_of_backbone
-from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.model_parts import with_kept
 from prx_composer.training.components import Components, Making, unmade_sources
@@ -44,7 +44,7 @@ def check_config(recipe: Recipe, num_ranks: int = 1) -> list[Result]:
 
 def _examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components | None]:
     try:
-        config.import_code(recipe.code_paths)
+        registry.import_code(recipe.code_paths)
     except UserError as error:
         problem = str(error)
     except Exception as error:  # whatever the user's code raises; what it registers may be named anywhere

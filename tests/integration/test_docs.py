@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from icon_sets import write_sets
 
 from prx_composer.integrations.foundry_names import INSTALL, is_installed
 
@@ -34,6 +35,7 @@ KINDS = (
 )
 # Not run here: what sets up the environment (CI has done it) and what runs the tests, this one among them.
 ELSEWHERE = ("pip install uv", "uv sync", "uv run pytest", "uv run ruff", "uv run basedpyright", "git clone", "cd ")
+FETCHES = ("mkdir -p data/icon_sets && npm pack",)  # from a registry, which a test may not reach: tiny sets are drawn instead
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -50,7 +52,7 @@ def commands() -> list[tuple[str, str]]:
         for line in block.replace("\\\n", " ").splitlines():
             line = line.split("  #")[0].strip()
             line = line.removeprefix("pip install uv && ")
-            if line and not line.startswith("#") and not line.startswith(ELSEWHERE):
+            if line and not line.startswith("#") and not line.startswith((*ELSEWHERE, *FETCHES)):
                 lines.append((page, line))
     first: dict[str, str] = {}
     for page, line in lines:
@@ -69,6 +71,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train.py", "yamls", "recipes", "prx_composer", "benchmarks"):
         source = REPOSITORY / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    write_sets(folder / "data" / "icon_sets")
     return folder
 
 
@@ -92,10 +95,12 @@ def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
     if "train.py" in line and "finetune" in line:
         line = f"{line} {SHORT_CONCEPT}"
     elif "train.py" in line and "callbacks=" not in line:
-        scored = not any(name in line for name in ("digits", "my_images", "shapes_score=false"))
+        scored = not any(name in line for name in ("digits", "icons", "my_images", "shapes_score=false"))
         line = f"{line} {SHORT_IMAGES} {SHORT_SCORE if scored else ''}"
         if "digits" in line:
             line = f"{line} callbacks.digits_score.images=20"
+        if "icons" in line:
+            line = f"{line} callbacks.icons_score.num_inference_steps=1"
     if ("train.py" in line or "prx check" in line) and "24h_mini" in line:  # a check finds the run of the command before it
         line = f"{line} {SHORT_STAGES}"
     if "prior_prompts" in line:  # hundreds of images

@@ -159,7 +159,7 @@ class Malicious:
 
 
 def test_nothing_in_a_checkpoint_is_executed(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prx_composer.runs.checkpoints import _crc32
+    from prx_composer.common.files import crc32
 
     monkeypatch.chdir(tmp_path)
     theirs = tmp_path / "theirs"
@@ -168,7 +168,7 @@ def test_nothing_in_a_checkpoint_is_executed(trained: Path, tmp_path: Path, monk
     content = torch.load(checkpoint / MONOLITH, weights_only=False)
     torch.save(content | {"state": content["state"] | {"callbacks": {"Evil": Malicious()}}}, checkpoint / MONOLITH)
     index = json.loads((checkpoint / INDEX).read_text())
-    index["files"][MONOLITH] = {"bytes": (checkpoint / MONOLITH).stat().st_size, "crc32": _crc32(checkpoint / MONOLITH)}
+    index["files"][MONOLITH] = {"bytes": (checkpoint / MONOLITH).stat().st_size, "crc32": crc32(checkpoint / MONOLITH)}
     (checkpoint / INDEX).write_text(json.dumps(index))
     assert "could execute code" in prx("generate", theirs, "-p", "x", code=1)
     (checkpoint / MONOLITH).unlink()

@@ -6,6 +6,7 @@ import commands
 import pytest
 
 from prx_composer.common.errors import UserError
+from prx_composer.recipe.checks import check_parallelism
 from prx_composer.training.trainer import parallelism
 
 
@@ -24,7 +25,7 @@ def test_weights_are_sharded_within_nodes_and_replicated_over_them(degree: int, 
 
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(UserError, match=r"shard_degree: 5 must divide the 32 ranks \(1, 2, 4, 8, 16, 32\)"):
-        parallelism({"fsdp": {"shard_degree": 5}}, 32)
+        check_parallelism({"fsdp": {"shard_degree": 5}}, 32)
     with pytest.raises(UserError, match="replicas of shards need GPUs"):
         parallelism({"fsdp": {"shard_degree": 2}}, 4, on_gpu=False)
     assert parallelism({"fsdp": {"shard_degree": 4}}, 4, on_gpu=False) is not None

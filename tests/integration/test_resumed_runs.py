@@ -240,9 +240,9 @@ def test_an_average_that_is_new_to_a_run_begins_with_its_weights(begun: tuple[Re
     content["state"]["algorithms"] = [a for a in content["state"]["algorithms"] if a[0] != "EMA"]
     torch.save(content, saved)
     index = yaml.safe_load((saved.parent / "checkpoint.json").read_text())
-    from prx_composer.runs.checkpoints import _crc32
+    from prx_composer.common.files import crc32
 
-    index["files"]["rank0.pt"] = {"bytes": saved.stat().st_size, "crc32": _crc32(saved)}
+    index["files"]["rank0.pt"] = {"bytes": saved.stat().st_size, "crc32": crc32(saved)}
     for target in (index["recipe"], content := yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())):
         del target["algorithms"]["ema"]
     (saved.parent / "checkpoint.json").write_text(json.dumps(index))

@@ -197,7 +197,7 @@ def test_a_run_is_exported(run: Path, stranger: Path, tmp_path: Path) -> None:
 
 def test_a_misspelt_argument_of_ones_own_component_is_answered_as_of_ours(stranger: Path) -> None:
     recipe = config.load([str(stranger / "four.yaml"), "callbacks.diary.wrod=day", "optimizer.momentum=much"])
-    config.import_code(recipe.code_paths)
+    registry.import_code(recipe.code_paths)
     with pytest.raises(UserError) as refusal:
         config.check(recipe)
     assert "callbacks.diary.wrod: no such argument. Did you mean 'word'" in str(refusal.value)

@@ -120,11 +120,11 @@ def test_ones_own_component_is_found_through_code_paths(tmp_path: Path) -> None:
         "    def match(self, event, state): return False\n"
         "    def apply(self, event, state, logger): ...\n"
     )
-    config.import_code([str(code)])
+    registry.import_code([str(code)])
     built = [build(registry.algorithms, "mine", {"strength": 2.0}, "algorithms.mine")]
     assert built[0].strength == 2.0
     with pytest.raises(UserError, match=r"code_paths\[0\]"):
-        config.import_code([str(tmp_path / "yours.py")])
+        registry.import_code([str(tmp_path / "yours.py")])
 
 
 def test_every_builtin_name_can_be_imported() -> None:

@@ -11,8 +11,9 @@ import pytest
 from test_resume import _line, compare
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.contents import loader_identity, same_data, split_identity
+from prx_composer.data.contents import data_identity, same_data, split_identity
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import split_folders
 from prx_composer.runs.folder import as_saved, check_same_recipe, save_recipe
 
 Recipe = dict[str, Any]
@@ -98,11 +99,13 @@ def test_what_is_not_known_makes_no_difference_and_what_is_not_there_has_no_iden
     assert not same_data({"": known}, {"": known | {"content": "0"}})
     assert not same_data({"": known}, {"": known | {"layout": "0"}})
     assert not same_data({"": known}, {"a": known})
-    assert split_identity(tmp_path) is None and loader_identity({"name": "mine", "path": str(shapes_data)}) is None
-    mixed = loader_identity({"name": "image_caption", "mix": {"a": {"path": str(shapes_data)}, "b": {"path": str(tmp_path)}}})
+    assert split_identity(tmp_path) is None and data_identity(split_folders({"name": "mine", "path": str(shapes_data)})) is None
+    mixed = data_identity(
+        split_folders({"name": "image_caption", "mix": {"a": {"path": str(shapes_data)}, "b": {"path": str(tmp_path)}}})
+    )
     assert mixed is None, "not all of it is there"
     both = {
         "name": "image_caption",
         "mix": {"a": {"path": str(shapes_data)}, "b": {"path": str(shapes_data), "split": "heldout"}},
     }
-    assert json.dumps(loader_identity(both)).count("layout") == 2
+    assert json.dumps(data_identity(split_folders(both))).count("layout") == 2

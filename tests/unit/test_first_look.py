@@ -19,7 +19,7 @@ from prx_composer.recipe import config
 from prx_composer.recipe.arguments import check_arguments
 from prx_composer.recipe.checks import first_look
 from prx_composer.recipe.config import Recipe
-from prx_composer.schedule.moments import for_composer
+from prx_composer.schedule.moments import Point
 from prx_composer.training import check_lines, read_recipe
 from prx_composer.training.run import build_trainer
 from prx_composer.training.trial import check_config
@@ -385,7 +385,7 @@ def test_a_recipe_may_begin_with_a_byte_order_mark(
 def test_an_interval_in_hours_is_one_that_composer_takes(text: str, expected: str) -> None:
     from composer.core import Time
 
-    assert for_composer(text) == expected and Time.from_timestring(expected).value == int(expected.rstrip("secp"))
+    assert Point.parse(text).for_composer() == expected and Time.from_timestring(expected).value == int(expected.rstrip("secp"))
 
 
 def test_seeds_at_both_ends_are_right(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:

@@ -16,12 +16,14 @@ from prx_composer import registry
 from prx_composer.common.errors import UserError
 from prx_composer.common.outlines import constructor
 from prx_composer.recipe import config
-from prx_composer.recipe.resume import RULES, Change, advice, check_allowed, differences, is_allowed, rule_of, table
+from prx_composer.recipe.resume import RULES, Change, advice, check_allowed, rule_of, table
 from prx_composer.registry import Registry
 from prx_composer.runs.folder import (
     as_saved,
     check_same_recipe,
+    differences,
     holds_run,
+    is_allowed,
     read_changes,
     recipe_changes,
     record_changes,

@@ -17,13 +17,14 @@ from test_resume import _line, compare
 from prx_composer.commands.data.split import open_split
 from prx_composer.commands.data.view import Subject, look
 from prx_composer.common.errors import UserError
-from prx_composer.data.contents import KEYS, SkipList, loader_identity, same_data
+from prx_composer.data.contents import KEYS, SkipList, data_identity, same_data
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.format import Bucket, BucketWriter, RawSample
 from prx_composer.data.loader import ImageCaptionData
 from prx_composer.data.mixture import MixedDataset, Shares
 from prx_composer.data.sampler import BucketBatchSampler, BucketedDataset, SampleRequest
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import skip_files, split_folders
 from prx_composer.recipe.config import check
 from prx_composer.runs.folder import save_recipe
 from prx_composer.training.run import run
@@ -320,9 +321,10 @@ def test_a_changed_list_is_other_data_and_the_same_one_elsewhere_is_not(
             compare(path, *changes)
         typed = shlex.split(_line(str(refused.value), "To go on with the new values from here: add  "))
         assert typed == ["resume.allow=[data]"] and [change.key for change in compare(path, *changes, *typed)] == ["data"]
-    identity = loader_identity(recipe["train_loader"])
-    assert identity is not None and not same_data(identity, loader_identity(recipe["train_loader"] | {"skip": None}) or {})
-    assert loader_identity(recipe["train_loader"] | {"skip": "nowhere"}) is None
+    folders, skips = split_folders(recipe["train_loader"]), skip_files(recipe["train_loader"])
+    identity = data_identity(folders, skips)
+    assert identity is not None and not same_data(identity, data_identity(folders) or {})
+    assert skips == {"": str(ids)} and data_identity(folders, {"": "nowhere"}) is None
 
 
 def test_a_position_with_another_list_is_refused(data: Path, skip: str, tmp_path: Path) -> None:

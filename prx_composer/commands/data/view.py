@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from prx_composer import registry
 from prx_composer.commands.data.split import Split, open_split
 from prx_composer.common.errors import UserError, at_path, raise_all
 from prx_composer.common.pages import Text, Tile, contact_sheet, data_uri, picture, render, shown_factor
@@ -84,7 +85,7 @@ def subject_of(arguments: list[str], split: str | None) -> Subject:
     if not recipes:
         return Subject(arguments[0], split or "train")
     recipe = config.load(arguments)
-    config.import_code(recipe.code_paths)
+    registry.import_code(recipe.code_paths)
     _, parts = examine(recipe, 1)
     raise_all(parts.problems)
     own = [key for key in ("train_loader", "eval_loader") if getattr(recipe, key)]

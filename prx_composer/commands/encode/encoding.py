@@ -24,6 +24,7 @@ from composer.utils import dist, get_device
 from streaming import LocalDataset, MDSWriter
 from torch import Tensor
 
+from prx_composer import registry
 from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import sync, write_whole
@@ -66,7 +67,7 @@ def begin(arguments: list[str], split: str, storage: str, allowed: Sequence[str]
     if storage not in allowed:
         raise UserError(f"--storage: {storage!r} must be {', '.join(allowed[:-1])} or {allowed[-1]}.")
     recipe = config.load(arguments)
-    config.import_code(recipe.code_paths)
+    registry.import_code(recipe.code_paths)
     config.check(recipe)
     chosen = get_device(None)
     dist.initialize_dist(chosen, timeout=recipe.dist_timeout)

@@ -97,7 +97,7 @@ def evaluate_model(options: EvaluateOptions) -> None:
     from prx_composer.commands.evaluate.sweep import SEEDS_APART, Sweep, image_seeds, write_layout
     from prx_composer.commands.generate import check_settings, chosen_settings
     from prx_composer.models.flow import check_seeds
-    from prx_composer.recipe.config import import_code
+    from prx_composer.registry import import_code
     from prx_composer.runs.opening import load_trained
 
     o = options

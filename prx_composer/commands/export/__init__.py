@@ -62,7 +62,7 @@ def export_model(options: ExportOptions) -> None:
     """
     from prx_composer.commands.export import pipeline
     from prx_composer.models.backbone import PRXBackbone
-    from prx_composer.recipe.config import import_code
+    from prx_composer.registry import import_code
     from prx_composer.runs.opening import load_trained
 
     show_log()

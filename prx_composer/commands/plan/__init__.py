@@ -84,6 +84,7 @@ def plan_recipe(options: PlanOptions) -> None:
 
     Nothing is downloaded or trained. How to read it, and what is assumed: recipes/speedrun_24h/PLAN.md
     """
+    from prx_composer import registry
     from prx_composer.commands.plan.conditions import Conditions, find_gpu, parse_count, parse_rate, read_throughput
     from prx_composer.commands.plan.plan import fit, least_gpus, make_plan, seconds
     from prx_composer.recipe import config
@@ -97,7 +98,7 @@ def plan_recipe(options: PlanOptions) -> None:
             f"--gpu: {options.throughput} was measured on {measured_on.name}, which says little of {gpu.name}; measure there."
         )
     recipe = config.load(options.recipe)
-    config.import_code(recipe.code_paths)
+    registry.import_code(recipe.code_paths)
     config.check(recipe)
     conditions = Conditions(
         gpu,

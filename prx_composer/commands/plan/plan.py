@@ -13,10 +13,10 @@ from prx_composer.commands.plan.conditions import LINK_SHARE, Conditions, read_m
 from prx_composer.commands.plan.step_cost import Memory, Segment, StepTime, StepTimes, memory, sharding
 from prx_composer.commands.plan.timeline import Span, Timeline, left_in_steps, stretched, timeline
 from prx_composer.common.errors import UserError, at_path
+from prx_composer.recipe.checks import check_parallelism
 from prx_composer.recipe.config import Recipe
-from prx_composer.schedule.moments import SECONDS, Point, duration_string, parse_duration
+from prx_composer.schedule.moments import SECONDS, duration_string, parse_duration
 from prx_composer.training.meta_model import MetaModel, training_state
-from prx_composer.training.trainer import parallelism
 
 RESERVE = 0.1  # of a GPU's memory: CUDA's context, communication buffers, fragments, what runs without gradients
 VALID_TEXT = 0.4  # share of the padded tokens that are real ones in long captions, which is what is stored of them
@@ -148,7 +148,7 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
     Raises:
         UserError: a recipe that cannot be planned, at its YAML path, or a throughput that lacks one of its image sizes.
     """
-    parallelism(recipe.parallelism_config, conditions.num_gpus)  # refuses what is not right
+    check_parallelism(recipe.parallelism_config, conditions.num_gpus)
     planned = MetaModel(recipe, conditions.stored_text, conditions.leave_out)
     manifests = read_manifests(recipe)
     samples, source = conditions.samples, "--samples"
@@ -302,7 +302,7 @@ def _checkpoints(size: int, recipe: Recipe, line: Timeline, training_hours: floa
         UserError: an interval that is none, or in epochs of data whose size isn't known.
     """
     with at_path("save_interval"):
-        interval = Point.parse_interval(recipe.save_interval)
+        interval = recipe.save_every
     length = {SECONDS: training_hours * 3600, "ba": line.steps, "sp": line.samples, "dur": 1.0}
     if line.epoch is not None:
         length["ep"] = line.samples / line.epoch
@@ -355,7 +355,7 @@ def fit(recipe: Recipe, conditions: Conditions, longest: float) -> Fit:
         if min(lengths) < 1:
             break
         changes, moved = stretched(recipe, spans, lengths)
-        if recipe.time_budget is not None and parse_duration(recipe.time_budget) != longest:
+        if recipe.budget not in (None, longest):
             changes["time_budget"] = duration_string(longest)
             moved = dataclasses.replace(moved, time_budget=changes["time_budget"])
         plan = make_plan(moved, conditions)

@@ -100,7 +100,7 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components]:
         results.append(passed("names, arguments and types", f"model, optimizer, scheduler, {', '.join(counts)}"))
     results += [*_check_backbone(parts), *map(failed, settings), *_check_cleaning(parts), *_check_scheduler(parts)]
     parts.algorithms, problems = parts.each("algorithms")
-    results += [*map(failed, problems), *_check_images(parts), *_check_tricks(parts)]
+    results += [*map(failed, problems), *_check_images(parts), *_check_tricks(parts, settings)]
     if parts.algorithms:
         results.append(passed("algorithms", ", ".join(parts.algorithms)))
     if "progressive_resolution" not in parts.algorithms and recipe.algorithms.get("progressive_resolution"):
@@ -184,12 +184,14 @@ def _check_images(parts: Components) -> Iterator[Result]:
 
 
 @collected
-def _check_tricks(parts: Components) -> Iterator[Result]:
-    """Ask tricks whether they go with the recipe, the others, the backbone and the sharding."""
-    try:
-        wrapped = parallelism(parts.recipe.parallelism_config, parts.num_ranks)
-    except UserError:  # said by `setting_problems`
-        wrapped = None
+def _check_tricks(parts: Components, settings: list[str]) -> Iterator[Result]:
+    """Ask tricks whether they go with the recipe, the others, the backbone and the sharding.
+
+    Args:
+        settings: what is wrong with those of no component; a wrong sharding is none.
+    """
+    wrong = any(problem.startswith("parallelism_config") for problem in settings)
+    wrapped = None if wrong else parallelism(parts.recipe.parallelism_config, parts.num_ranks)
     sharding, problems = None if wrapped is None else wrapped.fsdp2, Problems()
     for trick in parts.algorithms.values():
         if isinstance(trick, Trick):

@@ -22,7 +22,7 @@ from prx_composer.loggers.tracking_servers import wandb_mode
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import CHECKPOINTS, holds_run
-from prx_composer.schedule.moments import SECONDS, Point, parse_duration
+from prx_composer.schedule.moments import SECONDS
 from prx_composer.training.components import Components
 from prx_composer.training.meta_model import checkpoint_bytes
 from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
@@ -85,13 +85,13 @@ def checkpoints_to_keep(recipe: Recipe) -> int | None:
     if keep >= 0:
         return max(keep, 1) + 1
     try:
-        interval, duration = Point.parse_interval(recipe.save_interval), Point.parse(recipe.max_duration)
+        interval, duration, budget = recipe.save_every, recipe.length, recipe.budget
     except ValueError:
         return None
     if interval.unit == TimeUnit.DURATION.value:
         return math.ceil(1 / interval.value)
-    if interval.unit == SECONDS and recipe.time_budget is not None:
-        return math.ceil(parse_duration(recipe.time_budget) / interval.value)
+    if interval.unit == SECONDS and budget is not None:
+        return math.ceil(budget / interval.value)
     return math.ceil(duration.value / interval.value) if interval.unit == duration.unit else None
 
 
