@@ -312,10 +312,11 @@ class ImageCaptionDataset(BucketedDataset):
                 if self.latent_columns:
                     seen["latent"] = self._latents[bucket, Bucket(request.height, request.width)].read(bucket, index)
             except UNDECODABLE as error:
+                taker = "the next"
                 if isinstance(error, BrokenShardError):  # the next ones are in it too: go on anywhere in the bucket
                     draw = np.random.default_rng([self._seed, request.epoch, request.sample_id, 2, attempt])
-                    place = int(draw.integers(count)) - attempt - 1
-                instead = "the next of its bucket takes its place" if request.counted is None else "evaluation leaves it out"
+                    place, taker = int(draw.integers(count)) - attempt - 1, "another"
+                instead = f"{taker} of its bucket takes its place" if request.counted is None else "evaluation leaves it out"
                 self._note_undecodable(sample_id, row.get("key", ""), error, instead)
                 continue
             column = self.choose_caption(sample_id, request.epoch)
