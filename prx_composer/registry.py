@@ -215,6 +215,47 @@ NESTED = {"backbone": backbones, "text_encoder": text_encoders, "autoencoder": a
 BY_KEY = {"model": models, "optimizer": optimizers, "scheduler": schedulers, "train_loader": loaders, "eval_loader": loaders}
 BY_NAME = {"algorithms": algorithms, "callbacks": callbacks, "loggers": loggers}
 
+# Sizes of the backbone `prx` by name: widths and depths of DiT (arXiv:2212.09748) with the reference's heads of 64 channels, and
+# the reference itself. recipes/README.md has what each weighs and costs.
+SIZES: dict[str, dict[str, int]] = {
+    "S": dict(hidden_size=384, depth=12, num_heads=6),
+    "B": dict(hidden_size=768, depth=12, num_heads=12),
+    "L": dict(hidden_size=1024, depth=24, num_heads=16),
+    "XL": dict(hidden_size=1152, depth=28, num_heads=18),
+    "1.2B": dict(hidden_size=1792, depth=16, num_heads=28),
+}
+
+
+def with_size(model: Any) -> Any:
+    """Return a recipe's `model` with its backbone's `size` written out, as if the recipe had its numbers instead.
+
+    Whatever reads a recipe does so after this, and a run keeps the numbers: they stay what they are if the table changes.
+
+    Raises:
+        UserError: no such size, or numbers beside it that are others.
+    """
+    backbone = model.get("backbone") if isinstance(model, dict) else None
+    if not isinstance(backbone, dict) or backbone.get("name") != "prx" or "size" not in backbone:
+        return model
+    size, rest = backbone["size"], {key: value for key, value in backbone.items() if key != "size"}
+    if size is None:
+        return model | {"backbone": rest}
+    if size not in list(SIZES):
+        raise UserError(f"model.backbone.size: there is no size {size!r}.{nearest(str(size), list(SIZES))}")
+    numbers = SIZES[size]
+    others = {key: rest[key] for key, number in numbers.items() if rest.get(key) not in (None, number)}
+    if others:
+        raise UserError(
+            f"model.backbone.size: {size} stands for {_set(numbers)}, but there is {_set(others)}. Give the numbers and no size, "
+            f"{_set({'size': None} | numbers | others)}; or the size alone, {_set(dict.fromkeys(others))}."
+        )
+    return model | {"backbone": rest | numbers}
+
+
+def _set(arguments: dict[str, Any]) -> str:
+    """Return what sets arguments of the backbone on a command line."""
+    return " ".join(f"model.backbone.{key}={'null' if value is None else value}" for key, value in arguments.items())
+
 
 # ---------------------------------------------------------------------------------------------------- a user's own files
 

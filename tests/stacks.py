@@ -34,3 +34,32 @@ def stack_of_24h(recipe: Recipe) -> Recipe:
     algorithms["progressive_resolution"]["stages"] = [s | {"device_train_microbatch_size": 6} for s in stages]
     small = {"global_train_batch_size": 24, "device_train_microbatch_size": 6, "image_size": 16}
     return recipe | {"algorithms": algorithms, "max_duration": "6ba", "save_interval": "6ba"} | small
+
+
+TEXT = dict(model_type="t5", d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+
+
+def at_toy_size(name: str, data: Path, folder: Path, steps: int = 3) -> Recipe:
+    """A recipe for GPUs as it is written, at toy size, with toy networks, over a data set of shapes; its last step is stage 2."""
+    recipe = yaml.safe_load((REPOSITORY / "yamls" / f"{name}.yaml").read_text())
+    model, algorithms, switch = recipe["model"], recipe["algorithms"], f"{steps - 1}ba"
+    assert model["backbone"].pop("size")
+    model["backbone"] |= dict(hidden_size=32, depth=4, num_heads=2, patch_size=4, bottleneck_size=16, context_in_dim=24)
+    encoder = dict(name="huggingface", config=TEXT, tokenizer={"train": True}, max_tokens=14)
+    model |= {"compile": False, "text_encoder": encoder}
+    for key in ("train_loader", "eval_loader"):
+        recipe[key] |= {"path": str(data), "text_embedding": None, "num_workers": 0}
+    algorithms["tread"] |= {"start_block": 1, "end_block": 2}
+    algorithms["repa"] |= {"teacher": TEACHER, "block": 2, "end": switch, "projector_hidden": 16}
+    algorithms["lpips"] |= {"net": "squeeze", "random_weights": True, "scale": 1.25}
+    algorithms["perceptual_dino"] |= {"teacher": TEACHER, "image_size": 16}
+    first, second = algorithms["progressive_resolution"]["stages"]
+    first |= {"until": switch, "image_size": 16, "global_train_batch_size": 16, "device_train_microbatch_size": 8}
+    second |= {"image_size": 24, "global_train_batch_size": 8, "device_train_microbatch_size": 4}
+    recipe |= {key: value for key, value in first.items() if key != "until"} | {"global_eval_batch_size": 30}
+    recipe["scheduler"]["t_warmup"] = "1ba"
+    if recipe.get("parallelism_config"):
+        recipe["parallelism_config"]["fsdp"]["shard_degree"] = -1
+    recipe["callbacks"]["images"] |= {"interval": f"{steps}ba", "num_inference_steps": 1}
+    ends = {"max_duration": f"{steps}ba", "eval_interval": f"{steps}ba"}
+    return recipe | ends | {"precision": "fp32", "run_folder": str(folder / name), "progress_bar": False}

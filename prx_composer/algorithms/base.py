@@ -63,6 +63,7 @@ class Trick(Algorithm):
         instead_of_images: what else could be done then, for the message that says so; begins with ", or".
         shapes_sampling: whether it changes how the model draws, so that `generate` and `export` must attach it too.
         experimental: whether nobody has measured yet what it is good for. A run says so once; nothing is refused for it.
+        saves_memory: whether a step takes less memory while it acts, so that one without it is tried before training too.
         weight_copies: how many copies of the trained weights it keeps, on the device and in checkpoints.
         columns: what it reads of a batch beside images, captions and latents: column → channels of a grid (h, w, channels).
         not_counted: for `prx plan`: what the count of a step cannot tell of it, in words.
@@ -73,6 +74,7 @@ class Trick(Algorithm):
     instead_of_images: str = ""
     shapes_sampling: bool = False
     experimental: bool = False
+    saves_memory: bool = False
     weight_copies: int = 0
     columns: Mapping[str, int] = {}
     not_counted: str = ""

@@ -18,7 +18,7 @@ from prx_composer.common.errors import UserError, at_path
 from prx_composer.models.backbone import PRXBackbone, ResolutionEmbedder
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.optim import add_parameters
-from prx_composer.recipe.consistency import check_batch_sizes
+from prx_composer.recipe.consistency import check_batch_sizes, microbatch_of
 from prx_composer.schedule.moments import Moment
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class ProgressiveResolution(Trick):
 
     @staticmethod
     def _microbatch_size(stage: Stage) -> int:
-        return stage.device_train_microbatch_size or max(stage.global_train_batch_size // dist.get_world_size(), 1)
+        return microbatch_of(stage.global_train_batch_size, stage.device_train_microbatch_size, dist.get_world_size())
 
     @staticmethod
     def _loader(state: State) -> StagedLoader:

@@ -36,6 +36,7 @@ class TokenRouting(Trick):
         ValueError: a rate or blocks out of range.
     """
 
+    saves_memory = True
     discard = False
     router: RandomRouter
 

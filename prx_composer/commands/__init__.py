@@ -6,6 +6,7 @@ A verb's options are written once: as dataclasses, of which `command` makes the 
 import dataclasses
 import functools
 import inspect
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -126,6 +127,22 @@ def made_folder(name: str) -> Path:
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be made: {error.strerror}.") from error
     return folder
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Raise a UserError that names an option and its file for a disk that is full or may not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error}") from error
+
+
+def write_json(values: Any, file: str) -> None:
+    """Write what `--json` asks for to a file or, for "-", to the terminal."""
+    text = json.dumps(values, indent=1)
+    with writing(f"--json {file}"):
+        typer.echo(text) if file == "-" else Path(file).write_text(text + "\n")
 
 
 @contextmanager

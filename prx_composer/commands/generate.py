@@ -28,7 +28,7 @@ from prx_composer.commands import (
     show_log,
     writing_output,
 )
-from prx_composer.common.errors import UserError
+from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import read_lines, write_whole
 
 if TYPE_CHECKING:
@@ -102,10 +102,8 @@ def generate_images(options: GenerateOptions) -> None:
     check_settings(trained.model, settings, device)
     texts = [text for text in asked for _ in range(o.images_per_prompt)]
     seeds = [o.seed + index for index in range(len(texts))]
-    try:
-        check_seeds(seeds, f"--seed {o.seed}")
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    with at_path(f"--seed {o.seed}"):
+        check_seeds(seeds, "image i is drawn from seed + i")
     folder = made_folder(o.output)
     trained.model.say_what_is_lost(asked)
     common = metadata(trained, settings, weights_hash(trained.model), device)
@@ -160,8 +158,8 @@ def recipe_settings(trained: "Trained") -> tuple[list[str], DrawingSettings]:
     settings = DrawingSettings(
         height=int(images.get("height") or side),
         width=int(images.get("width") or side),
-        num_inference_steps=int(images.get("num_inference_steps", 28)),
-        guidance_scale=float(images.get("guidance_scale", 3.5)),
+        num_inference_steps=int(images.get("num_inference_steps", DrawingSettings.num_inference_steps)),
+        guidance_scale=float(images.get("guidance_scale", DrawingSettings.guidance_scale)),
     )
     return [str(prompt) for prompt in images.get("prompts", [])], settings
 
@@ -314,10 +312,8 @@ def read_prompts(path: str) -> list[str]:
     Raises:
         UserError: no such file, or a line that cannot be read, by number.
     """
-    try:
+    with at_path(f"--prompts: {path} cannot be read"):
         lines = read_lines(path)
-    except OSError as error:
-        raise UserError(f"--prompts: {path} cannot be read: {error}") from error
     prompts = [
         _prompt_of(line.strip(), f"--prompts: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
     ]

@@ -5,7 +5,7 @@ What is shown to people names no secrets: `redacted` hides values by the names t
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,13 @@ class TrainingInterrupted(Exception):
 def listed(said: list[str]) -> str:
     """Return the first five of several mistakes, and how many more there are."""
     return "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
+
+
+def first(things: Iterable[Any], count: int = 3) -> str:
+    """Return "a, b, c and 5 more"."""
+    names = [str(thing) for thing in things]
+    shown = ", ".join(names[:count])
+    return f"{shown} and {len(names) - count} more" if len(names) > count else shown
 
 
 def nearest(name: str, allowed: list[str]) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import read_lines, write_whole
 from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local
-from prx_composer.data.storage import RawShard, download, join
+from prx_composer.data.storage import INDEX, RawShard, download, join, shards_in
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def check_copy(folder: Path, remote: str) -> None:
     Raises:
         UserError: other data lie there now.
     """
-    names = [MANIFEST, *(f"{file.parent.name}/index.json" for file in sorted(folder.glob("*/index.json")))]
+    names = [MANIFEST, *(f"{file.parent.name}/{INDEX}" for file in sorted(folder.glob(f"*/{INDEX}")))]
     from streaming.base.storage import CloudDownloader
 
     with tempfile.TemporaryDirectory(prefix="prx-copy.") as fresh:
@@ -197,7 +197,7 @@ def split_identity(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         names = sorted(name for name, count in manifest["buckets"].items() if count)
-        shards = [(name, shard) for name in names for shard in json.loads((folder / name / "index.json").read_text())["shards"]]
+        shards = [(name, shard) for name in names for shard in shards_in(folder / name)]
         sizes = [(name, shard["samples"], shard["raw_data"]["bytes"]) for name, shard in shards]
         files = [folder / name / shard["raw_data"]["basename"] for name, shard in shards]
         layout = [manifest["image_size"], list(manifest["captions"]), sizes]
@@ -373,7 +373,7 @@ def _known_hashes(file: Path, identity: Mapping[str, Any]) -> list[NDArray[np.ui
 def _keys(split: Path, bucket: Bucket) -> Iterator[str]:
     folder = split / str(bucket)
     try:
-        for entry in json.loads((folder / "index.json").read_text())["shards"]:
+        for entry in shards_in(folder):
             shard = RawShard(str(folder), entry, folder)
             for index in range(len(shard)):
                 yield shard.read(index, {"key"})["key"].decode(errors="surrogatepass")

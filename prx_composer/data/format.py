@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from prx_composer.common.errors import UserError, at_path
+from prx_composer.common.errors import UserError, at_path, first
 from prx_composer.common.files import inside
 
 if TYPE_CHECKING:
@@ -129,11 +129,11 @@ def cropping_note(shapes: Shapes, settings: BucketSettings, path: str) -> str | 
         return None
     total, images = sum(shapes.values()), lost.total()
     mean, most = sum(share * count for share, count in lost.items()) / images, max(lost)
-    into = ", ".join(map(str, buckets[:4])) + (f" and {len(buckets) - 4} more" if len(buckets) > 4 else "")
     remedy = _advice(list(_remedies(dict(Counter(shapes).most_common(_LOOKED_AT)), settings)), path)
     return (
         f"{images:,} of {total:,} images are cropped by more than {NOTICED:.0%} of their area, by {mean:.0%} on average and "
-        f"{most:.0%} at most: with multiple: {settings.multiple} at image_size {settings.image_size} there is {into}. {remedy}"
+        f"{most:.0%} at most: with multiple: {settings.multiple} at image_size {settings.image_size} there is "
+        f"{first(buckets, 4)}. {remedy}"
     )
 
 

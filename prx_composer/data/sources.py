@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from prx_composer.common.errors import first
 from prx_composer.common.files import read_lines
 from prx_composer.data.contents import FileRecord
 from prx_composer.data.decoding import IMAGE_REASONS, BadImageError, open_image, oriented_size
@@ -69,10 +70,9 @@ def is_made(path: Path, source: Source, spec: dict[str, Any]) -> bool:
         if files is not None and not record.exists:
             log.warning("%s doesn't say of which images it was made. If they may have changed since, delete it.", path)
         elif files is not None and (changed := record.different(files)):
-            more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
             raise ValueError(
                 f"{path} was made of other images than train_loader.source finds now: {len(changed)} of {len(files)} have "
-                f"changed ({', '.join(changed[:NAMED])}{more}). Set train_loader.path to a new folder, or delete this one."
+                f"changed ({first(changed, NAMED)}). Set train_loader.path to a new folder, or delete this one."
             )
         return True
     if path.exists() and any(path.iterdir()):

@@ -7,6 +7,7 @@ nothing executes, and a column that isn't asked for isn't read.
 import contextlib
 import fnmatch
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 ATTEMPTS = 5
+INDEX = "index.json"  # of a folder of MDS shards
 
 
 def is_remote(path: str) -> bool:
@@ -223,6 +225,11 @@ def _uploader(remote: str) -> Any:
         return patiently(lambda: CloudUploader.get(remote.rstrip("/")), f"Reaching {remote}")
     except (ValueError, ImportError) as error:
         raise UserError(f"{remote}: {error}") from error
+
+
+def shards_in(folder: Path) -> list[dict[str, Any]]:
+    """Return the shards of a local folder, as its index lists them. Raise OSError, ValueError or LookupError without one."""
+    return json.loads((folder / INDEX).read_text())["shards"]
 
 
 def encodings_of(shard: dict[str, Any]) -> dict[str, str]:

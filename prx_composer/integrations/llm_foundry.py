@@ -32,7 +32,7 @@ from prx_composer.models.prompts import cleaning_of
 from prx_composer.models.randomness import RandomStreams
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.arguments import build, check_arguments, data_sets
-from prx_composer.registry import Registry
+from prx_composer.registry import Registry, with_size
 from prx_composer.runs.model_parts import ModelParts, keep_tokenizer, trained_tokenizer
 from prx_composer.runs.pretrained_models import initialise
 from prx_composer.training.components import make_data, read_manifests, unmade_sources
@@ -63,6 +63,7 @@ class Model(TextToImage):
     def __new__(cls, tokenizer: PreTrainedTokenizerBase | None = None, **arguments: Any) -> Any:
         if "seed" not in arguments:
             raise UserError("model lacks the argument 'seed', of all that is drawn in training; write seed: ${seed}.")
+        arguments = with_size(arguments)
         check_arguments(TextToImage, arguments, "model", also=frozenset({"init_from"}))
         if "tokenizer" in arguments["text_encoder"]:
             raise UserError(

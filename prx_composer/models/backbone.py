@@ -68,6 +68,8 @@ def _channels_per_axis(given: list[int] | tuple[int, ...] | None, hidden_size: i
 class PRXBackbone(nn.Module):
     """A transformer that denoises image tokens, which attend to text tokens and are modulated by the time step.
 
+    Sizes have names: `size: B` in a recipe, `PRXBackbone(**registry.SIZES["B"], …)` in Python.
+
     Args:
         in_channels: channels of the image (3) or latent (16).
         patch_size: side of a square patch, in pixels or latent pixels.

@@ -123,13 +123,14 @@ def flops_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> int:
     return len(batch["input_ids"]) * StepCounter(model).count(shapes).total_flops
 
 
-def flops_of_backbone(backbone: Any, height: int, width: int, text_tokens: int) -> int:
+def flops_of_backbone(backbone: Any, height: int, width: int, text_tokens: int, backward: bool = True) -> int:
     """Return the FLOPs of training the denoiser alone on one image.
 
     Args:
         backbone: such as `PRXBackbone`, on any device; with a router, as it draws now.
         height, width: of what the backbone sees: pixels, or places of a latent.
         text_tokens: padding included.
+        backward: whether the backward pass is counted too.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     copied, _ = _copied((backbone, ()), fake)
@@ -139,7 +140,8 @@ def flops_of_backbone(backbone: Any, height: int, width: int, text_tokens: int) 
         if copied.router is not None:
             route = copied.router.draw(1, copied.num_tokens(height, width), torch.Generator())
         prediction = copied(image, torch.zeros(1), text, torch.ones(1, text_tokens, dtype=torch.bool), route)
-        _gradients([prediction], list(copied.parameters()))
+        if backward:
+            _gradients([prediction], list(copied.parameters()))
     return counter.flops
 
 

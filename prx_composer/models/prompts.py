@@ -12,6 +12,8 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from prx_composer.common.errors import first
+
 _NAMED = 20  # prompts that are named; the others are counted
 _SHOWN = 60  # characters of a text
 
@@ -126,8 +128,7 @@ def _said(one: Reading, max_tokens: int) -> str:
         how = "up to" if one.cleaned.startswith(one.read) else "only"
         said.append(f"of its {one.tokens} tokens the model reads {max_tokens}, {how} {'…' if last != read else ''}{last!r}")
     if one.unknown:
-        words = ", ".join(map(repr, one.unknown[:10])) + (f" and {len(one.unknown) - 10} more" if len(one.unknown) > 10 else "")
-        said.append(f"the tokenizer does not know {words}")
+        said.append(f"the tokenizer does not know {first(map(repr, one.unknown), 10)}")
     return f"The prompt {_shown(one.text)} is not read whole: {'; '.join(said)}."
 
 

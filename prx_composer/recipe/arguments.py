@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any
 
-from prx_composer.common.errors import Problems, UserError, nearest
+from prx_composer.common.errors import Problems, UserError, at_path, nearest
 from prx_composer.common.outlines import CannotTell, constructor
 from prx_composer.registry import NESTED, Registry
 from prx_composer.schedule.moments import Moment
@@ -138,21 +138,20 @@ def check_component(
     name: str,
     arguments: Spec,
     path: str,
-    provided: Collection[str] = (),
-    also: Collection[str] = (),
-    defaulted: Collection[str] = (),
+    *given: Collection[str],
     imports: bool = True,
 ) -> None:
     """Check a component's name, and its arguments as `check_arguments` does.
 
     Args:
+        given: `provided`, `also` and `defaulted` of that.
         imports: whether components may be imported for it. If not, what cannot be known without passes.
     """
     try:
         function = components.constructor(name, path, imports)
     except CannotTell:
         return
-    _check_given(function, arguments, path, provided, also, defaulted, imports)
+    _check_given(function, arguments, path, *given, imports=imports)
 
 
 def check_arguments(
@@ -164,7 +163,7 @@ def check_arguments(
     defaulted: Collection[str] = (),
     imports: bool = True,
 ) -> None:
-    """Binds arguments against a signature.
+    """Bind arguments against a signature.
 
     Args:
         target: a class or function, or its outline.
@@ -184,10 +183,10 @@ def _check_given(
     function: Callable[..., Any],
     arguments: Spec,
     path: str,
-    provided: Collection[str],
-    also: Collection[str],
-    defaulted: Collection[str],
-    imports: bool,
+    provided: Collection[str] = (),
+    also: Collection[str] = (),
+    defaulted: Collection[str] = (),
+    imports: bool = True,
 ) -> None:
     parameters = {
         name: parameter for name, parameter in inspect.signature(function).parameters.items() if name not in ("self", *provided)
@@ -270,17 +269,15 @@ def _construct(value: Any, key: str, hint: Any, path: str) -> Any:
 
 
 def _dataclass(cls: Any, value: Spec, path: str) -> Any:
-    try:
+    with at_path(path):
         return cls(**value)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- types
 
 
 def check_type(value: Any, hint: Any, path: str, example: Any = None) -> None:
-    """Compares a YAML value with an annotation, as far as the annotation is one that YAML can express.
+    """Compare a YAML value with an annotation, as far as the annotation is one that YAML can express.
 
     Args:
         example: a value that would be right, such as the default.

@@ -63,13 +63,13 @@ def argument_problems(values: Values, imports: bool = True) -> list[str]:
         if values.get(key) is not None:
             (provided, also), defaulted = _OF[key], () if key == "model" else filled
             with problems.noted():
-                check_component(components, *split(values[key], key), key, provided, also, defaulted, imports)
+                check_component(components, *split(values[key], key), key, provided, also, defaulted, imports=imports)
     for kind, components in BY_NAME.items():
         for name, given in values.get(kind, {}).items():
             reserved = _OF_OURS if name in components.builtin else ()
             with problems.noted():
                 for _, arguments in entries({name: given}, kind):
-                    check_component(components, name, arguments, f"{kind}.{name}", reserved, (), filled, imports)
+                    check_component(components, name, arguments, f"{kind}.{name}", reserved, (), filled, imports=imports)
     for key in ("train_loader", "eval_loader"):
         spec, parts = values.get(key) or {}, {}
         try:

@@ -25,7 +25,7 @@ from prx_composer.common.errors import Problems, UserError, nearest, raise_all
 from prx_composer.common.files import read_text
 from prx_composer.recipe.arguments import Spec, check_type, dataclass_in, entries, hints_of
 from prx_composer.recipe.checks import argument_problems, first_look
-from prx_composer.registry import BY_KEY, BY_NAME, NESTED, Registry
+from prx_composer.registry import BY_KEY, BY_NAME, NESTED, Registry, with_size
 from prx_composer.schedule.moments import Point, parse_duration
 
 
@@ -107,7 +107,7 @@ def load(arguments: list[str], num_ranks: int = 1) -> Recipe:
         with problems.noted():
             value = _resolved(merged, key)
             check_type(value, hints[key], key, _EXAMPLES.get(key, defaults.get(key)))
-            values[key] = value
+            values[key] = with_size(value) if key == "model" else value
             for name in value if key in BY_NAME else ():
                 with problems.noted():
                     list(entries({name: value[name]}, key))

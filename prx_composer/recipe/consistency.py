@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from prx_composer.common.errors import Problems, UserError
-from prx_composer.schedule.moments import BUDGET, SECONDS, Moment, Point, names_budget, parse_duration
+from prx_composer.common.errors import Problems, UserError, at_path
+from prx_composer.schedule.moments import BUDGET, SECONDS, Moment, Point, ScheduleWindow, names_budget, parse_duration
 
 Values = Mapping[str, Any]
+
+# -------------------------------------------------------------------------------------------------------------------- stages
 
 STAGES = "algorithms.progressive_resolution.stages"
 
@@ -18,6 +21,48 @@ def stages_of(values: Values) -> list[tuple[str, Mapping[str, Any]]]:
     listed = spec.get("stages") if isinstance(spec, dict) else None
     stages = [(f"{STAGES}[{index}].", stage) for index, stage in enumerate(listed if isinstance(listed, list) else [])]
     return [("", values), *((path, stage) for path, stage in stages if isinstance(stage, Mapping))]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A span of the run with one image size and one batch.
+
+    Args:
+        path: what comes before `image_size` and its like in the YAML path.
+        image_size: side of the square whose area the images have.
+        global_batch_size, microbatch_size: images per step over all ranks, and per forward pass of one.
+        num_ranks: that share a batch.
+        window: from when to when it lasts.
+    """
+
+    path: str
+    image_size: int
+    global_batch_size: int
+    microbatch_size: int
+    num_ranks: int
+    window: ScheduleWindow
+
+    @property
+    def device_batch_size(self) -> int:
+        return self.global_batch_size // self.num_ranks
+
+    def __str__(self) -> str:
+        return f"{self.image_size} px, batch {self.global_batch_size}"
+
+
+def planned_stages(values: Values, num_ranks: int) -> list[PlannedStage]:
+    """Return the stages of a recipe that is right, or the whole run as the only one. The last goes on to the end of the run."""
+    planned, start = list[PlannedStage](), "0ba"
+    listed = stages_of(values)[1:] or [("", values)]
+    for path, stage in listed:
+        batch_size: int = stage["global_train_batch_size"]
+        microbatch_size = microbatch_of(batch_size, stage.get("device_train_microbatch_size"), num_ranks)
+        until = stage.get("until") if path != listed[-1][0] else None
+        with at_path(f"{path}until"):
+            window = ScheduleWindow(start, until)
+        planned.append(PlannedStage(path, stage["image_size"], batch_size, microbatch_size, num_ranks, window))
+        start = until or start
+    return planned
 
 
 def strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -104,9 +149,9 @@ def schedule_problems(values: Values, batches_per_epoch: float | None = None) ->
     if total is None or total.value <= 0 or warmup is None:
         return []  # said elsewhere
     # Samples are a number of batches if all are of one size.
-    batch_size = None if values["algorithms"].get("progressive_resolution") else values["global_train_batch_size"]
+    batch_size = None if stages_of(values)[1:] else values["global_train_batch_size"]
     if scheduler.get("name") in _AS_OURS and (problem := _not_comparable(values, warmup, t_max, total, batch_size)):
-        return [f"{path}: {problem}"]
+        return [problem]
     key, length, whole = "max_duration", warmup.value, total.value
     if warmup.unit == SECONDS:
         key, whole = "time_budget", None if budget is None else budget.value
@@ -123,12 +168,13 @@ def schedule_problems(values: Values, batches_per_epoch: float | None = None) ->
 
 
 def _not_comparable(values: Values, warmup: Point, t_max: Point | None, total: Point, batch_size: int | None) -> str | None:
-    """Return why a scheduler of Composer's cannot compare its warm-up with its end, if it cannot."""
+    """Return why a scheduler of Composer's cannot compare its warm-up with its end, at its path, if it cannot."""
     scheduler = values["scheduler"]
     name = scheduler["name"]
     ours = f"or 'scheduler={{name: warmup_stable_decay, t_warmup: {warmup.text}, {_AS_OURS[name]}}}', which takes any time"
-    if warmup.unit in (SECONDS, BUDGET, "tok", "iter"):
-        return f"{name} counts batches, samples, epochs or dur, not {warmup.text}; give such as 0.05dur, {ours}."
+    for path, point, instead in (("scheduler.t_warmup", warmup, "0.05dur"), ("scheduler.t_max", t_max, "1dur")):
+        if point is not None and point.unit not in _COUNTED:
+            return f"{path}: {name} counts batches, samples, epochs or dur, not {point.text}; give such as {instead}, {ours}."
     unit, against = (_composers_unit(point or warmup, total) for point in (warmup, t_max))
     if unit == against:
         return None
@@ -138,9 +184,10 @@ def _not_comparable(values: Values, warmup: Point, t_max: Point | None, total: P
     elif batch_size is not None and (warmup.unit, against) == ("ba", "sp"):
         instead = f"{int(warmup.value) * batch_size}sp"
     key = "scheduler.t_max" if "t_max" in scheduler else "max_duration"
+    end = scheduler.get("t_max", values["max_duration"])
     return (
-        f"{warmup.text} is counted in {_COUNTED[warmup.unit]}, and {key}: {scheduler.get('t_max', values['max_duration'])} in "
-        f"{_COUNTED[against]}, which {name} cannot compare; give {instead}, {ours}."
+        f"scheduler.t_warmup: {warmup.text} is counted in {_COUNTED[warmup.unit]}, and {key}: {end} in {_COUNTED[against]}, "
+        f"which {name} cannot compare; give {instead}, {ours}."
     )
 
 
@@ -173,6 +220,11 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def microbatch_of(global_batch_size: int, given: int | None, num_ranks: int) -> int:
+    """Return the images per forward pass of one rank: by default its whole share of the batch."""
+    return max(global_batch_size // num_ranks, 1) if given is None else given
+
+
 def check_batch_sizes(path: str, global_batch_size: int, microbatch_size: int, num_ranks: int) -> None:
     """Raise UserError, naming the YAML path, unless the batch divides into ranks and whole microbatches."""
     if min(global_batch_size, microbatch_size) < 1:
@@ -197,7 +249,7 @@ def batch_problems(values: Values, num_ranks: int) -> list[str]:
     for path, stage in stages_of(values):
         batch, microbatch = stage.get("global_train_batch_size"), stage.get("device_train_microbatch_size")
         if _is_count(batch):
-            microbatch = max(batch // num_ranks, 1) if microbatch is None else microbatch
+            microbatch = microbatch_of(batch, microbatch, num_ranks)
             with problems.noted():
                 check_batch_sizes(path, batch, microbatch if _is_count(microbatch) else 1, num_ranks)
     size = values.get("global_eval_batch_size") or values.get("global_train_batch_size")

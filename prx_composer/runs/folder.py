@@ -6,6 +6,7 @@ runs/<run_name>/config.yaml  environment.jsonl  changes.jsonl  data.json  tokeni
 A line of environment.jsonl says what a start of the run ran on and with. Host, user and secrets are not in it.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -384,11 +385,9 @@ def summarise(folder: Path) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a metrics file, or of another of JSON lines; one that a crash cut short is left out."""
+    """Return the objects of a metrics file, or of another of JSON lines; what a crash cut short, or is none, is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]

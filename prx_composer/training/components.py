@@ -12,7 +12,6 @@ from composer.utils import create_interval_scheduler
 from torch.optim import Optimizer
 
 from prx_composer import registry
-from prx_composer.algorithms.resolution import ProgressiveResolution
 from prx_composer.common.errors import Problems, UserError, at_path, raise_all
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.loader import ImageCaptionLoader
@@ -21,37 +20,10 @@ from prx_composer.data.stored import check_latent_column, check_text_column
 from prx_composer.optim import parameter_groups
 from prx_composer.recipe.arguments import build, data_sets, entries, split
 from prx_composer.recipe.config import Recipe
+from prx_composer.recipe.consistency import PlannedStage, planned_stages
 from prx_composer.registry import BY_NAME
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.schedule.clock import with_rehearsal
-from prx_composer.schedule.moments import ScheduleWindow
-
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """A span of the run with one image size and one batch.
-
-    Args:
-        path: what comes before `image_size` and its like in the YAML path.
-        image_size: side of the square whose area the images have.
-        global_batch_size, microbatch_size: images per step over all ranks, and per forward pass of one.
-        num_ranks: that share a batch.
-        window: from when to when it lasts.
-    """
-
-    path: str
-    image_size: int
-    global_batch_size: int
-    microbatch_size: int
-    num_ranks: int
-    window: ScheduleWindow
-
-    @property
-    def device_batch_size(self) -> int:
-        return self.global_batch_size // self.num_ranks
-
-    def __str__(self) -> str:
-        return f"{self.image_size} px, batch {self.global_batch_size}"
 
 
 class Components(ModelParts):
@@ -179,25 +151,7 @@ class Components(ModelParts):
 
     @cached_property
     def stages(self) -> list[PlannedStage]:
-        return planned_stages(self.recipe, list(self.algorithms.values()), self.num_ranks)
-
-
-def planned_stages(recipe: Recipe, algorithms: list[Any], num_ranks: int) -> list[PlannedStage]:
-    """Return the stages of `progressive_resolution`, or the whole run as the only one."""
-    for algorithm in algorithms:
-        if isinstance(algorithm, ProgressiveResolution):
-            path, starts = "algorithms.progressive_resolution.stages", ["0ba", *(stage.until for stage in algorithm.stages)]
-            return [
-                _stage(f"{path}[{index}].", stage, num_ranks, ScheduleWindow(start or "0ba", stage.until))
-                for index, (stage, start) in enumerate(zip(algorithm.stages, starts, strict=False))
-            ]
-    return [_stage("", recipe, num_ranks, ScheduleWindow())]
-
-
-def _stage(path: str, sizes: Any, num_ranks: int, window: ScheduleWindow) -> PlannedStage:
-    batch_size: int = sizes.global_train_batch_size
-    microbatch_size = sizes.device_train_microbatch_size or max(batch_size // num_ranks, 1)
-    return PlannedStage(path, sizes.image_size, batch_size, microbatch_size, num_ranks, window)
+        return planned_stages(vars(self.recipe), self.num_ranks)
 
 
 # -------------------------------------------------------------------------------------------------- data sets that a source makes

@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, at_path, nearest
-from prx_composer.models.counting import AUTOENCODER, TEXT_ENCODER, CannotCount, StepCount, StepCounter
+from prx_composer.models.counting import AUTOENCODER, DENOISER, TEXT_ENCODER, CannotCount, StepCount, StepCounter
 from prx_composer.models.huggingface import Frozen, UnknownConfiguration, frozen_inside
+from prx_composer.optim.exchange import local
 from prx_composer.recipe.arguments import entries, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import TOKENIZER
@@ -180,6 +181,8 @@ class MetaModel:
                 _counts[key] = self._counter.count(self._batch(image_size), active)
             return _counts[key]
         except CannotCount as error:
+            if error.part == DENOISER:  # without which there is nothing to plan
+                raise UserError(f"model.backbone cannot be counted: {error}. It must work on tensors without content.") from error
             part = {TEXT_ENCODER: "text_encoder", AUTOENCODER: "autoencoder"}.get(error.part, error.part)
             path = f"algorithms.{part}" if part == error.part else f"model.{part}"
             self.uncounted.refuse(part, path, str(error))
@@ -340,27 +343,35 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 @functools.lru_cache(maxsize=8)
 def optimizer_state(planned: MetaModel) -> list[Tensor]:
-    """Return what a copy of the optimizer keeps after its first step, which it takes on tensors without content.
+    """Return what the optimizer keeps after its first step."""
+    state, guessed = state_after_a_step(planned.optimizer)
+    planned.uncounted.told += [f"optimizer: {guessed}"] if guessed else []
+    return state
 
-    One that needs content, since it reads a number, say, takes a step on small tensors instead.
+
+def state_after_a_step(optimizer: Optimizer) -> tuple[list[Tensor], str]:
+    """Return what an optimizer keeps on this rank after its first step, and in words what of it is guessed.
+
+    A copy takes that step on tensors without content; one that needs content, since it reads a number, say, on small tensors.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(Exception):
-        optimizer, _ = _about_to_step(planned.optimizer)
-        optimizer.step()
-        return [value for _, value in _state_of(optimizer)]
-    optimizer, shapes = _about_to_step(planned.optimizer, longest_side=2)
+        copied, _ = _about_to_step(optimizer)
+        type(copied).step(copied)  # not what a scheduler has put in its place, which steps the original
+        return [value for _, value in _state_of(copied)], ""
+    copied, shapes = _about_to_step(optimizer, longest_side=2)
+    guessed = ""
     try:
         if dist.get_world_size() > 1:
-            raise RuntimeError("its step may wait for the other ranks")  # which don't take it: rank 0 alone asks
-        optimizer.step()
+            raise RuntimeError("its step may wait for the other ranks")  # and not all of them may ask
+        type(copied).step(copied)
     except Exception as error:  # whatever an optimizer of one's own raises
-        name = type(optimizer).__name__
-        planned.uncounted.told.append(f"optimizer: {name} is taken to keep two numbers per weight, as Adam does ({error})")
-        optimizer.state = defaultdict(dict, {parameter: {"first": parameter, "second": parameter} for parameter in shapes})
-    return [
+        guessed = f"{type(optimizer).__name__} is taken to keep two numbers per weight, as Adam does ({error})"
+        copied.state = defaultdict(dict, {parameter: {"first": parameter, "second": parameter} for parameter in shapes})
+    state = [
         torch.empty(shapes[parameter], dtype=value.dtype, device="meta") if value.shape == parameter.shape else value
-        for parameter, value in _state_of(optimizer)
+        for parameter, value in _state_of(copied)
     ]
+    return state, guessed
 
 
 def _about_to_step(optimizer: Optimizer, longest_side: int | None = None) -> tuple[Optimizer, dict[Tensor, torch.Size]]:
@@ -371,9 +382,10 @@ def _about_to_step(optimizer: Optimizer, longest_side: int | None = None) -> tup
     """
     shapes, groups = dict[Tensor, torch.Size](), []
     for group in optimizer.param_groups:
-        sides = [[min(side, longest_side or side) for side in p.shape] for p in group["params"]]
-        others = [nn.Parameter(torch.zeros(cut, dtype=p.dtype)) for cut, p in zip(sides, group["params"], strict=True)]
-        shapes |= {other: p.shape for other, p in zip(others, group["params"], strict=True)}
+        own = [local(parameter) for parameter in group["params"]]
+        sides = [[min(side, longest_side or side) for side in p.shape] for p in own]
+        others = [nn.Parameter(torch.zeros(cut, dtype=p.dtype)) for cut, p in zip(sides, own, strict=True)]
+        shapes |= {other: p.shape for other, p in zip(others, own, strict=True)}
         groups.append(group | {"params": others})
     copied = copy.copy(optimizer)
     copied.param_groups, copied.state = groups, defaultdict(dict)

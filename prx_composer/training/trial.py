@@ -18,6 +18,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.sources import prepare
 from prx_composer.models.counting import flops_of_backbone
 from prx_composer.recipe.config import Recipe
+from prx_composer.recipe.consistency import stages_of
 from prx_composer.runs.model_parts import with_kept
 from prx_composer.training.components import Components, Making, unmade_sources
 from prx_composer.training.preflight import Result, check_callbacks, collected, examine, failed, skipped
@@ -125,7 +126,8 @@ def _why_not(recipe: Recipe, parts: Components) -> str | None:
 def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:
     """Return the same run with one rank's share of every batch, and nothing that reaches out of `folder`."""
     algorithms = copy.deepcopy(recipe.algorithms)
-    for stage in (algorithms.get("progressive_resolution") or {}).get("stages", []):
+    stages: list[Any] = stages_of({"algorithms": algorithms})[1:]
+    for _, stage in stages:
         stage["global_train_batch_size"] //= num_ranks
     changes: dict[str, Any] = {
         "run_folder": str(folder / "run"),

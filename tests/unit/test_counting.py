@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from prx_composer import registry
 from prx_composer.commands.plan.conditions import Conditions, find_gpu
 from prx_composer.commands.plan.plan import make_plan
 from prx_composer.common.errors import UserError
@@ -99,6 +100,23 @@ def test_what_chooses_its_work_by_what_it_reads_is_refused(tiny_recipe: dict[str
     recipe = config.load([write_recipe(tiny_recipe)])
     with pytest.raises(UserError, match=r"model.text_encoder cannot be counted: .*FLOPs of mixtral .* --leave-out text_encoder"):
         make_plan(recipe, CONDITIONS)
+
+
+class _Reads(PRXBackbone):
+    def forward(self, hidden_states: Any, *given: Any, **named: Any) -> Any:
+        return super().forward(hidden_states * hidden_states.mean().item(), *given, **named)
+
+
+def test_a_backbone_that_reads_its_input_is_named_and_not_left_out(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
+    registry.backbones.register("reads")(_Reads)
+    tiny_recipe["model"]["backbone"]["name"] = "reads"
+    recipe = config.load([write_recipe(tiny_recipe)])
+    try:
+        with pytest.raises(UserError, match=r"^model.backbone cannot be counted: .*It must work on tensors without") as refused:
+            make_plan(recipe, CONDITIONS)
+    finally:
+        registry.catalogue.REGISTRY.pop(("prx_composer", "backbones", "reads"))
+    assert "--leave-out" not in str(refused.value)
 
 
 def test_an_autoencoder_at_work_in_training_is_counted_as_the_real_one(

@@ -18,7 +18,7 @@ from prx_composer.commands.plan.conditions import GPUS, Conditions, Measured, fi
 from prx_composer.commands.plan.plan import make_plan
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.meta_model import MetaModel, checkpoint_bytes, training_state
+from prx_composer.training.meta_model import MetaModel, checkpoint_bytes, state_after_a_step, training_state
 from prx_composer.training.run import build_trainer
 
 Write = Callable[..., str]
@@ -182,12 +182,14 @@ def test_state_is_byte_for_byte_that_of_a_run_and_a_checkpoint_is_as_large_as_fo
 ) -> None:
     path = write_recipe(stack | {"optimizer": optimizer, "max_duration": "1ba"})
     trainer = build_trainer(config.load([path]))
+    foretold, guessed = state_after_a_step(trainer.state.optimizers[0])
+    assert not trainer.state.optimizers[0].state and not guessed
     trainer.fit()
     recipe = config.load([path])  # now the run's tokenizer is there, whose size the plan needs
     state, model = training_state(MetaModel(recipe)), trainer.state.model
     assert state.weights == bytes_of([p for p in model.parameters() if p.requires_grad])
     held = trainer.state.optimizers[0].state.values()
-    assert state.optimizer == bytes_of([tensor for tensors in held for tensor in tensors.values()])
+    assert state.optimizer == bytes_of([tensor for tensors in held for tensor in tensors.values()]) == bytes_of(foretold)
     ema: Any = next(a for a in trainer.state.algorithms if type(a).__name__ == "EMA")
     assert state.ema == bytes_of(list(ema.average.average.values()))
     trainer.close()

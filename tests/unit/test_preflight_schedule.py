@@ -61,6 +61,17 @@ def test_a_warmup_that_the_run_cannot_follow_is_refused(
         assert refused(path, f"max_duration={duration}", *shlex.split(f"'{other}'")) == []
 
 
+@pytest.mark.parametrize("t_max", ["2h", "0.5budget", "9iter"])
+def test_an_end_that_composers_schedulers_do_not_count_is_refused(t_max: str, plain: Recipe, write_recipe: Write) -> None:
+    scheduler = {"name": "cosine_with_warmup", "t_warmup": "2ba", "t_max": t_max}
+    path = write_recipe(plain | {"scheduler": scheduler, "time_budget": "1h"})
+    (problem,) = refused(path)
+    assert problem.startswith(f"scheduler.t_max: cosine_with_warmup counts batches, samples, epochs or dur, not {t_max}; give")
+    assert refused(path, "scheduler.t_max=1dur") == []
+    (other,) = re.findall(r"'(scheduler=.*?)'", problem)
+    assert refused(path, other) == []
+
+
 @pytest.mark.parametrize(
     ("name", "warmup", "duration"),
     [

@@ -1,4 +1,4 @@
-"""The 24-hour recipe and its laptop-size copy are held against each other, key by key; the launch files against the recipe."""
+"""The 24-hour recipe, its laptop-size copy and those by hardware are held against each other, key by key; launch files too."""
 
 import dataclasses
 import fnmatch
@@ -7,10 +7,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.data.format import make_buckets
+from prx_composer.registry import with_size
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = REPOSITORY / "yamls"
@@ -68,6 +70,69 @@ MAY_DIFFER = {
 }
 
 
+# The same of the recipes by hardware.
+BY_HARDWARE = {
+    "one_gpu_24gb": {
+        "run_name": "it is another run",
+        "time_budget": "of its own hours",
+        "model.backbone.*": "size; smaller images in smaller patches",
+        "*_loader.path": "the data are the user's",
+        "*_loader.text_embedding": "the encoder costs more than the denoiser",
+        "train_loader.mix.*": "the data are the user's",
+        "train_loader.num_workers": "one GPU",
+        "image_size": "size",
+        "global_train_batch_size": "one GPU",
+        "global_eval_batch_size": "one GPU",
+        "eval_subset_num_batches": "one GPU",
+        "device_train_microbatch_size": "what fits, by the plan",
+        "parallelism_config.fsdp.shard_degree": "one GPU",
+        "optimizer.lr": "the rule",
+        "optimizer.adam_lr": "the rule",
+        "algorithms.tread.end_block": "depth",
+        "algorithms.repa.teacher.pretrained": "a small model's",
+        "algorithms.repa.block": "depth",
+        "algorithms.repa.end": "the first stage's share of the time",
+        "algorithms.perceptual_dino.teacher.pretrained": "a small model's",
+        "algorithms.progressive_resolution.stages.*": "sizes",
+    },
+    "one_gpu_80gb": {
+        "run_name": "it is another run",
+        "time_budget": "of its own hours",
+        "model.backbone.size": "size",
+        "model.backbone.hidden_size": "size",
+        "model.backbone.depth": "size",
+        "model.backbone.num_heads": "size",
+        "*_loader.path": "the data are the user's",
+        "*_loader.text_embedding": "the encoder costs more than the denoiser",
+        "train_loader.mix.*": "the data are the user's",
+        "global_train_batch_size": "one GPU",
+        "global_eval_batch_size": "one GPU",
+        "eval_subset_num_batches": "one GPU",
+        "device_train_microbatch_size": "what fits, by the plan",
+        "parallelism_config.fsdp.shard_degree": "one GPU",
+        "optimizer.lr": "the rule",
+        "optimizer.adam_lr": "the rule",
+        "algorithms.tread.end_block": "depth",
+        "algorithms.repa.block": "depth",
+        "algorithms.repa.end": "the first stage's share of the time",
+        "algorithms.progressive_resolution.stages.*": "batches",
+    },
+    "eight_gpus": {
+        "run_name": "it is another run",
+        "time_budget": "of its own hours",
+        "model.backbone.size": "a name for the same numbers",
+        "model.backbone.hidden_size": "a name for the same numbers",
+        "model.backbone.depth": "a name for the same numbers",
+        "model.backbone.num_heads": "a name for the same numbers",
+        "*_loader.path": "the data are the user's",
+        "*_loader.text_embedding": "the encoder costs more than the denoiser",
+        "train_loader.mix.*": "the data are the user's",
+        "device_train_microbatch_size": "what fits, by the plan",
+        "algorithms.progressive_resolution.stages.*.device_train_microbatch_size": "what fits, by the plan",
+    },
+}
+
+
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
         below = [leaves(child, f"{path}.{key}" if path else str(key)) for key, child in value.items()]
@@ -84,6 +149,30 @@ def test_the_mini_recipe_differs_from_the_24h_recipe_only_where_a_reason_is_give
     assert not unexplained, {path: (full.get(path), mini.get(path)) for path in sorted(unexplained)}
     unused = {pattern for pattern in MAY_DIFFER if not any(fnmatch.fnmatch(path, pattern) for path in differing)}
     assert not unused, f"these are the same now: {sorted(unused)}"
+
+
+@pytest.mark.parametrize("name", BY_HARDWARE)
+def test_a_recipe_by_hardware_differs_from_the_24h_recipe_only_where_a_reason_is_given(name: str) -> None:
+    full, ours = (leaves(yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())) for recipe in ("24h", name))
+    differing = {path for path in full.keys() | ours.keys() if full.get(path) != ours.get(path)}
+    unexplained = {path for path in differing if not any(fnmatch.fnmatch(path, pattern) for pattern in BY_HARDWARE[name])}
+    assert not unexplained, {path: (full.get(path), ours.get(path)) for path in sorted(unexplained)}
+    unused = {pattern for pattern in BY_HARDWARE[name] if not any(fnmatch.fnmatch(path, pattern) for path in differing)}
+    assert not unused, f"these are the same now: {sorted(unused)}"
+
+
+@pytest.mark.parametrize("name", BY_HARDWARE)
+def test_a_recipe_by_hardware_has_the_learning_rate_of_the_rule_that_it_states(name: str) -> None:
+    """By the square root of the batch, from the reference's; rounded to the two digits that are written."""
+    full, ours = (yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text()) for recipe in ("24h", name))
+    assert "times the square root of batch / 1024" in (RECIPES / f"{name}.yaml").read_text()
+    for key in ("lr", "adam_lr"):
+        expected = full["optimizer"][key] * (ours["global_train_batch_size"] / full["global_train_batch_size"]) ** 0.5
+        assert ours["optimizer"][key] == float(f"{expected:.1e}")
+    depth = with_size(ours["model"])["backbone"]["depth"]
+    assert ours["algorithms"]["tread"]["end_block"] == depth - 2 and ours["algorithms"]["repa"]["block"] == depth // 2 - 1
+    batches = [stage["global_train_batch_size"] for stage in ours["algorithms"]["progressive_resolution"]["stages"]]
+    assert batches == [ours["global_train_batch_size"], ours["global_train_batch_size"] // 2], "as the reference's"
 
 
 def test_both_have_the_same_algorithms_and_callbacks_in_the_same_order_and_as_many_stages() -> None:

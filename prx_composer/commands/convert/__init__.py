@@ -25,7 +25,7 @@ from prx_composer.commands.convert.records import Passed, Seen, Source, Unit, op
 from prx_composer.commands.convert.settings import MEASURED, Settings, check_where, whole_path
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.data.format import MANIFEST, Bucket, Manifest
-from prx_composer.data.storage import Entry, is_included, relative_name, survey
+from prx_composer.data.storage import INDEX, Entry, is_included, relative_name, survey
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def _finish(
     buckets = {Bucket.parse(bucket): count for bucket, count in tally.buckets.items()}
     manifest = Manifest(settings.image_size, tuple(settings.captions), buckets, metadata=settings.metadata_encodings)
     contents = {
-        f"{bucket}/index.json": json.dumps({"version": 2, "shards": parts}, sort_keys=True) for bucket, parts in shards.items()
+        f"{bucket}/{INDEX}": json.dumps({"version": 2, "shards": parts}, sort_keys=True) for bucket, parts in shards.items()
     }
     contents |= {backends.STATS: json.dumps(stats, indent=1), MANIFEST: manifest.to_json()}
     store.finish(units, sorted(shards), {name: content.encode() for name, content in contents.items()})

@@ -30,7 +30,7 @@ from prx_composer.commands.convert.records import (
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import encoding_of
-from prx_composer.data.storage import LinkError, RawShard, encodings_of, fetch, fetched, is_remote, join, relative_name
+from prx_composer.data.storage import INDEX, LinkError, RawShard, encodings_of, fetch, fetched, is_remote, join, relative_name
 
 SUFFIXES = (".jsonl", ".ndjson")
 LINE_BYTES = 500  # about what a line takes …
@@ -230,7 +230,6 @@ def _split(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes |
 
 IMAGES = ("jpeg", "jpeg_array", "jpegarray", "png")  # encodings of images as files, perhaps with a quality, `jpeg:90`
 READ = ("str", "str_int", "str_float", "int", "json", "bytes")  # and numpy's numbers
-INDEX = "index.json"
 
 
 class Shards(Source):

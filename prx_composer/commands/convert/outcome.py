@@ -16,7 +16,7 @@ import simplejpeg
 from prx_composer.commands.convert.records import Passed, Record, has
 from prx_composer.data.decoding import IMAGE_REASONS, PIXELS_OPENED, decode, open_image, resize
 from prx_composer.data.format import Bucket
-from prx_composer.data.storage import RawShard, encodings_of, fetched, join
+from prx_composer.data.storage import INDEX, RawShard, encodings_of, fetched, join
 
 REASONS = {  # why a sample is left out: the names that are counted, stored and reported, and what they mean
     "damaged_input": "a file ends early or is broken: what was readable is kept (counted once per file, row group or shard)",
@@ -271,7 +271,7 @@ def _histogram(bins: dict[str, int], width: float) -> str:
 def _samples(folder: str) -> list[tuple[str, str]]:
     """Return small pictures of a bucket's first samples, with their first caption."""
     found = []
-    with tempfile.TemporaryDirectory(prefix="prx-convert.") as cache, fetched(join(folder, "index.json")) as index:
+    with tempfile.TemporaryDirectory(prefix="prx-convert.") as cache, fetched(join(folder, INDEX)) as index:
         shard = json.loads(index.read_text())["shards"][0]
         rows = RawShard(folder, shard, Path(cache), follow_links=True)
         captions = [name for name, kind in encodings_of(shard).items() if kind == "str" and name != "key"]

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from prx_composer.commands.convert.settings import SOURCES, Settings, check_one_split, first
-from prx_composer.common.errors import UserError, nearest
+from prx_composer.commands.convert.settings import SOURCES, Settings, check_one_split
+from prx_composer.common.errors import UserError, first, nearest
 from prx_composer.data.storage import list_files, relative_name
 
 WORDS = 200  # characters of a reader's own message

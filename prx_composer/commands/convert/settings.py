@@ -7,7 +7,7 @@ import glob
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -16,7 +16,7 @@ from simpleeval import InvalidExpression, SimpleEval
 from typer import Option
 
 from prx_composer.commands import Parsed
-from prx_composer.common.errors import UserError, nearest
+from prx_composer.common.errors import UserError, first, nearest
 from prx_composer.data.decoding import MAX_PIXELS, PIXELS_OPENED
 from prx_composer.data.format import RESERVED
 from prx_composer.data.storage import is_included, relative_name
@@ -285,10 +285,3 @@ def check_one_split(files: list[str], settings: Settings) -> None:
         f"--input: {settings.input} holds several splits, and one data set would mix them ({counted}). {' '.join(advice)} "
         f"To mix them all the same: --include '{ALL}'."
     )
-
-
-def first(names: Iterable[str], count: int = 3) -> str:
-    """Return `a, b, c and 5 more`, for messages."""
-    names = list(names)
-    shown = ", ".join(names[:count])
-    return f"{shown} and {len(names) - count} more" if len(names) > count else shown

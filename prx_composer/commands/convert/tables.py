@@ -24,8 +24,8 @@ from prx_composer.commands.convert.records import (
     image_of,
     ranges,
 )
-from prx_composer.commands.convert.settings import Settings, first
-from prx_composer.common.errors import UserError
+from prx_composer.commands.convert.settings import Settings
+from prx_composer.common.errors import UserError, first
 from prx_composer.data.storage import fetched, is_remote, join, relative_name
 
 ROWS = 16  # decoded at a time

@@ -25,6 +25,7 @@ from prx_composer.commands.convert.settings import Settings, is_wanted
 from prx_composer.common.files import encoding_of, sync
 from prx_composer.data.decoding import JPEGS, BadImageError, decode, is_plain, open_image, oriented_size, resize
 from prx_composer.data.format import COLUMNS, assign_bucket, make_buckets
+from prx_composer.data.storage import INDEX, shards_in
 
 SHARD_BYTES = 1 << 26
 BUFFERED_BYTES = 1 << 28  # over all buckets of a unit: memory does not depend on how many there are
@@ -105,9 +106,8 @@ def _finish(writers: dict[str, BoundedWriter], folder: Path) -> dict[str, list[d
     shards = {}
     for bucket, writer in sorted(writers.items()):
         writer.finish()
-        index = folder / bucket / "index.json"
-        shards[bucket] = json.loads(index.read_text())["shards"]
-        index.unlink()
+        shards[bucket] = shards_in(folder / bucket)
+        (folder / bucket / INDEX).unlink()
         for file in (folder / bucket).iterdir():
             sync(file)
         sync(folder / bucket)

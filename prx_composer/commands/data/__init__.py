@@ -1,14 +1,12 @@
 """`prx data stats` and `prx data view`: look at a data set before training on it."""
 
-import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from prx_composer.common.errors import UserError
+from prx_composer.commands import write_json
 
 HELP = "Data sets: convert what you have into what is trained on, and look at it."
 
@@ -69,11 +67,7 @@ def print_statistics(options: StatsOptions) -> None:
     if file != "-":
         typer.echo(as_text(found))
     if file is not None:
-        content = json.dumps(found, indent=1)
-        try:
-            typer.echo(content) if file == "-" else Path(file).write_text(content + "\n")
-        except OSError as error:
-            raise UserError(f"--json {file} cannot be written: {error}") from error
+        write_json(found, file)
 
 
 def draw_samples(options: ViewOptions) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from prx_composer.common.errors import UserError
 from prx_composer.data.format import MANIFEST, Bucket, Manifest
-from prx_composer.data.storage import download, fetched, is_remote, join, remote_keys
+from prx_composer.data.storage import INDEX, download, fetched, is_remote, join, remote_keys
 from prx_composer.data.stored import ENCODED
 
-INDEX, CONVERSION = "index.json", "conversion.json"
+CONVERSION = "conversion.json"
 _FACTS = ("kind", "encoder", "revision", "storage", "width", "max_tokens", "image_size", "cut")  # of a stored column
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer import registry
+from prx_composer.commands import writing
 from prx_composer.commands.data.split import Split, open_split
 from prx_composer.common.errors import UserError, at_path, raise_all
 from prx_composer.common.pages import Text, Tile, contact_sheet, data_uri, picture, render, shown_factor
@@ -30,9 +31,10 @@ from prx_composer.models.prompts import readings
 from prx_composer.recipe import config
 from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.arguments import split as split_spec
+from prx_composer.recipe.consistency import PlannedStage
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.model_parts import made_tokenizer
-from prx_composer.training.components import PlannedStage, make_data
+from prx_composer.training.components import make_data
 from prx_composer.training.preflight import examine
 
 COLUMNS = 8
@@ -295,14 +297,12 @@ def check_output(path: str) -> None:
 
 def write_view(view: View, path: str) -> None:
     """Write a .png or .html file. Raise UserError if it cannot be written."""
-    try:
+    with writing(f"--output {path}"):
         if path.lower().endswith(".html"):
             Path(path).write_text(_page(view), encoding="utf-8")
         else:
             font_size = 11 if max(seen.size.width for seen in view.samples) < 256 else 14
             contact_sheet([_tile(seen, view.max_tokens) for seen in view.samples], COLUMNS, font_size).save(path)
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written: {error}") from error
 
 
 def title(view: View) -> str:

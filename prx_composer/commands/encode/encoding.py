@@ -32,6 +32,7 @@ from prx_composer.data.contents import column_contents
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import Bucket, Manifest, open_local
+from prx_composer.data.storage import INDEX, shards_in
 from prx_composer.data.stored import COLUMNS, RESULTS, StoredColumn, fingerprint, is_whole, manifest_path, pack, unpack
 from prx_composer.models.encoders import HuggingFaceTextEncoder, VisionEncoder, teacher_features, tokenize
 from prx_composer.models.prompts import readings
@@ -192,7 +193,7 @@ def _write_part(folder: Path, part: _Part, encoded: list[Encoded]) -> None:
         with MDSWriter(out=f"{temporary}/mds", columns=COLUMNS, size_limit=_LARGEST) as writer:
             for row in encoded:
                 writer.write({"shape": "x".join(map(str, row.shape)), "values": row.values})
-        shards = json.loads(Path(temporary, "mds", "index.json").read_text())["shards"]
+        shards = shards_in(Path(temporary, "mds"))
         if len(shards) != 1:
             raise UserError(f"--part: {len(encoded)} samples are too many for one shard of at most 4 GiB; give a smaller number.")
         (entry,) = shards
@@ -210,7 +211,7 @@ def _finish(folder: Path, column: StoredColumn, parts: list[_Part], images: Mani
     entries = {part: json.loads(part.file(folder, "json").read_text()) for part in parts}
     for bucket in images.buckets:
         index = {"version": 2, "shards": [entry["shard"] for part, entry in entries.items() if part.bucket == bucket]}
-        write_whole(folder / str(bucket) / "index.json", json.dumps(index, sort_keys=True).encode())
+        write_whole(folder / str(bucket) / INDEX, json.dumps(index, sort_keys=True).encode())
     errors, tokens, cut, lost = (
         sum(entry.get(key, 0) for entry in entries.values())  # an earlier version didn't count what is cut
         for key in ("errors", "tokens", "cut", "lost")

@@ -128,7 +128,8 @@ def check_exportable(model: TextToImage) -> None:
     if len(backbone.text_adapter):
         problems.append("model.backbone.text_adapter_depth: diffusers' PRX has no text adapter.")
     if backbone.fusion is not None:
-        problems.append("algorithms.sprint: diffusers' PRX has no place for its fusion.")
+        owner = getattr(backbone.router, "name", type(backbone.fusion).__name__)
+        problems.append(f"algorithms.{owner}: diffusers' PRX has no place for its fusion.")
     if len(backbone.conditioners):
         problems.append(f"backbone.conditioners: diffusers' PRX has no place for {', '.join(backbone.conditioners)}.")
     pixels = isinstance(model.autoencoder, Pixels)

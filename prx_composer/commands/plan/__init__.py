@@ -1,17 +1,14 @@
 """`prx plan`: what a run will take, before anything is rented."""
 
 import dataclasses
-import json
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option, echo
 
-from prx_composer.commands import RecipeArgument
+from prx_composer.commands import RecipeArgument, write_json
 from prx_composer.common.errors import UserError
 from prx_composer.schedule.moments import duration_string
 
@@ -117,7 +114,7 @@ def plan_recipe(options: PlanOptions) -> None:
     fitted = None if options.fit is None else fit(recipe, conditions, seconds(options.fit, "--fit"))
     plan = fitted.plan if fitted else make_plan(recipe, conditions)
     if options.json_file is not None:
-        _write_json(plan, fitted, options.json_file)
+        write_json(_as_json(plan, fitted), options.json_file)
     if options.json_file != "-":
         echo(as_text(plan) + (_fit_text(fitted) if fitted else ""))
 
@@ -125,8 +122,8 @@ def plan_recipe(options: PlanOptions) -> None:
 # ---------------------------------------------------------------------------------------------------------- JSON
 
 
-def _write_json(plan: "Plan", fitted: "Fit | None", file: str) -> None:
-    """Write a plan as JSON to a file or, for "-", to the terminal.
+def _as_json(plan: "Plan", fitted: "Fit | None") -> dict[str, Any]:
+    """Return a plan as JSON has it.
 
     Quantities are in the units of `Plan` and its parts, memory in bytes. The changes of a fitted schedule are in `fit`.
     """
@@ -139,14 +136,7 @@ def _write_json(plan: "Plan", fitted: "Fit | None", file: str) -> None:
     values |= {"training_hours": plan.training_hours, "images": plan.images, "fits_budget": plan.fits_budget}
     if fitted:
         values["fit"] = fitted.changes
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    if file == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(file).write_text(text)
-    except OSError as error:
-        raise UserError(f"--json: {file} cannot be written: {error}") from error
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------- text

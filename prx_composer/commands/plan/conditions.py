@@ -10,6 +10,7 @@ from typing import Any
 from prx_composer.common.errors import UserError, at_path, nearest
 from prx_composer.common.files import read_text
 from prx_composer.data.format import MANIFEST, Manifest
+from prx_composer.data.storage import INDEX, shards_in
 from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.config import Recipe
 
@@ -228,8 +229,8 @@ def stored_bytes(manifests: dict[Path, Manifest] | None, largest: int) -> tuple[
     for folder, manifest in (manifests or {}).items():
         samples += sum(manifest.buckets.values())
         for bucket in manifest.buckets:
-            index = folder / str(bucket) / "index.json"
-            for shard in json.loads(index.read_text())["shards"] if index.is_file() else ():
+            shards = folder / str(bucket)
+            for shard in shards_in(shards) if (shards / INDEX).is_file() else ():
                 total += (shard.get("zip_data") or shard["raw_data"])["bytes"]
     size = total / samples if total else JPEG_BYTES_PER_PIXEL * largest**2
     how = "the mean of the data in train_loader.path" if total else f"{JPEG_BYTES_PER_PIXEL} bytes a pixel (JPEG) at {largest} px"

@@ -149,6 +149,8 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         UserError: a recipe that cannot be planned, at its YAML path, or a throughput that lacks one of its image sizes.
     """
     check_parallelism(recipe.parallelism_config, conditions.num_gpus)
+    if recipe.train_loader.get("text_embedding"):
+        conditions = dataclasses.replace(conditions, stored_text=True)
     planned = MetaModel(recipe, conditions.stored_text, conditions.leave_out)
     manifests = read_manifests(recipe)
     samples, source = conditions.samples, "--samples"

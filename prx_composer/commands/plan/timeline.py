@@ -9,7 +9,7 @@ from typing import Any
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.consistency import STAGES, check_batch_sizes, stages_of
+from prx_composer.recipe.consistency import STAGES, check_batch_sizes, planned_stages, stages_of
 from prx_composer.schedule.moments import BATCH, BUDGET, DURATION, EPOCH, SECONDS, Moment, Point, ScheduleWindow
 
 _NEVER = 1 << 62  # steps
@@ -131,24 +131,23 @@ def timeline(recipe: Recipe, num_gpus: int, epoch: int | None) -> Timeline:
     if max_duration is None or max_duration.unit == DURATION:
         raise UserError(f"max_duration: {recipe.max_duration} must be a number of batches, epochs or samples, such as 1000ba.")
     line = Timeline([], max_duration, epoch)
-    listed = stages_of(vars(recipe))[1:] or [("", vars(recipe))]
-    if len(listed) > 1 and max_duration.unit == EPOCH:
+    stages = planned_stages(vars(recipe), num_gpus)
+    if len(stages) > 1 and max_duration.unit == EPOCH:
         raise UserError(
             f"max_duration: {recipe.max_duration} cannot be in epochs with {STAGES}, whose switch begins one; use ba."
         )
-    for path, stage in listed:
-        batch = stage["global_train_batch_size"]
-        microbatch = stage.get("device_train_microbatch_size") or max(batch // num_gpus, 1)
+    for stage in stages:
+        path, batch, microbatch = stage.path, stage.global_batch_size, stage.microbatch_size
         check_batch_sizes(path, batch, microbatch, num_gpus)
-        endless = Span(path, stage["image_size"], batch, microbatch, line.steps, _NEVER, line.samples)
+        endless = Span(path, stage.image_size, batch, microbatch, line.steps, _NEVER, line.samples)
         begun = dataclasses.replace(line, spans=[*line.spans, endless])  # where its end is looked for
         end = begun.place(max_duration)
         if end is None:
             raise UserError(
                 f"max_duration: {recipe.max_duration} is in epochs of data that isn't here; say how many images with --samples."
             )
-        if path != listed[-1][0]:  # the last goes on to the end of the run, whatever it says
-            end = min(end, _end(begun, stage.get("until"), path))
+        if stage.window.end is not None:
+            end = min(end, _end(begun, stage.window.end.text, path))
         if end <= line.steps:
             line.note(f"{path.rstrip('.') or 'the run'} has no step")
             continue
@@ -158,16 +157,16 @@ def timeline(recipe: Recipe, num_gpus: int, epoch: int | None) -> Timeline:
     return line
 
 
-def _end(line: Timeline, until: str | None, path: str) -> int:
+def _end(line: Timeline, until: str, path: str) -> int:
     """Return the step before which the last stage of a line ends; raise UserError if that can't be said."""
-    time = None if until is None else placeable(until, f"{path}until")
+    time = placeable(until, f"{path}until")
     step = None if time is None else line.place(time)
     if time is None or step is None:
         raise UserError(
             f"{path}until: {until} says nothing of steps, so that the stage's length cannot be planned; "
             "give one in ba, sp or dur, such as 100000ba or 0.5dur."
         )
-    if " or " in str(until):
+    if " or " in until:
         line.note(f"{path}until: {until} is taken as {time.text}")
     return step
 

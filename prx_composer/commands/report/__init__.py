@@ -1,7 +1,6 @@
 """`prx report`: a run as one page of facts, samples prompt by prompt, charts and stages."""
 
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from typer import Argument, Option, echo
 
+from prx_composer.commands import writing
 from prx_composer.common.errors import UserError
+from prx_composer.common.files import write_whole
 from prx_composer.schedule.moments import duration_string
 
 if TYPE_CHECKING:
@@ -61,12 +62,8 @@ def write_page(run_path: str, output: str | None = None, price: float | None = N
         raise UserError(f"--output {output} is a folder; name a file in it, such as {file / 'report.html'}.")
     run = read_run(run_path)
     page = make_page(run, price, title)
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, file)
-    except OSError as error:
-        raise UserError(f"--output {file} cannot be written: {error}") from error
+    with writing(f"--output {file}"):
+        write_whole(file, page.encode())
     return f"{file}: {len(page.encode()) / 1e6:.1f} MB, {run.history.steps:,} steps of {run.name}"
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from prx_composer.commands.plan.timeline import timeline
 from prx_composer.common.errors import UserError, redacted, redacted_text
 from prx_composer.recipe.config import Recipe
-from prx_composer.runs.folder import CONFIG, ENVIRONMENT
+from prx_composer.runs.folder import CONFIG, ENVIRONMENT, read_metrics
 
 METRICS = "metrics.jsonl"
 SHOWN_NEIGHBOURS = 5
@@ -222,16 +222,7 @@ def _recipe(folder: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines; what isn't one is left out."""
-    found = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+    return read_metrics(file) if file.exists() else []
 
 
 def _is_run(folder: Path) -> bool:

@@ -1,6 +1,5 @@
 """Whether the data can serve every stage: splits, columns, shards, buckets and a first look at the images."""
 
-import json
 import os
 import tempfile
 from collections import Counter
@@ -8,20 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prx_composer.common.errors import UserError, at_path, raise_all
+from prx_composer.common.errors import UserError, at_path, first, raise_all
 from prx_composer.data.contents import LeftOut, SkipList, said_of_skipped
 from prx_composer.data.dataset import leave_out, read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local
 from prx_composer.data.mixture import Shares
 from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
+from prx_composer.data.storage import INDEX, shards_in
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
 from prx_composer.models.prompts import not_to_be_stored
 from prx_composer.recipe.arguments import data_sets, weights_of
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.consistency import schedule_problems
+from prx_composer.recipe.consistency import PlannedStage, schedule_problems, stages_of
 from prx_composer.schedule.moments import ScheduleWindow
-from prx_composer.training.components import Components, Making, PlannedStage, unmade_sources
+from prx_composer.training.components import Components, Making, unmade_sources
 from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
 
 REMOTE_TIMEOUT = 20.0  # seconds for a manifest of a few kilobytes
@@ -114,7 +114,7 @@ def _check_enough(recipe: Recipe, samples: int, stages: list[PlannedStage]) -> I
 
 def _check_epochs(recipe: Recipe, samples: int) -> Iterator[Result]:
     """Check what the recipe says in epochs, now that their length is known; all but what could be said without."""
-    if recipe.algorithms.get("progressive_resolution"):
+    if stages_of(vars(recipe))[1:]:
         return
     known = schedule_problems(vars(recipe))
     found = schedule_problems(vars(recipe), samples / recipe.global_train_batch_size)
@@ -214,9 +214,9 @@ def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, An
     problems, broken, shards, lost, total = [], [], 0, 0, sum(manifest.buckets.values())
     wanted = {"image", *(spec.get("captions") or manifest.captions), *manifest.features.keys() & {*(spec.get("features") or [])}}
     for bucket, count in manifest.buckets.items():
-        index = folder / str(bucket) / "index.json"
+        index = folder / str(bucket) / INDEX
         try:
-            listed = json.loads(index.read_text())["shards"]
+            listed = shards_in(index.parent)
             files = [(shard["raw_data"]["basename"], int(shard["raw_data"]["bytes"]), int(shard["samples"])) for shard in listed]
             sizes = _sizes(index.parent, {str(Path(name).parent) for name, *_ in files})
             samples = sum(int(shard["samples"]) for shard in listed)
@@ -237,8 +237,7 @@ def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, An
         if lacking := sorted(wanted - columns):
             problems.append(f"{key}: the shards of bucket {bucket} have no column {', '.join(lacking)}; convert the data again.")
     if broken:
-        named = ", ".join(broken[:NAMED]) + (f" and {len(broken) - NAMED} more" if len(broken) > NAMED else "")
-        said = f"{len(broken)} of {counted(shards, 'shard file')} in {folder} missing or cut short: {named}."
+        said = f"{len(broken)} of {counted(shards, 'shard file')} in {folder} missing or cut short: {first(broken, NAMED)}."
         if not problems and lost <= spec.get("max_undecodable", 0.01) * total:
             instead = f"Training takes others for their {lost:,} samples ({lost / total:.2%}, within max_undecodable)"
             return f"{counted(shards - len(broken), 'shard file')} there and whole by size", f"{said} {instead}"
@@ -300,8 +299,8 @@ def _check_sizes(
     )
     if uneven:
         yield failed(
-            f"{key}: {counted(len(uneven), 'bucket')} cannot be cut into patches of {multiple}: {some(uneven)}. Convert the data "
-            "with that multiple, or change model.backbone.patch_size."
+            f"{key}: {counted(len(uneven), 'bucket')} cannot be cut into patches of {multiple}: {first(uneven, NAMED)}. Convert "
+            "the data with that multiple, or change model.backbone.patch_size."
         )
 
 
@@ -348,7 +347,7 @@ def _of_one(key: str, buckets: Mapping[Bucket, int], stage: PlannedStage) -> Ite
             key,
             f"{len(small)} of {counted(len(buckets), 'bucket')}, with {sum(small.values()) / total:.1%} of the "
             f"samples, hold fewer than a batch of {batch_size} ({stage.image_size} px) and fill it by repetition: "
-            f"{some(list(small))}. A sample of {rarest} is seen up to {-(-batch_size // small[rarest])} times an epoch; "
+            f"{first(small, NAMED)}. A sample of {rarest} is seen up to {-(-batch_size // small[rarest])} times an epoch; "
             "convert the data into fewer buckets if that matters",
         )
     if waiting := sum(count % batch_size for count in buckets.values() if count >= batch_size):
@@ -373,15 +372,10 @@ def _of_mixture(
         yield warned(
             key,
             f"{len(rare)} of {counted(len(buckets), 'bucket')} are due less than a batch of {batch_size} in an epoch "
-            f"({stage.image_size} px): {some(list(rare))}. Each has its first batch at once, then as its share comes up: "
+            f"({stage.image_size} px): {first(rare, NAMED)}. Each has its first batch at once, then as its share comes up: "
             f"{rarest} in one of {float(1 / rare[rarest]):,.1f} epochs, a sample up to {-(-batch_size // total[rarest])} times "
             "in it; convert the data into fewer buckets if that matters",
         )
-
-
-def some(buckets: list[Bucket]) -> str:
-    """Return some of the buckets by name, and how many more there are."""
-    return ", ".join(map(str, buckets[:NAMED])) + (f" and {len(buckets) - NAMED} more" if len(buckets) > NAMED else "")
 
 
 def counted(number: int, noun: str) -> str:

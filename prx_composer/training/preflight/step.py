@@ -24,8 +24,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from prx_composer.algorithms.base import Trick
-from prx_composer.algorithms.resolution import ProgressiveResolution
-from prx_composer.algorithms.token_routing import TokenRouting
 from prx_composer.common.distributed import from_rank_zero, unwrapped
 from prx_composer.common.errors import UserError, problems_of
 from prx_composer.data.format import Bucket
@@ -33,8 +31,9 @@ from prx_composer.data.loader import ImageCaptionLoader, channels_first
 from prx_composer.data.sampler import SampleRequest
 from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.recipe.config import Recipe
+from prx_composer.recipe.consistency import PlannedStage, planned_stages
 from prx_composer.schedule.moments import ScheduleWindow
-from prx_composer.training.components import PlannedStage, planned_stages
+from prx_composer.training.meta_model import bytes_of, state_after_a_step
 from prx_composer.training.preflight import Result, failed, passed, require, skipped
 
 log = logging.getLogger(__name__)
@@ -81,8 +80,10 @@ def try_steps(trainer: Trainer, recipe: Recipe) -> list[Result]:
     state = trainer.state
     if not isinstance(state.train_dataloader, ImageCaptionLoader):
         return [skipped("step", "the train_loader is not of this package")]
-    loader, results, tried, peak = state.train_dataloader, [], [], 0
+    loader, results, tried, peak, optimizer_bytes = state.train_dataloader, [], [], 0, 0
     with undisturbed(state), ExitStack() as stage_context:
+        if state.device.name == "gpu":
+            optimizer_bytes = sum(bytes_of(state_after_a_step(one)[0]) for one in state.optimizers if not one.state)
         stage = None
         for step in _steps(state, recipe, loader):
             if step.stage is not stage:  # a teacher of one stage does not lie on the GPU in another
@@ -90,7 +91,7 @@ def try_steps(trainer: Trainer, recipe: Recipe) -> list[Result]:
                 stage_context.enter_context(returned_afterwards())
                 stage = step.stage
             try:
-                step_peak = _try(state, step, loader)
+                step_peak = _try(state, step, loader, optimizer_bytes)
             except UserError as error:
                 results.extend(map(failed, problems_of(error)))
                 if is_sharded(state):  # the ranks may be at different collectives
@@ -112,7 +113,9 @@ def try_steps(trainer: Trainer, recipe: Recipe) -> list[Result]:
 def _steps(state: State, recipe: Recipe, loader: ImageCaptionLoader) -> Iterator[_Step]:
     dataset, model = loader.dataset, unwrapped(state.model)
     multiple = model.backbone.patch_size * model.autoencoder.downsampling
-    for stage in planned_stages(recipe, list(state.algorithms), dist.get_world_size())[_first_stage(state) :]:
+    for stage in planned_stages(vars(recipe), dist.get_world_size()):
+        if stage.window.is_over(state):  # before a resumed run goes on
+            continue
         sizes = [bucket.at(stage.image_size, dataset.image_size, multiple) for bucket in dataset.buckets]
         there = [index for index, count in enumerate(dataset.counts) if count]  # a skip list may leave nothing of one
         for number, index in enumerate(there[place] for place in extremes([sizes[index] for index in there])):
@@ -121,23 +124,19 @@ def _steps(state: State, recipe: Recipe, loader: ImageCaptionLoader) -> Iterator
                 yield _Step(stage, index, sizes[index], dense=True)
 
 
-def _first_stage(state: State) -> int:
-    """Return the index of the stage that a resumed run is in."""
-    for algorithm in state.algorithms:
-        if isinstance(algorithm, ProgressiveResolution):
-            return next(i for i, stage in enumerate(algorithm.stages) if stage is algorithm.stage)
-    return 0
-
-
-def _try(state: State, step: _Step, loader: ImageCaptionLoader) -> int:
+def _try(state: State, step: _Step, loader: ImageCaptionLoader, optimizer_bytes: int) -> int:
     """Return the peak of memory in bytes, 0 without a GPU.
+
+    Args:
+        optimizer_bytes: what the optimizer will keep, beside what it keeps already.
 
     Raises:
         UserError: whatever went wrong.
     """
     try:
         with switched(state, step.stage.window, step.dense):
-            return _run(state, step, channels_first(state.device.batch_to_device(_microbatch(loader, step))))
+            batch = channels_first(state.device.batch_to_device(_microbatch(loader, step)))
+            return _run(state, step, batch, optimizer_bytes)
     except UserError:
         raise
     except Exception as error:  # of anybody's loss
@@ -161,15 +160,14 @@ def _try(state: State, step: _Step, loader: ImageCaptionLoader) -> int:
     raise UserError(problem)
 
 
-def _run(state: State, step: _Step, batch: Any) -> int:
+def _run(state: State, step: _Step, batch: Any, optimizer_bytes: int) -> int:
     on_gpu = state.device.name == "gpu"
     passes = 1
     ballast: list[torch.Tensor] = []
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         passes += step.stage.device_batch_size > step.stage.microbatch_size
-        for optimizer in state.optimizers:
-            ballast.append(torch.empty(optimizer_state_bytes(optimizer), dtype=torch.uint8, device=torch.cuda.current_device()))
+        ballast.append(torch.empty(optimizer_bytes, dtype=torch.uint8, device=torch.cuda.current_device()))
     losses = {}
     for _ in range(passes):
         losses = forward_and_backward(state, batch)
@@ -277,13 +275,13 @@ def switched(state: State, window: ScheduleWindow, dense: bool = False) -> Itera
     """Put tricks that may act inside of `window` on, and the others off; afterwards they are as they were.
 
     Args:
-        dense: routers are off, for the part of the window in which they don't act.
+        dense: tricks that save memory, such as routers, are off, for the part of the window in which they don't act.
     """
     model = unwrapped(state.model)
     tricks = [algorithm for algorithm in state.algorithms if isinstance(algorithm, Trick)]
     try:
         for trick in tricks:
-            trick.set_active(model, _may_act(trick, window, state) and not (dense and isinstance(trick, TokenRouting)))
+            trick.set_active(model, _may_act(trick, window, state) and not (dense and trick.saves_memory))
         yield
     finally:
         for trick in tricks:
@@ -295,27 +293,15 @@ def _may_act(trick: Trick, window: ScheduleWindow, state: State) -> bool:
 
 
 def is_sometimes_dense(state: State, window: ScheduleWindow) -> bool:
-    """Return whether a router that may act inside of `window` may also be off there."""
+    """Return whether a trick that saves memory, such as a router, may act inside of `window` and may also be off there."""
     for algorithm in state.algorithms:
-        if isinstance(algorithm, TokenRouting) and _may_act(algorithm, window, state):
+        if isinstance(algorithm, Trick) and algorithm.saves_memory and _may_act(algorithm, window, state):
             own = algorithm.window
             begins = own.start.surely_by(window.start)
             lasts = own.end is None or (window.end is not None and window.end.surely_by(own.end))
-            return not (begins and lasts)
+            if not (begins and lasts):
+                return True
     return False
-
-
-def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes that an optimizer will keep on this rank: a momentum for Muon's matrices, else two moments."""
-    if optimizer.state:
-        return 0
-    size = 0
-    for group in optimizer.param_groups:
-        copies = 1 if group.get("algorithm") == "muon" else 2
-        for parameter in group["params"]:
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            size += copies * local.numel() * local.element_size()
-    return size
 
 
 # ------------------------------------------------------------------------------------------------- before training
