@@ -3,7 +3,7 @@
 import logging
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores, and most of what they do is to start processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores, and most of what they do is to start processes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
