@@ -77,6 +77,10 @@ class WholeStream(Stream):
         return False
 
 
+class BrokenShardError(ValueError):
+    """A shard that is not there (any more), or whose bytes are not what its index says."""
+
+
 class BucketRows:
     """The shards of every bucket below a folder.
 
@@ -99,10 +103,16 @@ class BucketRows:
             self.counts = [int(count) for count in self._streaming.samples_per_stream]
 
     def row(self, bucket: int, index: int) -> dict[str, Any]:
-        """Return row `index` of the bucket with that place in `buckets`."""
-        if self._streaming is None:
-            return self._local[bucket][index]
-        return self._streaming[sum(self.counts[:bucket]) + index]
+        """Return row `index` of the bucket with that place in `buckets`. Raise BrokenShardError if its file cannot be read."""
+        if self._streaming is not None:
+            return self._streaming[sum(self.counts[:bucket]) + index]
+        rows = self._local[bucket]
+        try:
+            return rows[index]
+        except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:  # whatever bytes lead to
+            shard = rows.shards[rows.spanner[index][0]]
+            file = Path(shard.dirname, shard.split, shard.file_pairs[0][0].basename)
+            raise BrokenShardError(f"the shard {file} cannot be read") from error
 
     def keys(self) -> Iterator[Iterator[str]] | None:
         """Return the keys of all rows by bucket, which fetches every shard; None if the shards are here."""
@@ -276,7 +286,7 @@ class ImageCaptionDataset(BucketedDataset):
         self._seed = seed
         self._max_undecodable = max_undecodable
         self._counters = torch.zeros(max_workers + 1, 2, dtype=torch.int64).share_memory_()  # seen, undecodable
-        self._named: set[int] = set()
+        self._named = set[int | str]()
 
     @property
     def undecodable(self) -> int:
@@ -288,20 +298,25 @@ class ImageCaptionDataset(BucketedDataset):
         `sample_id` is that of the sample that was really used. In evaluation `counted` says whether it is to be measured.
         """
         _, bucket, place = self.locate(request.sample_id)
+        first = request.sample_id - place
         count, skipped = self.stored[0][bucket], self.skipped[0][bucket]
         for attempt in range(count):
             index = (place + attempt) % count
             if attempt and index in skipped:
                 continue
-            sample_id = request.sample_id - place + index
-            row = self._rows.row(bucket, index)
+            sample_id, row = first + index, {}
             self._count(seen=1)
             try:
+                row = self._rows.row(bucket, index)
                 seen = {"image": decode_image(row["image"], request.height, request.width)} if self.images else {}
                 if self.latent_columns:
                     seen["latent"] = self._latents[bucket, Bucket(request.height, request.width)].read(bucket, index)
             except UNDECODABLE as error:
-                instead = "the next of its bucket takes its place" if request.counted is None else "evaluation leaves it out"
+                taker = "the next"
+                if isinstance(error, BrokenShardError):  # the next ones are in it too: go on anywhere in the bucket
+                    draw = np.random.default_rng([self._seed, request.epoch, request.sample_id, 2, attempt])
+                    place, taker = int(draw.integers(count)) - attempt - 1, "another"
+                instead = f"{taker} of its bucket takes its place" if request.counted is None else "evaluation leaves it out"
                 self._note_undecodable(sample_id, row.get("key", ""), error, instead)
                 continue
             column = self.choose_caption(sample_id, request.epoch)
@@ -357,8 +372,9 @@ class ImageCaptionDataset(BucketedDataset):
 
     def _note_undecodable(self, sample_id: int, key: str, error: Exception, instead: str) -> None:
         self._count(undecodable=1)
-        if sample_id not in self._named:
-            self._named.add(sample_id)
+        named = str(error) if isinstance(error, BrokenShardError) else sample_id  # a shard once
+        if named not in self._named:
+            self._named.add(named)
             log.warning("Sample %d (%s) cannot be decoded, %s: %s", sample_id, key, instead, error)
         seen, undecodable = self._counters.sum(0).tolist()
         if seen >= MIN_SEEN_FOR_RATE and undecodable > self._max_undecodable * seen:

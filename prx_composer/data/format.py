@@ -284,11 +284,16 @@ class BucketWriter:
 
 
 def iterate_captions(folder: Path, column: str) -> Iterator[str]:
-    """Yield the captions of a local split, in order, without decoding an image."""
+    """Yield the captions of a local split, in order, without decoding an image. Raise UserError if they cannot be read."""
     for bucket in Manifest.read(folder).buckets:
         dataset = open_local(folder / str(bucket))
         for index in range(len(dataset)):
-            yield dataset[index][column]
+            try:
+                yield dataset[index][column]
+            except (OSError, ValueError, LookupError) as error:
+                raise UserError(
+                    f"{folder / str(bucket)}: captions cannot be read ({error}); copy or convert the data again."
+                ) from error
 
 
 def open_local(folder: Path) -> "LocalDataset":

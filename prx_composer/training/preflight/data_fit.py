@@ -143,9 +143,10 @@ def _check_data_set(
 ) -> Iterator[Result]:
     path, name = spec["path"], spec.get("split", "train")
     folder = Path(path) / name
-    facts = [f"{sum(manifest.buckets.values()):,} samples in {counted(len(manifest.buckets), 'bucket')}"]
+    facts, broken = [f"{sum(manifest.buckets.values()):,} samples in {counted(len(manifest.buckets), 'bucket')}"], None
     if not spec.get("remote"):
-        facts.append(_check_shards(key, folder, manifest, spec))
+        fact, broken = _check_shards(key, folder, manifest, spec)
+        facts.append(fact)
     captions = spec.get("captions") or {manifest.captions[0]: 1}
     facts.append(f"captions: {', '.join(captions)}")
     stored = spec.get("text_embedding")
@@ -167,6 +168,8 @@ def _check_data_set(
         yield from _check_latents(key, latents, manifest, image_sizes, multiple)
     if spec.get("remote"):
         yield skipped(f"{key}: shards and images", f"they lie on {spec['remote']}")
+    elif broken:
+        yield warned(key, broken)
     else:
         yield from _check_images(key, folder, manifest)
 
@@ -199,28 +202,32 @@ def _read_manifest(key: str, spec: dict[str, Any]) -> Manifest:
 # ---------------------------------------------------------------------------------------------------------- shards
 
 
-def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, Any]) -> str:
-    """Compare what lies in the folder with the index of every bucket, by name and size; return what was looked at.
+def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, Any]) -> tuple[str, str | None]:
+    """Compare what lies in the folder with the index of every bucket, by name and size.
+
+    Return what was looked at, and what is to be said of files that are missing or cut short, if training survives that.
 
     Raises:
-        UserError: files that are missing or cut short, an index with other samples or columns than the manifest's.
+        UserError: more of the samples in such files than `max_undecodable`, an index with other samples or columns than the
+            manifest's.
     """
-    problems, broken, shards = [], [], 0
+    problems, broken, shards, lost, total = [], [], 0, 0, sum(manifest.buckets.values())
     wanted = {"image", *(spec.get("captions") or manifest.captions), *manifest.features.keys() & {*(spec.get("features") or [])}}
     for bucket, count in manifest.buckets.items():
         index = folder / str(bucket) / INDEX
         try:
             listed = shards_in(index.parent)
-            files = [(shard["raw_data"]["basename"], int(shard["raw_data"]["bytes"])) for shard in listed]
-            sizes = _sizes(index.parent, {str(Path(name).parent) for name, _ in files})
+            files = [(shard["raw_data"]["basename"], int(shard["raw_data"]["bytes"]), int(shard["samples"])) for shard in listed]
+            sizes = _sizes(index.parent, {str(Path(name).parent) for name, *_ in files})
             samples = sum(int(shard["samples"]) for shard in listed)
             columns = set(listed[0]["column_names"]) if listed else set()
         except (OSError, ValueError, KeyError, TypeError) as error:
             problems.append(f"{key}: {index} cannot be read ({error}); copy or convert bucket {bucket} again.")
             continue
         shards += len(files)
-        for name, size in files:
+        for name, size, held in files:
             if sizes.get(name) != size:
+                lost += held
                 state = f"{sizes[name]:,} of {size:,} bytes" if name in sizes else "missing"
                 broken.append(f"{bucket}/{name} ({state})")
         if samples != count:
@@ -230,12 +237,13 @@ def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, An
         if lacking := sorted(wanted - columns):
             problems.append(f"{key}: the shards of bucket {bucket} have no column {', '.join(lacking)}; convert the data again.")
     if broken:
-        problems.append(
-            f"{key}: {len(broken)} of {counted(shards, 'shard file')} in {folder} missing or cut short: {first(broken, NAMED)}. "
-            "Copy or convert them again."
-        )
+        said = f"{len(broken)} of {counted(shards, 'shard file')} in {folder} missing or cut short: {first(broken, NAMED)}."
+        if not problems and lost <= spec.get("max_undecodable", 0.01) * total:
+            instead = f"Training takes others for their {lost:,} samples ({lost / total:.2%}, within max_undecodable)"
+            return f"{counted(shards - len(broken), 'shard file')} there and whole by size", f"{said} {instead}"
+        problems.append(f"{key}: {said} Copy or convert them again.")
     raise_all(problems)
-    return f"{counted(shards, 'shard file')}, all there and whole by size"
+    return f"{counted(shards, 'shard file')}, all there and whole by size", None
 
 
 def _sizes(folder: Path, below: set[str]) -> dict[str, int]:
