@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import read_lines, write_whole
-from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local
+from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local, read_row
 from prx_composer.data.storage import INDEX, RawShard, download, join, shards_in
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def _column_contents(split: Path, column: str, at_most: int, states: tuple[tuple
         count = len(stored)
         digest.update(f"{bucket} {count} ".encode())
         for place in range(count) if exact else sorted({number * (count - 1) // (_ROWS - 1) for number in range(_ROWS)}):
-            value = stored[place][column]
+            value = read_row(stored, place)[column]
             value = value.encode() if isinstance(value, str) else value
             digest.update(len(value).to_bytes(8, "little") + value)
     return digest.hexdigest()
@@ -192,14 +192,15 @@ def split_identity(folder: Path) -> dict[str, Any] | None:
     """Return what tells a split from others, or None if there is none or not all of it.
 
     `layout` is of captions, buckets, and the samples and bytes of every shard. `content` is of the first and last 64 KiB of up to
-    64 shards; it is null where shards are still to be fetched or unpacked. A folder that was moved or copied keeps both.
+    64 shards; it is null where one of them is lost or cut short, or still to be fetched or unpacked. A folder that was moved or
+    copied keeps both.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         names = sorted(name for name, count in manifest["buckets"].items() if count)
         shards = [(name, shard) for name in names for shard in shards_in(folder / name)]
         sizes = [(name, shard["samples"], shard["raw_data"]["bytes"]) for name, shard in shards]
-        files = [folder / name / shard["raw_data"]["basename"] for name, shard in shards]
+        files = {folder / name / shard["raw_data"]["basename"]: int(shard["raw_data"]["bytes"]) for name, shard in shards}
         layout = [manifest["image_size"], list(manifest["captions"]), sizes]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -207,13 +208,15 @@ def split_identity(folder: Path) -> dict[str, Any] | None:
     return {"samples": sum(count for _, count, _ in sizes), "layout": digest[:16], "content": _content(files)}
 
 
-def _content(files: list[Path]) -> str | None:
+def _content(files: Mapping[Path, int]) -> str | None:
     digest = hashlib.sha256()
-    for file in files[:: max(-(-len(files) // _SHARDS), 1)]:
+    for file in [*files][:: max(-(-len(files) // _SHARDS), 1)]:
         try:
+            if file.stat().st_size != files[file]:
+                return None
             with file.open("rb") as opened:
                 digest.update(opened.read(_BYTES))
-                opened.seek(max(file.stat().st_size - _BYTES, 0))
+                opened.seek(max(files[file] - _BYTES, 0))
                 digest.update(opened.read(_BYTES))
         except OSError:
             return None

@@ -4,6 +4,7 @@ What cannot be decoded is counted, named and replaced.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from torch.utils.data import get_worker_info
 from prx_composer.common.errors import UserError
 from prx_composer.data.contents import KEYS, LeftOut, SkipList, fetch_if_there, fetch_manifest, key_hashes
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import MANIFEST, Bucket, Manifest, check_shards, open_local
+from prx_composer.data.format import MANIFEST, BrokenShardError, Bucket, Manifest, check_shards, open_local, read_row
 from prx_composer.data.sampler import BucketedDataset, SampleRequest
 from prx_composer.data.stored import (
     ENCODED,
@@ -77,10 +78,6 @@ class WholeStream(Stream):
         return False
 
 
-class BrokenShardError(ValueError):
-    """A shard that is not there (any more), or whose bytes are not what its index says."""
-
-
 class BucketRows:
     """The shards of every bucket below a folder.
 
@@ -103,16 +100,10 @@ class BucketRows:
             self.counts = [int(count) for count in self._streaming.samples_per_stream]
 
     def row(self, bucket: int, index: int) -> dict[str, Any]:
-        """Return row `index` of the bucket with that place in `buckets`. Raise BrokenShardError if its file cannot be read."""
+        """Return row `index` of the bucket with that place in `buckets`. Raise BrokenShardError if its shard cannot be read."""
         if self._streaming is not None:
             return self._streaming[sum(self.counts[:bucket]) + index]
-        rows = self._local[bucket]
-        try:
-            return rows[index]
-        except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:  # whatever bytes lead to
-            shard = rows.shards[rows.spanner[index][0]]
-            file = Path(shard.dirname, shard.split, shard.file_pairs[0][0].basename)
-            raise BrokenShardError(f"the shard {file} cannot be read") from error
+        return read_row(self._local[bucket], index)
 
     def keys(self) -> Iterator[Iterator[str]] | None:
         """Return the keys of all rows by bucket, which fetches every shard; None if the shards are here."""
@@ -170,6 +161,7 @@ def leave_out(skip: SkipList, folder: Path, remote: str | None = None, rows: Buc
 
 
 MIN_SEEN_FOR_RATE = 500
+_NEAR = 3  # samples in a row that cannot be decoded, before one from elsewhere takes the place
 
 
 class UndecodableError(UserError):
@@ -298,41 +290,48 @@ class ImageCaptionDataset(BucketedDataset):
         `sample_id` is that of the sample that was really used. In evaluation `counted` says whether it is to be measured.
         """
         _, bucket, place = self.locate(request.sample_id)
-        first = request.sample_id - place
+        first, step, stepping = request.sample_id - place, 1, "the next"
         count, skipped = self.stored[0][bucket], self.skipped[0][bucket]
-        for attempt in range(count):
-            index = (place + attempt) % count
+        for attempt in range(count + _NEAR):
+            index = (place + attempt * step) % count
             if attempt and index in skipped:
                 continue
             sample_id, row = first + index, {}
+            column = self.choose_caption(sample_id, request.epoch)
             self._count(seen=1)
             try:
                 row = self._rows.row(bucket, index)
-                seen = {"image": decode_image(row["image"], request.height, request.width)} if self.images else {}
-                if self.latent_columns:
-                    seen["latent"] = self._latents[bucket, Bucket(request.height, request.width)].read(bucket, index)
+                seen = self._read(row, bucket, index, column, request)
             except UNDECODABLE as error:
-                taker = "the next"
-                if isinstance(error, BrokenShardError):  # the next ones are in it too: go on anywhere in the bucket
-                    draw = np.random.default_rng([self._seed, request.epoch, request.sample_id, 2, attempt])
-                    place, taker = int(draw.integers(count)) - attempt - 1, "another"
-                instead = f"{taker} of its bucket takes its place" if request.counted is None else "evaluation leaves it out"
+                if step == 1 and (isinstance(error, BrokenShardError) or attempt + 1 >= _NEAR):
+                    # The next ones are in the same shard, or the same damage: go on anywhere in the bucket, through all of it.
+                    draw = np.random.default_rng([self._seed, request.epoch, request.sample_id, 2])
+                    step, stepping = coprime(int(draw.integers(1, max(count, 2))), count), "another"
+                    place = int(draw.integers(count)) - attempt * step
+                instead = f"{stepping} of its bucket takes its place" if request.counted is None else "evaluation leaves it out"
                 self._note_undecodable(sample_id, row.get("key", ""), error, instead)
                 continue
-            column = self.choose_caption(sample_id, request.epoch)
-            features = {
-                # A copy of what is in the row, whose memory is read-only.
-                name: self._features[name].read(bucket, index) if name in self._features else torch.tensor(row[name])
-                for name in self.features
-            }
-            caption = self.read_caption(row, column, sample_id, request.epoch)
-            sample = {**seen, "caption": caption, "sample_id": sample_id, "features": features}
+            sample = {**seen, "caption": self.read_caption(row, column, sample_id, request.epoch), "sample_id": sample_id}
             if request.counted is not None:  # another sample in its place is measured in its own
                 sample["counted"] = request.counted and attempt == 0
-            if column in self._texts:
-                sample["text_embedding"] = self._texts[column].read(bucket, index)
             return sample
         raise UndecodableError(f"None of the {count} images of bucket {self.buckets[bucket]} can be decoded.")
+
+    def _read(self, row: dict[str, Any], bucket: int, index: int, column: str, request: SampleRequest) -> dict[str, Any]:
+        """Return what a sample has beside its caption, of its row and of what is stored beside the images."""
+        found: dict[str, Any] = {}
+        if self.images:
+            found["image"] = decode_image(row["image"], request.height, request.width)
+        if self.latent_columns:
+            found["latent"] = self._latents[bucket, Bucket(request.height, request.width)].read(bucket, index)
+        found["features"] = {
+            # A copy of what is in the row, whose memory is read-only.
+            name: self._features[name].read(bucket, index) if name in self._features else torch.tensor(row[name])
+            for name in self.features
+        }
+        if column in self._texts:
+            found["text_embedding"] = self._texts[column].read(bucket, index)
+        return found
 
     def look_at(self, request: SampleRequest) -> dict[str, Any]:
         counters, named = self._counters.clone(), set(self._named)
@@ -372,7 +371,7 @@ class ImageCaptionDataset(BucketedDataset):
 
     def _note_undecodable(self, sample_id: int, key: str, error: Exception, instead: str) -> None:
         self._count(undecodable=1)
-        named = str(error) if isinstance(error, BrokenShardError) else sample_id  # a shard once
+        named = str(error.file) if isinstance(error, BrokenShardError) else sample_id
         if named not in self._named:
             self._named.add(named)
             log.warning("Sample %d (%s) cannot be decoded, %s: %s", sample_id, key, instead, error)
@@ -387,3 +386,10 @@ class ImageCaptionDataset(BucketedDataset):
         if self.left_out is None:
             return {"counts": self.counts}
         return {"counts": self.counts, "skip": f"those of {self.left_out.skip.digest}"}
+
+
+def coprime(number: int, count: int) -> int:
+    """Return the first from a number on by which steps through `count` places, around and around, come to all of them."""
+    while math.gcd(number, count) != 1:
+        number += 1
+    return number

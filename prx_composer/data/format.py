@@ -286,14 +286,34 @@ class BucketWriter:
 def iterate_captions(folder: Path, column: str) -> Iterator[str]:
     """Yield the captions of a local split, in order, without decoding an image. Raise UserError if they cannot be read."""
     for bucket in Manifest.read(folder).buckets:
-        dataset = open_local(folder / str(bucket))
-        for index in range(len(dataset)):
+        rows = open_local(folder / str(bucket))
+        for index in range(len(rows)):
             try:
-                yield dataset[index][column]
-            except (OSError, ValueError, LookupError) as error:
-                raise UserError(
-                    f"{folder / str(bucket)}: captions cannot be read ({error}); copy or convert the data again."
-                ) from error
+                yield read_row(rows, index)[column]
+            except BrokenShardError as error:
+                raise UserError(f"{error}, so captions are missing; copy or convert the data again.") from error
+
+
+class BrokenShardError(ValueError):
+    """A shard that is not there (any more), or whose bytes are not what its index says.
+
+    Args:
+        file: of the shard.
+        cause: what reading it raised.
+    """
+
+    def __init__(self, file: Path, cause: Exception):
+        super().__init__(f"the shard {file} cannot be read ({type(cause).__name__}: {cause})")
+        self.file = file
+
+
+def read_row(rows: "LocalDataset", index: int) -> dict[str, Any]:
+    """Return a row of `open_local`. Raise BrokenShardError if it cannot be read."""
+    try:
+        return rows[index]
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:  # whatever wrong bytes lead to
+        shard = rows.shards[rows.spanner[index][0]]
+        raise BrokenShardError(Path(shard.dirname, shard.split, shard.file_pairs[0][0].basename), error) from error
 
 
 def open_local(folder: Path) -> "LocalDataset":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.data.contents import column_contents
-from prx_composer.data.format import MANIFEST, Bucket
+from prx_composer.data.format import MANIFEST, BrokenShardError, Bucket
 from prx_composer.models.encoders import HuggingFaceTextEncoder
 from prx_composer.models.prompts import cleaning_of
 
@@ -109,12 +109,21 @@ def read_column(folder: Path, kind: str, path: str, remote: bool = False) -> Sto
         raise UserError(f"{path}: {folder} holds {column.kind}, not {kind}.")
     if column.data is None:
         log.warning("%s doesn't say of which data it was made. If they may have changed since, encode them again.", folder)
-    elif not remote and column.data != column_contents(folder.parents[2], folder.name):
+    elif not remote and column.data != _data_there(column, folder):
         raise UserError(
             f"{path}: {folder} was made of other data than lies beside it: its column {folder.name!r} has changed. Delete that "
             f"folder and encode again with `prx encode {kind}`."
         )
     return column
+
+
+def _data_there(column: StoredColumn, folder: Path) -> str | None:
+    """Return the fingerprint of what a column was made of; its own, and a warning, if a broken shard keeps it from being read."""
+    try:
+        return column_contents(folder.parents[2], folder.name)
+    except BrokenShardError as error:
+        log.warning("Whether %s was made of the data beside it is not compared: %s.", folder, error)
+        return column.data
 
 
 def is_whole(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from prx_composer.common.errors import UserError, at_path, first, raise_all
 from prx_composer.data.contents import LeftOut, SkipList, said_of_skipped
 from prx_composer.data.dataset import leave_out, read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local
+from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local, read_row
 from prx_composer.data.mixture import Shares
 from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
 from prx_composer.data.storage import INDEX, shards_in
@@ -20,6 +20,7 @@ from prx_composer.models.prompts import not_to_be_stored
 from prx_composer.recipe.arguments import data_sets, weights_of
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import PlannedStage, schedule_problems, stages_of
+from prx_composer.runs.folder import TOKENIZER
 from prx_composer.schedule.moments import ScheduleWindow
 from prx_composer.training.components import Components, Making, unmade_sources
 from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
@@ -76,6 +77,8 @@ def _check_loader(key: str, parts: Components, to_be_made: set[str]) -> Iterator
         elif arguments.get("skip"):
             yield skipped(f"{name}.skip", f"the keys lie on {arguments['remote']}, and are counted at the start of training")
         tables.append(_without(manifest.buckets, skipped_here))
+        if key == "train_loader" and _makes_vocabulary(recipe):  # of all captions
+            arguments = arguments | {"max_undecodable": 0}
         yield from _check_data_set(name, arguments, manifest, stages, parts.multiple, {"image_size": recipe.image_size} | trained)
     for said, lacking in said_of_skipped(left_out):
         yield warned(f"{key}.skip", said) if lacking else passed(f"{key}.skip", said)
@@ -85,6 +88,12 @@ def _check_loader(key: str, parts: Components, to_be_made: set[str]) -> Iterator
         samples = sum(sum(table.values()) for table in tables)
         yield from _check_enough(recipe, samples, stages)
         yield from _check_epochs(recipe, samples)
+
+
+def _makes_vocabulary(recipe: Recipe) -> bool:
+    encoder = recipe.model.get("text_encoder")
+    spec = encoder.get("tokenizer", encoder.get("pretrained")) if isinstance(encoder, dict) else None
+    return isinstance(spec, dict) and bool(spec.get("train")) and not Path(recipe.run_folder, TOKENIZER).exists()
 
 
 def _left_out(key: str, spec: dict[str, Any]) -> LeftOut | None:
@@ -261,8 +270,9 @@ def _check_images(key: str, folder: Path, manifest: Manifest) -> Iterator[Result
     for bucket, count in manifest.buckets.items():
         samples = open_local(folder / str(bucket))
         for index in range(min(count, LOOKED_AT)):
-            row = samples[index]
+            row = {}
             try:
+                row = read_row(samples, index)
                 decode_image(row["image"], *bucket)
                 break
             except UNDECODABLE as error:

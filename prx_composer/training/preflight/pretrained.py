@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import read_manifest
-from prx_composer.data.format import MANIFEST, Manifest, open_local
+from prx_composer.data.format import MANIFEST, BrokenShardError, Manifest, open_local, read_row
 from prx_composer.models.encoders import TeacherSpec, load_tokenizer, tokenize, train_tokenizer
 from prx_composer.models.prompts import CaptionCounts, cleaner, with_cleaning, wordings
 from prx_composer.recipe.arguments import data_sets, split
@@ -304,7 +304,10 @@ def _some_captions(part: dict[str, Any], seed: int) -> Iterator[str]:
     for bucket, count in manifest.buckets.items():
         rows = open_local(folder / str(bucket))
         for index in range(-first % step, count, step):
-            row = rows[index]
+            try:
+                row = read_row(rows, index)
+            except BrokenShardError:  # said by the checks of data
+                continue
             yield from (wording.of(row[column], seed, 0, first + index) for column, wording in columns.items())
         first += count
 
