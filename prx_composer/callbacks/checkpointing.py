@@ -286,6 +286,7 @@ def what_moves(state: State, recipe: Recipe, before: dict[str, Any]) -> list[str
         if phase != was:
             span = f"{window.start} to {window.end or 'the end'}"
             messages.append(f"algorithms.{name}: at batch {batch} its window ({span}) was {was}, and is {phase} now ({by}).")
+    messages.extend(f"train_loader.mix: at batch {batch} {text} ({by})." for text in _shares(state))
     return messages
 
 
@@ -306,6 +307,16 @@ def _rate(state: State) -> float:
     """Return the learning rate of the first group of weights, in the step after the coming one at the latest."""
     scheduler: Any = state.schedulers[0]
     return float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](0))
+
+
+def _shares(state: State) -> Iterator[str]:
+    """Yield which phases of a mixture began at another time than they would now."""
+    mixture: Any = getattr(state.train_dataloader, "dataset", None)
+    for index, phase in enumerate(getattr(mixture, "phases", [])[:-1]):
+        if index < mixture.phase and not Moment(phase.until).has_come(state):
+            yield f"the shares {phase} had ended, and stay so"
+        elif index >= mixture.phase and Moment(phase.until).has_come(state):
+            yield f"the shares {phase} end, after one batch more"
 
 
 def _windows(state: State) -> dict[str, tuple[ScheduleWindow, str]]:

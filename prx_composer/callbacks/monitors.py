@@ -20,6 +20,7 @@ from torch import Tensor
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.distributed import unwrapped
 from prx_composer.common.files import write_whole
+from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.models.counting import StepCounter, shape_of
 from prx_composer.runs.folder import read_metrics
 
@@ -125,17 +126,25 @@ FIRST_LOOK = 1000  # captions after which it is said how many of them were cut
 
 
 class DataMonitor(Callback):
-    """Log `data/undecodable` (of this rank, so far) whenever it has grown, and say once what the captions lose, if they do.
+    """Have a mixture's shares change on time, log `data/undecodable` when it has grown, say once what captions lose, if they do.
 
-    The captions are looked at after a thousand of them, then whenever there are twice as many, and at the end.
+    Undecodable are those of this rank, so far. The captions are looked at after a thousand of them, then whenever there are twice
+    as many, and at the end.
     """
 
     def __init__(self) -> None:
         self._last = 0
         self._look_at: float = FIRST_LOOK
 
+    def after_load(self, state: State, logger: Logger) -> None:
+        if isinstance(loader := state.train_dataloader, ImageCaptionLoader):
+            loader.go_on(state)
+
     def batch_end(self, state: State, logger: Logger) -> None:
-        count = getattr(getattr(state.train_dataloader, "dataset", None), "undecodable", 0)
+        loader = state.train_dataloader
+        if isinstance(loader, ImageCaptionLoader) and (shares := loader.keep_time(state)) and dist.get_global_rank() == 0:
+            log.info("train_loader.mix from batch %d on: %s.", int(state.timestamp.batch), shares)
+        count = getattr(getattr(loader, "dataset", None), "undecodable", 0)
         if count != self._last:
             self._last = count
             logger.log_metrics({"data/undecodable": count})

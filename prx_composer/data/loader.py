@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
-from composer.core import DataSpec
+from composer.core import DataSpec, State
 from composer.core.data_spec import _default_split_batch
 from composer.utils import dist
 from torch import Tensor
@@ -19,7 +20,9 @@ from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler, BucketedDataset, fewer_than_a_batch
 from prx_composer.models.encoders import tokenize
 from prx_composer.models.prompts import CaptionCounts
-from prx_composer.recipe.arguments import data_sets, weights_of
+from prx_composer.recipe.arguments import data_sets
+from prx_composer.recipe.consistency import phases_of
+from prx_composer.schedule.moments import Moment
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +112,7 @@ class ImageCaptionLoader(DataLoader):
         pinned = torch.cuda.is_available()
         super().__init__(dataset, batch_sampler=batch_sampler, collate_fn=collator, pin_memory=pinned, **workers)
         self._pass_ended = False
+        self._running: tuple[int, int, int] | None = None  # the pass in hand: epoch, batch size, batches given
 
     @property
     def image_size(self) -> int:
@@ -125,27 +129,60 @@ class ImageCaptionLoader(DataLoader):
         Raises:
             ValueError: as `BucketBatchSampler`; a batch to train on that is larger than the data set.
         """
-        if self.batch_sampler.shuffle and (problem := fewer_than_a_batch(len(self.dataset), global_batch_size)):
+        if self.batch_sampler.shuffle and (problem := fewer_than_a_batch(self.dataset.least, global_batch_size)):
             raise ValueError(problem)
         self.batch_sampler.set_stage(image_size, global_batch_size)
 
     def end_pass(self) -> None:
         """End the running pass after the batch in hand; before the first batch of a pass, leave it empty."""
         self._pass_ended = True
+        if self._running is not None:
+            self.dataset.end_epoch(*self._running)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
             if self._pass_ended:
                 self.dataset.take_start_sample()  # the position belonged to the pass that is over
                 return
-            for batch in super().__iter__():
+            size = self.global_batch_size
+            first = self.dataset.start_sample // size  # workers take it as soon as they begin
+            for step, batch in enumerate(super().__iter__(), first + 1):
+                self._running = self.batch_sampler.epoch, size, step
                 yield batch
                 if self._pass_ended:
                     break
         except UndecodableError as error:  # from a worker it comes with the worker's traceback in its text
             raise UndecodableError(str(error).strip().rsplit("UndecodableError: ", 1)[-1]) from None
         finally:  # also when the Trainer, which counts batches itself, drops the iterator after the last one
-            self._pass_ended = False
+            self._pass_ended, self._running = False, None
+
+    # ------------------------------------------------------------------------------- shares that change with time
+
+    def go_on(self, state: State) -> None:
+        """After a resume, leave a pass empty that a change of shares has ended; where one begins, enter the phase that it is."""
+        mixture = self.dataset
+        if not isinstance(mixture, MixedDataset) or not mixture.phases[1:]:
+            return
+        if mixture.begins_anew:
+            mixture.phase = self._phase(mixture, state)
+        elif mixture.has_ended(int(state.timestamp.epoch)):
+            self.end_pass()
+        state.dataloader_len = -1  # read again: an epoch of other data sets has another length
+
+    def keep_time(self, state: State) -> str | None:
+        """After a batch, change the shares of a mixture if their time has come, from the next batch on; return what is new."""
+        mixture = self.dataset
+        if not isinstance(mixture, MixedDataset) or (phase := self._phase(mixture, state)) == mixture.phase:
+            return None
+        self.end_pass()
+        mixture.phase = phase
+        state.dataloader_len = -1
+        return ", ".join(f"{name} {share:.1%}" for name, share in mixture.shares.items())
+
+    @staticmethod
+    def _phase(mixture: MixedDataset, state: State) -> int:
+        ends = (phase.until for phase in mixture.phases[mixture.phase : -1])
+        return mixture.phase + sum(1 for _ in takewhile(lambda end: end is None or Moment(end).has_come(state), ends))
 
 
 class ImageCaptionData(DataSpec):
@@ -159,8 +196,8 @@ class ImageCaptionData(DataSpec):
         evaluation: every sample is counted once, in stored order, with any batch size and number of ranks.
         path, split, captions, features, text_embedding, latent, images, remote, skip, max_undecodable: see
             `ImageCaptionDataset`.
-        mix: several data sets, each in a folder of its name in `path`: name → perhaps weight, path, split, captions, remote and
-            skip; see `MixedDataset`.
+        mix: several data sets, each in a folder of its name in `path`: name → perhaps weight, until, path, split, captions,
+            remote and skip; see `MixedDataset` and `phases_of`. Weights that change need a trainer that calls `keep_time`.
         shuffle: a new order every epoch; off, the stored one. Of training: evaluation has no use for it.
         num_workers: processes that decode and tokenise; 0 = in the training process.
 
@@ -199,12 +236,12 @@ class ImageCaptionData(DataSpec):
             where.removeprefix("mix."): ImageCaptionDataset(**{key: part.get(key) for key in own}, **shared)
             for where, part in data_sets({**own, "mix": mix}).items()
         }
-        dataset = parts[""] if mix is None else MixedDataset(parts, weights_of(mix), seed)
+        dataset = parts[""] if mix is None else MixedDataset(parts, phases_of(mix), seed)
         ranks, rank = dist.get_world_size(), dist.get_global_rank()
         for said, lacking in said_of_skipped(part.left_out for part in parts.values() if part.left_out is not None):
             log.log(logging.WARNING if lacking and rank == 0 else logging.INFO, "skip: %s", said)
         shuffle = shuffle and not evaluation
-        if shuffle and (problem := fewer_than_a_batch(len(dataset), global_batch_size)):
+        if shuffle and (problem := fewer_than_a_batch(dataset.least, global_batch_size)):
             raise UserError(problem)
         sampler = BucketBatchSampler(dataset, image_size, global_batch_size, multiple, shuffle, seed, ranks, rank, evaluation)
         loader = ImageCaptionLoader(dataset, sampler, Collator(tokenizer, max_tokens, num_workers), num_workers)

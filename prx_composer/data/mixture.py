@@ -1,8 +1,9 @@
-"""Several data sets as one, each with the share of samples that its weight says."""
+"""Several data sets as one, each with the share of samples that its weight says, which may change with time."""
 
+import json
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -13,7 +14,21 @@ from numpy.typing import NDArray
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.format import Bucket
-from prx_composer.data.sampler import BucketedDataset, SampleRequest
+from prx_composer.data.sampler import BucketedDataset, SampleRequest, epoch_batches
+from prx_composer.recipe.consistency import Phase
+
+
+def shares_in_words(phases: Sequence[Phase], samples: Mapping[str, int]) -> str:
+    """Return "until 0.5dur: flux 66.7%, photos 33.3%; then: photos 100.0%".
+
+    Args:
+        samples: by data set.
+    """
+    said = list[str]()
+    for phase in phases:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in phase.shares(samples).items() if share)
+        said.append(f"{phase}: {shares}" if len(phases) > 1 else shares)
+    return "; ".join(said)
 
 
 class MixedDataset(BucketedDataset):
@@ -23,16 +38,22 @@ class MixedDataset(BucketedDataset):
     see `Shares`. In every bucket it goes through its own samples in passes, each in an order of its own, and an epoch goes on
     where the one before it ended: no sample is seen n + 1 times before every other of its bucket has been seen n times.
 
+    Weights may change with time: `phase` says which of the phases it is. An epoch ends with its phase, and what it has not drawn
+    by then comes first in the next ones (so it does where an image size changes, but only in a mixture that has phases).
+
     Args:
         parts: name → data set; all of one base size.
-        weights: name → weight; None: every sample is seen equally often.
+        weights: name → weight, or the phases of a mixture that changes; None: every sample is seen equally often.
         seed: of the orders.
+
+    Attributes:
+        phases: at least one. phase: the present one, by number.
 
     Raises:
         UserError: data sets of different base sizes.
     """
 
-    def __init__(self, parts: dict[str, ImageCaptionDataset], weights: dict[str, float] | None, seed: int):
+    def __init__(self, parts: dict[str, ImageCaptionDataset], weights: Mapping[str, float] | Sequence[Phase] | None, seed: int):
         self.parts, self._seed = parts, seed
         sizes = {name: part.image_size for name, part in parts.items()}
         if len(set(sizes.values())) > 1:
@@ -47,8 +68,10 @@ class MixedDataset(BucketedDataset):
             [[there.get(bucket, 0) for bucket in buckets] for there in counts],
             [[places.get(bucket, np.empty(0, np.int64)) for bucket in buckets] for places in skipped],
         )
-        self._weights = weights or {name: float(len(part)) for name, part in parts.items()}
-        self._shares: dict[int, Shares] = {}  # by batch size
+        self.phases = [*weights] if isinstance(weights, Sequence) else [Phase(weights or {})]
+        self._weights = [[(phase.weights or self._samples)[name] for name in parts] for phase in self.phases]
+        self._shares: dict[tuple[int, int], Shares] = {}  # by batch size and phase
+        self._restart()
         self.images = all(part.images for part in parts.values())
         self.text_columns = {f"{name}/{key}": c for name, part in parts.items() for key, c in part.text_columns.items()}
         self.latent_columns = {f"{name}/{key}": c for name, part in parts.items() for key, c in part.latent_columns.items()}
@@ -80,13 +103,48 @@ class MixedDataset(BucketedDataset):
             except ValueError as error:
                 raise ValueError(f"mix.{name}: {error}") from None
 
+    @property
+    def _samples(self) -> dict[str, int]:
+        return {name: len(part) for name, part in self.parts.items()}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The present share of every data set."""
+        return self.phases[self.phase].shares(self._samples)
+
+    @property
+    def least(self) -> int:
+        return min(phase.drawn_from(self._samples) for phase in self.phases)
+
     def identity(self) -> dict[str, Any]:
-        total = sum(self._weights.values())
-        return {"mix": {name: {**part.identity(), "share": self._weights[name] / total} for name, part in self.parts.items()}}
+        shares = [phase.shares(self._samples) for phase in self.phases]
+        of = {name: [share[name] for share in shares] if shares[1:] else shares[0][name] for name in self.parts}
+        return {"mix": {name: {**part.identity(), "share": of[name]} for name, part in self.parts.items()}}
+
+    def state_dict(self, num_samples: int, from_beginning: bool = True) -> dict[str, Any]:
+        state = super().state_dict(num_samples, from_beginning)
+        # One string: a sharded checkpoint is read by the keys that there are before it is read.
+        return state | ({_CHANGES: json.dumps([self.phase, self._ended])} if self.phases[1:] else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict({key: value for key, value in state.items() if key != _CHANGES})
+        self._restart()
+        if _CHANGES in state and not self.begins_anew:
+            phase, ended = json.loads(state[_CHANGES])
+            for epoch, batch_size, steps, self.phase in ended:
+                self.end_epoch(epoch, batch_size, steps)
+            self.phase = phase
+
+    # ------------------------------------------------------------------------------------------------- epochs
+
+    def _restart(self) -> None:
+        self.phase, self._first = 0, 0  # the epoch from which on shares are counted
+        self._ended: list[tuple[int, int, int, int]] = []  # epoch, batch size, steps and phase of each that was ended early
+        empty = _Rest(np.empty(0, np.int64), 0)
+        self._rest = [[empty] * len(self.buckets) for _ in self.parts]
 
     def epoch_ids(self, epoch: int, batch_size: int) -> list[NDArray[np.int64]]:
-        plan = self._plans(batch_size).epoch(epoch)
-        parts = range(len(self.parts))
+        plan, parts = self._plans(batch_size).epoch(epoch - self._first), range(len(self.parts))
         return [
             np.concatenate([self._stretch(part, bucket, plan.before[part][bucket], plan.draws[part][bucket]) for part in parts])
             for bucket in range(len(self.buckets))
@@ -95,19 +153,69 @@ class MixedDataset(BucketedDataset):
     def epoch_steps(self, batch_size: int) -> int:
         return self._plans(batch_size).steps
 
+    def end_epoch(self, epoch: int, batch_size: int, steps: int) -> None:
+        """Count shares anew from the next epoch on, and keep for it what this one has not drawn."""
+        if not self.phases[1:] or self.has_ended(epoch):
+            return
+        plan = self._plans(batch_size).epoch(epoch - self._first)
+        ids = self.epoch_ids(epoch, batch_size)
+        drawn = epoch_batches(ids, batch_size, shuffle=True, seed=self._seed, epoch=epoch)[:steps].flatten()
+        for part, rests in enumerate(self._rest):
+            for bucket, rest in enumerate(rests):
+                begin, draws = plan.before[part][bucket], plan.draws[part][bucket]
+                over = without(self._stretch(part, bucket, begin, draws), drawn)
+                passed = max(begin + draws - len(rest.first), 0)
+                rests[bucket] = _Rest(np.concatenate([over, rest.first[begin + draws :]]), rest.begin + passed)
+        self._ended.append((epoch, batch_size, steps, self.phase))
+        self._first = epoch + 1
+
+    def has_ended(self, epoch: int) -> bool:
+        """Return whether an epoch was ended before its last batch, or with it."""
+        return bool(self._ended) and self._ended[-1][0] == epoch
+
     def _plans(self, batch_size: int) -> "Shares":
-        if batch_size not in self._shares:
-            self._shares[batch_size] = Shares(self.table, list(self._weights.values()), batch_size)
-        return self._shares[batch_size]
+        key = batch_size, self.phase
+        if key not in self._shares:
+            self._shares[key] = Shares(self.table, self._weights[self.phase], batch_size)
+        return self._shares[key]
 
     def _stretch(self, part: int, bucket: int, begin: int, draws: int) -> NDArray[np.int64]:
-        """Return so many of the endless shuffled passes through what a data set has in a bucket, from `begin` on."""
+        """Return so many of what a data set has left in a bucket and of the endless shuffled passes after it, from `begin` on."""
         if draws == 0:
             return np.empty(0, np.int64)
+        rest = self._rest[part][bucket]
+        over = rest.first[begin : begin + draws]
+        begin, draws = rest.begin + max(begin - len(rest.first), 0), draws - len(over)
+        if draws == 0:
+            return over
         ids = self.ids_in(part, bucket)
         numbers = range(begin // len(ids), -(-(begin + draws) // len(ids)))
         passes = [np.random.default_rng([self._seed, part, bucket, number]).permutation(len(ids)) for number in numbers]
-        return ids[np.concatenate(passes)[begin % len(ids) : begin % len(ids) + draws]]
+        return np.concatenate([over, ids[np.concatenate(passes)[begin % len(ids) : begin % len(ids) + draws]]])
+
+
+_CHANGES = "changes"  # in a checkpoint: the phase, and the epochs that were ended early
+
+
+class _Rest(NamedTuple):
+    """What a data set's bucket still has for the epochs to come.
+
+    Args:
+        first: ids that earlier epochs were to draw and have not.
+        begin: how far the endless passes, which come after them, have been gone through.
+    """
+
+    first: NDArray[np.int64]
+    begin: int
+
+
+def without(ids: NDArray[np.int64], drawn: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return ids, in order, without those that were drawn: of one that occurs n times and was drawn m times, the last n − m."""
+    order, drawn = np.argsort(ids, kind="stable"), np.sort(drawn)
+    ranked = ids[order]
+    occurrence = np.arange(len(ids)) - np.searchsorted(ranked, ranked)
+    times = np.searchsorted(drawn, ranked, side="right") - np.searchsorted(drawn, ranked)
+    return ids[np.sort(order[occurrence >= times])]
 
 
 # How many samples every data set gives to every bucket in an epoch, with what is owed carried on. Whole numbers throughout, so
@@ -132,13 +240,13 @@ class Shares:
 
     Args:
         counts: samples, by data set and bucket; no data set is empty.
-        weights: of the data sets; positive.
+        weights: of the data sets; one of 0 is not drawn from, nor counted for the length of an epoch.
         batch_size: over all ranks.
     """
 
     def __init__(self, counts: Sequence[Sequence[int]], weights: Sequence[float], batch_size: int):
         self.batch_size = batch_size
-        self.steps = max(sum(map(sum, counts)) // batch_size, 1)
+        self.steps = max(sum(sum(row) for row, weight in zip(counts, weights, strict=True) if weight) // batch_size, 1)
         exact = [Fraction(weight) for weight in weights]
         rates = [
             [weight / sum(exact) * Fraction(count, sum(row)) for count in row] for weight, row in zip(exact, counts, strict=True)

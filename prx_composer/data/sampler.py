@@ -50,6 +50,7 @@ class BucketedDataset(Dataset, ABC):
     latent_columns: dict[str, StoredColumn]
     start_sample = 0
     other_data_allowed = False  # by `resume.allow`: a new pass begins then
+    begins_anew = False  # as one does after a resume
     _before_pass = _before_next_pass = 0  # samples of other data that Composer counts to the epoch
 
     def __init__(
@@ -122,6 +123,14 @@ class BucketedDataset(Dataset, ABC):
         """
         return self.ids()
 
+    def end_epoch(self, epoch: int, batch_size: int, steps: int) -> None:
+        """Take note that an epoch was ended after so many of its batches."""
+
+    @property
+    def least(self) -> int:
+        """Return the samples that are drawn from, where they are fewest."""
+        return len(self)
+
     def epoch_steps(self, batch_size: int) -> int:
         """Return how many batches those are, in every epoch."""
         return epoch_steps(self.counts, batch_size, shuffle=True)
@@ -134,7 +143,8 @@ class BucketedDataset(Dataset, ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raise UserError if the checkpoint was written with other data or shares, and so another order of samples."""
         there = {key: value for key, value in state.items() if key != "sample_in_epoch"}
-        if there != self.identity() and self.other_data_allowed:
+        self.begins_anew = there != self.identity() and self.other_data_allowed
+        if self.begins_anew:
             self._before_next_pass = int(state["sample_in_epoch"])
             return
         if there != self.identity():
@@ -156,7 +166,7 @@ def _in_words(identity: dict[str, Any]) -> tuple[str, str]:
     """Say what a checkpoint was trained on, and what a recipe has."""
     if "mix" in identity:
         shares = (
-            f"{name}: {sum(part['counts']):,} samples at {part['share']:.1%}{_without(part)}"
+            f"{name}: {sum(part['counts']):,} samples at {_percent(part['share'])}{_without(part)}"
             for name, part in identity["mix"].items()
         )
         parts = ", ".join(shares)
@@ -166,6 +176,10 @@ def _in_words(identity: dict[str, Any]) -> tuple[str, str]:
         f"one data set with {sum(counts):,} samples in {len(counts)} buckets{without}",
         f"train_loader.path has {sum(counts):,} in {len(counts)}{without}",
     )
+
+
+def _percent(share: float | list[float]) -> str:
+    return ", then ".join(f"{one:.1%}" for one in (share if isinstance(share, list) else [share]))
 
 
 def _without(part: dict[str, Any]) -> str:

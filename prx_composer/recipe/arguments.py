@@ -14,6 +14,7 @@ from typing import Any
 
 from prx_composer.common.errors import Problems, UserError, at_path, nearest
 from prx_composer.common.outlines import CannotTell, constructor
+from prx_composer.recipe.consistency import phases_of
 from prx_composer.registry import NESTED, Registry
 from prx_composer.schedule.moments import Moment
 
@@ -66,7 +67,7 @@ def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]
 
 
 _OF_ONE = ("path", "split", "captions", "remote", "source", "skip")  # what the data sets of a mixture may have of their own
-_WEIGHT = "weight"
+_OF_SHARE = ("weight", "until")
 
 
 def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -75,7 +76,7 @@ def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Below `mix`, a data set lies in a folder of its name in `path` (and `remote`), unless it has one of its own.
 
     Raises:
-        UserError: no path; a mixture that is empty, has an unknown key, or a weight for some of its data sets only.
+        UserError: no path; a mixture that is empty, has an unknown key, or weights as `phases_of`; all that is wrong with it.
     """
     mix = spec.get("mix")
     if mix is None and not spec.get("path"):
@@ -84,27 +85,26 @@ def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {"": dict(spec)}
     if not isinstance(mix, Mapping) or not mix or not all(isinstance(part, Mapping) for part in mix.values()):
         raise UserError(f"mix must be a mapping such as {{flux: {{path: data/flux, weight: 0.5}}}}, not {mix!r}.")
+    problems = Problems()
     for name, part in mix.items():
-        if unknown := part.keys() - {*_OF_ONE, _WEIGHT}:
-            raise UserError(f"mix.{name}.{min(unknown)}: unknown; a data set has {', '.join(_OF_ONE)} and {_WEIGHT}.")
+        if unknown := part.keys() - {*_OF_ONE, *_OF_SHARE}:
+            problems.found.append(
+                f"mix.{name}.{min(unknown)}: unknown; a data set has {', '.join(_OF_ONE)}, {' and '.join(_OF_SHARE)}."
+            )
         if not (part.get("path") or spec.get("path")):
-            raise UserError(
+            problems.found.append(
                 f"mix.{name}.path is missing: the folder of the data set; or set path to the folder that holds them all."
             )
-    weights = {name: part[_WEIGHT] for name, part in mix.items() if _WEIGHT in part}
-    if weights and len(weights) < len(mix):
-        without = next(name for name in mix if name not in weights)
-        raise UserError(f"mix.{without}.weight is missing: give one to all data sets, or to none: samples are seen equally then.")
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-            raise UserError(f"mix.{name}.weight must be a positive number, not {weight!r}.")
+    with problems.noted():
+        phases_of(mix)
+    problems.raise_any()
     return {f"mix.{name}": _of_mixture(spec, name, part) for name, part in mix.items()}
 
 
 def _of_mixture(spec: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> dict[str, Any]:
     shared = {key: value for key, value in spec.items() if key != "mix"}
     below = {key: f"{spec[key]}/{name}" for key in ("path", "remote") if spec.get(key)}
-    return shared | below | {key: value for key, value in part.items() if key != _WEIGHT}
+    return shared | below | {key: value for key, value in part.items() if key not in _OF_SHARE}
 
 
 def split_folders(loader: Mapping[str, Any] | None) -> dict[str, Path] | None:
@@ -122,12 +122,6 @@ def skip_files(loader: Mapping[str, Any] | None) -> dict[str, str]:
     """Return the files of an `image_caption` loader's skip lists, by data set, as `split_folders`."""
     parts = data_sets(loader) if loader and split_folders(loader) is not None else {}
     return {where.removeprefix("mix."): str(part["skip"]) for where, part in parts.items() if part.get("skip")}
-
-
-def weights_of(mix: Mapping[str, Any]) -> dict[str, float] | None:
-    """Return the weight of every data set, or None if none is given."""
-    weights = {name: float(part[_WEIGHT]) for name, part in mix.items() if _WEIGHT in part}
-    return weights or None
 
 
 # ----------------------------------------------------------------------------------------------------------------------- checked

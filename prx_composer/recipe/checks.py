@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from prx_composer import registry
-from prx_composer.common.errors import Problems, UserError, nearest
+from prx_composer.common.errors import Problems, UserError, nearest, problems_of
 from prx_composer.common.outlines import CannotTell, constants, outline
 from prx_composer.recipe.arguments import check_component, data_sets, entries, provided_by, split
-from prx_composer.recipe.consistency import batch_problems, downsampling_of, image_size_problems, schedule_problems, time_problems
+from prx_composer.recipe.consistency import (
+    batch_problems,
+    downsampling_of,
+    image_size_problems,
+    phases_of,
+    schedule_problems,
+    time_problems,
+    weight_steps,
+)
 from prx_composer.recipe.resume import check_allowed
 from prx_composer.registry import BY_KEY, BY_NAME, missing_code
+from prx_composer.schedule.moments import BUDGET, DURATION, EPOCH, SECONDS, Moment, Point, parse_duration
 
 Values = Mapping[str, Any]
 
@@ -75,7 +84,7 @@ def argument_problems(values: Values, imports: bool = True) -> list[str]:
         try:
             parts = data_sets(spec) if spec.get("name") == "image_caption" else {}
         except UserError as error:
-            problems.found.append(f"{key}.{error}")
+            problems.found.extend(f"{key}.{problem}" for problem in problems_of(error))
         for where, part in parts.items():
             if isinstance(listed := part.get("skip"), str) and not Path(listed).expanduser().is_file():
                 own = f"{where}." if where and "skip" in spec["mix"][where.removeprefix("mix.")] else ""
@@ -96,7 +105,40 @@ def argument_problems(values: Values, imports: bool = True) -> list[str]:
         )
     problems.found = list(dict.fromkeys(problems.found))  # a list that data sets share is missing once
     said = {problem.partition(": ")[0] for problem in problems.found}  # a number for a time is of a wrong type: no time either
-    return problems.found + [problem for problem in time_problems(values) if problem.partition(": ")[0] not in said]
+    times = [*time_problems(values), *mixture_problems(values)]
+    return problems.found + [problem for problem in times if problem.partition(": ")[0] not in said]
+
+
+def mixture_problems(values: Values) -> list[str]:
+    """Return what is wrong with the times of a mixture in this run; what is wrong in itself is said by `phases_of`."""
+    loader, problems = values.get("train_loader") or {}, list[str]()
+    try:
+        total, budget = Point.parse(values["max_duration"]), values.get("time_budget")
+        lengths = {DURATION: 1.0, BUDGET: 1.0, SECONDS: parse_duration(budget) if budget else math.inf, total.unit: total.value}
+        if loader.get("name") != "image_caption" or len(phases_of(loader.get("mix") or {})) == 1:
+            return []
+    except (KeyError, ValueError, AttributeError, TypeError):  # said elsewhere
+        return []
+    if total.unit == EPOCH:
+        problems.append(
+            f"max_duration: {total.text} cannot be in epochs where train_loader.mix changes, which begins one; use ba."
+        )
+    if loader.get("shuffle") is False:
+        problems.append("train_loader.shuffle: false goes through all samples in stored order, whatever weights and until say.")
+    for _, path, step in weight_steps(loader["mix"]):
+        points = Moment(step["until"]).points if step.get("until") else ()
+        if budget is None and any(point.unit == BUDGET for point in points):
+            problems.append(
+                f"train_loader.{path}.until: {step['until']} is a part of the time budget, and the recipe has none; set "
+                "time_budget=24h, say."
+            )
+        elif points and all(point.value >= lengths.get(point.unit, math.inf) for point in points):
+            end = f"max_duration: {total.text}" + (f", time_budget: {budget}" if budget else "")
+            problems.append(
+                f"train_loader.{path}.until: {step['until']} is not before the end of the run ({end}); leave it out, or give an "
+                "earlier time."
+            )
+    return problems
 
 
 def setting_problems(values: Values, num_ranks: int) -> list[str]:

@@ -1,12 +1,13 @@
 """Numbers of a recipe that must fit one another: times the length of the run, batches the ranks, image sizes the patches."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 from prx_composer.common.errors import Problems, UserError, at_path
-from prx_composer.schedule.moments import BUDGET, SECONDS, Moment, Point, ScheduleWindow, names_budget, parse_duration
+from prx_composer.schedule.moments import BUDGET, SECONDS, Moment, Point, ScheduleWindow, in_order, names_budget, parse_duration
 
 Values = Mapping[str, Any]
 
@@ -75,6 +76,125 @@ def strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from strings(item, f"{path}[{index}]")
+
+
+# ------------------------------------------------------------------------------------------------ shares of a mixture
+
+_WEIGHT, _UNTIL = "weight", "until"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A span of the run in which the data sets of a mixture have the same shares.
+
+    Args:
+        weights: by name; 0: not drawn from. Empty if the mixture has none.
+        until: its end, a `Moment`; None for the rest of the run.
+    """
+
+    weights: Mapping[str, float]
+    until: str | None = None
+
+    def shares(self, samples: Mapping[str, int]) -> dict[str, float]:
+        """Return the share of every data set; without weights, of one of so many samples."""
+        weights = self.weights or samples
+        return {name: weights[name] / sum(weights.values()) for name in samples}
+
+    def drawn_from(self, samples: Mapping[str, int]) -> int:
+        """Return how many of the samples of all data sets are of one that has a share."""
+        return sum(count for name, count in samples.items() if not self.weights or self.weights[name])
+
+    def __str__(self) -> str:
+        return f"until {self.until}" if self.until else "then"
+
+
+def weight_steps(mix: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield data set, path and keys of every mapping in a mixture that has a `weight`, perhaps `until` a time."""
+    for name, part in mix.items():
+        listed = part.get(_WEIGHT)
+        if not isinstance(listed, list):
+            yield name, f"mix.{name}", part
+            continue
+        for index, step in enumerate(listed):
+            yield name, f"mix.{name}.{_WEIGHT}[{index}]", step if isinstance(step, dict) else {_WEIGHT: step}
+
+
+def phases_of(mix: Mapping[str, Any]) -> list[Phase]:
+    """Return the phases of a mixture, in order: one, if no weight changes.
+
+    A data set's `weight` is a number, with `until` one that it has up to then, and none after. Or it is a list of such, each for
+    the time up to its `until`, the last to the end of the run.
+
+    Raises:
+        UserError: with all that is wrong; each begins with its path.
+    """
+    problems, steps = Problems(), dict[str, list[tuple[str, float, Moment | None]]]()
+    for name, path, step in weight_steps(mix):
+        with problems.noted():
+            in_list = isinstance(mix[name][_WEIGHT], list) if _WEIGHT in mix[name] else False
+            if in_list or step.keys() & {_WEIGHT, _UNTIL}:
+                steps.setdefault(name, []).append(_weight_step(path, step, in_list))
+    for name, part in mix.items():
+        if isinstance(part.get(_WEIGHT), list):
+            if not part[_WEIGHT] or _UNTIL in part:
+                problems.found.append(f"mix.{name}: a list of weights needs at least one, and each its own until.")
+            problems.found.extend(_disorder(name, steps.get(name, [])))
+    if steps and (without := next((name for name in mix if name not in steps), None)) and not problems.found:
+        problems.found.append(
+            f"mix.{without}.weight is missing: give one to all data sets, or to none: samples are seen equally then."
+        )
+    problems.raise_any()
+    with at_path("mix"):
+        ends = in_order(end for listed in steps.values() for _, _, end in listed if end is not None)
+    phases = [_phase(steps, end) for end in (*ends, None)]
+    for before, phase in zip([None, *phases], phases, strict=False):
+        if steps and not any(phase.weights.values()):
+            since = f"from {before.until} on" if before else "at the beginning"
+            problems.found.append(f"mix: no data set has a weight {since} ({phase}); nothing would be trained on.")
+    problems.raise_any()
+    return phases
+
+
+def _weight_step(path: str, step: Mapping[str, Any], in_list: bool) -> tuple[str, float, Moment | None]:
+    weight, until = step.get(_WEIGHT), step.get(_UNTIL)
+    if unknown := (step.keys() - {_WEIGHT, _UNTIL} if in_list else ()):
+        raise UserError(f"{path}.{min(unknown)}: unknown; a weight in a list has {_WEIGHT} and {_UNTIL}.")
+    expected = "0 or a positive number" if in_list else "a positive number"
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not (0 < weight < math.inf or (in_list and weight == 0))
+    ):
+        told = f"must be {expected}, not {weight!r}" if _WEIGHT in step else f"is missing: {expected}, beside {_UNTIL}"
+        raise UserError(f"{path}.{_WEIGHT} {told}.")
+    if until is None:
+        return path, float(weight), None
+    with at_path(f"{path}.{_UNTIL}"):
+        end = Moment(until)
+        if any(point.unit in ("ep", "tok") for point in end.points):
+            raise ValueError(f"{until} cannot be in epochs, since a change of shares begins one, or tokens; use ba, sp or dur.")
+        if end.is_beginning:
+            raise ValueError(f"{until} must be later than the beginning.")
+    return path, float(weight), end
+
+
+def _disorder(name: str, steps: Sequence[tuple[str, float, Moment | None]]) -> Iterator[str]:
+    """Yield what is wrong with the order of a data set's weights."""
+    for (path, _, end), (following, _, later) in pairwise(steps):
+        if end is None:
+            yield f"{path}.until is missing; only the last weight may go on to the end."
+        elif later is not None and later.may_precede(end):
+            yield f"{following}.until: {later} must be later than the weight before it ends."
+
+
+def _phase(steps: Mapping[str, Sequence[tuple[str, float, Moment | None]]], until: Moment | None) -> Phase:
+    """Return the phase that ends at a moment: of every data set the first weight that lasts up to it."""
+
+    def weight(listed: Sequence[tuple[str, float, Moment | None]]) -> float:
+        lasting = (w for _, w, end in listed if end is None or (until is not None and until.surely_by(end)))
+        return next(lasting, 0.0)
+
+    return Phase({name: weight(listed) for name, listed in steps.items()}, None if until is None else until.text)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- times

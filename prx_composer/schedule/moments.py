@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -209,6 +210,19 @@ class Moment:
     def may_precede(self, other: Moment) -> bool:
         """Return whether it comes no later than `other` whenever the same unit decides about both."""
         return any(_not_later(mine, theirs) for mine in self.points for theirs in other.points)
+
+
+def in_order(moments: Iterable[Moment]) -> list[Moment]:
+    """Return moments in order, each once. Raise ValueError for two of which it isn't known which comes first."""
+    ordered = list[Moment]()
+    for moment in sorted(moments, key=lambda moment: [point.value for point in moment.points]):
+        for other in ordered[-1:]:
+            pairs = list(zip(moment.points, other.points, strict=False))
+            if len(moment.points) != len(other.points) or not all(_not_later(theirs, mine) for mine, theirs in pairs):
+                raise ValueError(f"whether {other} or {moment} comes first isn't known; give all times in one unit, such as dur.")
+        if not ordered or [p.value for p in moment.points] != [p.value for p in ordered[-1].points]:
+            ordered.append(moment)
+    return ordered
 
 
 def names_budget(text: str) -> bool:

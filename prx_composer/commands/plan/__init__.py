@@ -193,6 +193,13 @@ def _head(plan: "Plan") -> list[str]:
         "text": plan.text,
         "data": data,
     }
+    if plan.shares:
+        seen = [
+            f"{source.name} {_count(source.images)} images" + (f", each {source.epochs:.2f} times" if source.epochs else "")
+            for source in plan.sources
+            if source.images is not None
+        ]
+        lines |= {"mixture": plan.shares} | ({"seen": "; ".join(seen)} if seen else {})
     return [f"{plan.run_name} on {c.num_gpus} × {c.gpu.name}{on}{price}", "", *(f"{key:<9}{text}" for key, text in lines.items())]
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from prx_composer.commands.plan.conditions import LINK_SHARE, Conditions, read_manifests, stored_bytes
 from prx_composer.commands.plan.step_cost import Memory, Segment, StepTime, StepTimes, memory, sharding
-from prx_composer.commands.plan.timeline import Span, Timeline, left_in_steps, stretched, timeline
+from prx_composer.commands.plan.timeline import Source, Span, Timeline, left_in_steps, sources, stretched, timeline
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.recipe.checks import check_parallelism
 from prx_composer.recipe.config import Recipe
@@ -95,6 +95,7 @@ class Plan:
         parameters: of the backbone, and trained_parameters: those with heads and text encoder that are trained along.
         text: how the text embeddings come about. parallelism: how the state lies on the GPUs.
         samples: images in the data, if known. samples_from: who says so.
+        shares: of the data sets of a mixture, phase by phase, in words. sources: what the run takes of each of them.
         stages, checkpoints: see there.
         hours: of training and of writing checkpoints. dollars: None without a price.
         time_budget: of the recipe, in hours, if it has one.
@@ -110,6 +111,8 @@ class Plan:
     parallelism: str
     samples: int | None
     samples_from: str
+    shares: str
+    sources: list[Source]
     stages: list[StagePlan]
     checkpoints: CheckpointPlan
     hours: float
@@ -161,6 +164,7 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         elif samples != there:
             source = f"--samples; train_loader.path has {there:,}"
     line = timeline(recipe, conditions.num_gpus, samples)
+    shares, taken = sources(recipe, line, manifests)
     read_bytes, read_from = stored_bytes(manifests, max(span.image_size for span in line.spans))
     times = StepTimes(planned, recipe, conditions)
     stages = [_stage(planned, recipe, conditions, line, span, read_bytes, times) for span in line.spans]
@@ -178,6 +182,8 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         parallelism="DDP, whole" if recipe.parallelism_config is None else sharded,
         samples=samples,
         samples_from=source,
+        shares=shares,
+        sources=taken,
         stages=stages,
         checkpoints=checkpoints,
         hours=hours,

@@ -1,15 +1,19 @@
-"""A recipe's stages in steps and samples, where on that line a time string lies, and the same schedule stretched."""
+"""A recipe's stages in steps and samples, where a time string lies on that line, what a mixture gives, and it stretched."""
 
 import copy
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.recipe.arguments import entries
+from prx_composer.data.format import Manifest
+from prx_composer.data.mixture import shares_in_words
+from prx_composer.recipe.arguments import data_sets, entries
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.consistency import STAGES, check_batch_sizes, planned_stages, stages_of
+from prx_composer.recipe.consistency import STAGES, check_batch_sizes, phases_of, planned_stages, stages_of, weight_steps
 from prx_composer.schedule.moments import BATCH, BUDGET, DURATION, EPOCH, SECONDS, Moment, Point, ScheduleWindow
 
 _NEVER = 1 << 62  # steps
@@ -112,6 +116,10 @@ class Timeline:
         last = None if window.end is None else self.step_of(window.end.text, f"{path}.end")
         return first, self.steps if last is None else last
 
+    def images_before(self, step: int) -> int:
+        """Return the images trained before a step."""
+        return sum(min(max(step - span.start, 0), span.steps) * span.batch_size for span in self.spans)
+
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
@@ -171,6 +179,48 @@ def _end(line: Timeline, until: str, path: str) -> int:
     return step
 
 
+# ------------------------------------------------------------------------------------------------------- a mixture
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run takes of one data set of a mixture.
+
+    Args:
+        name: in the mixture.
+        images: drawn from it. samples: that it has. epochs: how often each of them is seen. None where it isn't known.
+    """
+
+    name: str
+    images: float | None
+    samples: int | None
+    epochs: float | None
+
+
+def sources(recipe: Recipe, line: Timeline, manifests: Mapping[Path, Manifest] | None) -> tuple[str, list[Source]]:
+    """Return the shares of the data sets in every phase, in words, and what the run takes of each; nothing of a single one."""
+    mix = recipe.train_loader.get("mix")
+    if not mix:
+        return "", []
+    phases, samples = phases_of(mix), dict.fromkeys(mix, 0)
+    for where, part in data_sets(recipe.train_loader).items():
+        manifest = (manifests or {}).get(Path(part["path"]) / str(part.get("split", "train")))
+        samples[where.removeprefix("mix.")] = 0 if manifest is None else sum(manifest.buckets.values())
+    if not all(samples.values()) and not phases[0].weights:  # shares are those of sizes that aren't known
+        return "", []
+    ends = [line.steps if phase.until is None else line.step_of(phase.until, "train_loader.mix") for phase in phases]
+    drawn = dict.fromkeys(samples, 0.0)
+    for phase, start, end in zip(phases, [0, *ends], ends, strict=False):
+        for name, share in phase.shares(samples).items():
+            drawn[name] += 0 if start is None or end is None else share * (line.images_before(end) - line.images_before(start))
+    known = None not in ends
+    told = [
+        Source(name, drawn[name] if known else None, count or None, drawn[name] / count if known and count else None)
+        for name, count in samples.items()
+    ]
+    return shares_in_words(phases, samples), told
+
+
 # ----------------------------------------------------------------------------------------------- a schedule stretched
 
 
@@ -200,7 +250,10 @@ def stretched(recipe: Recipe, spans: list[Span], lengths: list[int]) -> tuple[di
     if last.unit == EPOCH:  # stages and epochs don't go together, so that there is one stage
         last = Point(spans[-1].end, BATCH, "")
     changes["max_duration"] = _moved(last, spans, new)
-    algorithms, scheduler = copy.deepcopy(recipe.algorithms), dict(recipe.scheduler)
+    algorithms, scheduler, loader = copy.deepcopy(recipe.algorithms), dict(recipe.scheduler), copy.deepcopy(recipe.train_loader)
+    for _, path, step in weight_steps(loader.get("mix") or {}):
+        if step.get("until"):
+            move(step, "until", f"train_loader.{path}.")
     stages: list[Any] = stages_of({"algorithms": algorithms})[1:]
     for path, stage in stages if len(stages) > 1 else ():
         if stage.get("until"):
@@ -211,7 +264,8 @@ def stretched(recipe: Recipe, spans: list[Span], lengths: list[int]) -> tuple[di
                 move(arguments, key, f"algorithms.{name}.")
     if "t_max" in scheduler:
         move(scheduler, "t_max", "scheduler.")
-    return changes, dataclasses.replace(recipe, algorithms=algorithms, scheduler=scheduler, max_duration=changes["max_duration"])
+    new_length = {"max_duration": changes["max_duration"]}
+    return changes, dataclasses.replace(recipe, algorithms=algorithms, scheduler=scheduler, train_loader=loader, **new_length)
 
 
 def _moved(point: Point, old: list[Span], new: list[Span]) -> str:

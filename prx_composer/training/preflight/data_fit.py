@@ -12,14 +12,14 @@ from prx_composer.data.contents import LeftOut, SkipList, said_of_skipped
 from prx_composer.data.dataset import leave_out, read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local, read_row
-from prx_composer.data.mixture import Shares
+from prx_composer.data.mixture import Shares, shares_in_words
 from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
 from prx_composer.data.storage import INDEX, shards_in
 from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
 from prx_composer.models.prompts import not_to_be_stored
-from prx_composer.recipe.arguments import data_sets, weights_of
+from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.consistency import PlannedStage, schedule_problems, stages_of
+from prx_composer.recipe.consistency import Phase, PlannedStage, phases_of, schedule_problems, stages_of
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.schedule.moments import ScheduleWindow
 from prx_composer.training.components import Components, Making, unmade_sources
@@ -83,11 +83,14 @@ def _check_loader(key: str, parts: Components, to_be_made: set[str]) -> Iterator
     for said, lacking in said_of_skipped(left_out):
         yield warned(f"{key}.skip", said) if lacking else passed(f"{key}.skip", said)
     if key == "train_loader" and tables and len(tables) == len(found):
-        mix = spec.get("mix")
-        yield from check_buckets(key, tables, weights_of(mix or {}), stages, mixed=mix is not None)
-        samples = sum(sum(table.values()) for table in tables)
-        yield from _check_enough(recipe, samples, stages)
-        yield from _check_epochs(recipe, samples)
+        phases = phases_of(spec["mix"]) if spec.get("mix") else []
+        sizes = {where.removeprefix("mix."): sum(table.values()) for where, table in zip(found, tables, strict=True)}
+        if phases:
+            yield passed(f"{key}.mix", f"shares {shares_in_words(phases, sizes)}")
+        yield from check_buckets(key, tables, phases, stages)
+        total = sum(sizes.values())
+        yield from _check_enough(recipe, min((phase.drawn_from(sizes) for phase in phases), default=total), stages)
+        yield from _check_epochs(recipe, total)
 
 
 def _makes_vocabulary(recipe: Recipe) -> bool:
@@ -330,22 +333,24 @@ def _check_latents(
 
 
 def check_buckets(
-    key: str, tables: Sequence[Mapping[Bucket, int]], weights: Mapping[str, float] | None, stages: list[PlannedStage], mixed: bool
+    key: str, tables: Sequence[Mapping[Bucket, int]], phases: Sequence[Phase], stages: list[PlannedStage]
 ) -> Iterator[Result]:
     """Say what the batches of every stage, each of one bucket, do to samples of rare ones.
 
     Args:
         tables: samples by bucket, of every data set.
-        weights: of a mixture, if it has some.
+        phases: of a mixture; none of a single data set.
     """
     total = sum(sum(table.values()) for table in tables)
     for stage in stages:
         if total < stage.global_batch_size:  # a mistake, which is said elsewhere
             continue
-        if mixed:
-            yield from _of_mixture(key, tables, weights, stage)
-        else:
+        if not phases:
             yield from _of_one(key, tables[0], stage)
+        for before, phase in zip([None, *phases], phases, strict=False):
+            window = ScheduleWindow(before.until if before and before.until else "0ba", phase.until)
+            if not window.is_disjoint_from(stage.window):
+                yield from _of_mixture(f"{key}.mix, {phase}" if phases[1:] else key, tables, phase, stage)
 
 
 def _of_one(key: str, buckets: Mapping[Bucket, int], stage: PlannedStage) -> Iterator[Result]:
@@ -369,13 +374,13 @@ def _of_one(key: str, buckets: Mapping[Bucket, int], stage: PlannedStage) -> Ite
         yield warned(key, said) if waiting > _MANY * total else passed(key, said)
 
 
-def _of_mixture(
-    key: str, tables: Sequence[Mapping[Bucket, int]], weights: Mapping[str, float] | None, stage: PlannedStage
-) -> Iterator[Result]:
-    total = sum((Counter(table) for table in tables), Counter())
+def _of_mixture(key: str, tables: Sequence[Mapping[Bucket, int]], phase: Phase, stage: PlannedStage) -> Iterator[Result]:
+    weights = list(phase.weights.values()) or [float(sum(table.values())) for table in tables]
+    drawn = [(table, weight) for table, weight in zip(tables, weights, strict=True) if weight]
+    total = sum((Counter(table) for table, _ in drawn), Counter())
     buckets, batch_size = sorted(total), stage.global_batch_size
-    counts = [[table.get(bucket, 0) for bucket in buckets] for table in tables]
-    shares = Shares(counts, list((weights or {}).values()) or [float(sum(row)) for row in counts], batch_size)
+    counts = [[table.get(bucket, 0) for bucket in buckets] for table, _ in drawn]
+    shares = Shares(counts, [weight for _, weight in drawn], batch_size)
     rare = {bucket: due for bucket, due in zip(buckets, shares.due, strict=True) if due < 1}
     if rare:
         rarest = min(rare, key=lambda bucket: rare[bucket])
