@@ -1,10 +1,12 @@
 """Shared: a tiny model with real classes and random weights, and a tiny recipe on procedural data."""
 
+import gc
 import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores, and most of what they do is to start processes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # others would start processes, for Triton's kernels alone
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable, Iterator
@@ -51,6 +53,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """While this process has one thread and has computed nothing, what it has imported is kept for the commands of tests."""
     if runs_tests(session.config):
         warm.open_folder()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish() -> None:

@@ -1,7 +1,10 @@
-"""Optimizers and the parameters that they train: in groups with and without weight decay, and whether they are finite."""
+"""Optimizers and their parameters: groups with and without weight decay, whether all is finite, and what a step will keep."""
 
+import contextlib
+import copy
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -10,6 +13,8 @@ from composer.core import State
 from composer.optim import ComposerScheduler
 from composer.utils import dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
 
 from prx_composer.common.distributed import clean_name
 from prx_composer.optim.exchange import local
@@ -190,3 +195,56 @@ class WarmupStableDecay(ComposerScheduler):
         decayed = 1 - left / self.decay if left < self.decay else 0.0
         rest = DECAYS[self.shape](decayed)
         return min(self.warmup.progress(state), self.alpha_f + (1 - self.alpha_f) * rest)
+
+
+# ------------------------------------------------------------------------------------------- what an optimizer will keep
+
+
+def state_after_a_step(optimizer: Optimizer) -> tuple[list[Tensor], str]:
+    """Return what an optimizer keeps on this rank after its first step, and in words what of it is guessed.
+
+    A copy takes that step on tensors without content; one that needs content, since it reads a number, say, on small tensors.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(Exception):
+        copied, _ = _about_to_step(optimizer)
+        type(copied).step(copied)  # not what a scheduler has put in its place, which steps the original
+        return [value for _, value in _state_of(copied)], ""
+    copied, shapes = _about_to_step(optimizer, longest_side=2)
+    guessed = ""
+    try:
+        if dist.get_world_size() > 1:
+            raise RuntimeError("its step may wait for the other ranks")  # and not all of them may ask
+        type(copied).step(copied)
+    except Exception as error:  # whatever an optimizer of one's own raises
+        guessed = f"{type(optimizer).__name__} is taken to keep two numbers per weight, as Adam does ({error})"
+        copied.state = defaultdict(dict, {parameter: {"first": parameter, "second": parameter} for parameter in shapes})
+    state = [
+        torch.empty(shapes[parameter], dtype=value.dtype, device="meta") if value.shape == parameter.shape else value
+        for parameter, value in _state_of(copied)
+    ]
+    return state, guessed
+
+
+def _about_to_step(optimizer: Optimizer, longest_side: int | None = None) -> tuple[Optimizer, dict[Tensor, torch.Size]]:
+    """Return a copy of an optimizer that hasn't stepped, over other parameters that have gradients, and their shapes.
+
+    Args:
+        longest_side: what the sides of the copy's parameters are cut to; the shapes returned are the uncut ones.
+    """
+    shapes, groups = dict[Tensor, torch.Size](), []
+    for group in optimizer.param_groups:
+        own = [local(parameter) for parameter in group["params"]]
+        sides = [[min(side, longest_side or side) for side in p.shape] for p in own]
+        others = [nn.Parameter(torch.zeros(cut, dtype=p.dtype)) for cut, p in zip(sides, own, strict=True)]
+        shapes |= {other: p.shape for other, p in zip(others, own, strict=True)}
+        groups.append(group | {"params": others})
+    copied = copy.copy(optimizer)
+    copied.param_groups, copied.state = groups, defaultdict(dict)
+    for parameter in shapes:
+        parameter.grad = torch.zeros_like(parameter)
+    return copied, shapes
+
+
+def _state_of(optimizer: Optimizer) -> list[tuple[Any, Tensor]]:
+    state = optimizer.state.items()
+    return [(parameter, value) for parameter, kept in state for value in kept.values() if isinstance(value, Tensor)]

@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def check_component(
         function = components.constructor(name, path, imports)
     except CannotTell:
         return
-    _check_given(function, arguments, path, *given, imports=imports)
+    check_arguments(function, arguments, path, *given, imports=imports)
 
 
 def check_arguments(
@@ -170,18 +170,6 @@ def check_arguments(
         function = constructor(target)
     except CannotTell:
         return
-    _check_given(function, arguments, path, provided, also, defaulted, imports)
-
-
-def _check_given(
-    function: Callable[..., Any],
-    arguments: Spec,
-    path: str,
-    provided: Collection[str] = (),
-    also: Collection[str] = (),
-    defaulted: Collection[str] = (),
-    imports: bool = True,
-) -> None:
     parameters = {
         name: parameter for name, parameter in inspect.signature(function).parameters.items() if name not in ("self", *provided)
     }

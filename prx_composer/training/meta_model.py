@@ -4,12 +4,9 @@ Nothing is downloaded: networks are made from their configuration, which is in t
 the table of `models.huggingface`.
 """
 
-import contextlib
-import copy
 import functools
 import json
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +14,14 @@ from typing import Any
 
 import torch
 from composer.core import Algorithm
-from composer.utils import dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, at_path, nearest
 from prx_composer.models.counting import AUTOENCODER, DENOISER, TEXT_ENCODER, CannotCount, StepCount, StepCounter
 from prx_composer.models.huggingface import Frozen, UnknownConfiguration, frozen_inside
-from prx_composer.optim.exchange import local
+from prx_composer.optim import state_after_a_step
 from prx_composer.recipe.arguments import entries, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import TOKENIZER
@@ -347,53 +342,3 @@ def optimizer_state(planned: MetaModel) -> list[Tensor]:
     state, guessed = state_after_a_step(planned.optimizer)
     planned.uncounted.told += [f"optimizer: {guessed}"] if guessed else []
     return state
-
-
-def state_after_a_step(optimizer: Optimizer) -> tuple[list[Tensor], str]:
-    """Return what an optimizer keeps on this rank after its first step, and in words what of it is guessed.
-
-    A copy takes that step on tensors without content; one that needs content, since it reads a number, say, on small tensors.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(Exception):
-        copied, _ = _about_to_step(optimizer)
-        type(copied).step(copied)  # not what a scheduler has put in its place, which steps the original
-        return [value for _, value in _state_of(copied)], ""
-    copied, shapes = _about_to_step(optimizer, longest_side=2)
-    guessed = ""
-    try:
-        if dist.get_world_size() > 1:
-            raise RuntimeError("its step may wait for the other ranks")  # and not all of them may ask
-        type(copied).step(copied)
-    except Exception as error:  # whatever an optimizer of one's own raises
-        guessed = f"{type(optimizer).__name__} is taken to keep two numbers per weight, as Adam does ({error})"
-        copied.state = defaultdict(dict, {parameter: {"first": parameter, "second": parameter} for parameter in shapes})
-    state = [
-        torch.empty(shapes[parameter], dtype=value.dtype, device="meta") if value.shape == parameter.shape else value
-        for parameter, value in _state_of(copied)
-    ]
-    return state, guessed
-
-
-def _about_to_step(optimizer: Optimizer, longest_side: int | None = None) -> tuple[Optimizer, dict[Tensor, torch.Size]]:
-    """Return a copy of an optimizer that hasn't stepped, over other parameters that have gradients, and their shapes.
-
-    Args:
-        longest_side: what the sides of the copy's parameters are cut to; the shapes returned are the uncut ones.
-    """
-    shapes, groups = dict[Tensor, torch.Size](), []
-    for group in optimizer.param_groups:
-        own = [local(parameter) for parameter in group["params"]]
-        sides = [[min(side, longest_side or side) for side in p.shape] for p in own]
-        others = [nn.Parameter(torch.zeros(cut, dtype=p.dtype)) for cut, p in zip(sides, own, strict=True)]
-        shapes |= {other: p.shape for other, p in zip(others, own, strict=True)}
-        groups.append(group | {"params": others})
-    copied = copy.copy(optimizer)
-    copied.param_groups, copied.state = groups, defaultdict(dict)
-    for parameter in shapes:
-        parameter.grad = torch.zeros_like(parameter)
-    return copied, shapes
-
-
-def _state_of(optimizer: Optimizer) -> list[tuple[Any, Tensor]]:
-    state = optimizer.state.items()
-    return [(parameter, value) for parameter, kept in state for value in kept.values() if isinstance(value, Tensor)]

@@ -1,7 +1,9 @@
 """Documentation is executed: every command and snippet of README, recipes and cards, with training cut short."""
 
+import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from commands import prx
 from icon_sets import write_sets
 
 from prx_composer.integrations.foundry_names import INSTALL, is_installed
@@ -33,6 +36,7 @@ KINDS = (
     "uv run python recipes",
     "uv run --group foundry llmfoundry",
 )
+PLANS = "uv run prx plan "  # in this process, which counts a model once for all commands that plan it: some 8 s each
 # Not run here: what sets up the environment (CI has done it) and what runs the tests, this one among them.
 ELSEWHERE = ("pip install uv", "uv sync", "uv run pytest", "uv run ruff", "uv run basedpyright", "git clone", "cd ")
 FETCHES = ("mkdir -p data/icon_sets && npm pack",)  # from a registry, which a test may not reach: tiny sets are drawn instead
@@ -46,6 +50,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return found
 
 
+@functools.cache
 def commands() -> list[tuple[str, str]]:
     lines = []
     for page, block in blocks("bash"):
@@ -60,6 +65,7 @@ def commands() -> list[tuple[str, str]]:
     return [(page, line) for line, page in first.items()]  # each once, where it is first said
 
 
+@functools.cache
 def as_written() -> set[str]:
     return {next(line for _, line in commands() if line.startswith(kind)) for kind in KINDS}
 
@@ -83,9 +89,13 @@ def test_there_is_documentation_to_run() -> None:
 @pytest.mark.docs
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:70])
-def test_documented_commands_run(page: str, line: str, workshop: Path) -> None:
+def test_documented_commands_run(page: str, line: str, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "--group foundry" in line and not is_installed():
         pytest.skip(f"llm-foundry isn't installed: {INSTALL}")
+    if line.startswith(PLANS) and line not in as_written():
+        monkeypatch.chdir(workshop)
+        assert "total" in prx(*shlex.split(line.removeprefix("uv run prx"))), line
+        return
     environment = os.environ | {"UV_PROJECT": str(REPOSITORY), "WANDB_MODE": "offline"}
     if line not in as_written() and warm.folder():
         line = re.sub(r"uv run (--group \w+ )?", "", line)

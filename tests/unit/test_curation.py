@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conversions import convert, encoded, jpeg, picture, rows, sample, write_tar
 
+from prx_composer.commands.convert.outcome import near_duplicates
 from prx_composer.commands.convert.settings import check_where, is_wanted
-from prx_composer.commands.convert.units import near_duplicates
 from prx_composer.common.errors import UserError
 
 

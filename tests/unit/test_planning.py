@@ -16,9 +16,10 @@ from prx_composer.algorithms.perceptual import LPIPS, PerceptualDINO
 from prx_composer.commands.plan import as_text
 from prx_composer.commands.plan.conditions import GPUS, Conditions, Measured, find_gpu
 from prx_composer.commands.plan.plan import make_plan
+from prx_composer.optim import state_after_a_step
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.meta_model import MetaModel, checkpoint_bytes, state_after_a_step, training_state
+from prx_composer.training.meta_model import MetaModel, checkpoint_bytes, training_state
 from prx_composer.training.run import build_trainer
 
 Write = Callable[..., str]

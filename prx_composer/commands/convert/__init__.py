@@ -20,7 +20,7 @@ from typer import Option, echo
 
 from prx_composer.commands import Parsed
 from prx_composer.commands.convert import backends
-from prx_composer.commands.convert.outcome import Tally, as_text, columns_text, files_text, left_out_text, write_report
+from prx_composer.commands.convert.outcome import Tally, as_text, columns_text, decide, files_text, left_out_text, write_report
 from prx_composer.commands.convert.records import Passed, Seen, Source, Unit, open_source
 from prx_composer.commands.convert.settings import MEASURED, Settings, check_where, whole_path
 from prx_composer.common.errors import UserError, nearest
@@ -112,8 +112,6 @@ def run_conversion(
         duplicates: list[dict[int, str]] = [{} for _ in units]
         if settings.duplicates != "keep":
             run("hash_unit", [(unit,) for unit in units], "hashes", "Hashing")
-            from prx_composer.commands.convert.units import decide  # slow to import: workers begin before
-
             duplicates = decide([store.get(f"hashes/{unit.name}") or b"" for unit in units], settings)
         run("convert_unit", list(zip(units, duplicates, strict=True)), "units", "Converting")
         return _finish(store, units, settings, files, source.notes)

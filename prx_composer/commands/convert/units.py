@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from PIL import Image
 from streaming import MDSWriter
 
 from prx_composer.commands.convert.backends import RESULT, open_output, progress
-from prx_composer.commands.convert.outcome import Dropped, Kept, Measured, Tally, clean_key, encode_jpeg, thumbnail
+from prx_composer.commands.convert.outcome import HASHES, Dropped, Kept, Measured, Tally, clean_key, encode_jpeg, thumbnail
 from prx_composer.commands.convert.records import Record, Source, Unit, lookup, open_source
 from prx_composer.commands.convert.settings import Settings, is_wanted
 from prx_composer.common.files import encoding_of, sync
@@ -32,9 +32,7 @@ BUFFERED_BYTES = 1 << 28  # over all buckets of a unit: memory does not depend o
 PICTURES = 2  # of every reason for dropping, kept for the report
 PICTURED_UNITS = 50  # first units, which keep them
 STORED = (*JPEGS, "PNG", "WEBP")  # formats that are kept as they are where they fit
-HASHES = np.dtype([("competes", "?"), ("exact", "S16"), ("perceptual", "<u8")])
 HASHED_SIDE = 64  # images are decoded at about this size, where JPEG allows it
-PAIRS = 1 << 22  # compared at a time
 
 _buckets = functools.cache(make_buckets)
 
@@ -288,8 +286,8 @@ def is_one_colour(pixels: np.ndarray, tolerance: int = 2) -> bool:
     return spread(pixels[::16, ::16]) <= tolerance and spread(pixels) <= tolerance  # a few pixels tell most images
 
 
-# Which samples are duplicates: a first pass hashes them, one place decides, in the order of the input. Only samples that pass
-# every other check compete, so that a duplicate is never left out in favour of one that is left out itself.
+# Which samples are duplicates: a first pass hashes them, and `outcome.decide` decides. Only samples that pass every other check
+# compete, so that a duplicate is never left out in favour of one that is left out itself.
 
 
 def _hash(record: Record, settings: Settings) -> tuple[bool, bytes, int]:
@@ -307,76 +305,3 @@ def _hash(record: Record, settings: Settings) -> tuple[bool, bytes, int]:
         bits = imagehash.phash(Image.fromarray(pixels)).hash.ravel()
         perceptual = int(np.packbits(bits).view(">u8")[0])
     return True, hashlib.sha256(checked.encoded).digest()[:16], perceptual
-
-
-def decide(stored: list[bytes], settings: Settings) -> list[dict[int, str]]:
-    """Return per unit: number of a record → reason, of those that are left out. The first of any group stays.
-
-    Args:
-        stored: hashes of every unit, as `hash_unit` stored them.
-    """
-    hashes = [np.load(io.BytesIO(content), allow_pickle=False) for content in stored]
-    joined = np.concatenate(hashes) if hashes else np.empty(0, HASHES)
-    rows = np.flatnonzero(joined["competes"])
-    reasons: dict[int, str] = {}
-    _, first, group = np.unique(joined["exact"][rows], return_index=True, return_inverse=True)
-    originals = first[group] == np.arange(len(rows))
-    reasons |= dict.fromkeys(rows[~originals].tolist(), "duplicate")
-    if settings.duplicates == "perceptual":
-        rows = rows[originals]
-        dropped = near_duplicates(joined["perceptual"][rows], settings.distance)
-        reasons |= dict.fromkeys(rows[dropped].tolist(), "near_duplicate")
-    ends = np.cumsum([len(part) for part in hashes])
-    found: list[dict[int, str]] = [{} for _ in hashes]
-    for row, reason in reasons.items():
-        unit = int(np.searchsorted(ends, row, side="right"))
-        found[unit][row - int(ends[unit]) + len(hashes[unit])] = reason
-    return found
-
-
-def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """Return which hashes lie within `distance` bits of an earlier one that is kept, going through them in order.
-
-    Two hashes that differ in at most d bits agree in one of d + 1 bands of bits, so only those that share a band are compared.
-
-    Args:
-        hashes: uint64 (n,).
-
-    Returns:
-        bool (n,).
-    """
-    unique, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-    order = np.argsort(first)  # unique hashes in the order of their first appearance
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    neighbours: dict[int, list[int]] = {}
-    if distance:
-        for earlier, later in _close_pairs(unique[order], distance):
-            for a, b in zip(earlier.tolist(), later.tolist(), strict=True):
-                neighbours.setdefault(b, []).append(a)
-    dropped = np.zeros(len(unique), bool)
-    for later in sorted(neighbours):
-        dropped[later] = any(not dropped[earlier] for earlier in neighbours[later])
-    return dropped[rank[group]] | (first[group] != np.arange(len(hashes)))
-
-
-def _close_pairs(hashes: np.ndarray, distance: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Yield pairs (earlier, later) of distinct hashes within the distance; a pair may come more than once."""
-    edges = np.linspace(0, 64, distance + 2).astype(int)
-    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        band = hashes >> np.uint64(low) & np.uint64((1 << (high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        ordered = band[order]
-        starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-        ends = np.r_[starts[1:], len(ordered)]
-        remaining = np.repeat(ends, ends - starts) - np.arange(len(ordered)) - 1  # partners that come later in the band
-        begin = 0
-        while begin < len(ordered):
-            stop = max(begin + 1, begin + int(np.searchsorted(np.cumsum(remaining[begin:]), PAIRS, side="right")))
-            counts = remaining[begin:stop]
-            left = np.repeat(np.arange(begin, stop), counts)
-            right = left + 1 + np.arange(len(left)) - np.repeat(np.cumsum(counts) - counts, counts)
-            a, b = order[left], order[right]
-            close = np.bitwise_count(hashes[a] ^ hashes[b]) <= distance
-            yield np.minimum(a, b)[close], np.maximum(a, b)[close]
-            begin = stop

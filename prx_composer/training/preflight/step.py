@@ -30,10 +30,11 @@ from prx_composer.data.format import Bucket
 from prx_composer.data.loader import ImageCaptionLoader, channels_first
 from prx_composer.data.sampler import SampleRequest
 from prx_composer.models.huggingface import returned_afterwards
+from prx_composer.optim import state_after_a_step
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import PlannedStage, planned_stages
 from prx_composer.schedule.moments import ScheduleWindow
-from prx_composer.training.meta_model import bytes_of, state_after_a_step
+from prx_composer.training.meta_model import bytes_of
 from prx_composer.training.preflight import Result, failed, passed, require, skipped
 
 log = logging.getLogger(__name__)
