@@ -260,7 +260,7 @@ def test_the_loader_says_what_a_list_leaves_out_and_warns_of_lines_that_match_no
     mix: Any = {"data": {}, "more": {}}
     with caplog.at_level(logging.INFO, "prx_composer"):
         spec = ImageCaptionData(tokenizer, 14, 16, 4, 4, 0, path=str(tmp_path), mix=mix, skip=both)
-    assert len(spec.dataloader.dataset) == 69  # pyright: ignore[reportArgumentType]
+    assert len(spec.dataloader.dataset) == 69  # pyright: ignore
     (record,) = [record for record in caplog.records if "both.txt" in record.message]
     assert record.levelname == "INFO" and "3 of 3 keys are in the data, 3 samples left out" in record.message
 
