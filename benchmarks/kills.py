@@ -136,7 +136,18 @@ class Conversion(Killable):
 
     def __init__(self, source: Path, output: Path, engine: str):
         command = [sys.executable, "-m", "prx_composer.cli", "data", "convert", "--source", "webdataset", "--input", str(source)]
-        command += ["--output", str(output), "--caption", "txt", "--base-size", "512", "--duplicates", "perceptual"]
+        command += [
+            "--output",
+            str(output),
+            "--caption",
+            "txt",
+            "--base-size",
+            "512",
+            "--duplicates",
+            "perceptual",
+            "--heldout",
+            "0.2",
+        ]
         super().__init__(output, [*command, "--workers", "2", "--engine", engine])
         self.work, self.units = output / ".train.work", len(list(source.glob("*.tar")))
 
@@ -164,7 +175,7 @@ class Conversion(Killable):
         return {"moment": moment, "hashed": self.done("hashes"), "converted": self.done("units")}
 
     def outcome(self) -> dict[str, Any]:
-        return contents(self.output / "train")
+        return {split: contents(self.output / split) for split in ("train", "heldout")}
 
 
 def convert(
@@ -186,9 +197,9 @@ def convert(
         whole, killed = (Conversion(folder / "input", folder / name, engine) for name in ("whole", "killed"))
         found = kill_again_and_again(whole, killed, kills, minutes, seed)
         statistics = json.loads((killed.output / "train" / "conversion.json").read_text()) if found["compared"] else {}
-        left = sorted(path.name for path in killed.output.iterdir() if path.name != "train")
+        left = sorted(path.name for path in killed.output.iterdir() if path.name not in ("train", "heldout"))
         told = {key: statistics.get(key) for key in ("counts", "dropped")}
-        return {"engine": engine, **found, "files": len(killed.outcome()), "left_behind": left, **told}
+        return {"engine": engine, **found, "files": sum(map(len, killed.outcome().values())), "left_behind": left, **told}
 
 
 # ------------------------------------------------------------------------------------------------------- encoding

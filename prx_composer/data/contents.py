@@ -283,14 +283,14 @@ class SkipList:
             hashes: of the keys of every bucket's rows; see `key_hashes`.
         """
         keys = sorted(self.keys)
-        own = _hashes(keys)
+        own = digests_of(keys)
         order = np.argsort(own)
-        places, matched = [], set[str]()
+        places, matched, total = list[NDArray[np.int64]](), set[str](), sum(map(len, hashes))
         for rows in hashes:
             at = np.minimum(np.searchsorted(own[order], rows), max(len(keys) - 1, 0))
             places.append(np.flatnonzero(own[order][at] == rows) if keys else np.empty(0, np.int64))
             matched.update(keys[order[index]] for index in np.unique(at[places[-1]]))
-        return LeftOut(self, places, frozenset(matched))
+        return LeftOut(self, places, frozenset(matched), total)
 
 
 @dataclass(frozen=True)
@@ -300,11 +300,13 @@ class LeftOut:
     Args:
         places: of the rows, bucket by bucket.
         matched: keys of the list that the data set has.
+        of: samples that the data set has with them.
     """
 
     skip: SkipList
     places: list[NDArray[np.int64]]
     matched: frozenset[str]
+    of: int
 
     @property
     def samples(self) -> int:
@@ -320,17 +322,16 @@ def said_of_skipped(parts: Iterable[LeftOut]) -> list[tuple[str, bool]]:
     for skip, left_out in by_list.items():
         lacking = sorted(skip.keys.difference(*(part.matched for part in left_out)))
         found, samples = len(skip.keys) - len(lacking), sum(part.samples for part in left_out)
+        total = sum(part.of for part in left_out)
+        left = f"{samples:,} samples left out, {total - samples:,} of {total:,} are left"
         nothing = f"; {len(lacking):,} match no sample, such as {lacking[0]!r}" if lacking else ""
-        said.append(
-            (
-                f"{skip.path}: {found:,} of {len(skip.keys):,} keys are in the data, {samples:,} samples left out{nothing}",
-                bool(lacking),
-            )
-        )
+        told = f"{skip.path}: {found:,} of {len(skip.keys):,} keys are in the data, {left}{nothing}"
+        said.append((told, bool(lacking)))
     return said
 
 
-def _hashes(keys: Iterable[str]) -> NDArray[np.uint64]:
+def digests_of(keys: Iterable[str]) -> NDArray[np.uint64]:
+    """Return 64 bits that tell keys apart, for `SkipList.find`."""
     digests = b"".join(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, "<u8")
 
@@ -351,7 +352,7 @@ def key_hashes(split: Path, rows: Iterable[Iterator[str]] | None = None) -> list
     buckets = sorted(Manifest.read(split).buckets)
     level = logging.INFO if rows is None and identity.get("samples", _MANY) < _MANY else logging.WARNING
     log.log(level, "skip: all keys of %s are read once%s.", split, "" if rows is None else ", for which all shards are fetched")
-    hashes = [_hashes(keys) for keys in (rows or (_keys(split, bucket) for bucket in buckets))]
+    hashes = [digests_of(keys) for keys in (rows or (_keys(split, bucket) for bucket in buckets))]
     content = io.BytesIO()
     np.savez(
         content, identity=np.array(json.dumps(identity)), counts=[len(part) for part in hashes], hashes=np.concatenate(hashes)

@@ -12,6 +12,7 @@ perhaps features: arrays (h, w, channels) made of the image as it is cropped to 
 it says whose work the images are, where their source knows: `{"openmoji": {"author": …, "licence": …}}`.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from streaming.base.format import Reader
 
 MANIFEST = "manifest.json"
+HELDOUT = "heldout"  # the split that is kept out of training
 COLUMNS = {"image": "bytes", "width": "int", "height": "int", "key": "str"}
 RESERVED = frozenset({*COLUMNS, "input_ids", "attention_mask", "sample_id"})  # of a sample or a batch
 NOTICED = 0.15  # share of an image's area that is more than the rounding of a bucket's sides
@@ -82,6 +84,19 @@ def make_buckets(image_size: int, multiple: int, max_aspect: float = 2.0) -> lis
 def assign_bucket(height: int, width: int, buckets: list[Bucket]) -> Bucket:
     """Return the bucket whose aspect ratio is nearest on a log scale: the one that crops least."""
     return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - math.log(width / height)))
+
+
+def is_held_out(encoded: bytes, share: float) -> bool:
+    """Return whether an image belongs to a held-out share: the first 64 bits of its file's SHA-256 lie in the lowest `share`.
+
+    The bytes alone decide, not the pixels: they say the same with any version of any decoder, can be looked up with `sha256sum`,
+    and files with the same bytes are never on both sides. What a smaller share holds out, a larger one does, too.
+
+    Args:
+        encoded: the whole file, as it came.
+        share: in (0, 1).
+    """
+    return int.from_bytes(hashlib.sha256(encoded).digest()[:8]) < share * 2**64
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from prx_composer.common.errors import first
 from prx_composer.common.files import read_lines
 from prx_composer.data.contents import FileRecord
 from prx_composer.data.decoding import IMAGE_REASONS, BadImageError, open_image, oriented_size
-from prx_composer.data.format import Bucket, BucketSettings, BucketWriter, RawSample, assign_bucket, cropping_note
+from prx_composer.data.format import Bucket, BucketSettings, BucketWriter, RawSample, assign_bucket, cropping_note, is_held_out
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +137,7 @@ class FolderSource:
         max_aspect: images wider or taller than this are cropped to it.
         min_bucket: aspect ratios with fewer images than this join the nearest that has more.
         heldout: share of the images that go to the split `heldout`.
+        heldout_by: `place` in the captions file, evenly spread and to the number, or `content`, as `prx data convert --heldout`.
 
     Raises:
         ValueError: a missing folder or file, a line that isn't as above, an image that is not there.
@@ -151,10 +152,10 @@ class FolderSource:
         max_aspect: float = 2.0,
         min_bucket: int = 8,
         heldout: float = 0.0,
+        heldout_by: Literal["place", "content"] = "place",
     ):
         self._folder = Path(folder)
         self.image_size = image_size
-        self._heldout = heldout
         if not 0 <= heldout < 1:
             raise ValueError(f"train_loader.source.heldout must lie in [0, 1), not {heldout}.")
         if not self._folder.is_dir():
@@ -173,12 +174,18 @@ class FolderSource:
         if left_out:
             log.warning("%d of %d images are left out: %s.", left_out.total(), left_out.total() + len(self._rows), reasons)
         self.captions = tuple(sorted(self._rows[0][1], key=lambda name: name not in CAPTION_NAMES))
-        self.train_samples = len(self._rows) - int(len(self._rows) * heldout)
+        ends = [int(index * heldout) for index in range(len(self._rows) + 1)]
+        self._held_out = [end > begin for begin, end in itertools.pairwise(ends)]  # evenly spread
+        if heldout_by == "content":
+            self._held_out = [is_held_out(image.read_bytes(), heldout) for image, *_ in self._rows]
+        self.train_samples = self._held_out.count(False)
         self.identity = {"captions_sha256": hashlib.sha256(captions.read_bytes()).hexdigest()}
         shapes = Counter((height, width) for _, _, height, width in self._rows)
         settings = BucketSettings(image_size, multiple, max_aspect, min_bucket)
         self.buckets = settings.buckets(shapes)
         self.notes = [] if (note := cropping_note(shapes, settings, "train_loader.source")) is None else [note]
+        if heldout and self.train_samples == len(self._rows):
+            self.notes.append(f"heldout: {heldout} takes none of {len(self._rows)} images: there is no split `heldout`.")
         if len(self.captions) > 1:
             self.notes.append(
                 f"{captions} has text in the columns {', '.join(self.captions)}, which all become caption columns; training "
@@ -217,10 +224,9 @@ class FolderSource:
             yield image, texts, height, width
 
     def samples(self) -> Iterator[tuple[str, RawSample]]:
-        for index, (image, texts, height, width) in enumerate(self._rows):
+        for (image, texts, height, width), held_out in zip(self._rows, self._held_out, strict=True):
             if texts.keys() != set(self.captions):
                 raise ValueError(f"{image.name} has captions {sorted(texts)}, the first image {sorted(self.captions)}.")
-            held_out = int((index + 1) * self._heldout) > int(index * self._heldout)  # evenly spread
             sample = RawSample(image.read_bytes(), width, height, texts, image.name)
             yield "heldout" if held_out else "train", sample
 

@@ -33,7 +33,7 @@ def test_a_killed_conversion_writes_the_bytes_of_an_undisturbed_one(tmp_path: Pa
     done = commands.run("python", BENCHMARKS / "kills.py", "convert", *kills, "--output", result, real=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(result.read_text())
-    assert found["kills"] == 2 and found["equal"] and found["left_behind"] == [".train.work.lock"]
+    assert found["kills"] == 2 and found["equal"] and found["left_behind"] == [".heldout.work.lock", ".train.work.lock"]
 
 
 def put_tars(s3: Any, folder: Path) -> Path:
@@ -49,12 +49,13 @@ def without_paths(files: dict[str, str]) -> dict[str, str]:
 
 
 def test_from_and_to_an_object_store_are_the_bytes_of_a_local_conversion(tmp_path: Path, s3: Any) -> None:
-    convert("webdataset", put_tars(s3, tmp_path / "in"), tmp_path / "local", duplicates="exact")
-    chosen = settings("webdataset", Path("in"), duplicates="exact", input="s3://data/in")
+    convert("webdataset", put_tars(s3, tmp_path / "in"), tmp_path / "local", duplicates="exact", heldout=0.3)
+    chosen = settings("webdataset", Path("in"), duplicates="exact", input="s3://data/in", heldout=0.3)
     statistics = run_conversion(chosen, "s3://data/out", workers=2)
     assert statistics["counts"]["kept"] == 15
-    remote = fetch_all(s3, "out/train", tmp_path / "remote" / "train")
-    assert without_paths(contents(remote)) == without_paths(contents(tmp_path / "local" / "train"))
+    for split in ("train", "heldout"):
+        remote = fetch_all(s3, f"out/{split}", tmp_path / "remote" / split)
+        assert without_paths(contents(remote)) == without_paths(contents(tmp_path / "local" / split)) != {}
     near = sorted(row["caption"] for row in rows(tmp_path / "local"))
     dataset = ImageCaptionDataset(str(tmp_path / "cache"), remote="s3://data/out")
     assert sorted(dataset[SampleRequest(i, 64, 64, 0)]["caption"] for i in range(len(dataset))) == near

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ def test_a_very_large_jpeg_looks_as_if_it_was_decoded_whole(tmp_path: Path) -> N
 
 def test_processes_and_an_interruption_change_no_byte(tmp_path: Path) -> None:
     source = write_tars(tmp_path / "in", tars=4)
-    convert("webdataset", source, tmp_path / "whole", duplicates="perceptual")
-    chosen = settings("webdataset", source, duplicates="perceptual")
+    convert("webdataset", source, tmp_path / "whole", duplicates="perceptual", heldout=0.3)
+    chosen = settings("webdataset", source, duplicates="perceptual", heldout=0.3)
     other = tmp_path / "other"
     planned = open_source(chosen).plan()
     store = open_output(str(other), "train")
@@ -104,7 +105,8 @@ def test_processes_and_an_interruption_change_no_byte(tmp_path: Path) -> None:
         (half / "64x64" / "shard.00000.mds").write_bytes(b"half")
         half.rename(half.with_name(".left-behind"))
     run_conversion(chosen, str(other), workers=2)
-    assert contents(tmp_path / "whole" / "train") == contents(other / "train")
+    for split in ("train", "heldout"):
+        assert contents(tmp_path / "whole" / split) == contents(other / split) != {}
     assert not (other / ".train.work").exists()
 
 
@@ -116,10 +118,11 @@ def test_progress_moves_inside_of_a_unit(workers: int) -> None:
     assert len({count for count in seen if 0 < count < 20}) >= 2
 
 
-def test_an_interrupted_last_step_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("held_out_is_in_place", [False, True])
+def test_an_interrupted_last_step_goes_on(tmp_path: Path, held_out_is_in_place: bool) -> None:
     source = write_tars(tmp_path / "in")
-    convert("webdataset", source, tmp_path / "whole")
-    chosen = settings("webdataset", source)
+    convert("webdataset", source, tmp_path / "whole", heldout=0.3)
+    chosen = settings("webdataset", source, heldout=0.3)
     store, planned = open_output(str(tmp_path / "b"), "train"), open_source(chosen).plan()
     make_plan(store, None, chosen, open_source(chosen), planned)
     for unit in planned:
@@ -128,8 +131,20 @@ def test_an_interrupted_last_step_goes_on(tmp_path: Path) -> None:
     (work / "whole" / "64x64").mkdir(parents=True)
     (work / "units" / "000001" / "64x64").rename(work / "whole" / "64x64" / "000001")
     (work / "whole" / ".manifest.json.123").write_text("{")  # and then it was killed
-    convert("webdataset", source, tmp_path / "b")
-    assert contents(tmp_path / "b" / "train") == contents(tmp_path / "whole" / "train")
+    if held_out_is_in_place:  # or then
+        shutil.copytree(tmp_path / "whole" / "heldout", tmp_path / "b" / "heldout")
+        for unit in (work / "units").iterdir():
+            shutil.rmtree(unit / "heldout", ignore_errors=True)
+        about = tmp_path / "b" / "heldout" / "conversion.json"
+        ours = about.read_bytes()
+        about.write_bytes(b"{}")  # of another conversion
+        with pytest.raises(UserError, match="something else has made .*b/heldout meanwhile"):
+            convert("webdataset", source, tmp_path / "b", heldout=0.3)
+        about.write_bytes(ours)
+    convert("webdataset", source, tmp_path / "b", heldout=0.3)
+    for split in ("train", "heldout"):
+        assert contents(tmp_path / "b" / split) == contents(tmp_path / "whole" / split) != {}
+    assert not work.exists()
 
 
 def test_a_finished_conversion_is_not_done_again(tmp_path: Path) -> None:

@@ -14,8 +14,12 @@ import pytest
 from test_data import encode, gradient
 from test_resume import _line, compare
 
+from prx_composer.commands.data import as_text
 from prx_composer.commands.data.split import open_split
+from prx_composer.commands.data.statistics import statistics
 from prx_composer.commands.data.view import Subject, look
+from prx_composer.commands.plan.conditions import Conditions, find_gpu
+from prx_composer.commands.plan.plan import Plan, make_plan
 from prx_composer.common.errors import UserError
 from prx_composer.data.contents import KEYS, SkipList, data_identity, same_data
 from prx_composer.data.dataset import ImageCaptionDataset
@@ -256,7 +260,7 @@ def test_the_loader_says_what_a_list_leaves_out_and_warns_of_lines_that_match_no
     mix: Any = {"data": {}, "more": {}}
     with caplog.at_level(logging.INFO, "prx_composer"):
         spec = ImageCaptionData(tokenizer, 14, 16, 4, 4, 0, path=str(tmp_path), mix=mix, skip=both)
-    assert len(spec.dataloader.dataset) == 69  # pyright: ignore[reportArgumentType]
+    assert len(spec.dataloader.dataset) == 69  # pyright: ignore
     (record,) = [record for record in caplog.records if "both.txt" in record.message]
     assert record.levelname == "INFO" and "3 of 3 keys are in the data, 3 samples left out" in record.message
 
@@ -268,6 +272,24 @@ def test_prx_data_view_shows_what_training_draws_from(data: Path, skip: str) -> 
         Subject(str(data), "train", {"path": str(data), "skip": skip}), open_split(str(data), "train"), 100, bucket="12x20"
     )
     assert wide.total == 20 and {seen.key for seen in wide.samples} == {f"wide-{i}" for i in range(24)} - BAD
+
+
+def test_prx_data_stats_counts_the_list_and_measures_batches_against_what_is_left(data: Path, skip: str, tmp_path: Path) -> None:
+    split = open_split(str(data), "train")
+    whole, some = (statistics(split, samples, [21, 40], skip=skip) for samples in (None, 5))
+    counted = {"listed": 9, "found": 8, "unknown": 1, "samples": 8, "left": 56}
+    assert whole["skip"] == some["skip"] == {"path": skip, "said": whole["skip"]["said"]} | counted
+    assert {bucket["name"]: (bucket["left"], bucket["smaller_than"]) for bucket in whole["buckets"]} == {
+        "16x16": (36, [40]),
+        "12x20": (20, [21, 40]),
+    }
+    assert whole["samples"] == 64 == whole["images"]["bytes"]["count"]
+    told = as_text(whole)
+    assert "8 of 9 keys are in the data, 8 samples left out, 56 of 64 are left; 1 match no sample, such as 'nobody-1'." in told
+    assert "A batch of 21 is filled by repetition in 1 of 2 buckets" in told and "Batches are of what is left" in told
+    all_of_one = statistics(split, None, [21], skip=listed(tmp_path / "wide.txt", {f"wide-{i}" for i in range(24)}))
+    assert [bucket["smaller_than"] for bucket in all_of_one["buckets"]] == [[], []], "no batch is made of a bucket of none"
+    assert statistics(split)["skip"] is None and "skip:" not in as_text(statistics(split))
 
 
 # ----------------------------------------------------------------------------------------- checks and resumed runs
@@ -284,10 +306,29 @@ def recipe(tiny_recipe: dict[str, Any], shapes_data: Path, tmp_path: Path) -> di
     return tiny_recipe
 
 
+def test_a_plan_s_epochs_are_of_what_is_left(recipe: dict[str, Any], write_recipe: Callable[..., str], tmp_path: Path) -> None:
+    plan = make_plan(config.load([write_recipe(recipe)]), Conditions(find_gpu("h200"), utilisation=1.0))
+    trained = recipe["global_train_batch_size"] * 6
+    assert plan.samples == 192 and [stage.epochs for stage in plan.stages] == [trained / 192]
+    assert f"train_loader.skip: {tmp_path}/ids.txt: 48 of 48 keys are in the data, 48 samples left out, 192 of 240 are left" in (
+        plan.assumptions
+    )
+    epochs = config.load([write_recipe(recipe | {"max_duration": "2ep"})])
+    assert make_plan(epochs, Conditions(find_gpu("h200"), utilisation=1.0)).images == 2 * 192
+    recipe["train_loader"]["remote"] = "s3://data/set"  # no shard is fetched for a plan
+    (said,) = [a for a in _planned(recipe, write_recipe).assumptions if a.startswith("train_loader.skip")]
+    assert "ids.txt is not counted where the data, or their keys, are not on this machine" in said
+
+
+def _planned(recipe: dict[str, Any], write_recipe: Callable[..., str]) -> Plan:
+    return make_plan(config.load([write_recipe(recipe)]), Conditions(find_gpu("h200"), utilisation=1.0))
+
+
 def test_a_check_counts_what_is_left(recipe: dict[str, Any], write_recipe: Callable[..., str], tmp_path: Path) -> None:
     loaded = config.load([write_recipe(recipe)])
     results = list(check_recipe(loaded, 1, step=False))
-    assert any("48 of 48 keys are in the data, 48 samples left out" in result.text for result in results), results
+    said = "48 of 48 keys are in the data, 48 samples left out, 192 of 240 are left"
+    assert any(said in result.text for result in results), results
     assert any((result.mark == "✓" and "of 192 samples" in str(result)) or "192" in result.text for result in results) or True
     with (tmp_path / "ids.txt").open("a") as file:
         file.write("nobody\n")

@@ -6,6 +6,7 @@ that make them a data set. Then, in reading order: `settings.py` what was asked 
 `backends.py` where units run and where their results are kept.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -24,7 +25,7 @@ from prx_composer.commands.convert.outcome import Tally, as_text, columns_text, 
 from prx_composer.commands.convert.records import Passed, Seen, Source, Unit, open_source
 from prx_composer.commands.convert.settings import MEASURED, Settings, check_where, whole_path
 from prx_composer.common.errors import UserError, nearest
-from prx_composer.data.format import MANIFEST, Bucket, Manifest
+from prx_composer.data.format import HELDOUT, MANIFEST, Bucket, Manifest
 from prx_composer.data.storage import INDEX, Entry, is_included, relative_name, survey
 
 log = logging.getLogger(__name__)
@@ -84,9 +85,9 @@ def run_conversion(
     if engine not in backends.ENGINES:
         raise UserError(f"--engine: there is no {engine!r}.{nearest(engine, list(backends.ENGINES))}")
     store = backends.open_output(output, settings.split)
-    with store.lock():
+    with store.lock(), contextlib.nullcontext() if settings.heldout is None else backends.open_output(output, HELDOUT).lock():
         if (finished := store.finished()) is not None:
-            _check_finished(finished, settings, output)
+            _check_finished(finished, settings, output, store)
             return finished
         stored = store.get(PLAN)
         if stored is not None:
@@ -146,6 +147,8 @@ def make_plan(
         if plan["inputs"] != cut:
             raise UserError(f"--input: {settings.input} is cut into other units than {began}. {way_on}")
         return [Unit(**unit) for unit in plan["units"]], plan["input"]
+    if settings.heldout is not None and store.has_heldout():
+        raise UserError(f"--heldout: there is a split {HELDOUT} in --output already. Delete it, or name a new --output.")
     planned = units if settings.limit is None else _limited(source, units, settings.limit)
     files = account(settings, units, planned)
     plan = {
@@ -189,19 +192,23 @@ def _finish(
     _check_found(tally, settings, store)
     stats = {"settings": settings.to_json(), **tally.to_json(), "pictures": pictures, "input": files, "notes": notes}
     stats["asked"] = [column for _, column in settings.asked]
-    if not shards:
+    if not tally.buckets:
         what = f"none of the {tally.counts['read']} samples of {settings.input} is left"
         if not tally.counts["read"]:
             what = f"there is no sample in {settings.input}"
+        if tally.heldout:
+            what += f": --heldout {settings.heldout} takes the {tally.counts['kept']} that are kept, so give a smaller share"
         way_on = store.clean()  # or what it holds would be in the way of the next try, with other options
         said = [*files_text(stats), *columns_text(stats), *notes, *left_out_text(stats)]
         raise UserError("\n".join([f"--input: {what}.{way_on}", *said]))
-    buckets = {Bucket.parse(bucket): count for bucket, count in tally.buckets.items()}
-    manifest = Manifest(settings.image_size, tuple(settings.captions), buckets, metadata=settings.metadata_encodings)
     contents = {
         f"{bucket}/{INDEX}": json.dumps({"version": 2, "shards": parts}, sort_keys=True) for bucket, parts in shards.items()
     }
-    contents |= {backends.STATS: json.dumps(stats, indent=1), MANIFEST: manifest.to_json()}
+    for place, counts in ((f"{HELDOUT}/", tally.heldout), ("", tally.buckets)):
+        buckets = {Bucket.parse(bucket): count for bucket, count in counts.items()}
+        manifest = Manifest(settings.image_size, tuple(settings.captions), buckets, metadata=settings.metadata_encodings)
+        if counts:
+            contents |= {f"{place}{backends.STATS}": json.dumps(stats, indent=1), f"{place}{MANIFEST}": manifest.to_json()}
     store.finish(units, sorted(shards), {name: content.encode() for name, content in contents.items()})
     return stats
 
@@ -231,16 +238,19 @@ def _compare(stored: dict[str, Any], settings: Settings, output: str) -> None:
         raise UserError(f"--output: {output} holds a conversion with other settings ({was}). Name a new folder, or delete it.")
 
 
-def _check_finished(finished: dict[str, Any], settings: Settings, output: str) -> None:
+def _check_finished(finished: dict[str, Any], settings: Settings, output: str, store: backends.Output) -> None:
     """Raise UserError if the same command would read something else now than what a finished conversion was made of."""
     _compare(finished["settings"], settings, output)
     final = f"{output}/{settings.split}"
+    if finished.get("heldout") and not store.has_heldout():
+        raise UserError(f"--output: {output}/{HELDOUT}, made with {final}, is gone. Name a new --output, or delete {final}, too.")
     if "input" not in finished:
         log.warning("%s was made by an earlier version, which didn't store what its input was: it may have changed.", final)
     elif not survey(settings.input, settings.follow_links):
         log.warning("%s is there and whole. Its input, %s, is not there any more.", final, settings.input)
     else:
-        way_on = f"Name a new --output, or delete {final} and give the command again: then all of it is converted."
+        both = f" and {output}/{HELDOUT}" if finished.get("heldout") else ""
+        way_on = f"Name a new --output, or delete {final}{both} and give the command again: then all of it is converted."
         _check_same(finished["input"], open_source(settings).plan(), settings, f"when {final} was made", way_on)
 
 

@@ -8,6 +8,7 @@ heavy and says what is wrong at once. On disk or in an object store, nothing hal
 <output>/.<split>.work/hashes/000012    of a unit that was hashed
 <output>/<split>/…                      what data/format.py describes; on disk it appears under its name only when it is whole,
                                         in an object store its manifest, without which nobody reads it, is written last
+<output>/heldout/…                      with --heldout: likewise, put in place just before <output>/<split>
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from urllib.parse import urlparse
 from prx_composer.commands.convert.records import Unit
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import sync, write_whole
-from prx_composer.data.format import MANIFEST
+from prx_composer.data.format import HELDOUT, MANIFEST
 from prx_composer.data.storage import fetched, is_remote, join, remote_keys, upload
 
 log = logging.getLogger(__name__)
@@ -217,7 +218,7 @@ class LocalOutput:
     """The state of one conversion on a disk that every worker sees."""
 
     def __init__(self, output: str, split: str):
-        self._final, self._work = Path(output) / split, Path(output) / f".{split}.work"
+        self._final, self._heldout, self._work = (Path(output, name) for name in (split, HELDOUT, f".{split}.work"))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -273,14 +274,22 @@ class LocalOutput:
         """Return the statistics of a conversion that is whole; None if it is not."""
         if not self._final.exists():
             return None
-        stats = self._final / STATS
-        if not stats.exists() or not (self._final / MANIFEST).exists():
+        if not (self._final / STATS).exists() or not (self._final / MANIFEST).exists():
             raise UserError(f"--output: {self._final} is there and was not written by `prx data convert`; name a new folder.")
-        return json.loads(stats.read_text())
+        return json.loads((self._final / STATS).read_text())
+
+    def has_heldout(self) -> bool:
+        """Return whether there is a split of what is held out."""
+        return self._heldout.exists()
 
     def finish(self, units: list[Unit], buckets: list[str], files: dict[str, bytes]) -> None:
-        """Put the shards of all units in place, then these files in this order, and take the work folder away."""
-        whole = self._work / "whole"
+        """Put the shards of all units in place, then these files in this order, the split HELDOUT first. Take away the work."""
+        whole, about = self._work / "whole", files.get(f"{HELDOUT}/{STATS}")
+        if about is not None and self._heldout.exists():  # put in place before a kill
+            if not (self._heldout / STATS).exists() or (self._heldout / STATS).read_bytes() != about:
+                raise UserError(f"--output: something else has made {self._heldout} meanwhile; delete it, or name a new folder.")
+            buckets, about = [bucket for bucket in buckets if not bucket.startswith(f"{HELDOUT}/")], None
+            files = {name: content for name, content in files.items() if not name.startswith(f"{HELDOUT}/")}
         for bucket in buckets:
             (whole / bucket).mkdir(parents=True, exist_ok=True)
             for unit in units:
@@ -292,6 +301,10 @@ class LocalOutput:
             leftover.unlink()
         for name, content in files.items():
             write_whole(whole / name, content)
+        if about is not None:
+            sync(whole / HELDOUT)
+            (whole / HELDOUT).rename(self._heldout)
+            sync(self._heldout.parent)
         sync(whole)
         whole.rename(self._final)
         sync(self._final.parent)
@@ -310,7 +323,7 @@ class RemoteOutput:
     """
 
     def __init__(self, output: str, split: str):
-        self._final, self._work = join(output, split), join(output, f".{split}.work")
+        self._final, self._heldout, self._work = (join(output, name) for name in (split, HELDOUT, f".{split}.work"))
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()  # object stores have none; two conversions of the same settings write the same bytes
@@ -331,7 +344,8 @@ class RemoteOutput:
 
     def commit(self, unit: Unit, folder: Path, result: dict[str, Any]) -> None:
         for bucket, shards in result["shards"].items():
-            upload(folder / bucket, join(self._final, bucket, unit.name), [shard["raw_data"]["basename"] for shard in shards])
+            place = join(self._final if bucket.count("/") == 0 else self._heldout, bucket.rpartition("/")[2], unit.name)
+            upload(folder / bucket, place, [shard["raw_data"]["basename"] for shard in shards])
         self.put(f"units/{unit.name}", json.dumps(result).encode())
 
     def result(self, unit: Unit) -> dict[str, Any]:
@@ -345,8 +359,14 @@ class RemoteOutput:
             raise UserError(f"--output: {self._final} is there and was not written by `prx data convert`; name a new folder.")
         return json.loads(_download_content(join(self._final, STATS)))
 
+    def has_heldout(self) -> bool:
+        return MANIFEST in _keys_below(self._heldout)
+
     def finish(self, units: list[Unit], buckets: list[str], files: dict[str, bytes]) -> None:
-        _upload_contents(self._final, files)
+        held_out = {name: content for name, content in files.items() if name.startswith(f"{HELDOUT}/")}
+        if held_out:
+            _upload_contents(self._heldout, {name.removeprefix(f"{HELDOUT}/"): content for name, content in held_out.items()})
+        _upload_contents(self._final, {name: content for name, content in files.items() if name not in held_out})
 
     def clean(self) -> str:
         return f" Name a new --output for the next try, or delete {self._work}: mosaicml-streaming has no way to."

@@ -16,7 +16,7 @@ import simplejpeg
 from prx_composer.commands.convert.records import Passed, Record, has
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.data.decoding import IMAGE_REASONS, PIXELS_OPENED, decode, open_image, resize
-from prx_composer.data.format import Bucket
+from prx_composer.data.format import HELDOUT, Bucket
 from prx_composer.data.storage import INDEX, RawShard, encodings_of, fetched, join
 
 REASONS = {  # why a sample is left out: the names that are counted, stored and reported, and what they mean
@@ -72,6 +72,12 @@ class Kept(NamedTuple):
     measured: Measured
     original: bool  # the bytes are the input's
     filled: bool  # a missing caption was replaced by another
+    held_out: bool = False
+
+    @property
+    def place(self) -> str:
+        """The folder of its shards, below that of a unit."""
+        return f"{HELDOUT}/{self.bucket}" if self.held_out else str(self.bucket)
 
 
 class Dropped(NamedTuple):
@@ -116,6 +122,7 @@ class Tally:
         self.counts = Counter[str](content.get("counts", {}))
         self.dropped = Counter[str](content.get("dropped", {}))
         self.buckets = Counter[str](content.get("buckets", {}))
+        self.heldout = Counter[str](content.get("heldout", {}))  # buckets of what is held out, which is not in the others
         self.images = Counter[str](content.get("images", {}))  # records by the column that their image came from
         self.columns = Counter[str](content.get("columns", {}))  # records that have a column, be it empty
         self.passed = Passed(content.get("passed", {}))
@@ -148,7 +155,7 @@ class Tally:
         self.counts["original_bytes"] += outcome.original
         self.counts["enlarged"] += height < outcome.bucket.height or width < outcome.bucket.width
         self.counts["captions_filled"] += outcome.filled
-        self.buckets[str(outcome.bucket)] += 1
+        (self.heldout if outcome.held_out else self.buckets)[str(outcome.bucket)] += 1
 
     def _example(self, reason: str, said: str) -> None:
         examples = self.examples.setdefault(reason, [])
@@ -160,6 +167,7 @@ class Tally:
         self.counts += other.counts
         self.dropped += other.dropped
         self.buckets += other.buckets
+        self.heldout += other.heldout
         self.images += other.images
         self.columns += other.columns
         for kind, (count, example) in other.passed.items():
@@ -173,9 +181,10 @@ class Tally:
     def check(self) -> None:
         """Raise RuntimeError unless every record that was read is either kept, in one bucket, or left out for a reason."""
         read, kept, dropped = self.counts["read"], self.counts["kept"], self.dropped.total()
-        if read != kept + dropped or kept != self.buckets.total():
+        stored = self.buckets.total() + self.heldout.total()
+        if read != kept + dropped or kept != stored:
             raise RuntimeError(
-                f"{read} records were read, {kept} kept, {dropped} left out, and {self.buckets.total()} lie in buckets. "
+                f"{read} records were read, {kept} kept, {dropped} left out, and {stored} lie in buckets. "
                 "These don't add up, which is a fault of prx data convert; nothing was put in place."
             )
 
@@ -194,7 +203,18 @@ def as_text(statistics: dict[str, Any]) -> str:
     if counts.get("captions_filled"):
         lines.append(f"{counts['captions_filled']} with a caption in place of a missing one")
     files, columns, notes = files_text(statistics), columns_text(statistics), statistics.get("notes", [])
-    return "\n".join([*files, *lines, *left_out_text(statistics), *columns, *notes])
+    return "\n".join([*files, *lines, *heldout_text(statistics), *left_out_text(statistics), *columns, *notes])
+
+
+def heldout_text(statistics: dict[str, Any]) -> list[str]:
+    """Say how many samples are held out, or that none is; nothing if none was asked for."""
+    share, kept = statistics["settings"].get("heldout"), statistics["counts"].get("kept", 0)
+    if share is None:
+        return []
+    held, expected = sum(statistics["heldout"].values()), f"--heldout {share:g} of {kept} is {share * kept:.3g} on average"
+    if not held:
+        return [f"None is held out, and there is no split {HELDOUT}: {expected}. Give a larger share, or more images."]
+    return [f"{held} of them ({held / kept:.2%}) are held out in the split {HELDOUT}: {expected}, the bytes of an image decide."]
 
 
 def files_text(statistics: dict[str, Any]) -> list[str]:
@@ -241,14 +261,14 @@ def write_report(statistics: dict[str, Any], output: str, path: str) -> None:
 
     buckets = []
     for bucket, count in sorted((Bucket.parse(name), count) for name, count in statistics["buckets"].items()):
-        aspect, share = bucket.width / bucket.height, 100 * count / statistics["counts"]["kept"]
+        aspect, share = bucket.width / bucket.height, 100 * count / sum(statistics["buckets"].values())
         samples = _samples(join(output, statistics["settings"]["split"], str(bucket)))
         buckets.append({"name": str(bucket), "aspect": aspect, "count": count, "share": share, "samples": samples})
     page = render(
         "prx_composer.commands.convert",
         "report.html",
         **statistics,
-        account=[*files_text(statistics), *columns_text(statistics), *statistics.get("notes", [])],
+        account=[*heldout_text(statistics), *files_text(statistics), *columns_text(statistics), *statistics.get("notes", [])],
         sizes=buckets,
         reasons=sorted(statistics["dropped"].items(), key=lambda item: (-item[1], item[0])),
         meanings=REASONS,

@@ -18,7 +18,7 @@ from typer import Option
 from prx_composer.commands import Parsed
 from prx_composer.common.errors import UserError, first, nearest
 from prx_composer.data.decoding import MAX_PIXELS, PIXELS_OPENED
-from prx_composer.data.format import RESERVED
+from prx_composer.data.format import HELDOUT, RESERVED
 from prx_composer.data.storage import is_included, relative_name
 
 SOURCES = {  # name → module and class, imported only when it is used
@@ -122,6 +122,9 @@ class Settings:
     distance: Annotated[int, Option(help="Bits of 64 by which perceptual hashes of duplicates may differ.")] = 4
     limit: Annotated[int | None, Option(help="Only the first so many samples of the input.")] = None
     split: Annotated[str, Option(help="Split to write.")] = "train"
+    heldout: Annotated[
+        float | None, Option(help="Share of the images for a split `heldout` beside it, such as 0.01. An image's bytes decide.")
+    ] = None
     unit_bytes: int = 1 << 28
     follow_links: Annotated[
         bool, Option("--follow-links", help="Follow symbolic links that lead out of the input, as in a hub's cache.")
@@ -150,6 +153,9 @@ class Settings:
         require(0 <= self.distance <= 16, f"--distance must lie in 0 to 16 bits, not {self.distance}.")
         require(self.limit is None or self.limit > 0, f"--limit must be positive, not {self.limit}.")
         require(self.split.isidentifier(), f"--split must be a plain name, not {self.split!r}.")
+        require(self.heldout is None or 0 < self.heldout < 1, f"--heldout must lie between 0 and 1, not {self.heldout}.")
+        both_held = f"--heldout {self.heldout} and --split {HELDOUT} would be written to one place. Leave one of them out."
+        require(self.heldout is None or self.split != HELDOUT, both_held)
         for name in [*self.captions, *self.metadata]:
             require(name not in RESERVED, f"{name!r} is the name of a column that every data set has; rename it: NAME={name}.")
         both = self.captions.keys() & self.metadata.keys()
@@ -222,7 +228,7 @@ WORDS = {  # the words by which Hugging Face's `datasets` tells splits apart, an
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
-    "heldout": ("heldout",),
+    HELDOUT: (HELDOUT,),
 }
 _SPLITS = {word: split for split, words in WORDS.items() for word in words}
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)

@@ -24,7 +24,7 @@ from prx_composer.commands.convert.records import Record, Source, Unit, lookup, 
 from prx_composer.commands.convert.settings import Settings, is_wanted
 from prx_composer.common.files import encoding_of, sync
 from prx_composer.data.decoding import JPEGS, BadImageError, decode, is_plain, open_image, oriented_size, resize
-from prx_composer.data.format import COLUMNS, assign_bucket, make_buckets
+from prx_composer.data.format import COLUMNS, HELDOUT, assign_bucket, is_held_out, make_buckets
 from prx_composer.data.storage import INDEX, shards_in
 
 SHARD_BYTES = 1 << 26
@@ -89,7 +89,7 @@ class BoundedWriter(MDSWriter):
 
 
 def _write(writers: dict[str, BoundedWriter], kept: Kept, settings: Settings, folder: Path) -> None:
-    name = str(kept.bucket)
+    name = kept.place
     if name not in writers:
         columns = COLUMNS | dict.fromkeys(settings.captions, "str") | settings.metadata_encodings
         writers[name] = BoundedWriter(out=str(folder / name), columns=columns, size_limit=SHARD_BYTES)
@@ -109,6 +109,8 @@ def _finish(writers: dict[str, BoundedWriter], folder: Path) -> dict[str, list[d
         for file in (folder / bucket).iterdir():
             sync(file)
         sync(folder / bucket)
+    if (folder / HELDOUT).is_dir():
+        sync(folder / HELDOUT)
     return shards
 
 
@@ -187,7 +189,8 @@ def convert(record: Record, settings: Settings, duplicate: str = "") -> Kept | D
         return pixels
     encoded = checked.encoded if fits else encode_jpeg(resize(pixels, bucket), settings.quality, settings.chroma)
     row = {"image": encoded, "width": bucket.width, "height": bucket.height, "key": checked.key}
-    return Kept(bucket, row | checked.captions | checked.metadata, checked.measured, fits, checked.filled)
+    held_out = settings.heldout is not None and is_held_out(checked.encoded, settings.heldout)
+    return Kept(bucket, row | checked.captions | checked.metadata, checked.measured, fits, checked.filled, held_out)
 
 
 def _decode(checked: Checked, least: tuple[int, int] | None, settings: Settings) -> np.ndarray | Dropped:

@@ -63,7 +63,7 @@ def print_statistics(options: StatsOptions) -> None:
     subject, file = subject_of(options.what, options.split), options.json_file
     batch_sizes = [stage.global_batch_size for stage in subject.stages] if options.batch_size is None else [options.batch_size]
     data = open_split(subject.path, subject.split)
-    found = statistics(data, options.samples, batch_sizes, subject.tokenizer, subject.max_tokens)
+    found = statistics(data, options.samples, batch_sizes, subject.tokenizer, subject.max_tokens, subject.loader.get("skip"))
     if file != "-":
         typer.echo(as_text(found))
     if file is not None:

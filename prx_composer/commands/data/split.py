@@ -36,9 +36,10 @@ class Split:
     @cached_property
     def shards(self) -> dict[Bucket, list[dict[str, Any]]]:
         """Return the shards of every bucket as its index lists them. Raise UserError for an index that cannot be read."""
-        return {bucket: self._listed(str(bucket)) for bucket in sorted(self.manifest.buckets)}
+        return {bucket: self.listed(str(bucket)) for bucket in sorted(self.manifest.buckets)}
 
-    def _listed(self, below: str) -> list[dict[str, Any]]:
+    def listed(self, below: str) -> list[dict[str, Any]]:
+        """Return the shards of a folder below the split as its index lists them. Raise UserError as `shards`."""
         name = join(self.folder, below, INDEX)
         content = _json(name)
         try:
@@ -76,7 +77,7 @@ class Split:
                 yield about | {"whole": False, "parts": done}
                 continue
             buckets = manifest["buckets"]
-            shards = [shard for bucket in buckets for shard in self._listed(join(ENCODED, name, source, bucket))]
+            shards = [shard for bucket in buckets for shard in self.listed(join(ENCODED, name, source, bucket))]
             yield {
                 **about,
                 "whole": True,

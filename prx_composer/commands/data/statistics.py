@@ -2,16 +2,20 @@
 
 import math
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer.commands.data.split import Split
 from prx_composer.common.errors import UserError
+from prx_composer.data.contents import LeftOut, SkipList, digests_of, key_hashes, said_of_skipped
 from prx_composer.data.format import Bucket
 from prx_composer.data.storage import RawShard, encodings_of, is_remote, join
 from prx_composer.models.prompts import cleaned, unknown_id
@@ -26,6 +30,7 @@ def statistics(
     batch_sizes: Sequence[int] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_tokens: int = 0,
+    skip: str | None = None,
 ) -> dict[str, Any]:
     """Return what a split holds, as JSON stores it.
 
@@ -33,13 +38,17 @@ def statistics(
         samples: look at no more than about so many, evenly spaced; of an object store, whole shards, evenly spaced.
         batch_sizes: global batches that every bucket should fill.
         tokenizer, max_tokens: with which captions are counted in tokens and cut.
+        skip: file of a skip list, of which is counted what it leaves out.
 
     Raises:
-        UserError: an index or a shard that is missing or broken.
+        UserError: an index or a shard that is missing or broken, or a skip list that is.
     """
+    skips = None if skip is None else SkipList.read(skip)
     total = sum(split.manifest.buckets.values())
-    buckets = [_bucket(split, bucket, total, batch_sizes) for bucket in sorted(split.manifest.buckets)]
-    columns = _Columns(split, tokenizer, max_tokens)
+    buckets = [_bucket(split, bucket, total) for bucket in sorted(split.manifest.buckets)]
+    columns, keys = _Columns(split, tokenizer, max_tokens), {bucket: array("Q") for bucket in sorted(split.manifest.buckets)}
+    if skips is not None:
+        columns.read.add("key")
     shards = [(bucket, shard) for bucket, listed in split.shards.items() for shard in listed]
     looked_at, wanted = shards, total if samples is None else min(samples, total)
     if wanted < total and is_remote(split.path):
@@ -54,10 +63,17 @@ def statistics(
         seen += len(chosen)
         for row, sizes in _rows(split, bucket, shard, chosen, columns.read):
             columns.add(bucket, row, sizes, encodings_of(shard))
+            if skips is not None:
+                keys[bucket].extend(digests_of([row.get("key", b"").decode(errors="surrogatepass")]).tolist())
+    left_out = None if skips is None else _left_out(split, skips, [np.array(some) for some in keys.values()], seen == total)
+    for number, bucket in enumerate(buckets):
+        bucket["left"] = bucket["samples"] - (0 if left_out is None else len(left_out.places[number]))
+        bucket["smaller_than"] = sorted({size for size in batch_sizes if 0 < bucket["left"] < size})
     return {
         "path": split.path,
         "split": split.name,
         "samples": total,
+        "skip": None if skips is None else {"path": skips.path, "listed": len(skips.keys)} | _counted(left_out),
         "image_size": split.manifest.image_size,
         "bytes": sum(bucket["bytes"] for bucket in buckets),
         "looked_at": {"samples": seen, "shards": len(looked_at), "of_shards": len(shards)},
@@ -70,7 +86,27 @@ def statistics(
     }
 
 
-def _bucket(split: Split, bucket: Bucket, total: int, batch_sizes: Sequence[int]) -> dict[str, Any]:
+def _left_out(split: Split, skip: SkipList, read: list[NDArray[np.uint64]], whole: bool) -> LeftOut | None:
+    """Return what a skip list leaves out; None if that is not known.
+
+    Args:
+        read: digests of the keys that were read. whole: whether they are all.
+    """
+    if whole:
+        return skip.find(read)
+    return None if is_remote(split.path) else skip.find(key_hashes(Path(split.folder)))
+
+
+def _counted(left_out: LeftOut | None) -> dict[str, Any]:
+    if left_out is None:
+        return {"found": None, "unknown": None, "samples": None, "left": None, "said": None}
+    unknown = len(left_out.skip.keys) - len(left_out.matched)
+    ((said, _),) = said_of_skipped([left_out])
+    counts = {"found": len(left_out.matched), "unknown": unknown, "samples": left_out.samples}
+    return counts | {"left": left_out.of - left_out.samples, "said": said}
+
+
+def _bucket(split: Split, bucket: Bucket, total: int) -> dict[str, Any]:
     shards, count = split.shards[bucket], split.manifest.buckets[bucket]
     listed = sum(int(shard["samples"]) for shard in shards)
     if listed != count:
@@ -85,7 +121,6 @@ def _bucket(split: Split, bucket: Bucket, total: int, batch_sizes: Sequence[int]
         "share": count / total,
         "shards": len(shards),
         "bytes": sum(int(shard["raw_data"]["bytes"]) for shard in shards),
-        "smaller_than": sorted({size for size in batch_sizes if count < size}),
     }
 
 

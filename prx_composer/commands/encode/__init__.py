@@ -20,6 +20,12 @@ _STORAGE = ("bfloat16", "float16", "float32")
 Recipe = Annotated[list[str], Argument(help="YAML files and key=value, as for train.py: its encoder, its train_loader.")]
 Split = Annotated[str, Option(help="Split to encode.")]
 Part = Annotated[int, Option("--part", min=1, help="Samples of a shard; what a kill can cost.")]
+Verify = Annotated[
+    int | None,
+    Option(
+        "--verify", min=1, help="Store nothing: encode so many samples again, evenly spread, and compare with what is stored."
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,7 @@ class TextOptions:
     storage: Annotated[str, Option(help="bfloat16, or int8 with a scale per token.")] = "bfloat16"
     batch_size: Annotated[int, Option(min=1, help="Captions at a time, of similar length.")] = 64
     part: Part = 512
+    verify: Verify = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,7 @@ class LatentsOptions:
     storage: Annotated[str, Option(help="bfloat16, float16 or float32.")] = "bfloat16"
     batch_size: Annotated[int, Option("--batch-size", min=1, help="Images at a time.")] = 32
     part: Part = 128
+    verify: Verify = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +71,7 @@ def store_text(options: TextOptions) -> None:
     """
     from composer.utils import dist
 
-    from prx_composer.commands.encode import encoding
+    from prx_composer.commands.encode import encoding, verifying
     from prx_composer.data.stored import encoded_folder
     from prx_composer.models.prompts import not_to_be_stored
     from prx_composer.recipe.arguments import data_sets
@@ -71,7 +79,7 @@ def store_text(options: TextOptions) -> None:
 
     show_log(timed=True)
     o = options
-    recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, (*_STORAGE, "int8"))
+    recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, (*_STORAGE, "int8"), o.verify is not None)
     for where, part in data_sets(recipe.train_loader).items():
         if problem := not_to_be_stored(part.get("captions") or {}):
             raise UserError(f"train_loader.{where + '.' if where else ''}{problem}")
@@ -81,10 +89,15 @@ def store_text(options: TextOptions) -> None:
         encoder, given = parts.text_encoder, parts.arguments("text_encoder")
     title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('model_type')}")
     column = encoding.text_column(encoder, title, given.get("revision"), o.storage)
+    checked = []
     for data in sets:
         for caption in data.captions:
             target = encoded_folder(data.path, o.split, o.name, caption)
             work = encoding.CaptionEncoder(encoder, caption, o.storage, o.batch_size, device)
+            if o.verify is not None:
+                where = (o.split, o.name, caption)
+                checked.append(verifying.verify(data, where, column, work, encoder.network, o.verify))
+                continue
             made = encoding.encode_split(data.path / o.split, target, column, work, o.part, batch_size=o.batch_size)
             count = sum(made.buckets.values())
             said = f"{target}: {count:,} captions by {title}, {o.storage}"
@@ -96,18 +109,19 @@ def store_text(options: TextOptions) -> None:
                     f" and lost {made.lost / made.cut:.1f} tokens on average"
                 )
             echo(said)
+    verifying.tell(checked)
 
 
 def store_features(options: FeaturesOptions) -> None:
     """Store a teacher's patch features of every image, one vector for each patch of the backbone."""
-    from prx_composer.commands.encode import encoding
+    from prx_composer.commands.encode import encoding, verifying
     from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, fingerprint
     from prx_composer.models.encoders import TeacherSpec, VisionEncoder
     from prx_composer.runs.model_parts import ModelParts
 
     show_log(timed=True)
     o = options
-    recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, _STORAGE)
+    recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, _STORAGE, o.verify is not None)
     spec: Any = {"algorithms": recipe.algorithms}
     for key in o.teacher.split("."):
         spec = spec.get(key) if isinstance(spec, dict) else None
@@ -119,12 +133,17 @@ def store_features(options: FeaturesOptions) -> None:
     revision = spec.get("revision") if isinstance(spec, dict) else None
     size, mark = o.image_size or recipe.image_size, fingerprint(teacher.module)
     column = StoredColumn("features", teacher.name, revision, mark, teacher.hidden_size, o.storage, image_size=size)
+    checked = []
     for data in sets:
         target = encoded_folder(data.path, o.split, o.name, IMAGE)
         encode = encoding.features_of(teacher, patch)
         work = encoding.ImageEncoder(encode, data.size_of(size, patch), o.storage, o.batch_size, device)
+        if o.verify is not None:
+            checked.append(verifying.verify(data, (o.split, o.name, IMAGE), column, work, teacher.module, o.verify))
+            continue
         made = encoding.encode_split(data.path / o.split, target, column, work, o.part, batch_size=o.batch_size, patch=patch)
         echo(f"{target}: features of {sum(made.buckets.values()):,} images by {teacher.name}, {o.storage}")
+    verifying.tell(checked)
 
 
 def store_latents(options: LatentsOptions) -> None:
@@ -133,13 +152,13 @@ def store_latents(options: LatentsOptions) -> None:
     Train on them with train_loader.latent=NAME: no image is decoded or encoded then. For stages of several sizes give the command
     once for each, with --image-size, and name all: train_loader.latent=[A,B].
     """
-    from prx_composer.commands.encode import encoding
+    from prx_composer.commands.encode import encoding, verifying
     from prx_composer.data.stored import IMAGE, encoded_folder, latent_column
     from prx_composer.runs.model_parts import ModelParts
 
     show_log(timed=True)
     o = options
-    recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, _STORAGE)
+    recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, _STORAGE, o.verify is not None)
     autoencoder, given = ModelParts(recipe.model, recipe.seed).autoencoder, recipe.model.get("autoencoder") or {}
     size = o.image_size or recipe.image_size
     multiple = int(recipe.model["backbone"]["patch_size"]) * int(autoencoder.downsampling)
@@ -151,8 +170,14 @@ def store_latents(options: LatentsOptions) -> None:
             f"--image-size {size}: images of {uneven[0][0]}x{uneven[0][1]} cannot be cut into patches of {multiple} "
             "(model.backbone.patch_size × autoencoder downsampling)."
         )
+    checked = []
     for data in sets:
         target = encoded_folder(data.path, o.split, o.name, IMAGE)
         work = encoding.ImageEncoder(autoencoder.encode, data.size_of(size, multiple), o.storage, o.batch_size, device)
+        if o.verify is not None:
+            where, network = (o.split, o.name, IMAGE), autoencoder.module
+            checked.append(verifying.verify(data, where, column, work, network, o.verify, autoencoder.decode))
+            continue
         made = encoding.encode_split(data.path / o.split, target, column, work, o.part, batch_size=o.batch_size)
         echo(f"{target}: latents of {sum(made.buckets.values()):,} images of {size} px by {title}, {o.storage}")
+    verifying.tell(checked)

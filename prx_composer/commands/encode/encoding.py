@@ -25,6 +25,7 @@ from streaming import LocalDataset, MDSWriter
 from torch import Tensor
 
 from prx_composer import registry
+from prx_composer.commands.data.split import open_split
 from prx_composer.common.distributed import from_rank_zero
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.files import sync, write_whole
@@ -54,13 +55,19 @@ class DataSet:
     path: Path
     manifest: Manifest
     captions: list[str]
+    address: str = ""  # where it lies, be it remote
 
     def size_of(self, image_size: int, multiple: int) -> Callable[[Bucket], tuple[int, int]]:
         return lambda bucket: bucket.at(image_size, self.manifest.image_size, multiple)
 
 
-def begin(arguments: list[str], split: str, storage: str, allowed: Sequence[str]) -> tuple[Recipe, torch.device, list[DataSet]]:
+def begin(
+    arguments: list[str], split: str, storage: str, allowed: Sequence[str], reading: bool = False
+) -> tuple[Recipe, torch.device, list[DataSet]]:
     """Load the recipe and connect the ranks. Return it with this rank's device and the data sets.
+
+    Args:
+        reading: nothing is stored. Data may be remote then, and ranks but the first have none.
 
     Raises:
         UserError: a storage that isn't allowed, a wrong recipe, or data that aren't there or not on a disk.
@@ -78,12 +85,16 @@ def begin(arguments: list[str], split: str, storage: str, allowed: Sequence[str]
     sets = []
     for where, spec in found.items():
         path = f"train_loader.{where}" if where else "train_loader"
-        if spec.get("remote"):
+        if spec.get("remote") and not reading:
             raise UserError(f"{path}.remote: encode where the data lies on a disk; then upload the folder `encoded` beside it.")
         with at_path(path):
-            manifest = read_manifest(spec["path"], split, spec.get("captions"))
-        sets.append(DataSet(Path(spec["path"]), manifest, list(spec.get("captions") or manifest.captions[:1])))
-    return recipe, device, sets
+            if remote := spec.get("remote"):
+                manifest = open_split(remote, split).manifest
+            else:
+                manifest = read_manifest(spec["path"], split, spec.get("captions"))
+        captions = list(spec.get("captions") or manifest.captions[:1])
+        sets.append(DataSet(Path(spec["path"]), manifest, captions, remote or str(spec["path"])))
+    return recipe, device, [] if reading and dist.get_global_rank() else sets
 
 
 # ------------------------------------------------------------------------------------------------ a split, in parts
@@ -297,7 +308,7 @@ class ImageEncoder:
     @torch.no_grad()
     def __call__(self, bucket: Bucket, rows: Sequence[dict[str, Any]]) -> list[Encoded]:
         encoded = [Encoded() for _ in rows]
-        images = self._decoded(bucket, rows)
+        images = self.decoded(bucket, rows)
         while batch := dict(islice(images, self.batch_size)):
             made = self.encode(torch.stack(list(batch.values())).to(self.device)).cpu()
             if not made.to(getattr(torch, self.storage)).isfinite().all():
@@ -309,7 +320,8 @@ class ImageEncoder:
                 encoded[index] = Encoded(pack(values, self.storage), tuple(values.shape))
         return encoded
 
-    def _decoded(self, bucket: Bucket, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:
+    def decoded(self, bucket: Bucket, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:
+        """Yield number and image, uint8 (3, H, W), of every row that can be decoded."""
         for index, row in enumerate(rows):
             try:
                 yield index, decode_image(row["image"], *self.size_of(bucket))

@@ -9,6 +9,7 @@ from typing import Any
 
 from prx_composer.common.errors import UserError, at_path, nearest
 from prx_composer.common.files import read_text
+from prx_composer.data.contents import LeftOut, SkipList
 from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.data.storage import INDEX, shards_in
 from prx_composer.recipe.arguments import data_sets
@@ -221,6 +222,22 @@ def read_manifests(recipe: Recipe) -> dict[Path, Manifest] | None:
         except (ValueError, KeyError) as error:
             raise UserError(f"train_loader.path: {folder / MANIFEST} is no manifest of a data set: {error}") from error
     return manifests
+
+
+def left_out(recipe: Recipe) -> list[LeftOut]:
+    """Return what the skip lists of the recipe's training data leave out; of those data sets that have no `remote`.
+
+    Raises:
+        UserError: a list or keys that cannot be read, or of a data set nothing would be left.
+    """
+    found = []
+    with at_path("train_loader"):
+        for part in data_sets(recipe.train_loader).values():
+            if part.get("skip") and not part.get("remote"):  # whose keys may not be here
+                from prx_composer.data.dataset import leave_out  # with all that data sets import, which few plans need
+
+                found.append(leave_out(SkipList.read(part["skip"]), Path(part["path"]) / str(part.get("split", "train"))))
+    return found
 
 
 def stored_bytes(manifests: dict[Path, Manifest] | None, largest: int) -> tuple[float, str]:

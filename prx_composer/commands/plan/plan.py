@@ -9,10 +9,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
-from prx_composer.commands.plan.conditions import LINK_SHARE, Conditions, read_manifests, stored_bytes
+from prx_composer.commands.plan.conditions import LINK_SHARE, Conditions, left_out, read_manifests, stored_bytes
 from prx_composer.commands.plan.step_cost import Memory, Segment, StepTime, StepTimes, memory, sharding
 from prx_composer.commands.plan.timeline import Source, Span, Timeline, left_in_steps, sources, stretched, timeline
 from prx_composer.common.errors import UserError, at_path
+from prx_composer.data.contents import LeftOut, said_of_skipped
+from prx_composer.recipe.arguments import skip_files
 from prx_composer.recipe.checks import check_parallelism
 from prx_composer.recipe.config import Recipe
 from prx_composer.schedule.moments import SECONDS, duration_string, parse_duration
@@ -157,8 +159,10 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
     planned = MetaModel(recipe, conditions.stored_text, conditions.leave_out)
     manifests = read_manifests(recipe)
     samples, source = conditions.samples, "--samples"
+    skipped = left_out(recipe) if manifests is not None else []
     if manifests is not None:
         there = sum(count for manifest in manifests.values() for count in manifest.buckets.values())
+        there -= sum(part.samples for part in skipped)
         if samples is None:
             samples, source = there, "train_loader.path"
         elif samples != there:
@@ -189,9 +193,17 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         hours=hours,
         dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
         time_budget=None if recipe.time_budget is None else seconds(recipe.time_budget, "time_budget") / 3600,
-        assumptions=[*line.notes, read_from, *_assumptions(planned, recipe, conditions)],
+        assumptions=[*line.notes, read_from, *skip_lists(recipe, skipped), *_assumptions(planned, recipe, conditions)],
         unknown=planned.uncounted.told,
     )
+
+
+def skip_lists(recipe: Recipe, skipped: list[LeftOut]) -> list[str]:
+    """Return what the recipe's skip lists leave out, in words; of data that are elsewhere, that they are not counted."""
+    files = skip_files(recipe.train_loader)
+    missing = [f"{', '.join(sorted({*files.values()}))} is not counted where the data, or their keys, are not on this machine"]
+    told = [said for said, _ in said_of_skipped(skipped)] + (missing if len(skipped) < len(files) else [])
+    return [f"train_loader.skip: {said}" for said in told]
 
 
 def _assumptions(planned: MetaModel, recipe: Recipe, c: Conditions) -> list[str]:
