@@ -20,16 +20,17 @@ from torch.utils.data import get_worker_info
 from prx_composer.common.errors import UserError
 from prx_composer.data.contents import KEYS, LeftOut, SkipList, fetch_if_there, fetch_manifest, key_hashes
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import MANIFEST, Bucket, Manifest, check_shards, open_local
+from prx_composer.data.format import CAPTIONS, ENCODED, IMAGE, MANIFEST, Bucket, Manifest, check_shards, open_local
 from prx_composer.data.sampler import BucketedDataset, SampleRequest
 from prx_composer.data.stored import (
-    ENCODED,
-    IMAGE,
+    begun_captions,
     encoded_folder,
+    fetch_captions,
     latent_names,
     latent_size_problem,
     latent_sizes,
     read_column,
+    trained_captions,
     unpack,
 )
 from prx_composer.models.prompts import Captions, not_to_be_stored, wordings
@@ -116,7 +117,7 @@ class StoredRows:
 
     Args:
         folder: of `encoded_folder`; local, or the local cache of `remote`.
-        kind: text, features or latents.
+        kind: text, features, latents or captions.
         path: YAML path that named it, for messages.
         buckets: of the data set, with their samples.
         remote: where the same folder lies remotely, if anywhere.
@@ -129,7 +130,8 @@ class StoredRows:
         fetch_manifest(folder, remote)
         self.column = read_column(folder, kind, path, remote is not None)
         if self.column.buckets != {str(bucket): count for bucket, count in buckets.items()}:
-            raise UserError(f"{path}: {folder} was made of other data than lies beside it; delete it and encode again.")
+            again = "caption" if kind == CAPTIONS else "encode"
+            raise UserError(f"{path}: {folder} was made of other data than lies beside it; delete it and {again} again.")
         self._rows = BucketRows(folder, sorted(buckets), remote)
 
     def read(self, bucket: int, index: int) -> Tensor:
@@ -138,6 +140,10 @@ class StoredRows:
         if not row["shape"]:
             raise ValueError(f"it could not be decoded when {self.column.kind} were stored")
         return unpack(row, self.column.storage)
+
+    def text(self, bucket: int, index: int) -> str:
+        """Return the caption that is stored of a sample; "" if its image could not be decoded."""
+        return self._rows.row(bucket, index)["values"].decode()
 
 
 def leave_out(skip: SkipList, folder: Path, remote: str | None = None, rows: BucketRows | None = None) -> LeftOut:
@@ -182,7 +188,8 @@ def read_manifest(path: str | Path, split: str, captions: Captions | None, featu
     weights = {column: wording.weight for column, wording in wordings(captions or {}).items()}
     for column, weight in weights.items():
         if column not in manifest.captions:
-            raise ValueError(f"captions: no caption column {column!r}; the data set has {', '.join(manifest.captions)}.")
+            there = f"; the data set has {', '.join(manifest.captions)}" if manifest.captions else ""
+            raise ValueError(f"captions: no caption column {column!r}{there}.{begun_captions(folder, column)}")
         if weight < 0 or sum(weights.values()) <= 0:
             raise ValueError(f"captions: weights must be non-negative with a positive sum, not {weights}.")
     for column in features or []:
@@ -203,7 +210,8 @@ class ImageCaptionDataset(BucketedDataset):
     Args:
         path: folder with the splits; local, or the local cache of `remote`.
         split: name of the split.
-        captions: caption column → weight of choosing it, or its `Wording`; by default the first column alone.
+        captions: caption column → weight of choosing it, or its `Wording`; by default the first column alone. It lies in the
+            shards, or was written beside them by `prx data caption`.
         features: feature columns that samples are to have: of the data set, or stored by `prx encode features`.
         text_embedding: name of embeddings that `prx encode text` has stored for these captions.
         latent: name of latents that `prx encode latents` has stored, or names, one for every image size that is trained.
@@ -238,6 +246,8 @@ class ImageCaptionDataset(BucketedDataset):
     ):
         folder, remote = Path(path) / split, None if remote is None else f"{remote}/{split}"
         fetch_manifest(folder, remote)
+        if remote is not None:
+            fetch_captions(folder, remote, captions or {})
         self.manifest = read_manifest(path, split, captions, features)
         buckets = sorted(self.manifest.buckets)
         self._rows = BucketRows(folder, buckets, remote)
@@ -249,7 +259,8 @@ class ImageCaptionDataset(BucketedDataset):
             there = None if remote is None else f"{remote}/{ENCODED}/{name}/{source}"
             return StoredRows(encoded_folder(path, split, name, source), kind, key, self.manifest.buckets, there)
 
-        self.captions = wordings(captions or {self.manifest.captions[0]: 1.0})
+        self.captions = trained_captions(captions, self.manifest)
+        self._written = {name: stored(CAPTIONS, "captions", name) for name in self.captions if name in self.manifest.beside}
         if text_embedding is not None and (problem := not_to_be_stored(captions or {})):
             raise ValueError(problem)
         self.features = features or []
@@ -310,6 +321,8 @@ class ImageCaptionDataset(BucketedDataset):
                 name: self._features[name].read(bucket, index) if name in self._features else torch.tensor(row[name])
                 for name in self.features
             }
+            if column in self._written:
+                row |= {column: self._written[column].text(bucket, index)}
             caption = self.read_caption(row, column, sample_id, request.epoch)
             sample = {**seen, "caption": caption, "sample_id": sample_id, "features": features}
             if request.counted is not None:  # another sample in its place is measured in its own
@@ -330,7 +343,7 @@ class ImageCaptionDataset(BucketedDataset):
     def row(self, sample_id: int) -> dict[str, Any]:
         """Return a sample as it is stored, by column."""
         _, bucket, place = self.locate(sample_id)
-        return self._rows.row(bucket, place)
+        return self._rows.row(bucket, place) | {name: rows.text(bucket, place) for name, rows in self._written.items()}
 
     def choose_caption(self, sample_id: int, epoch: int) -> str:
         """Return the caption column that a sample is trained with in an epoch."""

@@ -5,6 +5,7 @@ Images of a bucket have one size, and those of all buckets (nearly) equal area, 
     <path>/<split>/manifest.json            {"version": 1, "image_size": 512, "captions": […], "buckets": {"512x512": 8000, …}}
     <path>/<split>/keys.npz                 once a skip list was used: digests of all keys, see contents.py
     <path>/<split>/512x512/index.json …     MDS shards (mosaicml-streaming); bucket names are height x width at `image_size`
+    <path>/<split>/encoded/<name>/…         what was computed of them: see stored.py; among it, captions
 
 Columns: `image` (the encoded file), `width`, `height` (of that file), `key` (where it came from), one `str` per caption, and
 perhaps features: arrays (h, w, channels) made of the image as it is cropped to its bucket. The manifest names them: `"features":
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from streaming.base.format import Reader
 
 MANIFEST = "manifest.json"
+ENCODED, IMAGE, CAPTIONS = "encoded", "image", "captions"  # folder of what is computed, what it is made of, and one kind of it
 COLUMNS = {"image": "bytes", "width": "int", "height": "int", "key": "str"}
 RESERVED = frozenset({*COLUMNS, "input_ids", "attention_mask", "sample_id"})  # of a sample or a batch
 NOTICED = 0.15  # share of an image's area that is more than the rounding of a bucket's sides
@@ -185,7 +187,11 @@ class RawSample(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a split holds."""
+    """What a split holds.
+
+    Args:
+        captions: columns, those in the shards first. beside: which of them `prx data caption` has written beside the shards.
+    """
 
     image_size: int
     captions: tuple[str, ...]
@@ -193,6 +199,7 @@ class Manifest:
     features: dict[str, int] = field(default_factory=dict)  # column → channels
     metadata: dict[str, str] = field(default_factory=dict)  # column → MDS encoding
     attribution: dict[str, dict[str, str]] = field(default_factory=dict)  # part of the data → author, licence …
+    beside: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -204,11 +211,13 @@ class Manifest:
         if not buckets:
             raise ValueError(f"{folder} holds no samples.")
         known = {name: raw.get(name, {}) for name in ("features", "metadata", "attribution")}
-        return cls(int(raw["image_size"]), tuple(raw["captions"]), buckets, **known)
+        beside = tuple(name for name in _captions_beside(folder) if name not in raw["captions"])
+        return cls(int(raw["image_size"]), (*raw["captions"], *beside), buckets, **known, beside=beside)
 
     def to_json(self) -> str:
         names = {str(bucket): count for bucket, count in sorted(self.buckets.items())}
-        content = {"version": 1, "image_size": self.image_size, "captions": self.captions, "buckets": names}
+        captions = [name for name in self.captions if name not in self.beside]
+        content = {"version": 1, "image_size": self.image_size, "captions": captions, "buckets": names}
         if self.features:
             content["features"] = self.features
         if self.metadata:
@@ -219,6 +228,12 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(self.to_json())
+
+
+def _captions_beside(split: Path) -> list[str]:
+    """Return the caption columns that lie beside a split's shards, the finished ones."""
+    manifests = sorted(split.glob(f"{ENCODED}/*/{IMAGE}/{MANIFEST}"))
+    return [file.parents[1].name for file in manifests if json.loads(file.read_text()).get("kind") == CAPTIONS]
 
 
 class BucketWriter:
@@ -285,10 +300,36 @@ class BucketWriter:
 
 def iterate_captions(folder: Path, column: str) -> Iterator[str]:
     """Yield the captions of a local split, in order, without decoding an image."""
-    for bucket in Manifest.read(folder).buckets:
-        dataset = open_local(folder / str(bucket))
-        for index in range(len(dataset)):
-            yield dataset[index][column]
+    manifest = Manifest.read(folder)
+    for bucket in manifest.buckets:
+        rows = open_rows(folder, bucket, manifest)
+        for index in range(len(rows)):
+            yield rows[index][column]
+
+
+class CaptionedRows:
+    """The rows of a bucket with the captions that lie beside its shards; "" where an image could not be decoded.
+
+    Args:
+        rows: in the shards. beside: caption column → its rows.
+    """
+
+    def __init__(self, rows: "LocalDataset", beside: Mapping[str, "LocalDataset"]):
+        self._rows, self._beside = rows, beside
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._rows[index] | {name: rows[index]["values"].decode() for name, rows in self._beside.items()}
+
+
+def open_rows(split: Path, bucket: Bucket, manifest: Manifest) -> "LocalDataset | CaptionedRows":
+    """Return the rows of a bucket of a local split, with all of its captions. Raise UserError as `check_shards`."""
+    rows = open_local(split / str(bucket))
+    if not manifest.beside:
+        return rows
+    return CaptionedRows(rows, {name: open_local(split / ENCODED / name / IMAGE / str(bucket)) for name in manifest.beside})
 
 
 def open_local(folder: Path) -> "LocalDataset":

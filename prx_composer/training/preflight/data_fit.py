@@ -11,11 +11,11 @@ from prx_composer.common.errors import UserError, at_path, first, raise_all
 from prx_composer.data.contents import LeftOut, SkipList, said_of_skipped
 from prx_composer.data.dataset import leave_out, read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local
+from prx_composer.data.format import CAPTIONS, IMAGE, MANIFEST, Bucket, Manifest, open_local
 from prx_composer.data.mixture import Shares
 from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
 from prx_composer.data.storage import INDEX, shards_in
-from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
+from prx_composer.data.stored import StoredColumn, encoded_folder, fetch_captions, latent_names, latent_size_problem, read_column
 from prx_composer.models.prompts import not_to_be_stored
 from prx_composer.recipe.arguments import data_sets, weights_of
 from prx_composer.recipe.config import Recipe
@@ -146,8 +146,13 @@ def _check_data_set(
     facts = [f"{sum(manifest.buckets.values()):,} samples in {counted(len(manifest.buckets), 'bucket')}"]
     if not spec.get("remote"):
         facts.append(_check_shards(key, folder, manifest, spec))
-    captions = spec.get("captions") or {manifest.captions[0]: 1}
+    captions = spec.get("captions") or dict.fromkeys(manifest.captions[:1], 1)
+    if not captions:
+        raise UserError(f"{key}.captions: the data set has no caption column; `prx data caption` writes one.")
     facts.append(f"captions: {', '.join(captions)}")
+    for written in () if spec.get("remote") else [caption for caption in captions if caption in manifest.beside]:
+        column = read_column(encoded_folder(path, name, written, IMAGE), CAPTIONS, f"{key}.captions")
+        facts.append(f"{written} was written by {column.encoder}")
     stored = spec.get("text_embedding")
     if stored and (problem := not_to_be_stored(captions)):
         yield failed(f"{key}.{problem}")
@@ -193,6 +198,7 @@ def _read_manifest(key: str, spec: dict[str, Any]) -> Manifest:
                 f"{key}.remote: {source} cannot be fetched ({reason}); check the address and your credentials."
             ) from error
         with at_path(f"{key}.remote", TypeError, AttributeError):
+            fetch_captions(Path(temporary) / name, f"{spec['remote']}/{name}", spec.get("captions") or {})
             return read_manifest(temporary, name, spec.get("captions"), spec.get("features"))
 
 
@@ -206,7 +212,8 @@ def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, An
         UserError: files that are missing or cut short, an index with other samples or columns than the manifest's.
     """
     problems, broken, shards = [], [], 0
-    wanted = {"image", *(spec.get("captions") or manifest.captions), *manifest.features.keys() & {*(spec.get("features") or [])}}
+    columns = {*(spec.get("captions") or manifest.captions)} - {*manifest.beside}
+    wanted = {"image", *columns, *manifest.features.keys() & {*(spec.get("features") or [])}}
     for bucket, count in manifest.buckets.items():
         index = folder / str(bucket) / INDEX
         try:
