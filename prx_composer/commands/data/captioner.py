@@ -125,7 +125,7 @@ class Draw(LogitsProcessor):
         self._temperature = temperature
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
         luck = torch.stack([torch.rand(scores.shape[1:], generator=own, device=scores.device) for own in self._generators])
         return scores.float() / self._temperature - (-luck.clamp(min=1e-20).log()).log()
 
