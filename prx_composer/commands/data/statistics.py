@@ -54,7 +54,8 @@ def statistics(
         seen += len(chosen)
         for row, sizes in _rows(split, bucket, shard, chosen, columns.read):
             columns.add(bucket, row, sizes, encodings_of(shard))
-    for name in split.manifest.beside:
+    stored = list(split.stored())
+    for name in {column["name"] for column in stored if column.get("of_this_data")} & {*split.manifest.beside}:
         for text in _written(split, name, total, wanted):
             columns.captions[name].add(text)
     return {
@@ -68,7 +69,7 @@ def statistics(
         "buckets": buckets,
         **columns.to_json(),
         "features": _features(split),
-        "stored": list(split.stored()),
+        "stored": stored,
         "conversion": split.conversion(),
     }
 
