@@ -89,7 +89,15 @@ VERBS = {
     "plan": plan.plan_recipe,
 }
 GROUPS = {
-    "data": (data.HELP, {"convert": convert.convert_data, "stats": data.print_statistics, "view": data.draw_samples}),
+    "data": (
+        data.HELP,
+        {
+            "convert": convert.convert_data,
+            "caption": data.write_captions,
+            "stats": data.print_statistics,
+            "view": data.draw_samples,
+        },
+    ),
     "encode": (
         encode.HELP,
         {"text": encode.store_text, "features": encode.store_features, "latents": encode.store_latents},

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import read_lines, write_whole
-from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local, read_row
+from prx_composer.data.format import ENCODED, IMAGE, MANIFEST, Bucket, Manifest, open_local, read_row
 from prx_composer.data.storage import INDEX, RawShard, download, join, shards_in
 
 log = logging.getLogger(__name__)
@@ -143,16 +143,22 @@ def column_contents(split: Path, column: str, exact: int = _EXACT) -> str:
 
     Every row counts, up to `exact` bytes of data; beyond, 64 rows of every bucket and the size of each shard.
     """
-    files = [file for bucket in Manifest.read(split).buckets for file in sorted((split / str(bucket)).iterdir())]
+    manifest, folder = Manifest.read(split), split
+    if column in manifest.beside:
+        folder, column = split / ENCODED / column / IMAGE, "values"
+    buckets = tuple(sorted(manifest.buckets))
+    files = [file for bucket in buckets for file in sorted((folder / str(bucket)).iterdir())]
     states = [(str(file), file.stat()) for file in files]
-    return _column_contents(split, column, exact, tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states))
+    stamps = tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states)
+    return _column_contents(folder, buckets, column, exact, stamps)
 
 
 @functools.lru_cache(maxsize=64)  # several stored columns are of one column of images
-def _column_contents(split: Path, column: str, at_most: int, states: tuple[tuple[str, int, int, int], ...]) -> str:
+def _column_contents(
+    folder: Path, buckets: tuple[Bucket, ...], column: str, at_most: int, states: tuple[tuple[str, int, int, int], ...]
+) -> str:
     digest = hashlib.sha256()
-    buckets = sorted(Manifest.read(split).buckets)
-    rows = [open_local(split / str(bucket)) for bucket in buckets]
+    rows = [open_local(folder / str(bucket)) for bucket in buckets]
     exact = sum(size for _, size, *_ in states) <= at_most
     if not exact:
         digest.update(json.dumps([size for _, size, *_ in states]).encode())

@@ -5,140 +5,32 @@ What cannot be decoded is counted, named and replaced.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-from streaming import Stream, StreamingDataset
-from streaming.base.format import Reader
-from streaming.base.world import World
-from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from prx_composer.common.errors import UserError
 from prx_composer.data.contents import KEYS, LeftOut, SkipList, fetch_if_there, fetch_manifest, key_hashes
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import MANIFEST, BrokenShardError, Bucket, Manifest, check_shards, open_local, read_row
+from prx_composer.data.format import CAPTIONS, ENCODED, IMAGE, MANIFEST, BrokenShardError, Bucket, Manifest
+from prx_composer.data.rows import BucketRows, StoredRows
 from prx_composer.data.sampler import BucketedDataset, SampleRequest
 from prx_composer.data.stored import (
-    ENCODED,
-    IMAGE,
+    begun_captions,
     encoded_folder,
+    fetch_captions,
     latent_names,
     latent_size_problem,
     latent_sizes,
-    read_column,
-    unpack,
+    trained_captions,
 )
 from prx_composer.models.prompts import Captions, not_to_be_stored, wordings
 
-# Of a shard's download. A connection that is lost now and then must not end a run of a day, as streaming's two retries would.
-_RETRIES, _TIMEOUT = 7, 120.0  # seconds
-
 log = logging.getLogger(__name__)
-
-
-class WholeStream(Stream):
-    """A stream that takes no shard for downloaded which is shorter or longer than its index says, as streaming does.
-
-    A connection that is lost in the head of an answer looks like the end of an empty one.
-    """
-
-    _sizes: Mapping[str, int] = MappingProxyType({})  # bytes by file name, once the index is there
-
-    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
-        """Return the shards, as Stream does; remove first what an earlier run left in the cache cut short."""
-        shards = super().get_shards(world, True)
-        check_shards(Path(self.local, self.split), shards)
-        files = [file for shard in shards for pair in shard.file_pairs for file in pair if file is not None]
-        self._sizes = {file.basename: file.bytes for file in files}
-        if world.is_local_leader:
-            for name in self._sizes:
-                path = Path(self.local, self.split, name)
-                if path.exists() and not self._is_whole(name, path):
-                    path.unlink()
-        return shards
-
-    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
-        for _ in range(_RETRIES):
-            path = Path(super()._download_file(from_basename, to_basename))
-            if self._is_whole(from_basename, path):
-                return str(path)
-            path.unlink()
-        raise OSError(f"{self.remote}/{from_basename}: {_RETRIES} downloads in a row had another size than the index says.")
-
-    def _is_whole(self, name: str, path: Path) -> bool:
-        size, expected = path.stat().st_size, self._sizes.get(name)
-        if expected in (None, size):
-            return True
-        log.warning("%s has %d of %d bytes; it is downloaded again.", path, size, expected)
-        return False
-
-
-class BucketRows:
-    """The shards of every bucket below a folder.
-
-    Args:
-        folder: local, or the local cache of `remote`.
-        buckets: names of folders in it.
-        remote: where the same folders lie remotely, if anywhere; download and caching are then a StreamingDataset's.
-    """
-
-    def __init__(self, folder: Path, buckets: list[Bucket], remote: str | None = None):
-        self._streaming: StreamingDataset | None = None
-        if remote is None:  # plain files: no shared memory, no threads
-            self._local = [open_local(folder / str(bucket)) for bucket in buckets]
-            self.counts = [len(part) for part in self._local]
-        else:
-            streams = [WholeStream(local=str(folder / str(bucket)), remote=f"{remote}/{bucket}") for bucket in buckets]
-            self._streaming = StreamingDataset(
-                streams=streams, batch_size=1, shuffle=False, download_retry=_RETRIES, download_timeout=_TIMEOUT
-            )
-            self.counts = [int(count) for count in self._streaming.samples_per_stream]
-
-    def row(self, bucket: int, index: int) -> dict[str, Any]:
-        """Return row `index` of the bucket with that place in `buckets`. Raise BrokenShardError if its shard cannot be read."""
-        if self._streaming is not None:
-            return self._streaming[sum(self.counts[:bucket]) + index]
-        return read_row(self._local[bucket], index)
-
-    def keys(self) -> Iterator[Iterator[str]] | None:
-        """Return the keys of all rows by bucket, which fetches every shard; None if the shards are here."""
-        if self._streaming is None:
-            return None
-        return ((str(self.row(bucket, index)["key"]) for index in range(count)) for bucket, count in enumerate(self.counts))
-
-
-class StoredRows:
-    """The rows of a stored column, as tensors.
-
-    Args:
-        folder: of `encoded_folder`; local, or the local cache of `remote`.
-        kind: text, features or latents.
-        path: YAML path that named it, for messages.
-        buckets: of the data set, with their samples.
-        remote: where the same folder lies remotely, if anywhere.
-
-    Raises:
-        UserError: as `read_column`, or the column has not as many rows as the data set.
-    """
-
-    def __init__(self, folder: Path, kind: str, path: str, buckets: Mapping[Bucket, int], remote: str | None = None):
-        fetch_manifest(folder, remote)
-        self.column = read_column(folder, kind, path, remote is not None)
-        if self.column.buckets != {str(bucket): count for bucket, count in buckets.items()}:
-            raise UserError(f"{path}: {folder} was made of other data than lies beside it; delete it and encode again.")
-        self._rows = BucketRows(folder, sorted(buckets), remote)
-
-    def read(self, bucket: int, index: int) -> Tensor:
-        """Return what is stored of a sample. Raise ValueError if it could not be encoded."""
-        row = self._rows.row(bucket, index)
-        if not row["shape"]:
-            raise ValueError(f"it could not be decoded when {self.column.kind} were stored")
-        return unpack(row, self.column.storage)
 
 
 def leave_out(skip: SkipList, folder: Path, remote: str | None = None, rows: BucketRows | None = None) -> LeftOut:
@@ -184,7 +76,8 @@ def read_manifest(path: str | Path, split: str, captions: Captions | None, featu
     weights = {column: wording.weight for column, wording in wordings(captions or {}).items()}
     for column, weight in weights.items():
         if column not in manifest.captions:
-            raise ValueError(f"captions: no caption column {column!r}; the data set has {', '.join(manifest.captions)}.")
+            there = f"; the data set has {', '.join(manifest.captions)}" if manifest.captions else ""
+            raise ValueError(f"captions: no caption column {column!r}{there}.{begun_captions(folder, column)}")
         if weight < 0 or sum(weights.values()) <= 0:
             raise ValueError(f"captions: weights must be non-negative with a positive sum, not {weights}.")
     for column in features or []:
@@ -205,7 +98,8 @@ class ImageCaptionDataset(BucketedDataset):
     Args:
         path: folder with the splits; local, or the local cache of `remote`.
         split: name of the split.
-        captions: caption column → weight of choosing it, or its `Wording`; by default the first column alone.
+        captions: caption column → weight of choosing it, or its `Wording`; by default the first column alone. It lies in the
+            shards, or was written beside them by `prx data caption`.
         features: feature columns that samples are to have: of the data set, or stored by `prx encode features`.
         text_embedding: name of embeddings that `prx encode text` has stored for these captions.
         latent: name of latents that `prx encode latents` has stored, or names, one for every image size that is trained.
@@ -240,6 +134,8 @@ class ImageCaptionDataset(BucketedDataset):
     ):
         folder, remote = Path(path) / split, None if remote is None else f"{remote}/{split}"
         fetch_manifest(folder, remote)
+        if remote is not None:
+            fetch_captions(folder, remote, captions or {})
         self.manifest = read_manifest(path, split, captions, features)
         buckets = sorted(self.manifest.buckets)
         self._rows = BucketRows(folder, buckets, remote)
@@ -251,7 +147,8 @@ class ImageCaptionDataset(BucketedDataset):
             there = None if remote is None else f"{remote}/{ENCODED}/{name}/{source}"
             return StoredRows(encoded_folder(path, split, name, source), kind, key, self.manifest.buckets, there)
 
-        self.captions = wordings(captions or {self.manifest.captions[0]: 1.0})
+        self.captions = trained_captions(captions, self.manifest)
+        self._written = {name: stored(CAPTIONS, "captions", name) for name in self.captions if name in self.manifest.beside}
         if text_embedding is not None and (problem := not_to_be_stored(captions or {})):
             raise ValueError(problem)
         self.features = features or []
@@ -301,6 +198,8 @@ class ImageCaptionDataset(BucketedDataset):
             self._count(seen=1)
             try:
                 row = self._rows.row(bucket, index)
+                if column in self._written:
+                    row |= {column: self._written[column].text(bucket, index)}
                 seen = self._read(row, bucket, index, column, request)
             except UNDECODABLE as error:
                 if step == 1 and (isinstance(error, BrokenShardError) or attempt + 1 >= _NEAR):
@@ -344,7 +243,7 @@ class ImageCaptionDataset(BucketedDataset):
     def row(self, sample_id: int) -> dict[str, Any]:
         """Return a sample as it is stored, by column."""
         _, bucket, place = self.locate(sample_id)
-        return self._rows.row(bucket, place)
+        return self._rows.row(bucket, place) | {name: rows.text(bucket, place) for name, rows in self._written.items()}
 
     def choose_caption(self, sample_id: int, epoch: int) -> str:
         """Return the caption column that a sample is trained with in an epoch."""

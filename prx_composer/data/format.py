@@ -5,6 +5,7 @@ Images of a bucket have one size, and those of all buckets (nearly) equal area, 
     <path>/<split>/manifest.json            {"version": 1, "image_size": 512, "captions": […], "buckets": {"512x512": 8000, …}}
     <path>/<split>/keys.npz                 once a skip list was used: digests of all keys, see contents.py
     <path>/<split>/512x512/index.json …     MDS shards (mosaicml-streaming); bucket names are height x width at `image_size`
+    <path>/<split>/encoded/<name>/…         what was computed of them: see stored.py; among it, captions
 
 Columns: `image` (the encoded file), `width`, `height` (of that file), `key` (where it came from), one `str` per caption, and
 perhaps features: arrays (h, w, channels) made of the image as it is cropped to its bucket. The manifest names them: `"features":
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 HELDOUT = "heldout"  # the split that is kept out of training
+ENCODED, IMAGE, CAPTIONS = "encoded", "image", "captions"  # folder of what is computed, what it is made of, and one kind of it
 COLUMNS = {"image": "bytes", "width": "int", "height": "int", "key": "str"}
 RESERVED = frozenset({*COLUMNS, "input_ids", "attention_mask", "sample_id"})  # of a sample or a batch
 NOTICED = 0.15  # share of an image's area that is more than the rounding of a bucket's sides
@@ -200,7 +202,11 @@ class RawSample(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a split holds."""
+    """What a split holds.
+
+    Args:
+        captions: columns, those in the shards first. beside: which of them `prx data caption` has written beside the shards.
+    """
 
     image_size: int
     captions: tuple[str, ...]
@@ -208,6 +214,7 @@ class Manifest:
     features: dict[str, int] = field(default_factory=dict)  # column → channels
     metadata: dict[str, str] = field(default_factory=dict)  # column → MDS encoding
     attribution: dict[str, dict[str, str]] = field(default_factory=dict)  # part of the data → author, licence …
+    beside: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -219,11 +226,13 @@ class Manifest:
         if not buckets:
             raise ValueError(f"{folder} holds no samples.")
         known = {name: raw.get(name, {}) for name in ("features", "metadata", "attribution")}
-        return cls(int(raw["image_size"]), tuple(raw["captions"]), buckets, **known)
+        beside = tuple(name for name in _captions_beside(folder) if name not in raw["captions"])
+        return cls(int(raw["image_size"]), (*raw["captions"], *beside), buckets, **known, beside=beside)
 
     def to_json(self) -> str:
         names = {str(bucket): count for bucket, count in sorted(self.buckets.items())}
-        content = {"version": 1, "image_size": self.image_size, "captions": self.captions, "buckets": names}
+        captions = [name for name in self.captions if name not in self.beside]
+        content = {"version": 1, "image_size": self.image_size, "captions": captions, "buckets": names}
         if self.features:
             content["features"] = self.features
         if self.metadata:
@@ -234,6 +243,12 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(self.to_json())
+
+
+def _captions_beside(split: Path) -> list[str]:
+    """Return the caption columns that lie beside a split's shards, the finished ones."""
+    manifests = sorted(split.glob(f"{ENCODED}/*/{IMAGE}/{MANIFEST}"))
+    return [file.parents[1].name for file in manifests if json.loads(file.read_text()).get("kind") == CAPTIONS]
 
 
 class BucketWriter:
@@ -300,8 +315,9 @@ class BucketWriter:
 
 def iterate_captions(folder: Path, column: str) -> Iterator[str]:
     """Yield the captions of a local split, in order, without decoding an image. Raise UserError if they cannot be read."""
-    for bucket in Manifest.read(folder).buckets:
-        rows = open_local(folder / str(bucket))
+    manifest = Manifest.read(folder)
+    for bucket in manifest.buckets:
+        rows = open_rows(folder, bucket, manifest)
         for index in range(len(rows)):
             try:
                 yield read_row(rows, index)[column]
@@ -322,8 +338,32 @@ class BrokenShardError(ValueError):
         self.file = file
 
 
-def read_row(rows: "LocalDataset", index: int) -> dict[str, Any]:
-    """Return a row of `open_local`. Raise BrokenShardError if it cannot be read."""
+class CaptionedRows:
+    """The rows of a bucket with the captions that lie `beside` its shards, "" where an image could not be decoded."""
+
+    def __init__(self, rows: "LocalDataset", beside: Mapping[str, "LocalDataset"]):
+        self._rows, self._beside = rows, beside
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        written = {name: read_row(rows, index)["values"].decode() for name, rows in self._beside.items()}
+        return read_row(self._rows, index) | written
+
+
+def open_rows(split: Path, bucket: Bucket, manifest: Manifest) -> "LocalDataset | CaptionedRows":
+    """Return the rows of a bucket of a local split, with all of its captions. Raise UserError as `check_shards`."""
+    rows = open_local(split / str(bucket))
+    if not manifest.beside:
+        return rows
+    return CaptionedRows(rows, {name: open_local(split / ENCODED / name / IMAGE / str(bucket)) for name in manifest.beside})
+
+
+def read_row(rows: "LocalDataset | CaptionedRows", index: int) -> dict[str, Any]:
+    """Return a row of `open_local` or `open_rows`. Raise BrokenShardError if it cannot be read."""
+    if isinstance(rows, CaptionedRows):
+        return rows[index]
     try:
         return rows[index]
     except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:  # whatever wrong bytes lead to

@@ -309,3 +309,12 @@ class RawShard:
             if ends[-1] <= stop:
                 return dict(zip(self._names, itertools.pairwise(ends), strict=True))
         raise ValueError("a sample ends early")
+
+
+def sizes_in(folder: Path, below: set[str]) -> dict[str, int]:
+    """Return the bytes of every file in some folders below one, by the name that an index gives them."""
+    sizes: dict[str, int] = {}
+    for part in below:
+        if (folder / part).is_dir():
+            sizes |= {str(Path(part, entry.name)): entry.stat().st_size for entry in os.scandir(folder / part)}
+    return sizes

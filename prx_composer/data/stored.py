@@ -3,14 +3,15 @@
 <path>/<split>/encoded/<name>/<source>/manifest.json          written last: who made it, of what, how
 <path>/<split>/encoded/<name>/<source>/512x512/index.json …   MDS shards; row i belongs to row i of the bucket's images
 
-`source` is a caption column, or `image`. A row has `shape`, such as 57x2304, and `values`, the bytes of an array of that shape;
-both are empty if the sample could not be encoded.
+`source` is a caption column, or `image`. A row has `shape`, such as 57x2304, and `values`, the bytes of an array of that shape,
+or of a text in UTF-8; both are empty if the sample could not be encoded.
 """
 
 import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from prx_composer.common.errors import UserError, nearest
-from prx_composer.data.contents import column_contents
-from prx_composer.data.format import MANIFEST, BrokenShardError, Bucket
+from prx_composer.data.contents import column_contents, fetch_if_there
+from prx_composer.data.format import CAPTIONS, ENCODED, IMAGE, MANIFEST, BrokenShardError, Bucket, Manifest
 from prx_composer.models.encoders import HuggingFaceTextEncoder
-from prx_composer.models.prompts import cleaning_of
+from prx_composer.models.prompts import Captions, Wording, cleaning_of, wordings
 
 log = logging.getLogger(__name__)
 
-ENCODED, IMAGE = "encoded", "image"
-RESULTS = ("error", "cut", "lost", "buckets")  # of a StoredColumn: what came of it, not what was asked for
+RESULTS = ("error", "cut", "lost", "empty", "undecodable", "buckets")  # of a StoredColumn: what came of it, not what was asked
+_OF_CAPTIONS = ("prompt", "empty", "undecodable")  # what other columns' manifests don't have
 COLUMNS = {"shape": "str", "values": "bytes"}
 _SAMPLED = 64  # values of every weight, for a fingerprint
 
@@ -38,19 +39,22 @@ class StoredColumn:
     """A stored column: what it holds, and how it was made.
 
     Args:
-        kind: text, features or latents.
+        kind: text, features, latents or captions.
         encoder: hub id, folder or description of what made it. revision: of the hub id.
         fingerprint: of its weights and tokenizer; see `fingerprint`.
-        width: channels of an embedding, a feature or a latent.
-        storage: bfloat16, float16, float32, or int8 with one fp32 scale per token.
-        max_tokens: text: captions were cut to so many.
-        image_size: features, latents: side of the square whose area the images had.
+        width: channels of an embedding, a feature or a latent; 0 of captions.
+        storage: bfloat16, float16, float32, or int8 with one fp32 scale per token; utf-8 of captions.
+        max_tokens: text: captions were cut to so many. captions: no more were written.
+        image_size: features, latents, captions: side of the square whose area the images had.
         multiple: latents: sides of the images were multiples of this (patch size × downsampling).
         downsampling: latents: image side / latent side.
         scaling, shift: latents: (what the network gave − shift) × scaling is stored.
         data: of the column that it was made of; see `column_contents`. None: made by a version that didn't note it.
         error: int8: mean over the tokens of |stored − exact| / |exact|.
-        cut, lost: text: how many captions had more than `max_tokens`, and how many tokens those lost together.
+        cut, lost: text: how many captions had more than `max_tokens`, and how many tokens those lost together. captions: how many
+            were not at their end after `max_tokens`.
+        prompt: captions: what the model was asked.
+        empty, undecodable: captions: how many are empty, and how many images could not be decoded.
         buckets: rows by bucket.
     """
 
@@ -70,6 +74,9 @@ class StoredColumn:
     error: float | None = None
     cut: int | None = None
     lost: int | None = None
+    prompt: str | None = None
+    empty: int | None = None
+    undecodable: int | None = None
     buckets: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -78,7 +85,10 @@ class StoredColumn:
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in RESULTS}
 
     def to_json(self) -> str:
-        return json.dumps({"version": 1, **dataclasses.asdict(self)}, indent=1) + "\n"
+        known = {
+            key: value for key, value in dataclasses.asdict(self).items() if self.kind == CAPTIONS or key not in _OF_CAPTIONS
+        }
+        return json.dumps({"version": 1, **known}, indent=1) + "\n"
 
 
 def encoded_folder(path: str | Path, split: str, name: str, source: str) -> Path:
@@ -95,12 +105,14 @@ def read_column(folder: Path, kind: str, path: str, remote: bool = False) -> Sto
     Raises:
         UserError: none there (yet), another kind, newer than this package, or made of other data than lies beside it.
     """
-    file = folder / MANIFEST
+    file, again, maker = folder / MANIFEST, "encode", f"prx encode {kind}"
+    if kind == CAPTIONS:
+        again, maker = "caption", "prx data caption"
     if not file.exists():
         others = sorted({p.parents[1].name for p in folder.parents[1].glob(f"*/*/{MANIFEST}")})
-        begun = f" It was begun: the same `prx encode {kind}` goes on." if folder.exists() else ""
+        begun = f" It was begun: the same `{maker}` goes on." if folder.exists() else ""
         there = f" There is: {', '.join(others)}.{nearest(folder.parent.name, others)}" if others else ""
-        raise UserError(f"{path}: nothing is stored in {folder}; make it with `prx encode {kind}`.{begun}{there}")
+        raise UserError(f"{path}: nothing is stored in {folder}; make it with `{maker}`.{begun}{there}")
     raw = json.loads(file.read_text())
     if raw.pop("version", None) != 1:
         raise UserError(f"{path}: {file} was written by a newer version of this package.")
@@ -112,7 +124,7 @@ def read_column(folder: Path, kind: str, path: str, remote: bool = False) -> Sto
     elif not remote and column.data != _data_there(column, folder):
         raise UserError(
             f"{path}: {folder} was made of other data than lies beside it: its column {folder.name!r} has changed. Delete that "
-            f"folder and encode again with `prx encode {kind}`."
+            f"folder and {again} again with `{maker}`."
         )
     return column
 
@@ -124,6 +136,32 @@ def _data_there(column: StoredColumn, folder: Path) -> str | None:
     except BrokenShardError as error:
         log.warning("Whether %s was made of the data beside it is not compared: %s.", folder, error)
         return column.data
+
+
+def fetch_captions(split: Path, remote: str, columns: Iterable[str]) -> None:
+    """Download the manifests of caption columns that lie beside the shards of a remote split, if they do.
+
+    Args:
+        split: the local cache of `remote`, with its manifest.
+        columns: that are asked for.
+    """
+    for name in set(columns) - {*Manifest.read(split).captions}:
+        target = split / ENCODED / name / IMAGE / MANIFEST
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fetch_if_there(f"{remote}/{ENCODED}/{name}/{IMAGE}/{MANIFEST}", target)
+
+
+def begun_captions(split: Path, column: str) -> str:
+    """Return a sentence about a caption column that is only begun; "" for one that isn't."""
+    folder = split / ENCODED / column
+    return f" {folder} was begun: if captions are made there, the same `prx data caption` goes on." if folder.exists() else ""
+
+
+def trained_captions(captions: Captions | None, manifest: Manifest) -> dict[str, Wording]:
+    """Return the wordings of the columns that are trained on. Raise ValueError if there is none, or for an impossible one."""
+    if not (captions or manifest.captions):
+        raise ValueError("captions: the data set has no caption column; `prx data caption` writes one.")
+    return wordings(captions or {manifest.captions[0]: 1.0})
 
 
 def is_whole(folder: Path) -> bool:

@@ -154,7 +154,7 @@ def _made_of(loader: dict[str, Any], vocab_size: int) -> list[Any] | None:
         split = Path(part["path"]) / part.get("split", "train")
         if not (split / MANIFEST).exists():
             return None
-        made_of += [column_contents(split, column) for column in part.get("captions") or [Manifest.read(split).captions[0]]]
+        made_of += [column_contents(split, column) for column in part.get("captions") or Manifest.read(split).captions[:1]]
     return made_of
 
 

@@ -297,7 +297,7 @@ def trained_tokenizer(loader: Spec, vocab_size: int = MOST_WORDS, clean: Callabl
     def captions() -> Iterator[str]:
         for part in data_sets(loader).values():
             folder = Path(part["path"]) / part.get("split", "train")
-            for column in part.get("captions") or [Manifest.read(folder).captions[0]]:
+            for column in part.get("captions") or Manifest.read(folder).captions[:1]:
                 yield from iterate_captions(folder, column)
 
     return train_tokenizer(map(clean, captions()), vocab_size)

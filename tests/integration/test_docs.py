@@ -23,6 +23,7 @@ SHORT_STAGES = "scheduler.t_warmup=2ba 'algorithms.progressive_resolution.stages
 SHORT_SCORE = "callbacks.shapes_score.num_inference_steps=1 callbacks.shapes_score.images_per_prompt=1"
 SHORT_IMAGES = "callbacks.images.num_inference_steps=2"
 SHORT_CONCEPT = "callbacks.concept_score.num_inference_steps=1 callbacks.concept_score.images_per_prompt=1"
+CAPTIONER = "HuggingFaceTB/SmolVLM-500M-Instruct"  # weights of the hub: a tiny one stands in
 SHORT_COST = "--steps 1 --together 20 --stage 0"
 KEPT = {  # by `ablate.py --cost`: one or two of a stack are measured
     "24h_mini": ("skip_nonfinite", "gradient_clipping", "low_precision_norm", "ema", "lpips", "perceptual_dino"),
@@ -73,11 +74,14 @@ def as_written() -> set[str]:
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout's recipes to run in, so that runs/ and data/ of the real one stay as they are."""
+    from captioners import write_llava  # imports much
+
     folder = tmp_path_factory.mktemp("workshop")
     for name in ("train.py", "yamls", "recipes", "prx_composer", "benchmarks"):
         source = REPOSITORY / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     write_sets(folder / "data" / "icon_sets")
+    write_llava(folder / "captioner")
     return folder
 
 
@@ -120,6 +124,7 @@ def test_documented_commands_run(page: str, line: str, workshop: Path, monkeypat
         line = " ".join([line, SHORT_COST, *(f"--keep {name}" for name in kept)])
     elif "ablate.py" in line:
         line = f"{line} {SHORT} {SHORT_SCORE}"
+    line = line.replace(f"--model {CAPTIONER}", "--model captioner --max-new-tokens 8")
     line = re.sub(r"t_warmup: \d+ba", "t_warmup: 2ba", line)
     line = re.sub(r"max_duration=\d+ba", "max_duration=6ba", line).replace("uv run ", "uv run --no-sync ")
     finished = subprocess.run(line, shell=True, cwd=workshop, env=environment, capture_output=True, text=True, check=False)

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from streaming import StreamingDataset
 
-from prx_composer.data.dataset import BucketRows, ImageCaptionDataset, UndecodableError, WholeStream
+from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.decoding import BadImageError, decode_image
 from prx_composer.data.format import Bucket, BucketWriter, Manifest, RawSample, assign_bucket, make_buckets
 from prx_composer.data.loader import ImageCaptionData
+from prx_composer.data.rows import BucketRows, WholeStream
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest, epoch_batches, epoch_steps, evaluation_batches
 from prx_composer.data.sources import FolderSource, ShapesSource, all_scenes, heldout_scenes, prepare, render
 from prx_composer.metrics.scoring import nearest_scenes

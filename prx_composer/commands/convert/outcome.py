@@ -301,7 +301,7 @@ def _samples(folder: str) -> list[tuple[str, str]]:
         for number in range(min(SAMPLES, len(rows))):
             row = rows.read(number)
             decoded = decode(row["image"], open_image(row["image"], PIXELS_OPENED))
-            found.append((thumbnail(decoded), row[captions[0]].decode()))
+            found.append((thumbnail(decoded), row[captions[0]].decode() if captions else ""))
     return found
 
 

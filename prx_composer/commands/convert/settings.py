@@ -29,12 +29,15 @@ SOURCES = {  # name → module and class, imported only when it is used
 }
 METADATA_TYPES = {"str": "str", "int": "int", "float": "float64"}  # ours → MDS encoding
 MEASURED = ("width", "height", "aspect", "caption_length")  # of the original image and the longest caption
+NO_CAPTIONS = "none"  # of `--caption`: images alone
 FUNCTIONS = {"len": len, "min": min, "max": max, "abs": abs, "round": round, "lower": lambda text: str(text).lower()}
 
 
 def parse_captions(options: list[str]) -> dict[str, str]:
-    """Return name in the output → column of the input, of options `COLUMN` and `NAME=COLUMN`."""
+    """Return name in the output → column of the input, of options `COLUMN` and `NAME=COLUMN`; nothing, of `none` alone."""
     found: dict[str, str] = {}
+    if options == [NO_CAPTIONS]:
+        return found
     for option in options:
         name, _, column = option.rpartition("=")
         name = name or column
@@ -90,7 +93,7 @@ class Settings:
     captions: Annotated[
         dict[str, str],
         Parsed(list[str], parse_captions),
-        Option("--caption", help="Caption column, or NAME=COLUMN to rename it. May be given again."),
+        Option("--caption", help="Caption column, or NAME=COLUMN to rename it. May be given again. none: images alone."),
     ]
     image_size: Annotated[int, Option("--base-size", help="Side of the square whose area all buckets have, pixels.")] = 1024
     multiple: Annotated[int, Option("--patch", help="Sides of buckets are multiples of this.")] = 32
@@ -141,7 +144,6 @@ class Settings:
         choice("--source", self.source, tuple(SOURCES))
         choice("--chroma", self.chroma, ("4:4:4", "4:2:0"))
         choice("--duplicates", self.duplicates, ("keep", "exact", "perceptual"))
-        require(bool(self.captions), "--caption: name at least one caption column.")
         require(self.multiple > 0, f"--patch must be positive, not {self.multiple}.")
         fits = self.image_size > 0 and self.image_size % self.multiple == 0
         require(fits, f"--base-size {self.image_size} is not a multiple of --patch {self.multiple}.")

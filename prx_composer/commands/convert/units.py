@@ -153,7 +153,7 @@ def check(record: Record, settings: Settings) -> Checked | Dropped:
         if record.problem:
             raise _Drop(record.problem, record.detail)
         captions, filled = _captions(record.columns, settings)
-        lengths = [len(text) for text in captions.values()]
+        lengths = [len(text) for text in captions.values()] or [0]
         measured = Measured(caption_length=max(lengths))
         metadata = {name: _typed(lookup(record.columns, column), kind) for name, (column, kind) in settings.metadata.items()}
         if record.image is None:
@@ -208,7 +208,7 @@ def _captions(columns: dict[str, Any], settings: Settings) -> tuple[dict[str, st
     """Return every caption, and whether one was missing: it takes the first that is not."""
     found = {name: _text(lookup(columns, column), column) for name, column in settings.captions.items()}
     there = [text for text in found.values() if text]
-    if not there:
+    if found and not there:
         raise _Drop("no_caption")
     return {name: text or there[0] for name, text in found.items()}, len(there) < len(found)
 
@@ -266,7 +266,7 @@ def _unwanted(columns: dict[str, Any], measured: Measured, shortest: int, settin
     height, width, longest = measured
     low, high = settings.caption_chars
     aspect = max(height, width) / min(height, width)
-    if shortest < low or (high is not None and longest > high):
+    if settings.captions and (shortest < low or (high is not None and longest > high)):
         return "caption_length"
     if min(height, width) < settings.min_side:
         return "min_side"

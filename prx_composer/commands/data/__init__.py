@@ -1,4 +1,4 @@
-"""`prx data stats` and `prx data view`: look at a data set before training on it."""
+"""`prx data stats` and `prx data view`: look at a data set before training on it. `prx data caption`: write captions for it."""
 
 import logging
 from dataclasses import dataclass
@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from prx_composer.commands import write_json
+from prx_composer.commands import show_log, write_json
+from prx_composer.common.errors import UserError
 
-HELP = "Data sets: convert what you have into what is trained on, and look at it."
+HELP = "Data sets: convert what you have into what is trained on, look at it, and write captions for it."
 
 What = Annotated[
     list[str],
@@ -50,6 +51,46 @@ class ViewOptions:
     bucket: Annotated[str | None, typer.Option(help="Only of this bucket, such as 512x512.")] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions:
+    """Options of `prx data caption`."""
+
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folder of a data set; or a recipe, YAML files and key=value, all of whose training data it then is."
+        ),
+    ]
+    model: Annotated[str, typer.Option(help="Image-text-to-text model of transformers: hub id or folder.")]
+    column: Annotated[str, typer.Option(help="What train_loader.captions calls it.")]
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="What the model is asked, or begins with. [default: to describe the image; none, without chat template]"
+        ),
+    ] = None
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Caption only so many images, evenly spaced, and print it: nothing is written.")
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in the model's tokens.")] = 256
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the square whose area images have. [default: 448, or the data's if that is smaller]"),
+    ] = None
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 writes the most probable caption; 1 draws by the model's probabilities.")
+    ] = 0.0
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws; each is of its image.")] = 0
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16"
+    revision: Annotated[str | None, typer.Option(help="Of the model on the hub.")] = None
+    split: Annotated[str, typer.Option(help="Split to caption.")] = "train"
+    part: Annotated[int, typer.Option(min=1, help="Samples of a shard; what a kill can cost.")] = 128
+
+
+_RANKS_WAIT = 86_400.0  # seconds: for the last part of another rank
+
+
 def print_statistics(options: StatsOptions) -> None:
     """Say what a data set holds: buckets, captions, metadata, features, what was stored beside it, what conversion left out.
 
@@ -86,6 +127,54 @@ def draw_samples(options: ViewOptions) -> None:
     seen = look(subject, data, options.n, options.seed, options.image_size, options.bucket)
     write_view(seen, options.output)
     typer.echo(f"{options.output}: {title(seen)}")
+
+
+def write_captions(options: CaptionOptions) -> None:
+    """Write captions of all images with a model, as a column beside the data, which stay as they are.
+
+    Look at some first: --samples 8. On several GPUs or processes: composer -n 8 -m prx_composer.cli data caption …
+    Killed and given again, the same command goes on where it was. Train on them with train_loader.captions: {COLUMN: 1.0}.
+    """
+    from composer.utils import dist
+
+    from prx_composer.commands.data import captioner as writer
+    from prx_composer.commands.encode import encoding
+    from prx_composer.data.format import IMAGE
+    from prx_composer.data.stored import encoded_folder
+
+    show_log(timed=True)
+    o = options
+    if o.dtype not in ("bfloat16", "float16", "float32"):
+        raise UserError(f"--dtype: {o.dtype!r} must be bfloat16, float16 or float32.")
+    writer.check_model(o.model, o.revision)
+    sets, having = writer.data_to_caption(o.what, o.split, o.column)
+    for data in having:
+        typer.echo(f"{data.path}, {o.split}: left as it is, since it came with captions called {o.column}")
+    device = encoding.connect(_RANKS_WAIT)
+    if o.samples and dist.get_global_rank() != 0:
+        return
+    writing = writer.Writing(o.prompt, o.max_new_tokens, o.temperature, o.seed, o.batch_size)
+    captioner = writer.Captioner(o.model, o.revision, o.dtype, device, writing)
+    for data in sets:
+        size = o.image_size or min(writer.LARGEST, data.manifest.image_size)
+        if o.samples:
+            for line in writer.look_first(captioner, data, o.split, o.samples, size):
+                typer.echo(line)
+            continue
+        size_of = data.size_of(size, 1)
+        target = encoded_folder(data.path, o.split, o.column, IMAGE)
+        made = encoding.encode_split(
+            data.path / o.split,
+            target,
+            captioner.column(size),
+            lambda bucket, rows, size_of=size_of: captioner.write(rows, size_of(bucket)),
+            o.part,
+            **captioner.settings,
+        )
+        lost = writer.summary(made.cut or 0, made.empty or 0, made.undecodable or 0, o.max_new_tokens)
+        typer.echo(f"{target}: {sum(made.buckets.values()):,} captions by {o.model}, of images of {size} px{lost}")
+    if not o.samples:
+        typer.echo(f"Train on them: train_loader.captions: {{{o.column}: 1.0}}")
 
 
 # --------------------------------------------------------------------------------- statistics, as a page of text

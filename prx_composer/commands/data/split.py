@@ -9,12 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from prx_composer.common.errors import UserError
-from prx_composer.data.format import MANIFEST, Bucket, Manifest
+from prx_composer.data.format import ENCODED, MANIFEST, Bucket, Manifest
 from prx_composer.data.storage import INDEX, download, fetched, is_remote, join, remote_keys
-from prx_composer.data.stored import ENCODED
 
 CONVERSION = "conversion.json"
-_FACTS = ("kind", "encoder", "revision", "storage", "width", "max_tokens", "image_size", "cut")  # of a stored column
+_FACTS = (
+    "kind",
+    "encoder",
+    "revision",
+    "storage",
+    "width",
+    "max_tokens",
+    "image_size",
+    "cut",
+    "prompt",
+    "empty",
+    "undecodable",
+)  # of a stored column
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Split:
         return {key: found.get(key) for key in ("settings", "counts", "dropped")}
 
     def stored(self) -> Iterator[dict[str, Any]]:
-        """Yield what `prx encode` stored beside the shards: facts, samples and bytes of each column, or that it is only begun."""
+        """Yield what lies beside the shards: facts, samples and bytes of each column, or that it is only begun."""
         if is_remote(self.path):
             keys = remote_keys(join(self.folder, ENCODED))
             names = [key.partition(f"/{self.name}/{ENCODED}/")[2] for key in keys]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from prx_composer.commands.data.split import Split
 from prx_composer.common.errors import UserError
 from prx_composer.data.contents import LeftOut, SkipList, digests_of, key_hashes, said_of_skipped
-from prx_composer.data.format import Bucket
+from prx_composer.data.format import ENCODED, IMAGE, Bucket, open_local
 from prx_composer.data.storage import RawShard, encodings_of, is_remote, join
 from prx_composer.models.prompts import cleaned, unknown_id
 
@@ -69,6 +69,10 @@ def statistics(
     for number, bucket in enumerate(buckets):
         bucket["left"] = bucket["samples"] - (0 if left_out is None else len(left_out.places[number]))
         bucket["smaller_than"] = sorted({size for size in batch_sizes if 0 < bucket["left"] < size})
+    stored = list(split.stored())
+    for name in {column["name"] for column in stored if column.get("of_this_data")} & {*split.manifest.beside}:
+        for text in _written(split, name, total, wanted):
+            columns.captions[name].add(text)
     return {
         "path": split.path,
         "split": split.name,
@@ -81,7 +85,7 @@ def statistics(
         "buckets": buckets,
         **columns.to_json(),
         "features": _features(split),
-        "stored": list(split.stored()),
+        "stored": stored,
         "conversion": split.conversion(),
     }
 
@@ -149,6 +153,15 @@ def _rows(
             ) from error
 
 
+def _written(split: Split, column: str, total: int, wanted: int) -> Iterator[str]:
+    """Yield the evenly spaced captions of a column that lies beside the shards."""
+    first = 0
+    for bucket in sorted(split.manifest.buckets):
+        rows = open_local(Path(split.folder, ENCODED, column, IMAGE, str(bucket)))
+        yield from (rows[index]["values"].decode() for index in _evenly_spaced(first, len(rows), total, wanted))
+        first += len(rows)
+
+
 def _features(split: Split) -> list[dict[str, Any]]:
     encodings = {bucket: encodings_of(shards[0]) for bucket, shards in split.shards.items() if shards}
     return [
@@ -196,19 +209,20 @@ class _Columns:
 
     def __init__(self, split: Split, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int):
         self._image, self._smaller = Spread(), 0
-        self._captions = {name: _Captions(tokenizer, max_tokens) for name in split.manifest.captions}
+        self.captions = {name: _Captions(tokenizer, max_tokens) for name in split.manifest.captions}
+        self._in_shards = [name for name in self.captions if name not in split.manifest.beside]
         self._metadata: dict[str, Spread | Distinct] = {
             name: Distinct() if kind == "str" else Spread() for name, kind in split.manifest.metadata.items()
         }
-        self.read = {"width", "height", *self._captions, *self._metadata}
+        self.read = {"width", "height", *self._in_shards, *self._metadata}
 
     def add(self, bucket: Bucket, row: dict[str, bytes], sizes: dict[str, int], encodings: dict[str, str]) -> None:
         self._image.add(sizes["image"])
         if "width" in row and "height" in row:
             height, width = (_number(row[side], encodings[side]) for side in ("height", "width"))
             self._smaller += height < bucket.height or width < bucket.width
-        for name, captions in self._captions.items():
-            captions.add(row[name].decode(errors="replace"))
+        for name in self._in_shards:
+            self.captions[name].add(row[name].decode(errors="replace"))
         for name, summary in self._metadata.items():
             if isinstance(summary, Distinct):
                 summary.add(row[name].decode(errors="replace"))
@@ -218,7 +232,7 @@ class _Columns:
     def to_json(self) -> dict[str, Any]:
         return {
             "images": {"bytes": self._image.to_json(), "smaller_than_bucket": self._smaller},
-            "captions": {name: captions.to_json() for name, captions in self._captions.items()},
+            "captions": {name: captions.to_json() for name, captions in self.captions.items()},
             "metadata": {name: summary.to_json() for name, summary in self._metadata.items()},
         }
 

@@ -207,7 +207,7 @@ def look(
         UserError: no such bucket, or an image size that the data or the recipe cannot have.
     """
     image_size = image_size or subject.image_size or split.manifest.image_size
-    with _dataset(subject) as dataset:
+    with _dataset(subject, split) as dataset:
         sides = [side for stored in dataset.buckets for side in stored]
         multiple = subject.multiple or math.gcd(*sides, image_size)
         with at_path("--image-size"):
@@ -226,9 +226,12 @@ def look(
 
 
 @contextmanager
-def _dataset(subject: Subject) -> Iterator[ImageCaptionDataset]:
+def _dataset(subject: Subject, split: Split) -> Iterator[ImageCaptionDataset]:
     """Open the data set that the recipe's loader has; without a recipe, one with that loader's defaults."""
     given = {name: subject.loader[name] for name in ("captions", "remote", "skip") if subject.loader.get(name)}
+    if split.manifest.beside:  # those that are not trained on are shown, too
+        own = given.get("captions") or {split.manifest.captions[0]: 1.0}
+        given["captions"] = own | {name: 0.0 for name in split.manifest.beside if name not in own}
     with tempfile.TemporaryDirectory(prefix="prx-look.") as cache, at_path(subject.key if subject.loader else subject.path):
         path = subject.loader.get("path") or subject.path
         if not subject.loader and is_remote(path):

@@ -115,7 +115,8 @@ def store_text(options: TextOptions) -> None:
 def store_features(options: FeaturesOptions) -> None:
     """Store a teacher's patch features of every image, one vector for each patch of the backbone."""
     from prx_composer.commands.encode import encoding, verifying
-    from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, fingerprint
+    from prx_composer.data.format import IMAGE
+    from prx_composer.data.stored import StoredColumn, encoded_folder, fingerprint
     from prx_composer.models.encoders import TeacherSpec, VisionEncoder
     from prx_composer.runs.model_parts import ModelParts
 
@@ -153,7 +154,8 @@ def store_latents(options: LatentsOptions) -> None:
     once for each, with --image-size, and name all: train_loader.latent=[A,B].
     """
     from prx_composer.commands.encode import encoding, verifying
-    from prx_composer.data.stored import IMAGE, encoded_folder, latent_column
+    from prx_composer.data.format import IMAGE
+    from prx_composer.data.stored import encoded_folder, latent_column
     from prx_composer.runs.model_parts import ModelParts
 
     show_log(timed=True)

@@ -32,7 +32,7 @@ from prx_composer.common.files import sync, write_whole
 from prx_composer.data.contents import column_contents
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import Bucket, Manifest, open_local
+from prx_composer.data.format import CAPTIONS, Bucket, CaptionedRows, Manifest, open_rows
 from prx_composer.data.storage import INDEX, shards_in
 from prx_composer.data.stored import COLUMNS, RESULTS, StoredColumn, fingerprint, is_whole, manifest_path, pack, unpack
 from prx_composer.models.encoders import HuggingFaceTextEncoder, VisionEncoder, teacher_features, tokenize
@@ -40,6 +40,7 @@ from prx_composer.models.prompts import readings
 from prx_composer.recipe import config
 from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.config import Recipe
+from prx_composer.schedule.moments import duration_string
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +78,23 @@ def begin(
     recipe = config.load(arguments)
     registry.import_code(recipe.code_paths)
     config.check(recipe)
+    device = connect(recipe.dist_timeout)
+    sets = _data_of(recipe, split, reading)
+    return recipe, device, [] if reading and dist.get_global_rank() else sets
+
+
+def connect(timeout: float) -> torch.device:
+    """Connect the ranks and return this one's device.
+
+    Args:
+        timeout: seconds that ranks wait for each other.
+    """
     chosen = get_device(None)
-    dist.initialize_dist(chosen, timeout=recipe.dist_timeout)
-    device = torch.device("cuda", torch.cuda.current_device()) if chosen.name == "gpu" else torch.device("cpu")
+    dist.initialize_dist(chosen, timeout=timeout)
+    return torch.device("cuda", torch.cuda.current_device()) if chosen.name == "gpu" else torch.device("cpu")
+
+
+def _data_of(recipe: Recipe, split: str, reading: bool) -> list[DataSet]:
     with at_path("train_loader"):
         found = data_sets(recipe.train_loader)
     sets = []
@@ -94,7 +109,7 @@ def begin(
                 manifest = read_manifest(spec["path"], split, spec.get("captions"))
         captions = list(spec.get("captions") or manifest.captions[:1])
         sets.append(DataSet(Path(spec["path"]), manifest, captions, remote or str(spec["path"])))
-    return recipe, device, [] if reading and dist.get_global_rank() else sets
+    return sets
 
 
 # ------------------------------------------------------------------------------------------------ a split, in parts
@@ -107,7 +122,7 @@ class Encoded:
     Args:
         values: see `stored.pack`. shape: of the array. Both are empty for a sample that cannot be encoded.
         errors: sum of the relative errors of its tokens. tokens: how many they are.
-        cut: tokens of its caption that were cut off.
+        cut: tokens of its caption that were cut off; 1 for a caption that was not at its end when it had to be.
     """
 
     values: bytes = b""
@@ -125,6 +140,7 @@ class _Part(NamedTuple):
         return folder / str(self.bucket) / f"part.{self.number:05d}.{kind}"
 
 
+Rows = LocalDataset | CaptionedRows
 Work = Callable[[Bucket, Sequence[dict[str, Any]]], list[Encoded]]
 
 
@@ -149,7 +165,8 @@ def encode_split(split: Path, folder: Path, column: StoredColumn, work: Work, pa
     column = replace(column, data=column_contents(split, folder.name))
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**column.settings, "part_size": part_size, **options}
-    if problem := from_rank_zero(_claim(folder, settings) if dist.get_global_rank() == 0 else None):
+    renamed = "--column" if column.kind == CAPTIONS else "--name"
+    if problem := from_rank_zero(_claim(folder, settings, renamed) if dist.get_global_rank() == 0 else None):
         raise UserError(problem)
     if not is_whole(folder):
         parts = [_Part(b, n) for b, count in sorted(images.buckets.items()) for n in range(-(-count // part_size))]
@@ -159,23 +176,28 @@ def encode_split(split: Path, folder: Path, column: StoredColumn, work: Work, pa
         if dist.get_global_rank() == 0:
             _finish(folder, column, parts, images)
         dist.barrier()
-    return replace(column, **{key: json.loads(manifest_path(folder).read_text())[key] for key in RESULTS})
+    made = json.loads(manifest_path(folder).read_text())
+    return replace(column, **{key: made.get(key) for key in RESULTS})
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> str | None:
-    """Note the settings in the folder and remove what a killed command left; return why not, if it was begun with others."""
+def _claim(folder: Path, settings: dict[str, Any], renamed: str) -> str | None:
+    """Note the settings in the folder and remove what a killed command left; return why not, if it was begun with others.
+
+    Args:
+        renamed: option that names the column.
+    """
     path = folder / _SETTINGS
     before = json.loads(path.read_text()) if path.exists() else settings
     before.setdefault("data", settings["data"])  # an earlier version didn't note it
     if before["data"] != settings["data"]:
         return (
             f"{folder} was begun with other data: the column {folder.name!r} of {folder.parents[2]} has changed since. "
-            "Delete the folder to encode it again, or give another --name."
+            f"Delete the folder to encode it again, or give another {renamed}."
         )
     different = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
     if different:
         told = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in different)
-        return f"{folder} was begun with other settings: {told}. Use those, another --name, or delete the folder."
+        return f"{folder} was begun with other settings: {told}. Use those, another {renamed}, or delete the folder."
     write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
     for leftover in list(folder.rglob(".*")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
@@ -184,17 +206,22 @@ def _claim(folder: Path, settings: dict[str, Any]) -> str | None:
 
 def _encode_parts(split: Path, folder: Path, missing: list[_Part], of: int, work: Work, part_size: int) -> None:
     """Encode this rank's share of the missing parts."""
-    rows: dict[Bucket, LocalDataset] = {}
-    told = time.monotonic()
-    for done, part in enumerate(missing[dist.get_global_rank() :: dist.get_world_size()], start=1):
+    rows: dict[Bucket, Rows] = {}
+    manifest, ranks = Manifest.read(split), dist.get_world_size()
+    begun = told = time.monotonic()
+    seen = 0
+    for done, part in enumerate(missing[dist.get_global_rank() :: ranks], start=1):
         if part.bucket not in rows:
-            rows[part.bucket] = open_local(split / str(part.bucket))
+            rows[part.bucket] = open_rows(split, part.bucket, manifest)
         first = part.number * part_size
         last = min(first + part_size, len(rows[part.bucket]))
         _write_part(folder, part, work(part.bucket, [rows[part.bucket][index] for index in range(first, last)]))
+        seen += (last - first) * ranks
         if dist.get_global_rank() == 0 and time.monotonic() - told > _TELL_EVERY:
             told = time.monotonic()
-            log.info("%d of %d parts are encoded.", of - len(missing) + done * dist.get_world_size(), of)
+            left = duration_string((told - begun) / done * max(len(missing) / ranks - done, 0))
+            speed = f"{seen / (told - begun):,.1f} samples/s, {left} left"
+            log.info("%d of %d parts are encoded, %s.", min(of - len(missing) + done * ranks, of), of, speed)
 
 
 def _write_part(folder: Path, part: _Part, encoded: list[Encoded]) -> None:
@@ -214,6 +241,7 @@ def _write_part(folder: Path, part: _Part, encoded: list[Encoded]) -> None:
     entry["raw_data"]["basename"] = target.name
     sums = {"errors": sum(row.errors for row in encoded), "tokens": sum(row.tokens for row in encoded)}
     sums |= {"cut": sum(row.cut > 0 for row in encoded), "lost": sum(row.cut for row in encoded)}
+    sums |= {"empty": sum(row.shape == (0,) for row in encoded), "undecodable": sum(not row.shape for row in encoded)}
     write_whole(part.file(folder, "json"), json.dumps({"shard": entry, **sums}).encode())
 
 
@@ -223,13 +251,17 @@ def _finish(folder: Path, column: StoredColumn, parts: list[_Part], images: Mani
     for bucket in images.buckets:
         index = {"version": 2, "shards": [entry["shard"] for part, entry in entries.items() if part.bucket == bucket]}
         write_whole(folder / str(bucket) / INDEX, json.dumps(index, sort_keys=True).encode())
-    errors, tokens, cut, lost = (
+    errors, tokens, cut, lost, empty, undecodable = (
         sum(entry.get(key, 0) for entry in entries.values())  # an earlier version didn't count what is cut
-        for key in ("errors", "tokens", "cut", "lost")
+        for key in ("errors", "tokens", "cut", "lost", "empty", "undecodable")
     )
     error = round(errors / tokens, 6) if column.storage == "int8" and tokens else None
     buckets = {str(bucket): count for bucket, count in sorted(images.buckets.items())}
-    column = replace(column, error=error, buckets=buckets, cut=cut if column.kind == "text" else None, lost=lost if cut else None)
+    column = replace(column, error=error, buckets=buckets)
+    if column.kind == "text":
+        column = replace(column, cut=cut, lost=lost if cut else None)
+    elif column.kind == CAPTIONS:
+        column = replace(column, cut=cut, empty=empty, undecodable=undecodable)
     write_whole(manifest_path(folder), column.to_json().encode())
     for part in parts:
         part.file(folder, "json").unlink()
@@ -322,11 +354,16 @@ class ImageEncoder:
 
     def decoded(self, bucket: Bucket, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:
         """Yield number and image, uint8 (3, H, W), of every row that can be decoded."""
-        for index, row in enumerate(rows):
-            try:
-                yield index, decode_image(row["image"], *self.size_of(bucket))
-            except UNDECODABLE:  # training counts and names it
-                continue
+        return decoded_images(rows, self.size_of(bucket))
+
+
+def decoded_images(rows: Sequence[dict[str, Any]], size: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+    """Yield number and image, uint8 (3, H, W) of height and width `size`, of the rows whose image can be decoded."""
+    for index, row in enumerate(rows):
+        try:
+            yield index, decode_image(row["image"], *size)
+        except UNDECODABLE:  # training counts and names it
+            continue
 
 
 def features_of(teacher: VisionEncoder, patch: int) -> Callable[[Tensor], Tensor]:

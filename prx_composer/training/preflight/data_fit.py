@@ -1,6 +1,5 @@
 """Whether the data can serve every stage: splits, columns, shards, buckets and a first look at the images."""
 
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +10,11 @@ from prx_composer.common.errors import UserError, at_path, first, raise_all
 from prx_composer.data.contents import LeftOut, SkipList, said_of_skipped
 from prx_composer.data.dataset import leave_out, read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
-from prx_composer.data.format import MANIFEST, Bucket, Manifest, open_local, read_row
+from prx_composer.data.format import CAPTIONS, IMAGE, MANIFEST, Bucket, Manifest, open_local, read_row
 from prx_composer.data.mixture import Shares, shares_in_words
 from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
-from prx_composer.data.storage import INDEX, shards_in
-from prx_composer.data.stored import IMAGE, StoredColumn, encoded_folder, latent_names, latent_size_problem, read_column
+from prx_composer.data.storage import INDEX, shards_in, sizes_in
+from prx_composer.data.stored import StoredColumn, encoded_folder, fetch_captions, latent_names, latent_size_problem, read_column
 from prx_composer.models.prompts import not_to_be_stored
 from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.config import Recipe
@@ -159,8 +158,13 @@ def _check_data_set(
     if not spec.get("remote"):
         fact, broken = _check_shards(key, folder, manifest, spec)
         facts.append(fact)
-    captions = spec.get("captions") or {manifest.captions[0]: 1}
+    captions = spec.get("captions") or dict.fromkeys(manifest.captions[:1], 1)
+    if not captions:
+        raise UserError(f"{key}.captions: the data set has no caption column; `prx data caption` writes one.")
     facts.append(f"captions: {', '.join(captions)}")
+    for written in () if spec.get("remote") else [caption for caption in captions if caption in manifest.beside]:
+        column = read_column(encoded_folder(path, name, written, IMAGE), CAPTIONS, f"{key}.captions")
+        facts.append(f"{written} was written by {column.encoder}")
     stored = spec.get("text_embedding")
     if stored and (problem := not_to_be_stored(captions)):
         yield failed(f"{key}.{problem}")
@@ -208,6 +212,7 @@ def _read_manifest(key: str, spec: dict[str, Any]) -> Manifest:
                 f"{key}.remote: {source} cannot be fetched ({reason}); check the address and your credentials."
             ) from error
         with at_path(f"{key}.remote", TypeError, AttributeError):
+            fetch_captions(Path(temporary) / name, f"{spec['remote']}/{name}", spec.get("captions") or {})
             return read_manifest(temporary, name, spec.get("captions"), spec.get("features"))
 
 
@@ -224,13 +229,14 @@ def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, An
             manifest's.
     """
     problems, broken, shards, lost, total = [], [], 0, 0, sum(manifest.buckets.values())
-    wanted = {"image", *(spec.get("captions") or manifest.captions), *manifest.features.keys() & {*(spec.get("features") or [])}}
+    captions = {*(spec.get("captions") or manifest.captions)} - {*manifest.beside}
+    wanted = {"image", *captions, *manifest.features.keys() & {*(spec.get("features") or [])}}
     for bucket, count in manifest.buckets.items():
         index = folder / str(bucket) / INDEX
         try:
             listed = shards_in(index.parent)
             files = [(shard["raw_data"]["basename"], int(shard["raw_data"]["bytes"]), int(shard["samples"])) for shard in listed]
-            sizes = _sizes(index.parent, {str(Path(name).parent) for name, *_ in files})
+            sizes = sizes_in(index.parent, {str(Path(name).parent) for name, *_ in files})
             samples = sum(int(shard["samples"]) for shard in listed)
             columns = set(listed[0]["column_names"]) if listed else set()
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -256,15 +262,6 @@ def _check_shards(key: str, folder: Path, manifest: Manifest, spec: dict[str, An
         problems.append(f"{key}: {said} Copy or convert them again.")
     raise_all(problems)
     return f"{counted(shards, 'shard file')}, all there and whole by size", None
-
-
-def _sizes(folder: Path, below: set[str]) -> dict[str, int]:
-    """Return the bytes of every file in some folders below one, by the name that an index gives them."""
-    sizes: dict[str, int] = {}
-    for part in below:
-        if (folder / part).is_dir():
-            sizes |= {str(Path(part, entry.name)): entry.stat().st_size for entry in os.scandir(folder / part)}
-    return sizes
 
 
 def _check_images(key: str, folder: Path, manifest: Manifest) -> Iterator[Result]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import read_manifest
-from prx_composer.data.format import MANIFEST, BrokenShardError, Manifest, open_local, read_row
+from prx_composer.data.format import MANIFEST, BrokenShardError, Manifest, open_rows, read_row
 from prx_composer.models.encoders import TeacherSpec, load_tokenizer, tokenize, train_tokenizer
 from prx_composer.models.prompts import CaptionCounts, cleaner, with_cleaning, wordings
 from prx_composer.recipe.arguments import data_sets, split
@@ -302,7 +302,7 @@ def _some_captions(part: dict[str, Any], seed: int) -> Iterator[str]:
     total, first = sum(manifest.buckets.values()), 0
     step = max(1, -(-total // LOOKED_AT))
     for bucket, count in manifest.buckets.items():
-        rows = open_local(folder / str(bucket))
+        rows = open_rows(folder, bucket, manifest)
         for index in range(-first % step, count, step):
             try:
                 row = read_row(rows, index)
