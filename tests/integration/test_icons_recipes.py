@@ -1,11 +1,12 @@
 """The recipes of icons on tiny sets: they train, score, and score the same on two ranks."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import commands
 import pytest
-from icon_sets import write_sets
+from icon_sets import STYLES, write_sets
 
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
@@ -51,6 +52,15 @@ def test_the_recipe_for_a_gpu_trains_at_toy_size(here: list[str], tmp_path: Path
     assert [row["batch"] for row in rows if "heldout_accuracy" in row] == [2, 4]
     scores = last_scores(tmp_path / "runs" / "icons_gpu")
     assert scores["chance_accuracy"] == pytest.approx(1 / 36) and 0 < scores["other_style_accuracy"] < 1
+
+    commands.prx("export", tmp_path / "runs" / "icons_gpu", "--output", tmp_path / "out", "--no-samples", "--license", "other")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for style in STYLES:
+        assert f"| Author of {style} | LicenseRef-Test (https://example.com/licence) |" in card
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    said = commands.prx("export", tmp_path / "runs" / "icons_gpu", "--output", tmp_path / "again", "--no-samples")
+    assert "does not say whose work the data are: data/train/manifest.json cannot be read here" in said
+    assert "Author of" not in (tmp_path / "again" / "README.md").read_text()
 
 
 @pytest.mark.slow
