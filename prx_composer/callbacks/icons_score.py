@@ -5,8 +5,10 @@ size or at 32 px if that is less. A drawing is found (top-1) if no other icon of
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import starmap
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +16,18 @@ import torch
 import torch.nn.functional as F
 from composer.core import State
 from composer.loggers import Logger
+from composer.utils import dist
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from prx_composer.callbacks.drawings import Drawing, check_size, draw_images
 from prx_composer.common.errors import UserError
+from prx_composer.common.pages import Text, Tile, contact_sheet, picture
 from prx_composer.data.icons import IconsSource
 from prx_composer.data.svg import SVGError
+
+log = logging.getLogger(__name__)
 
 CANDIDATES = 100
 COMPARED_AT = 32  # pixels: at more, a shift by a pixel or two would count for more than what is shown
@@ -137,9 +144,9 @@ def score_icons(
 
     Returns:
         Top-1 and top-5 accuracy: `heldout_accuracy`, `heldout_accuracy/top5`; `trained_accuracy`, of pairs that were trained on;
-        `other_style_accuracy`, of real pictures of the held-out names in the other styles: what a model would score that had only
-        memorised them; `chance_accuracy`; and for each wording, such as `word_accuracy`, of all the pairs. A prompt that names no
-        style may be drawn in any: a name is then as near as its picture in the nearest style.
+        `other_style_accuracy`, of real pictures of the held-out names in the other styles of the source, if it has any: what a
+        model would score that had only memorised them; `chance_accuracy`; and for each wording, such as `word_accuracy`, of all
+        the pairs. A prompt that names no style may be drawn in any: a name is then as near as its picture in the nearest style.
     """
     asked = subsets(source, size, candidates)
     found = dict[str, float]()
@@ -157,7 +164,8 @@ def score_icons(
             found |= accuracies(heldout, "heldout") | accuracies(trained, "trained")
         else:
             found |= accuracies(heldout + trained, wording)
-    found |= accuracies([place for part in asked for place in _memorised(source, size, part)], "other_style")
+    if memorised := [place for part in asked for place in _memorised(source, size, part)]:
+        found |= accuracies(memorised, "other_style")
     total = max(sum(part.heldout for part in asked), 1)
     chances = {top: sum(part.heldout * min(top / len(part.names), 1.0) for part in asked) / total for top in TOP}
     return found | {"chance_accuracy": chances[1], "chance_accuracy/top5": chances[5]}
@@ -174,6 +182,33 @@ def _memorised(source: IconsSource, size: int, part: Subset) -> list[int]:
     return part.places(torch.stack(pictures), numbers) if pictures else []
 
 
+def heldout_sheet(source: IconsSource, size: int, drawn: Mapping[str, Tensor], most: int) -> Image.Image | None:
+    """Return a picture with a row for each of `most` pairs that were kept out: the thing in the styles that were trained on, the
+    drawing of the pair, and what it should be.
+
+    Which pairs are shown, the digests of their names decide.
+
+    Args:
+        drawn: caption → uint8 (3, size, size).
+    """
+    rows = [
+        (name, style)
+        for name in source.shuffled_names
+        for style in source.icons[name]
+        if source.is_heldout(name, style) and source.prompts(name, style)["caption"] in drawn
+    ][:most]
+    tiles = []
+    for name, style in rows:
+        others = [other for other in source.icons[name] if not source.is_heldout(name, other)]
+        tiles += [
+            Tile(source.picture(name, other, size), (Text(f"{name}: {other}"), Text("trained on", "grey"))) for other in others
+        ]
+        drawing = picture(drawn[source.prompts(name, style)["caption"]])
+        tiles.append(Tile(drawing, (Text(f"{name}: {style}"), Text("drawn", "blue"))))
+        tiles.append(Tile(source.picture(name, style, size), (Text(f"{name}: {style}"), Text("never trained on", "grey"))))
+    return contact_sheet(tiles, len(tiles) // len(rows)) if rows else None
+
+
 class IconsScore(Drawing):
     """Draw pairs of name and style that the `icons` source kept out of training, and as many trained ones, and look for them.
 
@@ -184,10 +219,12 @@ class IconsScore(Drawing):
 
     Args:
         source: the recipe's `train_loader.source`, which says what was held out.
+        folder: the run folder.
         image_size: side of the images; the recipe's by default.
         images_per_pair: with different seeds.
         candidates: icons that a drawing is looked for among.
         wordings: columns of captions to ask with besides `caption`: `sentence` and `word`.
+        shown: pairs that `<run folder>/images/heldout_ba<batch>.png` shows, see `heldout_sheet`.
         interval, seed, num_inference_steps, guidance_scale: see `Drawing`; by default it scores at the end only.
 
     Raises:
@@ -197,6 +234,7 @@ class IconsScore(Drawing):
     def __init__(
         self,
         source: dict[str, Any],
+        folder: str,
         image_size: int,
         interval: str = "1dur",
         images_per_pair: int = 1,
@@ -205,6 +243,7 @@ class IconsScore(Drawing):
         num_inference_steps: int = 20,
         guidance_scale: float = 3.0,
         wordings: list[str] | None = None,
+        shown: int = 8,
     ):
         if source.get("name") != "icons":
             raise ValueError("scores models of `train_loader.source: {name: icons, …}` only; set callbacks.icons_score=false.")
@@ -216,6 +255,7 @@ class IconsScore(Drawing):
         self._source_arguments = {key: value for key, value in source.items() if key != "name"}
         inspect.signature(IconsSource).bind(**self._source_arguments)
         self._image_size, self._arguments = image_size, (images_per_pair, candidates, list(wordings or ()))
+        self._folder, self._shown = Path(folder) / "images", shown
 
     def init(self, state: State, logger: Logger) -> None:
         check_size(state, self._image_size, self._image_size, "callbacks.icons_score.image_size")
@@ -223,12 +263,27 @@ class IconsScore(Drawing):
         if not any(starmap(self._source.is_heldout, self._source.pairs)):
             raise UserError(
                 "callbacks.icons_score: no pair of name and style is kept out of training; it needs two sets and "
-                "train_loader.source.heldout above 0. Set callbacks.icons_score=false to train without it."
+                "train_loader.source.heldout above 0, or train_loader.source.trained_names. Set callbacks.icons_score=false to "
+                "train without it."
             )
 
     def draw(self, state: State, logger: Logger) -> None:
+        drawn = dict[str, Tensor]()
+
         def pictures(prompts: list[str]) -> Tensor:
             seeds = self._seeds(len(prompts))
-            return draw_images(state, prompts, self._image_size, self._image_size, seeds, *self._sampling)
+            images = draw_images(state, prompts, self._image_size, self._image_size, seeds, *self._sampling)
+            for prompt, image in zip(prompts, images, strict=True):
+                drawn.setdefault(prompt, image)
+            return images
 
         logger.log_metrics(score_icons(self._source, self._image_size, pictures, *self._arguments))
+        sheet = heldout_sheet(self._source, self._image_size, drawn, self._shown) if dist.get_global_rank() == 0 else None
+        if sheet is not None:
+            path = self._folder / f"heldout_ba{int(state.timestamp.batch):06d}.png"
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                sheet.save(path)
+                log.info("Drew %s", path)
+            except OSError as error:  # a full disk: no reason to lose the run
+                log.error("%s cannot be written: %s", path, error)

@@ -15,8 +15,9 @@ from icon_sets import STYLES, THINGS, content, write_sets, write_tarball
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from prx_composer.callbacks.icons_score import IconsScore, comparable, score_icons, subsets
+from prx_composer.callbacks.icons_score import IconsScore, comparable, heldout_sheet, score_icons, subsets
 from prx_composer.common.errors import UserError
+from prx_composer.common.pages import GAP
 from prx_composer.data.format import Manifest, RawSample, open_local
 from prx_composer.data.icons import IconsSource
 from prx_composer.data.sources import is_made, prepare
@@ -163,6 +164,8 @@ def test_so_many_names_of_a_new_style_are_trained_on_and_the_others_kept_out(set
     new = IconsSource(str(sets), SIZE, styles=["paper"], trained_names=5)
     trained = {pair for pair in new.pairs if not new.is_heldout(*pair)}
     assert len(trained) == new.train_samples == 5 and len(new.pairs) == len(THINGS)
+    found = score_icons(new, SIZE, lambda prompts: torch.zeros(len(prompts), 3, SIZE, SIZE, dtype=torch.uint8))
+    assert "heldout_accuracy" in found and "other_style_accuracy" not in found, "one style has no other to be remembered from"
     more = IconsSource(str(sets), SIZE, styles=["paper"], trained_names=9)
     assert all(not more.is_heldout(*pair) for pair in trained), "more names add to those that there were"
     with pytest.raises(ValueError, match="trained_names must be at least 1, not 0"):
@@ -357,6 +360,22 @@ def test_candidates_hold_what_is_asked_and_are_as_many_as_they_should_be(source:
     assert [part.names for part in parts] == [part.names for part in subsets(source, SIZE, candidates=10)]
 
 
+def test_the_sheet_shows_what_was_trained_on_what_was_drawn_and_what_it_should_be(
+    source: IconsSource, pictures: dict[Pair, Tensor]
+) -> None:
+    drawn = {source.prompts(*pair)["caption"]: 255 - image for pair, image in pictures.items()}
+    sheet = heldout_sheet(source, SIZE, drawn, 2)
+    assert sheet is not None
+    kept_out = sorted(filter(lambda p: source.is_heldout(*p), source.pairs), key=lambda p: source.shuffled_names.index(p[0]))
+    width = (sheet.width - GAP) // 5 - GAP
+    top = as_tensor(sheet)[:, GAP : GAP + width : width // SIZE]
+    for column, pair in enumerate([*((kept_out[0][0], s) for s in source.sets if s != kept_out[0][1]), "drawn", kept_out[0]]):
+        left = GAP + column * (width + GAP)
+        expected = 255 - pictures[kept_out[0]] if pair == "drawn" else pictures[pair]  # pyright: ignore[reportArgumentType]
+        assert torch.equal(top[:, :, left : left + width : width // SIZE], expected)
+    assert heldout_sheet(source, SIZE, {}, 2) is None
+
+
 def test_large_drawings_are_compared_at_32_pixels() -> None:
     image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert comparable(image).shape == (2, 3 * 32 * 32)
@@ -365,11 +384,11 @@ def test_large_drawings_are_compared_at_32_pixels() -> None:
 
 def test_other_data_cannot_be_scored(sets: Path) -> None:
     with pytest.raises(ValueError, match=r"set callbacks\.icons_score=false"):
-        IconsScore({"name": "shapes"}, SIZE)
+        IconsScore({"name": "shapes"}, "run", SIZE)
     with pytest.raises(ValueError, match="columns of captions: caption, sentence, word, not 'tags'"):
-        IconsScore({"name": "icons", "folder": str(sets), "image_size": SIZE}, SIZE, wordings=["tags"])
+        IconsScore({"name": "icons", "folder": str(sets), "image_size": SIZE}, "run", SIZE, wordings=["tags"])
     with pytest.raises(ValueError, match="candidates 2"):
-        IconsScore({"name": "icons", "folder": str(sets), "image_size": SIZE}, SIZE, candidates=1)
+        IconsScore({"name": "icons", "folder": str(sets), "image_size": SIZE}, "run", SIZE, candidates=1)
 
 
 def test_manifests_without_attribution_read_as_before(tmp_path: Path) -> None:
