@@ -5,7 +5,10 @@ size or at 32 px if that is less. A drawing is found (top-1) if no other icon of
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import starmap
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,13 +16,18 @@ import torch
 import torch.nn.functional as F
 from composer.core import State
 from composer.loggers import Logger
+from composer.utils import dist
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from prx_composer.callbacks.drawings import Drawing, check_size, draw_images
 from prx_composer.common.errors import UserError
+from prx_composer.common.pages import Text, Tile, contact_sheet, picture
 from prx_composer.data.icons import IconsSource
 from prx_composer.data.svg import SVGError
+
+log = logging.getLogger(__name__)
 
 CANDIDATES = 100
 COMPARED_AT = 32  # pixels: at more, a shift by a pixel or two would count for more than what is shown
@@ -36,14 +44,14 @@ def comparable(images: Tensor) -> Tensor:
 
 
 class Subset(NamedTuple):
-    """Icons of one style, among which drawings are looked for.
+    """Names that are asked for in one style, and the pictures that drawings of them are looked for among.
 
     Args:
-        style: of all of them.
+        style: of what is asked for.
         names: the candidates; first those of `heldout`, then those of `trained`, then others.
         heldout: how many of them were kept out of training in this style, and are asked for.
         trained: how many of those that were trained on are asked for, too.
-        pictures: (names, …), as `comparable` returns them.
+        pictures: of every name, as `comparable` returns them: (names, F) in this style, or (names, S, F) in S styles.
     """
 
     style: str
@@ -52,11 +60,33 @@ class Subset(NamedTuple):
     trained: int
     pictures: Tensor
 
+    @property
+    def asked(self) -> list[str]:
+        return self.names[: self.heldout + self.trained]
+
     def places(self, drawn: Tensor, asked: Iterable[int]) -> list[int]:
-        """Return of every image, uint8 (B, 3, H, W), how many candidates are nearer to it than the one asked for, by number."""
-        distance = torch.cdist(comparable(drawn), self.pictures, compute_mode="donot_use_mm_for_euclid_dist")
+        """Return of every image, uint8 (B, 3, H, W), how many names are nearer to it than the one asked for, by number.
+
+        A name is as near as the nearest of its pictures.
+        """
+        pictures = self.pictures.flatten(0, -2)
+        distance = torch.cdist(comparable(drawn), pictures, compute_mode="donot_use_mm_for_euclid_dist")
+        distance = distance.unflatten(1, (len(self.names), -1)).amin(-1)
         wanted = distance[torch.arange(len(drawn)), torch.tensor(list(asked), dtype=torch.long)]
         return (distance < wanted[:, None]).sum(1).tolist()
+
+    def in_every_style(self, source: IconsSource, size: int) -> "Subset":
+        """Return the same with every name's pictures in all styles; one that a style lacks is shown in this style."""
+        styles = [style for style in source.sets if style != self.style]
+        shown = [self.pictures]
+        for style in styles:
+            pictures = [_picture(source, name, style, size) for name in self.names]
+            shown.append(
+                torch.cat(
+                    [ours[None] if p is None else comparable(p[None]) for p, ours in zip(pictures, self.pictures, strict=True)]
+                )
+            )
+        return self._replace(pictures=torch.stack(shown, 1))
 
 
 def subsets(source: IconsSource, size: int, candidates: int = CANDIDATES) -> list[Subset]:
@@ -66,9 +96,9 @@ def subsets(source: IconsSource, size: int, candidates: int = CANDIDATES) -> lis
     """
     found = []
     for style in source.sets:
-        ours = [name for name in source.shuffled_names() if style in source.icons[name]]
-        heldout = [name for name in ours if source.heldout_style(name) == style][: candidates // 2]
-        trained = [name for name in ours if source.heldout_style(name) != style]
+        ours = [name for name in source.shuffled_names if style in source.icons[name]]
+        heldout = [name for name in ours if source.is_heldout(name, style)][: candidates // 2]
+        trained = [name for name in ours if not source.is_heldout(name, style)]
         drawn = {name: picture for name in heldout if (picture := _picture(source, name, style, size)) is not None}
         count = len(drawn)
         for name in trained:
@@ -85,7 +115,7 @@ def subsets(source: IconsSource, size: int, candidates: int = CANDIDATES) -> lis
 def _picture(source: IconsSource, name: str, style: str, size: int) -> Tensor | None:
     try:
         image = source.picture(name, style, size)
-    except SVGError:
+    except (SVGError, KeyError):
         return None  # it is not in the data either
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -97,38 +127,48 @@ def accuracies(places: list[int], name: str) -> dict[str, float]:
 
 
 def score_icons(
-    source: IconsSource, size: int, draw: Callable[[list[str]], Tensor], images_per_pair: int = 1, candidates: int = CANDIDATES
+    source: IconsSource,
+    size: int,
+    draw: Callable[[list[str]], Tensor],
+    images_per_pair: int = 1,
+    candidates: int = CANDIDATES,
+    wordings: Sequence[str] = (),
 ) -> dict[str, float]:
     """Draw pairs of name and style that were kept out of training, and as many that were not, and look for them.
 
     Args:
         size: of the drawings, in pixels.
-        draw: prompts → uint8 (B, 3, size, size), called once.
+        draw: prompts → uint8 (B, 3, size, size), called once for `caption` and once for each of the wordings.
         images_per_pair: drawings of each.
+        wordings: further caption columns to ask with: `sentence`, `word`.
 
     Returns:
         Top-1 and top-5 accuracy: `heldout_accuracy`, `heldout_accuracy/top5`; `trained_accuracy`, of pairs that were trained on;
-        `other_style_accuracy`, of real pictures of the held-out names in the other styles: what a model would score that had only
-        memorised them; and `chance_accuracy`.
+        `other_style_accuracy`, of real pictures of the held-out names in the other styles of the source, if it has any: what a
+        model would score that had only memorised them; `chance_accuracy`; and for each wording, such as `word_accuracy`, of all
+        the pairs. A prompt that names no style may be drawn in any: a name is then as near as its picture in the nearest style.
     """
     asked = subsets(source, size, candidates)
-    prompts = [source.caption(name, part.style) for part in asked for name in part.names[: part.heldout + part.trained]]
-    drawn = draw(prompts * images_per_pair)
-    places: dict[str, list[int]] = {"heldout": [], "trained": [], "other_style": []}
-    chances = dict.fromkeys(TOP, 0.0)
-    first = 0
-    for part in asked:
-        numbers = list(range(part.heldout + part.trained))
-        mine = [image + repeat * len(prompts) + first for repeat in range(images_per_pair) for image in numbers]
-        for number, place in zip(numbers * images_per_pair, part.places(drawn[mine], numbers * images_per_pair), strict=True):
-            places["heldout" if number < part.heldout else "trained"].append(place)
-        places["other_style"] += _memorised(source, size, part)
-        for top in TOP:
-            chances[top] += part.heldout * min(top / len(part.names), 1.0)
-        first += len(numbers)
+    found = dict[str, float]()
+    for wording in ("caption", *wordings):
+        prompts = [source.prompts(name, part.style)[wording] for part in asked for name in part.asked]
+        drawn = iter(draw(prompts * images_per_pair).unflatten(0, (images_per_pair, -1)).split([len(p.asked) for p in asked], 1))
+        heldout, trained = list[int](), list[int]()
+        for part in asked:
+            compared = part.in_every_style(source, size) if wording == "word" else part
+            for images in next(drawn):
+                places = compared.places(images, range(len(images)))
+                heldout += places[: part.heldout]
+                trained += places[part.heldout :]
+        if wording == "caption":
+            found |= accuracies(heldout, "heldout") | accuracies(trained, "trained")
+        else:
+            found |= accuracies(heldout + trained, wording)
+    if memorised := [place for part in asked for place in _memorised(source, size, part)]:
+        found |= accuracies(memorised, "other_style")
     total = max(sum(part.heldout for part in asked), 1)
-    found = {key: value for name, those in places.items() for key, value in accuracies(those, name).items()}
-    return found | {"chance_accuracy": chances[1] / total, "chance_accuracy/top5": chances[5] / total}
+    chances = {top: sum(part.heldout * min(top / len(part.names), 1.0) for part in asked) / total for top in TOP}
+    return found | {"chance_accuracy": chances[1], "chance_accuracy/top5": chances[5]}
 
 
 def _memorised(source: IconsSource, size: int, part: Subset) -> list[int]:
@@ -142,18 +182,49 @@ def _memorised(source: IconsSource, size: int, part: Subset) -> list[int]:
     return part.places(torch.stack(pictures), numbers) if pictures else []
 
 
+def heldout_sheet(source: IconsSource, size: int, drawn: Mapping[str, Tensor], most: int) -> Image.Image | None:
+    """Return a picture with a row for each of `most` pairs that were kept out: the thing in the styles that were trained on, the
+    drawing of the pair, and what it should be.
+
+    Which pairs are shown, the digests of their names decide.
+
+    Args:
+        drawn: caption → uint8 (3, size, size).
+    """
+    rows = [
+        (name, style)
+        for name in source.shuffled_names
+        for style in source.icons[name]
+        if source.is_heldout(name, style) and source.prompts(name, style)["caption"] in drawn
+    ][:most]
+    tiles = []
+    for name, style in rows:
+        others = [other for other in source.icons[name] if not source.is_heldout(name, other)]
+        tiles += [
+            Tile(source.picture(name, other, size), (Text(f"{name}: {other}"), Text("trained on", "grey"))) for other in others
+        ]
+        drawing = picture(drawn[source.prompts(name, style)["caption"]])
+        tiles.append(Tile(drawing, (Text(f"{name}: {style}"), Text("drawn", "blue"))))
+        tiles.append(Tile(source.picture(name, style, size), (Text(f"{name}: {style}"), Text("never trained on", "grey"))))
+    return contact_sheet(tiles, len(tiles) // len(rows)) if rows else None
+
+
 class IconsScore(Drawing):
     """Draw pairs of name and style that the `icons` source kept out of training, and as many trained ones, and look for them.
 
     Every drawing is looked for among 100 icons of its style, as `score_icons` says. Logs, at an interval and at the end,
     `heldout_accuracy`, `trained_accuracy`, `other_style_accuracy`, which memorising reaches, and `chance_accuracy`, each also as
-    `…/top5`. Every rank draws all of them, so that the score does not depend on their number.
+    `…/top5`; and for each of the `wordings` how often it leads to the right thing. Every rank draws all of them, so that the
+    score does not depend on their number.
 
     Args:
         source: the recipe's `train_loader.source`, which says what was held out.
+        folder: the run folder.
         image_size: side of the images; the recipe's by default.
         images_per_pair: with different seeds.
         candidates: icons that a drawing is looked for among.
+        wordings: columns of captions to ask with besides `caption`: `sentence` and `word`.
+        shown: pairs that `<run folder>/images/heldout_ba<batch>.png` shows, see `heldout_sheet`.
         interval, seed, num_inference_steps, guidance_scale: see `Drawing`; by default it scores at the end only.
 
     Raises:
@@ -163,6 +234,7 @@ class IconsScore(Drawing):
     def __init__(
         self,
         source: dict[str, Any],
+        folder: str,
         image_size: int,
         interval: str = "1dur",
         images_per_pair: int = 1,
@@ -170,28 +242,48 @@ class IconsScore(Drawing):
         seed: int = 1000,
         num_inference_steps: int = 20,
         guidance_scale: float = 3.0,
+        wordings: list[str] | None = None,
+        shown: int = 8,
     ):
         if source.get("name") != "icons":
             raise ValueError("scores models of `train_loader.source: {name: icons, …}` only; set callbacks.icons_score=false.")
         if images_per_pair < 1 or candidates < 2:
             raise ValueError(f"images_per_pair must be at least 1 and candidates 2, not {images_per_pair} and {candidates}.")
+        if unknown := sorted(set(wordings or ()) - set(IconsSource.captions)):
+            raise ValueError(f"wordings are columns of captions: {', '.join(IconsSource.captions)}, not {unknown[0]!r}.")
         super().__init__(seed, 1, num_inference_steps, guidance_scale, interval)
         self._source_arguments = {key: value for key, value in source.items() if key != "name"}
         inspect.signature(IconsSource).bind(**self._source_arguments)
-        self._image_size, self._images_per_pair, self._candidates = image_size, images_per_pair, candidates
+        self._image_size, self._arguments = image_size, (images_per_pair, candidates, list(wordings or ()))
+        self._folder, self._shown = Path(folder) / "images", shown
 
     def init(self, state: State, logger: Logger) -> None:
         check_size(state, self._image_size, self._image_size, "callbacks.icons_score.image_size")
         self._source = IconsSource(**self._source_arguments)
-        if not any(map(self._source.heldout_style, self._source.icons)):
+        if not any(starmap(self._source.is_heldout, self._source.pairs)):
             raise UserError(
                 "callbacks.icons_score: no pair of name and style is kept out of training; it needs two sets and "
-                "train_loader.source.heldout above 0. Set callbacks.icons_score=false to train without it."
+                "train_loader.source.heldout above 0, or train_loader.source.trained_names. Set callbacks.icons_score=false to "
+                "train without it."
             )
 
     def draw(self, state: State, logger: Logger) -> None:
+        drawn = dict[str, Tensor]()
+
         def pictures(prompts: list[str]) -> Tensor:
             seeds = self._seeds(len(prompts))
-            return draw_images(state, prompts, self._image_size, self._image_size, seeds, *self._sampling)
+            images = draw_images(state, prompts, self._image_size, self._image_size, seeds, *self._sampling)
+            for prompt, image in zip(prompts, images, strict=True):
+                drawn.setdefault(prompt, image)
+            return images
 
-        logger.log_metrics(score_icons(self._source, self._image_size, pictures, self._images_per_pair, self._candidates))
+        logger.log_metrics(score_icons(self._source, self._image_size, pictures, *self._arguments))
+        sheet = heldout_sheet(self._source, self._image_size, drawn, self._shown) if dist.get_global_rank() == 0 else None
+        if sheet is not None:
+            path = self._folder / f"heldout_ba{int(state.timestamp.batch):06d}.png"
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                sheet.save(path)
+                log.info("Drew %s", path)
+            except OSError as error:  # a full disk: no reason to lose the run
+                log.error("%s cannot be written: %s", path, error)

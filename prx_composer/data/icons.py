@@ -156,6 +156,8 @@ class IconsSource:
         categories: words of the names of categories, such as [animals, food]; all by default.
         common: only names that all sets have.
         heldout: of every how many names one style is kept out of training; 0 keeps none out. Which, the name decides alone.
+        trained_names: train on so many names only, the same ones in every style, and keep all others out: to teach a model that
+            knows the names a further style.
         background: a colour such as "white" or "#808080".
         supersampling: icons are drawn this many times larger, and brought down by a Lanczos filter.
 
@@ -174,6 +176,7 @@ class IconsSource:
         categories: list[str] | None = None,
         common: bool = True,
         heldout: int = 4,
+        trained_names: int | None = None,
         background: str = "white",
         supersampling: int = 4,
     ):
@@ -182,6 +185,8 @@ class IconsSource:
                 "train_loader.source: image_size is at least 1, supersampling 1 to 16 and heldout at least 0, not "
                 f"{image_size}, {supersampling} and {heldout}."
             )
+        if trained_names is not None and trained_names < 1:
+            raise ValueError(f"train_loader.source.trained_names must be at least 1, not {trained_names}.")
         try:
             ImageColor.getrgb(background)
         except ValueError as error:
@@ -192,7 +197,8 @@ class IconsSource:
         self._places = set_files(Path(folder))
         self.files = {name: file for files in self._places.values() for name, file in files.items()}
         self._styles, self._categories, self._common = styles, categories, common
-        self._heldout, self._background, self._supersampling = heldout, background, supersampling
+        self._heldout, self._trained_names = heldout, trained_names
+        self._background, self._supersampling = background, supersampling
 
     @cached_property
     def sets(self) -> dict[str, IconSet]:
@@ -237,24 +243,43 @@ class IconsSource:
         words = set(_words(icon.category).split())
         return self._categories is None or any(set(_words(wanted).split()) <= words for wanted in self._categories)
 
-    def heldout_style(self, name: str) -> str | None:
-        """Return the style in which a name is kept out of training, of a name that has any: decided by the name alone."""
+    def is_heldout(self, name: str, style: str) -> bool:
+        """Return whether a pair is kept out of training, which its name decides alone, unless only so many are trained on."""
+        if self._trained_names is not None:
+            return name not in self._only_trained
         styles = list(self.icons[name])
         if not self._heldout or len(styles) < 2 or _digest(name) % self._heldout:
-            return None
-        return min(styles, key=lambda style: _digest(f"{name} in {style}"))
+            return False
+        return style == min(styles, key=lambda style: _digest(f"{name} in {style}"))
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return all pairs of name and style, by name."""
+        return [(name, style) for name, styles in self.icons.items() for style in styles]
 
     @property
     def train_samples(self) -> int:
         """How many pairs are trained on, if all can be drawn."""
-        return sum(len(styles) - (self.heldout_style(name) is not None) for name, styles in self.icons.items())
+        return sum(not self.is_heldout(*pair) for pair in self.pairs)
 
+    @cached_property
     def shuffled_names(self) -> list[str]:
-        """Return all names in an order that has nothing to do with the alphabet, and is always the same."""
+        """All names in an order that has nothing to do with the alphabet, and is always the same."""
         return sorted(self.icons, key=lambda name: _digest(f"{name} in a row"))
 
-    def caption(self, name: str, style: str) -> str:
-        return f"{name} in the style of {_words(style)}"
+    @cached_property
+    def _only_trained(self) -> set[str]:
+        return set(self.shuffled_names[: self._trained_names])
+
+    def prompts(self, name: str, style: str) -> dict[str, str]:
+        """Return the caption of a pair in each column."""
+        category = next((_words(icon.category) for icon in self.icons[name].values() if icon.category), "icons")
+        wording = _SENTENCES[_digest(f"wording of {name} in {style}") % len(_SENTENCES)]
+        return {
+            "caption": f"{name} in the style of {_words(style)}",
+            "sentence": wording.format(name=name, style=_words(style), category=category),
+            "word": name,
+        }
 
     def picture(self, name: str, style: str, size: int) -> Image.Image:
         """Draw a pair at another size than the data have. Raise as `render`."""
@@ -263,28 +288,18 @@ class IconsSource:
 
     def samples(self) -> Iterator[tuple[str, RawSample]]:
         left_out: Counter[str] = Counter()
-        total = 0
-        for name, icons in self.icons.items():
-            category = next((_words(icon.category) for icon in icons.values() if icon.category), "icons")
-            for style in icons:
-                total += 1
-                try:
-                    image = self.picture(name, style, self.image_size)
-                except SVGError as error:
-                    log.warning("%s:%s is left out: it %s", style, name, error)
-                    left_out[str(error)] += 1
-                    continue
-                encoded = io.BytesIO()
-                image.save(encoded, format="PNG")
-                sentence = _SENTENCES[_digest(f"wording of {name} in {style}") % len(_SENTENCES)]
-                captions = {
-                    "caption": self.caption(name, style),
-                    "sentence": sentence.format(name=name, style=_words(style), category=category),
-                    "word": name,
-                }
-                split = "heldout" if self.heldout_style(name) == style else "train"
-                key = f"{style}:{name.replace(' ', '-')}"
-                yield split, RawSample(encoded.getvalue(), self.image_size, self.image_size, captions, key)
+        for name, style in self.pairs:
+            try:
+                image = self.picture(name, style, self.image_size)
+            except SVGError as error:
+                log.warning("%s:%s is left out: it %s", style, name, error)
+                left_out[str(error)] += 1
+                continue
+            encoded = io.BytesIO()
+            image.save(encoded, format="PNG")
+            split = "heldout" if self.is_heldout(name, style) else "train"
+            key = f"{style}:{name.replace(' ', '-')}"
+            yield split, RawSample(encoded.getvalue(), self.image_size, self.image_size, self.prompts(name, style), key)
         if left_out:
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-            log.warning("%d of %d icons are left out: %s.", left_out.total(), total, reasons)
+            log.warning("%d of %d icons are left out: %s.", left_out.total(), len(self.pairs), reasons)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from icon_sets import STYLES, THINGS, content, write_sets, write_tarball
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from prx_composer.callbacks.icons_score import IconsScore, comparable, score_icons, subsets
+from prx_composer.callbacks.icons_score import IconsScore, comparable, heldout_sheet, score_icons, subsets
 from prx_composer.common.errors import UserError
+from prx_composer.common.pages import GAP
 from prx_composer.data.format import Manifest, RawSample, open_local
 from prx_composer.data.icons import IconsSource
 from prx_composer.data.sources import is_made, prepare
@@ -68,7 +70,7 @@ def test_a_set_alone_is_read_wherever_it_lies(sets: Path, tmp_path: Path) -> Non
     shutil.unpack_archive(tarball, unpacked)  # as `tar xf` leaves it: the files are in `package`
     for place in (tarball, unpacked, unpacked / "package", sets / "paper.json", sets / "dark-side" / "icons.json"):
         alone = IconsSource(str(place), SIZE, heldout=4)
-        assert len(alone.icons) == len(THINGS) and not any(map(alone.heldout_style, alone.icons)), place
+        assert len(alone.icons) == len(THINGS) and not any(starmap(alone.is_heldout, alone.pairs)), place
 
 
 def test_categories_are_chosen_by_words_of_their_names(sets: Path) -> None:
@@ -148,12 +150,26 @@ def test_data_hold_licences_captions_and_no_pair_in_both_splits(sets: Path, tmp_
 
 
 def test_one_style_of_about_every_fourth_name_is_kept_out_and_the_name_decides(sets: Path, source: IconsSource) -> None:
-    kept_out = {name: style for name in source.icons if (style := source.heldout_style(name)) is not None}
-    assert 3 <= len(kept_out) <= 13 and len(set(kept_out.values())) > 1
+    kept_out = {pair for pair in source.pairs if source.is_heldout(*pair)}
+    names, styles = {name for name, _ in kept_out}, {style for _, style in kept_out}
+    assert 3 <= len(kept_out) == len(names) <= 13 and len(styles) > 1
     fewer = IconsSource(str(sets), SIZE, categories=["objects"])
-    assert {name: fewer.heldout_style(name) for name in fewer.icons} == {name: kept_out.get(name) for name in fewer.icons}
+    assert all(fewer.is_heldout(*pair) == (pair in kept_out) for pair in fewer.pairs)
     everything, nothing = IconsSource(str(sets), SIZE, heldout=1), IconsSource(str(sets), SIZE, heldout=0)
-    assert all(map(everything.heldout_style, everything.icons)) and not any(map(nothing.heldout_style, nothing.icons))
+    assert sum(starmap(everything.is_heldout, everything.pairs)) == len(everything.icons)
+    assert not any(starmap(nothing.is_heldout, nothing.pairs))
+
+
+def test_so_many_names_of_a_new_style_are_trained_on_and_the_others_kept_out(sets: Path) -> None:
+    new = IconsSource(str(sets), SIZE, styles=["paper"], trained_names=5)
+    trained = {pair for pair in new.pairs if not new.is_heldout(*pair)}
+    assert len(trained) == new.train_samples == 5 and len(new.pairs) == len(THINGS)
+    found = score_icons(new, SIZE, lambda prompts: torch.zeros(len(prompts), 3, SIZE, SIZE, dtype=torch.uint8))
+    assert "heldout_accuracy" in found and "other_style_accuracy" not in found, "one style has no other to be remembered from"
+    more = IconsSource(str(sets), SIZE, styles=["paper"], trained_names=9)
+    assert all(not more.is_heldout(*pair) for pair in trained), "more names add to those that there were"
+    with pytest.raises(ValueError, match="trained_names must be at least 1, not 0"):
+        IconsSource(str(sets), SIZE, trained_names=0)
 
 
 def test_every_name_and_style_that_is_kept_out_is_trained_on_with_others(source: IconsSource) -> None:
@@ -292,8 +308,8 @@ def test_the_memorising_line_is_what_a_hand_computation_gives(sets: Path, pictur
         for pair, p in pictures.items()
     }
     places = []
-    for name in source.icons:
-        if (style := source.heldout_style(name)) is None:
+    for name, style in source.pairs:
+        if not source.is_heldout(name, style):
             continue
         for other in set(STYLES) - {style}:
             errors = {n: ((blurred[name, other] - blurred[n, style]) ** 2).mean() for n in source.icons}
@@ -319,13 +335,45 @@ def test_a_model_that_only_memorised_scores_the_memorising_line(sets: Path, pict
     assert mean == pytest.approx(shares[0]["other_style_accuracy"])
 
 
+def test_a_prompt_without_a_style_is_right_in_any(source: IconsSource, pictures: dict[Pair, Tensor]) -> None:
+    """The model that is asked by words draws the thing in one style, whichever pair the word was taken from."""
+
+    def draw(prompts: list[str]) -> Tensor:
+        if prompts[0] in source.icons:
+            return torch.stack([pictures[prompt, "lined"] for prompt in prompts])
+        pair_of = {text: pair for pair in pictures for text in source.prompts(*pair).values()}
+        return torch.stack([pictures[pair_of[prompt]] for prompt in prompts])
+
+    found = score_icons(source, SIZE, draw, images_per_pair=2, wordings=["sentence", "word"])
+    assert found["heldout_accuracy"] == found["sentence_accuracy"] == found["word_accuracy"] == 1.0
+    wrong = dict(zip(source.icons, [*list(source.icons)[1:], next(iter(source.icons))], strict=True))
+    found = score_icons(source, SIZE, lambda p: draw([wrong.get(prompt, prompt) for prompt in p]), wordings=["word"])
+    assert found["heldout_accuracy"] == 1.0 and found["word_accuracy"] < 0.2
+
+
 def test_candidates_hold_what_is_asked_and_are_as_many_as_they_should_be(source: IconsSource) -> None:
     parts = subsets(source, SIZE, candidates=10)
     for part in parts:
         assert len(part.names) == len(set(part.names)) == 10 and 1 <= part.heldout <= 5 and part.trained == part.heldout
-        assert all(source.heldout_style(name) == part.style for name in part.names[: part.heldout])
-        assert all(source.heldout_style(name) != part.style for name in part.names[part.heldout :])
+        assert all(source.is_heldout(name, part.style) for name in part.names[: part.heldout])
+        assert not any(source.is_heldout(name, part.style) for name in part.names[part.heldout :])
     assert [part.names for part in parts] == [part.names for part in subsets(source, SIZE, candidates=10)]
+
+
+def test_the_sheet_shows_what_was_trained_on_what_was_drawn_and_what_it_should_be(
+    source: IconsSource, pictures: dict[Pair, Tensor]
+) -> None:
+    drawn = {source.prompts(*pair)["caption"]: 255 - image for pair, image in pictures.items()}
+    sheet = heldout_sheet(source, SIZE, drawn, 2)
+    assert sheet is not None
+    kept_out = sorted(filter(lambda p: source.is_heldout(*p), source.pairs), key=lambda p: source.shuffled_names.index(p[0]))
+    width = (sheet.width - GAP) // 5 - GAP
+    top = as_tensor(sheet)[:, GAP : GAP + width : width // SIZE]
+    for column, pair in enumerate([*((kept_out[0][0], s) for s in source.sets if s != kept_out[0][1]), "drawn", kept_out[0]]):
+        left = GAP + column * (width + GAP)
+        expected = 255 - pictures[kept_out[0]] if pair == "drawn" else pictures[pair]  # pyright: ignore[reportArgumentType]
+        assert torch.equal(top[:, :, left : left + width : width // SIZE], expected)
+    assert heldout_sheet(source, SIZE, {}, 2) is None
 
 
 def test_large_drawings_are_compared_at_32_pixels() -> None:
@@ -336,9 +384,11 @@ def test_large_drawings_are_compared_at_32_pixels() -> None:
 
 def test_other_data_cannot_be_scored(sets: Path) -> None:
     with pytest.raises(ValueError, match=r"set callbacks\.icons_score=false"):
-        IconsScore({"name": "shapes"}, SIZE)
+        IconsScore({"name": "shapes"}, "run", SIZE)
+    with pytest.raises(ValueError, match="columns of captions: caption, sentence, word, not 'tags'"):
+        IconsScore({"name": "icons", "folder": str(sets), "image_size": SIZE}, "run", SIZE, wordings=["tags"])
     with pytest.raises(ValueError, match="candidates 2"):
-        IconsScore({"name": "icons", "folder": str(sets), "image_size": SIZE}, SIZE, candidates=1)
+        IconsScore({"name": "icons", "folder": str(sets), "image_size": SIZE}, "run", SIZE, candidates=1)
 
 
 def test_manifests_without_attribution_read_as_before(tmp_path: Path) -> None:

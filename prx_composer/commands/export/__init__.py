@@ -156,6 +156,9 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
     prompt = card.prompts[0] if card.prompts else "a red circle"
     loader = recipe.get("train_loader") or {}
     data = {key: loader[key] for key in ("source", "path", "remote", "mix", "split", "captions") if loader.get(key)}
+    attribution, missing = _attribution(loader) if loader.get("path") or loader.get("mix") else ({}, [])
+    if missing:
+        echo(f"The card does not say whose work the data are: {', '.join(missing)} cannot be read here.")
     head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer"]}
     if card.licence is not None:
         head["license"] = card.licence
@@ -194,6 +197,7 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
         recipe_file=RECIPE,
         training=training,
         data=without_places(redacted(data)),
+        attribution=attribution,
         made_with=made_with,
     )
 
@@ -210,3 +214,18 @@ def _public_reference(folder: Path) -> dict[str, Any] | None:
     if of_hub or known == reference["pretrained"]:
         return reference | {"pretrained": known}
     return {"pretrained": f"PATH_OF_{known}", "revision": None}  # a folder of the exporter's machine
+
+
+def _attribution(loader: dict[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Return whose work the data of a loader are, by part, as their manifests say; and the manifests that are not here."""
+    from prx_composer.data.format import MANIFEST, Manifest
+    from prx_composer.recipe.arguments import data_sets
+
+    found, missing = dict[str, dict[str, str]](), list[str]()
+    for part in data_sets(loader).values():
+        manifest = Path(part["path"]) / part.get("split", "train") / MANIFEST
+        try:
+            found |= Manifest.read(manifest.parent).attribution
+        except (OSError, ValueError, KeyError):
+            missing.append(f"{manifest.parent.parent.name}/{manifest.parent.name}/{manifest.name}")
+    return found, missing

@@ -280,7 +280,11 @@ def write_readme(folder: Path, template: str, **values: Any) -> None:
     def as_yaml(value: Any) -> str:
         return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
-    content = render("prx_composer.commands.export", template, yaml=as_yaml, inline=inline, fenced=fenced, repr=repr, **values)
+    def cell(value: Any) -> str:
+        return inline(str(value)).replace("|", "/")
+
+    helpers = dict(yaml=as_yaml, inline=inline, cell=cell, fenced=fenced, repr=repr)
+    content = render("prx_composer.commands.export", template, **helpers, **values)
     (folder / "README.md").write_text(content.rstrip("\n") + "\n", encoding="utf-8")
 
 
