@@ -190,7 +190,7 @@ class Studio:
 
     def _draw(self, asked: Asked, show: Callable[[Seen], None], closed: threading.Event) -> None:
         prompt, seed, steps = _parsed(asked)
-        scale = math.nan if asked.guidance_scale is None else asked.guidance_scale
+        scale = math.nan if asked.guidance_scale is None else float(asked.guidance_scale)
         settings = []
         for column, weights in enumerate(asked.weights):
             if closed.is_set():

@@ -20,7 +20,7 @@ from prx_composer.commands.demo import Asked, DemoOptions, Studio, listen, open_
 from prx_composer.common.errors import UserError
 
 PROMPT, OTHER = "a red circle on the left of a white background", "a blue ring in the centre of a black background"
-ASKED = Asked(PROMPT, "7", 3, 2.0, "16x24", ("ema",))
+ASKED = Asked(PROMPT, "7", 3, 2, "16x24", ("ema",))  # whole numbers come as such from the page
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,8 @@ def opened(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
 def test_what_cannot_be_served_is_said(
     trained: Path, studio: Callable[..., Studio], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "one model, or two side by side, not 3" in prx("demo", trained, trained, trained, code=1)
+    with pytest.raises(UserError, match="one model, or two side by side, not 3"):
+        studio(trained, trained, trained)
     with listen(DemoOptions.host, 0) as taken:
         host, port = taken.getsockname()
         assert host == "127.0.0.1", "the page is for this machine, unless another host is named"
