@@ -18,6 +18,7 @@ from prx_composer.commands import (
     command,
     convert,
     data,
+    demo,
     encode,
     evaluate,
     export,
@@ -81,6 +82,7 @@ def import_model(options: ImportOptions) -> None:
 
 VERBS = {
     "generate": generate.generate_images,
+    "demo": demo.show_demo,
     "export": export.export_model,
     "import": import_model,
     "evaluate": evaluate.evaluate_model,

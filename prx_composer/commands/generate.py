@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -121,9 +121,7 @@ def generate_images(options: GenerateOptions) -> None:
             save_grid(drawn, texts, folder / "grid.png")
         if o.captions:
             save_captions(names, texts, folder / "captions.jsonl")
-    of = f"{trained.weights} weights" + (f" of batch {trained.batch}" if trained.batch is not None else "")
-    size = f"{settings.height}×{settings.width}"
-    echo(f"{len(drawn)} image{'s' if len(drawn) > 1 else ''} of {size} with {of} · {folder}")
+    echo(f"{len(drawn)} image{'s' if len(drawn) > 1 else ''} of {drawn_with(trained, settings)} · {folder}")
 
 
 # -------------------------------------------------------------------------------------------------------- settings
@@ -225,9 +223,18 @@ def check_settings(model: "TextToImage", settings: DrawingSettings, device: "tor
 
 
 def draw(
-    model: "TextToImage", prompts: list[str], seeds: list[int], settings: DrawingSettings, batch_size: int
+    model: "TextToImage",
+    prompts: list[str],
+    seeds: list[int],
+    settings: DrawingSettings,
+    batch_size: int,
+    watch: "Callable[[int, Tensor], None] | None" = None,
 ) -> "Iterator[tuple[int, Tensor]]":
-    """Draw in batches; yield index and image, uint8 (3, height, width) on the CPU, as soon as a batch is done."""
+    """Draw in batches; yield index and image, uint8 (3, height, width) on the CPU, as soon as a batch is done.
+
+    Args:
+        watch: as `TextToImage.generate` has it.
+    """
     import torch
 
     device = next(model.parameters()).device
@@ -235,8 +242,15 @@ def draw(
         part = slice(start, start + batch_size)
         with torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext():
             s = settings
-            images = model.generate(prompts[part], s.height, s.width, seeds[part], s.num_inference_steps, s.guidance_scale)
+            sizes = (s.height, s.width, seeds[part], s.num_inference_steps, s.guidance_scale)
+            images = model.generate(prompts[part], *sizes, watch)
         yield from enumerate(images.cpu(), start)
+
+
+def drawn_with(trained: "Trained", settings: DrawingSettings) -> str:
+    """Return the size of an image and what drew it, in words."""
+    batch = f" of batch {trained.batch}" if trained.batch is not None else ""
+    return f"{settings.height}×{settings.width} with {trained.weights} weights{batch}"
 
 
 def weights_hash(model: "TextToImage") -> str:

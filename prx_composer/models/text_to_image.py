@@ -258,6 +258,7 @@ class TextToImage(ComposerModel):
         seeds: list[int] | None = None,
         num_inference_steps: int = 28,
         guidance_scale: float = 3.5,
+        watch: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Draw one image per prompt with the current weights; wrap in `sampling_weights()` to use an average of them.
 
@@ -267,6 +268,8 @@ class TextToImage(ComposerModel):
             seeds: one per image, 0 … B−1 by default. An image depends on its own seed only.
             num_inference_steps: Euler steps.
             guidance_scale: 1 = unguided.
+            watch: is called before every step, with its index and the clean images that are predicted there, (B, C, H, W) as the
+                autoencoder has them. What it raises ends the drawing.
 
         Returns:
             uint8 (B, 3, height, width).
@@ -275,7 +278,7 @@ class TextToImage(ComposerModel):
             ValueError: a size that cannot be cut into patches; a number of seeds that isn't the number of prompts; a seed beyond
                 64 bits.
         """
-        return self.autoencoder.decode(self.sample(prompts, height, width, seeds, num_inference_steps, guidance_scale))
+        return self.autoencoder.decode(self.sample(prompts, height, width, seeds, num_inference_steps, guidance_scale, watch))
 
     @torch.no_grad()
     def sample(
@@ -286,6 +289,7 @@ class TextToImage(ComposerModel):
         seeds: list[int] | None = None,
         num_inference_steps: int = 28,
         guidance_scale: float = 3.5,
+        watch: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Draw as `generate`, but don't decode: return what the autoencoder would make of the images, fp32 (B, C, H, W)."""
         seeds = list(range(len(prompts))) if seeds is None else seeds
@@ -311,7 +315,10 @@ class TextToImage(ComposerModel):
 
             def predict(x_t: Tensor, t: Tensor, index: int) -> Tensor:
                 step = SamplingStep(text, null, guidance_scale, index, seeds, num_tokens)
-                return self.guidance(self._predict, x_t, t, step)
+                prediction = self.guidance(self._predict, x_t, t, step)
+                if watch is not None:
+                    watch(index, self.flow.to_x0(prediction, x_t, t))
+                return prediction
 
             return sample_flow(predict, self.flow, noise, num_inference_steps)
         finally:
@@ -321,10 +328,16 @@ class TextToImage(ComposerModel):
         """Warn, once for each prompt, of what the text encoder does not read of it: what is too long, and unknown words."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._told]
         self._told.update(new)
-        encoder: Any = self.text_encoder
-        if dist.get_global_rank() == 0 and hasattr(encoder, "readings"):  # one's own encoder need not have it
-            for sentence in what_is_lost(encoder.readings([self.clean_prompt(text) for text in new]), encoder.max_tokens):
+        if dist.get_global_rank() == 0:
+            for sentence in self.unread(new):
                 log.warning("%s", sentence)
+
+    def unread(self, prompts: list[str]) -> list[str]:
+        """Return what the text encoder does not read of prompts, in sentences."""
+        encoder: Any = self.text_encoder
+        if not hasattr(encoder, "readings"):  # one's own encoder need not have it
+            return []
+        return what_is_lost(encoder.readings([self.clean_prompt(text) for text in prompts]), encoder.max_tokens)
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> TextConditioning:
         tokens = self.text_encoder.tokenize([self.clean_prompt(prompt) for prompt in prompts])

@@ -93,6 +93,25 @@ def test_generating_leaves_mode_and_random_state_alone(tiny_model: Build) -> Non
     assert model.training and torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_who_watches_sees_the_image_predicted_at_every_step_and_changes_nothing(tiny_model: Build, prediction: Any) -> None:
+    model, seen = tiny_model(flow=FlowMatching(prediction)), []
+    watched = model.sample(
+        [PROMPT] * 2, 16, 24, [1, 2], 3, watch=lambda index, predicted: seen.append((index, predicted.clone()))
+    )
+    assert torch.equal(watched, model.sample([PROMPT] * 2, 16, 24, [1, 2], 3))
+    assert [index for index, _ in seen] == [0, 1, 2]
+    torch.testing.assert_close(seen[-1][1], watched)  # the last Euler step goes all the way to what is predicted there
+    assert not torch.allclose(seen[0][1], watched)
+
+    def leave(index: int, predicted: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.train().generate([PROMPT], 16, 16, watch=leave)
+    assert model.training
+
+
 def test_impossible_requests_are_refused(tiny_model: Build) -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="divisible by 4"):
