@@ -315,7 +315,7 @@ def build_page(studio: Studio) -> "Blocks":
             fn=_teller(studio), inputs=[prompt, seed, steps, scale, size, *weights], outputs=[*images, said],
             concurrency_id="drawing", concurrency_limit=1, show_progress="minimal", show_progress_on=said,
         )  # fmt: skip
-        events = [button.click(**call, api_name="draw"), prompt.submit(**call, api_visibility="private")]
+        events: list[Any] = [button.click(**call, api_name="draw"), prompt.submit(**call, api_visibility="private")]
         events.append(
             another.click(
                 lambda n: str(int(n) + 1) if n.strip().isdecimal() else n, seed, seed, queue=False, api_visibility="private"
@@ -332,7 +332,8 @@ def _teller(studio: Studio) -> Callable[..., Iterator[list[Any]]]:
 
     def tell(prompt: str, seed: str, steps: float | None, scale: float | None, size: str, *weights: str | None) -> Any:
         lines = [""] * len(weights)
-        stay, images = [gr.skip()] * len(weights), [None] * len(weights)  # a first picture takes the old ones away
+        stay: list[Any] = [gr.skip()] * len(weights)
+        images: list[Any] = [None] * len(weights)  # a first picture takes the old ones away
         try:
             for seen in studio.draw(Asked(prompt, seed, steps, scale, size, weights)):
                 lines[seen.column] = seen.said

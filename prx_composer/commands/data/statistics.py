@@ -4,7 +4,7 @@ import math
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,7 @@ def statistics(
     total = sum(split.manifest.buckets.values())
     buckets = [_bucket(split, bucket, total) for bucket in sorted(split.manifest.buckets)]
     columns, keys = _Columns(split, tokenizer, max_tokens), {bucket: array("Q") for bucket in sorted(split.manifest.buckets)}
-    if skips is not None:
-        columns.read.add("key")
+    columns.read |= set() if skips is None else {"key"}
     shards = [(bucket, shard) for bucket, listed in split.shards.items() for shard in listed]
     looked_at, wanted = shards, total if samples is None else min(samples, total)
     if wanted < total and is_remote(split.path):
@@ -66,13 +65,10 @@ def statistics(
             if skips is not None:
                 keys[bucket].extend(digests_of([row.get("key", b"").decode(errors="surrogatepass")]).tolist())
     left_out = None if skips is None else _left_out(split, skips, [np.array(some) for some in keys.values()], seen == total)
-    for number, bucket in enumerate(buckets):
-        bucket["left"] = bucket["samples"] - (0 if left_out is None else len(left_out.places[number]))
-        bucket["smaller_than"] = sorted({size for size in batch_sizes if 0 < bucket["left"] < size})
+    _count_left(buckets, left_out, batch_sizes)
     stored = list(split.stored())
     for name in {column["name"] for column in stored if column.get("of_this_data")} & {*split.manifest.beside}:
-        for text in _written(split, name, total, wanted):
-            columns.captions[name].add(text)
+        columns.add_written(name, _written(split, name, total, wanted))
     return {
         "path": split.path,
         "split": split.name,
@@ -99,6 +95,13 @@ def _left_out(split: Split, skip: SkipList, read: list[NDArray[np.uint64]], whol
     if whole:
         return skip.find(read)
     return None if is_remote(split.path) else skip.find(key_hashes(Path(split.folder)))
+
+
+def _count_left(buckets: list[dict[str, Any]], left_out: LeftOut | None, batch_sizes: Sequence[int]) -> None:
+    """Note in every bucket how many samples are left, and which batches these do not fill."""
+    for number, bucket in enumerate(buckets):
+        bucket["left"] = bucket["samples"] - (0 if left_out is None else len(left_out.places[number]))
+        bucket["smaller_than"] = sorted({size for size in batch_sizes if 0 < bucket["left"] < size})
 
 
 def _counted(left_out: LeftOut | None) -> dict[str, Any]:
@@ -228,6 +231,11 @@ class _Columns:
                 summary.add(row[name].decode(errors="replace"))
             else:
                 summary.add(_number(row[name], encodings[name]))
+
+    def add_written(self, name: str, texts: Iterable[str]) -> None:
+        """Add captions of a column that lies beside the shards."""
+        for text in texts:
+            self.captions[name].add(text)
 
     def to_json(self) -> dict[str, Any]:
         return {
