@@ -173,7 +173,8 @@ def served(trained: Path, tmp_path: Path) -> Iterator[str]:
     yield line.split(" · ")[1]
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "connects to" not in errors and "asks for" not in errors, errors
+    assert process.returncode in (0, 130), "130: of what stands for the process, see warm.py"
+    assert not any(word in errors for word in ("connects to", "asks for", "Traceback")), errors
 
 
 def until(browser: Any, condition: Callable[[], Any], seconds: float = 60) -> Any:

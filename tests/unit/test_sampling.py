@@ -101,7 +101,8 @@ def test_who_watches_sees_the_image_predicted_at_every_step_and_changes_nothing(
     )
     assert torch.equal(watched, model.sample([PROMPT] * 2, 16, 24, [1, 2], 3))
     assert [index for index, _ in seen] == [0, 1, 2]
-    torch.testing.assert_close(seen[-1][1], watched)  # the last Euler step goes all the way to what is predicted there
+    if prediction == "v":  # of an image, the last Euler step goes the t / min_timestep-th part of the way
+        torch.testing.assert_close(seen[-1][1], watched)
     assert not torch.allclose(seen[0][1], watched)
 
     def leave(index: int, predicted: torch.Tensor) -> None:
