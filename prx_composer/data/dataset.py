@@ -202,7 +202,7 @@ class ImageCaptionDataset(BucketedDataset):
                     row |= {column: self._written[column].text(bucket, index)}
                 seen = self._read(row, bucket, index, column, request)
             except UNDECODABLE as error:
-                if step == 1 and (isinstance(error, BrokenShardError) or attempt + 1 >= _NEAR):
+                if stepping == "the next" and (isinstance(error, BrokenShardError) or attempt + 1 >= _NEAR):
                     # The next ones are in the same shard, or the same damage: go on anywhere in the bucket, through all of it.
                     draw = np.random.default_rng([self._seed, request.epoch, request.sample_id, 2])
                     step, stepping = coprime(int(draw.integers(1, max(count, 2))), count), "another"

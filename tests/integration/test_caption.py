@@ -156,6 +156,9 @@ def test_written_captions_are_encoded_and_noticed_when_they_change(
     file = write_recipe(tiny_recipe | {"train_loader": loader})
     caption(few, blip)
     assert "24 captions by" in commands.prx("encode", "text", file)
+    assert "24 of 24 samples were encoded again" in commands.prx("encode", "text", file, "--verify", 30), (
+        "they lie beside the shards"
+    )
     embedded = ImageCaptionDataset(str(few), captions={"long": 1.0}, text_embedding="text")
     assert len(embedded[SampleRequest(0, 8, 32, 0)]["text_embedding"]) == len(captions_of(few)[0].split()) + 1
     shutil.rmtree(few / "train" / "encoded" / "long")

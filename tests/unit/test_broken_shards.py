@@ -164,6 +164,19 @@ def test_a_bucket_is_gone_through_to_the_last_sample_that_is_left(data: Path) ->
             assert sorted(step * attempt % count for attempt in range(count)) == list(range(count))
 
 
+def test_of_two_samples_the_other_is_found(tmp_path: Path) -> None:
+    """Steps of one through a bucket, from wherever they begin, come to it, too."""
+    folder, image = tmp_path / "train", encode(gradient(16, 16))
+    with MDSWriter(out=str(folder / str(BUCKET)), columns=COLUMNS | {"caption": "str"}, size_limit=len(image) + 400) as writer:
+        for index in range(2):
+            writer.write({"image": image, "width": 16, "height": 16, "key": f"key-{index}", "caption": f"caption {index}"})
+    Manifest(16, ("caption",), {BUCKET: 2}).write(folder)
+    first, *_ = sorted((folder / str(BUCKET)).glob("*.mds"))
+    first.unlink()
+    data = ImageCaptionDataset(str(tmp_path), max_undecodable=1.0)
+    assert {data[SampleRequest(0, 16, 16, epoch)]["sample_id"] for epoch in range(20)} == {1}
+
+
 def test_what_is_stored_beside_the_images_may_break_too(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A shard of features is lost; the images and captions that are there are not trained on without them."""
     folder = data / "train" / "encoded" / "feature" / "image"

@@ -20,9 +20,9 @@ from typer import echo
 from prx_composer.commands.data.split import Split, open_split
 from prx_composer.commands.encode.encoding import CaptionEncoder, DataSet, Encoded, ImageEncoder
 from prx_composer.common.errors import UserError, first
-from prx_composer.data.format import MANIFEST, Bucket
+from prx_composer.data.format import ENCODED, IMAGE, MANIFEST, Bucket
 from prx_composer.data.storage import RawShard, fetched, is_remote, join
-from prx_composer.data.stored import ENCODED, IMAGE, StoredColumn, pack, read_column, unpack
+from prx_composer.data.stored import StoredColumn, pack, read_column, unpack
 
 ROUNDING = {"float32": 0.0, "float16": 2**-10, "bfloat16": 2**-8, "int8": 2**-8}  # int8: and half of a token's scale
 NOISE = {torch.float32: 2**-8, torch.float16: 2**-5, torch.bfloat16: 2**-3}  # by the encoder's dtype; TF32 among float32
@@ -155,7 +155,10 @@ def _compare(
 ) -> Iterator[Comparison]:
     """Compare rows of one bucket."""
     source = below.rpartition("/")[2]
-    raw = list(_rows(images, str(bucket), chosen, {source, "key"}))
+    raw = list(_rows(images, str(bucket), chosen, {source, "key"} - {*images.manifest.beside}))
+    if source in images.manifest.beside:  # captions that lie beside the shards
+        written = _rows(images, join(ENCODED, source, IMAGE, str(bucket)), chosen, {"values"})
+        raw = [row | {source: text["values"]} for row, text in zip(raw, written, strict=True)]
     there = list(_rows(images, join(below, str(bucket)), chosen, {"shape", "values"}))
     rows: list[dict[str, Any]] = [{source: one[source] if source == IMAGE else one[source].decode()} for one in raw]
     made = replace(work, storage="float32")(bucket, rows)
