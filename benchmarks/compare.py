@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from common import main, must_agree, ratio, summary, time_in_turns
@@ -168,15 +168,16 @@ def memory(
     batch_size: int = 8,
     threads: int = 1,
     device: str = "cpu",
+    start: Annotated[Literal["spawn", "fork"], "fork saves the imports; numbers are those of spawn only"] = "spawn",
 ) -> dict[str, Any]:
     """Peak memory of a forward + backward, ours over diffusers' PRXTransformer2DModel.
 
     It is what a pass takes above what was there before, each in a fresh process.
     """
-    start, found = multiprocessing.get_context("spawn"), {}
+    context, found = multiprocessing.get_context(start), {}
     sizes = (hidden_size, depth, device), (batch_size, tokens, text_tokens, valid_text, device)
     for name in ("diffusers", "ours"):
-        pool = start.Pool(1)
+        pool = context.Pool(1)
         found[name] = pool.apply(_peak_of_a_step, (name, threads, *sizes))
         pool.close()  # not terminate, of which Composer's signal handler would make a traceback
         pool.join()

@@ -41,7 +41,7 @@ def question(script: str, name: str, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("script", "name", "options"),
     [
-        ("compare", "memory", dict(tokens=64, text_tokens=8, batch_size=2)),
+        ("compare", "memory", dict(tokens=64, text_tokens=8, batch_size=2, start="fork")),  # it ends: no number is asserted
         ("compare", "optimizers", dict(rounds=2)),
         ("step", "stored_text", dict(text_tokens=8, batch_size=2, rounds=2)),
         ("step", "routing", dict(hidden_size=64, depth=4, text_tokens=8, batch_size=2, rounds=2)),

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import commands
 import pytest
 from torch import nn
 
@@ -302,18 +303,18 @@ class Failing(Algorithm):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_stacks_are_trained_and_a_failed_one_is_named(
-    tiny_recipe: dict[str, Any], write_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: dict[str, Any], write_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tiny_recipe | {"callbacks": {"shapes_score": {"images_per_prompt": 1, "num_inference_steps": 2}}})
     (tmp_path / "failing.py").write_text(FAILING)
     own = write_recipe({"code_paths": ["failing.py"], "algorithms": {"failing": {}}}, "own.yaml")
-    stacks = ["--stack", "base", "--stack", "-ema", "--stack", f"+{own}"]
-    assert ablate.main([recipe, *stacks, "--turn", "1", "--output", "found", "max_duration=4ba"]) == 1
-    base, without, failed = json.loads(Path("found.json").read_text())["runs"]
+    options = ("--stack", "base", "--stack", "-ema", "--stack", f"+{own}", "--turn", 1, "--output", "found", "max_duration=4ba")
+    done = commands.run("python", REPOSITORY / "benchmarks" / "ablate.py", recipe, *options, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    base, without, failed = json.loads((tmp_path / "found.json").read_text())["runs"]
     assert (base["failed"], without["failed"], failed["failed"]) == (None, None, "RuntimeError: out of patience")
     assert (base["steps"], without["steps"], failed["steps"]) == (4, 4, 1)
     assert base["loss"] == without["loss"]  # equal seeds
     assert [step for _, step, _ in base["accuracy_curve"]] == [1, 2, 3, 4]
-    assert "out of patience" in Path("found.md").read_text()
-    assert Path("found.png").exists()
+    assert "out of patience" in (tmp_path / "found.md").read_text()
+    assert (tmp_path / "found.png").exists()
