@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import warm
 from commands import prx
-from icon_sets import write_sets
+from icon_sets import write_sets, write_tarball
 
 from prx_composer.integrations.foundry_names import INSTALL, is_installed
 
@@ -23,6 +23,7 @@ SHORT_STAGES = "scheduler.t_warmup=2ba 'algorithms.progressive_resolution.stages
 SHORT_SCORE = "callbacks.shapes_score.num_inference_steps=1 callbacks.shapes_score.images_per_prompt=1"
 SHORT_IMAGES = "callbacks.images.num_inference_steps=2"
 SHORT_CONCEPT = "callbacks.concept_score.num_inference_steps=1 callbacks.concept_score.images_per_prompt=1"
+SHORT_STYLE = "train_loader.source.trained_names=5 global_train_batch_size=4 callbacks.icons_score.num_inference_steps=1"
 CAPTIONER = "HuggingFaceTB/SmolVLM-500M-Instruct"  # weights of the hub: a tiny one stands in
 SHORT_COST = "--steps 1 --together 20 --stage 0"
 KEPT = {  # by `ablate.py --cost`: one or two of a stack are measured
@@ -40,7 +41,10 @@ KINDS = (
 PLANS = "uv run prx plan "  # in this process, which counts a model once for all commands that plan it: some 8 s each
 # Not run here: what sets up the environment (CI has done it) and what runs the tests, this one among them.
 ELSEWHERE = ("pip install uv", "uv sync", "uv run pytest", "uv run ruff", "uv run basedpyright", "git clone", "cd ")
-FETCHES = ("mkdir -p data/icon_sets && npm pack",)  # from a registry, which a test may not reach: tiny sets are drawn instead
+FETCHES = (
+    "mkdir -p data/icon_sets && npm pack",
+    "mkdir -p data/fifth_set && npm pack",
+)  # from a registry, which a test may not reach: tiny sets are drawn instead
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -81,6 +85,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source = REPOSITORY / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     write_sets(folder / "data" / "icon_sets")
+    (folder / "data" / "fifth_set").mkdir()
+    write_tarball(folder / "data" / "fifth_set", "flat")
     write_llava(folder / "captioner")
     return folder
 
@@ -106,7 +112,9 @@ def test_documented_commands_run(page: str, line: str, workshop: Path, monkeypat
         environment["PATH"] = os.pathsep.join([warm.folder(), str(Path(sys.executable).parent), environment["PATH"]])
     if "train.py" in line and "max_duration=" not in line:
         line = f"{line} {SHORT}"
-    if "train.py" in line and "finetune" in line:
+    if "fifth_style" in line:
+        line = f"{line} {SHORT_IMAGES} {SHORT_STYLE}"
+    elif "train.py" in line and "finetune" in line:
         line = f"{line} {SHORT_CONCEPT}"
     elif "train.py" in line and "callbacks=" not in line:
         scored = not any(name in line for name in ("digits", "icons", "my_images", "shapes_score=false"))
