@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_backbone import PIXELS, both, inputs
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask
 
 from prx_composer.models import PRXBackbone, TextToImage
@@ -53,7 +54,7 @@ def test_the_backbone_gives_the_output_and_gradients_of_the_masked_one(monkeypat
 
 @pytest.mark.slow
 def test_blocks_go_into_compiled_blocks_without_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")  # pyright: ignore[reportPrivateImportUsage]
+    graphs = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(PRXBackbone, "_keys", lambda self, mask, tokens: key_blocks(mask, tokens))
     _, ours = both(PIXELS | {"depth": 1})
     expected = ours(**inputs(PIXELS)).detach()
