@@ -26,6 +26,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_a_killed_conversion_writes_the_bytes_of_an_undisturbed_one(tmp_path: Path, engine: str) -> None:
     if engine == "ray":
