@@ -183,8 +183,8 @@ def _memorised(source: IconsSource, size: int, part: Subset) -> list[int]:
 
 
 def heldout_sheet(source: IconsSource, size: int, drawn: Mapping[str, Tensor], most: int) -> Image.Image | None:
-    """Return a picture with a row for each of `most` pairs that were kept out: the thing in the styles that were trained on, the
-    drawing of the pair, and what it should be.
+    """Return a picture of `most` pairs that were kept out: the thing in the styles that were trained on, the drawing of the pair,
+    and what it should be, in a row.
 
     Which pairs are shown, the digests of their names decide.
 
@@ -206,7 +206,10 @@ def heldout_sheet(source: IconsSource, size: int, drawn: Mapping[str, Tensor], m
         drawing = picture(drawn[source.prompts(name, style)["caption"]])
         tiles.append(Tile(drawing, (Text(f"{name}: {style}"), Text("drawn", "blue"))))
         tiles.append(Tile(source.picture(name, style, size), (Text(f"{name}: {style}"), Text("never trained on", "grey"))))
-    return contact_sheet(tiles, len(tiles) // len(rows)) if rows else None
+    if not rows:
+        return None
+    per_pair = len(tiles) // len(rows)
+    return contact_sheet(tiles, per_pair * max(1, 5 // per_pair))  # short rows side by side
 
 
 class IconsScore(Drawing):
