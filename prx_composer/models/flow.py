@@ -316,11 +316,12 @@ def sample_flow(
     x_t = noise * flow.noise_scale
     exact = flow.prediction == "x" and not flow.clamp_sampling
     timesteps: Tensor = scheduler.timesteps  # pyright: ignore[reportAssignmentType]
+    sigmas: Tensor = scheduler.sigmas  # pyright: ignore[reportAssignmentType]
     for index, timestep in enumerate(timesteps):
         t = (timestep.float() / NUM_TRAIN_TIMESTEPS).expand(x_t.shape[0])
         prediction = predict(x_t, t, index)
         if exact:
-            x_t = prediction + scheduler.sigmas[index + 1] / scheduler.sigmas[index] * (x_t - prediction)
+            x_t = prediction + sigmas[index + 1] / sigmas[index] * (x_t - prediction)
         else:
             velocity = flow.to_velocity(prediction, x_t, t)
             x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
