@@ -112,7 +112,7 @@ RULES = (
     Rule("model**", "asked", "The network was trained with it.", _AT_ONCE),
     # ---- optimizer
     Rule(
-        "optimizer optimizer.split_heads optimizer.exclude",
+        "optimizer optimizer.split_heads optimizer.split_qkv optimizer.normuon optimizer.exclude",
         "never",
         "Its state in the checkpoint is of this optimizer.",
         _FROM_WEIGHTS,
