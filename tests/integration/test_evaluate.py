@@ -321,6 +321,15 @@ def test_the_validation_loss_is_that_of_the_run_with_any_batch_and_with_text_sto
     assert "30 samples of" in said and "heldout, every one once at each timestep" in said
 
 
+def test_an_exported_model_has_the_validation_loss_of_its_run(held_out: Path, tmp_path: Path) -> None:
+    exported, output = tmp_path / "exported", tmp_path / "loss.json"
+    prx("export", held_out / "runs" / "run", "--output", exported, "--no-samples")
+    measure = ("--metrics", "validation_loss", "--device", "cpu", "--output", output)
+    assert "has no eval_loader; name what was kept out" in prx("evaluate", exported, *measure, code=1)
+    prx("evaluate", exported, *measure, "--data", held_out / "data", "--split", "heldout")
+    assert losses(output) == pytest.approx(logged(held_out), rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_validation_loss_is_the_same_on_any_number_of_ranks(held_out: Path, tmp_path: Path, ranks: int) -> None:
@@ -344,6 +353,10 @@ def test_a_sweep_of_weights_is_measured_once_each_and_what_asks_for_drawings_is_
     prx("evaluate", model, *measure, "--weights", "raw")
     assert json.loads(output.read_text())["rows"] == rows, "what was measured already is kept"
     assert "other numbers" in prx("evaluate", model, *measure, "--data", held_out / "data", code=1), "of another split"
+    some = tmp_path / "some.json"
+    said = prx("evaluate", model, *measure, "--num", 10, "--output", some)
+    (part,) = json.loads(some.read_text())["rows"]
+    assert part["samples"] == 10 and part["metrics"] != rows[0]["metrics"] and "10 samples of" in said
 
     said = prx("evaluate", model, "--metrics", "validation_loss,cmmd", code=1)
     assert "validation_loss is measured without drawing" in said
