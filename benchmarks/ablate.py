@@ -35,6 +35,7 @@ ABLATIONS = ROOT / "yamls" / "ablations"
 PART = re.compile(r"\+(?P<path>[^+]+?\.ya?ml)|\+(?P<name>\w+)|-(?P<without>\w+)")
 ACCURACIES = ("heldout_accuracy", "classifier_accuracy")
 TARGET = 0.9  # the accuracy whose time is compared
+HELDOUT_LOSS = "metrics/eval/validation_loss"
 LAST = 0.05  # the share of steps over which losses are averaged: in the table the last ones, in the picture running
 
 
@@ -125,7 +126,7 @@ def summarise(
         "memory_at_start_mb": header.get("memory_mb"),
         "trained_parameters": header.get("trained_parameters"),
         "loss": fmean(loss for _, loss in losses[-max(1, round(LAST * len(losses))) :]) if losses else None,
-        "eval_mse": next((row["metrics/eval/mse"] for row in reversed(rows) if "metrics/eval/mse" in row), None),
+        "validation_loss": next((row[HELDOUT_LOSS] for row in reversed(rows) if HELDOUT_LOSS in row), None),
         "accuracy": curve[-1][2] if curve else None,
         "seconds_to_target": next((time for time, _, right in curve if right >= TARGET), None),
         "accuracy_curve": curve,
@@ -166,7 +167,7 @@ COLUMNS = (
     "training (s)",
     "memory (MB)",
     "flow loss",
-    "eval MSE",
+    "validation loss",
     "accuracy",
     f"s to {TARGET}",
     "parameters",
@@ -187,7 +188,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def _cells(stack: str, results: list[dict[str, Any]]) -> list[str]:
-    digits = {"train_seconds": 1, "memory_mb": 0, "loss": 4, "eval_mse": 4, "accuracy": 3, "seconds_to_target": 0}
+    digits = {"train_seconds": 1, "memory_mb": 0, "loss": 4, "validation_loss": 4, "accuracy": 3, "seconds_to_target": 0}
     ratios = [result["ratio"] for result in results if result["ratio"]]
     low, high = (fmean(r[key] for r in ratios) if ratios else 0.0 for key in ("p25", "p75"))
     return [

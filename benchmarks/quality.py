@@ -193,7 +193,7 @@ def fast_paths(
             arguments = [*RECIPE, *changes, f"seed={seed}", f"run_name={folder.name}", *overrides]
             subprocess.run([sys.executable, __file__, "--train", path, *arguments], check=True)
             first, *_, last = read_metrics(folder / "metrics.jsonl")
-            found = {key: last[key] for key in ("heldout_accuracy", "metrics/eval/mse", "train_seconds")}
+            found = {key: last[key] for key in ("heldout_accuracy", "metrics/eval/validation_loss", "train_seconds")}
             runs.append({"path": path, "seed": seed, "first_loss": first["loss/train/total"], **found})
     scores = {path: [run["heldout_accuracy"] for run in runs if run["path"] == path] for path in PATHS}
     return {

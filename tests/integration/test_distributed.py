@@ -23,9 +23,9 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     return commands.run("composer", "-n", 2, "train.py", *arguments, timeout=400)
 
 
-def curve(recipe: Recipe) -> list[float]:
+def curve(recipe: Recipe, name: str = "loss/train/total") -> list[float]:
     folder = Path(recipe["run_folder"].replace("${run_name}", recipe["run_name"]))
-    return [row["loss/train/total"] for row in read_metrics(folder / "metrics.jsonl")]
+    return [row[name] for row in read_metrics(folder / "metrics.jsonl") if name in row]
 
 
 @pytest.mark.slow
@@ -54,6 +54,8 @@ def test_ddp_and_fsdp2_train_the_same_curve_with_the_24h_stack_and_fsdp2_resumes
 
     assert len(curve(ddp)) == len(curve(fsdp)) == 20
     assert curve(fsdp) == pytest.approx(curve(ddp), abs=1e-4)
+    held_out = [curve(recipe, "metrics/eval/validation_loss") for recipe in (ddp, fsdp)]
+    assert len(held_out[0]) == 4 and held_out[1] == pytest.approx(held_out[0], rel=1e-3)
     runs = tmp_path / "runs"
     drawn = [np.asarray(Image.open(runs / name / "images" / "ba000020.png"), dtype=float) for name in ("ddp", "fsdp")]
     assert np.abs(drawn[0] - drawn[1]).mean() < 1

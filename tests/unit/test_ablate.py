@@ -226,7 +226,7 @@ def steps_of(times: list[float], turn: int = 2) -> list[dict[str, Any]]:
 
 METRICS = [
     {"batch": 1, "loss/train/flow": 4.0, "loss/train/total": 9.0, "heldout_accuracy": 0.5},
-    {"batch": 2, "loss/train/flow": 3.0, "loss/train/total": 9.0, "metrics/eval/mse": 0.7},
+    {"batch": 2, "loss/train/flow": 3.0, "loss/train/total": 9.0, "metrics/eval/validation_loss": 0.7},
     {"batch": 3, "loss/train/flow": 2.0, "loss/train/total": 9.0, "heldout_accuracy": 0.95},
     {"batch": 4, "loss/train/flow": 1.0, "loss/train/total": 9.0, "heldout_accuracy": 0.92},
 ]
@@ -240,7 +240,7 @@ def test_numbers_are_of_own_training_time() -> None:
     assert result["ratio"] == {"median": 1.4, "p25": 1.4, "p75": 1.4, "min": 1.4, "max": 1.4, "turns": 1}  # the first is warm-up
     assert result["memory_mb"] == 53
     assert result["loss"] == 1.0
-    assert result["eval_mse"] == 0.7
+    assert result["validation_loss"] == 0.7
     assert result["accuracy"] == 0.92
     assert result["accuracy_curve"] == [(2.0, 1, 0.5), (5.0, 3, 0.95), (6.0, 4, 0.92)]
     assert result["seconds_to_target"] == 5.0
