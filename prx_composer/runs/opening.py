@@ -23,7 +23,7 @@ from prx_composer.recipe.arguments import build, check_component, check_type, en
 from prx_composer.recipe.checks import OF_MODELS
 from prx_composer.recipe.config import Recipe, without_code
 from prx_composer.recipe.consistency import stages_of
-from prx_composer.runs.checkpoints import all_checkpoints
+from prx_composer.runs.checkpoints import MERGED, all_checkpoints
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.runs.pretrained_models import open_pipeline
 from prx_composer.runs.weights import Located, SavedState, locate, nonfinite, read_checkpoint
@@ -46,6 +46,7 @@ class Trained:
         image_size: pixels that it was last trained at: the side of the square of a bucket's area.
         batch: after how many it was saved, if that is known.
         recipe: of the run, as its YAML gives it, if there is one.
+        merged: the checkpoints that `prx average` made it of.
     """
 
     model: TextToImage
@@ -54,6 +55,7 @@ class Trained:
     image_size: int
     batch: int | None = None
     recipe: dict[str, Any] | None = None
+    merged: tuple[str, ...] = ()
 
 
 def load_trained(name: str, weights: Weights | None = None, merge: bool = True) -> Trained:
@@ -101,9 +103,10 @@ def _require_finite(model: TextToImage, located: Located) -> None:
 
 def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
     assert located.checkpoint is not None
-    with at_path(f"{located.path} cannot be read"):
+    with at_path(f"{located.path} cannot be read", TypeError, AttributeError):
         index = located.checkpoint.index()
         saved_recipe = index["recipe"]
+        merged = tuple(map(str, (index.get(MERGED) or {}).get("checkpoints", {})))
         recipe = without_code(_as_recipe(saved_recipe, located.path), index, located.path)
     path = f"{located.path}: recipe.model"
     check_component(registry.models, *split(recipe.model, path), path, *OF_MODELS)
@@ -120,7 +123,7 @@ def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
         _fill_average(model, state.average, str(located.path))
     _, last_stage = stages_of(vars(recipe))[-1]
     image_size = int(last_stage.get("image_size", recipe.image_size))
-    return Trained(model.eval(), located.path, chosen, image_size, located.checkpoint.batch, saved_recipe)
+    return Trained(model.eval(), located.path, chosen, image_size, located.checkpoint.batch, saved_recipe, merged)
 
 
 def _as_recipe(saved: dict[str, Any], where: Path) -> Recipe:

@@ -162,8 +162,9 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
     head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer"]}
     if card.licence is not None:
         head["license"] = card.licence
+    weights = {"ema": "averaged (EMA)", "raw": "plain"}.get(trained.weights, trained.weights)
     training = {
-        "weights": {"ema": "averaged (EMA)", "raw": "plain"}.get(trained.weights, trained.weights),
+        "weights": f"merged from {', '.join(trained.merged)}" if trained.merged else weights,
         "batches": trained.batch,
         "batch size": recipe.get("global_train_batch_size"),
         "optimizer": (recipe.get("optimizer") or {}).get("name"),
