@@ -1,7 +1,8 @@
 """Flow matching: the process, what a training step leaves for the losses, and how images are drawn.
 
 The path is straight, x_t = (1 − t)·x0 + t·s·ε, with t = 1 noise and s the noise scale. Its velocity is v = dx_t/dt = s·ε − x0.
-The network predicts x0 (JiT, arXiv:2511.13720) or v; the loss is taken in v-space. Images are drawn by Euler steps.
+The network predicts x0 (JiT, arXiv:2511.13720) or v; the loss is taken in v-space. Images are drawn by Euler steps, the last of
+which ends on x̂0.
 """
 
 import math
@@ -33,7 +34,9 @@ class FlowMatching:
     Args:
         prediction: what the network outputs, "x" (the clean image) or "v" (the velocity).
         timestep_shift: k of `shift_timesteps`; 1 = none, 3 for 512 and 1024 px pixels.
-        min_timestep: x-prediction divides by max(t, min_timestep), in the loss and in sampling.
+        min_timestep: the loss of x-prediction divides by max(t, min_timestep).
+        clamp_sampling: whether the steps of sampling divide by it too, as diffusers' PRXPixelPipeline does. Below min_timestep
+            such a step goes only the t / min_timestep-th part of its way: the image keeps most of the last step's noise.
         noise_scale: standard deviation s of the noise at t = 1.
         logit_mean, logit_std: timesteps are sigmoid(N(logit_mean, logit_std²)) …
         uniform_fraction: … mixed with this fraction of uniform ones.
@@ -56,6 +59,7 @@ class FlowMatching:
     shift_uniform: bool = True
     sampled_min: float = 0.0
     sampled_max: float = 1.0
+    clamp_sampling: bool = False
 
     def __post_init__(self) -> None:
         if self.prediction not in ("x", "v"):
@@ -330,6 +334,9 @@ def sample_flow(
 ) -> Tensor:
     """Integrate dx/dt = v̂ from t = 1 to 0.
 
+    With x-prediction an Euler step from t to t′ is x_t′ = x̂0 + (t′/t)·(x_t − x̂0): it lies between x_t and x̂0, and the last one
+    ends on x̂0, so that a perfect prediction gives the exact image. With `clamp_sampling` it is the step of diffusers' pipeline.
+
     Args:
         predict: x_t (B, C, H, W), t (B,), index of the step → what the network predicts, guidance included.
         flow: the process the network was trained on; its `timestep_shift` also spaces the steps.
@@ -342,9 +349,15 @@ def sample_flow(
     scheduler = FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=flow.timestep_shift)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     x_t = noise * flow.noise_scale
+    exact = flow.prediction == "x" and not flow.clamp_sampling
     timesteps: Tensor = scheduler.timesteps  # pyright: ignore[reportAssignmentType]
+    sigmas: Tensor = scheduler.sigmas  # pyright: ignore[reportAssignmentType]
     for index, timestep in enumerate(timesteps):
         t = (timestep.float() / NUM_TRAIN_TIMESTEPS).expand(x_t.shape[0])
-        velocity = flow.to_velocity(predict(x_t, t, index), x_t, t)
-        x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+        prediction = predict(x_t, t, index)
+        if exact:
+            x_t = prediction + sigmas[index + 1] / sigmas[index] * (x_t - prediction)
+        else:
+            velocity = flow.to_velocity(prediction, x_t, t)
+            x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
     return x_t

@@ -147,7 +147,7 @@ def measure(trained: Trained, sweep: Sweep, prompts: list[str], scorer: Scorer, 
     choose_guidance(trained.model, guidance if guidance.partition(":")[0] in ("cfg", "self", "internal") else "run")
     for settings in sweep.settings:
         facts = metadata(trained, settings, digest, sweep.device)
-        wanted = {key: facts[key] for key in ("weights_sha256", "guidance_scale", "num_inference_steps")}
+        wanted = {key: facts[key] for key in ("weights_sha256", "guidance_scale", "num_inference_steps", "as_diffusers")}
         wanted |= {"weights": trained.weights, "seeds": list(sweep.seeds)}
         said = f"{trained.weights}, guidance scale {settings.guidance_scale:g}, {settings.num_inference_steps} steps"
         if any(all(row.get(key) == value for key, value in wanted.items()) for row in results.rows):

@@ -95,7 +95,7 @@ def export_model(options: ExportOptions) -> None:
 
 
 def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOptions) -> None:
-    """Write the model card, with samples that are drawn as the exported pipeline draws."""
+    """Write the model card, with samples that are drawn as its code draws with the exported pipeline."""
     from prx_composer.commands import generate
     from prx_composer.commands.export.pipeline import public_command
     from prx_composer.runs.opening import choose_guidance
@@ -154,7 +154,7 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
     from prx_composer.commands.export.pipeline import without_places, write_readme
     from prx_composer.models.autoencoder import Pixels
     from prx_composer.models.prompts import cleaner, cleaning_of
-    from prx_composer.runs.pretrained_models import RECIPE
+    from prx_composer.runs.pretrained_models import PIXEL_MIN_TIMESTEP, RECIPE
 
     model, recipe = trained.model, trained.recipe or {}
     pixels, cleaned = isinstance(model.autoencoder, Pixels), cleaning_of(model.text_encoder.tokenizer) == "prx"
@@ -196,6 +196,8 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
         network=type(model.text_encoder.network).__name__,
         reference=_public_reference(folder),
         cleaned=cleaned,
+        exact=pixels and not model.flow.clamp_sampling,
+        clamp=PIXEL_MIN_TIMESTEP,
         prompt=cleaner("prx")(prompt) if pixels and cleaned else prompt,
         s=card.sampling,
         samples=SAMPLES if (folder / SAMPLES).exists() else None,
