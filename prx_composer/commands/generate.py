@@ -63,7 +63,10 @@ class GenerateOptions:
     )
     guidance: Annotated[
         str,
-        Option(help="cfg (classifier-free), self (routed self-guidance, of models trained with tread), or run: as the run drew."),
+        Option(
+            help="cfg (classifier-free), self (routed self-guidance, of models trained with tread), internal or internal:1.6 "
+            "(with the readout of models trained with internal_guidance), or run: as the run drew."
+        ),
     ] = "run"
     as_diffusers: Annotated[
         bool,

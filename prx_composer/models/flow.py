@@ -155,7 +155,7 @@ class FlowOutput:
     timestep: Tensor  # (B,)
     text: TextConditioning
     route: Route | None
-    taps: dict[int, Tensor]  # block index → (B, N or K, D)
+    taps: dict[int, Tensor]  # block index → (B, N or K, D); the backbone's TIME_VECTOR → (B, D)
     counted: Tensor | None = None  # (B, 1, H, W), 1 where the prediction counts and 0 where tokens were discarded; None = all
 
 
@@ -192,11 +192,17 @@ class AuxiliaryLosses(nn.Module):
     def named(self) -> dict[str, AuxiliaryLoss]:
         return dict(self.named_children())  # pyright: ignore[reportReturnType]
 
-    def forward(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the weighted terms of the active losses.
+    def with_parameters(self, function: Callable[[], Tensor]) -> Tensor:
+        """Return what a function returns that uses parameters of a loss outside of it, as a guidance does: FSDP gathers them."""
+        return self(None, {}, function)
+
+    def forward(self, outputs: FlowOutput | None, batch: Mapping[str, Any], function: Callable[[], Tensor] | None = None) -> Any:
+        """Return the weighted terms of the active losses by name, or what `with_parameters` asks for.
 
         A loss that is not active gives parameters of its own a gradient of zero: DDP waits for every parameter.
         """
+        if function is not None:
+            return function()
         terms = {}
         for name, loss in self.named().items():
             if loss.active:
@@ -286,6 +292,35 @@ class RoutedSelfGuidance:
             return None
         kept = torch.cat([route.kept_indices for route in drawn if route is not None]).to(device)
         return Route(drawn[0].start, drawn[0].end, kept, drawn[0].discard)
+
+
+class InternalGuidance(ClassifierFreeGuidance):
+    """p = p(middle) + s·(p(final) − p(middle)), both of one forward pass (arXiv:2512.24176); s = 1 is p(final).
+
+    With classifier-free guidance, whose scale is the step's, each of its two predictions is such a p, as in the authors' code.
+
+    Args:
+        both: x_t, t, text → what the network predicts, and what a readout of one of its middle blocks does, in one pass.
+        scale: s, from 1 on.
+        interval: lowest and highest t at which it guides; elsewhere p is p(final).
+    """
+
+    def __init__(
+        self,
+        both: Callable[[Tensor, Tensor, TextConditioning], tuple[Tensor, Tensor]],
+        scale: float,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ):
+        self.both, self.scale, self.interval = both, scale, interval
+
+    def __call__(self, denoise: Denoise, x_t: Tensor, t: Tensor, step: SamplingStep) -> Tensor:
+        return super().__call__(denoise if self.scale == 1 else self._extrapolate, x_t, t, step)
+
+    def _extrapolate(self, x_t: Tensor, t: Tensor, text: TextConditioning, route: Route | None = None) -> Tensor:
+        final, middle = self.both(x_t, t, text)
+        lowest, highest = self.interval
+        inside = _over_image((t >= lowest) & (t <= highest))
+        return torch.where(inside, middle + self.scale * (final - middle), final)
 
 
 def initial_noise(seeds: list[int], shape: tuple[int, int, int], device: torch.device) -> Tensor:

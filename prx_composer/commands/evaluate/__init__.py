@@ -73,7 +73,7 @@ class EvaluateOptions:
     size: Annotated[
         str | None, Option(metavar="HxW", help="Height x width in pixels, or one number. [default: as last trained]")
     ] = None
-    guidance: Annotated[str, Option(help="cfg, self (routed self-guidance), or run: as the run drew.")] = "run"
+    guidance: Annotated[str, Option(help="cfg, self, internal, or run, as for generate.")] = "run"
     batch_size: Annotated[int, Option(min=1, help="Images at a time, per GPU.")] = 16
     device: Annotated[str | None, Option(help="cpu, or gpu. [default: a GPU if there is one]")] = None
     precision: Annotated[str | None, Option(help="fp32, or bf16 (GPU). [default: bf16 on a GPU, fp32 on the CPU]")] = None

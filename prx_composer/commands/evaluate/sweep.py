@@ -144,7 +144,8 @@ def _prepared(trained: Trained, sweep: Sweep, prompts: list[str]) -> str:
 def measure(trained: Trained, sweep: Sweep, prompts: list[str], scorer: Scorer, results: Results) -> None:
     """Measure every combination with one kind of weights; pass over those that the results have already."""
     digest = _prepared(trained, sweep, prompts)
-    choose_guidance(trained.model, sweep.base.guidance if sweep.base.guidance in ("cfg", "self") else "run")
+    guidance = sweep.base.guidance
+    choose_guidance(trained.model, guidance if guidance.partition(":")[0] in ("cfg", "self", "internal") else "run")
     for settings in sweep.settings:
         facts = metadata(trained, settings, digest, sweep.device)
         wanted = {key: facts[key] for key in ("weights_sha256", "guidance_scale", "num_inference_steps", "as_diffusers")}

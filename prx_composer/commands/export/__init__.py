@@ -103,6 +103,11 @@ def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOpt
 
     prompts, settings = generate.recipe_settings(trained)
     prompts = (options.prompt or prompts)[:_MOST_SAMPLES]
+    if choose_guidance(trained.model, "run").startswith("internal"):
+        echo(
+            "The run drew with internal guidance, which diffusers' pipelines don't have: its readout is left out, and samples on "
+            "the card are drawn with classifier-free guidance alone. `prx generate` of the run draws with both."
+        )
     choose_guidance(trained.model, "cfg")
     if mends_prompts(trained.model):
         trained.model.clean_prompt = pipeline_prompt
