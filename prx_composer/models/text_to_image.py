@@ -93,8 +93,8 @@ class TextToImage(ComposerModel):
         attention: "sdpa", PyTorch's kernels with a mask of the valid text; or "flex", FlexAttention, in compiled graphs on a GPU
             (on the CPU it is "sdpa").
 
-    Seams, filled by algorithms at Event.INIT: `auxiliary_losses`, `guidance`, `sampling_weights`, and the backbone's
-    `router`, `taps` and `conditioners`.
+    Seams, filled by algorithms at Event.INIT: `auxiliary_losses`, `training_flow`, `guidance`, `sampling_weights`, and the
+    backbone's `router`, `taps` and `conditioners`.
 
     Raises:
         ValueError: parts that don't fit together, named by YAML path.
@@ -129,6 +129,7 @@ class TextToImage(ComposerModel):
         self.backbone = backbone
         self.text_encoder = text_encoder
         self.flow = flow or FlowMatching()
+        self.training_flow: FlowMatching | None = None  # of which the timesteps of training are, if not of `flow`
         self.caption_dropout = caption_dropout
         self.random = RandomStreams(seed)
         self.auxiliary_losses = AuxiliaryLosses()
@@ -183,7 +184,8 @@ class TextToImage(ComposerModel):
                 return self.random.generator(purpose, device)
             return seeded_generator(device, purpose, self.random.seed, sample)
 
-        timestep = self.flow.sample_timesteps(clean.shape[0], generator("timesteps"))
+        flow = (self.training_flow or self.flow) if sample is None else self.flow
+        timestep = flow.sample_timesteps(clean.shape[0], generator("timesteps"))
         return timestep, torch.randn(clean.shape, generator=generator("noise"), device=device)
 
     def _denoise(
