@@ -147,10 +147,10 @@ def _best_quintic(low: float, high: float) -> Quintic:
     """
     if 1 - low / high < _CLOSE:
         return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
-    points = np.linspace(low, high, 5)[[0, 1, 3, 4]]
+    points, signs = np.linspace(low, high, 5)[[0, 1, 3, 4]], np.array([1, -1, 1, -1])
     a = b = c = 0.0
     for _ in range(100):
-        rows = np.stack([points, points**3, points**5, [1, -1, 1, -1]], axis=1)
+        rows = np.stack([points, points**3, points**5, signs], axis=1)
         a, b, c = (float(value) for value in np.linalg.solve(rows, np.ones(4))[:3])
         middle = np.sqrt((-3 * b + np.array([-1, 1]) * np.sqrt(9 * b**2 - 20 * a * c)) / (10 * c))
         moved = float(np.abs(middle - points[1:3]).max())

@@ -173,6 +173,22 @@ def test_the_rank_with_most_to_do_has_at_least_an_equal_share_and_one_rank_has_a
     assert plan_for([(0, 1, torch.nn.Parameter(torch.zeros(3, 4)))], 1, 1).largest_share == 1
 
 
+def test_in_fp16_muons_work_on_wide_matrices_is_less_and_its_other_options_cost_none() -> None:
+    def work(*changes: str) -> float:
+        recipe = full(*changes)
+        plan = muon_plan(MetaModel(recipe, stored_text=True), recipe, 8)
+        assert plan is not None
+        return plan.cost
+
+    whole = muon_plan(model(), full(), 8)
+    assert whole is not None
+    others = ["coefficients=polar_express", "normuon=true", "newton_schulz_steps=10"]
+    assert work(*(f"optimizer.{other}" for other in others)) == 2 * whole.cost
+    sides = [3, 2, 1, 3.5, 3.5, 3.5, 6]  # of a block's matrices: long over short, which is 1792; one of them is square
+    once = sum(8 * side + 28 if side > 1 else 30 for side in sides)  # two products with X, two XXᵀ, 14 products of squares
+    assert work("optimizer.newton_schulz_dtype=fp16") == 16 * once * 1792**3
+
+
 # ------------------------------------------------------------------------------------------------------- links
 
 
