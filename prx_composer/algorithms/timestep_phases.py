@@ -48,7 +48,7 @@ class TimestepPhases(Trick):
     """Draw the timesteps of training from another distribution in each phase of the run.
 
     The phase is a function of the training time alone, so a run that is stopped anywhere, the border included, resumes as if it
-    hadn't been. Evaluation draws as `model.flow` says in all of them: its losses stay comparable.
+    hadn't been. The validation loss has timesteps of its own, and stays comparable.
 
     Args:
         phases: in order; all but the last need `until`. After a last one that ends too, `model.flow` holds.
