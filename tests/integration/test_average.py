@@ -326,9 +326,8 @@ def test_the_benchmark_scores_weights_average_and_merges_of_one_run(trained: Pat
     found = importlib.import_module("quality").averages(str(trained), last=[2], like=["uniform"], images_per_prompt=1)["weights"]
     assert found.keys() == {"raw", "ema", "uniform of 2"}
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert found["ema"]["validation_loss"] == pytest.approx(rows[-1]["metrics/eval/validation_loss"], rel=1e-4), (
-        "as the run itself evaluated"
-    )
+    loss = rows[-1]["metrics/eval/validation_loss"]
+    assert found["ema"]["validation_loss"] == pytest.approx(loss, rel=1e-4), "as the run itself evaluated"
     assert len({scores["validation_loss"] for scores in found.values()}) == 3
 
 
