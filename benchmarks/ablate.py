@@ -126,12 +126,23 @@ def known_of(stack: Stack, recipe: Recipe, base: Recipe, arguments: list[str]) -
     sets = [f"algorithms.{name}" for name in own if name in others and own[name] != others[name] and name in recipe.algorithms]
     sets += [key for key in different if key != "optimizer" or recipe.optimizer["name"] == base.optimizer["name"]]
     adds = [name for name in own if name not in others]
+    settings = {
+        f"{name}.{key}": (others[name].get(key), own[name].get(key))
+        for name in own
+        if name in others
+        for key in sorted(own[name].keys() | others[name].keys())
+        if own[name].get(key) != others[name].get(key)
+    }
     return {
         "changes": list(stack.changes),
         "adds": adds,
         "leaves_out": [name for name in others if name not in own and name in base.algorithms],
         "sets": sets,
-        "notes": [RANDOM_TEACHER.format(name) for name in adds if _has_random_weights(own[name])],
+        "new_settings": [key for key, (before, _) in settings.items() if before is None],
+        "notes": [
+            *(RANDOM_TEACHER.format(name) for name in adds if _has_random_weights(own[name])),
+            *([f"it sets {', '.join(f'{key} to {now}' for key, (_, now) in settings.items())}"] if settings and not adds else []),
+        ],
         "not_compared": not_compared(recipe, base),
         "arguments": arguments,
         "code_paths": recipe.code_paths,
@@ -153,8 +164,8 @@ def _has_random_weights(arguments: dict[str, Any]) -> bool:
 def not_compared(recipe: Recipe, base: Recipe) -> dict[str, str]:
     """Return why a number of an evaluation cannot be compared with the base's, by its key.
 
-    The error is one of a velocity: another noise scale, image size, autoencoder or data set has others. `mse` is a mean over the
-    recipe's own timesteps, too.
+    The error is one of a velocity: another noise scale, image size, autoencoder or data set has others. `mse`, of runs before the
+    validation loss, is a mean over the recipe's own timesteps, too.
     """
     flow, other = dict(recipe.model.get("flow") or {}), dict(base.model.get("flow") or {})
     whole = ("image_size", "eval_loader", "eval_subset_num_batches")
@@ -173,9 +184,9 @@ def redundant(name: str, known: dict[str, Any]) -> str | None:
     if not known["sets"]:
         return "it changes nothing of this recipe"
     own = [key for key in known["sets"] if key.startswith("algorithms.") or key == "optimizer"]
-    if own != known["sets"]:
+    if own != known["sets"] or known["new_settings"]:
         return None
-    return f"the recipe has {', '.join(own)} already, and only its settings would change; name it by --stack to compare those"
+    return f"the recipe has {', '.join(own)} already, and only values of it would change; name it by --stack to compare those"
 
 
 # ----------------------------------------------------------------------------------------------------------- main

@@ -1,14 +1,17 @@
-"""What a recipe scores: with other seeds, and without the fast paths.
+"""What a recipe scores: with other seeds, without the fast paths, and with its checkpoints merged.
 
 python benchmarks/quality.py seeds yamls/quickstart.yaml --seeds 17 1 2 3 --output seeds.json
 python benchmarks/quality.py fast-paths --seeds 17 1 2
+python benchmarks/quality.py averages runs/merging --last 5 10 --like uniform linear
 
 A run that has been trained already is not trained again.
 """
 
+import itertools
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +24,17 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw  # pyright: ignore[reportPrivateImportUsage]
 
 from prx_composer import registry
+from prx_composer.commands.average import AverageOptions, average_run
+from prx_composer.data.sources import heldout_scenes
+from prx_composer.metrics.scoring import nearest_scenes
 from prx_composer.models import PRXBackbone
 from prx_composer.optim import parameter_groups
 from prx_composer.optim.muon import muon_parameters
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
+from prx_composer.runs.opening import Trained, load_trained
 from prx_composer.training import run as train_module
+from prx_composer.training.components import Components
 
 # ------------------------------------------------------------------------------------------------------ plain path
 
@@ -193,7 +201,7 @@ def fast_paths(
             arguments = [*RECIPE, *changes, f"seed={seed}", f"run_name={folder.name}", *overrides]
             subprocess.run([sys.executable, __file__, "--train", path, *arguments], check=True)
             first, *_, last = read_metrics(folder / "metrics.jsonl")
-            found = {key: last[key] for key in ("heldout_accuracy", "metrics/eval/mse", "train_seconds")}
+            found = {key: last[key] for key in ("heldout_accuracy", "metrics/eval/validation_loss", "train_seconds")}
             runs.append({"path": path, "seed": seed, "first_loss": first["loss/train/total"], **found})
     scores = {path: [run["heldout_accuracy"] for run in runs if run["path"] == path] for path in PATHS}
     return {
@@ -201,6 +209,48 @@ def fast_paths(
         "mean_accuracy": {path: round(statistics.mean(values), 4) for path, values in scores.items()},
         "runs": runs,
     }
+
+
+def averages(
+    run: Annotated[str, "folder of a run of shapes with EMA, at a constant rate, that kept its checkpoints"],
+    *,
+    last: Annotated[Sequence[int], "how many checkpoints are merged"] = (5, 10),
+    like: Annotated[Sequence[str], "as `prx average --like` has it"] = ("uniform", "linear"),
+    images_per_prompt: int = 4,
+) -> dict[str, Any]:
+    """Evaluation loss and held-out accuracy of one run: of its last weights, of their EMA, and of merged checkpoints.
+
+    All are of the same training. Losses are of the same images, noise and timesteps; images are drawn from the same seeds.
+    """
+    folder = Path(run)
+    recipe = config.load([str(folder / "config.yaml"), f"run_folder={folder}"])
+    batches = list(Components(recipe, meta=False).loader("eval_loader").dataloader)
+    found = {name: _score(load_trained(run, name), recipe, batches, images_per_prompt) for name in ("raw", "ema")}
+    with tempfile.TemporaryDirectory() as scratch:
+        for count, shape in itertools.product(last, like):
+            output = str(Path(scratch, f"{shape}-{count}"))
+            average_run(AverageOptions(run=run, last=count, like=shape, output=output))
+            found[f"{shape} of {count}"] = _score(load_trained(output), recipe, batches, images_per_prompt)
+    told = ("max_duration", "save_interval", "scheduler", "optimizer", "seed")
+    return {"recipe": {key: getattr(recipe, key) for key in told} | {"ema": recipe.algorithms["ema"]}, "weights": found}
+
+
+@torch.no_grad()
+def _score(trained: Trained, recipe: config.Recipe, batches: list[Any], images_per_prompt: int) -> dict[str, float]:
+    """Return the evaluation's metrics and the held-out accuracy, scored as the callback `shapes_score` does."""
+    model = trained.model
+    for batch in batches:
+        outputs = model.eval_forward(batch)
+        for metric in model.get_metrics().values():
+            model.update_metric(batch, outputs, metric)
+    found = {name: round(float(metric.compute()), 6) for name, metric in model.get_metrics().items()}
+    source = {"seed": 0} | recipe.train_loader["source"]
+    asked = heldout_scenes(source["heldout"], source["seed"]) * images_per_prompt
+    side = trained.image_size
+    drawn = nearest_scenes(
+        model.generate([scene.caption for scene in asked], side, side, [*range(1000, 1000 + len(asked))], 20, 3.0)
+    )
+    return found | {"heldout_accuracy": round(sum(d == a for d, a in zip(drawn, asked, strict=True)) / len(asked), 4)}
 
 
 def train_here(path: str, arguments: list[str]) -> int:
@@ -212,4 +262,6 @@ def train_here(path: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(train_here(sys.argv[2], sys.argv[3:]) if sys.argv[1:2] == ["--train"] else main(__doc__, seeds, fast_paths))
+    sys.exit(
+        train_here(sys.argv[2], sys.argv[3:]) if sys.argv[1:2] == ["--train"] else main(__doc__, seeds, fast_paths, averages)
+    )

@@ -134,7 +134,7 @@ def judged(folder: Path, budget: float) -> dict[str, Any]:
     assert checkpoint is not None
     state = torch.load(checkpoint.load_path, weights_only=False)["state"]  # our own run's
     complete = {
-        "evaluation": "metrics/eval/mse" in last,
+        "evaluation": "metrics/eval/validation_loss" in last,
         "scores": "heldout_accuracy" in last,
         "images": (folder / "images" / f"ba{last['batch']:06d}.png").exists(),
         "checkpoint": checkpoint.batch == last["batch"],

@@ -15,6 +15,7 @@ from typer import Argument, Option
 
 from prx_composer.commands import (
     RecipeArgument,
+    average,
     command,
     convert,
     data,
@@ -83,6 +84,7 @@ def import_model(options: ImportOptions) -> None:
 VERBS = {
     "generate": generate.generate_images,
     "demo": demo.show_demo,
+    "average": average.average_run,
     "export": export.export_model,
     "import": import_model,
     "evaluate": evaluate.evaluate_model,

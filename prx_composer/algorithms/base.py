@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from prx_composer.common.distributed import unwrapped
 from prx_composer.common.errors import UserError
+from prx_composer.models.backbone import TIME_VECTOR
 from prx_composer.models.flow import AuxiliaryLoss, FlowOutput
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.optim import add_parameters
@@ -181,12 +182,17 @@ class _Term(AuxiliaryLoss):
     def __init__(self, trick: "LossTrick", trained: Mapping[str, nn.Module | nn.Parameter]):
         super().__init__(trick.weight)
         self.active = False
-        self._trick = trick
+        self.trick = trick
         for name, part in trained.items():
             setattr(self, name, part)
 
     def forward(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
-        return self._trick.loss(outputs, batch)
+        return self.trick.loss(outputs, batch)
+
+
+def no_block(path: str, block: int, depth: int) -> str:
+    """Return the message for a block that a backbone of that depth doesn't have, given at a YAML path."""
+    return f"{path}: {block} is no block of model.backbone, which has {depth}, counted from 0 to {depth - 1}."
 
 
 class LossTrick(Trick):
@@ -201,7 +207,7 @@ class LossTrick(Trick):
 
     Attributes:
         flow: the process that the model learns, once attached; `flow.to_x0` tells the predicted image.
-        taps: indices of the blocks whose output it reads from `FlowOutput.taps`.
+        taps: indices of the blocks whose output it reads from `FlowOutput.taps`, and `TIME_VECTOR` if it reads that.
         needs_whole_image: whether it has no meaning when some tokens have no prediction.
         term: the module in the model, once attached. A bare parameter is read from it, since FSDP2 puts others in its place.
 
@@ -241,11 +247,8 @@ class LossTrick(Trick):
         with seeded_initialisation(model.random.seed, self.name):
             trained = self.build(model)
         for block in self.taps:
-            if not 0 <= block < model.backbone.depth:
-                raise UserError(
-                    f"algorithms.{self.name}.block: {block} is no block of model.backbone, which has {model.backbone.depth}, "
-                    f"counted from 0 to {model.backbone.depth - 1}."
-                )
+            if block != TIME_VECTOR and not 0 <= block < model.backbone.depth:
+                raise UserError(no_block(f"algorithms.{self.name}.block", block, model.backbone.depth))
         self.term = _Term(self, trained)
         model.auxiliary_losses[self.name] = self.term
         add_parameters(optimizer, self.term)

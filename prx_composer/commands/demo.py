@@ -56,7 +56,7 @@ class DemoOptions:
     output: Annotated[str | None, Option(metavar="DIR", help="Keep every drawing here. [default: only while it runs]")] = None
     host: Annotated[str, Option(help="Address to listen at. 0.0.0.0: the whole network, without a password.")] = "127.0.0.1"
     port: Annotated[int | None, Option(min=0, max=65535, help=f"[default: the first free one from {PORTS[0]} on]")] = None
-    guidance: Annotated[str, Option(help="cfg, self, or run, as for generate.")] = "run"
+    guidance: Annotated[str, Option(help="cfg, self, internal, or run, as for generate.")] = "run"
     code: CodeOption = field(default_factory=list)
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1 … [default: a GPU if there is one]")] = None
     precision: Annotated[str | None, Option(help="fp32, or bf16 (GPU). [default: bf16 on a GPU, fp32 on the CPU]")] = None

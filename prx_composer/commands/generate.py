@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -63,8 +63,15 @@ class GenerateOptions:
     )
     guidance: Annotated[
         str,
-        Option(help="cfg (classifier-free), self (routed self-guidance, of models trained with tread), or run: as the run drew."),
+        Option(
+            help="cfg (classifier-free), self (routed self-guidance, of models trained with tread), internal or internal:1.6 "
+            "(with the readout of models trained with internal_guidance), or run: as the run drew."
+        ),
     ] = "run"
+    as_diffusers: Annotated[
+        bool,
+        Option("--as-diffusers", help="The steps of diffusers' PRXPixelPipeline, which keep most of the last step's noise."),
+    ] = False
     batch_size: Annotated[int, Option(min=1, help="Images at a time.")] = 16
     weights: WeightsOption = None
     code: CodeOption = field(default_factory=list)
@@ -98,6 +105,8 @@ def generate_images(options: GenerateOptions) -> None:
     device = find_device(o.device)
     import_code(o.code, "--code")
     trained = load_trained(o.model, parse_weights(o.weights))
+    if o.as_diffusers:
+        trained.model.flow = replace(trained.model.flow, clamp_sampling=True)
     settings = chosen_settings(trained, device, o.size, o.guidance, o.precision, o.steps, o.guidance_scale)
     check_settings(trained.model, settings, device)
     texts = [text for text in asked for _ in range(o.images_per_prompt)]
@@ -270,6 +279,7 @@ def metadata(trained: "Trained", settings: DrawingSettings, digest: str, device:
         "batch": trained.batch,
         "weights_sha256": digest,
         **asdict(settings),
+        "as_diffusers": trained.model.flow.clamp_sampling,
         "device": device.type,
         "versions": {"prx-composer": __version__} | {name: version(name) for name in VERSIONS},
     }

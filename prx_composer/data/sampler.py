@@ -252,6 +252,7 @@ class BucketBatchSampler(DistributedSampler):
 
     Attributes:
         sizes: of the images in this stage, bucket by bucket.
+        at_most: in evaluation, how many samples are measured, evenly spaced over all of them in stored order; all by default.
         keeps_shape: in evaluation, whether all batches are full, with samples that aren't counted: for a compiled model.
 
     Args:
@@ -283,6 +284,7 @@ class BucketBatchSampler(DistributedSampler):
     ):
         super().__init__(dataset, num_replicas=num_ranks, rank=rank, shuffle=shuffle, seed=seed)
         self.evaluation, self.keeps_shape = evaluation, False
+        self.at_most: int | None = None
         self.total_size = len(dataset)  # Composer trims the difference to this in evaluation; we leave nothing to trim
         self._dataset = dataset
         self.multiple = multiple
@@ -310,7 +312,8 @@ class BucketBatchSampler(DistributedSampler):
     def __len__(self) -> int:
         if self.shuffle:
             return self._dataset.epoch_steps(self.global_batch_size)
-        return epoch_steps(self._dataset.counts, self.global_batch_size, shuffle=False)
+        counts = [len(part) for part in self._evaluated()] if self.evaluation else self._dataset.counts
+        return epoch_steps(counts, self.global_batch_size, shuffle=False)
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         first = self._dataset.take_start_sample() // self.global_batch_size
@@ -325,11 +328,19 @@ class BucketBatchSampler(DistributedSampler):
             yield [SampleRequest(int(sample_id), height, width, self.epoch if self.shuffle else 0) for sample_id in batch]
 
     def _evaluation(self) -> Iterator[list[SampleRequest]]:
-        for batch in evaluation_batches(self._dataset.ids(), self.global_batch_size):
+        for batch in evaluation_batches(self._evaluated(), self.global_batch_size):
             height, width = self._size_of(batch)
             filled = np.resize(batch, max(len(batch), self.global_batch_size if self.keeps_shape else self.num_replicas))
             own = np.array_split(np.arange(len(filled)), self.num_replicas)[self.rank]
             yield [SampleRequest(int(filled[place]), height, width, 0, bool(place < len(batch))) for place in own]
+
+    def _evaluated(self) -> list[NDArray[np.int64]]:
+        """Return the samples of an evaluation by bucket."""
+        ids = self._dataset.ids()
+        if self.at_most is None or self.at_most >= len(self._dataset):
+            return ids
+        places = np.arange(self.at_most) * len(self._dataset) // self.at_most
+        return np.split(np.concatenate(ids)[places], np.searchsorted(places, np.cumsum([len(part) for part in ids])[:-1]))
 
     def _size_of(self, batch: NDArray[np.int64]) -> Bucket:
         return self.sizes[self._dataset.bucket_of(int(batch[0]))]

@@ -25,6 +25,7 @@ from prx_composer.models.layers import (
 )
 from prx_composer.models.routing import Route, Router, TokenFusion, merge_tokens, select_tokens
 
+TIME_VECTOR = -1  # in `taps`: what conditions every block and the final layer, (B, D)
 _MOST_GRAPHS = 1024  # image sizes, dense and routed, in training, evaluation and sampling
 
 
@@ -90,7 +91,8 @@ class PRXBackbone(nn.Module):
     Seams (see `prx_composer.algorithms`), all empty at first:
         router: draws which tokens the middle blocks see; `forward` takes the drawn `route`.
         fusion: a `TokenFusion` that joins the routed blocks' output with their input, instead of putting tokens back.
-        taps: indices of blocks whose output `forward(..., return_taps=True)` returns, once for every reader.
+        taps: indices of blocks whose output `forward(..., return_taps=True)` returns, once for every reader; `TIME_VECTOR` is
+            the time vector.
         conditioners: modules `Conditioning → Conditioning`, applied in order.
 
     Raises:
@@ -230,7 +232,7 @@ class PRXBackbone(nn.Module):
             encoder_hidden_states: (B, T, context_in_dim).
             attention_mask: bool (B, T), True = real token.
             route: what a router drew.
-            return_taps: also return {block index: (B, N or K, D)} for the blocks in `taps`.
+            return_taps: also return {block index: (B, N or K, D)} for the blocks in `taps`, and (B, D) for `TIME_VECTOR`.
 
         Returns:
             (B, C, H, W), or that and the dict of taps.
@@ -242,7 +244,7 @@ class PRXBackbone(nn.Module):
         activated_BD = F.silu(conditioning.vec)
         x_BND = self.img_in(patchify(hidden_states, self.patch_size))
 
-        taps: dict[int, Tensor] = {}
+        taps: dict[int, Tensor] = {TIME_VECTOR: conditioning.vec} if TIME_VECTOR in self.taps else {}
         routed, fusion = route or self.fusion, self.fusion
         start, end = (routed.start, routed.end) if routed is not None else (-1, -1)
         early_BND, dense_rotation, dense_keys = x_BND, rotation, keys

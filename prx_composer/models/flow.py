@@ -1,7 +1,8 @@
 """Flow matching: the process, what a training step leaves for the losses, and how images are drawn.
 
 The path is straight, x_t = (1 − t)·x0 + t·s·ε, with t = 1 noise and s the noise scale. Its velocity is v = dx_t/dt = s·ε − x0.
-The network predicts x0 (JiT, arXiv:2511.13720) or v; the loss is taken in v-space. Images are drawn by Euler steps.
+The network predicts x0 (JiT, arXiv:2511.13720) or v; the loss is taken in v-space. Images are drawn by Euler steps, the last of
+which ends on x̂0.
 """
 
 import math
@@ -33,7 +34,9 @@ class FlowMatching:
     Args:
         prediction: what the network outputs, "x" (the clean image) or "v" (the velocity).
         timestep_shift: k of `shift_timesteps`; 1 = none, 3 for 512 and 1024 px pixels.
-        min_timestep: x-prediction divides by max(t, min_timestep), in the loss and in sampling.
+        min_timestep: the loss of x-prediction divides by max(t, min_timestep).
+        clamp_sampling: whether the steps of sampling divide by it too, as diffusers' PRXPixelPipeline does. Below min_timestep
+            such a step goes only the t / min_timestep-th part of its way: the image keeps most of the last step's noise.
         noise_scale: standard deviation s of the noise at t = 1.
         logit_mean, logit_std: timesteps are sigmoid(N(logit_mean, logit_std²)) …
         uniform_fraction: … mixed with this fraction of uniform ones.
@@ -56,6 +59,7 @@ class FlowMatching:
     shift_uniform: bool = True
     sampled_min: float = 0.0
     sampled_max: float = 1.0
+    clamp_sampling: bool = False
 
     def __post_init__(self) -> None:
         if self.prediction not in ("x", "v"):
@@ -151,7 +155,7 @@ class FlowOutput:
     timestep: Tensor  # (B,)
     text: TextConditioning
     route: Route | None
-    taps: dict[int, Tensor]  # block index → (B, N or K, D)
+    taps: dict[int, Tensor]  # block index → (B, N or K, D); the backbone's TIME_VECTOR → (B, D)
     counted: Tensor | None = None  # (B, 1, H, W), 1 where the prediction counts and 0 where tokens were discarded; None = all
 
 
@@ -188,11 +192,17 @@ class AuxiliaryLosses(nn.Module):
     def named(self) -> dict[str, AuxiliaryLoss]:
         return dict(self.named_children())  # pyright: ignore[reportReturnType]
 
-    def forward(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the weighted terms of the active losses.
+    def with_parameters(self, function: Callable[[], Tensor]) -> Tensor:
+        """Return what a function returns that uses parameters of a loss outside of it, as a guidance does: FSDP gathers them."""
+        return self(None, {}, function)
+
+    def forward(self, outputs: FlowOutput | None, batch: Mapping[str, Any], function: Callable[[], Tensor] | None = None) -> Any:
+        """Return the weighted terms of the active losses by name, or what `with_parameters` asks for.
 
         A loss that is not active gives parameters of its own a gradient of zero: DDP waits for every parameter.
         """
+        if function is not None:
+            return function()
         terms = {}
         for name, loss in self.named().items():
             if loss.active:
@@ -284,6 +294,35 @@ class RoutedSelfGuidance:
         return Route(drawn[0].start, drawn[0].end, kept, drawn[0].discard)
 
 
+class InternalGuidance(ClassifierFreeGuidance):
+    """p = p(middle) + s·(p(final) − p(middle)), both of one forward pass (arXiv:2512.24176); s = 1 is p(final).
+
+    With classifier-free guidance, whose scale is the step's, each of its two predictions is such a p, as in the authors' code.
+
+    Args:
+        both: x_t, t, text → what the network predicts, and what a readout of one of its middle blocks does, in one pass.
+        scale: s, from 1 on.
+        interval: lowest and highest t at which it guides; elsewhere p is p(final).
+    """
+
+    def __init__(
+        self,
+        both: Callable[[Tensor, Tensor, TextConditioning], tuple[Tensor, Tensor]],
+        scale: float,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ):
+        self.both, self.scale, self.interval = both, scale, interval
+
+    def __call__(self, denoise: Denoise, x_t: Tensor, t: Tensor, step: SamplingStep) -> Tensor:
+        return super().__call__(denoise if self.scale == 1 else self._extrapolate, x_t, t, step)
+
+    def _extrapolate(self, x_t: Tensor, t: Tensor, text: TextConditioning, route: Route | None = None) -> Tensor:
+        final, middle = self.both(x_t, t, text)
+        lowest, highest = self.interval
+        inside = _over_image((t >= lowest) & (t <= highest))
+        return torch.where(inside, middle + self.scale * (final - middle), final)
+
+
 def initial_noise(seeds: list[int], shape: tuple[int, int, int], device: torch.device) -> Tensor:
     """Return unit noise (B, C, H, W), of one seed per image: an image is the same alone, in any batch and on any device."""
     noise = [torch.randn(shape, generator=generator_from(seed)) for seed in seeds]
@@ -294,6 +333,9 @@ def sample_flow(
     predict: Callable[[Tensor, Tensor, int], Tensor], flow: FlowMatching, noise: Tensor, num_inference_steps: int
 ) -> Tensor:
     """Integrate dx/dt = v̂ from t = 1 to 0.
+
+    With x-prediction an Euler step from t to t′ is x_t′ = x̂0 + (t′/t)·(x_t − x̂0): it lies between x_t and x̂0, and the last one
+    ends on x̂0, so that a perfect prediction gives the exact image. With `clamp_sampling` it is the step of diffusers' pipeline.
 
     Args:
         predict: x_t (B, C, H, W), t (B,), index of the step → what the network predicts, guidance included.
@@ -307,9 +349,15 @@ def sample_flow(
     scheduler = FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=flow.timestep_shift)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     x_t = noise * flow.noise_scale
+    exact = flow.prediction == "x" and not flow.clamp_sampling
     timesteps: Tensor = scheduler.timesteps  # pyright: ignore[reportAssignmentType]
+    sigmas: Tensor = scheduler.sigmas  # pyright: ignore[reportAssignmentType]
     for index, timestep in enumerate(timesteps):
         t = (timestep.float() / NUM_TRAIN_TIMESTEPS).expand(x_t.shape[0])
-        velocity = flow.to_velocity(predict(x_t, t, index), x_t, t)
-        x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+        prediction = predict(x_t, t, index)
+        if exact:
+            x_t = prediction + sigmas[index + 1] / sigmas[index] * (x_t - prediction)
+        else:
+            velocity = flow.to_velocity(prediction, x_t, t)
+            x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
     return x_t

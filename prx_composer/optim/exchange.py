@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from prx_composer.optim.newton_schulz import flops
+
+Work = Callable[[int, int], int]
 _PARTS = 4  # of an exchange: what of it nothing runs beside is one part there and one back
 
 
@@ -65,12 +68,8 @@ class Stack:
     rows: int
     columns: int
     chunk: int  # rows of a shard; a shorter last one travels at this size too
+    cost: int  # FLOPs of the work on one weight
     weights: list[nn.Parameter] = field(default_factory=list)
-
-    def cost(self) -> int:
-        """Return the FLOPs of a Newton–Schulz iteration on one weight."""
-        short, long = sorted((self.rows // self.pieces, self.columns))
-        return self.pieces * (4 * short**2 * long + 2 * short**3)
 
 
 class _Block(NamedTuple):
@@ -176,12 +175,15 @@ class Exchange:
             self._results = self._flat.new_empty(replicas.size * self._part.width)
             self._pending = dist.all_gather_into_tensor(self._results, self._flat, group=replicas.group, async_op=True)
 
-    def received(self, stack: Stack) -> tuple[list[int], list[Tensor]]:
-        """Return indices of all weights of the part, and this rank's shards of their results in the weights' dtype."""
+    def received(self, stack: Stack) -> list[tuple[list[int], Tensor]]:
+        """Return indices of all weights of the part, some at a time, with this rank's shards of their results.
+
+        Those of k weights are (k, rows of the shard, columns), in the weights' dtype, and may be written to.
+        """
         self._wait()
         buffers = self._results.view(self._layout.replicas.size, -1)
         blocks, dtype = self._part.of(stack), stack.weights[0].dtype
-        return _members(blocks), [shard for block in blocks for shard in block.shards(buffers[block.replica]).to(dtype)]
+        return [(block.members, block.shards(buffers[block.replica]).to(dtype)) for block in blocks]
 
     def _wait(self) -> None:
         """Wait for a collective; on a GPU its stream does, and the host goes on."""
@@ -200,18 +202,21 @@ class Plan:
     Args:
         layout: that of all weights.
         weights: (group, pieces, weight), in the same order on all ranks.
+        work: FLOPs of the work on a matrix with so many rows and columns.
 
-    `cost` is the FLOPs of one Newton–Schulz iteration over all ranks, `largest_share` the part of the rank with most to do.
+    `cost` is the FLOPs of all of it over all ranks, `largest_share` the part of the rank with most to do.
     """
 
-    def __init__(self, layout: _Layout, weights: list[tuple[int, int, nn.Parameter]]):
-        self._shards, self._replicas = layout.shards.size, layout.replicas.size
+    def __init__(self, layout: _Layout, weights: list[tuple[int, int, nn.Parameter]], work: Work = flops):
+        self._layout, self._shards, self._replicas = layout, layout.shards.size, layout.replicas.size
         stacks: dict[tuple[int, torch.Size], Stack] = {}
         for group, pieces, weight in weights:
             rows, columns = weight.shape
-            stack = stacks.setdefault((group, weight.shape), Stack(group, pieces, rows, columns, -(-rows // self._shards)))
-            stack.weights.append(weight)
-        self.stacks = sorted(stacks.values(), key=Stack.cost, reverse=True)
+            if (group, weight.shape) not in stacks:
+                cost = pieces * work(rows // pieces, columns)
+                stacks[group, weight.shape] = Stack(group, pieces, rows, columns, -(-rows // self._shards), cost)
+            stacks[group, weight.shape].weights.append(weight)
+        self.stacks = sorted(stacks.values(), key=lambda stack: stack.cost, reverse=True)
 
         owners = [(replica, shard) for replica in range(self._replicas) for shard in range(self._shards)]
         load = dict.fromkeys(owners, 0)
@@ -220,7 +225,7 @@ class Plan:
             for index in range(len(stack.weights)):
                 owner = min(owners, key=load.__getitem__)
                 owned[owner].append((stack, index))
-                load[owner] += stack.cost()
+                load[owner] += stack.cost
         self.cost = sum(load.values())
         self.largest_share = max(load.values()) / max(self.cost, 1)
 
@@ -228,6 +233,31 @@ class Plan:
         self.parts = [
             Part(layout, {owner: _share(each, index, count) for owner, each in owned.items()}) for index in range(count)
         ]
+
+    def gather_rows(self, numbers: list[tuple[Stack, Tensor]]) -> list[Tensor]:
+        """Return numbers of all rows of weights, from those of every rank's own rows; a collective where there are shards.
+
+        Args:
+            numbers: (stack, (..., rows of the shard)); all ranks name the same stacks, in the same order.
+
+        Returns:
+            (..., rows) each, the same on all ranks to the bit.
+        """
+        shards = self._layout.shards
+        if shards.size == 1:
+            return [own for _, own in numbers]
+        padded = [F.pad(own, (0, stack.chunk - own.shape[-1])) for stack, own in numbers]
+        flat = torch.cat([own.flatten() for own in padded])
+        gathered = flat.new_empty(shards.size * len(flat))
+        dist.all_gather_into_tensor(gathered, flat, group=shards.group)
+        parts = gathered.view(shards.size, -1).split([own.numel() for own in padded], dim=1)
+        whole = [part.view(-1, *own.shape).movedim(0, -2).flatten(-2) for part, own in zip(parts, padded, strict=True)]
+        return [rows[..., : stack.rows] for rows, (stack, _) in zip(whole, numbers, strict=True)]
+
+    def own_rows(self, stack: Stack, whole: Tensor) -> Tensor:
+        """Return what this rank's rows of a stack's weights have of numbers of all rows, (..., rows)."""
+        start = self._layout.shards.rank * stack.chunk
+        return whole[..., start : start + len(local(stack.weights[0]))]
 
     def elements_sent(self) -> tuple[int, int]:
         """Return what the rank that sends most sends in one exchange: to other shards, there and back, and to other replicas.
@@ -250,12 +280,13 @@ def _share(owned: list[tuple[Stack, int]], index: int, count: int) -> list[tuple
     return list(found.values())
 
 
-def make_plans(weights: list[tuple[int, int, nn.Parameter]]) -> list[Plan]:
+def make_plans(weights: list[tuple[int, int, nn.Parameter]], work: Work = flops) -> list[Plan]:
     """Return one plan per layout.
 
     Args:
         weights: (index of a group, number of matrices in the rows of the weight, weight). Plain tensors are taken to be equal
             on all ranks, as DDP keeps them.
+        work: FLOPs of the work on a matrix with so many rows and columns, by which the ranks' shares are balanced.
 
     Raises:
         ValueError: a DTensor that is sharded in another way than FSDP2 and HSDP do by default.
@@ -263,14 +294,15 @@ def make_plans(weights: list[tuple[int, int, nn.Parameter]]) -> list[Plan]:
     layouts: dict[_Layout, list[tuple[int, int, nn.Parameter]]] = {}
     for entry in weights:
         layouts.setdefault(_Layout.of(entry[2]), []).append(entry)
-    return [Plan(layout, members) for layout, members in layouts.items()]
+    return [Plan(layout, members, work) for layout, members in layouts.items()]
 
 
-def plan_for(weights: list[tuple[int, int, nn.Parameter]], replicas: int, shards: int) -> Plan:
+def plan_for(weights: list[tuple[int, int, nn.Parameter]], replicas: int, shards: int, work: Work = flops) -> Plan:
     """Return the plan of ranks that aren't there, to ask what they would do; it has no groups to exchange anything in.
 
     Args:
-        weights: as for `make_plans`, whole; their storage isn't touched.
+        weights, work: as for `make_plans`; the weights are whole, and their storage isn't touched.
         replicas, shards: of the grid of ranks.
     """
-    return Plan(_Layout(_Ranks(None, replicas, 0), _Ranks(None, shards, 0), torch.bfloat16, torch.device("meta")), weights)
+    layout = _Layout(_Ranks(None, replicas, 0), _Ranks(None, shards, 0), torch.bfloat16, torch.device("meta"))
+    return Plan(layout, weights, work)

@@ -2,8 +2,8 @@
 # pyright: reportPrivateImportUsage=false
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,62 +13,14 @@ from torch.optim.adamw import adamw
 
 from prx_composer.optim import parameter_groups
 from prx_composer.optim.exchange import Exchange, Plan, Stack, local, make_plans
+from prx_composer.optim.newton_schulz import Coefficients, flops, newton_schulz
 
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-_WIDE = 1.5  # long side / short side from which iterating on XXᵀ is less work, at five steps
 _IN_BLOCK = re.compile(r"(^|\.)blocks\.\d+(\.|$)")
 _FUSED_PROJECTIONS = {"img_qkv_proj": 3, "txt_kv_proj": 2}  # rows ordered (q k v | k v, head, channel)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_SMALL = 1e-10  # added to roots that may be 0
 
-
-def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Return nearly U·Vᵀ of every matrix U·Σ·Vᵀ, without an SVD, in the dtype of the input.
-
-    Divided by its Frobenius norm, a matrix has singular values in [0, 1]. X ← aX + b(XXᵀ)X + c(XXᵀ)²X sends each of them to
-    p(σ) = aσ + bσ³ + cσ⁵ and leaves U and V alone. Jordan's (a, b, c) buy a steep slope at 0, 3.4445 per step, with the
-    exactness at 1: after five steps no singular value is above 1.203, and those that were at least 0.0016 of the norm are
-    above 0.68 and keep moving in between. More steps lift smaller ones, and bring none closer to 1.
-    All factors commute, so that the steps can also be made on the smaller XXᵀ alone, collected in P, and X multiplied by P at the
-    end: less work for matrices that are wider than 1.5 times their height. It needs XXᵀ to be exact to far below the smallest σ²
-    that matters, which it is in fp32 and not in bf16, where the products stay with X.
-
-    Args:
-        matrices: (..., m, n), floating point. One whose norm is far below 1e-12 comes out small, zero as zero.
-        steps: iterations, each 4·s²·l + 2·s³ FLOPs for the short side s and the long side l, or 8·s³ on XXᵀ.
-
-    Returns:
-        (..., m, n); tall matrices come out transposed in memory.
-    """
-    x = matrices.reshape(-1, *matrices.shape[-2:])
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = (x / norm.clamp(min=1e-12)).to(matrices.dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    short, long = sorted(x.shape[-2:])
-    if x.dtype in (torch.float32, torch.float64) and long > _WIDE * short and steps > 1:
-        polynomial = _gram_polynomial(torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT), steps)
-        return (torch.bmm(x, polynomial) if tall else torch.bmm(polynomial, x)).view(matrices.shape)
-    a, b, c = _QUINTIC
-    x = x.mT if tall else x
-    for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).view(matrices.shape)
-
-
-def _gram_polynomial(gram: Tensor, steps: int) -> Tensor:
-    """Return the P of Newton–Schulz's P·X from G = XXᵀ, (..., s, s): with Q = aI + bG + cG², P ← Q·P and G ← Q·G·Q."""
-    a, b, c = _QUINTIC
-
-    def factor_of(gram: Tensor) -> Tensor:
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)  # rather than to every product, for which each would be copied once more
-        return factor
-
-    product = factor = factor_of(gram)
-    for _ in range(steps - 1):
-        gram = torch.bmm(factor, torch.bmm(factor, gram))
-        factor = factor_of(gram)
-        product = torch.bmm(factor, product)
-    return product
+Update = tuple[Stack, list[int], Tensor]  # indices of k weights, and this rank's shards of their updates: (k, rows, columns)
 
 
 def muon_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
@@ -106,12 +58,23 @@ def muon_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, 
     return kept
 
 
+class _How(NamedTuple):
+    """What the recipe says and no checkpoint holds."""
+
+    coefficients: Coefficients = "jordan"
+    dtype: torch.dtype | None = None
+    neuron_beta2: float | None = None  # None: rows stay as they are
+
+
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for hidden matrices, fused AdamW for the rest.
 
     Keller Jordan 2024, "Muon: An optimizer for hidden layers in neural networks", with the update scale of Liu et al. 2025,
     "Muon is Scalable for LLM Training" (arXiv:2502.16982, §2.2). For a matrix W with gradient G:
     M ← μM + (1−μ)G, and with Nesterov's step N = μM + (1−μ)G, else N = M; W ← (1 − lr·weight_decay)·W − lr·scale·UVᵀ(N).
+
+    NorMuon (Li et al. 2025, arXiv:2510.05491) divides every row of O = UVᵀ(N), a neuron's, by the root of its second moment
+    v ← β₂v + (1−β₂)·mean(O²), and gives the matrix the norm back that it had. A step with a rate of 0 leaves v alone.
 
     It is made for matrices that map one dense activation to another, whose update should have one size in every direction
     (see `muon_parameters`). Gains and biases have no singular values; an embedding table is looked up row by row, so mixing
@@ -128,18 +91,25 @@ class Muon(torch.optim.Optimizer):
         momentum: share of the buffer that is kept per step, in [0, 1).
         nesterov: look ahead by one step of momentum.
         newton_schulz_steps: iterations of `newton_schulz`.
+        newton_schulz_dtype: bf16 or fp16, of the iteration; None: that in which matrices travel, see above. In fp16 wide
+            matrices are iterated on by their XXᵀ, which is less work.
+        coefficients: of the iteration, jordan or polar_express.
+        normuon: even the rows out, see above; it keeps one number per row.
+        neuron_beta2: decay of NorMuon's second moment per step, in [0, 1).
         scale: rms: 0.2·√max(rows, columns); spectral: √max(1, rows / columns).
         weight_decay: per step, as a fraction of the learning rate; on matrices only, AdamW's too.
         adam_lr: AdamW's learning rate per step; None: `lr`.
         adam_betas: decay of AdamW's first and second moment per step.
         adam_eps: added to the root of AdamW's second moment.
         split_heads: orthogonalise the fused query, key and value projections head by head.
+        split_qkv: orthogonalise them as one matrix of queries, one of keys and one of values.
         exclude: parts of parameter names that get AdamW though they are matrices of a block.
 
     Raises:
         ValueError: an argument out of its range, or no matrix for Muon. At the first step: a sharding that isn't supported.
     """
 
+    _how = _How()
     _plans: list[Plan] = []  # for the groups and parameters in `_planned`
     _planned: list[tuple[int, int]] = []
 
@@ -157,37 +127,43 @@ class Muon(torch.optim.Optimizer):
         adam_eps: float = 1e-8,
         split_heads: bool = False,
         exclude: list[str] | None = None,
+        split_qkv: bool = False,
+        coefficients: Coefficients = "jordan",
+        newton_schulz_dtype: Literal["bf16", "fp16"] | None = None,
+        normuon: bool = False,
+        neuron_beta2: float = 0.95,
     ):
         adam_lr = lr if adam_lr is None else adam_lr
         for name, value in dict(lr=lr, weight_decay=weight_decay, adam_lr=adam_lr, adam_eps=adam_eps).items():
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a number ≥ 0, not {value}.")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), not {momentum}.")
+        for name, value in dict(momentum=momentum, neuron_beta2=neuron_beta2).items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), not {value}.")
         if not isinstance(newton_schulz_steps, int) or newton_schulz_steps < 1:
             raise ValueError(f"newton_schulz_steps must be a whole number ≥ 1, not {newton_schulz_steps}.")
-        if scale not in ("rms", "spectral"):
-            raise ValueError(f"scale must be rms or spectral, not {scale!r}.")
+        for name, value, allowed in (
+            ("scale", scale, ("rms", "spectral")),
+            ("coefficients", coefficients, ("jordan", "polar_express")),
+            ("newton_schulz_dtype", newton_schulz_dtype or "bf16", _DTYPES),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(allowed)}, not {value!r}.")
+        if split_heads and split_qkv:
+            raise ValueError("split_heads splits queries, keys and values already: leave split_qkv out.")
         if len(adam_betas) != 2 or not all(0 <= beta < 1 for beta in adam_betas):
             raise ValueError(f"adam_betas must be two numbers in [0, 1), not {list(adam_betas)}.")
         if isinstance(exclude, str):
             raise ValueError(f"exclude must be a list of parts of names, such as [{exclude}].")
 
         matrices = muon_parameters(model, exclude or ())
-        pieces = _matrices_per_weight(model, matrices) if split_heads else dict.fromkeys(matrices, 1)
+        split = split_heads or split_qkv
+        pieces = _matrices_per_weight(model, matrices, split_heads) if split else dict.fromkeys(matrices, 1)
+        of_muon = dict(algorithm="muon", lr=lr, momentum=momentum, nesterov=nesterov, newton_schulz_steps=newton_schulz_steps)
+        of_muon |= dict(scale=scale, weight_decay=weight_decay)
         groups: list[dict[str, Any]] = [
-            dict(
-                params=[weight for name, weight in matrices.items() if pieces[name] == count],
-                algorithm="muon",
-                lr=lr,
-                momentum=momentum,
-                nesterov=nesterov,
-                newton_schulz_steps=newton_schulz_steps,
-                scale=scale,
-                weight_decay=weight_decay,
-                pieces=count,  # matrices in the rows of one weight
-            )
-            for count in sorted(set(pieces.values()))
+            {"params": [weight for name, weight in matrices.items() if pieces[name] == count], **of_muon, "pieces": count}
+            for count in sorted(set(pieces.values()))  # matrices in the rows of one weight
         ]
         taken = {id(weight) for weight in matrices.values()}
         for group in parameter_groups(model, weight_decay):
@@ -195,6 +171,16 @@ class Muon(torch.optim.Optimizer):
                 groups.append({**group, "params": rest, "algorithm": "adamw"})
         defaults = dict(algorithm="adamw", lr=adam_lr, betas=tuple(adam_betas), eps=adam_eps, weight_decay=weight_decay)
         super().__init__(groups, defaults | {"fused": True})  # with `fused`, load_state_dict keeps `step` on the device
+        dtype = _DTYPES[newton_schulz_dtype] if newton_schulz_dtype else None
+        self._how = _How(coefficients, dtype, neuron_beta2 if normuon else None)  # in no group: old checkpoints lack it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_how": self._how}
+
+    def work(self, rows: int, columns: int) -> int:
+        """Return the FLOPs of orthogonalising one matrix, all iterations together."""
+        steps = next(group["newton_schulz_steps"] for group in self.param_groups if group["algorithm"] == "muon")
+        return flops(rows, columns, steps, self._how.dtype or torch.bfloat16)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -263,7 +249,8 @@ class Muon(torch.optim.Optimizer):
         key = [(index, id(parameter)) for index, parameter in matrices]
         if key != self._planned:
             pieces = [group.get("pieces", 1) for group in self.param_groups]
-            self._plans, self._planned = make_plans([(index, pieces[index], weight) for index, weight in matrices]), key
+            weights = [(index, pieces[index], weight) for index, weight in matrices]
+            self._plans, self._planned = make_plans(weights, self.work), key
         return self._plans
 
     def _muon(self, plan: Plan) -> None:
@@ -272,6 +259,8 @@ class Muon(torch.optim.Optimizer):
             for weight in stack.weights:
                 if not self.state[weight]:
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                    if self._how.neuron_beta2 is not None:
+                        self.state[weight]["row_second_moment"] = _zero_per_row(weight)
             gradients = [local(weight.grad) for weight in stack.weights]
             momenta = [local(self.state[weight]["momentum_buffer"]) for weight in stack.weights]
             torch._foreach_lerp_(momenta, gradients, 1 - self.param_groups[stack.group]["momentum"])
@@ -295,13 +284,31 @@ class Muon(torch.optim.Optimizer):
             if before is not None:  # it has come back while this rank worked
                 before.pass_on()
         exchanges[-1].pass_on()
-        for exchange in exchanges:
-            for stack in plan.stacks:
-                self._apply(stack, *exchange.received(stack))
+        updates: Iterable[Update] = (  # each waits for its part alone
+            (stack, *some) for exchange in exchanges for stack in plan.stacks for some in exchange.received(stack)
+        )
+        if self._how.neuron_beta2 is not None:
+            updates = self._even_rows(plan, list(updates), self._how.neuron_beta2)
+        for stack, members, some in updates:
+            self._apply(stack, members, list(some))
+
+    def _even_rows(self, plan: Plan, updates: list[Update], beta2: float) -> list[Update]:
+        """Divide every row by the root of its second moment, and bring each matrix back to the norm that it had."""
+        inverses: list[Tensor] = []
+        squares: list[tuple[Stack, Tensor]] = []  # of rows, before and after: (2, k, rows)
+        for stack, members, some in updates:
+            moments = [local(self.state[stack.weights[i]]["row_second_moment"]) for i in members]
+            before = torch.linalg.vector_norm(some, dim=-1).square()
+            torch._foreach_lerp_(moments, list((before / stack.columns).unsqueeze(-1)), 1 - beta2)
+            inverses.append(1 / (torch.stack(moments).squeeze(-1).sqrt() + _SMALL))
+            squares.append((stack, torch.stack([before, before * inverses[-1].square()])))
+        for (stack, _, some), inverse, rows in zip(updates, inverses, plan.gather_rows(squares), strict=True):
+            before, after = rows.unflatten(-1, (stack.pieces, -1)).sum(-1).sqrt()
+            back = (before / (after + _SMALL)).repeat_interleave(stack.rows // stack.pieces, dim=-1)
+            some.mul_((inverse * plan.own_rows(stack, back)).unsqueeze(-1))
+        return updates
 
     def _apply(self, stack: Stack, members: list[int], updates: list[Tensor]) -> None:
-        if not members:
-            return
         group = self.param_groups[stack.group]
         rows, columns = stack.rows // stack.pieces, stack.columns
         scale = 0.2 * max(rows, columns) ** 0.5 if group["scale"] == "rms" else max(1, rows / columns) ** 0.5
@@ -312,17 +319,29 @@ class Muon(torch.optim.Optimizer):
 
     def _orthogonalise(self, stack: Stack, weights: Tensor) -> Tensor:
         matrices = weights.unflatten(1, (stack.pieces, -1))
-        return newton_schulz(matrices, self.param_groups[stack.group]["newton_schulz_steps"]).flatten(1, 2)
+        steps = self.param_groups[stack.group]["newton_schulz_steps"]
+        return newton_schulz(matrices, steps, self._how.coefficients, self._how.dtype).flatten(1, 2)
 
 
-def _matrices_per_weight(model: nn.Module, matrices: dict[str, nn.Parameter]) -> dict[str, int]:
-    """Return how many matrices each weight holds: 3 or 2 × `num_heads` of the module that owns a fused projection."""
+def _zero_per_row(weight: nn.Parameter) -> Tensor:
+    """Return a zero for every row, (rows, 1), sharded as the weight is."""
+    own = local(weight)
+    zeros = own.new_zeros(len(own), 1)
+    if not isinstance(weight, DTensor):
+        return zeros
+    whole = torch.Size((weight.shape[0], 1))
+    return DTensor.from_local(zeros, weight.device_mesh, weight.placements, run_check=False, shape=whole, stride=(1, 1))
+
+
+def _matrices_per_weight(model: nn.Module, matrices: dict[str, nn.Parameter], by_head: bool) -> dict[str, int]:
+    """Return how many matrices each weight holds: 3 or 2 in a fused projection; by head, × `num_heads` of its owner."""
     pieces = dict.fromkeys(matrices, 1)
     for name in matrices:
         *owner, projection, _ = name.split(".")
-        heads = getattr(model.get_submodule(".".join(owner)), "num_heads", None)
+        heads = getattr(model.get_submodule(".".join(owner)), "num_heads", None) if by_head else 1
         if projection in _FUSED_PROJECTIONS and heads is not None:
             pieces[name] = _FUSED_PROJECTIONS[projection] * heads
     if set(pieces.values()) == {1}:
-        raise ValueError(f"split_heads needs projections named {' or '.join(_FUSED_PROJECTIONS)} in a module with `num_heads`.")
+        option, owner = ("split_heads", " in a module with `num_heads`") if by_head else ("split_qkv", "")
+        raise ValueError(f"{option} needs projections named {' or '.join(_FUSED_PROJECTIONS)}{owner}.")
     return pieces

@@ -112,7 +112,7 @@ RULES = (
     Rule("model**", "asked", "The network was trained with it.", _AT_ONCE),
     # ---- optimizer
     Rule(
-        "optimizer optimizer.split_heads optimizer.exclude",
+        "optimizer optimizer.split_heads optimizer.split_qkv optimizer.normuon optimizer.exclude",
         "never",
         "Its state in the checkpoint is of this optimizer.",
         _FROM_WEIGHTS,
@@ -121,14 +121,15 @@ RULES = (
     Rule("scheduler**", "asked", _RATE, "The rate is what the new schedule says for this step."),
     # ---- algorithms
     Rule(
-        "algorithms.repa algorithms.irepa",
+        "algorithms.repa algorithms.irepa algorithms.readouts algorithms.internal_guidance",
         "never",
         _OWN_WEIGHTS,
         "To train on without it, set its `end` to a step that has passed.",
     ),
     Rule(
         "algorithms.lora algorithms.lora.rank algorithms.lora.targets algorithms.sprint algorithms.resolution_aware"
-        " algorithms.repa.projector_hidden algorithms.repa.adapter** algorithms.irepa.kernel_size",
+        " algorithms.repa.projector_hidden algorithms.repa.adapter** algorithms.irepa.kernel_size"
+        " algorithms.readouts.heads** algorithms.internal_guidance.block",
         "never",
         _OWN_WEIGHTS,
         _FROM_WEIGHTS,

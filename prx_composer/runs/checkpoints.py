@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 INDEX = "checkpoint.json"
 MONOLITH = "rank0.pt"
+MERGED = "merged"  # in the index of weights that were averaged and not trained: of which checkpoints
 _NAME = re.compile(r"ba(\d+)")
 
 
@@ -104,6 +105,11 @@ def newest_whole_checkpoint(
     """
     for checkpoint in reversed(all_checkpoints(folder)):
         wrong = damage(checkpoint) or unfit(checkpoint)
+        if wrong is None and checkpoint.index().get(MERGED):
+            raise UserError(
+                f"autoresume: {checkpoint.path} holds averaged weights alone, from which no run goes on. Begin another run with "
+                f"them: run_name=<another name> model.init_from={folder.parent}"
+            )
         if wrong is None:
             log.info("Going on from %s", checkpoint.path)
             return checkpoint
@@ -177,6 +183,25 @@ def write_checkpoint(state: State, folder: Path, recipe: dict[str, Any], finite:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return Checkpoint(path, batch)
+
+
+def write_merged(folder: Path, state: dict[str, Any], index: dict[str, Any]) -> Checkpoint:
+    """Write a checkpoint of weights alone, in this process alone, into a folder that is not in use yet.
+
+    Args:
+        folder: `<run folder>/checkpoints`.
+        state: as Composer's has it: `model`, `timestamp` and what else sampling needs.
+        index: of the checkpoint that it stands for, and `merged`.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    path = folder / f"ba{int(index['batch'])}"
+    path.mkdir(parents=True)
+    _save({"state": state}, path / MONOLITH)
+    files = {MONOLITH: _sealed(path / MONOLITH)}
+    (path / INDEX).write_text(json.dumps(index | {"ranks": 1, "finite": True, "files": files}, indent=1, default=str) + "\n")
+    return Checkpoint(path, int(index["batch"]))
 
 
 def _write_state(state: State, folder: Path) -> None:

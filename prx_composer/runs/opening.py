@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from prx_composer import registry
 from prx_composer.common.distributed import clean_name
 from prx_composer.common.errors import Problems, UserError, at_path, listed
-from prx_composer.models.flow import ClassifierFreeGuidance, RoutedSelfGuidance
+from prx_composer.models.flow import ClassifierFreeGuidance, InternalGuidance, RoutedSelfGuidance, check_guidance_scale
 from prx_composer.models.layers import merge_adapters
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.arguments import build, check_component, check_type, entries, split
 from prx_composer.recipe.checks import OF_MODELS
 from prx_composer.recipe.config import Recipe, without_code
 from prx_composer.recipe.consistency import stages_of
-from prx_composer.runs.checkpoints import all_checkpoints
+from prx_composer.runs.checkpoints import MERGED, all_checkpoints
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.runs.pretrained_models import open_pipeline
 from prx_composer.runs.weights import Located, SavedState, locate, nonfinite, read_checkpoint
@@ -32,7 +32,7 @@ from prx_composer.schedule.clock import TrainingClock
 log = logging.getLogger(__name__)
 
 Weights = Literal["ema", "raw"]
-_LOSSES = "auxiliary_losses."  # where a model has what only training needs
+_LOSSES = "auxiliary_losses."  # where a model has what only training needs, and internal guidance its readout
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Trained:
         image_size: pixels that it was last trained at: the side of the square of a bucket's area.
         batch: after how many it was saved, if that is known.
         recipe: of the run, as its YAML gives it, if there is one.
+        merged: the checkpoints that `prx average` made it of.
     """
 
     model: TextToImage
@@ -54,6 +55,7 @@ class Trained:
     image_size: int
     batch: int | None = None
     recipe: dict[str, Any] | None = None
+    merged: tuple[str, ...] = ()
 
 
 def load_trained(name: str, weights: Weights | None = None, merge: bool = True) -> Trained:
@@ -89,7 +91,7 @@ def load_trained(name: str, weights: Weights | None = None, merge: bool = True) 
 
 
 def _require_finite(model: TextToImage, located: Located) -> None:
-    parts = {"backbone.": model.backbone, "text_encoder.": model.text_encoder.network}
+    parts = {"backbone.": model.backbone, "text_encoder.": model.text_encoder.network, _LOSSES: model.auxiliary_losses}
     wrong = nonfinite({prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.state_dict().items()})
     if wrong is None:
         return
@@ -101,9 +103,10 @@ def _require_finite(model: TextToImage, located: Located) -> None:
 
 def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
     assert located.checkpoint is not None
-    with at_path(f"{located.path} cannot be read"):
+    with at_path(f"{located.path} cannot be read", TypeError, AttributeError):
         index = located.checkpoint.index()
         saved_recipe = index["recipe"]
+        merged = tuple(map(str, (index.get(MERGED) or {}).get("checkpoints", {})))
         recipe = without_code(_as_recipe(saved_recipe, located.path), index, located.path)
     path = f"{located.path}: recipe.model"
     check_component(registry.models, *split(recipe.model, path), path, *OF_MODELS)
@@ -120,7 +123,7 @@ def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
         _fill_average(model, state.average, str(located.path))
     _, last_stage = stages_of(vars(recipe))[-1]
     image_size = int(last_stage.get("image_size", recipe.image_size))
-    return Trained(model.eval(), located.path, chosen, image_size, located.checkpoint.batch, saved_recipe)
+    return Trained(model.eval(), located.path, chosen, image_size, located.checkpoint.batch, saved_recipe, merged)
 
 
 def _as_recipe(saved: dict[str, Any], where: Path) -> Recipe:
@@ -188,10 +191,10 @@ def choose_guidance(model: TextToImage, name: str) -> str:
     """Set `model.guidance`; return its name.
 
     Args:
-        name: "cfg", "self", or "run" for what the run drew with.
+        name: "cfg", "self", "internal" at the recipe's scale, "internal:1.6" at another, or "run" for what the run drew with.
 
     Raises:
-        UserError: routed self-guidance for a model that was not trained with routed tokens, or no such name.
+        UserError: a guidance that the model was not trained for, or no such name.
     """
     if name == "cfg":
         model.guidance = ClassifierFreeGuidance()
@@ -204,17 +207,37 @@ def choose_guidance(model: TextToImage, name: str) -> str:
             )
         router.active = True
         model.guidance = RoutedSelfGuidance(router)
+    elif name.partition(":")[0] == "internal":
+        model.guidance = _internal_guidance(model, name.partition(":")[2])
     elif name != "run":
-        raise UserError(f"--guidance: {name!r} is none of run, cfg, self.")
+        raise UserError(f"--guidance: {name!r} is none of run, cfg, self, internal.")
+    if isinstance(model.guidance, InternalGuidance):
+        return f"internal:{model.guidance.scale:g}"
     chosen = type(model.guidance)
     return {ClassifierFreeGuidance: "cfg", RoutedSelfGuidance: "self"}.get(chosen, chosen.__name__)
+
+
+def _internal_guidance(model: TextToImage, scale: str) -> InternalGuidance:
+    """Return the internal guidance of a model that has been attached one, at a scale, or else at the recipe's."""
+    if "internal_guidance" not in model.auxiliary_losses:
+        raise UserError(
+            "--guidance internal is for models trained with `internal_guidance`, opened from their run folder or checkpoint; "
+            "use --guidance cfg."
+        )
+    trick: Any = model.auxiliary_losses["internal_guidance"].trick
+    trick.set_active(model, True)
+    if not scale:
+        return trick.guidance
+    with at_path("--guidance internal"):
+        check_guidance_scale(float(scale), "the scale")
+        return InternalGuidance(trick.predict_both, float(scale), trick.interval)
 
 
 # --------------------------------------------------------------------------------------------------------- weights
 
 
 def fill(module: nn.Module, saved: dict[str, Tensor], source: str) -> None:
-    """Give a module the weights of the same names. What only training needs (auxiliary losses, teachers) is passed over.
+    """Give a module the weights of the same names. What only training needs (other losses' heads, teachers) is passed over.
 
     Raises:
         UserError: names or shapes that differ, by name.
@@ -228,7 +251,7 @@ def fill(module: nn.Module, saved: dict[str, Tensor], source: str) -> None:
     ]:
         raise UserError(f"{source} does not fit the model: {listed(wrong)}.")
     strange = [name for name in saved if name not in own and name.startswith(("backbone.", "text_encoder."))]
-    missing = [name for name in own if name not in saved and not name.startswith(_LOSSES)]
+    missing = [name for name in own if name not in saved]
     if strange or missing:
         said = [*(f"{name} is not in the model" for name in strange), *(f"{name} is not there" for name in missing)]
         raise UserError(
@@ -240,9 +263,9 @@ def fill(module: nn.Module, saved: dict[str, Tensor], source: str) -> None:
 
 @torch.no_grad()
 def _fill_average(model: nn.Module, average: dict[str, Tensor], source: str) -> None:
-    average = {name: tensor for name, tensor in average.items() if not name.startswith(_LOSSES)}
     parameters = {clean_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    if different := sorted(name for name in average.keys() ^ parameters.keys() if not name.startswith(_LOSSES)):
+    average = {name: tensor for name, tensor in average.items() if name in parameters or not name.startswith(_LOSSES)}
+    if different := sorted(average.keys() ^ parameters.keys()):
         raise UserError(f"{source}: the averaged weights are of another model; names that differ: {listed(different)}.")
     for name, tensor in average.items():
         parameters[name].copy_(tensor)

@@ -60,7 +60,7 @@ def backbone_arguments(folder: Path) -> dict[str, Any]:
 
 
 def flow_arguments(folder: Path) -> dict[str, Any]:
-    """Return what the pipeline knows of the flow: prediction, shift, noise scale.
+    """Return what the pipeline, and the recipe of an export, know of the flow: prediction, shift, noise scale, clamps.
 
     Raises:
         UserError: a scheduler that doesn't take these steps.
@@ -74,7 +74,9 @@ def flow_arguments(folder: Path) -> dict[str, Any]:
     if not is_pixel(folder):
         return {"prediction": "v", "timestep_shift": shift}
     noise_scale = float(read_json(folder / "model_index.json").get("noise_scale", 2.0))
-    return {"prediction": "x", "timestep_shift": shift, "min_timestep": PIXEL_MIN_TIMESTEP, "noise_scale": noise_scale}
+    arguments = {"prediction": "x", "timestep_shift": shift, "min_timestep": PIXEL_MIN_TIMESTEP, "noise_scale": noise_scale}
+    own = (_trained_as(folder) or {}).get("flow") or {}  # for which the pipeline has no place
+    return arguments | {key: own[key] for key in ("min_timestep", "clamp_sampling") if key in own}
 
 
 def image_size(folder: Path) -> int:

@@ -1,6 +1,7 @@
 """The components of a recipe, made once: on the meta device to be checked and counted, or for real to be trained."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from composer.core import Algorithm, Callback, DataSpec, Evaluator, Event
 from composer.loggers import LoggerDestination
-from composer.utils import create_interval_scheduler
+from composer.utils import create_interval_scheduler, dist
 from torch.optim import Optimizer
 
 from prx_composer import registry
@@ -24,6 +25,37 @@ from prx_composer.recipe.consistency import PlannedStage, planned_stages
 from prx_composer.registry import BY_NAME
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.schedule.clock import with_rehearsal
+
+log = logging.getLogger(__name__)
+
+
+OF_EVALUATION = {"evaluation": True, "shuffle": False, "seed": 0}
+"""What loaders of evaluation are given: a run's seed has no part in what it is measured on, such as which caption of several."""
+
+
+def loader_of(spec: dict[str, Any], key: str, recipe: Mapping[str, Any] | None, model: Any, **given: Any) -> DataSpec:
+    """Make a loader for a model, over data that are there.
+
+    Args:
+        spec: of the loader; what its `source` makes is made already.
+        key: where in the YAML it is.
+        recipe: its keys, if there is one, for a loader that asks for them.
+        given: image_size, global_batch_size, multiple, seed; of an evaluation, those of `OF_EVALUATION`.
+
+    Raises:
+        UserError: no such data, or what was stored beside them by another text encoder or autoencoder than the model's.
+    """
+    name, arguments = split(spec, key)
+    arguments.pop("source", None)
+    encoder = model.text_encoder
+    given |= {"tokenizer": encoder.tokenizer, "max_tokens": encoder.max_tokens}
+    made = build(registry.loaders, name, arguments, key, recipe, **given)
+    dataset = getattr(made.dataloader, "dataset", None)
+    for column in getattr(dataset, "text_columns", {}).values():
+        check_text_column(column, encoder, f"{key}.text_embedding")
+    for column in getattr(dataset, "latent_columns", {}).values():
+        check_latent_column(column, model.autoencoder, f"{key}.latent")
+    return made
 
 
 class Components(ModelParts):
@@ -95,43 +127,46 @@ class Components(ModelParts):
         Raises:
             UserError: no such data, or what was stored beside them by another text encoder or autoencoder than the model's.
         """
-        name, arguments = split(getattr(self.recipe, key), key)
-        arguments.pop("source", None)
-        encoder, in_training = self.model.text_encoder, key == "train_loader"
-        spec = build(
-            registry.loaders,
-            name,
-            arguments,
+        in_training = key == "train_loader"
+        return loader_of(
+            getattr(self.recipe, key),
             key,
             vars(self.recipe),
-            tokenizer=encoder.tokenizer,
-            max_tokens=encoder.max_tokens,
+            self.model,
             image_size=self.recipe.image_size,
             global_batch_size=self.recipe.global_train_batch_size if in_training else self.recipe.eval_batch_size,
             multiple=self.multiple,
-            seed=self.recipe.seed,
-            **({} if in_training else {"evaluation": True, "shuffle": False}),
+            **({"seed": self.recipe.seed} if in_training else OF_EVALUATION),
         )
-        dataset = getattr(spec.dataloader, "dataset", None)
-        for column in getattr(dataset, "text_columns", {}).values():
-            check_text_column(column, encoder, f"{key}.text_embedding")
-        for column in getattr(dataset, "latent_columns", {}).values():
-            check_latent_column(column, self.model.autoencoder, f"{key}.latent")
-        return spec
 
     @cached_property
     def evaluator(self) -> Evaluator | None:
         """What evaluates the run over its `eval_loader`, if it has one."""
         if self.recipe.eval_loader is None:
             return None
-        loader = self.loader("eval_loader")
+        loader, steps = self.loader("eval_loader"), self.recipe.eval_subset_num_batches
         if isinstance(loader.dataloader, ImageCaptionLoader):
-            loader.dataloader.batch_sampler.keeps_shape = bool(self.recipe.model.get("compile"))
+            sampler, whole = loader.dataloader.batch_sampler, len(loader.dataloader.dataset)
+            sampler.keeps_shape = bool(self.recipe.model.get("compile"))
+            if steps > 0:
+                steps, sampler.at_most = -1, steps * self.recipe.eval_batch_size
+            if sampler.at_most is not None and sampler.at_most < whole and dist.get_global_rank() == 0:
+                log.info(
+                    "eval_subset_num_batches: an evaluation measures %s of %s samples (%.1f%%), evenly spaced. "
+                    "Its validation_loss compares with that of the same ones alone.",
+                    f"{sampler.at_most:,}", f"{whole:,}", 100 * sampler.at_most / whole,
+                )  # fmt: skip
         # The last evaluation comes with the last batch, not after FIT_END as Composer's: its metrics belong to that batch's line.
         every = self.recipe.evaluate_every.for_composer()
         due = create_interval_scheduler(every, checkpoint_events=False, final_events={Event.BATCH_END})
         interval, microbatch_size = with_rehearsal(due, Event.BATCH_END), self.recipe.eval_batch_size // self.num_ranks
-        return Evaluator(label="eval", dataloader=loader, eval_interval=interval, device_eval_microbatch_size=microbatch_size)
+        return Evaluator(
+            label="eval",
+            dataloader=loader,
+            eval_interval=interval,
+            subset_num_batches=steps,
+            device_eval_microbatch_size=microbatch_size,
+        )
 
     @cached_property
     def multiple(self) -> int | None:

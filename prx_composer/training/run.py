@@ -195,7 +195,6 @@ def _build(recipe: Recipe, saved: dict[str, Any], found: GoingOn, on_gpu: bool) 
         algorithms=list(components.algorithms.values()),
         train_dataloader=train_loader,
         eval_dataloader=components.evaluator,
-        eval_subset_num_batches=recipe.eval_subset_num_batches,
         device_train_microbatch_size=recipe.device_train_microbatch_size or recipe.global_train_batch_size // num_ranks,
         max_duration=recipe.max_duration,
         precision=recipe.precision,

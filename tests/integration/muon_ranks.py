@@ -20,6 +20,7 @@ from prx_composer.models import PRXBackbone
 from prx_composer.optim.muon import Muon, muon_parameters
 
 ARGUMENTS: dict[str, Any] = dict(lr=0.05, weight_decay=0.1, split_heads=True)
+ROWS: dict[str, Any] = dict(lr=0.05, weight_decay=0.1, split_qkv=True, normuon=True, coefficients="polar_express")
 
 
 def build() -> nn.Module:
@@ -59,36 +60,44 @@ def sharded(mesh: DeviceMesh) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-alone = build()
-train(alone, Muon(alone, **ARGUMENTS), range(3))  # before there are ranks
+def by_itself(arguments: dict[str, Any]) -> nn.Module:
+    model = build()
+    train(model, Muon(model, **arguments), range(3))
+    return model
+
+
+before_there_are_ranks = [(arguments, by_itself(arguments)) for arguments in (ARGUMENTS, ROWS)]
 
 dist.init_process_group("gloo")
 size = dist.get_world_size()
 
-copies = build()
-optimizer = Muon(copies, **ARGUMENTS)
-train(copies, optimizer, range(3))
-assert_equal(copies, alone)
-for parameter in copies.parameters():
-    first = parameter.detach().clone()
-    dist.broadcast(first, 0)
-    assert torch.equal(first, parameter), "copies must stay equal to the bit"
-owners = {(block.replica, block.shard) for plan in optimizer._plans for part in plan.parts for block in part.blocks}
-assert len(owners) == size, "every rank has its share"
+
+def check_copies(arguments: dict[str, Any], alone: nn.Module) -> None:
+    copies = build()
+    optimizer = Muon(copies, **arguments)
+    train(copies, optimizer, range(3))
+    assert_equal(copies, alone)
+    for parameter in copies.parameters():
+        first = parameter.detach().clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, parameter), "copies must stay equal to the bit"
+    owners = {(block.replica, block.shard) for plan in optimizer._plans for part in plan.parts for block in part.blocks}
+    assert len(owners) == size, "every rank has its share"
 
 
-def check_shards(mesh: DeviceMesh, folder: str) -> None:
+def check_shards(mesh: DeviceMesh, folder: str, arguments: dict[str, Any], alone: nn.Module) -> None:
     model = sharded(mesh)
-    optimizer = Muon(model, **ARGUMENTS)
+    optimizer = Muon(model, **arguments)
     get_optimizer_state_dict(model, optimizer)  # makes states before the first step
     train(model, optimizer, range(2))
     assert all(isinstance(optimizer.state[w]["momentum_buffer"], DTensor) for w in muon_parameters(model).values())
     dcp.save({"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
 
     resumed = sharded(mesh)
-    again = Muon(resumed, **ARGUMENTS | dict(lr=0.0))  # the checkpoint has the learning rate
+    again = Muon(resumed, **arguments | dict(lr=0.0))  # the checkpoint has the learning rate
     state = {"model": resumed.state_dict(), "optimizer": get_optimizer_state_dict(resumed, again)}
     dcp.load(state, checkpoint_id=folder)
+    check_on_other_ranks(folder, arguments, state["optimizer"])
     resumed.load_state_dict(state["model"])
     set_optimizer_state_dict(resumed, again, state["optimizer"])
     train(resumed, again, range(2, 3))
@@ -96,11 +105,23 @@ def check_shards(mesh: DeviceMesh, folder: str) -> None:
 
     whole = StateDictOptions(full_state_dict=True)
     state = get_optimizer_state_dict(model, optimizer, options=whole)
-    third = Muon(model, **ARGUMENTS)
+    third = Muon(model, **arguments)
     third.zero_grad()  # torch makes no states while there are gradients
     set_optimizer_state_dict(model, third, state, options=whole)
     train(model, third, range(2, 3))
     assert_equal(model, alone)
+
+
+def check_on_other_ranks(folder: str, arguments: dict[str, Any], saved: dict[str, Any]) -> None:
+    """One rank alone, and a grid with other shards, read the checkpoint's state of the optimizer to the bit."""
+    for other in [build(), *(sharded(mesh) for mesh in meshes)]:
+        optimizer = Muon(other, **arguments)
+        state = {"optimizer": get_optimizer_state_dict(other, optimizer)}
+        dcp.load(state, checkpoint_id=folder)
+        for name, slots in state["optimizer"]["state"].items():
+            for slot, value in slots.items():
+                read, kept = (v.full_tensor() if isinstance(v, DTensor) else v for v in (value, saved["state"][name][slot]))
+                assert torch.equal(read, kept) and read.shape == kept.shape, (name, slot)
 
 
 meshes = [init_device_mesh("cpu", (size,))]
@@ -109,8 +130,10 @@ if size > 2:
 with TemporaryDirectory() as folder:
     shared = [folder]
     dist.broadcast_object_list(shared)
-    for mesh in meshes:
-        check_shards(mesh, f"{shared[0]}/{mesh.ndim}")
+    for number, (arguments, alone) in enumerate(before_there_are_ranks):
+        check_copies(arguments, alone)
+        for mesh in meshes:
+            check_shards(mesh, f"{shared[0]}/{number}-{mesh.ndim}", arguments, alone)
     dist.barrier()
 
 mesh = meshes[0]

@@ -37,6 +37,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "ema": {"half_life": "2ba"},
     "float8": {"emulate": True},
     "gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 0.1},
+    "internal_guidance": {},
     "irepa": {"teacher": TEACHER, "block": 1},
     "low_precision_norm": {},
     "lpips": {"net": "squeeze", "random_weights": True, "scale": 1.25},
@@ -48,6 +49,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
             {"image_size": 24, "global_train_batch_size": 2, "device_train_microbatch_size": 2},
         ]
     },
+    "readouts": {},
     "repa": {"teacher": TEACHER, "block": 1, "projector_hidden": 16, "adapter": {"depth": 1, "mask_rate": 0.2}},
     "resolution_aware": {},
     "sprint": {"start_block": 1, "rate": 0.5},
@@ -58,7 +60,8 @@ if importlib.util.find_spec("torchao") is None:  # the extra float8, which CI ha
 ROUTERS = ("deferred_masking", "sprint", "tread")
 FORBIDDEN = {frozenset(pair) for pair in itertools.combinations(ROUTERS, 2)}
 FORBIDDEN |= {frozenset(("deferred_masking", name)) for name in ("lpips", "perceptual_dino")}
-LOSSES = {"contrastive_flow_matching", "irepa", "lpips", "perceptual_dino", "repa"}
+FORBIDDEN |= {frozenset(("internal_guidance", "tread"))}  # which guides itself here
+LOSSES = {"contrastive_flow_matching", "internal_guidance", "irepa", "lpips", "perceptual_dino", "readouts", "repa"}
 
 
 @pytest.fixture(autouse=True)

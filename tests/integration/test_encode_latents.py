@@ -89,7 +89,9 @@ def test_training_and_evaluation_on_stored_latents_repeat_the_losses_of_the_auto
         run(config.load([file, f"run_name={name}", *changes]))
         folder = Path(recipe["run_folder"].replace("${run_name}", name))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rows[name] = [[line[key] for line in lines if key in line] for key in ("loss/train/total", "metrics/eval/mse")]
+        rows[name] = [
+            [line[key] for line in lines if key in line] for key in ("loss/train/total", "metrics/eval/validation_loss")
+        ]
     for online, stored in zip(rows["online"], rows["stored"], strict=True):
         assert len(online) >= 2 and stored == pytest.approx(online, rel=tolerance)
 

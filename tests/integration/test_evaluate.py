@@ -10,15 +10,19 @@ import commands
 import numpy as np
 import pytest
 import torch
+import yaml
 from commands import prx
-from conftest import train_once
+from conftest import TINY_T5, tiny_recipe_in, train_once
 from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
+from transformers import T5Config, T5EncoderModel
 
 from prx_composer.metrics.features import ClipScore, clip_images, dino_images, frechet_distance, mmd, moments, square
 from prx_composer.metrics.real_images import DataSet, ImageFolder, read_square, reference_features
 from prx_composer.metrics.scoring import Networks, Scorer, interval_95
+from prx_composer.recipe import config
+from prx_composer.training.run import run
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -266,3 +270,98 @@ def test_it_says_what_is_missing(
     assert "--weights" in prx("evaluate", trained, *options, "--weights", "best", code=1)
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     assert "pip install torch-fidelity" in prx("evaluate", trained, *options, "--metrics", "fid", code=1)
+
+
+# -------------------------------------------------------------------------------------------------- the validation loss
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path, tokenizer: Any) -> Path:
+    """A run that is evaluated on stored text, with averaged weights; its data lie beside it."""
+    folder = tmp_path_factory.mktemp("held_out")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {key: value for key, value in TINY_T5.items() if key != "model_type"}
+    T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    data = shutil.copytree(shapes_data, folder / "data")
+    recipe = tiny_recipe_in(folder, data) | {"run_name": "run", "max_duration": "4ba", "preflight": False, "seed": 3}
+    recipe["model"]["text_encoder"] = {"name": "huggingface", "pretrained": str(folder / "encoder"), "max_tokens": 14}
+    recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] = "2ba"
+    recipe["model"]["flow"] = {"timestep_shift": 3.0, "min_timestep": 0.1}
+    stored = {"split": "heldout", "text_embedding": "text"}
+    recipe |= {"eval_loader": {"name": "image_caption", "path": str(data), **stored}, "global_eval_batch_size": 7}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    prx("encode", "text", folder / "recipe.yaml", "--split", "heldout", "--storage", "float32")
+    run(config.load([str(folder / "recipe.yaml")]))
+    return folder
+
+
+def logged(folder: Path) -> dict[str, float]:
+    """What the run logged at its end."""
+    last = json.loads((folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    return {key.removeprefix("metrics/eval/"): value for key, value in last.items() if key.startswith("metrics/eval/")}
+
+
+def losses(output: Path) -> dict[str, float]:
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["samples"] == 30
+    return {name: metric["mean"] for name, metric in row["metrics"].items()}
+
+
+@pytest.mark.parametrize(("batch_size", "online"), [(1, False), (2, True), (7, False), (64, True)])
+def test_the_validation_loss_is_that_of_the_run_with_any_batch_and_with_text_stored_or_read_anew(
+    held_out: Path, tmp_path: Path, batch_size: int, online: bool
+) -> None:
+    named = ("--data", held_out / "data", "--split", "heldout") if online else ()
+    output, measure = tmp_path / "loss.json", ("--metrics", "validation_loss", "--device", "cpu")
+    said = prx("evaluate", held_out / "runs" / "run", *measure, *named, "--batch-size", batch_size, "--output", output)
+    found = losses(output)
+    assert len(found) == 9 and found == pytest.approx(logged(held_out), rel=1e-6)
+    assert said.startswith("| weights | validation_loss ↓ | validation_loss_t0.0625 ↓ |") and "\n| ema | " in said
+    assert "30 samples of" in said and "heldout, every one once at each timestep" in said
+
+
+def test_an_exported_model_has_the_validation_loss_of_its_run(held_out: Path, tmp_path: Path) -> None:
+    exported, output = tmp_path / "exported", tmp_path / "loss.json"
+    prx("export", held_out / "runs" / "run", "--output", exported, "--no-samples")
+    measure = ("--metrics", "validation_loss", "--device", "cpu", "--output", output)
+    assert "has no eval_loader; name what was kept out" in prx("evaluate", exported, *measure, code=1)
+    prx("evaluate", exported, *measure, "--data", held_out / "data", "--split", "heldout")
+    assert losses(output) == pytest.approx(logged(held_out), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_validation_loss_is_the_same_on_any_number_of_ranks(held_out: Path, tmp_path: Path, ranks: int) -> None:
+    output = tmp_path / "loss.json"
+    measure = ("--metrics", "validation_loss", "--device", "cpu", "--batch-size", 4, "--output", output)
+    finished = commands.run("composer", "-n", ranks, "-m", "prx_composer.cli", "evaluate", held_out / "runs" / "run", *measure)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-3000:]
+    assert json.loads(output.read_text())["rows"][0]["ranks"] == ranks
+    assert losses(output) == pytest.approx(logged(held_out), rel=1e-6)
+
+
+def test_a_sweep_of_weights_is_measured_once_each_and_what_asks_for_drawings_is_refused(
+    held_out: Path, trained: Path, tmp_path: Path
+) -> None:
+    model, output = held_out / "runs" / "run", tmp_path / "loss.json"
+    measure = ("--metrics", "validation_loss", "--device", "cpu", "--output", output)
+    prx("evaluate", model, *measure, "--weights", "ema,raw")
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["weights"] for row in rows] == ["ema", "raw"] and "guidance_scale" not in rows[0]
+    assert rows[0]["metrics"] != rows[1]["metrics"]
+    prx("evaluate", model, *measure, "--weights", "raw")
+    assert json.loads(output.read_text())["rows"] == rows, "what was measured already is kept"
+    assert "other numbers" in prx("evaluate", model, *measure, "--data", held_out / "data", code=1), "of another split"
+    some = tmp_path / "some.json"
+    said = prx("evaluate", model, *measure, "--num", 10, "--output", some)
+    (part,) = json.loads(some.read_text())["rows"]
+    assert part["samples"] == 10 and part["metrics"] != rows[0]["metrics"] and "10 samples of" in said
+
+    said = prx("evaluate", model, "--metrics", "validation_loss,cmmd", code=1)
+    assert "validation_loss is measured without drawing" in said
+    said = prx("evaluate", model, *measure, "--steps", "5", "--seeds", "1", "--images-per-prompt", 2, code=1)
+    assert "draws nothing; leave out --steps, --seeds, --images-per-prompt" in said
+    assert "--size" in prx("evaluate", model, *measure, "--size", "16x24", code=1)
+    assert "has no eval_loader" in prx("evaluate", trained, *measure, code=1)
+    assert "There is no data set" in prx("evaluate", model, *measure, "--data", tmp_path / "nowhere", code=1)

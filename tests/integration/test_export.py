@@ -15,7 +15,7 @@ import torch
 import yaml
 from commands import prx
 from conftest import QWEN3_VL_TEXT, T5GEMMA_HALF, TINY_BACKBONE, train_once
-from diffusers import PRXPipeline, PRXPixelPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, PRXPipeline, PRXPixelPipeline
 from PIL import Image
 
 from prx_composer.commands.export.pipeline import push, write_pipeline, written_aside
@@ -50,17 +50,33 @@ def draw(pipeline: Any, prompt: str, height: int, width: int, seed: int, output_
     return pipeline(prompt, **arguments, **options).images
 
 
+class Exact(FlowMatchEulerDiscreteScheduler):
+    """As an export's card has it."""
+
+    def step(self, velocity: torch.Tensor, timestep: torch.Tensor, *arguments: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        t = timestep / self.config["num_train_timesteps"]
+        return super().step(velocity * t.clamp(min=0.05) / t, timestep, *arguments, **options)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("bottleneck", [None, 6])
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_the_pixel_pipeline_draws_our_image_from_our_seed(
     tiny_model: Build, tmp_path: Path, guidance_scale: float, bottleneck: int | None
 ) -> None:
+    """By our own steps with the scheduler of the card, by its own with `clamp_sampling`; of the 6, one is below 0.05."""
     flow = FlowMatching(noise_scale=2.0, timestep_shift=3.0)
     model = tiny_model(flow=flow, bottleneck_size=bottleneck, resolution_embeds=bottleneck is not None)
     pipeline = PRXPixelPipeline.from_pretrained(exported(model, tmp_path / "out"))
-    theirs = draw(pipeline, PROMPT, 24, 16, 7, "pt", num_inference_steps=6, guidance_scale=guidance_scale)
+    options: Any = dict(num_inference_steps=6, guidance_scale=guidance_scale)
+    theirs = draw(pipeline, PROMPT, 24, 16, 7, "pt", **options)
+    pipeline.scheduler = Exact.from_config(pipeline.scheduler.config)
+    exact = draw(pipeline, PROMPT, 24, 16, 7, "pt", **options)
     ours = model.sample([PROMPT], 24, 16, [7], 6, guidance_scale)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, exact, atol=1e-4, rtol=0)
+    model.flow = replace(flow, clamp_sampling=True)
+    clamped = model.sample([PROMPT], 24, 16, [7], 6, guidance_scale)
+    torch.testing.assert_close(clamped, theirs, atol=1e-4, rtol=0)
+    assert (theirs - exact).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("noise_scale", [1.0, 1.5])
@@ -92,8 +108,11 @@ def test_what_diffusers_has_no_place_for_is_refused_by_name(tiny_model: Build, t
         exported(model, tmp_path / "out")
     assert "flow.prediction: v on pixels" in str(refusal.value)
     with pytest.raises(UserError, match="min_timestep: 0.1"):
-        exported(tiny_model(flow=FlowMatching(min_timestep=0.1)), tmp_path / "out")
+        exported(tiny_model(flow=FlowMatching(min_timestep=0.1, clamp_sampling=True)), tmp_path / "out")
     assert not list(tmp_path.iterdir()), "nothing half-written is left"
+    flow = FlowMatching(min_timestep=0.1)  # which then is of the loss alone
+    out = exported(tiny_model(flow=flow), tmp_path / "out", recipe={"model": {"flow": {"min_timestep": 0.1}}})
+    assert load_trained(str(out)).model.flow == flow
 
 
 def test_an_exported_folder_is_opened_again_as_the_same_model(tiny_model: Build, tmp_path: Path) -> None:
@@ -121,6 +140,7 @@ def test_a_text_encoder_of_the_hub_can_be_referred_to_instead_of_copied(tiny_mod
     pipeline = PRXPixelPipeline.from_pretrained(tmp_path / "out", text_encoder=trainable.text_encoder.network)
     theirs = draw(pipeline, PROMPT, 16, 16, 7, "pt", num_inference_steps=3, guidance_scale=2.0)
     opened = load_trained(str(tmp_path / "out")).model
+    opened.flow = replace(opened.flow, clamp_sampling=True)
     torch.testing.assert_close(opened.sample([PROMPT], 16, 16, [7], 3, 2.0), theirs, atol=1e-4, rtol=0)
     with pytest.raises(UserError, match="was trained with the model"):
         write_pipeline(replace(trained, model=trainable), tmp_path, reference=True)
@@ -141,6 +161,7 @@ def test_every_kind_of_frozen_text_encoder_is_opened_by_diffusers_and_by_us_agai
     encoder = HuggingFaceTextEncoder(tokenizer, config=text, max_tokens=14)
     model = TextToImage(tiny_model().backbone, encoder).eval()
     pipeline = PRXPixelPipeline.from_pretrained(exported(model, tmp_path / "out"))
+    pipeline.scheduler = Exact.from_config(pipeline.scheduler.config)
     ours = model.sample([PROMPT], 16, 16, [7], 3, 2.0)
     theirs = draw(pipeline, PROMPT, 16, 16, 7, "pt", num_inference_steps=3, guidance_scale=2.0)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -179,21 +200,32 @@ def test_export_writes_the_average_of_a_run_with_a_card(trained_run: Path, tmp_p
 
 
 def test_the_code_on_the_card_runs_without_this_package(trained_run: Path, tmp_path: Path) -> None:
-    """In a process of its own, in which this package cannot be imported, and the image is ours."""
+    """In a process of its own, in which this package cannot be imported, and the image is ours.
+
+    Without the scheduler of the card it is what diffusers draws, which can be asked for too.
+    """
     output = tmp_path / "out"
     prx("export", trained_run, "--output", output)
     code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
     block = "import sys, warnings\nwarnings.simplefilter('ignore')\nsys.modules['prx_composer'] = None\n"
-    code = block + code.replace("PATH_OR_HUB_ID", str(output)) + f"\nimage.save({str(tmp_path / 'theirs.png')!r})\n"
+    code = block + code.replace("PATH_OR_HUB_ID", str(output)) + f"\nimage.save({str(tmp_path / 'exact.png')!r})\n"
+    code += "pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)\n"
+    call = code.split("image = ")[1].partition(".images[0]")[0]
+    code += f"image = {call}.images[0]\nimage.save({str(tmp_path / 'theirs.png')!r})\n"
     code += "assert not [name for name in sys.modules if name.startswith('prx_composer.')]\n"
     finished = subprocess.run(
         [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    prx("generate", trained_run, "-p", PROMPT, "--output", tmp_path / "ours", "--no-grid")
-    (ours,) = (tmp_path / "ours").glob("*.png")
-    difference = np.array(Image.open(ours)).astype(int) - np.array(Image.open(tmp_path / "theirs.png")).astype(int)
-    assert np.abs(difference).max() <= 1
+    drawn = {}
+    for name, option in {"exact": (), "theirs": ("--as-diffusers",)}.items():
+        prx("generate", trained_run, "-p", PROMPT, "--output", tmp_path / name, "--no-grid", *option)
+        (ours,) = (tmp_path / name).glob("*.png")
+        facts = json.loads(Image.open(ours).text["prx"])  # pyright: ignore[reportAttributeAccessIssue]
+        assert facts["as_diffusers"] == bool(option)
+        drawn[name] = np.array(Image.open(ours)).astype(int)
+        assert np.abs(drawn[name] - np.array(Image.open(tmp_path / f"{name}.png"))).max() <= 1
+    assert np.abs(drawn["exact"] - drawn["theirs"]).max() > 1
 
 
 class FakeHub:
@@ -278,6 +310,7 @@ def test_an_exported_quickstart_scores_in_diffusers_what_it_scores_here(tmp_path
     assert finished.returncode == 0, finished.stderr[-3000:]
     theirs = torch.load(tmp_path / "images.pt", weights_only=True)
     model = load_trained(str(tmp_path / "run")).model
+    model.flow = replace(model.flow, clamp_sampling=True)
     ours = model.sample([prompt for prompt, _ in asked], 32, 32, [seed for _, seed in asked], 20, 3.0)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     scores = [

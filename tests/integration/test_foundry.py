@@ -118,7 +118,7 @@ def test_the_loss_of_the_shipped_yaml_goes_down_and_is_evaluated(train: Any, tmp
     train(max_duration="40ba", eval_interval="40ba")
     curve = losses(tmp_path / "foundry")
     assert sum(curve[-10:]) < 0.8 * sum(curve[:10])
-    assert read_metrics(tmp_path / "foundry" / "metrics.jsonl")[-1]["metrics/eval/mse"] > 0
+    assert read_metrics(tmp_path / "foundry" / "metrics.jsonl")[-1]["metrics/eval/validation_loss"] > 0
 
 
 def test_a_run_of_llm_foundrys_trainer_goes_on_bit_for_bit(train: Any, tmp_path: Path) -> None:

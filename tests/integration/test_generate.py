@@ -17,6 +17,7 @@ from conftest import train_once
 from PIL import Image
 from stacks import stack_of_24h
 
+from prx_composer.common.errors import UserError
 from prx_composer.models.flow import RoutedSelfGuidance
 from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import INDEX, MONOLITH
@@ -151,6 +152,39 @@ def test_routed_self_guidance_is_used_where_the_run_used_it_and_where_it_is_aske
     assert calls == [2, 2] * 3 + [4] * 3, "dense and routed; or both halves in one call"
     said = prx("generate", folder_of(tiny_recipe), "-p", PROMPT, "--steps", 1, "--guidance", "self", "--output", tmp_path)
     assert "1 image" in said
+
+
+@pytest.mark.parametrize(("end", "drew"), [(None, "internal:1.5"), ("4ba", "cfg")])
+def test_internal_guidance_draws_as_the_run_drew_with_its_readout_and_export_leaves_it_out(
+    tiny_recipe: Recipe, write_recipe: Write, end: str | None, drew: str, tmp_path: Path
+) -> None:
+    tiny_recipe["model"]["backbone"] |= {"depth": 3}
+    tiny_recipe["model"]["flow"] = {"min_timestep": 0.05}
+    tiny_recipe["algorithms"] |= {"internal_guidance": {"scale": 1.5, "end": end}, "readouts": {}}
+    trainer = build_trainer(config.load([write_recipe(tiny_recipe)]))
+    trainer.fit()
+    model, folder = trainer.state.model, folder_of(tiny_recipe)
+    trained = load_trained(str(folder), "raw").model
+    heads = [name for name in trained.state_dict() if name.startswith("auxiliary_losses.")]
+    assert len(heads) == 4 and all(".internal_guidance.heads.0." in name for name in heads), "readouts are of training alone"
+    assert choose_guidance(trained, "run") == drew
+    expected: Any = model.sample([PROMPT], 16, 16, [1], 3)  # pyright: ignore[reportCallIssue]
+    torch.testing.assert_close(trained.sample([PROMPT], 16, 16, [1], 3), expected)
+    trainer.close()
+    averaged = load_trained(str(folder)).model
+    average = torch.load(folder / "checkpoints/ba8/rank0.pt", weights_only=False)["state"]["callbacks"]["AverageState"]["average"]
+    assert all(torch.equal(averaged.state_dict()[name], average[name]) for name in heads)
+    assert choose_guidance(averaged, "internal") == "internal:1.5" and choose_guidance(averaged, "internal:2.5") == "internal:2.5"
+    strong = averaged.sample([PROMPT], 16, 16, [1], 3)
+    choose_guidance(averaged, "cfg")
+    plain = averaged.sample([PROMPT], 16, 16, [1], 3)
+    assert not torch.allclose(strong, plain)
+    said = prx("export", folder, "--output", tmp_path / "out", "-p", PROMPT)
+    assert ("internal guidance, which diffusers' pipelines don't have" in said) == (end is None)
+    torch.testing.assert_close(load_trained(str(tmp_path / "out")).model.sample([PROMPT], 16, 16, [1], 3), plain)
+    for name, message in (("internal:0.5", "must be a number from 1 on"), ("internal:x", "--guidance internal")):
+        with pytest.raises(UserError, match=message):
+            choose_guidance(averaged, name)
 
 
 class Malicious:

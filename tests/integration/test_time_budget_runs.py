@@ -89,7 +89,7 @@ def test_a_run_ends_inside_its_budget_with_everything_and_goes_on_with_a_larger_
     assert 20 - STEP - 0.2 * EVALUATION < spent <= 20, "another step would not have fitted"
     assert json.loads((folder / "clock.json").read_text()) == {"elapsed": spent}
     last = len(rows)
-    evaluated = [row["batch"] for row in rows if "metrics/eval/mse" in row]
+    evaluated = [row["batch"] for row in rows if "metrics/eval/validation_loss" in row]
     assert evaluated == [row["batch"] for row in rows if "heldout_accuracy" in row] == [1, 2, last], "rehearsed, then done"
     assert sorted(p.name for p in (folder / "images").iterdir()) == [f"ba{n:06d}.png" for n in (1, 2, last)]
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {f"ba{n}" for n in (1, 2, last)}
@@ -113,7 +113,7 @@ def test_a_run_ends_inside_its_budget_with_everything_and_goes_on_with_a_larger_
     assert 45 - STEP - 0.2 * EVALUATION < pace.now - 1500 <= 45
     assert rows[last]["budget/elapsed"] == pytest.approx(spent + STEP)
     assert set(pace.seen) == {(False, 1)}, "what was passed stays passed: 20 s are less than half of 45 s"
-    assert [row["batch"] for row in rows if "metrics/eval/mse" in row] == [1, 2, last, len(rows)]
+    assert [row["batch"] for row in rows if "metrics/eval/validation_loss" in row] == [1, 2, last, len(rows)]
 
 
 def test_a_budget_that_is_not_needed_changes_no_bit(budgeted: Recipe, write_recipe: Write) -> None:
@@ -166,5 +166,5 @@ def test_two_ranks_agree_on_the_time_and_stop_at_the_same_batch(budgeted: Recipe
     assert first == second and len(first) >= 2
     rows = read_metrics(folder_of(budgeted) / "metrics.jsonl")
     assert len(rows) == len(first) and rows[-1]["lr-AdamW/group0"] == 0
-    assert "metrics/eval/mse" in rows[-1] and "heldout_accuracy" in rows[-1]
+    assert "metrics/eval/validation_loss" in rows[-1] and "heldout_accuracy" in rows[-1]
     assert (folder_of(budgeted) / "checkpoints" / f"ba{len(rows)}").is_dir()

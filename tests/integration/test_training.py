@@ -56,7 +56,7 @@ def test_a_run_leaves_images_metrics_checkpoints_tokenizer_and_a_closing_line(
     assert all({"seconds", "loss/train/total", "loss/train/flow"} <= row.keys() for row in rows)
     assert [row["stage/image_size"] for row in rows] == [8] * 4 + [16] * 4
     assert rows[-1]["train_seconds"] > 0 and 0 <= rows[-1]["heldout_accuracy"] <= 1
-    assert [row["batch"] for row in rows if "metrics/eval/mse" in row] == [4, 8]
+    assert [row["batch"] for row in rows if "metrics/eval/validation_loss" in row] == [4, 8]
     assert sorted(p.name for p in (folder / "images").iterdir()) == ["ba000004.png", "ba000008.png"]
     assert Image.open(folder / "images" / "ba000008.png").width > 2 * 128
     cells = [np.asarray(Image.open(folder / "images" / f"ba00000{batch}.png"))[8 : 8 + 128, 8 : 8 + 128] for batch in (4, 8)]

@@ -156,6 +156,8 @@ def test_all_are_the_files_of_the_folder_and_what_the_recipe_has_and_the_rest_is
     assert stacks.keys() | reasons.keys() == {"base", *files, *(f"base-{name}" for name in base.algorithms)}
     assert "has algorithms.ema already" in reasons["base+ema"] and "base-ema" in stacks
     assert ("base+muon" in reasons) == (recipe == "icons")  # which has it
+    assert "base+normuon" in stacks, "a setting that the recipe hasn't is something new"
+    assert any("muon.normuon to True" in note for note in stacks["base+normuon"]["notes"]) == (recipe == "icons")
     assert stacks["base+tread"]["adds"] == ["tread"] and stacks["base-ema"]["leaves_out"] == ["ema"]
     assert not stacks["base+tread"]["sets"] and not stacks["base+tread"]["notes"] and not stacks["base-ema"]["sets"]
     assert "random weights" in stacks["base+repa"]["notes"][0] and "random weights" in stacks["base+lpips"]["notes"][0]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_data import SQUARE, encode, gradient, write
 
 from prx_composer import registry
 from prx_composer.common.errors import UserError
@@ -89,3 +90,21 @@ def test_the_folder_of_our_own_callbacks_is_the_run_s(tiny_recipe: Recipe, write
     tiny_recipe["callbacks"] = {"images": {"prompts": ["x"], "folder": "elsewhere", "image_size": 8}}
     with pytest.raises(UserError, match=r"^callbacks\.images\.folder: no such argument"):
         config.check(config.load([write_recipe(tiny_recipe)]))
+
+
+def test_what_a_run_is_measured_on_does_not_depend_on_its_seed(
+    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write(tmp_path / "d", [(SQUARE, encode(gradient(16, 16)))] * 16)
+    loader = {"name": "image_caption", "path": str(data), "captions": {"caption": 1.0, "alt": 1.0}}
+    tiny_recipe |= {"train_loader": loader | {"shuffle": False}, "eval_loader": loader, "algorithms": {}}
+    file = write_recipe(tiny_recipe | {"global_train_batch_size": 16, "global_eval_batch_size": 6, "eval_subset_num_batches": 2})
+
+    def captions(key: str, seed: int) -> list[list[list[int]]]:
+        loader = Components(config.load([file, f"seed={seed}"]), meta=False).loader(key)
+        return [batch["input_ids"].tolist() for batch in loader.dataloader]
+
+    assert captions("train_loader", 1) != captions("train_loader", 2)
+    assert captions("eval_loader", 1) == captions("eval_loader", 2)
+    assert Components(config.load([file]), meta=False).evaluator is not None
+    assert "an evaluation measures 12 of 16 samples (75.0%), evenly spaced" in caplog.text

@@ -16,6 +16,7 @@ from prx_composer.data.loader import Collator, ImageCaptionData, ImageCaptionLoa
 from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler, SampleRequest
 from prx_composer.models import TextToImage
+from prx_composer.models.text_to_image import VALIDATION_TIMESTEPS
 
 Build = Callable[..., TextToImage]
 SQUARES, WIDES = 13, 3
@@ -63,24 +64,23 @@ def loaders_of(
 @pytest.fixture
 def alone(tiny_model: Build, tokenizer: Any, data: Path) -> tuple[TextToImage, dict[str, torch.Tensor]]:
     """A model, and its metrics by a plain loop over the samples, one by one."""
-    model, dataset = tiny_model(seed=3).eval(), ImageCaptionDataset(str(data))
-    errors, times = [], []
-    with torch.no_grad():
-        for index in range(len(dataset)):
-            size = dataset.buckets[dataset.bucket_of(index)]
-            sample = dataset[SampleRequest(index, size.height, size.width, 0)]
-            outputs = model.eval_forward(Collator(tokenizer, 14)([sample]))
-            errors.append(model.flow.squared_error(outputs.prediction, outputs.clean, outputs.noise, outputs.timestep).double())
-            times.append(outputs.timestep)
-    error, time = torch.cat(errors), torch.cat(times)
-    bins = {f"mse_t{low:.2f}-{low + 0.25:.2f}": error[(time >= low) & (time < low + 0.25)].mean() for low in (0, 0.25, 0.5, 0.75)}
-    return model, {"mse": error.mean(), **bins}
+    model, dataset = tiny_model(seed=3, trainable_text=False).eval(), ImageCaptionDataset(str(data))
+    errors = []
+    for index in range(len(dataset)):
+        size = dataset.buckets[dataset.bucket_of(index)]
+        sample = dataset[SampleRequest(index, size.height, size.width, 0)]
+        errors.append(model.eval_forward(Collator(tokenizer, 14)([sample])).double())
+    at = torch.cat(errors).mean(0)
+    each = {f"validation_loss_t{t:g}": error for t, error in zip(VALIDATION_TIMESTEPS, at, strict=True)}
+    return model, {"validation_loss": at.mean(), **each}
 
 
 @pytest.mark.parametrize(
     ("batch", "ranks", "microbatch", "workers", "keeps_shape"),
     [
         (1, 1, None, 0, False),
+        (2, 1, None, 0, False),
+        (7, 1, None, 0, False),
         (8, 1, None, 0, False),
         (64, 1, None, 0, False),
         (8, 1, 3, 2, False),
@@ -88,6 +88,7 @@ def alone(tiny_model: Build, tokenizer: Any, data: Path) -> tuple[TextToImage, d
         (10, 2, 2, 0, False),
         (3, 3, None, 0, False),
         (12, 3, 1, 0, False),
+        (4, 4, None, 0, False),
         (64, 4, None, 0, False),
         (12, 3, 3, 0, True),
         (64, 2, None, 0, True),
@@ -110,6 +111,18 @@ def test_batches_are_of_one_shape_for_a_compiled_model_only(tokenizer: Any, data
     for keeps_shape, sizes in ((False, {8, 5, 3}), (True, {8})):
         (loader,) = loaders_of(dataset, tokenizer, 8, keeps_shape=keeps_shape)
         assert {len(batch["sample_id"]) for batch in loader} == sizes
+
+
+@pytest.mark.parametrize(("batch", "ranks", "keeps_shape"), [(4, 1, False), (4, 2, True), (16, 4, False)])
+def test_a_part_of_the_samples_is_evenly_spaced_over_all_buckets_whatever_the_batches(
+    tiny_model: Build, tokenizer: Any, data: Path, batch: int, ranks: int, keeps_shape: bool
+) -> None:
+    loaders = loaders_of(ImageCaptionDataset(str(data)), tokenizer, batch, ranks, keeps_shape=keeps_shape)
+    for loader in loaders:
+        loader.batch_sampler.at_most = 8
+    assert len(loaders[0]) == len(list(loaders[0])), "Composer is told how many steps there are"
+    _, counted = measured(tiny_model().eval(), loaders)
+    assert counted == Counter(range(0, SQUARES + WIDES, 2))
 
 
 def test_composer_is_told_how_many_samples_a_batch_counts(tokenizer: Any, data: Path) -> None:

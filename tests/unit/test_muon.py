@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from prx_composer.models import PRXBackbone
-from prx_composer.optim import add_parameters
+from prx_composer.optim import add_parameters, state_after_a_step
 from prx_composer.optim import exchange as shares
-from prx_composer.optim.muon import Muon, muon_parameters, newton_schulz
+from prx_composer.optim.muon import Muon, muon_parameters
+from prx_composer.optim.newton_schulz import newton_schulz
 
 POLYNOMIAL = [2.0315, 0, -4.7750, 0, 3.4445, 0]  # highest power first
 
@@ -228,9 +229,97 @@ def test_split_heads_orthogonalises_every_head_by_itself() -> None:
         torch.testing.assert_close(model.get_parameter(name).detach(), start - 0.1 * torch.cat(parts).float(), atol=2e-5, rtol=0)
 
 
-def test_a_run_that_is_saved_and_resumed_repeats_every_bit(net: Net) -> None:
+def test_split_qkv_orthogonalises_queries_keys_and_values_by_themselves() -> None:
+    """As if each had a layer of its own, whose rows the attention takes for its queries, keys or values."""
+    torch.manual_seed(0)
+    model = PRXBackbone(in_channels=3, patch_size=4, context_in_dim=8, hidden_size=12, num_heads=3, depth=2, axes_dim=(2, 2))
+    names = ("blocks.1.attention.img_qkv_proj.weight", "blocks.0.attention.txt_kv_proj.weight", "blocks.0.up_proj.weight")
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    own = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(12, 12, bias=False) for _ in range(5))})  # q, k, v | k, v
+    gradients = [part for name in names[:2] for part in _gradient(model, name).split(12)]
+    for layer, gradient in zip(own["blocks"].children(), gradients, strict=True):
+        layer.get_parameter("weight").data.zero_()
+        layer.get_parameter("weight").grad = gradient.clone()
+    before = copy.deepcopy(model)
+    Muon(model, lr=0.1, split_qkv=True).step()
+    Muon(own, lr=0.1).step()
+    steps = [model.get_parameter(name).detach() - before.get_parameter(name).detach() for name in names]
+    torch.testing.assert_close(torch.cat(steps[:2]), torch.cat([p.detach() for p in own.parameters()]), atol=1e-6, rtol=0)
+    whole = oracle(_gradient(model, names[2]), 5) * 0.2 * max(steps[2].shape) ** 0.5
+    torch.testing.assert_close(steps[2], -0.1 * whole.float(), atol=2e-5, rtol=0)
+
+
+def _gradient(model: nn.Module, name: str) -> Tensor:
+    gradient = model.get_parameter(name).grad
+    assert gradient is not None
+    return gradient
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_normuon_divides_rows_by_their_second_moment_and_keeps_the_norm(split: bool) -> None:
+    """Against the paper's algorithm, one matrix after the other, with the norm of its authors' code."""
+    torch.manual_seed(0)
+    sizes: Any = dict(in_channels=3, patch_size=4, context_in_dim=8, hidden_size=12, num_heads=3, depth=1, axes_dim=(2, 2))
+    model = PRXBackbone(**sizes).double()
+    optimizer = Muon(model, lr=0.1, momentum=0.0, nesterov=False, split_qkv=split, normuon=True, neuron_beta2=0.7)
+    matrices = muon_parameters(model)
+    moments = {name: torch.zeros(len(weight), 1, dtype=torch.float64) for name, weight in matrices.items()}
+    for _ in range(3):
+        for weight in matrices.values():
+            weight.grad = torch.randn_like(weight) * torch.logspace(0, -2, len(weight), dtype=torch.float64)[:, None]
+        before = {name: weight.detach().clone() for name, weight in matrices.items()}
+        optimizer.step()
+        for name, weight in matrices.items():
+            parts = {"img_qkv_proj": 3, "txt_kv_proj": 2}.get(name.split(".")[-2], 1) if split else 1
+            expected = []
+            for gradient, moment in zip(_gradient(model, name).chunk(parts), moments[name].chunk(parts), strict=True):
+                update = oracle(gradient, 5)
+                moment.copy_(0.7 * moment + 0.3 * update.square().mean(1, keepdim=True))
+                even = update / moment.sqrt()
+                expected.append(-0.1 * 0.2 * max(update.shape) ** 0.5 * even * update.norm() / even.norm())
+            torch.testing.assert_close(weight.detach() - before[name], torch.cat(expected), atol=1e-9, rtol=1e-6)
+
+
+def test_in_its_first_step_normuon_gives_every_neuron_the_same_step() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(9, 30, bias=False)])})
+    weight = next(net.parameters())
+    weight.grad = torch.randn_like(weight) * torch.logspace(0, -3, 30)[:, None]
+    before = weight.detach().clone()
+    Muon(net, lr=1.0, normuon=True).step()
+    rows = (weight.detach() - before).norm(dim=1)
+    torch.testing.assert_close(rows, rows.mean().expand(30), rtol=1e-4, atol=0)
+
+
+def test_fp16_on_what_travels_in_bf16_is_nearer_to_fp32_than_bf16_is(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    layers = [nn.Linear(48, 12, bias=False), nn.Linear(12, 12, bias=False)]
+    net = nn.ModuleDict({"blocks": nn.ModuleList(layers)})  # type: ignore[assignment]
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter).bfloat16().float()
+    nets = [copy.deepcopy(net) for _ in range(3)]
+    for model in nets:
+        for parameter, other in zip(model.parameters(), net.parameters(), strict=True):
+            assert other.grad is not None
+            parameter.grad = other.grad.clone()
+    arguments: dict[str, Any] = dict(lr=1.0, momentum=0.0, nesterov=False)
+    Muon(nets[0], **arguments).step()
+    layout: Any = shares._Layout.of
+    monkeypatch.setattr(shares._Layout, "of", lambda weight: layout(weight)._replace(dtype=torch.bfloat16))
+    Muon(nets[1], newton_schulz_dtype="fp16", **arguments).step()
+    Muon(nets[2], **arguments).step()
+    for exact, fp16, bf16 in zip(*(model.parameters() for model in nets), strict=True):
+        assert 0 < (fp16 - exact).norm() < 0.5 * (bf16 - exact).norm()
+
+
+OTHER_WAYS: dict[str, Any] = dict(coefficients="polar_express", newton_schulz_dtype="fp16", normuon=True, neuron_beta2=0.9)
+
+
+@pytest.mark.parametrize("options", [{}, OTHER_WAYS], ids=["as_ever", "other_ways"])
+def test_a_run_that_is_saved_and_resumed_repeats_every_bit(net: Net, options: dict[str, Any]) -> None:
     def fresh(model: nn.Module) -> Muon:
-        return Muon(model, lr=0.03, weight_decay=0.1)
+        return Muon(model, lr=0.03, weight_decay=0.1, **options)
 
     other = copy.deepcopy(net)
     train(net, fresh(net), range(6))
@@ -245,6 +334,21 @@ def test_a_run_that_is_saved_and_resumed_repeats_every_bit(net: Net) -> None:
     resumed.load_state_dict(weights)
     optimizer.load_state_dict(state)
     assert_equal(train(resumed, optimizer, range(3, 6)), net)
+
+
+def test_what_a_checkpoint_holds_of_settings_is_what_it_held_before_there_were_more(net: Net) -> None:
+    """Old checkpoints are read and new ones by old code; the recipe says the rest."""
+    for options in ({}, OTHER_WAYS):
+        muon = Muon(net, **options).state_dict()["param_groups"][0]
+        held = {"algorithm", "lr", "momentum", "nesterov", "newton_schulz_steps", "scale", "weight_decay", "pieces"}
+        assert muon.keys() == held | {"params", "betas", "eps", "fused"}
+
+
+def test_what_is_kept_per_row_is_counted_before_there_is_a_step(net: Net) -> None:
+    plain, more = (state_after_a_step(Muon(net, normuon=normuon)) for normuon in (False, True))
+    assert not plain[1] and not more[1], "nothing is guessed"
+    rows = sum(len(weight) for weight in muon_parameters(net).values())
+    assert sum(s.numel() for s in more[0]) == sum(s.numel() for s in plain[0]) + rows
 
 
 def test_a_schedule_scales_both_parts(net: Net) -> None:
@@ -336,6 +440,11 @@ def test_a_closure_is_called_with_gradients(net: Net) -> None:
         (dict(adam_lr=float("nan")), "adam_lr must be a number ≥ 0"),
         (dict(adam_betas=(0.9, 1.0)), "adam_betas must be two numbers"),
         (dict(adam_eps=-1.0), "adam_eps must be a number ≥ 0"),
+        (dict(neuron_beta2=1.0), r"neuron_beta2 must lie in \[0, 1\)"),
+        (dict(coefficients="you"), "coefficients must be jordan or polar_express, not 'you'"),
+        (dict(newton_schulz_dtype="fp8"), "newton_schulz_dtype must be bf16 or fp16, not 'fp8'"),
+        (dict(split_heads=True, split_qkv=True), "leave split_qkv out"),
+        (dict(split_qkv=True), "split_qkv needs projections named img_qkv_proj or txt_kv_proj"),
         (dict(exclude="blocks"), "exclude must be a list"),
         (dict(exclude=["modulatoin"]), "'modulatoin' is part of no matrix's name"),
         (dict(exclude=["blocks"]), "keeps every matrix out"),

@@ -105,6 +105,18 @@ def a_pickle_as_the_index_of_shards(place: Place, module: str = "posix", name: s
     assert "could execute code" in command("generate", place.run, *PROMPT)
 
 
+def a_pickle_in_a_checkpoint_that_is_averaged(place: Place) -> None:
+    checkpoint = place.run / "checkpoints" / "ba1"
+    state = torch.load(checkpoint / MONOLITH, weights_only=True)
+    torch.save(state | {"rng": Leaves(place.marker)}, checkpoint / MONOLITH)
+    seal(checkpoint, place.index())
+    assert "could execute code" in command("average", place.run)
+    (checkpoint / MONOLITH).unlink()
+    (checkpoint / ".metadata").write_bytes(pickled_call("posix", "mkdir", str(place.marker)))
+    seal(checkpoint, place.index())
+    assert "could execute code" in command("average", place.run)
+
+
 def a_dotted_name_in_the_index_of_shards(place: Place) -> None:
     a_pickle_as_the_index_of_shards(place, "torch.distributed.checkpoint.filesystem", "os.mkdir")
 
@@ -240,6 +252,7 @@ CASES = [
     a_report_on_a_run_with_code_paths,
     a_pickle_in_the_checkpoint,
     a_pickle_as_the_index_of_shards,
+    a_pickle_in_a_checkpoint_that_is_averaged,
     a_dotted_name_in_the_index_of_shards,
     a_function_in_the_index_of_shards,
     a_tokenizer_of_remote_code,

@@ -106,6 +106,18 @@ def test_muons_work_is_that_of_the_reference_and_not_part_of_the_sum() -> None:
         assert stage.total_flops == sum(stage.flops.values())
 
 
+def test_in_fp16_muons_work_on_wide_matrices_is_less_and_its_other_options_cost_none() -> None:
+    def work(*changes: str) -> float:
+        stage = make_plan(full(*changes), LIMIT).stages[0]
+        return stage.optimizer_flops * stage.batch_size / 1e12
+
+    assert work("optimizer.coefficients=polar_express", "optimizer.normuon=true") == work()
+    assert work("optimizer.newton_schulz_steps=10") == pytest.approx(2 * work())
+    sides = [3, 2, 1, 3.5, 3.5, 3.5, 6]  # of a block's matrices: long over short, which is 1792; one of them is square
+    once = sum(8 * side + 28 if side > 1 else 30 for side in sides)  # two products with X, two XXᵀ, 14 products of squares
+    assert work("optimizer.newton_schulz_dtype=fp16") == pytest.approx(16 * once * 1792**3 / 1e12)
+
+
 def test_what_ends_with_a_stage_is_not_in_the_next() -> None:
     first, second = make_plan(full(), LIMIT).stages
     assert "repa" in first.flops and "repa" not in second.flops

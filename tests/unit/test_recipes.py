@@ -66,6 +66,7 @@ MAY_DIFFER = {
     "callbacks.images.num_inference_steps": "half of them",
     "callbacks.images.prompts.*": "what the data show",
     "eval_interval": "a hundredth of the steps",
+    "eval_subset_num_batches": "the share of the time that evaluation may take",
     "save_interval": "a shorter run",
 }
 

@@ -63,8 +63,8 @@ def run(tmp_path: Path) -> Path:
     recipe = {"run_name": "mine", "callbacks": {"images": {"prompts": PROMPTS}}, "image_size": 16}
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     logged = rows(40, switch=30)
-    logged[19] |= {"metrics/eval/mse": 0.1234567, "fid": 31.25}
-    logged[39] |= {"metrics/eval/mse": 0.0765432, "heldout_accuracy": 0.625, "train_seconds": 21.0}
+    logged[19] |= {"metrics/eval/validation_loss": 0.1234567, "fid": 31.25}
+    logged[39] |= {"metrics/eval/validation_loss": 0.0765432, "heldout_accuracy": 0.625, "train_seconds": 21.0}
     save_rows(folder, logged)
     (folder / "clock.json").write_text('{"elapsed": 3600.0}\n')
     for batch in (20, 40):
@@ -84,7 +84,7 @@ def test_the_pages_numbers_are_those_of_the_metrics(run: Path) -> None:
     assert f"{last['loss/train/total']:#.4g} last loss" in text and "40 steps" in text and "62.5% held-out accuracy" in text
     assert f"Total loss {last['loss/train/total']:#.4g} at step 40" in text
     assert f"Loss: flow {last['loss/train/flow']:#.4g} at step 40" in text
-    assert "eval/mse 0.1235 0.07654" in text and "fid 31.25 –" in text and "heldout_accuracy – 0.6250" in text
+    assert "eval/validation_loss 0.1235 0.07654" in text and "fid 31.25 –" in text and "heldout_accuracy – 0.6250" in text
     assert "16 px – 1 – 30 the end 15s 128" in text and "32 px – 31 – 40 the end 5s 32" in text
     assert "1h00m of training" in text and "4 GPU-hours at $2.50, $10.00" in re.sub(r" ([,.])", r"\1", text.replace("4.000", "4"))
     assert "Finished." in text

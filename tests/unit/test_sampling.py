@@ -22,7 +22,8 @@ PROMPT = "a red circle on the left of a white background"
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 8)])
 def test_draws_what_the_prx_pixel_pipeline_draws(tiny_model: Build, guidance_scale: float, height: int, width: int) -> None:
-    model = tiny_model(flow=FlowMatching(noise_scale=2.0, timestep_shift=3.0), resolution_embeds=True, bottleneck_size=6)
+    flow = FlowMatching(noise_scale=2.0, timestep_shift=3.0, clamp_sampling=True)
+    model = tiny_model(flow=flow, resolution_embeds=True, bottleneck_size=6)
     transformer = PRXTransformer2DModel(**model.backbone.config)
     transformer.load_state_dict(model.backbone.state_dict())
     pipeline = PRXPixelPipeline(
@@ -60,10 +61,44 @@ def test_draws_what_the_prx_pixel_pipeline_draws(tiny_model: Build, guidance_sca
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
 def test_euler_follows_a_straight_path_exactly(prediction: str) -> None:
-    flow = FlowMatching(prediction=prediction, noise_scale=2.0, timestep_shift=3.0, min_timestep=1e-3)  # pyright: ignore[reportArgumentType]
+    flow = FlowMatching(prediction=prediction, noise_scale=2.0, timestep_shift=3.0)  # pyright: ignore[reportArgumentType]
     x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     target = x0 if prediction == "x" else flow.velocity(x0, noise)
     torch.testing.assert_close(sample_flow(lambda x_t, t, index: target, flow, noise, 9), x0, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("min_timestep", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("noise_scale", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_a_perfect_denoiser_stays_on_the_path_and_gives_the_exact_image(
+    shift: float, noise_scale: float, min_timestep: float
+) -> None:
+    """At every step, also where several last ones lie below `min_timestep`, by which the loss divides."""
+    flow = FlowMatching(noise_scale=noise_scale, timestep_shift=shift, min_timestep=min_timestep)
+    x0, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def perfect(x_t: torch.Tensor, t: torch.Tensor, index: int) -> torch.Tensor:
+        torch.testing.assert_close(x_t, flow.interpolate(x0, noise, t), atol=1e-5 * noise_scale, rtol=0)
+        return x0
+
+    for steps in (1, 2, 3, 10, 28, 50, 250):
+        assert (sample_flow(perfect, flow, noise, steps) - x0).abs().max() <= 1e-5
+
+
+def test_clamped_steps_leave_the_part_of_the_noise_that_diffusers_leaves() -> None:
+    """Of the last step of PRX's 28: t = 0.009, of which a step that divides by 0.05 goes 18%."""
+    flow = FlowMatching(noise_scale=2.0, timestep_shift=3.0, clamp_sampling=True)
+    x0, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    last: list[float] = []
+
+    def perfect(x_t: torch.Tensor, t: torch.Tensor, index: int) -> torch.Tensor:
+        last[:] = [t[0].item()]
+        return x0
+
+    drawn = sample_flow(perfect, flow, noise, 28)
+    left = (1 - last[0] / 0.05) * last[0]
+    torch.testing.assert_close(drawn, x0 + left * (2 * noise - x0), atol=1e-5, rtol=0)
+    assert 0.81 < 1 - last[0] / 0.05 < 0.83
 
 
 def test_an_image_depends_on_its_own_prompt_and_seed_only(tiny_model: Build) -> None:
@@ -101,8 +136,7 @@ def test_who_watches_sees_the_image_predicted_at_every_step_and_changes_nothing(
     )
     assert torch.equal(watched, model.sample([PROMPT] * 2, 16, 24, [1, 2], 3))
     assert [index for index, _ in seen] == [0, 1, 2]
-    if prediction == "v":  # of an image, the last Euler step goes the t / min_timestep-th part of the way
-        torch.testing.assert_close(seen[-1][1], watched)
+    torch.testing.assert_close(seen[-1][1], watched)
     assert not torch.allclose(seen[0][1], watched)
 
     def leave(index: int, predicted: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from prx_composer.algorithms.base import LossTrick
 from prx_composer.algorithms.lora import LoRA
 from prx_composer.algorithms.low_precision import apply_low_precision_norm
 from prx_composer.algorithms.perceptual import LPIPS, Net, PerceptualDINO
+from prx_composer.algorithms.readouts import GuidingReadout, Readouts
 from prx_composer.algorithms.repa import IREPA, REPA, Adapter
 from prx_composer.algorithms.token_routing import SPRINT
 from prx_composer.models.backbone import PRXBackbone
@@ -124,6 +125,8 @@ TRICKS = {
     "repa": REPA(TeacherSpec(config=TEACHERS[0] | SIZES), block=1),
     "adapter": REPA(TeacherSpec(config=TEACHERS[0] | SIZES), block=1, adapter=Adapter(depth=2)),
     "irepa": IREPA(TeacherSpec(config=TEACHERS[0] | SIZES), block=1),
+    "readouts": Readouts(),
+    "internal guidance": GuidingReadout(),
     "sprint": SPRINT(start_block=1, rate=0.5),
     "lora": LoRA(rank=4),
     "brightness": Brightness(),

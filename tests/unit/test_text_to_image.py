@@ -87,23 +87,92 @@ def test_routers_are_drawn_per_microbatch_in_training_only(tiny_model: Build, ti
     assert first is not None and second is not None and not torch.equal(first.kept_indices, second.kept_indices)
     assert flops_of_batch(model, tiny_batch) < dense
     model.eval()
-    assert model.eval_forward(tiny_batch).route is None
+    assert model(tiny_batch).route is None
+    routed, model.backbone.router = model.eval_forward(tiny_batch), None
+    assert torch.equal(routed, model.eval_forward(tiny_batch))
+    model.train().backbone.router = KeepHalf()
+    assert torch.equal(routed, model.eval_forward(tiny_batch)), "also in a loop that forgot to call eval()"
 
 
-def test_eval_is_repeatable_and_the_bins_average_to_the_whole(tiny_model: Build, tiny_batch: Batch) -> None:
-    model = tiny_model().eval()
+# ------------------------------------------------------------------------------------------------------ the validation loss
+
+
+def answering(model: TextToImage, answer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> TextToImage:
+    """Let a model predict `answer(x_t, t)` in place of what its backbone would."""
+    model._predict = lambda x_t, t, text, route=None: answer(x_t, t)  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+def summed(model: TextToImage, batch: Batch) -> dict[str, float]:
     metrics = model.get_metrics(is_train=False)
-    outputs = model.eval_forward(tiny_batch)
-    assert torch.equal(outputs.noise, model.eval_forward(tiny_batch).noise)
-    wide = FlowOutput(**{**vars(outputs), "timestep": torch.tensor([0.1, 0.2, 0.6, 1.0])})
     for metric in metrics.values():
         metric.reset()
-        model.update_metric(tiny_batch, wide, metric)
-    error = model.flow.squared_error(wide.prediction, wide.clean, wide.noise, wide.timestep)
-    torch.testing.assert_close(metrics["mse"].compute(), error.mean())
-    torch.testing.assert_close(metrics["mse_t0.00-0.25"].compute(), error[:2].mean())
-    torch.testing.assert_close(metrics["mse_t0.75-1.00"].compute(), error[3])
-    assert torch.isnan(metrics["mse_t0.25-0.50"].compute())
+        model.update_metric(batch, model.eval_forward(batch), metric)
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def test_the_metrics_are_the_error_at_eight_timesteps_and_its_mean(tiny_model: Build, tiny_batch: Batch) -> None:
+    model = tiny_model().eval()
+    errors = model.eval_forward(tiny_batch)
+    assert errors.shape == (4, 8) and errors.dtype == torch.float32 and not errors.requires_grad
+    assert torch.equal(errors, model.eval_forward(tiny_batch)), "it is repeatable"
+    found = summed(model, tiny_batch)
+    timesteps = ("0.0625", "0.1875", "0.3125", "0.4375", "0.5625", "0.6875", "0.8125", "0.9375")
+    assert list(found) == ["validation_loss", *(f"validation_loss_t{t}" for t in timesteps)]
+    assert list(found.values()) == pytest.approx([float(errors.mean()), *errors.mean(0).tolist()], rel=1e-6)
+    counted = tiny_batch | {"counted": torch.tensor([True, False, True, True])}
+    assert summed(model, counted)["validation_loss"] == pytest.approx(float(errors[[0, 2, 3]].mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_a_perfect_denoiser_has_none_and_one_that_says_nothing_the_energy_of_the_target(
+    tiny_model: Build, tiny_batch: Batch, prediction: Any
+) -> None:
+    flow = FlowMatching(prediction=prediction, noise_scale=1.5, min_timestep=0.3)
+    model = tiny_model(flow=flow)
+    clean = model.autoencoder.encode(tiny_batch["image"])
+    seen = dict[float, torch.Tensor]()
+
+    def perfect(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen[float(t[0])] = x_t
+        return clean if prediction == "x" else (x_t - clean) / t[:, None, None, None]
+
+    assert summed(answering(model, perfect), tiny_batch)["validation_loss"] == pytest.approx(0, abs=1e-9)
+    noise = (seen[0.5625] - (1 - 0.5625) * clean) / 0.5625 / 1.5
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert all((x_t - ((1 - t) * clean + t * 1.5 * noise)).abs().max() < 1e-5 for t, x_t in seen.items()), (
+        "one noise, eight times"
+    )
+    silent = summed(answering(model, lambda x_t, t: torch.zeros_like(x_t)), tiny_batch)
+    energy = float(clean.double().square().mean()), float((1.5 * noise - clean).double().square().mean())
+    for t in seen:
+        expected = energy[0] / t**2 if prediction == "x" else energy[1]
+        assert silent[f"validation_loss_t{t:g}"] == pytest.approx(expected, rel=1e-5), "not clamped at 0.3"
+
+
+def test_the_same_knowledge_of_the_image_is_the_same_loss_whatever_is_predicted(tiny_model: Build, tiny_batch: Batch) -> None:
+    def guess(x_t: torch.Tensor) -> torch.Tensor:
+        return 0.7 * x_t.roll(1, -1)
+
+    x = tiny_model(flow=FlowMatching("x", min_timestep=0.2))
+    v = tiny_model(flow=FlowMatching("v"))
+    losses = summed(answering(x, lambda x_t, t: guess(x_t)), tiny_batch)
+    same = summed(answering(v, lambda x_t, t: (x_t - guess(x_t)) / t[:, None, None, None]), tiny_batch)
+    assert same == pytest.approx(losses, rel=1e-5)
+
+
+def test_neither_how_a_run_draws_nor_its_seed_has_a_part_in_its_validation_loss(tiny_model: Build, tiny_batch: Batch) -> None:
+    model, other = tiny_model().eval(), tiny_model().train()
+    other.flow = FlowMatching(logit_mean=-2.0, timestep_shift=3.0, uniform_fraction=1.0, sampled_min=0.5, min_timestep=0.5)
+    other.random.seed, other.caption_dropout = 5, 0.9
+    other.random.begin_step(77)
+    torch.manual_seed(99)
+    expected = model.eval_forward(tiny_batch)
+    assert torch.equal(other.eval_forward(tiny_batch), expected)
+    moved = {name: value.flip(0) for name, value in tiny_batch.items()}
+    torch.testing.assert_close(other.eval_forward(moved), expected.flip(0), rtol=1e-6, atol=0)
+    renamed = tiny_batch | {"sample_id": torch.tensor([0, 1, 2, 9])}
+    assert (other.eval_forward(renamed) == expected).all(1).tolist() == [True, True, True, False], "of the sample's number it is"
 
 
 @pytest.mark.parametrize("trainable_text", [True, False])

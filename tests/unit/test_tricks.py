@@ -55,7 +55,7 @@ def test_every_trick_is_attached_to_a_model_without_storage_and_nothing_is_fetch
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     pytest.importorskip("torchao", reason="the extra float8, which CI has")
     tiny_recipe["model"]["text_encoder"]["trainable"] = False
-    trained = {"irepa", "lora", "repa", "resolution_aware", "sprint"}
+    trained = {"internal_guidance", "irepa", "lora", "readouts", "repa", "resolution_aware", "sprint"}
     for name in registry.algorithms.builtin:
         tiny_recipe["algorithms"] = {name: ARGUMENTS.get(name, {})}
         parts = Components(config.load([write_recipe(tiny_recipe)]), meta=True)

@@ -4,7 +4,7 @@ import hashlib
 import math
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
@@ -26,6 +26,7 @@ Kinds = list[Literal["ema", "raw"] | None]
 _SEEDS = "0,1,2"
 _PROMPTS_AT_MOST = 5000
 _LAYOUTS = ("geneval", "dpg")
+LOSS = "validation_loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +44,21 @@ class EvaluateOptions:
         str | None,
         Option(metavar="FILE", help='Prompts instead: one per line, or JSON lines with a "prompt". Layouts: see below.'),
     ] = None
-    num: Annotated[int | None, Option("--num", min=2, help="Prompts, evenly spaced. [default: all, at most 5000]")] = None
+    num: Annotated[
+        int | None,
+        Option(
+            "--num",
+            min=2,
+            help="Prompts, evenly spaced. [default: all, at most 5000] Of validation_loss: samples. [default: all]",
+        ),
+    ] = None
     reference: Annotated[
         str | None, Option(metavar="DIR", help="Real images: a data set, or a folder of images. [default: the data]")
     ] = None
     reference_num: Annotated[int | None, Option(min=2, help="Real images, evenly spaced. [default: all]")] = None
-    metrics: Annotated[str, Option(help="Of cmmd, dino_mmd, fd_dino, clip_score, fid.")] = "cmmd,dino_mmd,fd_dino,clip_score"
+    metrics: Annotated[
+        str, Option(help="Of cmmd, dino_mmd, fd_dino, clip_score, fid; or validation_loss, alone: nothing is drawn for it.")
+    ] = "cmmd,dino_mmd,fd_dino,clip_score"
     guidance_scale: Annotated[
         str | None, Option(metavar="LIST", help="Such as 1,2.5,5. [default: as the recipe's callbacks.images, or 3.5]")
     ] = None
@@ -63,7 +73,7 @@ class EvaluateOptions:
     size: Annotated[
         str | None, Option(metavar="HxW", help="Height x width in pixels, or one number. [default: as last trained]")
     ] = None
-    guidance: Annotated[str, Option(help="cfg, self (routed self-guidance), or run: as the run drew.")] = "run"
+    guidance: Annotated[str, Option(help="cfg, self, internal, or run, as for generate.")] = "run"
     batch_size: Annotated[int, Option(min=1, help="Images at a time, per GPU.")] = 16
     device: Annotated[str | None, Option(help="cpu, or gpu. [default: a GPU if there is one]")] = None
     precision: Annotated[str | None, Option(help="fp32, or bf16 (GPU). [default: bf16 on a GPU, fp32 on the CPU]")] = None
@@ -88,6 +98,8 @@ def evaluate_model(options: EvaluateOptions) -> None:
 
     Command, seeds, versions and the weights' hash stand beside every number. The same command goes on where it was stopped. On
     several GPUs, which share the prompts: composer -n 8 -m prx_composer.cli evaluate MODEL …
+
+    --metrics validation_loss draws nothing: it is the loss on held-out samples at eight timesteps, as a run logs it.
 
     --layout geneval: --prompts is GenEval's evaluation_metadata.jsonl. --layout dpg: --prompts is the folder of DPG-Bench's
     prompts (*.txt). Their scorers run in environments of their own.
@@ -119,6 +131,9 @@ def evaluate_model(options: EvaluateOptions) -> None:
     sweep = Sweep(base, scales, steps, seeds, o.batch_size, device, command)
     for settings in sweep.settings:
         check_settings(trained.model, settings, device)
+    if names == [LOSS]:
+        _measure_loss(o, kinds, trained, sweep)
+        return
     if o.layout is None:
         _measure(o, names, kinds, trained, sweep)
         return
@@ -139,16 +154,36 @@ def _chosen(o: EvaluateOptions) -> tuple[list[str], Kinds]:
 
     if o.layout is not None and o.layout not in _LAYOUTS:
         raise UserError(f"--layout: {o.layout!r} is none of {', '.join(_LAYOUTS)}.")
-    try:
-        names = check_metrics([name.strip() for name in o.metrics.split(",") if name.strip()])
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
+    names = [name.strip() for name in o.metrics.split(",") if name.strip()]
+    if LOSS in names:
+        _check_loss_options(o, names)
+    else:
+        try:
+            names = check_metrics(names)
+        except ValueError as error:
+            raise UserError(f"--{error}") from error
     if o.layout is None and o.output is not None and Path(o.output).suffix != ".json":
         raise UserError(f"--output: {o.output} must be a file that ends in .json; the table becomes the .md beside it.")
     kinds = [None] if o.weights is None else [kind.strip() for kind in o.weights.split(",") if kind.strip()]
     if any(kind not in (None, "ema", "raw") for kind in kinds) or not kinds:
         raise UserError(f"--weights must be ema, raw, or ema,raw, not {o.weights!r}.")
     return names, cast(Kinds, kinds)
+
+
+def _check_loss_options(o: EvaluateOptions, names: list[str]) -> None:
+    """Raise UserError for options that ask for drawn images, of which the validation loss has none."""
+    if len(names) > 1:
+        raise UserError(f"--metrics: {LOSS} is measured without drawing, over a whole data set; ask for it alone.")
+    used = (
+        "model", "data", "split", "caption", "num", "metrics", "weights", "code", "size", "batch_size", "device", "precision",
+        "output",
+    )  # fmt: skip
+    others = (option for option in fields(o) if option.name not in used)
+    given = [f"--{option.name.replace('_', '-')}" for option in others if getattr(o, option.name) != option.default]
+    if given:
+        raise UserError(f"--metrics {LOSS} draws nothing; leave out {', '.join(given)}.")
+    if o.size is not None and not o.size.isdecimal():
+        raise UserError(f"--size: for {LOSS} one number, the side of the square whose area the data's images get, not {o.size}.")
 
 
 def _numbers(text: str, kind: type[T], option: str, least: T) -> tuple[T, ...]:
@@ -221,10 +256,58 @@ def _measure(o: EvaluateOptions, names: list[str], kinds: Kinds, trained: "Train
         echo(results.table() + f"\n{results.path}")
 
 
+def _measure_loss(o: EvaluateOptions, kinds: Kinds, trained: "Trained", sweep: "Sweep") -> None:
+    """Measure the validation loss of every kind of weights as a run does, write it down and print its table."""
+    from composer.utils import dist
+
+    from prx_composer.commands.evaluate.sweep import Results, measure_loss
+    from prx_composer.data.loader import ImageCaptionLoader
+    from prx_composer.runs.opening import load_trained
+    from prx_composer.training.components import OF_EVALUATION, loader_of
+
+    model = trained.model
+    spec = _held_out(o, trained.recipe or {})
+    size = trained.image_size if o.size is None else sweep.base.height
+    sizes = {"image_size": size, "global_batch_size": o.batch_size * dist.get_world_size()}
+    sizes["multiple"] = model.backbone.patch_size * model.autoencoder.downsampling
+    where = "--data" if o.data is not None else "the recipe's eval_loader (name other data with --data DIR)"
+    loader: Any = loader_of(spec, where, trained.recipe, model, **sizes, **OF_EVALUATION)
+    if o.num is not None:
+        if not isinstance(loader.dataloader, ImageCaptionLoader):
+            raise UserError(f"--num: {where} is not an image_caption loader, of which a part could be measured; leave --num out.")
+        loader.dataloader.batch_sampler.at_most = o.num
+    count = len(loader.dataloader.dataset)
+    source = f"{spec.get('remote') or spec.get('path') or spec['name']}, {spec.get('split') or 'train'}"
+    conditions: dict[str, Any] = {
+        "metrics": list(model.get_metrics()),
+        "data": {"source": source, "count": count if o.num is None else min(count, o.num), "loader": spec},
+        "image_size": size,
+        "noise_scale": model.flow.noise_scale,
+        "precision": sweep.base.precision,
+    }
+    results = Results(Path(o.output or f"{LOSS}.json").expanduser(), conditions)
+    made_folder(str(results.path.parent))
+    for index, kind in enumerate(kinds):
+        measure_loss(trained if index == 0 else load_trained(o.model, kind), sweep, loader, results)
+    if dist.get_global_rank() == 0:
+        echo(results.table() + f"\n{results.path}")
+
+
+def _held_out(o: EvaluateOptions, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the loader of what the loss is measured on: the recipe's `eval_loader` with what options change, or `--data`."""
+    spec = recipe.get("eval_loader") if o.data is None else {"name": "image_caption", "path": o.data}
+    if not spec:
+        raise UserError(f"{LOSS}: the recipe has no eval_loader; name what was kept out of training: --data DIR --split SPLIT.")
+    changes = {"split": o.split, "captions": None if o.caption is None else {o.caption: 1.0}}
+    spec = spec | {key: value for key, value in changes.items() if value is not None}
+    if spec.get("remote") is not None and spec.get("path"):
+        spec["path"] = _cached(spec["path"], spec.get("split", "train"), spec["remote"])
+    return spec
+
+
 def find_data(trained: "Trained", data: str | None, split: str | None, caption: str | None, needed: bool) -> "DataSet | None":
     """Return the data set that was named, or the recipe's, if it is there or needed."""
-    from prx_composer.data.format import MANIFEST
-    from prx_composer.metrics.real_images import DataSet, default_cache
+    from prx_composer.metrics.real_images import DataSet
 
     if data is not None:
         with at_path("--data"):
@@ -239,14 +322,19 @@ def find_data(trained: "Trained", data: str | None, split: str | None, caption: 
         column = caption or next(iter(spec.get("captions") or {}), None)
         with at_path("the recipe's data; name others with --data DIR or --prompts FILE"):
             path, name, remote = spec["path"], split or spec.get("split", "train"), spec.get("remote")
-            if remote is not None and not Path(path, name, MANIFEST).exists():
-                # Downloaded to the cache, and not wherever somebody's recipe says.
-                path = str(default_cache() / f"data-{_hash([remote])[:16]}")
-            return DataSet(path, name, column, remote)
+            return DataSet(path if remote is None else _cached(path, name, remote), name, column, remote)
     except UserError:
         if needed:
             raise
         return None
+
+
+def _cached(path: str, split: str, remote: str) -> str:
+    """Return where remote data lie: at `path` if they are there, else in the cache, and not wherever somebody's recipe says."""
+    from prx_composer.data.format import MANIFEST
+    from prx_composer.metrics.real_images import default_cache
+
+    return path if Path(path, split, MANIFEST).exists() else str(default_cache() / f"data-{_hash([remote])[:16]}")
 
 
 def _choose_prompts(o: EvaluateOptions, data: "DataSet | None") -> tuple[list[str], str]:

@@ -16,7 +16,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from io import BytesIO
 from itertools import product
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from composer.core import DataSpec
 from composer.utils import dist
 from torch import Tensor
 
@@ -127,7 +128,7 @@ class Results:
             conditions=self.conditions,
             rows=self.rows,
             metrics=METRICS,
-            drawn=sorted({tuple(row["seeds"]) for row in self.rows}),
+            drawn=sorted({tuple(row["seeds"]) for row in self.rows if "seeds" in row}),
             models=sorted({(row["weights"], row["batch"] or 0, row["weights_sha256"]) for row in self.rows}),
             commands=sorted({(row["command"], tuple(row["versions"].items())) for row in self.rows}),
         )
@@ -143,10 +144,11 @@ def _prepared(trained: Trained, sweep: Sweep, prompts: list[str]) -> str:
 def measure(trained: Trained, sweep: Sweep, prompts: list[str], scorer: Scorer, results: Results) -> None:
     """Measure every combination with one kind of weights; pass over those that the results have already."""
     digest = _prepared(trained, sweep, prompts)
-    choose_guidance(trained.model, sweep.base.guidance if sweep.base.guidance in ("cfg", "self") else "run")
+    guidance = sweep.base.guidance
+    choose_guidance(trained.model, guidance if guidance.partition(":")[0] in ("cfg", "self", "internal") else "run")
     for settings in sweep.settings:
         facts = metadata(trained, settings, digest, sweep.device)
-        wanted = {key: facts[key] for key in ("weights_sha256", "guidance_scale", "num_inference_steps")}
+        wanted = {key: facts[key] for key in ("weights_sha256", "guidance_scale", "num_inference_steps", "as_diffusers")}
         wanted |= {"weights": trained.weights, "seeds": list(sweep.seeds)}
         said = f"{trained.weights}, guidance scale {settings.guidance_scale:g}, {settings.num_inference_steps} steps"
         if any(all(row.get(key) == value for key, value in wanted.items()) for row in results.rows):
@@ -176,6 +178,39 @@ def measure(trained: Trained, sweep: Sweep, prompts: list[str], scorer: Scorer, 
             | {"metrics": measured, "command": sweep.command, "ranks": dist.get_world_size()}
             | {"date": begun.isoformat(timespec="seconds"), "seconds": round(took, 1)}
         )
+
+
+_OF_DRAWING = {entry.name for entry in fields(DrawingSettings)} - {"precision"}
+
+
+def measure_loss(trained: Trained, sweep: Sweep, loader: DataSpec, results: Results) -> None:
+    """Measure the validation loss over a loader of evaluation, which the ranks share, unless the results have it already."""
+    digest = _prepared(trained, sweep, [])
+    facts = metadata(trained, sweep.base, digest, sweep.device)
+    facts = {key: value for key, value in facts.items() if key not in _OF_DRAWING}
+    if any(row["weights_sha256"] == digest and row["weights"] == trained.weights for row in results.rows):
+        log.info("%s: measured already.", trained.weights)
+        return
+    begun, samples, model = datetime.datetime.now(datetime.UTC), 0, trained.model
+    metrics = model.get_metrics()
+    for metric in metrics.values():
+        metric.to(sweep.device).reset()
+    for batch in loader.dataloader:
+        samples += int(loader.get_num_samples_in_batch(batch))
+        on_device = {name: value.to(sweep.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        moved = loader.microbatch_transforms(on_device)
+        with torch.autocast(sweep.device.type, torch.bfloat16, enabled=sweep.base.precision == "bf16"):
+            errors = model.eval_forward(moved)
+        for metric in metrics.values():
+            model.update_metric(moved, errors, metric)
+    values = {name: float(metric.compute()) for name, metric in metrics.items()}  # over all ranks
+    took = (datetime.datetime.now(datetime.UTC) - begun).total_seconds()
+    results.add(
+        facts
+        | {"metrics": {name: {"mean": value, "interval_95": None, "per_seed": [value]} for name, value in values.items()}}
+        | {"samples": sum(dist.all_gather_object(samples)), "command": sweep.command, "ranks": dist.get_world_size()}
+        | {"date": begun.isoformat(timespec="seconds"), "seconds": round(took, 1)}
+    )
 
 
 # ---------------------------------------------------------------------------------- folders that other scorers read

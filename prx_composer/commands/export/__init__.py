@@ -95,7 +95,7 @@ def export_model(options: ExportOptions) -> None:
 
 
 def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOptions) -> None:
-    """Write the model card, with samples that are drawn as the exported pipeline draws."""
+    """Write the model card, with samples that are drawn as its code draws with the exported pipeline."""
     from prx_composer.commands import generate
     from prx_composer.commands.export.pipeline import public_command
     from prx_composer.runs.opening import choose_guidance
@@ -103,6 +103,11 @@ def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOpt
 
     prompts, settings = generate.recipe_settings(trained)
     prompts = (options.prompt or prompts)[:_MOST_SAMPLES]
+    if choose_guidance(trained.model, "run").startswith("internal"):
+        echo(
+            "The run drew with internal guidance, which diffusers' pipelines don't have: its readout is left out, and samples on "
+            "the card are drawn with classifier-free guidance alone. `prx generate` of the run draws with both."
+        )
     choose_guidance(trained.model, "cfg")
     if mends_prompts(trained.model):
         trained.model.clean_prompt = pipeline_prompt
@@ -149,7 +154,7 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
     from prx_composer.commands.export.pipeline import without_places, write_readme
     from prx_composer.models.autoencoder import Pixels
     from prx_composer.models.prompts import cleaner, cleaning_of
-    from prx_composer.runs.pretrained_models import RECIPE
+    from prx_composer.runs.pretrained_models import PIXEL_MIN_TIMESTEP, RECIPE
 
     model, recipe = trained.model, trained.recipe or {}
     pixels, cleaned = isinstance(model.autoencoder, Pixels), cleaning_of(model.text_encoder.tokenizer) == "prx"
@@ -162,8 +167,9 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
     head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer"]}
     if card.licence is not None:
         head["license"] = card.licence
+    weights = {"ema": "averaged (EMA)", "raw": "plain"}.get(trained.weights, trained.weights)
     training = {
-        "weights": {"ema": "averaged (EMA)", "raw": "plain"}.get(trained.weights, trained.weights),
+        "weights": f"merged from {', '.join(trained.merged)}" if trained.merged else weights,
         "batches": trained.batch,
         "batch size": recipe.get("global_train_batch_size"),
         "optimizer": (recipe.get("optimizer") or {}).get("name"),
@@ -191,6 +197,8 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
         network=type(model.text_encoder.network).__name__,
         reference=_public_reference(folder),
         cleaned=cleaned,
+        exact=pixels and not model.flow.clamp_sampling,
+        clamp=PIXEL_MIN_TIMESTEP,
         prompt=cleaner("prx")(prompt) if pixels and cleaned else prompt,
         s=card.sampling,
         samples=SAMPLES if (folder / SAMPLES).exists() else None,

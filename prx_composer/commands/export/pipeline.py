@@ -135,10 +135,10 @@ def check_exportable(model: TextToImage) -> None:
     pixels = isinstance(model.autoencoder, Pixels)
     if pixels and flow.prediction != "x":
         problems.append("model.flow.prediction: v on pixels: diffusers' PRXPixelPipeline takes predictions for x.")
-    if pixels and flow.min_timestep != PIXEL_MIN_TIMESTEP:
+    if pixels and flow.clamp_sampling and flow.min_timestep != PIXEL_MIN_TIMESTEP:
         problems.append(
             f"model.flow.min_timestep: {flow.min_timestep}: diffusers' PRXPixelPipeline has {PIXEL_MIN_TIMESTEP}, and would draw "
-            "other images. The weights can go on with model.init_from and that value."
+            "other images. With model.flow.clamp_sampling: false, or with model.init_from and that value, the weights can go on."
         )
     if not pixels and flow.prediction != "v":
         problems.append("model.flow.prediction: x on latents: diffusers' PRXPipeline takes predictions for v.")

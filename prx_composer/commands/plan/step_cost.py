@@ -33,6 +33,7 @@ from prx_composer.commands.plan.timeline import Span
 from prx_composer.common.errors import UserError
 from prx_composer.models.counting import StepCount, blocks_of
 from prx_composer.optim.exchange import Plan, plan_for
+from prx_composer.optim.muon import Muon
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.meta_model import MetaModel, bytes_of, muon_groups, training_state
 
@@ -123,7 +124,8 @@ def muon_plan(planned: MetaModel, recipe: Recipe, num_gpus: int) -> Plan | None:
         return None
     weights = [(number, group["pieces"], weight) for number, group in groups.items() for weight in group["params"]]
     shards = sharding(recipe, num_gpus)
-    return plan_for(weights, num_gpus // shards, shards)
+    assert isinstance(planned.optimizer, Muon)
+    return plan_for(weights, num_gpus // shards, shards, planned.optimizer.work)
 
 
 # --------------------------------------------------------------------------------------------------------- seconds
@@ -186,7 +188,7 @@ class StepTimes:
         measured_on = {one.gpus for one in (conditions.throughput or {}).values() if one.gpus}
         self._plans = {n: muon_plan(planned, recipe, n) for n in {conditions.num_gpus, *measured_on}}
         plan = self._plans[conditions.num_gpus]
-        self.muon_flops = 0 if plan is None else plan.cost * int(recipe.optimizer.get("newton_schulz_steps", 5))
+        self.muon_flops = 0 if plan is None else plan.cost
 
     def of(self, span: Span, flops: float) -> StepTime:
         """Return those of a stage with `flops` of training per image; raise UserError if its image size wasn't measured."""
