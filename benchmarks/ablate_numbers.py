@@ -25,6 +25,7 @@ ACCURACIES = ("heldout_accuracy", "classifier_accuracy")
 VALIDATION = ("metrics/eval/validation_loss", "metrics/eval/mse")
 LAST = 0.05  # the share of steps over which losses are averaged: in the table the last ones, in the picture running
 CONFIDENCE = 0.95
+NEVER = "never reached the target"
 
 # --------------------------------------------------------------------------------------------------------- one run
 
@@ -203,7 +204,7 @@ def _comparison(
         why = _without_pair(column, run, beside, stack, base)
         if beside is None or why:
             dropped.append({"seed": run["seed"], "why": why})
-            unreached |= column.key == "seconds_to_target" and "never" in why
+            unreached |= why.endswith(NEVER)
             continue
         own, other = _value(column, run), _value(column, beside)
         difference = math.log(own / other) if column.factor else own - other
@@ -243,8 +244,7 @@ def _without_pair(column: Column, run: Mapping[str, Any], beside: Mapping[str, A
         return f"{stack} has {now}, {base} {before}"
     for name, one in ((stack, run), (base, beside)):
         if _value(column, one) is None:
-            missing = "never reached it" if column.key == "seconds_to_target" else "has no such number, or none that is finite"
-            return f"{name} {missing}"
+            return f"{name} {NEVER if column.key == 'seconds_to_target' else f'has no {column.title} that is finite'}"
     return ""
 
 

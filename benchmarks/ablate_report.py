@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ablate_numbers import COLUMNS, LAST
+from ablate_numbers import COLUMNS, LAST, NEVER
 from common import heading, save, subplots
 
 MEASURED = ("stack", "step (ms)", "training (s)", "memory (MB)", "flow loss", "parameters", "accuracy", "validation loss")
@@ -113,7 +113,7 @@ def report(result: Mapping[str, Any]) -> str:
         "",
     ]
     for name, known in result["stacks"].items():
-        notes = "".join(f". {note[0].upper()}{note[1:]}" for note in known["notes"])
+        notes = "".join(f". Note: {note}" for note in known["notes"])
         lines.append(f"- `{name}`: {', '.join(['the recipe', *known['changes']])}{notes}")
     lines += ["", *_starts(result)]
     return "\n".join(lines)
@@ -131,7 +131,7 @@ def _left_out(result: Mapping[str, Any]) -> list[str]:
             lines.append(f"- `{name}` {escaped(failures(failed))}")
     dropped: dict[tuple[str, str], list[int]] = {}
     for comparison in result["comparisons"]:
-        for pair in comparison["dropped"]:
+        for pair in (pair for pair in comparison["dropped"] if not pair["why"].endswith(NEVER)):  # which the table says
             seeds = dropped.setdefault((comparison["stack"], pair["why"]), [])
             seeds += [] if pair["seed"] in seeds else [pair["seed"]]
     for (name, why), seeds in dropped.items():

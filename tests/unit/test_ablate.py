@@ -171,11 +171,11 @@ def test_what_all_cannot_add_is_left_out_and_what_is_named_ends_the_command(
     """What `prx check --config-only` says is said before anything is trained."""
     recipe = tmp_path / "odd.yaml"
     recipe.write_text("model:\n  backbone: {patch_size: 5}\n")
-    with pytest.raises(UserError, match=r"--stack base.odd: .*16 px"):
+    with pytest.raises(UserError, match="--stack base.odd: .*patch_size 5"):
         planned(QUICKSTART, "--stack", "base", "--stack", f"+{recipe}")
     monkeypatch.setattr(ablate, "ABLATIONS", tmp_path)
     _, stacks, refused = planned(QUICKSTART, "--all")
-    assert [entry["stack"] for entry in refused] == ["base+odd"] and "16 px" in refused[0]["reason"]
+    assert [entry["stack"] for entry in refused] == ["base+odd"] and "patch_size 5" in refused[0]["reason"]
     assert list(stacks) == ["base", "base-gradient_clipping", "base-ema", "base-progressive_resolution"]
 
 
