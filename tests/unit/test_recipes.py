@@ -12,6 +12,7 @@ import yaml
 
 from prx_composer.commands.convert.settings import Settings
 from prx_composer.data.format import make_buckets
+from prx_composer.recipe import config
 from prx_composer.registry import with_size
 
 REPOSITORY = Path(__file__).parents[2]
@@ -186,6 +187,29 @@ def test_both_have_the_same_algorithms_and_callbacks_in_the_same_order_and_as_ma
     ends = [recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] for recipe in (full, mini)]
     assert ends == ["100000ba or 0.78budget", "1000ba or 0.78budget"], "a hundredth"
     assert [full["max_duration"], mini["max_duration"]] == ["120000ba", "1200ba"]
+
+
+@pytest.mark.parametrize(("name", "below"), [("24h_next", "24h"), ("24h_next_mini", "24h_mini")])
+def test_the_next_recipe_has_all_of_the_reference_s_but_what_it_changes(name: str, below: str) -> None:
+    old, new = (vars(config.load([str(RECIPES / f"{recipe}.yaml")])) for recipe in (below, name))
+    assert [key for key in old if old[key] != new[key]] == ["run_name", "model", "optimizer", "algorithms", "run_folder"]
+    assert {key for key in old["model"] if old["model"][key] != new["model"][key]} == {"flow"}
+    assert list(new["algorithms"]) == [*old["algorithms"], "timestep_phases", "readouts"]
+    config.check(config.load([str(RECIPES / f"{name}.yaml")]))
+
+
+def test_every_value_of_the_next_recipe_has_its_evidence_beside_it() -> None:
+    told = -1  # how deep the key is indented whose comment is for all below it
+    for line in (RECIPES / "24h_next.yaml").read_text().splitlines():
+        depth = len(line) - len(line.lstrip())
+        told = told if depth > told else -1
+        key, _, value = line.strip().partition(":")
+        if not line or line.startswith(("#", "base", "run_name")) or not (value or told >= 0):
+            continue
+        if "#" in line and told < 0:
+            told = depth if not value.split("#")[0].strip() else -1
+        elif value.split("#")[0].strip():
+            assert told >= 0, f"{key} has no evidence"
 
 
 def test_every_value_of_the_24h_recipe_can_be_traced() -> None:
