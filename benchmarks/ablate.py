@@ -1,42 +1,50 @@
-"""What does a trick buy? Trains stacks of tricks in turns, with equal seeds, and compares speed, memory, loss and score.
+"""What does a trick buy? Trains stacks of tricks in turns, with the same seeds, and compares speed, memory, loss and score.
 
 python benchmarks/ablate.py yamls/quickstart.yaml --stack base --stack +muon --stack +muon+tread-ema [key=value …]
+python benchmarks/ablate.py yamls/icons.yaml --all
 
 A stack is `base`, the recipe as it is, with `+name` (yamls/ablations/name.yaml merged over it; or a path that ends in .yaml)
-and `-name` (that algorithm left out), in the order written. The first stack is what the others are compared with.
+and `-name` (that algorithm left out), in the order written. The first stack is what the others are compared with, in --all the
+recipe as it is: then the others are every file of yamls/ablations, and every algorithm of the recipe left out.
 
-Each stack is a process of its own and an ordinary run of train.py; they take turns of some steps (see turns.py). Writes a table
-(.md), everything measured (.json) and curves (.png); the runs and their logs stay in runs/ablate-<name>/.
+Every stack is trained with three seeds, and compared with the base of the same seed: differences with their 95% intervals. Each
+run is a process of its own and an ordinary run of train.py; six at a time take turns of some steps (see turns.py). The same
+command goes on after a kill: runs that have ended are read, the others go on from their newest checkpoint. More stacks or seeds
+are added. Writes a table (.md), everything measured (.json) and curves (.png); runs and logs stay in runs/ablate-<name>/.
 
 With --cost: what each algorithm of the recipe costs or saves in time and memory, one by one and together (ablate_cost.py).
 """
 
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
-from statistics import fmean, median
 from typing import Annotated, Any
 
 import ablate_cost
-from common import ROOT, by_turn, circumstances, heading, parse, percentile, save, says_errors, subplots
-from turns import Run, Stack, fresh_folder, publish, train
+from ablate_folder import Folder, to_train
+from ablate_numbers import VALIDATION, chance, compare, measure
+from ablate_report import plot, report, table
+from common import ROOT, circumstances, parse, say, says_errors
+from turns import Stack, publish, train
 
 from prx_composer import registry
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
-from prx_composer.runs.folder import read_metrics
+from prx_composer.training import check_lines
 
 ABLATIONS = ROOT / "yamls" / "ablations"
 PART = re.compile(r"\+(?P<path>[^+]+?\.ya?ml)|\+(?P<name>\w+)|-(?P<without>\w+)")
-ACCURACIES = ("heldout_accuracy", "classifier_accuracy")
-TARGET = 0.9  # the accuracy whose time is compared
-HELDOUT_LOSS = "metrics/eval/validation_loss"
-LAST = 0.05  # the share of steps over which losses are averaged: in the table the last ones, in the picture running
+TARGETS = {"icons_score": 0.2}  # the accuracy whose time is compared, where the recipe has this score …
+TARGET = 0.9  # … and else
+SEEDS = 3
+SCORES = ("shapes_score", "icons_score")  # that look at the accuracy in training, too
 
 
 # --------------------------------------------------------------------------------------------------------- stacks
@@ -91,182 +99,94 @@ def check_stack(recipe_files: list[str], stack: Stack, overrides: list[str]) -> 
         config.check(recipe)
     except UserError as error:
         raise UserError(f"--stack {stack.name}: {error}") from error
+    lines = check_lines([*recipe_files, *stack.changes, *overrides], 1, config_only=True, step=False)
+    if problems := [line.removeprefix("✗ ") for line in lines if line.startswith("✗")]:
+        raise UserError(f"--stack {stack.name}: {' '.join(problems)}")
     return recipe
 
 
-# -------------------------------------------------------------------------------------------------------- numbers
+def every_stack(recipe: Recipe) -> list[str]:
+    """Return what --all stands for: the base, every file of yamls/ablations, every algorithm of the recipe left out."""
+    added = [f"+{path.stem}" for path in sorted(ABLATIONS.glob("*.yaml"))]
+    return ["base", *added, *(f"-{name}" for name, _ in entries(recipe.algorithms, "algorithms"))]
 
 
-def measure(run: Run, base: Run) -> dict[str, Any]:
-    """Return what a run left, in numbers."""
-    who = {"stack": run.stack.name, "seed": run.seed, "merged": list(run.stack.changes), "failed": run.failure()}
-    header, *steps = run.rows() or [{}]
-    metrics = run.folder / "metrics.jsonl"
-    return who | summarise(header, steps, read_metrics(metrics) if metrics.exists() else [], base.rows()[1:])
+# ------------------------------------------------------------------------------------------------- what a stack is
 
 
-def summarise(
-    header: dict[str, Any], steps: list[dict[str, Any]], metrics: list[dict[str, Any]], base_steps: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Compute numbers from the lines of turns.jsonl and metrics.jsonl; seconds are of training, without waiting and scoring."""
-    spent = accumulate(step["loader_ms"] + step["step_ms"] for step in steps)
-    seconds = {step["batch"]: round(ms / 1000, 3) for step, ms in zip(steps, spent, strict=True)}
-    rows = [row for row in metrics if row["batch"] in seconds]
-    times = [step["step_ms"] for step in steps]
-    losses = [(seconds[row["batch"]], row["loss/train/flow"]) for row in rows if row.get("loss/train/flow") is not None]
-    accuracy = next((key for key in ACCURACIES if any(key in row for row in rows)), ACCURACIES[0])
-    curve = [(seconds[row["batch"]], row["batch"], row[accuracy]) for row in rows if accuracy in row]
+def known_of(stack: Stack, recipe: Recipe, base: Recipe, arguments: list[str]) -> dict[str, Any]:
+    """Return what runs of a stack need and what the result says of it.
+
+    `adds`, `leaves_out` and `sets` are names of algorithms (and the optimizer) and keys of the recipe that differ from the base.
+    """
+    own, others = _tricks(recipe), _tricks(base)
+    different = [
+        key for key in vars(base) if key not in ("algorithms", "run_name", "seed") and vars(recipe)[key] != vars(base)[key]
+    ]
+    sets = [f"algorithms.{name}" for name in own if name in others and own[name] != others[name] and name in recipe.algorithms]
+    sets += [key for key in different if key != "optimizer" or recipe.optimizer["name"] == base.optimizer["name"]]
+    adds = [name for name in own if name not in others]
+    settings = {
+        f"{name}.{key}": (others[name].get(key), own[name].get(key))
+        for name in own
+        if name in others
+        for key in sorted(own[name].keys() | others[name].keys())
+        if own[name].get(key) != others[name].get(key)
+    }
     return {
-        "steps": len(steps),
-        "train_seconds": max(seconds.values(), default=0.0),
-        "step_ms": {"median": median(times), "p10": percentile(times, 10), "p90": percentile(times, 90)} if times else None,
-        "loader_ms": median(step["loader_ms"] for step in steps) if steps else None,
-        "ratio": ratio_by_turn(steps, base_steps),
-        "memory_mb": steps[-1]["memory_mb"] if steps else None,
-        "memory_at_start_mb": header.get("memory_mb"),
-        "trained_parameters": header.get("trained_parameters"),
-        "loss": fmean(loss for _, loss in losses[-max(1, round(LAST * len(losses))) :]) if losses else None,
-        "validation_loss": next((row[HELDOUT_LOSS] for row in reversed(rows) if HELDOUT_LOSS in row), None),
-        "accuracy": curve[-1][2] if curve else None,
-        "seconds_to_target": next((time for time, _, right in curve if right >= TARGET), None),
-        "accuracy_curve": curve,
-        "loss_curve": thinned(running_mean(losses)),
+        "changes": list(stack.changes),
+        "adds": adds,
+        "leaves_out": [name for name in others if name not in own and name in base.algorithms],
+        "sets": sets,
+        "new_settings": [key for key, (before, _) in settings.items() if before is None],
+        "notes": [
+            *(RANDOM_TEACHER.format(name) for name in adds if _has_random_weights(own[name])),
+            *([f"it sets {', '.join(f'{key} to {now}' for key, (_, now) in settings.items())}"] if settings and not adds else []),
+        ],
+        "not_compared": not_compared(recipe, base),
+        "arguments": arguments,
+        "code_paths": recipe.code_paths,
+        "recipe": hashlib.sha256(json.dumps(vars(recipe), sort_keys=True, default=str).encode()).hexdigest()[:16],
     }
 
 
-def ratio_by_turn(steps: list[dict[str, Any]], base_steps: list[dict[str, Any]]) -> dict[str, float] | None:
-    """Divide step times by the base's in the same round, when the machine was the same; the first, warming up, doesn't count."""
-    own, base = by_turn(steps, "step_ms", median), by_turn(base_steps, "step_ms", median)
-    shared = sorted(own.keys() & base.keys())
-    ratios = [own[turn] / base[turn] for turn in (shared[1:] or shared)]
-    if not ratios:
+RANDOM_TEACHER = "{} looks through a network with random weights: this is what it costs, not what it brings"
+
+
+def _tricks(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    return dict(entries(recipe.algorithms, "algorithms")) | {recipe.optimizer["name"]: recipe.optimizer}
+
+
+def _has_random_weights(arguments: dict[str, Any]) -> bool:
+    return bool(arguments.get("random_weights")) or "config" in (arguments.get("teacher") or {})
+
+
+def not_compared(recipe: Recipe, base: Recipe) -> dict[str, str]:
+    """Return why a number of an evaluation cannot be compared with the base's, by its key.
+
+    The error is one of a velocity: another noise scale, image size, autoencoder or data set has others. `mse`, of runs before the
+    validation loss, is a mean over the recipe's own timesteps, too.
+    """
+    flow, other = dict(recipe.model.get("flow") or {}), dict(base.model.get("flow") or {})
+    whole = ("image_size", "eval_loader", "eval_subset_num_batches")
+    what = [key for key in whole if vars(recipe)[key] != vars(base)[key]]
+    what += ["model.autoencoder"] if recipe.model.get("autoencoder") != base.model.get("autoencoder") else []
+    scale = [f"model.flow.{key}" for key in ("noise_scale",) if flow.get(key) != other.get(key)]
+    mean = [f"model.flow.{key}" for key in flow.keys() | other.keys() if key != "prediction" and flow.get(key) != other.get(key)]
+    found = {VALIDATION[0]: what + scale, VALIDATION[1]: what + sorted(mean)}
+    return {key: f"another {' and '.join(keys)}" for key, keys in found.items() if keys}
+
+
+def redundant(name: str, known: dict[str, Any]) -> str | None:
+    """Return why a file of yamls/ablations shows nothing on this recipe, if so."""
+    if known["adds"] or known["leaves_out"]:
         return None
-    spread = {"p25": percentile(ratios, 25), "p75": percentile(ratios, 75), "min": min(ratios), "max": max(ratios)}
-    return {"median": median(ratios), **spread, "turns": len(ratios)}
-
-
-def running_mean(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points (seconds, loss) → points whose losses are means of the steps up to there."""
-    width = max(1, round(LAST * len(curve)))
-    sums = [0.0, *accumulate(loss for _, loss in curve)]
-    return [(curve[end - 1][0], (sums[end] - sums[end - width]) / width) for end in range(width, len(sums))]
-
-
-def thinned(curve: list[tuple[float, float]], points: int = 200) -> list[tuple[float, float]]:
-    """Keep every n-th point, and the last."""
-    return curve[:: -max(1, -(-len(curve) // points))][::-1]
-
-
-# ---------------------------------------------------------------------------------------------------------- table
-
-
-COLUMNS = (
-    "stack",
-    "step (ms)",
-    "× base (middle half of turns)",
-    "training (s)",
-    "memory (MB)",
-    "flow loss",
-    "validation loss",
-    "accuracy",
-    f"s to {TARGET}",
-    "parameters",
-)
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Write Markdown, one line per stack; several seeds are a mean and its range."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
-    for stack in dict.fromkeys(result["stack"] for result in results):
-        of_stack = [result for result in results if result["stack"] == stack]
-        for failed in (result for result in of_stack if result["failed"]):
-            reason = failed["failed"].replace("|", "\\|")
-            lines.append(f"| `{stack}` | failed after step {failed['steps']}: {reason} |" + " |" * (len(COLUMNS) - 2))
-        if trained := [result for result in of_stack if not result["failed"]]:
-            lines.append("| " + " | ".join(_cells(stack, trained)) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cells(stack: str, results: list[dict[str, Any]]) -> list[str]:
-    digits = {"train_seconds": 1, "memory_mb": 0, "loss": 4, "validation_loss": 4, "accuracy": 3, "seconds_to_target": 0}
-    ratios = [result["ratio"] for result in results if result["ratio"]]
-    low, high = (fmean(r[key] for r in ratios) if ratios else 0.0 for key in ("p25", "p75"))
-    return [
-        f"`{stack}`",
-        spread([result["step_ms"]["median"] for result in results if result["step_ms"]], 1),
-        f"{fmean(r['median'] for r in ratios):.2f} ({low:.2f}–{high:.2f})" if ratios else "–",
-        *(spread([result[key] for result in results], places) for key, places in digits.items()),
-        f"{results[0]['trained_parameters']:,}",
-    ]
-
-
-def spread(values: list[float | None], digits: int) -> str:
-    """Write the value; of several, their mean and range; a dash where one is missing."""
-    numbers = [value for value in values if value is not None]
-    if not numbers:
-        return "–"
-    text = f"{fmean(numbers):.{digits}f}"
-    if len(values) > 1:
-        text += f" ({min(numbers):.{digits}f}–{max(numbers):.{digits}f})"
-    return text + (f", never in {len(values) - len(numbers)}" if len(numbers) < len(values) else "")
-
-
-def report(result: dict[str, Any]) -> str:
-    """Write the table with what one must know to repeat it."""
-    merged = {run["stack"]: ", ".join(["the recipe", *run["merged"]]) for run in result["runs"]}
-    return "\n".join(
-        [
-            *heading(result),
-            table(result["runs"]),
-            f"Flow loss: mean of the last {LAST:.0%} of steps. Seconds: of training, without others' turns, evaluation, scoring.",
-            "",
-            *(f"- `{stack}`: {files}" for stack, files in merged.items()),
-            "",
-        ]
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- curves
-
-
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw accuracy and loss over training seconds, a colour per stack."""
-    from matplotlib.ticker import LogLocator
-
-    figure, [[left, right]] = subplots(1, 2, (11, 4))
-    stacks = dict.fromkeys(result["stack"] for result in results)
-    colours = {stack: f"C{index % 10}" for index, stack in enumerate(stacks)}
-    ends: dict[str, float] = {}
-    for result in results:
-        stack = result["stack"]
-        if curve := result["loss_curve"]:
-            seconds, losses = zip(*curve, strict=True)
-            right.plot(seconds, losses, color=colours[stack], linewidth=1.5)
-            ends[stack] = losses[-1]
-        if curve := result["accuracy_curve"]:
-            times, _, accuracies = zip(*curve, strict=True)
-            left.plot(times, accuracies, color=colours[stack], linewidth=1.5, marker="o", markersize=3)
-    left.set(title="accuracy on held-out prompts", xlabel="training seconds", ylim=(-0.03, 1.03))
-    left.axhline(TARGET, color="0.7", linewidth=0.8, linestyle=":")
-    right.set(title=f"flow loss (mean of {LAST:.0%} of steps)", xlabel="training seconds", yscale="log")
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.yaxis.set_major_formatter("{x:g}")
-    right.yaxis.set_minor_formatter("")
-    to_axes = right.transData + right.transAxes.inverted()
-    places = apart({stack: float(to_axes.transform((0, end))[1]) for stack, end in ends.items()}, gap=0.06)
-    for stack, height in places.items():
-        right.text(1.02, height, stack, color=colours[stack], transform=right.transAxes, va="center", fontsize=9)
-    save(figure, path)
-
-
-def apart(places: dict[str, float], gap: float) -> dict[str, float]:
-    """Move labels no further than needed for `gap` between neighbours, in their order, about their common middle."""
-    order = sorted(places, key=places.__getitem__)
-    moved: list[float] = []
-    for name in order:
-        moved.append(max(places[name], moved[-1] + gap) if moved else places[name])
-    shift = fmean(moved) - fmean(places.values()) if moved else 0.0
-    return {name: height - shift for name, height in zip(order, moved, strict=True)}
+    if not known["sets"]:
+        return "it changes nothing of this recipe"
+    own = [key for key in known["sets"] if key.startswith("algorithms.") or key == "optimizer"]
+    if own != known["sets"] or known["new_settings"]:
+        return None
+    return f"the recipe has {', '.join(own)} already, and only values of it would change; name it by --stack to compare those"
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -278,16 +198,31 @@ class Options:
 
     recipe: Annotated[list[str], "YAML files, then key=value, as for train.py; these hold for every stack"]
     _: KW_ONLY
-    stack: Annotated[Sequence[str], "base, +name, -name, or several joined; may be repeated"]
+    stack: Annotated[Sequence[str], "base, +name, -name, or several joined; may be repeated"] = ()
+    all: Annotated[bool, "every file of yamls/ablations, and every algorithm of the recipe left out"] = False
     cost: Annotated[bool, "cost of every algorithm instead; --cost --help has its options"] = False
-    seed: Annotated[Sequence[int], "repeat for several; the recipe's by default"] = ()
+    seed: Annotated[Sequence[int], "repeat for several; three by default, the recipe's and the first others of 1, 2, 3"] = ()
     turn: Annotated[int, "steps that a stack trains before it is the next one's turn"] = 25
+    together: Annotated[int, "runs that take turns with one another, the base among them, each in memory"] = 6
+    target: Annotated[float | None, "the accuracy to which seconds are counted; 0.9, on icons 0.2"] = None
+    again: Annotated[bool, "train again what failed"] = False
     output: Annotated[Path | None, "where results go, without suffix; runs/ablate-<recipe> by default"] = None
     overwrite: Annotated[bool, "delete runs and results of the same name first"] = False
 
     def __post_init__(self) -> None:
-        if self.turn < 1:
-            raise UserError("--turn must be at least 1.")
+        for option, least in (("turn", 1), ("together", 2)):
+            if getattr(self, option) < least:
+                raise UserError(f"--{option} must be at least {least}.")
+        if not self.stack and not self.all:
+            raise UserError("name stacks, such as --stack base --stack +muon, or all of them: --all.")
+
+    @property
+    def files(self) -> list[str]:
+        return [argument for argument in self.recipe if "=" not in argument]
+
+    @property
+    def overrides(self) -> list[str]:
+        return [argument for argument in self.recipe if "=" in argument]
 
 
 def parse_arguments(arguments: list[str]) -> Options:
@@ -299,37 +234,79 @@ def parse_arguments(arguments: list[str]) -> Options:
 
 def defaults(recipe: Recipe) -> list[str]:
     """Return what a comparison sets unless the command line says otherwise."""
-    settings = ["progress_bar=false", "save_interval=1dur"]
+    settings = ["progress_bar=false", "save_interval=0.1dur", "save_num_checkpoints_to_keep=2"]
     if recipe.callbacks.get("images", False) is not False:
         settings.append("callbacks.images=false")
-    if isinstance(recipe.callbacks.get("shapes_score"), dict):
-        settings.append("callbacks.shapes_score.interval=0.05dur")
+    settings += [f"callbacks.{score}.interval=0.05dur" for score in SCORES if isinstance(recipe.callbacks.get(score), dict)]
+    if isinstance(recipe.callbacks.get("icons_score"), dict):
+        settings += ["callbacks.icons_score.wordings=[]", "callbacks.icons_score.shown=0"]
     return settings
 
 
-def plan(options: Options) -> list[list[Run]]:
-    """Check and return the runs: for every seed, those that are trained in turns."""
-    overrides = [argument for argument in options.recipe if "=" in argument]
-    files = [argument for argument in options.recipe if "=" not in argument]
+def plan_stacks(options: Options) -> tuple[Recipe, dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Return the first stack's recipe, what is known of every stack, and which of those that --all names the recipe refuses.
+
+    Raises:
+        UserError: no recipe, a stack that is there twice, or one named by --stack that the recipe refuses.
+    """
+    files, overrides = options.files, options.overrides
     if not files:
         raise UserError("Name a recipe, such as yamls/quickstart.yaml.")
-    stacks = [parse_stack(text) for text in options.stack]
-    names = [stack.name for stack in stacks]
+    named = [parse_stack(text) for text in options.stack]
+    names = [stack.name for stack in named]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--stack {twice[0]} is there twice; give own files other names.")
-    recipes = [check_stack(files, stack, overrides) for stack in stacks]
-    options.output = options.output or Path("runs", f"ablate-{Path(files[0]).stem}")
-    group = fresh_folder(options.output, options.overwrite)
+    every = [parse_stack(text) for text in every_stack(config.load([*files, *overrides]))] if options.all else []
+    stacks = [*named, *(stack for stack in every if stack.name not in names)]
+    if options.all:
+        stacks.sort(key=lambda stack: stack.name != "base")  # which comes first
+    base, known, refused = None, dict[str, dict[str, Any]](), list[dict[str, Any]]()
+    for stack in stacks:
+        try:
+            recipe = check_stack(files, stack, overrides)
+            base = base or recipe
+            found = known_of(stack, recipe, base, [*files, *stack.changes, *defaults(recipe), *overrides])
+            if stack in every and known and (why := redundant(stack.name, found)):
+                raise UserError(f"--stack {stack.name}: {why}.")
+            known[stack.name] = found
+        except UserError as error:
+            if stack not in every or stack.name == "base":
+                raise
+            reason = str(error).removeprefix(f"--stack {stack.name}: ")
+            refused.append({"stack": stack.name, "changes": list(stack.changes), "reason": reason})
+            say(f"{stack.name} is left out: {reason}")
+    assert base is not None
+    return base, known, refused
 
-    seeds = options.seed or [recipes[0].seed]
-    groups: list[list[Run]] = []
-    for seed in dict.fromkeys(seeds):
-        suffix, runs = f"-seed{seed}" if len(seeds) > 1 else "", []
-        for stack, recipe in zip(stacks, recipes, strict=True):
-            arguments = [*files, *stack.changes, *defaults(recipe), *overrides]
-            runs.append(Run(stack, seed, group / f"{stack.name}{suffix}", arguments, recipe.code_paths))
-        groups.append(runs)
-    return groups
+
+def default_seeds(first: int) -> list[int]:
+    return list(dict.fromkeys([first, 1, 2, 3]))[:SEEDS]
+
+
+def length_of(options: Options, recipe: Recipe) -> str:
+    """Return how long runs are; if the command line made them shorter or longer, where the recipe has which."""
+    before = config.load(options.files).max_duration
+    return recipe.max_duration if before == recipe.max_duration else f"{recipe.max_duration}, where the recipe has {before}"
+
+
+def collect(folder: Folder, head: dict[str, Any], target: float) -> dict[str, Any]:
+    """Return all that the folder's runs have left so far, compared."""
+    groups = folder.groups()
+    planned = [(run, runs[0]) for runs in (group.runs() for group in groups) for run in runs]
+    measured = [measure(run, base, target) for run, base in planned if run.end is not None]
+    stacks = {name: known for group in groups for name, known in group.stacks.items()}
+    comparisons = compare(measured, stacks)
+    told = ("changes", "adds", "leaves_out", "sets", "notes", "not_compared")
+    return head | {
+        "seeds": list(dict.fromkeys(group.seed for group in groups)),
+        "target": target,
+        "still_to_train": len(planned) - len(measured),
+        "chance": chance(comparisons),
+        "stacks": {name: {key: known[key] for key in told} for name, known in stacks.items()},
+        "refused": folder.refuse([]),
+        "comparisons": comparisons,
+        "runs": measured,
+    }
 
 
 @says_errors
@@ -338,15 +315,31 @@ def main(arguments: list[str]) -> int:
     if "--cost" in arguments:
         return ablate_cost.main(arguments)
     options = parse_arguments(arguments)
-    measured = []
-    for runs in plan(options):
-        train(runs, options.turn)
-        measured += [measure(run, runs[0]) for run in runs]
-    what = f"stacks of {' '.join(options.recipe)}, in turns of {options.turn} steps"
-    result = {"what": what} | circumstances(["benchmarks/ablate.py", *arguments]) | {"runs": measured}
-    assert options.output is not None
-    publish(options.output, result, report(result), partial(plot, measured), table(measured))
-    return 1 if any(run["failed"] for run in measured) else 0
+    recipe, stacks, refused = plan_stacks(options)
+    output = options.output or Path("runs", f"ablate-{Path(options.files[0]).stem}")
+    base, *_ = stacks
+    question = {"recipe": options.recipe, "first stack": base, "turn": options.turn}
+    folder = Folder(output, options.overwrite, question)
+    folder.refuse(refused)
+    folder.add(options.seed or default_seeds(recipe.seed), stacks, options.together)
+    length = length_of(options, recipe)
+    what = f"stacks of {' '.join(options.recipe)} ({length}), in turns of {options.turn} steps"
+    head = {"what": what, "recipe": options.recipe, "length": length} | circumstances(["benchmarks/ablate.py", *arguments])
+    starts = folder.start({key: head[key] for key in ("date", "machine", "load", "threads", "versions", "command")})
+    target = options.target or next((TARGETS[score] for score in TARGETS if recipe.callbacks.get(score)), TARGET)
+    for group in folder.groups():
+        runs = group.runs(len(starts) - 1, folder.lock)
+        if left := to_train(runs, options.again):
+            say(f"seed {group.seed}: {', '.join(run.stack.name for run in left)}")
+            train(left, options.turn)
+            _publish(output, collect(folder, head | {"starts": starts}, target))
+    found = collect(folder, head | {"starts": starts}, target)
+    _publish(output, found)
+    return 1 if any(run["failed"] for run in found["runs"]) else 0
+
+
+def _publish(output: Path, result: dict[str, Any]) -> None:
+    publish(output, result, report(result), partial(plot, result), table(result))
 
 
 if __name__ == "__main__":

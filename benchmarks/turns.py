@@ -9,6 +9,7 @@ import contextlib
 import json
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -25,11 +26,14 @@ from composer.loggers import Logger
 
 from prx_composer import registry
 from prx_composer.common.errors import UserError
+from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import read_metrics
 
 WAITING, GO = b"w", b"g"
 POLL_SECONDS = 0.2
 REFUSED = "error: "  # how train.py begins what it says of a recipe that it doesn't train
+TRAINED = "has already been trained for"  # what it says of a run without a step left
+INTERRUPTED = 128 + signal.SIGTERM  # its exit code if a signal asked it to stop
 
 
 # --------------------------------------------------------------------------------------------------- giving turns
@@ -106,26 +110,30 @@ class Turns(Callback):
     """Waits for a turn of some steps, and records how long each step took, without the waiting.
 
     The first line of the file has `trained_parameters` and `memory_mb` (before the first step). Then there is one per step:
-    `batch`, `turn`, `loader_ms` (waiting for the batch), `step_ms` (forward, backward, optimizer, and all that algorithms do) and
-    `memory_mb`, the peak so far: allocated on the GPU if there is one, else resident memory of this process without its data
-    workers. Evaluation, sampling, logging, checkpoints and the change from one pass over the data to the next are in no step.
+    `batch`, `turn`, `start`, `loader_ms` (waiting for the batch), `step_ms` (forward, backward, optimizer, and all that
+    algorithms do) and `memory_mb`, the peak so far: allocated on the GPU if there is one, else resident memory of this process
+    without its data workers. Evaluation, sampling, logging, checkpoints and the change from one pass over the data to the next
+    are in no step. A run that goes on adds such lines; a step that it makes again has two, of which the later one holds.
 
     Args:
         path: JSON-lines file to write.
         link: file descriptor of the socket over which turns are given.
         steps: how long a turn is.
+        start: which start of the comparison this is, from 0. Steps of one turn and start were made under the same conditions.
     """
 
-    def __init__(self, path: str, link: int, steps: int = 25):
-        self._path, self._steps = Path(path), steps
+    def __init__(self, path: str, link: int, steps: int = 25, start: int = 0):
+        self._path, self._steps, self._start = Path(path), steps, start
         self._link = socket.socket(fileno=link)
         self._file: IO[str] | None = None
-        self._turn, self._left = -1, 0
+        self._left = 0
         self._asked = self._loaded = 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("w")
+        self._file = self._path.open("a", buffering=1)  # by lines: a checkpoint holds no step that isn't in the file
+        if self._file.tell():
+            self._file.write("\n")  # after what a kill cut short
         trained = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
         self._write({"trained_parameters": trained, "memory_mb": round(peak_memory() / MEGABYTE, 1)})
 
@@ -142,7 +150,8 @@ class Turns(Callback):
         self._write(
             {
                 "batch": int(state.timestamp.batch),
-                "turn": self._turn,
+                "turn": (int(state.timestamp.batch) - 1) // self._steps,
+                "start": self._start,
                 "loader_ms": round(1000 * (self._loaded - self._asked), 3),
                 "step_ms": round(1000 * (ended - self._loaded), 3),
                 "memory_mb": round(peak_memory() / MEGABYTE, 1),
@@ -156,12 +165,10 @@ class Turns(Callback):
         # The turn itself ends with the process.
 
     def _wait(self) -> None:
-        if self._file is not None:
-            self._file.flush()
         self._link.send(WAITING)
         if self._link.recv(1) != GO:
             raise RuntimeError("The benchmark that gave the turns is gone.")
-        self._turn, self._left = self._turn + 1, self._steps
+        self._left = self._steps
 
     def _write(self, row: dict[str, Any]) -> None:
         assert self._file is not None
@@ -196,50 +203,117 @@ class Stack:
 
 @dataclass
 class Run:
-    """One stack with one seed."""
+    """One stack with one seed.
+
+    Args:
+        arguments: of train.py.
+        keeps: it may be killed and go on: checkpoints are kept, and how it ended is written beside its folder.
+        start_number: which start of the comparison this is, from 0.
+        lock: a file descriptor that it keeps open as long as it lives.
+    """
 
     stack: Stack
     seed: int
     folder: Path
-    arguments: list[str]  # of train.py
+    arguments: list[str]
     code_paths: list[str]
+    keeps: bool = False
+    start_number: int = 0
+    lock: int | None = None
     process: "subprocess.Popen[str] | None" = None
+    log_begins: int = 0  # bytes of the log that earlier starts wrote
 
     @property
     def log(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
+    def end_file(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.end.json")
+
+    @property
     def steps_file(self) -> Path:
         return self.folder / "turns.jsonl"
 
     def start(self, steps: int) -> Player:
-        """Start the training; it goes up to its first step and waits."""
+        """Start the training, or go on with it; it goes up to its first step and waits."""
         ours, theirs = socket.socketpair()
-        own = [f"run_name={self.folder.name}", f"run_folder={self.folder}", f"seed={self.seed}", "autoresume=false"]
-        own += [f"code_paths={json.dumps([*self.code_paths, __file__])}"]
-        own += [f"callbacks.turns={json.dumps({'path': str(self.steps_file), 'link': theirs.fileno(), 'steps': steps})}"]
+        turns = {"path": str(self.steps_file), "link": theirs.fileno(), "steps": steps, "start": self.start_number}
+        own = [f"run_name={self.folder.name}", f"run_folder={self.folder}", f"seed={self.seed}"]
+        own += [f"autoresume={str(self.keeps).lower()}", f"code_paths={json.dumps([*self.code_paths, __file__])}"]
+        own += [f"callbacks.turns={json.dumps(turns)}"]
         command = train_command([*self.arguments, *own])  # without a launcher, which would need a port
-        with self.log.open("w") as log, theirs:
+        passed = [theirs.fileno(), *([] if self.lock is None else [self.lock])]
+        self.end_file.unlink(missing_ok=True)
+        self.log_begins = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("a") as log, theirs:
             process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()], env=environment(), text=True
+                command, stdout=log, stderr=subprocess.STDOUT, pass_fds=passed, env=environment(), text=True
             )
         self.process = process
-        return Player(self.folder.name, ours, lambda: process.poll() is not None)
+        return Player(self.folder.name, ours, self.has_exited)
+
+    def has_exited(self) -> bool:
+        """Return whether the process is gone; if so, keep how it ended."""
+        if self.process is None or self.process.poll() is None:
+            return False
+        if self.keeps and not self.end_file.exists() and not self._found_itself_trained():
+            self.end_file.write_text(json.dumps({"code": self.process.returncode, "failed": self._said()}) + "\n")
+        return True
+
+    @property
+    def end(self) -> dict[str, Any] | None:
+        """Return how the run ended, `code` and `failed`, now or in an earlier start; None if it is still to be trained."""
+        if self.end_file.exists():
+            return read_metrics(self.end_file)[0]
+        if self.process is None or self.process.returncode is None:
+            return None
+        return {"code": self.process.returncode, "failed": self._said()}
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Return whether it was ended from outside, by a signal, and may well go on."""
+        return self.end is not None and (self.end["code"] < 0 or self.end["code"] == INTERRUPTED)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return what `Turns` wrote: a header, then a line per step; nothing if the run didn't come that far."""
-        return read_metrics(self.steps_file) if self.steps_file.exists() else []
+        found = read_metrics(self.steps_file) if self.steps_file.exists() else []
+        headers = [row for row in found if "batch" not in row]
+        steps = {row["batch"]: row for row in found if "batch" in row}  # the later line of a step that was made twice
+        return [headers[0], *(steps[batch] for batch in sorted(steps))] if headers else []
 
     def failure(self) -> str | None:
         """Return what a run that failed said: of a recipe that is refused all of the message, else the last line of the log."""
-        if self.process is None or self.process.returncode == 0:
+        return None if self.end is None else self.end["failed"]
+
+    def own_log(self) -> str:
+        """Return what this start of the run wrote into its log."""
+        return self.log.read_bytes()[self.log_begins :].decode(errors="replace")
+
+    def _said(self) -> str | None:
+        assert self.process is not None
+        code = self.process.returncode
+        if code == 0:
             return None
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        lines = [line.strip() for line in self.own_log().splitlines() if line.strip()]
         refused = [index for index, line in enumerate(lines) if line.startswith(REFUSED)]
         if refused:
             return " ".join(lines[refused[-1] :])
-        return lines[-1].removeprefix("[rank0]: ") if lines else f"exit code {self.process.returncode}"
+        return lines[-1].removeprefix("[rank0]: ") if lines else f"exit code {code}"
+
+    def _found_itself_trained(self) -> bool:
+        return self.process is not None and self.process.returncode == 0 and TRAINED in self.own_log()
+
+    def draws_its_end_again(self) -> bool:
+        """Take the last checkpoint away from a run that found itself trained: it was killed before its end was scored."""
+        if not self._found_itself_trained():
+            return False
+        newest = newest_checkpoint(self.folder)
+        if newest is not None:
+            shutil.rmtree(newest.path)
+        return True
 
 
 def train(runs: list[Run], steps: int) -> None:
@@ -255,6 +329,8 @@ def train(runs: list[Run], steps: int) -> None:
     for run in runs:
         if (failure := run.failure()) is not None:
             say(f"{run.folder.name} failed: {failure} (see {run.log})")
+    if again := [run for run in runs if run.keeps and run.draws_its_end_again()]:
+        train(again, steps)
 
 
 def outputs(path: Path) -> list[Path]:

@@ -159,6 +159,7 @@ algorithms = Registry(
         "resolution_aware": "prx_composer.algorithms.resolution:ResolutionAware",
         "skip_nonfinite": "prx_composer.algorithms.gradients:SkipNonfinite",
         "sprint": "prx_composer.algorithms.token_routing:SPRINT",
+        "timestep_phases": "prx_composer.algorithms.timestep_phases:TimestepPhases",
         "tread": "prx_composer.algorithms.token_routing:TREAD",
     },
 )

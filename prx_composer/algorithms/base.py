@@ -87,6 +87,16 @@ class Trick(Algorithm):
         self._released = False
 
     @property
+    def windows(self) -> dict[str, ScheduleWindow]:
+        """Return when it does what, by what follows `algorithms.` in messages."""
+        return {self.name: self.window}
+
+    @property
+    def schedule(self) -> str:
+        """Return what it does when, in words for `prx plan`; "" where its window tells."""
+        return ""
+
+    @property
     def next_switch(self) -> Moment | None:
         """Return when the run goes over to another image size, which a time budget tells; None if the trick doesn't know."""
         return None

@@ -320,11 +320,11 @@ def _shares(state: State) -> Iterator[str]:
 
 
 def _windows(state: State) -> dict[str, tuple[ScheduleWindow, str]]:
-    """Return the window of every trick by its name, and whether it is not begun, open or over."""
+    """Return the windows of every trick by their names, and whether it is not begun, open or over."""
     found = {}
     for trick in state.algorithms:
         if isinstance(trick, Trick):
-            begun = trick.has_begun or trick.window.start.has_come(state)
-            phase = "over" if trick.window.is_over(state) else "open" if begun else "not begun"
-            found[trick.name] = trick.window, phase
+            for name, window in trick.windows.items():
+                begun = trick.has_begun or window.start.has_come(state)
+                found[name] = window, "over" if window.is_over(state) else "open" if begun else "not begun"
     return found

@@ -96,8 +96,8 @@ class TextToImage(ComposerModel):
         attention: "sdpa", PyTorch's kernels with a mask of the valid text; or "flex", FlexAttention, in compiled graphs on a GPU
             (on the CPU it is "sdpa").
 
-    Seams, filled by algorithms at Event.INIT: `auxiliary_losses`, `guidance`, `sampling_weights`, and the backbone's
-    `router`, `taps` and `conditioners`.
+    Seams, filled by algorithms at Event.INIT: `auxiliary_losses`, `training_flow`, `guidance`, `sampling_weights`, and the
+    backbone's `router`, `taps` and `conditioners`.
 
     Raises:
         ValueError: parts that don't fit together, named by YAML path.
@@ -132,6 +132,7 @@ class TextToImage(ComposerModel):
         self.backbone = backbone
         self.text_encoder = text_encoder
         self.flow = flow or FlowMatching()
+        self.training_flow: FlowMatching | None = None  # of which the timesteps of training are, if not of `flow`
         self.caption_dropout = caption_dropout
         self.random = RandomStreams(seed)
         self.auxiliary_losses = AuxiliaryLosses()
@@ -163,7 +164,8 @@ class TextToImage(ComposerModel):
         clean = self._encode_image(batch)
         device = clean.device
         text = self._encode_text(batch, self.caption_dropout)
-        timestep = self.flow.sample_timesteps(clean.shape[0], self.random.generator("timesteps", device))
+        flow = self.training_flow or self.flow
+        timestep = flow.sample_timesteps(clean.shape[0], self.random.generator("timesteps", device))
         noise = torch.randn(clean.shape, generator=self.random.generator("noise", device), device=device)
         noised = self.flow.interpolate(clean, noise, timestep)
         route = None

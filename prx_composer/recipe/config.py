@@ -1,4 +1,4 @@
-"""A recipe: YAML files and `key=value`s merged and checked, its defaults written out.
+"""A recipe: its keys, checked, its defaults written out.
 
 A recipe that a user hands to train.py is the user's program, and `registry.import_code` runs what its `code_paths` name. The
 recipe inside of a run folder is data, maybe a stranger's: opening it imports nothing (`without_code`).
@@ -6,7 +6,6 @@ recipe inside of a run folder is data, maybe a stranger's: opening it imports no
 
 import dataclasses
 import inspect
-import io
 import json
 import logging
 import shlex
@@ -16,15 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prx_composer import registry
 from prx_composer.common.errors import Problems, UserError, nearest, raise_all
-from prx_composer.common.files import read_text
 from prx_composer.recipe.arguments import Spec, check_type, dataclass_in, entries, hints_of
 from prx_composer.recipe.checks import argument_problems, first_look
+from prx_composer.recipe.merging import RUN_FOLDER, merge_arguments
 from prx_composer.registry import BY_KEY, BY_NAME, NESTED, Registry, with_size
 from prx_composer.schedule.moments import Point, parse_duration
 
@@ -53,7 +51,7 @@ class Recipe:
     global_eval_batch_size: int | None = None
     precision: str = "fp32"
     parallelism_config: Spec | None = None
-    run_folder: str = "runs/${run_name}"
+    run_folder: str = RUN_FOLDER
     save_interval: str = "0.25dur"
     save_num_checkpoints_to_keep: int = 2
     autoresume: bool = False
@@ -90,6 +88,8 @@ class Recipe:
 def load(arguments: list[str], num_ranks: int = 1) -> Recipe:
     """Read `[A.yaml, B.yaml, …, key=value, …]`, merged from left to right.
 
+    A.yaml may be a few keys over another recipe, `base: other.yaml`, which is read first. B.yaml's base is A.yaml.
+
     Args:
         num_ranks: over which batches must divide; asked only if the recipe is wrong anyway.
 
@@ -97,7 +97,7 @@ def load(arguments: list[str], num_ranks: int = 1) -> Recipe:
         UserError: a file that isn't there or isn't YAML, an unknown or missing key, a value of the wrong type; together with
             whatever else is wrong with the keys that are right.
     """
-    merged, defaults = _merged(arguments), _defaults()
+    merged, defaults = merge_arguments(arguments, [f.name for f in dataclasses.fields(Recipe)]), _defaults()
     hints = typing.get_type_hints(Recipe)
     problems = Problems()
     values = {key: default for key, default in defaults.items() if key not in merged}
@@ -128,34 +128,6 @@ def load(arguments: list[str], num_ranks: int = 1) -> Recipe:
 _EXAMPLES = {"max_duration": "1000ba", "time_budget": "24h"}
 
 
-def _merged(arguments: list[str]) -> DictConfig:
-    merged = OmegaConf.create({"run_folder": Recipe.run_folder})  # a default that refers to another key
-    assert isinstance(merged, DictConfig)
-    files = [argument for argument in arguments if _is_file(argument)]
-    if not files:
-        raise UserError("Name at least one recipe, such as: composer train.py yamls/quickstart.yaml [key=value …]")
-    for argument in arguments:
-        merged = _merge(merged, _read(argument)) if argument in files else _set(merged, argument)
-    return merged
-
-
-def _is_file(argument: str) -> bool:
-    """Return whether an argument is a recipe, and no `key=value`; a file's name may have a `=` in it.
-
-    Raises:
-        UserError: it is both.
-    """
-    key, equals, value = argument.partition("=")
-    if not equals:
-        return True
-    may_set = key.partition(".")[0].partition("[")[0] in {f.name for f in dataclasses.fields(Recipe)}
-    if may_set and Path(argument).is_file():
-        raise UserError(
-            f"{argument} is a file and could also set {key}. Write ./{argument} for the file, or \"{key}='{value}'\" for the key."
-        )
-    return Path(argument).is_file() or ("/" in key and not may_set)
-
-
 def _resolved(merged: DictConfig, key: str) -> Any:
     """Return a key's value with what it refers to by `${…}`."""
     try:
@@ -172,53 +144,6 @@ def _defaults() -> dict[str, Any]:
         for f in dataclasses.fields(Recipe)
         if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
     }
-
-
-def _merge(below: Any, above: DictConfig) -> Any:
-    """Merge two recipes; a component of another name replaces the one below instead of inheriting its arguments."""
-    below = below.copy()
-    _drop_replaced(below, above)
-    return OmegaConf.merge(below, above)
-
-
-def _drop_replaced(below: Any, above: DictConfig) -> None:
-    for key in above:
-        old, new = (config._get_node(key) for config in (below, above))
-        if isinstance(old, DictConfig) and isinstance(new, DictConfig):
-            if "name" in old and "name" in new and old.get("name") != new.get("name"):
-                del below[key]
-            else:
-                _drop_replaced(old, new)
-
-
-def _set(merged: Any, argument: str) -> Any:
-    """Apply `a.b=value` or `a.list[0].b=value`; the value is YAML. Components are replaced as by `_merge`."""
-    key, _, text = argument.partition("=")
-    parent, _, last = key.rpartition(".")
-    try:
-        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)  # "${…}" stays as it is
-        value = parsed["value"]
-        below = OmegaConf.select(merged, parent) if parent else merged
-        if isinstance(below, DictConfig) and last in below:
-            _drop_replaced(below, OmegaConf.create({last: value}))
-        OmegaConf.update(merged, key, value, merge=True, force_add=True)
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError, ValueError) as error:
-        raise UserError(f"{argument}: this cannot be set; give key=value with a key of the recipe. ({error})") from error
-    return merged
-
-
-def _read(argument: str) -> DictConfig:
-    if not Path(argument).is_file():
-        raise UserError(f"There is no recipe {argument}; give a YAML file, or key=value to change one key.")
-    try:
-        config = OmegaConf.load(io.StringIO(read_text(argument)))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{argument} is not valid YAML: {error}") from error
-    except OSError as error:
-        raise UserError(f"{argument} cannot be read: {error.strerror or error}.") from error
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{argument} must be a mapping of keys at its top.")
-    return config
 
 
 def check(recipe: Recipe) -> None:

@@ -74,9 +74,15 @@ def flow_arguments(folder: Path) -> dict[str, Any]:
     if not is_pixel(folder):
         return {"prediction": "v", "timestep_shift": shift}
     noise_scale = float(read_json(folder / "model_index.json").get("noise_scale", 2.0))
-    arguments = {"prediction": "x", "timestep_shift": shift, "min_timestep": PIXEL_MIN_TIMESTEP, "noise_scale": noise_scale}
-    own = (_trained_as(folder) or {}).get("flow") or {}  # for which the pipeline has no place
-    return arguments | {key: own[key] for key in ("min_timestep", "clamp_sampling") if key in own}
+    arguments: dict[str, Any] = {"prediction": "x", "timestep_shift": shift, "noise_scale": noise_scale}
+    arguments["min_timestep"] = PIXEL_MIN_TIMESTEP
+    own = (_trained_as(folder) or {}).get("flow")  # for which the pipeline has no place
+    if isinstance(own, dict):
+        with at_path(f"{folder / RECIPE}: model.flow", TypeError):
+            arguments["min_timestep"] = float(own.get("min_timestep", PIXEL_MIN_TIMESTEP))
+            if own.get("clamp_sampling", False):
+                arguments["clamp_sampling"] = True
+    return arguments
 
 
 def image_size(folder: Path) -> int:

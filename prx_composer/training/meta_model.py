@@ -135,7 +135,7 @@ class MetaModel:
     def _identity(self) -> tuple[Any, ...]:
         """All that the cost of a step follows from, but for the size of images and what is active."""
         untimed = {
-            name: {key: value for key, value in arguments.items() if key not in ("start", "end", "stages")}
+            name: {key: value for key, value in arguments.items() if key not in ("start", "end", "stages", "phases")}
             for name, arguments in entries(self._recipe.algorithms, "algorithms")
             if name in self.tricks
         }

@@ -326,8 +326,9 @@ def test_the_benchmark_scores_weights_average_and_merges_of_one_run(trained: Pat
     found = importlib.import_module("quality").averages(str(trained), last=[2], like=["uniform"], images_per_prompt=1)["weights"]
     assert found.keys() == {"raw", "ema", "uniform of 2"}
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert found["ema"]["mse"] == pytest.approx(rows[-1]["metrics/eval/mse"], rel=1e-4), "as the run itself evaluated"
-    assert len({scores["mse"] for scores in found.values()}) == 3
+    loss = rows[-1]["metrics/eval/validation_loss"]
+    assert found["ema"]["validation_loss"] == pytest.approx(loss, rel=1e-4), "as the run itself evaluated"
+    assert len({scores["validation_loss"] for scores in found.values()}) == 3
 
 
 def test_adapters_are_averaged_factor_by_factor_and_opened_as_adapters(

@@ -53,6 +53,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "repa": {"teacher": TEACHER, "block": 1, "projector_hidden": 16, "adapter": {"depth": 1, "mask_rate": 0.2}},
     "resolution_aware": {},
     "sprint": {"start_block": 1, "rate": 0.5},
+    "timestep_phases": {"phases": [{"until": "1ba", "logit_mean": 0.8, "logit_std": 0.8}, {"logit_mean": -0.2}]},
     "tread": {"start_block": 1, "rate": 0.5, "self_guidance": True},
 }
 if importlib.util.find_spec("torchao") is None:  # the extra float8, which CI has

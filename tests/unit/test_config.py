@@ -40,6 +40,39 @@ def test_a_file_to_merge_over_a_recipe_says_so_when_given_alone() -> None:
         config.load(["yamls/ablations/tread.yaml"])
 
 
+def test_a_recipe_may_be_a_few_keys_over_its_base(tiny_recipe: dict[str, Any], write_recipe: Write, tmp_path: Path) -> None:
+    write_recipe(tiny_recipe, "low.yaml")
+    (tmp_path / "deeper").mkdir()
+    write_recipe({"base": "../low.yaml", "run_name": "middle", "seed": 3}, "deeper/middle.yaml")
+    top = write_recipe({"base": ["deeper/middle.yaml", "other.yaml"], "run_name": "top"}, "top.yaml")
+    write_recipe({"base": "low.yaml", "optimizer": {"lr": 0.25}}, "other.yaml")  # under which middle.yaml lies already
+    recipe = config.load([top])
+    assert (recipe.run_name, recipe.seed, recipe.optimizer["lr"]) == ("top", 3, 0.25)
+    assert vars(recipe) == vars(config.load([str(tmp_path / "low.yaml"), "run_name=top", "seed=3", "optimizer.lr=0.25"])), (
+        "and all else is as below"
+    )
+
+
+def test_what_is_given_before_a_recipe_stands_in_for_its_base(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
+    first = write_recipe(tiny_recipe | {"seed": 3}, "first.yaml")
+    write_recipe(tiny_recipe | {"seed": 4}, "base.yaml")
+    assert config.load([first, write_recipe({"base": "base.yaml", "run_name": "over"}, "over.yaml")]).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("own.yaml", r"own\.yaml: base leads back to this file"),
+        ("missing.yaml", r"own\.yaml: base: there is no recipe .*missing\.yaml"),
+        (7, r"base must be the path of a recipe, or a list of them, not 7"),
+        ({"name": "low"}, r"base must be the path of a recipe"),
+    ],
+)
+def test_a_base_that_cannot_be_is_said(base: Any, message: str, write_recipe: Write) -> None:
+    with pytest.raises(UserError, match=message):
+        config.load([write_recipe({"base": base}, "own.yaml")])
+
+
 def test_a_component_of_another_name_does_not_inherit_arguments(tiny_recipe: Recipe, write_recipe: Write) -> None:
     other = write_recipe({"optimizer": {"name": "decoupled_adamw"}, "train_loader": {"source": {"name": "digits"}}}, "other.yaml")
     recipe = config.load([write_recipe(tiny_recipe), other])

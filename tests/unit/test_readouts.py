@@ -170,12 +170,12 @@ def test_by_default_heads_lie_where_pjit_has_them(depth: int, patch_size: int, e
 
 
 def test_compiled_with_taps_it_is_one_graph_with_the_same_numbers(tiny_model: Build, tiny_batch: Batch) -> None:
-    model = tiny_model(depth=3)
+    model = tiny_model(depth=2)
     model.backbone.router = RandomRouter("tread", 1, 2, 0.5)
     begin(model, Readouts(HEADS))
     outputs = model(tiny_batch)
     inputs = (outputs.noised, outputs.timestep, outputs.text.embedding.detach(), outputs.text.mask, outputs.route, True)
-    compiled = torch.compile(model.backbone, fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled = torch.compile(model.backbone, fullgraph=True, dynamic=False, backend="eager")
     for theirs, ours in zip(model.backbone(*inputs), compiled(*inputs), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 

@@ -41,6 +41,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "progressive_resolution": {"stages": [{"image_size": 16, "global_train_batch_size": 8}]},
     "repa": {"teacher": TEACHER, "block": 1, "adapter": {"depth": 1}},
     "sprint": {"start_block": 0, "end_block": 0},
+    "timestep_phases": {"phases": [{"logit_mean": 0.8}]},
     "tread": {"start_block": 0, "end_block": 0, "self_guidance": True},
 }
 

@@ -209,6 +209,7 @@ def skip_lists(recipe: Recipe, skipped: list[LeftOut]) -> list[str]:
 def _assumptions(planned: MetaModel, recipe: Recipe, c: Conditions) -> list[str]:
     """Return what a reader must know of the time of a step, in words."""
     assumed = ["left out of the hours: start, compilation, evaluation, drawing images"]
+    assumed += [f"algorithms.{name}: {trick.schedule}" for name, trick in planned.tricks.items() if trick.schedule]
     if not planned.amp:
         assumed.append(f"precision: {recipe.precision} does not come near the peak, which is bf16's; --mfu has to allow for it")
     if recipe.model.get("compile"):

@@ -262,6 +262,9 @@ def stretched(recipe: Recipe, spans: list[Span], lengths: list[int]) -> tuple[di
         for key in ("start", "end"):
             if arguments.get(key):
                 move(arguments, key, f"algorithms.{name}.")
+        for index, phase in enumerate(arguments.get("phases") or ()):
+            if phase.get("until"):
+                move(phase, "until", f"algorithms.{name}.phases[{index}].")
     if "t_max" in scheduler:
         move(scheduler, "t_max", "scheduler.")
     new_length = {"max_duration": changes["max_duration"]}

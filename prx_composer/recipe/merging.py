@@ -1,0 +1,127 @@
+"""Files of a recipe and `key=value`s become one: merged from left to right, a file over its `base`."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from prx_composer.common.errors import UserError
+from prx_composer.common.files import read_text
+
+RUN_FOLDER = "runs/${run_name}"
+
+
+def merge_arguments(arguments: list[str], keys: Sequence[str]) -> DictConfig:
+    """Return recipe files and `key=value`s merged from left to right, with `${…}` as it stands.
+
+    A file may be a few keys over others, which its `base` names and which are read first. That is so for the first file alone:
+    under another lies what was given before it.
+
+    Args:
+        keys: of a recipe, by which a `key=value` is told from a file with a `=` in its name.
+
+    Raises:
+        UserError: no file; one that isn't there or isn't YAML; a base that isn't there, or leads back; a key that cannot be set.
+    """
+    merged = OmegaConf.create({"run_folder": RUN_FOLDER})  # a default that refers to another key
+    assert isinstance(merged, DictConfig)
+    files = [argument for argument in arguments if _is_file(argument, keys)]
+    if not files:
+        raise UserError("Name at least one recipe, such as: composer train.py yamls/quickstart.yaml [key=value …]")
+    for argument in arguments:
+        for layer in _layers(argument, alone=argument == files[0]) if argument in files else ():
+            merged = _merge(merged, layer)
+        if argument not in files:
+            merged = _set(merged, argument)
+    return merged
+
+
+def _layers(file: str, alone: bool, above: tuple[Path, ...] = ()) -> list[DictConfig]:
+    """Return a recipe file and, below it, those that its `base` names: one path or several, from where the file lies.
+
+    Args:
+        alone: whether nothing lies below it yet; else its base is left out.
+        above: files that lead to this one.
+    """
+    path, own = Path(file).resolve(), _read(file)
+    if path in above:
+        raise UserError(f"{file}: base leads back to this file.")
+    named = OmegaConf.to_container(OmegaConf.create({"base": own.pop("base", [])}))["base"]
+    bases = [named] if isinstance(named, str) else named
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{file}: base must be the path of a recipe, or a list of them, not {named!r}.")
+    layers = list[DictConfig]()
+    for base in bases if alone else ():
+        lower = Path(file).parent / base
+        if not lower.is_file():
+            raise UserError(f"{file}: base: there is no recipe {lower}.")
+        layers += _layers(str(lower), not layers, (*above, path))
+    return [*layers, own]
+
+
+def _is_file(argument: str, keys: Sequence[str]) -> bool:
+    """Return whether an argument is a recipe, and no `key=value`; a file's name may have a `=` in it.
+
+    Raises:
+        UserError: it is both.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return True
+    may_set = key.partition(".")[0].partition("[")[0] in keys
+    if may_set and Path(argument).is_file():
+        raise UserError(
+            f"{argument} is a file and could also set {key}. Write ./{argument} for the file, or \"{key}='{value}'\" for the key."
+        )
+    return Path(argument).is_file() or ("/" in key and not may_set)
+
+
+def _merge(below: Any, above: DictConfig) -> Any:
+    """Merge two recipes; a component of another name replaces the one below instead of inheriting its arguments."""
+    below = below.copy()
+    _drop_replaced(below, above)
+    return OmegaConf.merge(below, above)
+
+
+def _drop_replaced(below: Any, above: DictConfig) -> None:
+    for key in above:
+        old, new = (config._get_node(key) for config in (below, above))
+        if isinstance(old, DictConfig) and isinstance(new, DictConfig):
+            if "name" in old and "name" in new and old.get("name") != new.get("name"):
+                del below[key]
+            else:
+                _drop_replaced(old, new)
+
+
+def _set(merged: Any, argument: str) -> Any:
+    """Apply `a.b=value` or `a.list[0].b=value`; the value is YAML. Components are replaced as by `_merge`."""
+    key, _, text = argument.partition("=")
+    parent, _, last = key.rpartition(".")
+    try:
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)  # "${…}" stays as it is
+        value = parsed["value"]
+        below = OmegaConf.select(merged, parent) if parent else merged
+        if isinstance(below, DictConfig) and last in below:
+            _drop_replaced(below, OmegaConf.create({last: value}))
+        OmegaConf.update(merged, key, value, merge=True, force_add=True)
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError, ValueError) as error:
+        raise UserError(f"{argument}: this cannot be set; give key=value with a key of the recipe. ({error})") from error
+    return merged
+
+
+def _read(argument: str) -> DictConfig:
+    if not Path(argument).is_file():
+        raise UserError(f"There is no recipe {argument}; give a YAML file, or key=value to change one key.")
+    try:
+        config = OmegaConf.load(io.StringIO(read_text(argument)))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{argument} is not valid YAML: {error}") from error
+    except OSError as error:
+        raise UserError(f"{argument} cannot be read: {error.strerror or error}.") from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{argument} must be a mapping of keys at its top.")
+    return config
