@@ -284,12 +284,12 @@ class Muon(torch.optim.Optimizer):
             if before is not None:  # it has come back while this rank worked
                 before.pass_on()
         exchanges[-1].pass_on()
-        updates: Iterable[Update] = (  # each waits for its part alone
+        back: Iterable[Update] = (  # each waits for its part alone
             (stack, *some) for exchange in exchanges for stack in plan.stacks for some in exchange.received(stack)
         )
         if self._how.neuron_beta2 is not None:
-            updates = self._even_rows(plan, list(updates), self._how.neuron_beta2)
-        for stack, members, some in updates:
+            back = self._even_rows(plan, list(back), self._how.neuron_beta2)
+        for stack, members, some in back:
             self._apply(stack, members, list(some))
 
     def _even_rows(self, plan: Plan, updates: list[Update], beta2: float) -> list[Update]:
