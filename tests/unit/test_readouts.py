@@ -138,7 +138,8 @@ def test_gradients_reach_what_is_read_and_no_further_and_heads_begin_with_nothin
     torch.nn.init.normal_(trick.heads[0].linear.weight)
     trick.loss(model(tiny_batch), tiny_batch).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in trick.term.parameters())
-    reached = [block.up_proj.weight.grad for block in model.backbone.blocks]
+    blocks: Any = model.backbone.blocks
+    reached = [block.up_proj.weight.grad for block in blocks]
     assert reached[0].any() and reached[1].any() and reached[2] is None is reached[3], "there is no stop-gradient"
     assert model.backbone.time_in.in_layer.weight.grad.any() and model.backbone.final_layer.linear.weight.grad is None  # pyright: ignore
 
