@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prx_composer.common.errors import UserError
@@ -50,9 +50,9 @@ def _layers(file: str, alone: bool, above: tuple[Path, ...] = ()) -> list[DictCo
     path, own = Path(file).resolve(), _read(file)
     if path in above:
         raise UserError(f"{file}: base leads back to this file.")
-    named = OmegaConf.to_container(OmegaConf.create({"base": own.pop("base", [])}))["base"]
-    bases = [named] if isinstance(named, str) else named
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+    named: Any = own.pop("base", None)
+    bases = list(named) if isinstance(named, ListConfig) else [] if named is None else [named]
+    if not all(isinstance(base, str) for base in bases):
         raise UserError(f"{file}: base must be the path of a recipe, or a list of them, not {named!r}.")
     layers = list[DictConfig]()
     for base in bases if alone else ():
