@@ -14,6 +14,7 @@ import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -320,6 +321,7 @@ def generate(
         with written_aside(folder) as partial:
             write_pipeline(Trained(_drawing_model(), Path("benchmark"), "raw", size), partial)
         ours = load_trained(str(folder)).model
+        ours.flow = replace(ours.flow, clamp_sampling=True)  # the steps of the pipeline
         pipeline = PRXPixelPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     options: Any = dict(height=size, width=size, num_inference_steps=steps, guidance_scale=guidance_scale)
