@@ -1,6 +1,8 @@
 """Files of a recipe and `key=value`s become one: merged from left to right, a file over its `base`."""
 
+import functools
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import read_text
+
+log = logging.getLogger(__name__)
 
 RUN_FOLDER = "runs/${run_name}"
 
@@ -54,6 +58,8 @@ def _layers(file: str, alone: bool, above: tuple[Path, ...] = ()) -> list[DictCo
     bases = list(named) if isinstance(named, ListConfig) else [] if named is None else [named]
     if not all(isinstance(base, str) for base in bases):
         raise UserError(f"{file}: base must be the path of a recipe, or a list of them, not {named!r}.")
+    if bases and not alone and not above:
+        _warn_of_base(file, ", ".join(bases))
     layers = list[DictConfig]()
     for base in bases if alone else ():
         lower = Path(file).parent / base
@@ -61,6 +67,11 @@ def _layers(file: str, alone: bool, above: tuple[Path, ...] = ()) -> list[DictCo
             raise UserError(f"{file}: base: there is no recipe {lower}.")
         layers += _layers(str(lower), not layers, (*above, path))
     return [*layers, own]
+
+
+@functools.cache  # a recipe is read more than once
+def _warn_of_base(file: str, bases: str) -> None:
+    log.warning("%s: its base %s is not read: what was given before it stands in its place.", file, bases)
 
 
 def _is_file(argument: str, keys: Sequence[str]) -> bool:
@@ -100,6 +111,8 @@ def _drop_replaced(below: Any, above: DictConfig) -> None:
 def _set(merged: Any, argument: str) -> Any:
     """Apply `a.b=value` or `a.list[0].b=value`; the value is YAML. Components are replaced as by `_merge`."""
     key, _, text = argument.partition("=")
+    if key == "base":
+        raise UserError(f"{argument}: base is a line of a recipe's file. Here give the files themselves, the lower one first.")
     parent, _, last = key.rpartition(".")
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)  # "${…}" stays as it is

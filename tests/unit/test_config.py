@@ -53,10 +53,20 @@ def test_a_recipe_may_be_a_few_keys_over_its_base(tiny_recipe: dict[str, Any], w
     )
 
 
-def test_what_is_given_before_a_recipe_stands_in_for_its_base(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
+def test_what_is_given_before_a_recipe_stands_in_for_its_base_and_it_is_said(
+    tiny_recipe: dict[str, Any], write_recipe: Write, caplog: pytest.LogCaptureFixture
+) -> None:
     first = write_recipe(tiny_recipe | {"seed": 3}, "first.yaml")
     write_recipe(tiny_recipe | {"seed": 4}, "base.yaml")
-    assert config.load([first, write_recipe({"base": "base.yaml", "run_name": "over"}, "over.yaml")]).seed == 3
+    over = write_recipe({"base": "base.yaml", "run_name": "over"}, "over.yaml")
+    assert config.load([over]).seed == 4 and not caplog.messages
+    assert config.load([first, over]).seed == 3
+    assert [f"{over}: its base base.yaml is not read" in message for message in caplog.messages] == [True]
+
+
+def test_a_base_on_the_command_line_is_refused_with_what_to_write(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
+    with pytest.raises(UserError, match=r"base is a line of a recipe's file\. Here give the files themselves"):
+        config.load([write_recipe(tiny_recipe), "base=other.yaml"])
 
 
 @pytest.mark.parametrize(
