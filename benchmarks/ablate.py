@@ -1,6 +1,6 @@
 """What does a trick buy? Trains stacks of tricks in turns, with the same seeds, and compares speed, memory, loss and score.
 
-python benchmarks/ablate.py yamls/quickstart.yaml --stack base --stack +muon --stack +muon+tread-ema [key=value …]
+python benchmarks/ablate.py yamls/quickstart.yaml --stack base --stack +normuon --stack +normuon+tread-ema [key=value …]
 python benchmarks/ablate.py yamls/icons.yaml --all
 
 A stack is `base`, the recipe as it is, with `+name` (yamls/ablations/name.yaml merged over it; or a path that ends in .yaml)
@@ -51,7 +51,7 @@ SCORES = ("shapes_score", "icons_score")  # that look at the accuracy in trainin
 
 
 def parse_stack(text: str) -> Stack:
-    """`base`, `+muon`, `+muon+tread-ema`, `base-ema`, `+my/own.yaml` → what to merge over the recipe.
+    """`base`, `+normuon`, `+normuon+tread-ema`, `base-ema`, `+my/own.yaml` → what to merge over the recipe.
 
     Raises:
         UserError: something else, or a file that isn't there.
@@ -136,7 +136,7 @@ def known_of(stack: Stack, recipe: Recipe, base: Recipe, arguments: list[str]) -
     return {
         "changes": list(stack.changes),
         "adds": adds,
-        "leaves_out": [name for name in others if name not in own and name in base.algorithms],
+        "leaves_out": [name for name in others if name not in own],
         "sets": sets,
         "new_settings": [key for key, (before, _) in settings.items() if before is None],
         "notes": [
@@ -214,7 +214,7 @@ class Options:
             if getattr(self, option) < least:
                 raise UserError(f"--{option} must be at least {least}.")
         if not self.stack and not self.all:
-            raise UserError("name stacks, such as --stack base --stack +muon, or all of them: --all.")
+            raise UserError("name stacks, such as --stack base --stack +normuon, or all of them: --all.")
 
     @property
     def files(self) -> list[str]:

@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,20 @@ def card_names(text: str) -> list[str]:
     return re.findall(r"^## ([a-z][a-z0-9_]*)$", text, re.M)
 
 
-def line(algorithm: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+def line(algorithm: str, found: Mapping[str, Mapping[str, Any]], cards: Collection[str]) -> str:
     """Return the line of an algorithm's card.
 
     Args:
         found: as `results` gives it.
+        cards: names that have a card. What has none, such as the optimizer that Muon takes the place of, is no trick.
     """
     newest: dict[tuple[str, str], str] = {}
     for name, result in found.items():
         for stack, known in result["stacks"].items():
-            if not known["sets"] and [*known["adds"], *known["leaves_out"]] == [algorithm] and _seeds(stack, result) > 1:
+            tricks = [name for name in (*known["adds"], *known["leaves_out"]) if name in cards]
+            if not known["sets"] and tricks == [algorithm] and _seeds(stack, result) > 1:
                 newest[" ".join(result["recipe"]), stack] = name
-    told = [_told(stack, name, found[name]) for (_, stack), name in sorted(newest.items())]
+    told = [_told(algorithm, stack, name, found[name]) for (_, stack), name in sorted(newest.items())]
     return BEGIN + (" ".join(told) or NOTHING)
 
 
@@ -54,11 +56,11 @@ def _seeds(stack: str, result: Mapping[str, Any]) -> int:
     return max((len(c["pairs"]) for c in result["comparisons"] if c["stack"] == stack), default=0)
 
 
-def _told(stack: str, name: str, result: Mapping[str, Any]) -> str:
+def _told(algorithm: str, stack: str, name: str, result: Mapping[str, Any]) -> str:
     """Write what a result says of a stack: "[quickstart](…), 3 seeds, with it: accuracy better by 0.021 (0.004 to 0.038), …"."""
     recipes = "+".join(Path(word).stem for word in result["recipe"] if "=" not in word)
     known = result["stacks"][stack]
-    side = "left out" if known["leaves_out"] else "added"
+    side = "left out" if algorithm in known["leaves_out"] else "added"
     verdicts = {c["column"]: c["words"] for c in result["comparisons"] if c["stack"] == stack}
     said = [f"{title} {verdicts[key]}" for key, title in SHOWN.items() if key in verdicts]
     page = f"../../benchmarks/results/{name.removesuffix('.json')}.md"
@@ -83,7 +85,8 @@ def _with_line(card: str, lines: Mapping[str, str]) -> str:
 
 
 def all_lines(text: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    return {name: line(name, found) for name in card_names(text)}
+    names = card_names(text)
+    return {name: line(name, found, names) for name in names}
 
 
 def main(arguments: Iterable[str]) -> int:

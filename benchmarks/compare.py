@@ -312,8 +312,8 @@ def generate(
 ) -> dict[str, Any]:
     """Drawing with diffusers' pipeline and with this package from the same exported model; above 1 ours is faster.
 
-    Both start from the prompt and a seed and end with pixels in memory. The model has the quickstart's sizes and random weights.
-    One prompt at a time, since diffusers' PRX pipelines take no more; and, for this package alone, a batch.
+    Both start from the prompt and a seed and end with pixels in memory. The model has patches of 4 px, 1.4M parameters and random
+    weights. One prompt at a time, since diffusers' PRX pipelines take no more; and, for this package alone, a batch.
     """
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as temporary:

@@ -158,7 +158,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------ questions
 
-RECIPE = ["yamls/quickstart.yaml", "yamls/ablations/muon.yaml", "progress_bar=false", "callbacks.images=false"]
+RECIPE = ["yamls/quickstart.yaml", "progress_bar=false", "callbacks.images=false"]
 PATHS = {
     "fast": ["model.compile=true"],
     "plain": ["model.backbone.name=plain_prx", "optimizer.name=plain_muon", "preflight=false"],
@@ -188,7 +188,7 @@ def seeds(
 def fast_paths(
     overrides: Annotated[Sequence[str], "key=value, as for train.py"] = (), *, seeds: Sequence[int] = (17, 1, 2)
 ) -> dict[str, Any]:
-    """Held-out accuracy of the quickstart with Muon, on every fast path and on none: is quality paid for speed?
+    """Held-out accuracy of the quickstart, on every fast path and on none: is quality paid for speed?
 
     Fast: our network compiled, Muon in stacks, fused AdamW, our Trainer. Plain: `plain_prx`, `plain_muon` and Composer's Trainer.
     Both start from the same weights and see the same batches with the same noise. Both have EMA's one call for all tensors, whose

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from prx_composer.models.randomness import generator_from, seeded_generator
 from prx_composer.models.routing import Route, Router
 
+PIXEL_MIN_TIMESTEP = 0.05  # written into diffusers' PRXPixelPipeline
+
 
 def shift_timesteps(t: Tensor, shift: float) -> Tensor:
     """Move timesteps towards noise for larger images: t ← k·t / (1 + (k − 1)·t) (SD3, arXiv:2403.03206, eq. 23)."""
@@ -35,8 +37,9 @@ class FlowMatching:
         prediction: what the network outputs, "x" (the clean image) or "v" (the velocity).
         timestep_shift: k of `shift_timesteps`; 1 = none, 3 for 512 and 1024 px pixels.
         min_timestep: the loss of x-prediction divides by max(t, min_timestep).
-        clamp_sampling: whether the steps of sampling divide by it too, as diffusers' PRXPixelPipeline does. Below min_timestep
-            such a step goes only the t / min_timestep-th part of its way: the image keeps most of the last step's noise.
+        clamp_sampling: whether the steps of sampling divide by max(t, 0.05), as those of diffusers' PRXPixelPipeline do, whatever
+            the loss divides by. Below 0.05 such a step goes only the t / 0.05th part of its way: the image keeps most of the last
+            step's noise.
         noise_scale: standard deviation s of the noise at t = 1.
         logit_mean, logit_std: timesteps are sigmoid(N(logit_mean, logit_std²)) …
         uniform_fraction: … mixed with this fraction of uniform ones.
@@ -108,10 +111,10 @@ class FlowMatching:
         return self.noise_scale * noise - x0
 
     def to_velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the network's output as a velocity; for x-prediction v̂ = (x_t − x̂0) / max(t, min_timestep)."""
+        """Return the network's output as a velocity; for x-prediction v̂ = (x_t − x̂0) / max(t, 0.05), as diffusers has it."""
         if self.prediction == "v":
             return prediction
-        return (x_t - prediction) / _over_image(t).clamp_min(self.min_timestep)
+        return (x_t - prediction) / _over_image(t).clamp_min(PIXEL_MIN_TIMESTEP)
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the network's output as a clean image, x̂0 = x_t − t·v̂."""

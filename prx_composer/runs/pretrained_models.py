@@ -18,7 +18,7 @@ from prx_composer.common.files import read_text, write_whole
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.encoders import HuggingFaceTextEncoder, load_tokenizer
-from prx_composer.models.flow import FlowMatching
+from prx_composer.models.flow import PIXEL_MIN_TIMESTEP, FlowMatching
 from prx_composer.models.prompts import cleaner, cleaning_of
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.consistency import strings
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 REFERENCE = "text_encoder_reference.json"
 RECIPE = "recipe.yaml"  # of the run that it was exported from
-PIXEL_MIN_TIMESTEP = 0.05  # written into PRXPixelPipeline
 _DEFAULTS = {"PRXPixelPipeline": (1024, 256), "PRXPipeline": (512, None)}  # default_sample_size, prompt tokens
 PATH = "model.init_from"
 

@@ -45,7 +45,8 @@ def train(foundry: Any, tmp_path: Path, tiny_recipe: Recipe) -> Callable[..., An
         content: Any = OmegaConf.to_container(OmegaConf.load(FOUNDRY_YAML))
         content["variables"]["folder"] = str(tmp_path / "foundry")
         content["model"]["backbone"] |= tiny_recipe["model"]["backbone"]
-        content["model"]["text_encoder"]["config"] = tiny_recipe["model"]["text_encoder"]["config"]
+        tiny = tiny_recipe["model"]["text_encoder"]
+        content["model"]["text_encoder"] |= {key: tiny[key] for key in ("config", "trainable")}
         small = {"path": tiny_recipe["train_loader"]["path"], "source": dict(SOURCE), "image_size": 16, "num_workers": 0}
         content["train_loader"] |= small
         content |= {"global_train_batch_size": 48, "device_train_microbatch_size": 24, "device_eval_batch_size": 60}
@@ -101,7 +102,8 @@ def test_llm_foundrys_trainer_repeats_our_trainers_run_bit_for_bit(
         scheduler={"name": "prx_constant"},
     )
     tiny_recipe |= {"optimizer": optimizer, "algorithms": algorithms, "scheduler": {"name": "constant"}, "max_duration": "4ba"}
-    tiny_recipe["model"] |= {"flow": {"prediction": "x", "min_timestep": 0.05}, "caption_dropout": 0.1}
+    shipped: Any = OmegaConf.to_container(OmegaConf.load(FOUNDRY_YAML))
+    tiny_recipe["model"] |= {"flow": shipped["model"]["flow"], "caption_dropout": 0.1}
     ours = build_trainer(config.load([write_recipe(tiny_recipe)]))
     ours.fit()
     ours.close()
@@ -183,7 +185,7 @@ def test_every_component_that_llm_foundry_lacks_is_published(foundry: Any) -> No
         (["eval_loader.max_tokens=9"], None, r"^eval_loader.max_tokens is 9, but the model's is 14"),
         (["train_loader.source.heldout=7"], None, r"made with other settings of train_loader.source \(heldout\)"),
         (["optimizer.lrr=2"], None, r"^optimizer.lrr: no such argument. Did you mean 'lr'"),
-        (["optimizer.param_groups=[{param_str_match: bias}]"], None, r"^optimizer.param_groups: prx_adamw makes its own"),
+        (["optimizer.param_groups=[{param_str_match: bias}]"], None, r"^optimizer.param_groups: prx_muon makes its own"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_llm_foundrys_yaml_ends_in_one_message(

@@ -21,6 +21,7 @@ turns: Any = importlib.import_module("turns")
 
 MINI = str(REPOSITORY / "yamls" / "24h_mini.yaml")
 QUICKSTART = str(REPOSITORY / "yamls" / "quickstart.yaml")
+STAGES = str(REPOSITORY / "yamls" / "ablations" / "progressive_resolution.yaml")
 
 
 # --------------------------------------------------------------------------------------------------------- stacks
@@ -88,7 +89,7 @@ def test_every_run_of_the_24h_recipe_is_its_stage_with_just_the_algorithms_of_it
 
 def test_a_kept_algorithm_is_in_all_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    [(stage, [[bare, whole]])] = planned([QUICKSTART, "--cost", "--keep", "gradient_clipping", "--stage", "1"])
+    [(stage, [[bare, whole]])] = planned([QUICKSTART, STAGES, "--cost", "--keep", "gradient_clipping", "--stage", "1"])
     assert (stage.algorithms, stage.kept) == (["ema"], ["gradient_clipping"])
     assert list(algorithms_of(bare)) == ["gradient_clipping"]
     assert list(algorithms_of(whole)) == ["gradient_clipping", "ema"]
@@ -140,7 +141,7 @@ def test_what_cannot_be_measured_is_refused_and_leaves_nothing(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert ablate.main([QUICKSTART, "--cost", *arguments]) == 1
+    assert ablate.main([QUICKSTART, STAGES, "--cost", *arguments]) == 1
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -285,14 +285,17 @@ def test_a_card_s_line_is_the_newest_result_of_a_stack_that_is_this_algorithm_al
     write(tmp_path, "2026-12-01_xeon_ablate-a", stacks=adds)
     write(tmp_path, "2026-12-02_xeon_ablate-b", stacks={"base+x": {"adds": ["tread", "repa"]}})
     write(tmp_path, "2026-12-02_xeon_ablate-c", stacks={"base+x": {"leaves_out": ["ema"], "sets": ["model"]}})
+    write(tmp_path, "2026-12-02_xeon_ablate-d", stacks={"base+x": {"adds": ["adamw"], "leaves_out": ["muon"]}})
     (tmp_path / "2026-11-24_epyc_ablate-old.json").write_text(json.dumps({"runs": []}))
     found = cards.results(tmp_path)
-    assert cards.line("tread", found) == (
+    names = ("tread", "repa", "ema", "muon")
+    assert cards.line("tread", found, names) == (
         "**Measured here:** [quickstart](../../benchmarks/results/2026-12-01_xeon_ablate-a.md), 1000ba, where the recipe has "
         "2000ba, 3 seeds, `base+x` (added): accuracy better by 0.050 (0.025 to 0.075); validation loss no difference seen "
         "(+0.0000 to +0.0000); time of a step no difference seen (+0% to +0%). Note: it is tiny."
     )
-    assert cards.line("repa", found) == cards.line("ema", found) == "**Measured here:** not measured here yet."
+    assert cards.line("repa", found, names) == cards.line("ema", found, names) == "**Measured here:** not measured here yet."
+    assert "`base+x` (left out)" in cards.line("muon", found, names), "AdamW, which takes its place, has no card"
 
 
 def test_lines_take_the_place_of_the_old_ones_and_nothing_else_changes() -> None:

@@ -28,7 +28,7 @@ from prx_composer.models.flow import NUM_TRAIN_TIMESTEPS
 from prx_composer.models.layers import is_adapted
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.opening import Trained
-from prx_composer.runs.pretrained_models import PIXEL_MIN_TIMESTEP, RECIPE, REFERENCE
+from prx_composer.runs.pretrained_models import RECIPE, REFERENCE
 
 log = logging.getLogger(__name__)
 
@@ -135,11 +135,6 @@ def check_exportable(model: TextToImage) -> None:
     pixels = isinstance(model.autoencoder, Pixels)
     if pixels and flow.prediction != "x":
         problems.append("model.flow.prediction: v on pixels: diffusers' PRXPixelPipeline takes predictions for x.")
-    if pixels and flow.clamp_sampling and flow.min_timestep != PIXEL_MIN_TIMESTEP:
-        problems.append(
-            f"model.flow.min_timestep: {flow.min_timestep}: diffusers' PRXPixelPipeline has {PIXEL_MIN_TIMESTEP}, and would draw "
-            "other images. With model.flow.clamp_sampling: false, or with model.init_from and that value, the weights can go on."
-        )
     if not pixels and flow.prediction != "v":
         problems.append("model.flow.prediction: x on latents: diffusers' PRXPipeline takes predictions for v.")
     if not pixels and not isinstance(model.autoencoder, DiffusersAutoencoder):
