@@ -22,9 +22,7 @@ PROMPT = "a red circle on the left of a white background"
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 8)])
 def test_draws_what_the_prx_pixel_pipeline_draws(tiny_model: Build, guidance_scale: float, height: int, width: int) -> None:
-    flow = FlowMatching(
-        noise_scale=2.0, timestep_shift=3.0, min_timestep=0.3, clamp_sampling=True
-    )  # of the loss alone
+    flow = FlowMatching(noise_scale=2.0, timestep_shift=3.0, min_timestep=0.3, clamp_sampling=True)  # of the loss alone
     model = tiny_model(flow=flow, resolution_embeds=True, bottleneck_size=6)
     transformer = PRXTransformer2DModel(**model.backbone.config)
     transformer.load_state_dict(model.backbone.state_dict())
