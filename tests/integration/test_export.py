@@ -108,8 +108,10 @@ def test_what_diffusers_has_no_place_for_is_refused_by_name(tiny_model: Build, t
         exported(model, tmp_path / "out")
     assert "flow.prediction: v on pixels" in str(refusal.value)
     assert not list(tmp_path.iterdir()), "nothing half-written is left"
-    flow = FlowMatching(min_timestep=0.1)  # which is of the loss alone
-    out = exported(tiny_model(flow=flow), tmp_path / "out", recipe={"model": {"flow": {"min_timestep": 0.1}}})
+    flow = FlowMatching(min_timestep=0.1, clamp_sampling=True)  # the pipeline's own 0.05 clamps, whatever the loss divides by
+    out = exported(
+        tiny_model(flow=flow), tmp_path / "out", recipe={"model": {"flow": {"min_timestep": 0.1, "clamp_sampling": True}}}
+    )
     assert load_trained(str(out)).model.flow == flow
 
 
