@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.base import LossTrick
 from prx_composer.common.errors import UserError, at_path
+from prx_composer.models.compiling import compile_by_size
 from prx_composer.models.encoders import TeacherSpec, VisionEncoder, resize_antialiased
 from prx_composer.models.flow import FlowOutput
 from prx_composer.models.huggingface import Frozen, makes_no_storage
@@ -139,16 +140,56 @@ _TORCHVISION: dict[str, tuple[str, str]] = {
 _MIN_SIDE = {"vgg": 16, "alex": 31, "squeeze": 17}  # below, a pooling layer has nothing left to pool
 
 
-def _unit_length(features: Tensor) -> Tensor:
-    """Return features (B, C, H, W) in fp32, divided by their length at every place plus lpips' own epsilon."""
-    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float32) + 1e-10)
+_EPSILON = 1e-10  # the lpips package's own, added to lengths
+
+
+def _places(predicted: Tensor, expected: Tensor, head: Tensor) -> tuple[Tensor, ...]:
+    """Return what the distance at every place is made of, (B, H, W) each, from features that are read once.
+
+    With the length |p| = √Σ p², a = 1/(|p| + ε) and b = 1/(|q| + ε) of the features p and q over channels,
+
+        Σ w·(a·p − b·q)² = a²·Σ w·p² − 2ab·Σ w·p·q + b²·Σ w·q²
+
+    Returns:
+        |p|, b, Σ w·p², Σ w·p·q and Σ w·q².
+    """
+    weights = head.float()[:, None, None]
+    length, other = (torch.linalg.vector_norm(features, dim=1, dtype=torch.float32) for features in (predicted, expected))
+    p, q = weights * predicted, weights * expected
+    return length, 1 / (other + _EPSILON), (p * predicted).sum(1), (p * expected).sum(1), (q * expected).sum(1)
+
+
+class _FeatureDistance(torch.autograd.Function):
+    """The squared difference of unit-length features, weighted by channel and averaged over places, in closed form.
+
+    Compiled, it reads both features once each way and writes the gradient: five passes over them, where differences of
+    normalised features take twelve. Uncompiled it moves 70% of their bytes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, expected: Tensor, head: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        length, b, own, shared, other = _places(predicted, expected, head)
+        a = 1 / (length + _EPSILON)
+        ctx.save_for_backward(predicted, expected, head, length, b, own, shared)
+        return (a.square() * own - 2 * a * b * shared + b.square() * other).mean((1, 2))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        predicted, expected, head, length, b, own, shared = ctx.saved_tensors
+        a = 1 / (length + _EPSILON)
+        of_length = torch.where(length > 0, a.square() * (a * own - b * shared) / length, 0.0)  # 0 has no direction
+        scale = 2 * gradient[:, None, None] / length[0].numel()
+        weights = head.float()[:, None, None]
+        to_p, to_q = ((scale * factor)[:, None] for factor in (a.square(), a * b))
+        result = predicted * (weights * to_p - (scale * of_length)[:, None]) - expected * (weights * to_q)
+        return result.to(predicted.dtype), None, None
 
 
 def lpips_distance(network: Any, prediction: Tensor, target: Tensor) -> Tensor:
     """Return LPIPS of two images, without an autograd graph for the target.
 
-    The network runs in the autocast dtype, but differences are taken in fp32, and the heads see means over the image instead
-    of every place, which is the same (they are linear) and keeps one tensor per layer for the backward pass.
+    The network runs in the autocast dtype, and what it gives is compared in fp32.
 
     Args:
         network: `lpips.LPIPS`, without gradients of its own.
@@ -160,12 +201,10 @@ def lpips_distance(network: Any, prediction: Tensor, target: Tensor) -> Tensor:
     with torch.no_grad():
         target_features = network.net(network.scaling_layer(target.contiguous(memory_format=torch.channels_last)))
     features = network.net(network.scaling_layer(prediction.contiguous(memory_format=torch.channels_last)))
-    distance = torch.zeros(len(prediction), device=prediction.device)
+    heads = (head.model[-1].weight.flatten() for head in network.lins)
     with torch.autocast(prediction.device.type, enabled=False):
-        for predicted, expected, head in zip(features, target_features, network.lins, strict=True):
-            difference = _unit_length(predicted) - _unit_length(expected)
-            distance = distance + difference.square().mean((2, 3)) @ head.model[-1].weight.flatten()  # (B, C) @ (C,)
-    return distance
+        layers = [_FeatureDistance.apply(*layer) for layer in zip(features, target_features, heads, strict=True)]
+        return torch.stack(layers).sum(0)
 
 
 class LPIPS(PixelLoss):
@@ -177,6 +216,7 @@ class LPIPS(PixelLoss):
         weights: torchvision's ImageNet weights of `net` as a file, instead of the one in torch.hub's cache, which is
             downloaded if it isn't there.
         random_weights: of the network, for tests.
+        compile: `torch.compile` the network and the comparison, one graph for every image size that it sees.
         weight, max_timestep, start, end: see `PixelLoss`.
 
     Raises:
@@ -194,6 +234,7 @@ class LPIPS(PixelLoss):
         max_timestep: float = 1.0,
         weights: str | None = None,
         random_weights: bool = False,
+        compile: bool = False,
         start: str = "0ba",
         end: str | None = None,
     ):
@@ -204,6 +245,7 @@ class LPIPS(PixelLoss):
             raise ValueError(f"scale must be positive, not {scale}.")
         self.net: Net = net
         self.scale, self.weights, self.random_weights = scale, weights, random_weights
+        self.compile, self._distance = compile, lpips_distance
         self.network: Frozen | None = None
 
     def find_weights(self, timeout: float) -> str | None:
@@ -224,6 +266,8 @@ class LPIPS(PixelLoss):
     def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
         super().build(model)
         network = build_network(self.net, self.weights, self.random_weights)
+        if self.compile and not makes_no_storage():
+            self._distance = compile_by_size(lpips_distance, fullgraph=True)
         self.network = Frozen(network.to(memory_format=torch.channels_last))  # pyright: ignore[reportCallIssue]
         return {}
 
@@ -239,7 +283,7 @@ class LPIPS(PixelLoss):
                 "or more, or algorithms.lpips.start to when the images are larger."
             )
         network = self.network.on(prediction.device)
-        return lpips_distance(network, resize_antialiased(prediction, *sides), resize_antialiased(target, *sides))
+        return self._distance(network, resize_antialiased(prediction, *sides), resize_antialiased(target, *sides))
 
     def release(self) -> None:
         self.network = None

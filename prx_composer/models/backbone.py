@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prx_composer.models.compiling import allow_many_graphs, compile_by_size
 from prx_composer.models.layers import (
     FinalLayer,
     KeyMask,
@@ -26,7 +27,6 @@ from prx_composer.models.layers import (
 from prx_composer.models.routing import Route, Router, TokenFusion, merge_tokens, select_tokens
 
 TIME_VECTOR = -1  # in `taps`: what conditions every block and the final layer, (B, D)
-_MOST_GRAPHS = 1024  # image sizes, dense and routed, in training, evaluation and sampling
 
 
 class Conditioning(NamedTuple):
@@ -200,15 +200,13 @@ class PRXBackbone(nn.Module):
             flex_attention: attend by FlexAttention on a GPU.
         """
         self._flex_attention = flex_attention
-        settings: Any = torch._dynamo.config  # pyright: ignore[reportPrivateImportUsage]
         partitioner: Any = torch._functorch.config  # pyright: ignore[reportAttributeAccessIssue]
         partitioner.activation_memory_budget = activation_memory_budget
-        for limit in ("recompile_limit", "accumulated_recompile_limit"):  # 8 of them would be too few for buckets of many sizes
-            setattr(settings, limit, max(getattr(settings, limit), _MOST_GRAPHS))
         if per_block:  # the method and not the module: FSDP2's hooks around it can be in no graph
             for block in self.blocks:
-                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+                block.forward = compile_by_size(block.forward, fullgraph=True)
         else:
+            allow_many_graphs()
             self.compile(fullgraph=True, dynamic=False)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prx_composer.models.autoencoder import Pixels
+from prx_composer.models.compiling import compile_by_size
 from prx_composer.models.huggingface import (
     Frozen,
     UnknownConfiguration,
@@ -292,7 +293,7 @@ class VisionEncoder:
         self.hidden_size = int(module.config.hidden_size)
         self._dtype = getattr(torch, spec.dtype)
         self._frozen = Frozen(module, self._dtype)
-        self._run: Any = torch.compile(module, dynamic=False) if spec.compile and not on_meta else module
+        self._run: Any = compile_by_size(module) if spec.compile and not on_meta else module
         self._mean = torch.tensor(processor.get("image_mean") or IMAGENET_MEAN)[:, None, None]
         self._std = torch.tensor(processor.get("image_std") or IMAGENET_STD)[:, None, None]
         takes = inspect.signature(module.forward).parameters

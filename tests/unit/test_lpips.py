@@ -1,5 +1,6 @@
 """LPIPS against the lpips package, torchvision and the Trainer."""
 
+import copy
 import gc
 import importlib.util
 import sys
@@ -15,9 +16,10 @@ import torch
 import torchvision
 from composer.core import Event, State
 from composer.devices import DeviceCPU
+from torch._inductor import metrics
 
 from prx_composer.algorithms import perceptual as algorithm_module
-from prx_composer.algorithms.perceptual import LPIPS, Net, build_network, lpips_distance
+from prx_composer.algorithms.perceptual import LPIPS, Net, _FeatureDistance, build_network, lpips_distance
 from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, FlowOutput, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
@@ -79,6 +81,61 @@ def test_distance_and_its_gradient_are_those_of_the_lpips_package(networks: dict
     expected.sum().backward()
     assert ours.grad is not None and ours.grad.any()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_images_that_are_nearly_alike_have_the_gradient_of_double_precision(networks: dict[str, Any]) -> None:
+    """The closed form is a difference of sums that are nearly alike, too: its value is good to 1e-7, not to a share of itself."""
+    network = networks["squeeze"]
+    prediction, target = images()
+    prediction = target + (prediction - target) / 30  # of 1.3 grey levels
+    ours, exact = prediction.clone().requires_grad_(), prediction.double().requires_grad_()
+    distance = lpips_distance(network, ours, target)
+    expected = copy.deepcopy(network).double()(exact, target.double())[:, 0, 0, 0]
+    torch.testing.assert_close(distance.double(), expected, atol=1e-7, rtol=0)
+    distance.sum().backward()
+    expected.sum().backward()
+    assert ours.grad is not None and exact.grad is not None
+    assert (ours.grad - exact.grad).norm() < 1e-3 * exact.grad.norm()
+
+
+def test_network_and_comparison_are_one_graph_each_way(squeeze: Any) -> None:
+    """By torch's tracer and autograd's; inductor takes minutes for the convolutions on a CPU."""
+    prediction, target = images()
+    traced = torch.compile(lpips_distance, backend="aot_eager", fullgraph=True, dynamic=False)
+    gradients = []
+    for distance in (traced, lpips_distance):
+        image = prediction.clone().requires_grad_()
+        distance(squeeze, image, target).sum().backward()
+        gradients.append(image.grad)
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-4)
+
+
+def test_compile_is_asked_of_torch_with_room_for_every_image_size(monkeypatch: pytest.MonkeyPatch, tiny_model: Build) -> None:
+    limits = torch._dynamo.config  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(limits, "recompile_limit", 8)
+    trick = LPIPS(net="squeeze", random_weights=True, scale=1.0, compile=True)
+    trick.build(tiny_model(in_channels=3))
+    assert limits.recompile_limit > 100
+    pair = images()
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(trick.distance(*pair), lpips_distance(trick.network.on(pair[0].device), *pair))  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.slow
+def test_compiled_it_reads_the_features_once_each_way() -> None:
+    """Five passes over features in bf16, by inductor's own count: two are read twice, and the gradient is written."""
+    torch.manual_seed(0)
+    predicted, expected = (torch.randn(2, 64, 32, 32).relu().bfloat16().to(memory_format=torch.channels_last) for _ in range(2))
+    distances, gradients = [], []
+    metrics.reset()
+    for distance in (torch.compile(_FeatureDistance.apply, dynamic=False, fullgraph=True), _FeatureDistance.apply):
+        features = predicted.clone().requires_grad_()
+        distances.append(distance(features, expected, torch.linspace(0, 1, 64)))
+        distances[-1].sum().backward()
+        gradients.append(features.grad)
+    torch.testing.assert_close(*distances)
+    torch.testing.assert_close(*gradients)
+    assert 5 <= metrics.num_bytes_accessed / predicted.nbytes < 5.5
 
 
 def test_places_without_any_feature_have_distance_and_gradient_zero() -> None:
