@@ -111,7 +111,7 @@ def test_network_and_comparison_are_one_graph_each_way(squeeze: Any) -> None:
 
 
 def test_compile_is_asked_of_torch_with_room_for_every_image_size(monkeypatch: pytest.MonkeyPatch, tiny_model: Build) -> None:
-    limits = torch._dynamo.config  # pyright: ignore[reportAttributeAccessIssue]
+    limits: Any = torch._dynamo.config  # pyright: ignore[reportPrivateImportUsage]
     monkeypatch.setattr(limits, "recompile_limit", 8)
     trick = LPIPS(net="squeeze", random_weights=True, scale=1.0, compile=True)
     trick.build(tiny_model(in_channels=3))
