@@ -203,7 +203,7 @@ def lpips_distance(network: Any, prediction: Tensor, target: Tensor) -> Tensor:
     features = network.net(network.scaling_layer(prediction.contiguous(memory_format=torch.channels_last)))
     heads = (head.model[-1].weight.flatten() for head in network.lins)
     with torch.autocast(prediction.device.type, enabled=False):
-        layers = [_FeatureDistance.apply(*layer) for layer in zip(features, target_features, heads, strict=True)]
+        layers: list[Any] = [_FeatureDistance.apply(*layer) for layer in zip(features, target_features, heads, strict=True)]
         return torch.stack(layers).sum(0)
 
 
