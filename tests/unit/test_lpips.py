@@ -110,32 +110,41 @@ def test_network_and_comparison_are_one_graph_each_way(squeeze: Any) -> None:
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-4)
 
 
-def test_compile_is_asked_of_torch_with_room_for_every_image_size(monkeypatch: pytest.MonkeyPatch, tiny_model: Build) -> None:
-    limits: Any = torch._dynamo.config  # pyright: ignore[reportPrivateImportUsage]
-    monkeypatch.setattr(limits, "recompile_limit", 8)
+def test_compile_is_asked_of_torch_with_room_for_every_image_size(tiny_model: Build) -> None:
+    settings: Any = torch._dynamo.config  # pyright: ignore[reportPrivateImportUsage]
     trick = LPIPS(net="squeeze", random_weights=True, scale=1.0, compile=True)
-    trick.build(tiny_model(in_channels=3))
-    assert limits.recompile_limit > 100
+    with settings.patch(recompile_limit=8):
+        trick.build(tiny_model(in_channels=3))
+        assert settings.recompile_limit > 100
     pair = images()
+    assert trick.network is not None
     with torch.compiler.set_stance("force_eager"):
-        torch.testing.assert_close(trick.distance(*pair), lpips_distance(trick.network.on(pair[0].device), *pair))  # pyright: ignore[reportOptionalMemberAccess]
+        torch.testing.assert_close(trick.distance(*pair), lpips_distance(trick.network.on(pair[0].device), *pair))
 
 
 @pytest.mark.slow
-def test_compiled_it_reads_the_features_once_each_way() -> None:
-    """Five passes over features in bf16, by inductor's own count: two are read twice, and the gradient is written."""
+def test_compiled_it_passes_over_the_features_five_times_and_as_it_is_usually_written_fifteen_times() -> None:
+    """In bf16, by inductor's own count: two are read twice, and the gradient is written."""
+
+    def usual(predicted: torch.Tensor, expected: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        p, q = (
+            x / (torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32) + 1e-10) for x in (predicted, expected)
+        )
+        return (p - q).square().mean((2, 3)) @ head
+
     torch.manual_seed(0)
     predicted, expected = (torch.randn(2, 64, 32, 32).relu().bfloat16().to(memory_format=torch.channels_last) for _ in range(2))
-    distances, gradients = [], []
-    metrics.reset()
-    for distance in (torch.compile(_FeatureDistance.apply, dynamic=False, fullgraph=True), _FeatureDistance.apply):
+    distances, gradients, passes = [], [], []
+    for distance in (_FeatureDistance.apply, usual):
+        metrics.reset()
         features = predicted.clone().requires_grad_()
-        distances.append(distance(features, expected, torch.linspace(0, 1, 64)))
+        distances.append(torch.compile(distance, dynamic=False, fullgraph=True)(features, expected, torch.linspace(0, 1, 64)))
         distances[-1].sum().backward()
         gradients.append(features.grad)
+        passes.append(metrics.num_bytes_accessed / predicted.nbytes)
     torch.testing.assert_close(*distances)
-    torch.testing.assert_close(*gradients)
-    assert 5 <= metrics.num_bytes_accessed / predicted.nbytes < 5.5
+    torch.testing.assert_close(*gradients, atol=2e-6, rtol=2e-2)  # the usual one rounds to bf16 on its way
+    assert 5 <= passes[0] < 5.5 and passes[1] > 14
 
 
 def test_places_without_any_feature_have_distance_and_gradient_zero() -> None:
