@@ -412,7 +412,9 @@ def test_gains_that_are_rounded_for_sending_alone_are_named(load: Load) -> None:
     weights, amp = "parallelism_config={fsdp: {mixed_precision: weights}}", "precision=amp_bf16"
 
     def warnings(*changes: str) -> list[str]:
-        return marked(examine(load(*changes)[0], 1)[0], "!")
+        results = examine(load(*changes)[0], 1)[0]
+        print([str(one) for one in results])
+        return marked(results, "!")
 
     for norms in ("null", "{start: 10ba}", "{end: 0.5dur}"):
         (said,) = warnings(weights, amp, f"algorithms.low_precision_norm={norms}")
