@@ -415,7 +415,7 @@ def test_gains_that_are_rounded_for_sending_alone_are_named(load: Load) -> None:
     def said(*changes: str) -> list[str]:
         return [str(result) for result in examine(load(*changes)[0], 1)[0]]
 
-    for norms in ("null", "{start: 10ba}", "{end: 0.5dur}"):
+    for norms in ("false", "{start: 10ba}", "{end: 0.5dur}"):
         found = said(weights, amp, f"algorithms.low_precision_norm={norms}")
         assert any(line.startswith(named) for line in found), found
     for changes in ((weights, amp, "algorithms.low_precision_norm={}"), (weights,), (amp,)):
