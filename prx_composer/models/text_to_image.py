@@ -146,11 +146,7 @@ class TextToImage(ComposerModel):
         self._eval_metrics |= {f"validation_loss_t{t:g}": ValidationLoss(index) for index, t in enumerate(VALIDATION_TIMESTEPS)}
         if not 0 <= activation_memory_budget <= 1:
             raise ValueError(f"model.activation_memory_budget must lie in [0, 1], not {activation_memory_budget}.")
-        if attention not in (
-            "sdpa",
-            "cudnn",
-            "flex",
-        ):  # cudnn is a matter of the process, and whoever trains the model sees to it
+        if attention not in ("sdpa", "cudnn", "flex"):  # cudnn is chosen for the whole process, where the run begins
             raise ValueError(f"model.attention must be sdpa, cudnn or flex, not {attention!r}.")
         if compile:
             self.backbone.compile_graphs(compile == "blocks", activation_memory_budget, attention == "flex")
