@@ -95,6 +95,8 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components]:
     batches = batch_problems(vars(recipe), num_ranks)
     parts = Components(recipe, meta=True, num_ranks=num_ranks, problems=wrong)
     results = [failed(problem) for problem in wrong]
+    marks: dict[str, Literal["✓", "!", "✗", "–"]] = {"lacking": "!", "gone": "✗", "unknown": "–"}
+    results += [Result(marks.get(choice.why, "✓"), choice.said) for choice in parts.text]
     if not wrong:
         counts = [f"{len(list(entries(getattr(recipe, kind), kind)))} {kind}" for kind in ("algorithms", "callbacks")]
         results.append(passed("names, arguments and types", f"model, optimizer, scheduler, {', '.join(counts)}"))
