@@ -1,9 +1,8 @@
 """Run by torchrun: blocks gathered in bf16, or kept gathered, against FSDP2 in full precision, to the bit, under autocast.
 
-Every model trains three steps of two microbatches, with an evaluation in between; with "compiled", one step of compiled blocks.
+Every model trains three steps of two microbatches, with an evaluation in between.
 """
 
-import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,8 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "weights": {"mixed_precision": "WEIGHTS"},
     "both": {"mixed_precision": "WEIGHTS", "reshard_after_forward": False},
 }
-COMPILED = "compiled" in sys.argv
-STEPS, MICROBATCHES = (1, 1) if COMPILED else (3, 2)
+STEPS, MICROBATCHES = 3, 2
 
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -41,7 +39,7 @@ def build(low_norms: bool) -> TextToImage:
     torch.manual_seed(0)
     encoder = HuggingFaceTextEncoder(tokenizer, config=t5, max_tokens=8)
     backbone = PRXBackbone(in_channels=3, patch_size=4, hidden_size=64, depth=2, num_heads=2, context_in_dim=64)
-    model = TextToImage(backbone, encoder, FlowMatching(), compile="blocks" if COMPILED else False)
+    model = TextToImage(backbone, encoder, FlowMatching())
     for parameter in backbone.parameters():  # gains and biases that are no round numbers
         parameter.data += 0.1 * torch.randn(parameter.shape)
     if low_norms:
@@ -127,27 +125,15 @@ def train(arguments: dict[str, Any], low_norms: bool = True) -> dict[str, Tensor
     return found
 
 
-def assert_alike(found: dict[str, Tensor]) -> None:
-    """To the bit; compiled, a gradient of a gain or bias may be rounded where a fused kernel would have left it in fp32."""
-    assert found.keys() == expected.keys()
-    different = {name for name in expected if not torch.equal(found[name], expected[name])}
-    if COMPILED:
-        assert not any(name.startswith("prediction") for name in different), different
-        rounded = {name for name in different if name.startswith("gradient")}
-        assert all("blocks." in name and expected[name].ndim == 1 for name in rounded), rounded
-        for name in rounded:
-            assert torch.linalg.norm(found[name] - expected[name]) < 2**-8 * torch.linalg.norm(expected[name]), name
-    else:
-        assert not different, f"{len(different)} of {len(expected)} differ, such as {sorted(different)[:5]}"
-
-
 expected = train(WAYS["full"])
-assert sum(name.startswith("gradient") for name in expected) > 30 * STEPS
-for way in ("both",) if COMPILED else ("kept", "weights", "both"):
-    assert_alike(train(WAYS[way]))
+assert sum(name.startswith("gradient") for name in expected) > 100
+for way in ("kept", "weights", "both"):
+    found = train(WAYS[way])
+    assert found.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not different, f"{way}: {len(different)} of {len(expected)} differ, such as {different[:5]}"
 
-if not COMPILED:
-    plain, rounded = (train(WAYS[way], low_norms=False) for way in ("full", "weights"))
-    assert not torch.equal(plain["prediction 0 0"], rounded["prediction 0 0"]), "norms in fp32 see gains that were rounded"
+plain, rounded = (train(WAYS[way], low_norms=False) for way in ("full", "weights"))
+assert not torch.equal(plain["prediction 0 0"], rounded["prediction 0 0"]), "norms in fp32 see gains that were rounded"
 dist.barrier()
 dist.destroy_process_group()
