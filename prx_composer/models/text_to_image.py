@@ -94,8 +94,8 @@ class TextToImage(ComposerModel):
             between them.
         activation_memory_budget: of a compiled graph: the part of its activations that it keeps for the backward pass, 1 = all;
             the others are computed again. For what doesn't fit otherwise: it costs time.
-        attention: "sdpa", PyTorch's kernels with a mask of the valid text; or "flex", FlexAttention, in compiled graphs on a GPU
-            (on the CPU it is "sdpa").
+        attention: "sdpa", PyTorch's kernels with a mask of the valid text; "cudnn", the same, cuDNN's first; or "flex",
+            FlexAttention, in compiled graphs. Both others are of GPUs; on the CPU they are "sdpa".
 
     Seams, filled by algorithms at Event.INIT: `auxiliary_losses`, `training_flow`, `guidance`, `sampling_weights`, and the
     backbone's `router`, `taps` and `conditioners`.
@@ -114,7 +114,7 @@ class TextToImage(ComposerModel):
         seed: int = 0,
         compile: bool | Literal["blocks"] = False,
         activation_memory_budget: float = 1.0,
-        attention: Literal["sdpa", "flex"] = "sdpa",
+        attention: Literal["sdpa", "cudnn", "flex"] = "sdpa",
     ):
         super().__init__()
         self.autoencoder = autoencoder or Pixels()
@@ -148,8 +148,8 @@ class TextToImage(ComposerModel):
         self._eval_metrics |= {f"validation_loss_t{t:g}": ValidationLoss(index) for index, t in enumerate(VALIDATION_TIMESTEPS)}
         if not 0 <= activation_memory_budget <= 1:
             raise ValueError(f"model.activation_memory_budget must lie in [0, 1], not {activation_memory_budget}.")
-        if attention not in ("sdpa", "flex"):
-            raise ValueError(f"model.attention must be sdpa or flex, not {attention!r}.")
+        if attention not in ("sdpa", "cudnn", "flex"):  # cudnn is chosen for the whole process, where the run begins
+            raise ValueError(f"model.attention must be sdpa, cudnn or flex, not {attention!r}.")
         if compile:
             self.backbone.compile_graphs(compile == "blocks", activation_memory_budget, attention == "flex")
         elif activation_memory_budget < 1:

@@ -12,15 +12,17 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from composer.core import Callback, State
+import torch
+from composer.core import Callback, Precision, State
 from composer.utils import dist, get_device, reproducibility
 
 from prx_composer import registry
 from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.callbacks.checkpointing import Checkpointing, NewValues, RandomStep, say_what_moves
 from prx_composer.callbacks.monitors import DataMonitor
-from prx_composer.common.distributed import GlooAverage, from_rank_zero
+from prx_composer.common.distributed import GlooAverage, from_rank_zero, unwrapped
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path, raise_all, redacted
+from prx_composer.models.layers import cudnn_first, cudnn_problem
 from prx_composer.recipe.checks import precisions
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
@@ -83,23 +85,42 @@ def run(recipe: Recipe) -> str:
         trainer.close()
         return f"{nothing_to_do}\n{summarise(folder)}"
     try:
-        if recipe.preflight:
-            try_steps_before_training(trainer, recipe, folder)
-        with _raised_on_every_rank(), at_path("run_folder"):
-            if dist.get_global_rank() == 0:
-                keep_frozen(recipe.model, folder)
-                save_recipe(recipe, folder)
-                record_changes(folder, int(state.timestamp.batch), trainer.resumed_changes)
-                if recipe.preflight:
-                    remember_steps(folder)
-        record_environment(folder, int(state.timestamp.batch), clock_of(state).spent)
-        with stop_on_signals(clock_of(state)):
-            trainer.fit()
+        with chosen_attention(recipe, state):
+            if recipe.preflight:
+                try_steps_before_training(trainer, recipe, folder)
+            with _raised_on_every_rank(), at_path("run_folder"):
+                if dist.get_global_rank() == 0:
+                    keep_frozen(recipe.model, folder)
+                    save_recipe(recipe, folder)
+                    record_changes(folder, int(state.timestamp.batch), trainer.resumed_changes)
+                    if recipe.preflight:
+                        remember_steps(folder)
+            record_environment(folder, int(state.timestamp.batch), clock_of(state).spent)
+            with stop_on_signals(clock_of(state)):
+                trainer.fit()
     except BaseException:
         trainer.engine.close()  # not trainer.close(), which would wait for ranks that are still training
         raise
     trainer.close()
     return summarise(folder)
+
+
+@contextmanager
+def chosen_attention(recipe: Recipe, state: State) -> Iterator[None]:
+    """Have what is computed inside of this context on a GPU use `model.attention: cudnn`, and say if it has no such kernel."""
+    if recipe.model.get("attention") != "cudnn" or state.device.name != "gpu":
+        yield
+        return
+    model: Any = unwrapped(state.model)
+    backbone, side = model.backbone, recipe.image_size // model.autoencoder.downsampling
+    heads = backbone.blocks[0].attention.num_heads
+    dtype = torch.float16 if state.precision == Precision.AMP_FP16 else torch.bfloat16
+    tokens = backbone.num_tokens(side, side), model.text_encoder.max_tokens
+    problem = cudnn_problem(heads, backbone.hidden_size // heads, *tokens, device=torch.device("cuda"), dtype=dtype)
+    if problem is not None and dist.get_global_rank() == 0:
+        log.warning("model.attention: cudnn does not attend here (%s); the next of PyTorch's kernels does.", problem)
+    with cudnn_first():
+        yield
 
 
 def _nothing_to_do(state: State, recipe: Recipe, folder: Path) -> str | None:

@@ -408,6 +408,20 @@ def test_guidance_that_is_never_learnt_is_known_before_training(load: Load) -> N
     assert warnings("model.caption_dropout=0.1") == []
 
 
+def test_gains_that_are_rounded_for_sending_alone_are_named(load: Load) -> None:
+    weights, amp = "parallelism_config={fsdp: {mixed_precision: weights}}", "precision=amp_bf16"
+    named = "! parallelism_config.fsdp.mixed_precision: WEIGHTS rounds the gains"
+
+    def said(*changes: str) -> list[str]:
+        return [str(result) for result in examine(load(*changes)[0], 1)[0]]
+
+    for norms in ("null", "{start: 10ba}", "{end: 0.5dur}"):
+        found = said(weights, amp, f"algorithms.low_precision_norm={norms}")
+        assert any(line.startswith(named) for line in found), found
+    for changes in ((weights, amp, "algorithms.low_precision_norm={}"), (weights,), (amp,)):
+        assert not any(named in line for line in said(*changes)), changes
+
+
 @pytest.mark.parametrize("interval", ["0dur", "0ba", "-1ba"])
 @pytest.mark.parametrize("name", ["images", "shapes_score"])
 def test_pictures_at_every_nothing_are_refused_before_training(name: str, interval: str, load: Load) -> None:
