@@ -33,13 +33,7 @@ STORED_AS = "text"
 """What `prx encode text` calls what it stores, unless it is told otherwise."""
 
 _LOADERS = ("train_loader", "eval_loader")
-_WRONG = (
-    UserError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    OSError,
-)  # of data that aren't there, and of a recipe that is no recipe
+_WRONG = (UserError, ValueError, TypeError, AttributeError, OSError)  # no data, or a recipe that is none
 _NAMED = 3  # of what lacks; the others are counted
 
 
