@@ -45,7 +45,8 @@ class SpeedMonitor(composer.callbacks.SpeedMonitor):
     """Log `throughput/…` and, where the GPU's peak is known, `throughput/device/mfu`, under Composer's names.
 
     FLOPs are counted as `models.counting` does, with the teachers and the text encoder: once for each shape of batch and set of
-    active tricks, which takes a second or a few. A model that isn't ours may say them itself (`flops_per_batch`).
+    active tricks, which takes a second or a few. A frozen text encoder that runs is counted with all `max_tokens` of a caption,
+    though it leaves most padding out. A model that isn't ours may say them itself (`flops_per_batch`).
 
     Composer adds up the FLOPs of all ranks on the device and reads the sum in every batch. Here a rank's count stands for all:
     batches have one shape on all ranks (see `BucketBatchSampler`).

@@ -27,6 +27,7 @@ from prx_composer.schedule.moments import Moment
 log = logging.getLogger(__name__)
 
 PACKED = ("text_embedding", "text_position")
+GROUPED = ("text_order", "text_groups")
 SEEN = ("image", "latent")
 
 
@@ -81,10 +82,47 @@ def channels_first(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch | {"image": batch["image"].contiguous()} if "image" in batch else batch
 
 
+_GROUPS = 4  # of a microbatch's captions: passes of the encoder, which small ones don't fill a GPU with
+_TOKENS = 16  # lengths are rounded up to a multiple
+_PASS = 32  # tokens that one more pass must spare at least
+
+
+def caption_groups(mask_BT: Tensor) -> dict[str, Any]:
+    """Return how captions are encoded in groups of similar length, each padded only to its own longest.
+
+    Args:
+        mask_BT: in the host's memory, True for valid tokens.
+
+    Returns:
+        `text_order` int64 (B,), the captions from short to long; and `text_groups`, for each group how many captions it takes of
+        them, and how many tokens: those of up to four groups that pad least. Nothing if all are to be encoded at full length.
+    """
+    valid, order = mask_BT.sum(1).sort(stable=True)
+    rounded = (valid.clamp(min=1) + _TOKENS - 1) // _TOKENS * _TOKENS
+    levels, counts = rounded.clamp(max=mask_BT.shape[1]).unique(return_counts=True)
+    tokens, upto = levels.tolist(), counts.cumsum(0).tolist()
+    best = [(n * t, ((n, t),)) for n, t in zip(upto, tokens, strict=True)]  # cost and groups of the shortest, up to each level
+    for _ in range(_GROUPS - 1):  # with one more group, which begins after level i
+        more = [
+            [(cost + _PASS + (upto[j] - upto[i]) * t, (*of, (upto[j] - upto[i], t))) for i, (cost, of) in enumerate(best[:j])]
+            for j, t in enumerate(tokens)
+        ]
+        best = [min(one, *others) if others else one for one, others in zip(best, more, strict=True)]
+    groups = best[-1][1]
+    return {"text_order": order, "text_groups": groups} if groups != (tuple(mask_BT.shape),) else {}
+
+
 def split_batch(batch: Any, microbatch_size: int | float) -> Sequence[Any]:
-    """Split a batch as Composer does, one with packed text embeddings, too."""
-    if not isinstance(batch, dict) or "text_position" not in batch:
+    """Split a batch as Composer does, one with packed text embeddings, too; captions that are to be encoded are grouped."""
+    if not isinstance(batch, dict):
         return _default_split_batch(batch, microbatch_size)
+    if "text_position" not in batch:
+        rest = {name: value for name, value in batch.items() if name not in GROUPED}
+        plain: list[dict[str, Any]] = list(_default_split_batch(rest, microbatch_size))  # pyright: ignore[reportArgumentType]
+        mask = rest.get("attention_mask")
+        if mask is None or mask.device.type != "cpu" or "text_embedding" in rest:
+            return plain
+        return [microbatch | caption_groups(microbatch["attention_mask"]) for microbatch in plain]
     width = batch["attention_mask"].shape[1]
     rest = {name: value for name, value in batch.items() if name not in PACKED}
     microbatches: list[dict[str, Any]] = list(_default_split_batch(rest, microbatch_size))  # pyright: ignore[reportArgumentType]

@@ -35,6 +35,7 @@ from prx_composer.recipe.arguments import build, check_arguments, data_sets
 from prx_composer.registry import Registry, with_size
 from prx_composer.runs.model_parts import ModelParts, keep_tokenizer, trained_tokenizer
 from prx_composer.runs.pretrained_models import initialise
+from prx_composer.runs.stored_text import choose_of_loader
 from prx_composer.training.components import make_data, read_manifests, unmade_sources
 
 _MADE_OF = "made_of.json"  # beside a tokenizer: its captions
@@ -101,7 +102,7 @@ def image_caption_loader(tokenizer: PreTrainedTokenizerBase | None, device_batch
     with dist.run_local_rank_zero_first():
         make_data(arguments, LOADER)
     read_manifests(arguments, LOADER)
-    arguments = {key: value for key, value in arguments.items() if key != "source"}
+    arguments = {key: value for key, value in choose_of_loader(arguments, LOADER).items() if key != "source"}
     batch_size = int(device_batch_size) * dist.get_world_size()
     evaluation = not arguments.pop("shuffle", True)  # by which llm-foundry's YAMLs tell the two loaders apart
     given: dict[str, Any] = dict(tokenizer=_with_padding(tokenizer), global_batch_size=batch_size, evaluation=evaluation)

@@ -46,6 +46,7 @@ class StepCount:
             the text encoder, the autoencoder, and each auxiliary loss by its name. A part without any is left out.
         kept: bytes that eager PyTorch keeps for the backward pass, without weights and their copies.
         copies: bytes of the 16-bit copies of weights that autocast makes once per forward pass and keeps.
+        block_copies: what of them is of the backbone's blocks.
         blocks: for each of the backbone's blocks, bytes of its input, and what it keeps of `kept`.
         images: that the step was counted with. kernels: of all of it.
     """
@@ -53,6 +54,7 @@ class StepCount:
     flops: dict[str, int]
     kept: int
     copies: int
+    block_copies: int
     blocks: tuple[tuple[int, int], ...]
     images: int = 1
     kernels: tuple[Kernel, ...] = ()
@@ -243,6 +245,7 @@ class _Step:
             flops={name: flops // self._images for name, flops in self._flops.items() if flops},
             kept=sum(size for size, _ in sizes.values()) // self._images,
             copies=sum(storages[one].nbytes() for one in self._kept if one in copies),
+            block_copies=sum(storages[one].nbytes() for one, block in self._kept.items() if one in copies and block is not None),
             blocks=tuple((given // self._images, kept // self._images) for given, kept in zip(self._inputs, inside, strict=True)),
             images=self._images,
             kernels=self._kernels(),

@@ -1,7 +1,8 @@
 """Encoders of transformers: of text, frozen or trained along, with their tokenizers, and of images, as frozen teachers."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from prx_composer.models.huggingface import (
 )
 from prx_composer.models.layers import cached_tensor
 from prx_composer.models.prompts import CaptionCounts, Cleaning, Reading, cleaned, readings, with_cleaning
+
+log = logging.getLogger(__name__)
 
 # Encoder-only classes, so that a decoder's weights are never loaded only to be thrown away.
 _ENCODER_CLASSES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "t5gemma": "T5GemmaEncoderModel", "clip": "CLIPTextModel"}
@@ -148,7 +151,9 @@ class HuggingFaceTextEncoder(nn.Module):
             self.encoder = encoder
         else:
             self._frozen = Frozen(encoder, getattr(torch, dtype))
+        self._cuts: bool | None = None  # whether captions may be cut to their valid tokens, once it has been tried
         null = self.tokenize([""])
+        self._null_tokens = 0 if makes_no_storage() else int(null["attention_mask"].sum())
         self.register_buffer("null_input_ids", null["input_ids"], persistent=False)
         self.register_buffer("null_attention_mask", null["attention_mask"], persistent=False)
 
@@ -165,13 +170,60 @@ class HuggingFaceTextEncoder(nn.Module):
         """Return what `tokenize` leaves of each text."""
         return readings(self.tokenizer, texts, self.max_tokens)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return embeddings (B, T, hidden_size), fp32 outside of autocast, of token ids and a mask, both (B, T)."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        order: Tensor | None = None,
+        groups: Sequence[tuple[int, int]] = (),
+    ) -> Tensor:
+        """Return embeddings (B, T, hidden_size), fp32 outside of autocast, of token ids and a mask, both (B, T).
+
+        Args:
+            order: int64 (B,): the captions, such that members of a group stand together. A frozen encoder then encodes each group
+                by itself, without the padding that all of it has; places of padding are zero. Values differ from those of all
+                captions together by rounding. One that is trained encodes them together.
+            groups: of each, how many captions it has, and how many tokens at most, which the host knows.
+        """
         if self.trainable:
             return self.encoder(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
         with torch.no_grad():
-            encoder = self._frozen.on(input_ids.device)
-            return encoder(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state.float()
+            self._frozen.on(input_ids.device)
+            if order is None or not self._may_cut(input_ids[order[:1]], attention_mask[order[:1]]):
+                return self._encode(input_ids, attention_mask, input_ids.shape[1])
+            embedding = torch.zeros(*input_ids.shape, self.hidden_size, device=input_ids.device)
+            for members, (_, tokens) in zip(order.split([count for count, _ in groups]), groups, strict=True):
+                found = self._encode(input_ids[members], attention_mask[members], tokens)
+                embedding[members, self._kept(input_ids.shape[1], found.shape[1])] = found
+            return embedding.masked_fill(~attention_mask[..., None], 0)
+
+    def _kept(self, of: int, tokens: int) -> slice:
+        """Return where valid tokens stand."""
+        if tokens >= of:
+            return slice(None)
+        return slice(of - tokens, of) if self.tokenizer.padding_side == "left" else slice(tokens)
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor, tokens: int) -> Tensor:
+        """Return the frozen encoder's embeddings of captions without their padding beyond so many tokens."""
+        width = input_ids.shape[1]
+        kept = self._kept(width, max(tokens, self._null_tokens))  # the empty caption may take a caption's place
+        encoder, places = self._frozen.module, dict[str, Any]()
+        if kept.start and "position_ids" in inspect.signature(encoder.forward).parameters:  # tokens stay in their places
+            places["position_ids"] = torch.arange(kept.start, width, device=input_ids.device)[None]
+        given = {"input_ids": input_ids[:, kept], "attention_mask": attention_mask[:, kept].long(), **places}
+        return encoder(**given).last_hidden_state.float()
+
+    def _may_cut(self, input_ids: Tensor, attention_mask: Tensor) -> bool:
+        """Return whether valid tokens are the same without any padding, which is tried once, on one caption (1, T)."""
+        if self._cuts is None:
+            tokens = max(int(attention_mask.sum()), self._null_tokens, 1)
+            whole = self._encode(input_ids, attention_mask, input_ids.shape[1])[:, self._kept(input_ids.shape[1], tokens)]
+            cut = self._encode(input_ids, attention_mask, tokens)
+            rounds = torch.is_autocast_enabled(input_ids.device.type) or self._frozen.module.dtype != torch.float32
+            self._cuts = bool((cut - whole).norm() <= (0.1 if rounds else 0.01) * whole.norm())
+            if not self._cuts:
+                log.warning("model.text_encoder: what it makes of a caption depends on padding, so that all of it is encoded.")
+        return self._cuts
 
 
 def tokenize(

@@ -5,7 +5,8 @@ Shape suffixes: B batch, N image tokens, T text tokens, D hidden size, H heads, 
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from prx_composer.common.errors import UserError
@@ -146,6 +148,31 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many of a row of bool (B, 1, rows, n) are chosen, int32 (B, 1, rows), and which, the chosen ones first."""
     order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return chosen.sum(-1, dtype=torch.int32), order
+
+
+@contextmanager
+def cudnn_first() -> Iterator[None]:
+    """Have PyTorch take cuDNN's attention before others inside of this context, in the whole process; the others stay allowed.
+
+    cuDNN takes a mask, flash doesn't, and PyTorch's own order ends at a memory-efficient kernel of older GPUs. It belongs around
+    a whole run: torch 2.7 forgets a priority that is set inside of a compiled function.
+    """
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        yield
+
+
+def cudnn_problem(num_heads: int, head_dim: int, image_tokens: int, text_tokens: int, device: Any, dtype: Any) -> str | None:
+    """Return why cuDNN doesn't attend with a mask of the text, forward and backward, in PyTorch's words; None if it does."""
+    sizes = (1, num_heads, image_tokens, head_dim), (1, num_heads, text_tokens + image_tokens, head_dim)
+    q, k = (torch.zeros(size, device=device, dtype=dtype, requires_grad=True) for size in sizes)
+    mask = key_mask(torch.ones(1, text_tokens, device=device), image_tokens)
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            attend(q, k, k, mask).sum().backward()
+    except RuntimeError as error:
+        return str(error).strip().partition("\n")[0]
+    return None
 
 
 class _RMSNorm(torch.autograd.Function):

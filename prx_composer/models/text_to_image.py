@@ -79,6 +79,7 @@ class TextToImage(ComposerModel):
     Batches are mappings with `image` uint8 (B, 3, H, W), `input_ids` int64 and `attention_mask` bool (B, T); they are
     never written to. With `text_embedding` they bring what the (frozen) text encoder would make of their captions, and it isn't
     asked: (B, T, C), or (V, C) of the V valid tokens with `text_position` int64 (V,), their places in the flattened (B, T).
+    With `text_order` int64 (B,) and `text_groups` captions are encoded in groups; see `HuggingFaceTextEncoder.forward`.
     With `latent` (B, C, h, w) they bring what the autoencoder would make of `image`, which may then be missing. With `counted`
     bool (B,), evaluation measures those samples alone.
 
@@ -93,8 +94,8 @@ class TextToImage(ComposerModel):
             between them.
         activation_memory_budget: of a compiled graph: the part of its activations that it keeps for the backward pass, 1 = all;
             the others are computed again. For what doesn't fit otherwise: it costs time.
-        attention: "sdpa", PyTorch's kernels with a mask of the valid text; or "flex", FlexAttention, in compiled graphs on a GPU
-            (on the CPU it is "sdpa").
+        attention: "sdpa", PyTorch's kernels with a mask of the valid text; "cudnn", the same, cuDNN's first; or "flex",
+            FlexAttention, in compiled graphs. Both others are of GPUs; on the CPU they are "sdpa".
 
     Seams, filled by algorithms at Event.INIT: `auxiliary_losses`, `training_flow`, `guidance`, `sampling_weights`, and the
     backbone's `router`, `taps` and `conditioners`.
@@ -113,7 +114,7 @@ class TextToImage(ComposerModel):
         seed: int = 0,
         compile: bool | Literal["blocks"] = False,
         activation_memory_budget: float = 1.0,
-        attention: Literal["sdpa", "flex"] = "sdpa",
+        attention: Literal["sdpa", "cudnn", "flex"] = "sdpa",
     ):
         super().__init__()
         self.autoencoder = autoencoder or Pixels()
@@ -140,14 +141,15 @@ class TextToImage(ComposerModel):
         self.clean_prompt: Callable[[str], str] = str  # what is done to prompts, and not to captions, before they are read
         self.knows_empty_caption = caption_dropout > 0  # set to true for weights of another model, which may have learnt it
         self.sampling_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._encodes_groups = isinstance(text_encoder, HuggingFaceTextEncoder)
         self._null: Tensor | None = None
         self._told: set[str] = set()
         self._eval_metrics: dict[str, Metric] = {"validation_loss": ValidationLoss()}
         self._eval_metrics |= {f"validation_loss_t{t:g}": ValidationLoss(index) for index, t in enumerate(VALIDATION_TIMESTEPS)}
         if not 0 <= activation_memory_budget <= 1:
             raise ValueError(f"model.activation_memory_budget must lie in [0, 1], not {activation_memory_budget}.")
-        if attention not in ("sdpa", "flex"):
-            raise ValueError(f"model.attention must be sdpa or flex, not {attention!r}.")
+        if attention not in ("sdpa", "cudnn", "flex"):  # cudnn is chosen for the whole process, where the run begins
+            raise ValueError(f"model.attention must be sdpa, cudnn or flex, not {attention!r}.")
         if compile:
             self.backbone.compile_graphs(compile == "blocks", activation_memory_budget, attention == "flex")
         elif activation_memory_budget < 1:
@@ -200,7 +202,10 @@ class TextToImage(ComposerModel):
             else:
                 embedding = torch.where(dropped[..., None], self._null_embedding(device).type_as(embedding), embedding)
             mask = torch.where(dropped, self.text_encoder.null_attention_mask, mask)
-        return TextConditioning(self.text_encoder(input_ids, mask) if embedding is None else embedding.float(), mask)
+        if embedding is not None:
+            return TextConditioning(embedding.float(), mask)
+        grouped = (batch["text_order"], batch["text_groups"]) if self._encodes_groups and "text_groups" in batch else ()
+        return TextConditioning(self.text_encoder(input_ids, mask, *grouped), mask)
 
     def _null_embedding(self, device: torch.device) -> Tensor:
         """Return the embedding of the empty caption, (1, T, C), which is computed once."""

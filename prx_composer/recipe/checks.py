@@ -209,6 +209,9 @@ def check_precision(precision: str) -> None:
 # have taken hold of its parameters.
 _NOT_OURS = frozenset({"device_mesh", "load_monolith_rank0_only"})
 
+# WEIGHTS is this package's own (`training.trainer.HybridConfig`), the others are Composer's, which reads them in any case.
+_MIXED_PRECISIONS = ("FULL", "WEIGHTS", "DEFAULT", "PURE")
+
 
 def check_parallelism(config: dict[str, Any] | None, num_ranks: int) -> None:
     """Raise UserError for an unknown key of `parallelism_config`, and for shards that the ranks don't divide into."""
@@ -231,7 +234,23 @@ def check_parallelism(config: dict[str, Any] | None, num_ranks: int) -> None:
         problems.found.append(
             f"{path}.fsdp.shard_degree: {degree!r} must divide the {num_ranks} ranks ({fitting}), or be -1 for all of them."
         )
+    problems.found.extend(_gather_problems(arguments, num_ranks if degree == -1 else degree))
     problems.raise_any()
+
+
+def _gather_problems(arguments: dict[str, Any], shards: Any) -> Iterator[str]:
+    """Yield what is wrong with how `parallelism_config.fsdp` has weights gathered, of so many shards."""
+    mixed, reshard = arguments.get("mixed_precision", "FULL"), arguments.get("reshard_after_forward", True)
+    if not isinstance(mixed, str) or mixed.upper() not in _MIXED_PRECISIONS:
+        yield f"parallelism_config.fsdp.mixed_precision: {mixed!r} is none of {', '.join(_MIXED_PRECISIONS)}."
+    if isinstance(reshard, bool) or not isinstance(shards, int):
+        return
+    if not isinstance(reshard, int) or not 1 < reshard < shards or shards % reshard:
+        fitting = ", ".join(str(n) for n in range(2, shards) if shards % n == 0)
+        yield (
+            f"parallelism_config.fsdp.reshard_after_forward: {reshard!r} must be true, false"
+            f"{f', or a number of neighbours that divides the {shards} shards ({fitting})' if fitting else ''}."
+        )
 
 
 def _settable() -> list[str]:

@@ -147,6 +147,12 @@ RULES = (
     Rule("global_train_batch_size image_size", "asked", _RATE, _AT_ONCE),
     Rule("device_train_microbatch_size", "asked", "Noise is drawn by microbatch.", "The same samples, with other noise."),
     Rule("precision", "asked", "It rounds differently.", _AT_ONCE),
+    Rule(
+        "parallelism_config.fsdp.reshard_after_forward",
+        "free",
+        "It says when weights are gathered, not what they are.",
+        "Nothing.",
+    ),
     Rule("parallelism_config", "never", "A sharded checkpoint is read by a sharded run.", _FROM_WEIGHTS),
     Rule("parallelism_config**", "asked", "It rounds differently.", "Not to the bit."),
 )

@@ -77,11 +77,11 @@ def holds_run(recipe: Recipe, folder: Path) -> bool:
         )
     if not (folder / CONFIG).exists():
         raise UserError(f"run_folder: {folder} is not empty and holds no run; choose another run_name or run_folder.")
-    check_same_recipe(recipe, *_recipe_of(folder))
+    check_same_recipe(recipe, *recipe_of(folder))
     return True
 
 
-def _recipe_of(folder: Path) -> tuple[dict[str, Any], str]:
+def recipe_of(folder: Path) -> tuple[dict[str, Any], str]:
     """Return the recipe that a run goes on from, and what has it: its newest checkpoint, or, without one, its last start."""
     newest = newest_checkpoint(folder)
     try:

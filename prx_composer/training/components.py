@@ -24,6 +24,7 @@ from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import PlannedStage, planned_stages
 from prx_composer.registry import BY_NAME
 from prx_composer.runs.model_parts import ModelParts
+from prx_composer.runs.stored_text import choose_text
 from prx_composer.schedule.clock import with_rehearsal
 
 log = logging.getLogger(__name__)
@@ -69,11 +70,15 @@ class Components(ModelParts):
         num_ranks: that share a batch.
         problems: names, arguments and types that are known to be wrong; each begins with its path. What is at such a path is
             not made.
+
+    Attributes:
+        recipe: with what `choose_text` made of it. text: what was chosen.
     """
 
     def __init__(self, recipe: Recipe, *, meta: bool, num_ranks: int = 1, problems: Sequence[str] = ()):
         super().__init__(recipe.model, recipe.seed, Path(recipe.run_folder), loader=recipe.train_loader, meta=meta, compiled=True)
-        self.recipe, self.num_ranks, self.problems = recipe, num_ranks, list(problems)
+        self.recipe, self.text = choose_text(recipe)
+        self.num_ranks, self.problems = num_ranks, list(problems)
 
     def is_wrong(self, path: str) -> bool:
         """Return whether something at or below a path is wrong, so that what is there cannot be relied on."""

@@ -280,7 +280,8 @@ class MetaModel:
         elif "text_encoder" in (self.uncounted.leave_out or ()):
             self.text, self._stores_text = f"{title}, not counted", True
         else:
-            self.text = f"{title}, {'trained along' if encoder.trainable else 'run online'}"
+            padded = f"run online, on valid tokens; counted as if captions had all {encoder.max_tokens}, which is the most"
+            self.text = f"{title}, {'trained along' if encoder.trainable else padded}"
             self.frozen["text_encoder"] = frozen
 
     def _attach(self, name: str, algorithm: Algorithm) -> None:

@@ -12,15 +12,17 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from composer.core import Callback, State
+import torch
+from composer.core import Callback, Precision, State
 from composer.utils import dist, get_device, reproducibility
 
 from prx_composer import registry
 from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.callbacks.checkpointing import Checkpointing, NewValues, RandomStep, say_what_moves
 from prx_composer.callbacks.monitors import DataMonitor
-from prx_composer.common.distributed import GlooAverage, from_rank_zero
-from prx_composer.common.errors import TrainingInterrupted, UserError, at_path, redacted
+from prx_composer.common.distributed import GlooAverage, from_rank_zero, unwrapped
+from prx_composer.common.errors import TrainingInterrupted, UserError, at_path, raise_all, redacted
+from prx_composer.models.layers import cudnn_first, cudnn_problem
 from prx_composer.recipe.checks import precisions
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
@@ -38,6 +40,7 @@ from prx_composer.runs.folder import (
 )
 from prx_composer.runs.model_parts import keep_frozen
 from prx_composer.runs.pretrained_models import initialise
+from prx_composer.runs.stored_text import choose_text, leaves_text_open, with_choices
 from prx_composer.runs.weights import not_finite_in
 from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, time_budget_of
 from prx_composer.schedule.moments import duration_string
@@ -75,29 +78,49 @@ def run(recipe: Recipe) -> str:
         TrainingInterrupted: a signal asked the run to stop, and it has written a checkpoint.
     """
     stop_with_launcher()
+    recipe = with_text_chosen(recipe)
     trainer = build_trainer(recipe)
     state, folder = trainer.state, Path(recipe.run_folder)
     if nothing_to_do := _nothing_to_do(state, recipe, folder):
         trainer.close()
         return f"{nothing_to_do}\n{summarise(folder)}"
     try:
-        if recipe.preflight:
-            try_steps_before_training(trainer, recipe, folder)
-        with _raised_on_every_rank(), at_path("run_folder"):
-            if dist.get_global_rank() == 0:
-                keep_frozen(recipe.model, folder)
-                save_recipe(recipe, folder)
-                record_changes(folder, int(state.timestamp.batch), trainer.resumed_changes)
-                if recipe.preflight:
-                    remember_steps(folder)
-        record_environment(folder, int(state.timestamp.batch), clock_of(state).spent)
-        with stop_on_signals(clock_of(state)):
-            trainer.fit()
+        with chosen_attention(recipe, state):
+            if recipe.preflight:
+                try_steps_before_training(trainer, recipe, folder)
+            with _raised_on_every_rank(), at_path("run_folder"):
+                if dist.get_global_rank() == 0:
+                    keep_frozen(recipe.model, folder)
+                    save_recipe(recipe, folder)
+                    record_changes(folder, int(state.timestamp.batch), trainer.resumed_changes)
+                    if recipe.preflight:
+                        remember_steps(folder)
+            record_environment(folder, int(state.timestamp.batch), clock_of(state).spent)
+            with stop_on_signals(clock_of(state)):
+                trainer.fit()
     except BaseException:
         trainer.engine.close()  # not trainer.close(), which would wait for ranks that are still training
         raise
     trainer.close()
     return summarise(folder)
+
+
+@contextmanager
+def chosen_attention(recipe: Recipe, state: State) -> Iterator[None]:
+    """Have what is computed inside of this context on a GPU use `model.attention: cudnn`, and say if it has no such kernel."""
+    if recipe.model.get("attention") != "cudnn" or state.device.name != "gpu":
+        yield
+        return
+    model: Any = unwrapped(state.model)
+    backbone, side = model.backbone, recipe.image_size // model.autoencoder.downsampling
+    heads = backbone.blocks[0].attention.num_heads
+    dtype = torch.float16 if state.precision == Precision.AMP_FP16 else torch.bfloat16
+    tokens = backbone.num_tokens(side, side), model.text_encoder.max_tokens
+    problem = cudnn_problem(heads, backbone.hidden_size // heads, *tokens, device=torch.device("cuda"), dtype=dtype)
+    if problem is not None and dist.get_global_rank() == 0:
+        log.warning("model.attention: cudnn does not attend here (%s); the next of PyTorch's kernels does.", problem)
+    with cudnn_first():
+        yield
 
 
 def _nothing_to_do(state: State, recipe: Recipe, folder: Path) -> str | None:
@@ -128,7 +151,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         UserError: as `run`.
     """
     registry.import_code(recipe.code_paths)
-    device = get_device(None)
+    device, recipe = get_device(None), with_text_chosen(recipe)
     results, checked = examine(recipe, dist.get_world_size())
     if device.name == "cpu" and recipe.precision in precisions() and recipe.precision != "fp32":
         results.append(failed(f"precision: {recipe.precision} needs a GPU, and there is none here; use precision=fp32."))
@@ -139,6 +162,23 @@ def build_trainer(recipe: Recipe) -> Trainer:
     found, saved = _prepare(recipe, checked), as_saved(recipe)
     reproducibility.seed_all(recipe.seed)
     return _build(recipe, saved, found, on_gpu=device.name == "gpu")
+
+
+def with_text_chosen(recipe: Recipe) -> Recipe:
+    """Return the recipe with what rank 0 makes of a loader's `text_embedding` that is left open, and say it once.
+
+    Raises:
+        UserError: the run began with stored embeddings that are gone.
+    """
+    if not leaves_text_open(recipe):
+        return recipe
+    dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
+    chosen = from_rank_zero(choose_text(recipe)[1] if dist.get_global_rank() == 0 else [])
+    raise_all([choice.said for choice in chosen if choice.why == "gone"])
+    for choice in chosen:
+        if dist.get_global_rank() == 0 and choice.why != "unknown":
+            log.log(logging.WARNING if choice.why == "lacking" else logging.INFO, "%s", choice.said)
+    return with_choices(recipe, chosen)
 
 
 def _prepare(recipe: Recipe, checked: Components) -> GoingOn:

@@ -2,14 +2,20 @@
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import composer
 import torch
 from composer.core import Event, Precision
+from composer.distributed.activation_checkpointing import generate_composer_model_check_fn
+from composer.distributed.param_init import meta_init
+from composer.distributed.prepare_distributed import parallelize_model
+from composer.distributed.shared_utils import get_direct_children_from_composer_model
 from composer.utils import FSDP2Config, ParallelismConfig, dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import CustomPolicy
 
 from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.common.distributed import HostGroup
@@ -127,6 +133,13 @@ class Trainer(composer.Trainer):
         samples, tokens, seconds = self._hosts.sums([num_samples, num_tokens, seconds])
         return int(samples), int(tokens), datetime.timedelta(seconds=seconds)
 
+    def _wrap_model_for_distributed(self, model: Any, optimizers: torch.optim.Optimizer | None) -> None:
+        config = self.state.fsdp_config
+        if isinstance(config, HybridConfig) and config.mixed_precision.upper() == WEIGHTS:
+            shard_with_low_weights(model, optimizers, config, self.state.precision)
+        else:
+            super()._wrap_model_for_distributed(model, optimizers)
+
     def close(self) -> None:
         super().close()
         if self._hosts is not None:
@@ -136,9 +149,18 @@ class Trainer(composer.Trainer):
 # ----------------------------------------------------------------------------------------------- how weights lie on the ranks
 
 
+WEIGHTS = "WEIGHTS"  # the value of `mixed_precision` that Composer hasn't
+
+_AUTOCAST = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}
+
+
 @dataclass
 class HybridConfig(FSDP2Config):
     """FSDP2Config that can also ask for hybrid sharding, which Composer's own answers with "all ranks" whatever it is given.
+
+    Its `mixed_precision` has one value more. With WEIGHTS the blocks' weights are gathered in the dtype of autocast, which would
+    round them so anyway, and their gradients are reduced in fp32. Unlike Composer's DEFAULT it casts neither a block's inputs nor
+    what lies outside of blocks. In fp32 it is FULL.
 
     Args:
         shard_degree: ranks that share one copy of the weights; −1: all.
@@ -185,3 +207,47 @@ def parallelism(config: dict[str, Any] | None, num_ranks: int, on_gpu: bool = Tr
     if degree == num_ranks:
         settings["shard_degree"] = -1
     return ParallelismConfig(fsdp2=HybridConfig(**settings))
+
+
+def low_dtype(mixed_precision: str, precision: str) -> torch.dtype | None:
+    """Return the 16-bit dtype in which the blocks' weights, and nothing else, are gathered; None if there is none."""
+    return _AUTOCAST.get(Precision(precision)) if mixed_precision.upper() == WEIGHTS else None
+
+
+def shard_with_low_weights(
+    model: Any, optimizer: torch.optim.Optimizer | None, config: HybridConfig, precision: Precision
+) -> None:
+    """Shard a ComposerModel as Composer does, but for the blocks, which get the policy of `mixed_precision: WEIGHTS`.
+
+    Composer makes one policy for the whole model, and none that leaves inputs alone. Its `parallelize_model` takes a function
+    that gives each unit arguments of its own.
+    """
+    checkpointing = config.activation_checkpointing or config.activation_cpu_offload
+    units = sharded_units(model, low_dtype(config.mixed_precision, precision))
+    parallelize_model(
+        model,
+        replace(config, mixed_precision="FULL"),
+        optimizer,
+        Precision.FP32,  # of no matter to FULL
+        fsdp_wrap_policy=CustomPolicy(lambda module: units.get(module, False)),
+        activation_checkpointing_check_fn=generate_composer_model_check_fn(model) if checkpointing else None,
+        param_init_fn=meta_init,
+    )
+
+
+def sharded_units(model: Any, dtype: torch.dtype | None) -> dict[nn.Module, bool | dict[str, Any]]:
+    """Return what FSDP2 shards as a unit, and the arguments of `fully_shard` in which it differs from the others.
+
+    Args:
+        model: each of its children is a unit, and so is each module that a child's `fsdp_wrap_fn` names, as for Composer.
+        dtype: in which the latter are gathered; None: as they are.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    units: dict[nn.Module, bool | dict[str, Any]] = {}
+    for child in get_direct_children_from_composer_model(model):
+        units[child] = True
+        asked = getattr(child, "fsdp_wrap_fn", lambda module: False)
+        for module in child.modules():
+            if module is not child and (answer := asked(module)):
+                units[module] = (answer if isinstance(answer, dict) else {}) | {"mp_policy": policy}
+    return units

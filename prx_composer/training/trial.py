@@ -68,6 +68,7 @@ def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Itera
     yield from results
     if parts is None:
         return
+    recipe = parts.recipe
     others = [
         *check_surroundings(parts),
         *check_captions(parts),

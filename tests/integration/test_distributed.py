@@ -46,7 +46,8 @@ def test_ddp_and_fsdp2_train_the_same_curve_with_the_24h_stack_and_fsdp2_resumes
     tiny_recipe["eval_interval"] = "5ba"  # averaged weights are lent where no checkpoint follows
     ddp = copy.deepcopy(tiny_recipe) | {"run_name": "ddp"}
     fsdp = copy.deepcopy(tiny_recipe) | {"run_name": "fsdp", "autoresume": True}
-    fsdp["parallelism_config"] = {"fsdp": {"state_dict_type": "sharded"}}
+    kept = {"reshard_after_forward": False, "mixed_precision": "WEIGHTS"}  # in fp32 the latter is FULL, by another way
+    fsdp["parallelism_config"] = {"fsdp": {"state_dict_type": "sharded"} | kept}
 
     finished = launch(write_recipe(ddp, "ddp.yaml"))
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -78,6 +79,34 @@ def test_ddp_and_fsdp2_train_the_same_curve_with_the_24h_stack_and_fsdp2_resumes
     found = ours["callbacks"]["AverageState"]["average"]
     for name, value in average.items():
         torch.testing.assert_close(found[name], value, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_blocks_that_stay_gathered_train_evaluate_and_draw_the_same_to_the_bit(
+    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path
+) -> None:
+    """With an average that is lent after a step, pictures, and a stage of larger images; in fp32, where WEIGHTS is FULL."""
+    tiny_recipe = stack_of_24h(tiny_recipe) | {"max_duration": "6ba", "save_interval": "6ba", "eval_interval": "2ba"}
+    tiny_recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] = "3ba"
+    tiny_recipe["callbacks"] = {"images": {"prompts": ["a red circle"], "interval": "2ba", "num_inference_steps": 2}}
+    tiny_recipe["eval_loader"] = {"name": "image_caption", "path": tiny_recipe["train_loader"]["path"], "split": "heldout"}
+    ways = {"again": {}, "kept": {"reshard_after_forward": False, "mixed_precision": "WEIGHTS"}}
+    for name, way in ways.items():
+        recipe = copy.deepcopy(tiny_recipe) | {
+            "run_name": name,
+            "parallelism_config": {"fsdp": way | {"state_dict_type": "full"}},
+        }
+        finished = launch(write_recipe(recipe))
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    again, kept = (tiny_recipe | {"run_name": name} for name in ways)
+    for name in ("loss/train/total", "metrics/eval/validation_loss"):
+        assert curve(again, name) == curve(kept, name) != []
+    pictures = [sorted((tmp_path / "runs" / name / "images").glob("*.png")) for name in ways]
+    assert [a.read_bytes() for a in pictures[0]] == [b.read_bytes() for b in pictures[1]] and len(pictures[0]) == 3
+    whole = [torch.load(tmp_path / f"runs/{name}/checkpoints/ba6/rank0.pt", weights_only=False)["state"] for name in ways]
+    for state in ("model", "average"):
+        ours, theirs = (one["callbacks"]["AverageState"][state] if state == "average" else one[state] for one in whole)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.slow

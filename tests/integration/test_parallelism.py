@@ -23,6 +23,15 @@ def test_weights_are_sharded_within_nodes_and_replicated_over_them(degree: int, 
     assert finished.stdout.strip() == expected
 
 
+@pytest.mark.parametrize(
+    ("ranks", "how"),
+    [(2, ()), pytest.param(4, (), marks=pytest.mark.slow), pytest.param(1, ("compiled",), marks=pytest.mark.slow)],
+)
+def test_blocks_gathered_in_bf16_or_kept_gathered_change_no_bit(ranks: int, how: tuple[str, ...]) -> None:
+    finished = commands.run("composer", "-n", ranks, Path(__file__).with_name("low_weights.py"), *how, timeout=400)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(UserError, match=r"shard_degree: 5 must divide the 32 ranks \(1, 2, 4, 8, 16, 32\)"):
         check_parallelism({"fsdp": {"shard_degree": 5}}, 32)

@@ -1,17 +1,21 @@
 """FlexAttention's blocks against torch's own, and the backbone with them against the one with a mask."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from composer.core import Precision
 from test_backbone import PIXELS, both, inputs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import create_block_mask
 
 from prx_composer.models import PRXBackbone, TextToImage
-from prx_composer.models.layers import key_blocks, key_mask
+from prx_composer.models.layers import attend, cudnn_first, cudnn_problem, key_blocks, key_mask
 from prx_composer.models.routing import Route
+from prx_composer.training import run
 
 
 def lengths(valid: list[int], tokens: int) -> Tensor:
@@ -67,11 +71,62 @@ def test_blocks_go_into_compiled_blocks_without_another_graph(monkeypatch: pytes
     assert graphs.frame_count == 1
 
 
+def order() -> list[int]:
+    return [*torch._C._get_sdp_priority_order()]
+
+
+def allowed() -> list[bool]:
+    return [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("cudnn", "flash", "mem_efficient", "math")]
+
+
+def test_cudnn_comes_first_inside_of_its_context_alone_and_others_stay_allowed() -> None:
+    before, there = order(), allowed()
+    with cudnn_first():
+        assert order()[0] == int(SDPBackend.CUDNN_ATTENTION) != before[0] and all(allowed())
+    assert (order(), allowed()) == (before, there)
+
+
+def test_cudnn_is_chosen_for_a_run_on_a_gpu_that_asks_for_it_and_what_it_lacks_is_said(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, chosen = order(), list[int]()
+    assert cudnn_problem(2, 8, 16, 4, torch.device("cpu"), torch.bfloat16), "none here, as on a GPU without it"
+    asked = list[tuple[Any, ...]]()
+
+    def problem(*sizes: int, **_: Any) -> str | None:
+        asked.append(sizes)
+        return None if len(asked) > 1 else "No available kernel."
+
+    monkeypatch.setattr(run, "cudnn_problem", problem)
+    for attention, device in (("sdpa", "gpu"), ("cudnn", "cpu"), ("cudnn", "gpu"), ("cudnn", "gpu")):
+        state: Any = SimpleNamespace(model=tiny_model(), device=SimpleNamespace(name=device), precision=Precision.AMP_BF16)
+        recipe: Any = SimpleNamespace(model={"attention": attention}, image_size=16)
+        with run.chosen_attention(recipe, state):
+            chosen.append(order()[0])
+        assert order() == before
+    cudnn = int(SDPBackend.CUDNN_ATTENTION)
+    assert chosen == [before[0], before[0], cudnn, cudnn]
+    assert len(asked) == 2 and [record.getMessage() for record in caplog.records] == [
+        "model.attention: cudnn does not attend here (No available kernel.); the next of PyTorch's kernels does."
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cudnn_attends_with_a_mask_as_the_others_do() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(2, 4, n, 64, generator=generator, device="cuda").bfloat16() for n in (256, 300, 300))
+    mask = key_mask(lengths([44, 20], 44).cuda(), 256)
+    assert cudnn_problem(4, 64, 256, 44, torch.device("cuda"), torch.bfloat16) is None
+    expected = attend(q.float(), k.float(), v.float(), mask)
+    with cudnn_first():
+        torch.testing.assert_close(attend(q, k, v, mask).float(), expected, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (dict(attention="flex"), "model.compile"),
-        (dict(attention="dense", compile=True), "sdpa or flex"),
+        (dict(attention="dense", compile=True), "sdpa, cudnn or flex"),
     ],
 )
 def test_what_cannot_be_had_is_refused(arguments: dict[str, Any], message: str, tiny_model: Any) -> None:

@@ -84,7 +84,8 @@ def test_ddp_sends_twice_all_gradients_but_a_rank_s_part_whatever_the_number_of_
 @pytest.mark.parametrize("reshard", ["true", "false"])
 def test_fsdp_gathers_blocks_twice_unless_they_stay_and_reduces_once_per_microbatch(reshard: str, microbatches: int) -> None:
     whole, blocks = parameters()
-    found = sent(8, f"parallelism_config.fsdp.reshard_after_forward={reshard}", microbatches=microbatches)
+    changes = f"parallelism_config.fsdp.reshard_after_forward={reshard}", "parallelism_config.fsdp.mixed_precision=FULL"
+    found = sent(8, *changes, microbatches=microbatches)
     gathered = whole + blocks if reshard == "true" else whole
     # a parameter's last part is filled up, which is little here
     assert found[GATHER].bytes == pytest.approx(microbatches * 4 * gathered * 7 / 8, rel=1e-4)
@@ -104,7 +105,20 @@ def test_weights_in_bf16_halve_gathers_and_leave_gradients_alone() -> None:
     default, halved = (sent(8, f"parallelism_config.fsdp.mixed_precision={how}") for how in ("FULL", "DEFAULT"))
     assert default[GATHER].bytes == 2 * halved[GATHER].bytes
     assert default[REDUCE].bytes == halved[REDUCE].bytes
-    assert sent(8) == default
+    assert sent(8, "parallelism_config={fsdp: {reshard_after_forward: false}}") == default
+
+
+def test_blocks_alone_in_bf16_halve_what_blocks_send_and_kept_ones_send_it_once() -> None:
+    whole, blocks = parameters()
+    weights = "parallelism_config.fsdp.mixed_precision=weights"
+    gathered = {True: 2 * 2 * blocks + 4 * (whole - blocks), False: 2 * blocks + 4 * (whole - blocks)}
+    for reshard, expected in gathered.items():
+        found = sent(8, weights, f"parallelism_config.fsdp.reshard_after_forward={reshard}")
+        assert found[GATHER].bytes == pytest.approx(expected * 7 / 8, rel=1e-4)
+        assert found[REDUCE].bytes == sent(8)[REDUCE].bytes
+    assert sent(8) == found, "the recipe's own"
+    in_fp32 = sent(8, weights, "precision=fp32")
+    assert in_fp32 == sent(8, "parallelism_config.fsdp.mixed_precision=full", "precision=fp32")
 
 
 @pytest.mark.parametrize("way", list(WHOLE))

@@ -169,6 +169,13 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["parallelism_config={fsdp: {sharding: full, shard_degree: 3}, tp: {}}"],
         ["parallelism_config.tp: only fsdp", "fsdp.sharding: no such argument", "fsdp.shard_degree: 3 must divide the 1 ranks"],
     ),
+    "gathers": (
+        ["parallelism_config={fsdp: {mixed_precision: HALF, reshard_after_forward: 3}}"],
+        [
+            "parallelism_config.fsdp.mixed_precision: 'HALF' is none of FULL, WEIGHTS, DEFAULT, PURE.",
+            "parallelism_config.fsdp.reshard_after_forward: 3 must be true, false.",
+        ],
+    ),
     "a number for a time": (["max_duration=20"], ["max_duration: expected a string, not 20. A time has a unit: write 20ba"]),
     "a part for a time": (["save_interval=0.5"], ["save_interval: expected a string, not 0.5. A time has a unit: write 0.5dur"]),
     "hours without a unit": (

@@ -16,6 +16,9 @@ from prx_composer.algorithms.perceptual import LPIPS, PerceptualDINO
 from prx_composer.commands.plan import as_text
 from prx_composer.commands.plan.conditions import GPUS, Conditions, Measured, find_gpu
 from prx_composer.commands.plan.plan import make_plan
+from prx_composer.commands.plan.step_cost import Memory, Segment, memory
+from prx_composer.commands.plan.timeline import timeline
+from prx_composer.models.counting import StepCount
 from prx_composer.optim import state_after_a_step
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
@@ -237,6 +240,24 @@ def test_fsdp_cuts_the_state_into_parts_and_ddp_holds_all_of_it_and_buckets() ->
     hybrid = make_plan(full(f"{degree}=8"), LIMIT).stages[0].memory
     assert hybrid.weights == pytest.approx(4 * sharded.weights, rel=0.03)
     assert ranks[0].checkpoints.bytes == ranks[1].checkpoints.bytes == whole.checkpoint
+
+
+def test_weights_gathered_in_bf16_are_the_copies_that_autocast_would_make() -> None:
+    planned, span = MetaModel(full(), stored_text=True), timeline(full(), 8, None).spans[0]
+    blocks = sum(p.numel() for p in planned.model.backbone.blocks.parameters())
+    segment = Segment(1.0, StepCount({}, kept=0, copies=2 * blocks + 10, block_copies=2 * blocks, blocks=()), frozen=0)
+
+    def memory_with(reshard: bool, mixed: str) -> Memory:
+        ways = f"{{fsdp: {{shard_degree: 8, reshard_after_forward: {reshard}, mixed_precision: {mixed}}}}}"
+        return memory(planned, full(f"parallelism_config={ways}"), 8, span, [segment])
+
+    ways = [memory_with(reshard, mixed) for reshard in (True, False) for mixed in ("FULL", "WEIGHTS", "DEFAULT")]
+    before, low, default, kept, low_and_kept, _ = ways
+    two_blocks = 2 * blocks // 16
+    assert kept.gathered - before.gathered == 4 * (blocks - two_blocks) and kept.casts == before.casts == 2 * blocks + 10
+    assert low_and_kept.gathered - low.gathered == 2 * (blocks - two_blocks) and low.casts == low_and_kept.casts == 10
+    assert before.gathered - low.gathered == 2 * two_blocks and default.gathered < low.gathered and default.casts == 0
+    assert low_and_kept.peak < before.peak < kept.peak
 
 
 def test_checkpointing_activations_keeps_fewer() -> None:

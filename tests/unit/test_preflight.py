@@ -408,6 +408,19 @@ def test_guidance_that_is_never_learnt_is_known_before_training(load: Load) -> N
     assert warnings("model.caption_dropout=0.1") == []
 
 
+def test_gains_that_are_rounded_for_sending_alone_are_named(load: Load) -> None:
+    weights, amp = "parallelism_config={fsdp: {mixed_precision: weights}}", "precision=amp_bf16"
+
+    def warnings(*changes: str) -> list[str]:
+        return marked(examine(load(*changes)[0], 1)[0], "!")
+
+    for norms in ("null", "{start: 10ba}", "{end: 0.5dur}"):
+        (said,) = warnings(weights, amp, f"algorithms.low_precision_norm={norms}")
+        assert said.startswith("parallelism_config.fsdp.mixed_precision: WEIGHTS rounds the gains")
+    norms = "algorithms.low_precision_norm=null"
+    assert warnings(weights, amp, "algorithms.low_precision_norm={}") == warnings(weights, norms) == warnings(amp, norms) == []
+
+
 @pytest.mark.parametrize("interval", ["0dur", "0ba", "-1ba"])
 @pytest.mark.parametrize("name", ["images", "shapes_score"])
 def test_pictures_at_every_nothing_are_refused_before_training(name: str, interval: str, load: Load) -> None:

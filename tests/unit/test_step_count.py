@@ -82,6 +82,9 @@ def test_a_step_is_counted_as_it_is_taken(
     loss.backward()
     assert 4 * count.kept + count.copies == pytest.approx(kept.bytes, rel=0.02)
     assert (count.copies > 0) == amp
+    weights = sum(p.numel() for block in model.backbone.blocks for p in block.parameters() if p.ndim == 2)
+    gains = sum(p.numel() for block in model.backbone.blocks for p in block.parameters() if p.ndim == 1)
+    assert amp * 2 * weights <= count.block_copies <= min(amp * 2 * (weights + gains), count.copies)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as real:
         model.loss(model(tiny_batch), tiny_batch)["total"].backward()
     assert 4 * count.total_flops == pytest.approx(real.get_total_flops(), rel=1e-4)

@@ -14,6 +14,7 @@ from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.data.storage import INDEX, shards_in
 from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.config import Recipe
+from prx_composer.runs.stored_text import TextChoice
 
 LINK_SHARE = 0.8  # of a link's bandwidth that collectives of large messages reach: about 360 of NVLink 4's 450 GB/s
 ASSUMED_SHARE = 0.8  # of the datasheet, where nobody's measurement is at hand: what H100 and H200 reach
@@ -332,3 +333,14 @@ def _quantity(text: str, unit: str) -> float:
     """Return the number that is written with a unit, of which the pattern's group is the power of ten; 0 if it is none."""
     match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*{unit}", text.strip(), re.IGNORECASE)
     return float(match[1]) * _POWERS[match[2].lower()] if match else 0.0
+
+
+def text_in_words(chosen: list[TextChoice], shares: dict[int, float]) -> list[str]:
+    """Return why the text encoder runs, where the recipe leaves that open, and what it would gain if it didn't.
+
+    Args:
+        shares: of the text encoder in the FLOPs, by image size.
+    """
+    told = ", ".join(f"{share:.0%} at {size} px" for size, share in shares.items())
+    gain = f" Stored text saves its share of the FLOPs, {told}; --stored-text plans that."
+    return [choice.said + (gain if choice.why != "never" else "") for choice in chosen if choice.key == "train_loader"]

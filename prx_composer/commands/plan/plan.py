@@ -9,14 +9,16 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
-from prx_composer.commands.plan.conditions import LINK_SHARE, Conditions, left_out, read_manifests, stored_bytes
+from prx_composer.commands.plan.conditions import LINK_SHARE, Conditions, left_out, read_manifests, stored_bytes, text_in_words
 from prx_composer.commands.plan.step_cost import Memory, Segment, StepTime, StepTimes, memory, sharding
 from prx_composer.commands.plan.timeline import Source, Span, Timeline, left_in_steps, sources, stretched, timeline
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.data.contents import LeftOut, said_of_skipped
+from prx_composer.models.counting import TEXT_ENCODER
 from prx_composer.recipe.arguments import skip_files
 from prx_composer.recipe.checks import check_parallelism
 from prx_composer.recipe.config import Recipe
+from prx_composer.runs.stored_text import choose_text
 from prx_composer.schedule.moments import SECONDS, duration_string, parse_duration
 from prx_composer.training.meta_model import MetaModel, training_state
 
@@ -154,6 +156,7 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         UserError: a recipe that cannot be planned, at its YAML path, or a throughput that lacks one of its image sizes.
     """
     check_parallelism(recipe.parallelism_config, conditions.num_gpus)
+    recipe, chosen = choose_text(recipe, resumes=False)
     if recipe.train_loader.get("text_embedding"):
         conditions = dataclasses.replace(conditions, stored_text=True)
     planned = MetaModel(recipe, conditions.stored_text, conditions.leave_out)
@@ -173,6 +176,8 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
     times = StepTimes(planned, recipe, conditions)
     stages = [_stage(planned, recipe, conditions, line, span, read_bytes, times) for span in line.spans]
 
+    encoding = {stage.image_size: stage.flops.get(TEXT_ENCODER, 0.0) / stage.total_flops for stage in stages}
+    text = [] if conditions.stored_text else text_in_words(chosen, encoding)
     training = sum(stage.hours for stage in stages)
     checkpoints = _checkpoints(training_state(planned).checkpoint, recipe, line, training, conditions.disk)
     hours = training + checkpoints.count * checkpoints.seconds / 3600
@@ -193,7 +198,7 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         hours=hours,
         dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
         time_budget=None if recipe.time_budget is None else seconds(recipe.time_budget, "time_budget") / 3600,
-        assumptions=[*line.notes, read_from, *skip_lists(recipe, skipped), *_assumptions(planned, recipe, conditions)],
+        assumptions=[*line.notes, read_from, *text, *skip_lists(recipe, skipped), *_assumptions(planned, recipe, conditions)],
         unknown=planned.uncounted.told,
     )
 
@@ -210,9 +215,7 @@ def _assumptions(planned: MetaModel, recipe: Recipe, c: Conditions) -> list[str]
     """Return what a reader must know of the time of a step, in words."""
     assumed = ["left out of the hours: start, compilation, evaluation, drawing images"]
     assumed += [f"algorithms.{name}: {trick.schedule}" for name, trick in planned.tricks.items() if trick.schedule]
-    if c.predicted:
-        assumed.append("time of a step: no kernel slower than its bytes or FLOPs demand; what else can be slow isn't counted")
-    elif not planned.amp and c.throughput is None:
+    if not planned.amp and c.utilisation is not None:
         assumed.append(f"precision: {recipe.precision} does not come near the peak, which is bf16's; --mfu has to allow for it")
     if recipe.model.get("compile"):
         assumed.append("activations: as eager PyTorch keeps them; a compiled model keeps fewer")

@@ -84,7 +84,7 @@ def peaks_of(gpu: GPU, every_attention_fast: bool = False) -> Peaks:
     """Return what a GPU of the table reaches.
 
     Args:
-        every_attention_fast: FlexAttention, which a mask doesn't slow down.
+        every_attention_fast: FlexAttention or cuDNN's, which a mask doesn't slow down.
     """
     return Peaks(
         {torch.float32: gpu.fp32_tflops * 1e12} | dict.fromkeys((torch.bfloat16, torch.float16), gpu.reachable_tflops * 1e12),
@@ -191,7 +191,7 @@ def computing(
     planned: MetaModel, recipe: Recipe, gpu: GPU, segments: Iterable[Counted], own: Own, casts: bool = True
 ) -> dict[str, PartTime]:
     """Return what computing is made of: passes over a GPU's images, FSDP2's copies, and the update of the state."""
-    peaks = peaks_of(gpu, recipe.model.get("attention") == "flex")
+    peaks = peaks_of(gpu, recipe.model.get("attention") in ("flex", "cudnn"))
     graphs = {*planned.graphs, BLOCKS, ENDS} if DENOISER in planned.graphs else {*planned.graphs}
     found = passes(segments, own.images, peaks, graphs, casts)
     found["FSDP2's copies, out of what is gathered and into what is reduced"] = traffic_of(own.copied, 0, peaks)

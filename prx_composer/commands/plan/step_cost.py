@@ -13,7 +13,7 @@ The bytes that a GPU sends in one optimizer step follow from what Composer 0.32 
   tree, and roots stay whole until the backward pass is over.
 - Composer has gradients reduced after every microbatch, and HSDP's replicas averaged.
 - Weights and gradients travel in fp32 unless `parallelism_config.fsdp.mixed_precision` says otherwise (`parallelism`'s default is
-  FULL). A parameter whose rows don't divide travels padded.
+  FULL; with WEIGHTS the blocks' weights alone are in 16 bits). A parameter whose rows don't divide travels padded.
 - DDP all-reduces fp32 gradients once per step, with the last microbatch.
 - Muon exchanges matrices once per step, in bf16 (on CPUs in fp32), as `optim.exchange` plans it.
 
@@ -23,6 +23,7 @@ Not in it, a few hundred bytes each: the norm of gradients, losses, flags, clock
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from composer.core import Precision
 from composer.distributed.mosaic_parallelism import get_mixed_precision
@@ -38,6 +39,7 @@ from prx_composer.optim.exchange import Plan, plan_for
 from prx_composer.optim.muon import Muon
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.meta_model import MetaModel, bytes_of, muon_groups, training_state
+from prx_composer.training.trainer import WEIGHTS, low_dtype
 
 FP32, BF16 = 4, 2
 BACKWARD = 2 / 3  # of the time of a microbatch
@@ -87,31 +89,46 @@ def traffic(
 
 
 def _fsdp(planned: MetaModel, recipe: Recipe, replicas: int, shards: int, microbatches: int) -> list[Traffic]:
-    fsdp = (recipe.parallelism_config or {}).get("fsdp") or {}
-    # FULL is what `training.components.parallelism` gives where the recipe doesn't say.
-    _, weights, gradients, _ = get_mixed_precision(Precision(recipe.precision), fsdp.get("mixed_precision", "FULL"))
-    weight = weights.itemsize if weights is not None else FP32
-    gradient = gradients.itemsize if gradients is not None else weight
+    fsdp, widths = (recipe.parallelism_config or {}).get("fsdp") or {}, _widths(recipe)
     shard = _padded_shard(planned.trained.values(), shards)
-    gathered = (shards - 1) * shard
+    blocks = (p for block in blocks_of(planned.model.backbone) for p in block.parameters())
+    in_blocks = _padded_shard((p for p in blocks if p.requires_grad), shards)
+    gathered = (shards - 1) * (in_blocks * widths.block + (shard - in_blocks) * widths.outside)
     found = []
     reshard = fsdp.get("reshard_after_forward", True)
     if reshard is not False:  # True, or the number of neighbours that keep a copy until the backward pass
         neighbours = shards if reshard is True else int(reshard)
-        blocks = (p for block in blocks_of(planned.model.backbone) for p in block.parameters())
-        part = _padded_shard((p for p in blocks if p.requires_grad), shards) * shards / neighbours
-        again = (neighbours - 1) * part
+        again = (neighbours - 1) * in_blocks * shards / neighbours * widths.block
         if neighbours == shards:
             gathered += again
         else:
-            found.append(Traffic(GATHER, microbatches * again * weight, neighbours, 1))
+            found.append(Traffic(GATHER, microbatches * again, neighbours, 1))
     average = 2 * (replicas - 1) / replicas * shard
     return [
-        Traffic(GATHER, microbatches * gathered * weight, shards, 1),
+        Traffic(GATHER, microbatches * gathered, shards, 1),
         *found,
-        Traffic(REDUCE, microbatches * (shards - 1) * shard * gradient, shards, BACKWARD),
-        Traffic(REPLICAS, microbatches * average * gradient, replicas, BACKWARD, stride=shards),
+        Traffic(REDUCE, microbatches * (shards - 1) * shard * widths.gradient, shards, BACKWARD),
+        Traffic(REPLICAS, microbatches * average * widths.gradient, replicas, BACKWARD, stride=shards),
     ]
+
+
+class _Widths(NamedTuple):
+    """Bytes of a number that FSDP2 gathers, of a block and of what is outside of blocks, and of one that it reduces."""
+
+    block: int
+    outside: int
+    gradient: int
+
+
+def _widths(recipe: Recipe) -> _Widths:
+    fsdp = (recipe.parallelism_config or {}).get("fsdp") or {}
+    mixed = fsdp.get("mixed_precision", "FULL")  # what `training.trainer.parallelism` gives where the recipe doesn't say
+    low = low_dtype(mixed, recipe.precision)
+    composers = "FULL" if mixed.upper() == WEIGHTS else mixed
+    _, weights, gradients, _ = get_mixed_precision(Precision(recipe.precision), composers)
+    weight = weights.itemsize if weights is not None else FP32
+    block = low.itemsize if low is not None else weight
+    return _Widths(block, weight, gradients.itemsize if gradients is not None else weight)
 
 
 def _padded_shard(parameters: Iterable[nn.Parameter], shards: int) -> int:
@@ -208,7 +225,8 @@ class StepTimes:
             copied = sum(2 * one.bytes * one.ranks / (one.ranks - 1) for one, _ in found if one.purpose in (GATHER, REDUCE))
             sending = sum(seconds for _, seconds in beside)
             shards = sharding(self._recipe, c.num_gpus)
-            parts = computing(self._planned, self._recipe, c.gpu, segments, Own(batch, shards, copied, sending))
+            casts = self._recipe.parallelism_config is None or _widths(self._recipe).block == FP32
+            parts = computing(self._planned, self._recipe, c.gpu, segments, Own(batch, shards, copied, sending), casts)
             compute = sum(part.seconds for part in parts.values())
             # A unit's weights must be there before its first pass, and its gradients are reduced after the last.
             ends = sum(seconds for _, seconds in beside) / max(len(blocks_of(self._planned.model.backbone)), 1)
@@ -286,7 +304,7 @@ class Memory:
         weights, gradients, optimizer, ema: this GPU's part of them, fp32.
         gathered: FSDP2: whole weights and gradients of the blocks at work and of what lies outside of blocks; DDP: its buckets.
         frozen: text encoder and teachers.
-        casts: 16-bit copies of the weights that autocast makes and the backward pass needs.
+        casts: 16-bit copies of the weights that autocast makes and the backward pass needs; none of what is gathered in 16 bits.
         batch: the uint8 images of a step.
         activations: of one microbatch.
         optimizer_step: what Muon needs while it works; not at the same time as casts and activations.
@@ -337,7 +355,9 @@ def memory(planned: MetaModel, recipe: Recipe, num_gpus: int, span: Span, segmen
     state = training_state(planned, sharding(recipe, num_gpus))
     fsdp = (recipe.parallelism_config or {}).get("fsdp") or {}
     checkpointing = bool(fsdp.get("activation_checkpointing"))
-    counts = [segment.count for segment in segments]
+    counts, widths = [segment.count for segment in segments], _widths(recipe)
+    in_blocks, outside = widths.block == FP32, widths.outside == FP32  # what autocast has left to cast
+    casts = [in_blocks * count.block_copies + outside * (count.copies - count.block_copies) for count in counts]
     kept = max(count.kept_with_checkpoints if checkpointing else count.kept for count in counts)
     return Memory(
         weights=state.weights,
@@ -346,7 +366,7 @@ def memory(planned: MetaModel, recipe: Recipe, num_gpus: int, span: Span, segmen
         ema=state.ema,
         gathered=_gathered(planned, recipe, num_gpus),
         frozen=max(segment.frozen for segment in segments),
-        casts=max(count.copies for count in counts),
+        casts=max(casts),
         batch=span.batch_size // num_gpus * 3 * span.image_size**2,
         activations=span.microbatch_size * kept,
         # fp32 updates, their 16-bit copies on the way, the iteration's own, and fp32 results
@@ -359,7 +379,7 @@ def _gathered(planned: MetaModel, recipe: Recipe, num_gpus: int) -> int:
     if recipe.parallelism_config is None:
         return whole if num_gpus > 1 else 0
     blocks = [bytes_of(p for p in block.parameters() if p.requires_grad) for block in blocks_of(planned.model.backbone)]
-    gradients = whole - sum(blocks) + 2 * max(blocks, default=0)  # of a block at work, and of one on its way
-    fsdp = recipe.parallelism_config.get("fsdp") or {}
-    weights = gradients if fsdp.get("reshard_after_forward", True) else whole
-    return weights + gradients
+    outside, at_work = whole - sum(blocks), 2 * max(blocks, default=0)  # a block at work, and one on its way
+    fsdp, widths = recipe.parallelism_config.get("fsdp") or {}, _widths(recipe)
+    together = at_work if fsdp.get("reshard_after_forward", True) else sum(blocks)
+    return (together * widths.block + outside * widths.outside) // FP32 + at_work + outside

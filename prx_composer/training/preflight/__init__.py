@@ -25,7 +25,7 @@ from prx_composer.recipe.checks import argument_problems, setting_problems
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import batch_problems, image_size_problems, schedule_problems
 from prx_composer.training.components import Components
-from prx_composer.training.trainer import parallelism
+from prx_composer.training.trainer import low_dtype, parallelism
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,8 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components]:
     batches = batch_problems(vars(recipe), num_ranks)
     parts = Components(recipe, meta=True, num_ranks=num_ranks, problems=wrong)
     results = [failed(problem) for problem in wrong]
+    marks: dict[str, Literal["✓", "!", "✗", "–"]] = {"lacking": "!", "gone": "✗", "unknown": "–"}
+    results += [Result(marks.get(choice.why, "✓"), choice.said) for choice in parts.text]
     if not wrong:
         counts = [f"{len(list(entries(getattr(recipe, kind), kind)))} {kind}" for kind in ("algorithms", "callbacks")]
         results.append(passed("names, arguments and types", f"model, optimizer, scheduler, {', '.join(counts)}"))
@@ -199,7 +201,14 @@ def _check_tricks(parts: Components, settings: list[str]) -> Iterator[Result]:
             with problems.noted():
                 trick.check(parts.recipe, others, parts.backbone, sharding)
     problems.raise_any()
-    yield from ()
+    if sharding is not None and low_dtype(sharding.mixed_precision, parts.recipe.precision) is not None:
+        norms = parts.algorithms.get("low_precision_norm")
+        if not (isinstance(norms, Trick) and norms.window.start.is_beginning and norms.window.end is None):
+            yield warned(
+                "parallelism_config.fsdp.mixed_precision",
+                "WEIGHTS rounds the gains of the blocks' norms, which autocast leaves in fp32. Add "
+                "algorithms.low_precision_norm={}, which rounds them itself: beside it, WEIGHTS changes no prediction.",
+            )
 
 
 @collected
