@@ -316,15 +316,16 @@ class _Fusion:
                 return True
         return bool(own.sums) and any(self._component[user] != self._component[index] for user in users)
 
-    def _sources(self, index: int) -> list[tuple[Value, int | None]]:
-        """Return what must be read to compute an operation's result again."""
+    def _sources(self, index: int, seen: set[int]) -> list[tuple[Value, int | None]]:
+        """Return what must be read to compute an operation's result again; what has been `seen` on the way isn't repeated."""
         found: list[tuple[Value, int | None]] = []
         for value, maker in self._inputs[index]:
             foreign = maker is None or self._ops[maker].graph != self._ops[index].graph
             if maker is None or foreign or not self._can_repeat(maker) or self._is_written(maker):
                 found.append((value, maker))
-            else:
-                found += self._sources(maker)
+            elif maker not in seen:
+                seen.add(maker)
+                found += self._sources(maker, seen)
         return found
 
     def reads_of(self, members: Sequence[int]) -> list[Value]:
@@ -342,7 +343,7 @@ class _Fusion:
                 else:
                     open_.append((value, maker))
         for value, maker in open_:
-            sources = self._sources(maker)
+            sources = self._sources(maker, set())
             more = _bytes([*found, *(source for source, _ in sources)]) - _bytes(found)
             if more > 2 * value.bytes:
                 sources = [(value, maker)]

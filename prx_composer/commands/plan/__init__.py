@@ -245,7 +245,8 @@ def _table(plan: "Plan") -> list[str]:
             row(f"  {label}", lambda s, name=name: f"{getattr(s.step, name):#.3g}")
     parts = [_by_part(stage) for stage in stages]
     for name in dict.fromkeys(name for own in parts for name in own):
-        rows.append((f"    {_NAMES.get(name, name)}, ms", [f"{own[name]:.1f}" if name in own else "–" for own in parts], ""))
+        if any(own.get(name, 0.0) >= 0.05 for own in parts):
+            rows.append((f"    {_NAMES.get(name, name)}, ms", [f"{own[name]:.1f}" if name in own else "–" for own in parts], ""))
     if any(stage.step.sent for stage in stages):
         row("  (sending beside computing)", lambda s: f"{s.step.beside:#.3g}")
         row("GB sent per step and GPU", lambda s: f"{sum(s.step.sent.values()) / 1e9:#.3g}")
