@@ -187,7 +187,7 @@ class _Counter(TorchDispatchMode):
             self.recorder.note(func, args, kwargs, made, flops, func is _CAST and self._of_weight(args[0], made))
         return made
 
-    def _of_weight(self, tensor: Tensor, made: Tensor) -> bool:
+    def _of_weight(self, tensor: Tensor, made: Any) -> bool:
         """Return whether a cast is of a weight, or in the backward pass of a weight's gradient."""
         assert self.recorder is not None
         if self.recorder.backward:

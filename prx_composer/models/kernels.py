@@ -25,6 +25,7 @@ MATMUL, CONVOLUTION, OTHER = "matrix products", "convolutions", "other kernels"
 ATTENTION, MASKED_ATTENTION = "attention", "attention with a mask"
 BLOCKS, ENDS = "blocks", "noise, ends and flow loss"  # of the denoiser alone; and what is neither of them nor another part
 
+_AUTOGRAD: Any = torch.autograd  # whose numbers of nodes are not in its types
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense", "lift_fresh", "detach"}
 _GATHERS = {"embedding", "index", "gather", "index_select"}  # they read as much as they write, whatever the table's size
 _OVERWRITES = {"copy_", "fill_", "zero_", "index_copy_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_", "random_"}
@@ -140,16 +141,17 @@ class BlockRecorder(Recorder):
         self._nodes: list[tuple[int, int, str]] = []
 
     def begin_block(self, index: int) -> None:
-        self._block, self._begun = f"{BLOCKS} {index}", torch.autograd._get_sequence_nr()
+        self._block, self._begun = f"{BLOCKS} {index}", _AUTOGRAD._get_sequence_nr()
 
     def end_block(self) -> None:
-        self._nodes.append((self._begun, torch.autograd._get_sequence_nr(), self._block))
+        self._nodes.append((self._begun, _AUTOGRAD._get_sequence_nr(), self._block))
         self._block = ""
 
     def note(self, func: Any, args: Any, options: Any, made: Any, flops: int, weight: bool = False) -> None:
         outer, block = self.part, self._block
         if outer == self._denoiser:
-            if self.backward and (node := torch._C._current_autograd_node()) is not None:
+            node: Any = torch._C._current_autograd_node() if self.backward else None
+            if node is not None:
                 number = node._sequence_nr()
                 block = next((name for first, end, name in self._nodes if first <= number < end), "")
             self.graph = block if block and BLOCKS in self._graphs else self._denoiser if self._denoiser in self._graphs else ""
@@ -236,7 +238,7 @@ def _bytes(values: Iterable[Value]) -> int:
     by_storage: dict[int, list[Value]] = defaultdict(list)
     for value in distinct.values():
         by_storage[value.storage].append(value)
-    return sum(min(sum(value.bytes for value in own), max(value.whole, own[0].bytes)) for own in by_storage.values())
+    return sum(min(sum(one.bytes for one in own), max(own[0].whole, own[0].bytes)) for own in by_storage.values())
 
 
 class _Fusion:
