@@ -256,7 +256,7 @@ def _why_unfit(folder: Path, manifest: Manifest, model: Mapping[str, Any] | None
                 return f"shards of {bucket} are missing or cut short"
     except UserError as error:
         return str(error).partition(": ")[2].replace(str(folder), "it").partition(". ")[0].rstrip(".")
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"it cannot be read ({error})"
     return None if model is None else _why_another_s(column, model)
 

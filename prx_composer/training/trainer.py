@@ -209,7 +209,7 @@ def parallelism(config: dict[str, Any] | None, num_ranks: int, on_gpu: bool = Tr
     return ParallelismConfig(fsdp2=HybridConfig(**settings))
 
 
-def low_dtype(mixed_precision: str, precision: str) -> torch.dtype | None:
+def low_dtype(mixed_precision: str, precision: str | Precision) -> torch.dtype | None:
     """Return the 16-bit dtype in which the blocks' weights, and nothing else, are gathered; None if there is none."""
     return _AUTOCAST.get(Precision(precision)) if mixed_precision.upper() == WEIGHTS else None
 

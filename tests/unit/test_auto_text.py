@@ -114,6 +114,7 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shard is gone": (lambda data: next(stored_in(data).glob("*/*.mds")).unlink(), r"shards of \w+ are missing or cut short"),
     "a shard is short": (lambda data: next(stored_in(data).glob("*/*.mds")).write_bytes(b""), "are missing or cut short"),
     "no manifest": (lambda data: (stored_in(data) / "manifest.json").write_text("{"), "but it cannot be read"),
+    "another manifest": (lambda data: (stored_in(data) / "manifest.json").write_text("[]"), "but it cannot be read"),
     "another name": (
         lambda data: stored_in(data).parent.rename(data / "train/encoded/t5"),
         r"\(but t5, which text_embedding could",

@@ -230,7 +230,8 @@ def test_activations_of_the_whole_stack_are_about_what_a_step_really_keeps(stack
 def test_fsdp_cuts_the_state_into_parts_and_ddp_holds_all_of_it_and_buckets() -> None:
     degree = "parallelism_config.fsdp.shard_degree"
     whole = training_state(MetaModel(full()))
-    ranks = [make_plan(full(f"{degree}=-1"), LIMIT), make_plan(full("parallelism_config=null"), LIMIT)]
+    one_by_one = "parallelism_config.fsdp.reshard_after_forward=true"
+    ranks = [make_plan(full(f"{degree}=-1", one_by_one), LIMIT), make_plan(full("parallelism_config=null"), LIMIT)]
     sharded, replicated = (plan.stages[0].memory for plan in ranks)
     for name in ("weights", "optimizer", "ema"):
         assert getattr(replicated, name) == getattr(whole, name)
