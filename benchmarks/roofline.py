@@ -76,23 +76,22 @@ def _kernels(model: Any, inputs: dict[str, Tensor], compiled: bool) -> list[Kern
     return kernels_of(recorder.ops)
 
 
-def _peaks(sizes: Sequence[int], rounds: int) -> tuple[Peaks, dict[str, Any]]:
-    """Measure what this CPU reaches: a matrix product of a block's size, and a copy that no cache holds."""
-    rows, inner, columns = sizes
+def _probes(rows: int, inner: int, columns: int) -> tuple[dict[str, Callable[[], Any]], Callable[[dict[str, float]], Peaks]]:
+    """Return what shows this CPU's peaks, a matrix product of a block's size and a copy that no cache holds; and how to read them."""
     a, b, out = torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns)
     source = torch.randn(2**24)
-    target = torch.empty_like(source)
-    small = torch.zeros(1)
+    target, small = torch.empty_like(source), torch.zeros(1)
     steps: dict[str, Callable[[], Any]] = {
-        "product": lambda: torch.mm(a, b, out=out),
+        "product": lambda: [torch.mm(a, b, out=out) for _ in range(8)],
         "copy": lambda: target.copy_(source),
-        "thousand kernels": lambda: [small.add_(1) for _ in range(1000)],
+        "kernels": lambda: [small.add_(1) for _ in range(1000)],
     }
-    ms = {name: summary(values)["median"] for name, values in time_in_turns(steps, rounds).items()}
-    flops, bandwidth = 2 * rows * inner * columns / ms["product"] * 1e3, 2 * source.nbytes / ms["copy"] * 1e3
-    said = {"gflop_per_second": round(flops / 1e9, 1), "gb_per_second": round(bandwidth / 1e9, 2)}
-    said["launch_us"] = round(ms["thousand kernels"], 2)
-    return Peaks({torch.float32: flops}, bandwidth, ms["thousand kernels"] / 1e6), said
+
+    def read(ms: dict[str, float]) -> Peaks:
+        flops = 8 * 2 * rows * inner * columns / ms["product"] * 1e3
+        return Peaks({torch.float32: flops}, 2 * source.nbytes / ms["copy"] * 1e3, ms["kernels"] / 1e6)
+
+    return steps, read
 
 
 def here(
@@ -101,36 +100,39 @@ def here(
     depth: int = 2,
     text_tokens: int = 64,
     batch_size: int = 4,
-    rounds: int = 15,
+    rounds: int = 9,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Predicted over measured time of a forward and backward pass on this CPU, in fp32; peaks are measured beside it."""
+    """Predicted over measured time of a forward and backward pass on this CPU, in fp32.
+
+    Peaks are timed in the same rounds, and each round is predicted with its own: what slows the machine down slows both.
+    `spread_of_peak`, the largest over the smallest, says how quiet it was.
+    """
     torch.set_num_threads(threads)
     sizes = dict(in_channels=16, patch_size=2, context_in_dim=256, hidden_size=hidden_size, depth=depth)
     eager, compiled = (make_backbone(sizes | {"num_heads": hidden_size // 64}) for _ in range(2))
     compiled.compile_graphs(per_block=True)
-    inputs = {tokens: make_inputs(eager, batch_size, tokens, text_tokens, 1.0, "cpu") for tokens in (256, 1024)}
     steps, kernels = dict[str, Callable[[], Any]](), dict[str, list[Kernel]]()
-    for tokens, given in inputs.items():
+    for tokens in (256, 1024):
+        given = make_inputs(eager, batch_size, tokens, text_tokens, 1.0, "cpu")
         for name, model in (("eager", eager), ("compiled", compiled)):
             steps[f"{name}, {tokens} tokens"] = training_step(model, given)
             kernels[f"{name}, {tokens} tokens"] = _kernels(eager, given, name == "compiled")
-    before, _ = _peaks((256 * batch_size, hidden_size, 3 * hidden_size), rounds)
-    times = time_in_turns(steps, rounds)
-    peaks, said = _peaks((256 * batch_size, hidden_size, 3 * hidden_size), rounds)
+    probes, read = _probes(256 * batch_size, hidden_size, 3 * hidden_size)
+    times = time_in_turns(probes | steps, rounds)
+    peaks = [read({name: times[name][number] for name in probes}) for number in range(rounds)]
+    flops = [one.flops[torch.float32] / 1e9 for one in peaks]
     rows = {}
     for name, own in kernels.items():
-        parts = times_by_part(own, peaks)
-        predicted, measured = 1000 * sum(part.seconds for part in parts.values()), summary(times[name], 1)
+        predicted = [1000 * sum(part.seconds for part in times_by_part(own, one).values()) for one in peaks]
         rows[name] = {
-            "measured_ms": measured,
-            "predicted_ms": round(predicted, 1),
-            "predicted_over_measured": round(predicted / measured["median"], 3),
-            "of_it_bytes_ms": round(1000 * sum(part.by_bytes for part in parts.values()), 1),
+            "measured_ms": summary(times[name], 1),
+            "predicted_ms": summary(predicted, 1),
+            "predicted_over_measured": summary([a / b for a, b in zip(predicted, times[name], strict=True)]),
             "kernels": len(own),
         }
-    drift = before.flops[torch.float32] / peaks.flops[torch.float32]
-    return {"peaks": said, "product_before_over_after": round(drift, 3), "steps": rows}
+    said = {"gflop_per_second": summary(flops, 1), "gb_per_second": summary([one.bandwidth / 1e9 for one in peaks], 2)}
+    return {"peaks": said, "spread_of_peak": round(max(flops) / min(flops), 2), "steps": rows}
 
 
 # --------------------------------------------------------------------------------------------------------- fusion
