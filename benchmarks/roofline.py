@@ -77,7 +77,7 @@ def _kernels(model: Any, inputs: dict[str, Tensor], compiled: bool) -> list[Kern
 
 
 def _probes(rows: int, inner: int, columns: int) -> tuple[dict[str, Callable[[], Any]], Callable[[dict[str, float]], Peaks]]:
-    """Return what shows this CPU's peaks, a matrix product of a block's size and a copy that no cache holds; and how to read them."""
+    """Return what shows this CPU's peaks, a product of a block's size and a copy that no cache holds; and how to read them."""
     a, b, out = torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns)
     source = torch.randn(2**24)
     target, small = torch.empty_like(source), torch.zeros(1)
