@@ -2,7 +2,7 @@
 
 An operation of an eager part is a kernel: it reads its inputs and writes its outputs; a view is none. In a compiled part,
 operations between matrix products are fused by a rule that stands for inductor's scheduler, whose count of one block it is
-compared with (`tests/unit/test_kernels.py`):
+compared with (`benchmarks/roofline.py fusion`):
 
 - What depends on the same products, and is connected, is one kernel. It reads what it gets from outside, and writes what is
   needed outside.
