@@ -1,4 +1,4 @@
-"""What a training step costs, counted on the model's own modules: FLOPs by part, and bytes kept for the backward pass.
+"""What a training step costs, counted on the model's own modules: FLOPs by part, kernels, and bytes kept for the backward pass.
 
 A copy of the model whose tensors have shapes and no content takes a step, forward and backward, under torch's own formulas.
 Nothing is derived by hand: what a trick puts into the model is counted because it runs.
@@ -10,16 +10,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from prx_composer.common.errors import UserError
+from prx_composer.models.kernels import ENDS, FORMULAS, BlockRecorder, Kernel, Recorder, kernels_of
 
 DENOISER, TEXT_ENCODER, AUTOENCODER = "denoiser", "text encoder", "autoencoder"
 
@@ -40,7 +39,7 @@ class CannotCount(Exception):
 
 @dataclass(frozen=True)
 class StepCount:
-    """The cost of a training step, per image but for `copies`.
+    """The cost of a training step, per image but for `copies` and `kernels`.
 
     Args:
         flops: forward and backward, of matrix products and convolutions; a multiply and an add are two. By part: the denoiser,
@@ -49,6 +48,7 @@ class StepCount:
         copies: bytes of the 16-bit copies of weights that autocast makes once per forward pass and keeps.
         block_copies: what of them is of the backbone's blocks.
         blocks: for each of the backbone's blocks, bytes of its input, and what it keeps of `kept`.
+        images: that the step was counted with. kernels: of all of it.
     """
 
     flops: dict[str, int]
@@ -56,6 +56,8 @@ class StepCount:
     copies: int
     block_copies: int
     blocks: tuple[tuple[int, int], ...]
+    images: int = 1
+    kernels: tuple[Kernel, ...] = ()
 
     @property
     def total_flops(self) -> int:
@@ -85,10 +87,11 @@ class StepCounter:
         model: such as `TextToImage`.
         tricks: those whose windows open and close; see `Trick.set_active`.
         amp: count the bytes of a step under 16-bit autocast.
+        graphs: names of the parts that `torch.compile` makes one graph of; `BLOCKS` for one of every block of the backbone.
     """
 
-    def __init__(self, model: nn.Module, tricks: Sequence[Any] = (), amp: bool = False):
-        self._fake, self._amp = FakeTensorMode(allow_non_fake_inputs=True), amp
+    def __init__(self, model: nn.Module, tricks: Sequence[Any] = (), amp: bool = False, graphs: Collection[str] = ()):
+        self._fake, self._amp, self._graphs = FakeTensorMode(allow_non_fake_inputs=True), amp, frozenset(graphs)
         tokenizer = getattr(getattr(model, "text_encoder", None), "tokenizer", None)  # large, and has nothing to count
         self._model, self._tricks = _copied((model, tuple(tricks)), self._fake, {id(tokenizer): tokenizer})
         self._model.caption_dropout = 0.0  # the empty caption is encoded once, not in every step
@@ -109,7 +112,7 @@ class StepCounter:
             with self._fake, torch.compiler.set_stance("force_eager"):
                 tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in batch.items()}
                 with torch.autocast("cpu", torch.bfloat16, enabled=self._amp):
-                    self._counts[key] = _Step(self._model, tensors).count()
+                    self._counts[key] = _Step(self._model, tensors, self._graphs).count()
         return self._counts[key]
 
 
@@ -150,22 +153,8 @@ def flops_of_backbone(backbone: Any, height: int, width: int, text_tokens: int, 
 # ------------------------------------------------------------------------------------------------------ the pass
 
 
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of softmax(q·kᵀ)·v."""
-    return 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-
-
-def _attention_backward_flops(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
-    """Return those of the gradients of both factors of both products; what a kernel computes again is not counted."""
-    return 2 * _attention_flops(query, key, value)
-
-
 _CAST: Any = getattr(torch.ops.aten._to_copy, "default")  # noqa: B009 (types of torch.ops are not known)
 _READ: Any = getattr(torch.ops.aten._local_scalar_dense, "default")  # noqa: B009
-_CPU: dict[Any, Any] = {  # torch's formulas are of the kernels of GPUs alone
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
 
 
 class _Counter(TorchDispatchMode):
@@ -174,11 +163,12 @@ class _Counter(TorchDispatchMode):
     It is what torch's `FlopCounterMode` is, but for the modules, which that follows with hooks that `autograd.grad` cannot bear.
     """
 
-    def __init__(self, given: Mapping[str, Tensor] | None = None):
+    def __init__(self, given: Mapping[str, Tensor] | None = None, weights: Collection[tuple[int, ...]] = ()):
         super().__init__()
         self._given = {tensor.untyped_storage()._cdata for tensor in (given or {}).values()}
-        self._formulas = flop_registry | _CPU
+        self._weights = weights
         self.flops = 0
+        self.recorder: Recorder | None = None
         self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes its place
         self.copies: set[int] = set()
 
@@ -186,13 +176,23 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _READ and args[0].dtype == torch.bool:
             return False  # networks ask whether a mask has no padding, so that it can be left out: in training it has
-        made = func(*args, **kwargs)
-        if (formula := self._formulas.get(func.overloadpacket)) is not None:
-            self.flops += formula(*args, **kwargs, out_val=made)
+        made, flops = func(*args, **kwargs), 0
+        if (formula := FORMULAS.get(func.overloadpacket)) is not None:
+            flops = formula(*args, **kwargs, out_val=made)
+        self.flops += flops
         for one in made if isinstance(made, tuple | list) else (made,):
             if isinstance(one, Tensor):
                 self._note(one, func, args)
+        if self.recorder is not None:
+            self.recorder.note(func, args, kwargs, made, flops, func is _CAST and self._of_weight(args[0], made))
         return made
+
+    def _of_weight(self, tensor: Tensor, made: Any) -> bool:
+        """Return whether a cast is of a weight, or in the backward pass of a weight's gradient."""
+        assert self.recorder is not None
+        if self.recorder.backward:
+            return tensor.dtype != torch.float32 == made.dtype and tuple(made.shape) in self._weights
+        return made.untyped_storage()._cdata in self.copies
 
     def _note(self, tensor: Tensor, func: Any, args: Any) -> None:
         """Remember the storage of what was made, but for views of what was there before."""
@@ -210,9 +210,10 @@ class _Counter(TorchDispatchMode):
 class _Step:
     """One step of a model without content, whose parts are counted as they begin and end."""
 
-    def __init__(self, model: Any, batch: Mapping[str, Tensor]):
+    def __init__(self, model: Any, batch: Mapping[str, Tensor], graphs: Collection[str]):
         self._model, self._batch, self._images = model, batch, len(batch["input_ids"])
-        self._counter = _Counter(batch)
+        self._counter = _Counter(batch, {tuple(p.shape) for p in model.parameters() if p.ndim > 1})
+        self._recorder = self._counter.recorder = BlockRecorder(graphs, AUTOENCODER, DENOISER)
         self._flops = {DENOISER: 0}
         self._kept: dict[int, int | None] = {}  # storage → the block that first kept it
         self._part = ""  # that was begun last
@@ -232,7 +233,11 @@ class _Step:
                 terms = self._attempt(model.loss, cut, self._batch)
             for tensor in (outputs.prediction, outputs.clean, outputs.noise, outputs.noised, outputs.text.embedding):
                 self._keep(tensor)
+            self._recorder.backward = True
+            if "flow" in terms:
+                self._gradients([terms["flow"]], [cut.prediction])
             self._backward(outputs, cut, {name: terms[name] for name in losses if name in terms})
+        self._recorder.on = False
         storages, copies = self._counter.storages, self._counter.copies
         sizes = {one: (storages[one].nbytes(), block) for one, block in self._kept.items() if one not in copies}
         inside = [sum(size for size, block in sizes.values() if block == index) for index in range(len(self._inputs))]
@@ -242,7 +247,15 @@ class _Step:
             copies=sum(storages[one].nbytes() for one in self._kept if one in copies),
             block_copies=sum(storages[one].nbytes() for one, block in self._kept.items() if one in copies and block is not None),
             blocks=tuple((given // self._images, kept // self._images) for given, kept in zip(self._inputs, inside, strict=True)),
+            images=self._images,
+            kernels=self._kernels(),
         )
+
+    def _kernels(self) -> tuple[Kernel, ...]:
+        found = kernels_of(self._recorder.ops)
+        if not self._flops.get(AUTOENCODER):  # that works on pixels
+            found = [dataclasses.replace(one, part=ENDS) if one.part == AUTOENCODER else one for one in found]
+        return tuple(found)
 
     def _backward(self, outputs: Any, cut: Any, terms: Mapping[str, Tensor]) -> None:
         """Count the losses' passes, each down to what it read of the backbone, then the backbone's and the text encoder's."""
@@ -250,12 +263,20 @@ class _Step:
         read = [cut.prediction, *cut.taps.values()]
         for name, term in terms.items():
             with self._counted(name):
-                _gradients([term], [*read, *model.auxiliary_losses[name].parameters()])
+                self._gradients([term], [*read, *model.auxiliary_losses[name].parameters()])
         apart = {*model.text_encoder.parameters(), *model.auxiliary_losses.parameters()}
         with self._counted(DENOISER):
-            _gradients([outputs.prediction, *outputs.taps.values()], [text, *(p for p in model.parameters() if p not in apart)])
+            found = [outputs.prediction, *outputs.taps.values()]
+            self._gradients(found, [text, *(p for p in model.parameters() if p not in apart)])
         with self._counted(TEXT_ENCODER):
-            _gradients([text], list(model.text_encoder.parameters()))
+            self._gradients([text], list(model.text_encoder.parameters()))
+
+    def _gradients(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        """Have gradients computed; the first ones, of the outputs, are no part of the step."""
+        self._recorder.on = False
+        first = [torch.zeros_like(output) for output in outputs]
+        self._recorder.on = True
+        _gradients(outputs, inputs, first)
 
     def _attempt(self, function: Callable[..., Any], *given: Any) -> Any:
         try:
@@ -272,7 +293,9 @@ class _Step:
     def _counted(self, part: str) -> Iterator[None]:
         """Count as a part's what is done inside of this context and is not another part's meanwhile."""
         before, self._part = self._counter.flops - sum(self._flops.values()), part
+        outer, self._recorder.part = self._recorder.part, part
         yield
+        self._recorder.part = outer
         counted = self._counter.flops - sum(self._flops.values()) - before
         self._flops[part] = self._flops.get(part, 0) + counted
 
@@ -303,9 +326,11 @@ class _Step:
     def _enter_block(self, index: int, _: nn.Module, given: tuple[Any, ...]) -> None:
         self._block = index
         self._inputs.append(given[0].nbytes)
+        self._recorder.begin_block(index)
 
     def _leave_block(self, *_: Any) -> None:
         self._block = None
+        self._recorder.end_block()
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()._cdata
@@ -328,8 +353,9 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
-def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    outputs = [output for output in outputs if output.requires_grad]
+def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], first: Sequence[Tensor] | None = None) -> None:
+    given = first or [torch.zeros_like(output) for output in outputs]
+    pairs = [(output, own) for output, own in zip(outputs, given, strict=True) if output.requires_grad]
     inputs = [one for one in inputs if one.requires_grad]
-    if outputs and inputs:
-        torch.autograd.grad(outputs, inputs, [torch.zeros_like(output) for output in outputs], allow_unused=True)
+    if pairs and inputs:
+        torch.autograd.grad([output for output, _ in pairs], inputs, [own for _, own in pairs], allow_unused=True)

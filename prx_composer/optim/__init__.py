@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from prx_composer.common.distributed import clean_name
+from prx_composer.models.kernels import Recorder, Watching
 from prx_composer.optim.exchange import local
 from prx_composer.schedule.clock import time_budget_of
 from prx_composer.schedule.moments import Moment, count_after_step
@@ -200,14 +201,18 @@ class WarmupStableDecay(ComposerScheduler):
 # ------------------------------------------------------------------------------------------- what an optimizer will keep
 
 
-def state_after_a_step(optimizer: Optimizer) -> tuple[list[Tensor], str]:
+def state_after_a_step(optimizer: Optimizer, recorder: Recorder | None = None) -> tuple[list[Tensor], str]:
     """Return what an optimizer keeps on this rank after its first step, and in words what of it is guessed.
 
     A copy takes that step on tensors without content; one that needs content, since it reads a number, say, on small tensors.
+
+    Args:
+        recorder: notes what the step without content does.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(Exception):
         copied, _ = _about_to_step(optimizer)
-        type(copied).step(copied)  # not what a scheduler has put in its place, which steps the original
+        with contextlib.nullcontext() if recorder is None else Watching(recorder):
+            type(copied).step(copied)  # not what a scheduler has put in its place, which steps the original
         return [value for _, value in _state_of(copied)], ""
     copied, shapes = _about_to_step(optimizer, longest_side=2)
     guessed = ""

@@ -21,6 +21,7 @@ from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, at_path, nearest
 from prx_composer.models.counting import AUTOENCODER, DENOISER, TEXT_ENCODER, CannotCount, StepCount, StepCounter
 from prx_composer.models.huggingface import Frozen, UnknownConfiguration, frozen_inside
+from prx_composer.models.kernels import BLOCKS, OTHER, Recorder, kernels_of
 from prx_composer.optim import state_after_a_step
 from prx_composer.recipe.arguments import entries, split
 from prx_composer.recipe.config import Recipe
@@ -31,7 +32,7 @@ from prx_composer.training.components import Components
 OPTION = "--leave-out"
 # A schedule that is moved until it fits is planned often, and its steps cost the same.
 _counts: dict[tuple[Any, ...], StepCount] = {}
-_IMAGES = 2  # of the step that is counted: a loss may need an image's neighbour
+_IMAGES = 2  # of the step that is counted, at least: a loss may need an image's neighbour
 
 
 @dataclass
@@ -129,7 +130,20 @@ class MetaModel:
 
     @functools.cached_property
     def _counter(self) -> StepCounter:
-        return StepCounter(self.model, list(self.tricks.values()), self.amp)
+        return StepCounter(self.model, list(self.tricks.values()), self.amp, self.graphs)
+
+    @property
+    def graphs(self) -> list[str]:
+        """The parts that `torch.compile` makes graphs of, as `StepCounter` names them."""
+        compiled = self._recipe.model.get("compile")
+        found = [BLOCKS if compiled == "blocks" else DENOISER] if compiled else []
+        found += [TEXT_ENCODER] if getattr(self.model.text_encoder, "compile", None) is True else []
+        teachers = {name: getattr(trick, "teacher", None) for name, trick in self.tricks.items()}
+        return found + [
+            name
+            for name, trick in self.tricks.items()
+            if True in (getattr(one, "compile", None) for one in (trick, teachers[name]))
+        ]
 
     @property
     def _identity(self) -> tuple[Any, ...]:
@@ -161,19 +175,21 @@ class MetaModel:
         with at_path(path):
             return self.model.backbone.num_tokens(side, side)
 
-    def count(self, image_size: int, active: Collection[str]) -> StepCount:
+    def count(self, image_size: int, active: Collection[str], images: int = _IMAGES) -> StepCount:
         """Return the cost of a step on square images of that size.
 
         Args:
             active: names of the tricks whose windows are open.
+            images: of a microbatch; two are counted where it has one.
 
         Raises:
             UserError: a network whose work cannot be told from its shapes.
         """
-        key = (*self._identity, image_size, frozenset(active))
+        images = max(images, _IMAGES)
+        key = (*self._identity, image_size, frozenset(active), images)
         try:
             if key not in _counts:
-                _counts[key] = self._counter.count(self._batch(image_size), active)
+                _counts[key] = self._counter.count(self._batch(image_size, images), active)
             return _counts[key]
         except CannotCount as error:
             if error.part == DENOISER:  # without which there is nothing to plan
@@ -183,7 +199,7 @@ class MetaModel:
             self.uncounted.refuse(part, path, str(error))
             raise UserError(f"{path}: {error}") from error
 
-    def _batch(self, image_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def _batch(self, image_size: int, images: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         encoder, autoencoder, loader = self.model.text_encoder, self.model.autoencoder, self._recipe.train_loader
         tokens, side = encoder.max_tokens, image_size // autoencoder.downsampling
         batch: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -199,7 +215,7 @@ class MetaModel:
         grid = side // self.model.backbone.patch_size
         for trick in self.tricks.values():
             batch |= {name: ((grid, grid, channels), torch.bfloat16) for name, channels in trick.columns.items()}
-        return {name: ((_IMAGES, *shape), dtype) for name, (shape, dtype) in batch.items()}
+        return {name: ((images, *shape), dtype) for name, (shape, dtype) in batch.items()}
 
     # ------------------------------------------------------------------------------------------------------ parts
 
@@ -343,3 +359,12 @@ def optimizer_state(planned: MetaModel) -> list[Tensor]:
     state, guessed = state_after_a_step(planned.optimizer)
     planned.uncounted.told += [f"optimizer: {guessed}"] if guessed else []
     return state
+
+
+@functools.lru_cache(maxsize=8)
+def optimizer_traffic(planned: MetaModel) -> tuple[int, int]:
+    """Return the bytes that an optimizer's step reads and writes beside its matrix products, and in how many kernels."""
+    recorder = Recorder("optimizer")
+    state_after_a_step(planned.optimizer, recorder)
+    kernels = [kernel for kernel in kernels_of(recorder.ops) if kernel.kind == OTHER]
+    return sum(kernel.bytes for kernel in kernels), len(kernels)

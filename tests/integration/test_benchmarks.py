@@ -51,6 +51,12 @@ def test_other_questions_find_agreement_and_end(script: str, name: str, options:
     assert question(script, name, **options)
 
 
+@pytest.mark.slow
+def test_the_rule_of_fusion_counts_what_inductor_does_for_a_block() -> None:
+    found = question("roofline", "fusion", hidden_size=128, batch_size=2)
+    assert {name: passed["ratio"] for name, passed in found["passes"].items() if not 0.8 < passed["ratio"] < 1.2} == {}
+
+
 @pytest.mark.long
 def test_the_ways_of_data_are_timed_and_the_memory_of_a_conversion_is_measured() -> None:
     found = question("data_speed", "convert", images=2, rounds=2, tiny=20)

@@ -187,6 +187,9 @@ def test_json_says_what_the_table_says(tmp_path: Path) -> None:
     assert printed["stages"][1]["flops"].keys() == {"denoiser", "text encoder", "lpips", "perceptual_dino"}
     step = printed["stages"][0]["step"]
     assert step["total"] == pytest.approx(step["compute"] + step["uncovered"] + step["optimizer"] + step["exchange"])
+    for stage in printed["stages"]:
+        assert sum(part["seconds"] for part in stage["parts"].values()) == pytest.approx(stage["step"]["total"])
+        assert stage["images_per_second_per_gpu"] == pytest.approx(stage["batch_size"] / 32 / stage["step"]["total"])
     assert printed["stages"][1]["memory"]["peak"] > printed["stages"][1]["memory"]["activations"]
 
 

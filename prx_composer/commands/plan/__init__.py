@@ -15,8 +15,6 @@ from prx_composer.schedule.moments import duration_string
 if TYPE_CHECKING:  # they import torch and Composer
     from prx_composer.commands.plan.plan import Fit, Plan, StagePlan
 
-ASSUMED_UTILISATION = 0.33  # where nothing was measured
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
@@ -36,7 +34,8 @@ class PlanOptions:
         Option(
             min=0.001,
             max=1,
-            help="Share of what a bf16 matrix product reaches (not of the datasheet), waiting left out. [default: 0.33]",
+            help="Share of what a bf16 matrix product reaches (not of the datasheet), waiting left out. [default: predicted by "
+            "counting the kernels of a step]",
         ),
     ] = None
     throughput: Annotated[
@@ -102,7 +101,7 @@ def plan_recipe(options: PlanOptions) -> None:
         num_gpus=options.gpus or least_gpus(recipe),
         gpus_per_node=options.gpus_per_node,
         price=options.price,
-        utilisation=(options.mfu or ASSUMED_UTILISATION) if speeds is None else None,
+        utilisation=options.mfu,
         throughput=speeds,
         samples=None if options.samples is None else parse_count(options.samples, "--samples"),
         disk=parse_rate(options.disk, "--disk"),
@@ -132,6 +131,7 @@ def _as_json(plan: "Plan", fitted: "Fit | None") -> dict[str, Any]:
     for stage, given in zip(plan.stages, values["stages"], strict=True):
         given |= {"total_flops": stage.total_flops, "memory": given["memory"] | {"peak": stage.memory.peak}}
         step = stage.step
+        given |= {"images_per_second_per_gpu": stage.images_per_second, "parts": given["step"].pop("parts")}
         given["step"] |= {"total": step.total, "waiting": step.waiting, "efficiency": step.efficiency}
     values |= {"training_hours": plan.training_hours, "images": plan.images, "fits_budget": plan.fits_budget}
     if fitted:
@@ -208,6 +208,9 @@ def _speed(plan: "Plan") -> str:
     if c.throughput is not None:
         shares = ", ".join(f"{stage.utilisation:.0%}" for stage in plan.stages)
         return f"measured images per second; {shares} of the reachable peak"
+    if c.predicted:
+        shares = ", ".join(f"{stage.utilisation:.0%}" for stage in plan.stages)
+        return f"predicted by counting kernels, ±20% (no GPU has measured it yet); {shares} of the reachable peak"
     utilisation, share = c.utilisation or 0.0, c.gpu.reachable_tflops / c.gpu.datasheet_tflops
     of = f"{utilisation:.0%} of the reachable peak ({utilisation * share:.0%} of the datasheet's)"
     return f"assumed utilisation {of} while nothing is waited for"
@@ -240,6 +243,10 @@ def _table(plan: "Plan") -> list[str]:
     for name, label in _STEP.items():
         if any(getattr(stage.step, name) for stage in stages):
             row(f"  {label}", lambda s, name=name: f"{getattr(s.step, name):#.3g}")
+    parts = [_by_part(stage) for stage in stages]
+    for name in dict.fromkeys(name for own in parts for name in own):
+        if any(own.get(name, 0.0) >= 0.05 for own in parts):
+            rows.append((f"    {_NAMES.get(name, name)}, ms", [f"{own[name]:.1f}" if name in own else "–" for own in parts], ""))
     if any(stage.step.sent for stage in stages):
         row("  (sending beside computing)", lambda s: f"{s.step.beside:#.3g}")
         row("GB sent per step and GPU", lambda s: f"{sum(s.step.sent.values()) / 1e9:#.3g}")
@@ -259,6 +266,15 @@ def _table(plan: "Plan") -> list[str]:
     return _aligned(rows)
 
 
+def _by_part(stage: "StagePlan") -> dict[str, float]:
+    """Return milliseconds of a predicted step, its parts' kinds of kernels together."""
+    found = dict[str, float]()
+    for name, part in stage.step.parts.items():
+        whole = name.partition(":")[0]
+        found[whole] = found.get(whole, 0.0) + 1000 * part.seconds
+    return found
+
+
 def _aligned(rows: list[tuple[str, list[str], str]]) -> list[str]:
     """Return lines of rows, each a label, cells and what stands at the end; a label without cells widens no column."""
     label_width = max(len(label) for label, cells, _ in rows if cells)
@@ -271,6 +287,8 @@ def _aligned(rows: list[tuple[str, list[str], str]]) -> list[str]:
 
 
 def _totals(plan: "Plan") -> list[str]:
+    from prx_composer.commands.plan.roofline import largest_losses
+
     c, ck = plan.conditions, plan.checkpoints
     dollars = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
     lines = [
@@ -286,6 +304,9 @@ def _totals(plan: "Plan") -> list[str]:
             fits = f"it does NOT fit: {spare} too long; --fit proposes a schedule"
         lines.append(f"time_budget: {plan.time_budget:g} h, which {fits}")
     for index, stage in enumerate(plan.stages):
+        if losses := largest_losses(stage.step.parts):
+            told = "; ".join(f"{name}, {1000 * seconds:.1f} ms" for name, seconds in losses)
+            lines.append(f"stage {index + 1} loses most time to {told}")
         if not stage.fits:
             size = stage.fitting_microbatch
             hint = f"device_train_microbatch_size: {size} would" if size else "no microbatch would; shard it (parallelism_config)"

@@ -31,6 +31,8 @@ class GPU:
         bandwidth: of that memory, in TB/s.
         link: GB/s to the other GPUs of its node, all together, in one direction (vendors mostly print both).
         network: GB/s to other nodes, in one direction; what such GPUs usually come with.
+        fp32_tflops: of the datasheet, without tensor cores, which no recipe of ours allows for fp32.
+        processors: streaming multiprocessors, or compute units.
         measured_tflops: what a large bf16 matrix product reaches, if it was measured.
         source: of the measurement.
     """
@@ -41,6 +43,8 @@ class GPU:
     bandwidth: float
     link: float
     network: float
+    fp32_tflops: float
+    processors: int
     measured_tflops: float | None = None
     source: str = ""
 
@@ -59,23 +63,24 @@ _MAMF = "by S. Bekman, ML Engineering, table of maximum achievable matmul FLOPS"
 GPUS = {
     gpu.name: gpu
     for gpu in (
+        # fp32 and processors: the vendors' datasheets and architecture whitepapers
         # nvidia.com/en-us/data-center/a100: 312 TFLOP/s, 80 GB, 2.04 TB/s, NVLink 600 GB/s (SXM); DGX A100: 200 Gbit/s per GPU
-        GPU("a100-80gb", 312, 79.2, 2.04, 300, 25, 271, _MAMF),
+        GPU("a100-80gb", 312, 79.2, 2.04, 300, 25, 19.5, 108, 271, _MAMF),
         # nvidia.com/en-us/data-center/h100: 1,979 with sparsity, 80 GB, 3.35 TB/s, NVLink 900 GB/s (SXM); DGX H100: 400 Gbit/s
-        GPU("h100", 989.4, 79.1, 3.35, 450, 50, 794, _MAMF),
+        GPU("h100", 989.4, 79.1, 3.35, 450, 50, 67, 132, 794, _MAMF),
         # nvidia.com/en-us/data-center/h200: 1,979 with sparsity, 141 GB, 4.8 TB/s, NVLink 900 GB/s; DGX H200: 400 Gbit/s per GPU;
         # 790 and 4.3 TB/s measured for this project
-        GPU("h200", 989.4, 139.8, 4.8, 450, 50, 790, "for this project"),
+        GPU("h200", 989.4, 139.8, 4.8, 450, 50, 67, 132, 790, "for this project"),
         # NVIDIA DGX B200 datasheet: over eight GPUs 18 PFLOP/s dense and 14.4 TB/s NVLink; 180 GB, 8 TB/s, 400 Gbit/s per GPU
-        GPU("b200", 2250, 178.3, 8.0, 900, 50, 1745, _MAMF),
+        GPU("b200", 2250, 178.3, 8.0, 900, 50, 75, 148, 1745, _MAMF),
         # amd.com/en/products/accelerators/instinct/mi300/mi300x.html: 1,307 TFLOP/s, 192 GB, 5.3 TB/s, seven links of 128 GB/s
         # both ways; 400 Gbit/s per GPU assumed, as clouds offer it
-        GPU("mi300x", 1307.4, 191.7, 5.3, 448, 50, 668, _MAMF),
+        GPU("mi300x", 1307.4, 191.7, 5.3, 448, 50, 163.4, 304, 668, _MAMF),
         # nvidia.com/en-us/data-center/l40s: 733 with sparsity, 48 GB, 0.86 TB/s, PCIe 4 × 16 64 GB/s; 100 Gbit/s per GPU assumed
-        GPU("l40s", 362, 44.4, 0.864, 32, 12.5),
+        GPU("l40s", 362, 44.4, 0.864, 32, 12.5, 91.6, 142),
         # NVIDIA Ada GPU architecture whitepaper, appendix A: 165.2 with fp32 accumulation, 24 GB, 1.01 TB/s, PCIe 4 × 16;
         # 100 Gbit/s for a node of eight assumed
-        GPU("rtx4090", 165.2, 23.5, 1.008, 32, 1.5),
+        GPU("rtx4090", 165.2, 23.5, 1.008, 32, 1.5, 82.6, 128),
     )
 }
 
@@ -86,7 +91,10 @@ def find_gpu(name: str) -> GPU:
     for gpu in GPUS.values():
         if all(part in key for part in gpu.name.split("-")):
             return gpu
-    raise UserError(f"--gpu: there is no {name!r} in the table of GPUs.{nearest(name.lower(), list(GPUS))}")
+    raise UserError(
+        f"--gpu: there is no {name!r} in the table of GPUs.{nearest(name.lower(), list(GPUS))} Time is predicted from a device's "
+        "peaks: for another one, name that of the table which is most like it, with --mfu if you know what it reaches."
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class Conditions:
         gpus_per_node: that share a machine and its loaders.
         price: per GPU-hour, in whatever currency; None: no costs.
         utilisation: share of what a bf16 matrix product reaches on this GPU that training reaches on one of the GPUs if it sends
-            nothing and waits for nothing; None with `throughput`.
+            nothing and waits for nothing; None with `throughput`, or to predict it from the kernels of a step.
         throughput: measured, by image size, instead.
         samples: images in the data; None: as many as its manifest says, if that is here.
         disk: bytes per second at which a checkpoint is written, all ranks together.
@@ -136,6 +144,11 @@ class Conditions:
     network: float | None = None
     loader: float | None = None
     leave_out: tuple[str, ...] = ()
+
+    @property
+    def predicted(self) -> bool:
+        """Whether the time of a step is predicted from its kernels."""
+        return self.utilisation is None and self.throughput is None
 
     @property
     def per_node(self) -> int:

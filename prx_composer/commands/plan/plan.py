@@ -215,7 +215,7 @@ def _assumptions(planned: MetaModel, recipe: Recipe, c: Conditions) -> list[str]
     """Return what a reader must know of the time of a step, in words."""
     assumed = ["left out of the hours: start, compilation, evaluation, drawing images"]
     assumed += [f"algorithms.{name}: {trick.schedule}" for name, trick in planned.tricks.items() if trick.schedule]
-    if not planned.amp:
+    if not planned.amp and c.utilisation is not None:
         assumed.append(f"precision: {recipe.precision} does not come near the peak, which is bf16's; --mfu has to allow for it")
     if recipe.model.get("compile"):
         assumed.append("activations: as eager PyTorch keeps them; a compiled model keeps fewer")
@@ -262,7 +262,7 @@ def _stage(
         for name, count in segment.count.flops.items():
             flops[name] += segment.share * count
     own_batch = span.batch_size // conditions.num_gpus
-    step = times.of(span, sum(flops.values()))
+    step = times.of(span, segments)
     hours = span.steps * step.total / 3600
     speed = own_batch / step.total
     needed = memory(planned, recipe, conditions.num_gpus, span, segments)
@@ -303,7 +303,9 @@ def _segments(planned: MetaModel, line: Timeline, span: Span) -> list[Segment]:
     for first, last in pairwise(sorted(edge for edge in edges if span.start <= edge <= span.end)):
         active = {name for name, window in windows.items() if window[0] <= first < window[1]}
         frozen = sum(size for name, size in planned.frozen.items() if name not in windows or name in active)
-        segments.append(Segment((last - first) / span.steps, planned.count(span.image_size, active), frozen))
+        segments.append(
+            Segment((last - first) / span.steps, planned.count(span.image_size, active, span.microbatch_size), frozen)
+        )
     return segments
 
 

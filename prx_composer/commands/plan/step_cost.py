@@ -21,8 +21,8 @@ Bytes are those of rings of n ranks: (n−1)/n of the whole for a gather or a re
 Not in it, a few hundred bytes each: the norm of gradients, losses, flags, clocks. Heads count as if their windows were open.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from composer.core import Precision
@@ -30,9 +30,11 @@ from composer.distributed.mosaic_parallelism import get_mixed_precision
 from torch import nn
 
 from prx_composer.commands.plan.conditions import Conditions, Links, Measured, Traffic
+from prx_composer.commands.plan.roofline import Own, PartTime, computing
 from prx_composer.commands.plan.timeline import Span
 from prx_composer.common.errors import UserError
 from prx_composer.models.counting import StepCount, blocks_of
+from prx_composer.models.kernels import Kernel
 from prx_composer.optim.exchange import Plan, plan_for
 from prx_composer.optim.muon import Muon
 from prx_composer.recipe.config import Recipe
@@ -158,6 +160,7 @@ class StepTime:
         optimizer: its share of Muon's iterations. exchange: of Muon's matrices, as if nothing ran beside it.
         loader: in which the loaders of its node deliver the step's images; 0: training never waits for them.
         sent: bytes by purpose.
+        parts: where it is predicted from its kernels, what each part takes: together all but waiting for data.
     """
 
     compute: float
@@ -167,6 +170,7 @@ class StepTime:
     exchange: float
     loader: float
     sent: dict[str, float]
+    parts: dict[str, PartTime] = field(default_factory=dict)
 
     @property
     def alone(self) -> float:
@@ -192,9 +196,10 @@ class StepTimes:
     """The seconds of a step in each of a recipe's stages.
 
     Args:
-        conditions: with a utilisation, a step alone takes its FLOPs ÷ (utilisation × reachable peak), Muon's share included. With
-            a measured throughput, computing is what remains of the measured step without Muon's share and exchange on the GPUs
-            that were measured; on as many GPUs as planned the step takes what was measured.
+        conditions: without a speed, computing is what the kernels of a step take. With a utilisation, a step alone takes its
+            FLOPs ÷ (utilisation × reachable peak), Muon's share included. With a measured throughput, computing is what remains
+            of the measured step without Muon's share and exchange on the GPUs that were measured; on as many GPUs as planned
+            the step takes what was measured.
 
     Attributes:
         muon_flops: of Muon's iterations in one step, all GPUs together.
@@ -207,14 +212,29 @@ class StepTimes:
         plan = self._plans[conditions.num_gpus]
         self.muon_flops = 0 if plan is None else plan.cost
 
-    def of(self, span: Span, flops: float) -> StepTime:
-        """Return those of a stage with `flops` of training per image; raise UserError if its image size wasn't measured."""
+    def of(self, span: Span, segments: Sequence["Segment"]) -> StepTime:
+        """Return those of a stage that consists of segments; raise UserError if its image size wasn't measured."""
         c = self._conditions
         batch = span.batch_size // c.num_gpus
         found = self._traffic(c.num_gpus, batch // span.microbatch_size)
         beside = [(one.window, seconds) for one, seconds in found if one.window]
         optimizer, exchange = self._muon(c.num_gpus)
-        if c.throughput is None:
+        parts: dict[str, PartTime] = {}
+        flops = sum(segment.share * segment.count.total_flops for segment in segments)
+        if c.predicted:
+            copied = sum(2 * one.bytes * one.ranks / (one.ranks - 1) for one, _ in found if one.purpose in (GATHER, REDUCE))
+            sending = sum(seconds for _, seconds in beside)
+            shards = sharding(self._recipe, c.num_gpus)
+            casts = self._recipe.parallelism_config is None or _widths(self._recipe).block == FP32
+            parts = computing(self._planned, self._recipe, c.gpu, segments, Own(batch, shards, copied, sending), casts)
+            compute = sum(part.seconds for part in parts.values())
+            # A unit's weights must be there before its first pass, and its gradients are reduced after the last.
+            ends = sum(seconds for _, seconds in beside) / max(len(blocks_of(self._planned.model.backbone)), 1)
+            late = max(uncovered(compute, beside), ends if self._recipe.parallelism_config else 0.0)
+            parts["Muon: matrix products"] = PartTime(optimizer, flops=self._share_of_muon(c.num_gpus))
+            parts["sending that computing doesn't cover"] = PartTime(late)
+            parts["Muon's exchange"] = PartTime(exchange)
+        elif c.throughput is None:
             assert c.utilisation is not None
             alone = batch * flops / (c.utilisation * c.gpu.reachable_tflops * 1e12)
             optimizer = min(optimizer, alone)  # near the peak there may be no room for all of it
@@ -233,6 +253,7 @@ class StepTimes:
             exchange=exchange,
             loader=0.0 if c.loader is None else batch * c.per_node / c.loader,
             sent={one.purpose: one.bytes for one, _ in found},
+            parts={name: part for name, part in parts.items() if part.seconds},
         )
 
     def _traffic(self, num_gpus: int, microbatches: int) -> list[tuple[Traffic, float]]:
@@ -244,10 +265,13 @@ class StepTimes:
 
     def _muon(self, num_gpus: int) -> tuple[float, float]:
         """Return the seconds of the share of the GPU with most to do, and of the exchange."""
-        plan = self._plans[num_gpus]
-        work = 0.0 if plan is None else plan.largest_share * self.muon_flops
         exchange = sum(seconds for one, seconds in self._traffic(num_gpus, 1) if not one.window)
-        return work / (self._conditions.gpu.reachable_tflops * 1e12), exchange
+        return self._share_of_muon(num_gpus) / (self._conditions.gpu.reachable_tflops * 1e12), exchange
+
+    def _share_of_muon(self, num_gpus: int) -> float:
+        """Return the FLOPs of the GPU with most to do."""
+        plan = self._plans[num_gpus]
+        return 0.0 if plan is None else plan.largest_share * self.muon_flops
 
 
 def _measured(throughput: dict[int, Measured], image_size: int) -> Measured:
@@ -316,6 +340,14 @@ class Segment:
     share: float
     count: StepCount
     frozen: int
+
+    @property
+    def kernels(self) -> Sequence[Kernel]:
+        return self.count.kernels
+
+    @property
+    def images(self) -> int:
+        return self.count.images
 
 
 def memory(planned: MetaModel, recipe: Recipe, num_gpus: int, span: Span, segments: list[Segment]) -> Memory:
