@@ -24,7 +24,7 @@ def stack_of_24h(recipe: Recipe) -> Recipe:
     algorithms = full["algorithms"]
     algorithms["tread"] |= {"start_block": 1, "end_block": 2}
     algorithms["repa"] |= {"teacher": TEACHER, "block": 2, "end": "4ba", "projector_hidden": 16}
-    algorithms["lpips"] |= {"net": "squeeze", "random_weights": True, "scale": 1.25}
+    algorithms["lpips"] |= {"net": "squeeze", "random_weights": True, "scale": 1.25, "compile": False}
     algorithms["perceptual_dino"] |= {"teacher": TEACHER, "image_size": 16}
     algorithms["ema"]["update_interval"] = "2ba"
     stages = [
@@ -51,7 +51,7 @@ def at_toy_size(name: str, data: Path, folder: Path, steps: int = 3) -> Recipe:
         recipe[key] |= {"path": str(data), "text_embedding": None, "num_workers": 0}
     algorithms["tread"] |= {"start_block": 1, "end_block": 2}
     algorithms["repa"] |= {"teacher": TEACHER, "block": 2, "end": switch, "projector_hidden": 16}
-    algorithms["lpips"] |= {"net": "squeeze", "random_weights": True, "scale": 1.25}
+    algorithms["lpips"] |= {"net": "squeeze", "random_weights": True, "scale": 1.25, "compile": False}
     algorithms["perceptual_dino"] |= {"teacher": TEACHER, "image_size": 16}
     first, second = algorithms["progressive_resolution"]["stages"]
     first |= {"until": switch, "image_size": 16, "global_train_batch_size": 16, "device_train_microbatch_size": 8}

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from composer.core import DataSpec, State
 from composer.core.data_spec import _default_split_batch
@@ -97,10 +98,10 @@ def caption_groups(mask_BT: Tensor) -> dict[str, Any]:
         `text_order` int64 (B,), the captions from short to long; and `text_groups`, for each group how many captions it takes of
         them, and how many tokens: those of up to four groups that pad least. Nothing if all are to be encoded at full length.
     """
-    valid, order = mask_BT.sum(1).sort(stable=True)
-    rounded = (valid.clamp(min=1) + _TOKENS - 1) // _TOKENS * _TOKENS
-    levels, counts = rounded.clamp(max=mask_BT.shape[1]).unique(return_counts=True)
-    tokens, upto = levels.tolist(), counts.cumsum(0).tolist()
+    valid = mask_BT.numpy().sum(1)  # not torch's: the device is never asked
+    rounded = -(-valid.clip(min=1) // _TOKENS) * _TOKENS
+    levels, counts = np.unique(rounded.clip(max=mask_BT.shape[1]), return_counts=True)
+    tokens, upto = levels.tolist(), counts.cumsum().tolist()
     best = [(n * t, ((n, t),)) for n, t in zip(upto, tokens, strict=True)]  # cost and groups of the shortest, up to each level
     for _ in range(_GROUPS - 1):  # with one more group, which begins after level i
         more = [
@@ -109,6 +110,7 @@ def caption_groups(mask_BT: Tensor) -> dict[str, Any]:
         ]
         best = [min(one, *others) if others else one for one, others in zip(best, more, strict=True)]
     groups = best[-1][1]
+    order = torch.from_numpy(valid.argsort(kind="stable"))
     return {"text_order": order, "text_groups": groups} if groups != (tuple(mask_BT.shape),) else {}
 
 

@@ -22,7 +22,7 @@ CARD = REPOSITORY / "recipes" / "speedrun_24h"
 # Paths at which the mini recipe may differ, and why. Everything else is the same to the letter.
 MAY_DIFFER = {
     "run_name": "it is another run",
-    "time_budget": "a hundredth of the steps",
+    "time_budget": "a fortieth of the steps",
     "model.compile": "compiling takes longer than the run; tests/integration/test_composition.py compiles the stack",
     "model.backbone.patch_size": "size",
     "model.backbone.bottleneck_size": "size",
@@ -30,6 +30,7 @@ MAY_DIFFER = {
     "model.backbone.depth": "size",
     "model.backbone.num_heads": "size",
     "model.backbone.context_in_dim": "the width of the text encoder",
+    "model.flow.min_timestep": "so few steps are not spent on what is left at little noise",
     "model.text_encoder.pretrained": "random weights of the same library instead of a download",
     "model.text_encoder.config.*": "random weights",
     "model.text_encoder.tokenizer.train": "random weights have no tokenizer",
@@ -43,30 +44,31 @@ MAY_DIFFER = {
     "global_train_batch_size": "size",
     "global_eval_batch_size": "size",
     "device_train_microbatch_size": "the first stage without accumulation, as on 32 GPUs, the second with",
-    "max_duration": "a hundredth of the steps",
+    "max_duration": "a fortieth of the steps",
     "precision": "Composer trains in fp32 on a CPU",
     "parallelism_config.fsdp.shard_degree": "any number of processes",
-    "optimizer.lr": "a hundredth of the steps",
-    "optimizer.adam_lr": "a hundredth of the steps",
-    "scheduler.t_warmup": "a hundredth of the steps",
-    "algorithms.ema.smoothing": "a hundredth of the steps",
-    "algorithms.tread.start_block": "depth",
+    "optimizer.lr": "a fortieth of the steps",
+    "optimizer.adam_lr": "a fortieth of the steps",
+    "scheduler.t_warmup": "a fortieth of the steps",
+    "algorithms.ema.smoothing": "a fortieth of the steps",
     "algorithms.tread.end_block": "depth",
     "algorithms.repa.teacher.*": "random weights",
     "algorithms.repa.block": "depth",
+    "algorithms.repa.weight": "a teacher of random weights has little to teach",
     "algorithms.repa.projector_hidden": "size",
-    "algorithms.repa.end": "a hundredth of the steps",
+    "algorithms.repa.end": "a fortieth of the steps",
     "algorithms.lpips.net": "size: the smallest network",
     "algorithms.lpips.scale": "size: that network needs 17 px",
     "algorithms.lpips.random_weights": "random weights",
+    "algorithms.lpips.compile": "compiling takes longer than the run",
     "algorithms.perceptual_dino.teacher.*": "random weights",
     "algorithms.perceptual_dino.image_size": "size",
-    "algorithms.progressive_resolution.stages.*": "sizes, and a hundredth of the steps",
+    "algorithms.progressive_resolution.stages.*": "sizes, and a fortieth of the steps",
     "callbacks.shapes_score.*": "a score that these data have",
-    "callbacks.images.interval": "a hundredth of the steps",
+    "callbacks.images.interval": "a fortieth of the steps",
     "callbacks.images.num_inference_steps": "half of them",
     "callbacks.images.prompts.*": "what the data show",
-    "eval_interval": "a hundredth of the steps",
+    "eval_interval": "a fortieth of the steps",
     "eval_subset_num_batches": "the share of the time that evaluation may take",
     "save_interval": "a shorter run",
 }
@@ -185,8 +187,8 @@ def test_both_have_the_same_algorithms_and_callbacks_in_the_same_order_and_as_ma
     for of_full, of_mini in zip(*stages, strict=True):
         assert list(of_full) == list(of_mini)
     ends = [recipe["algorithms"]["progressive_resolution"]["stages"][0]["until"] for recipe in (full, mini)]
-    assert ends == ["100000ba or 0.78budget", "1000ba or 0.78budget"], "a hundredth"
-    assert [full["max_duration"], mini["max_duration"]] == ["120000ba", "1200ba"]
+    assert ends == ["100000ba or 0.78budget", "2500ba or 0.78budget"], "a fortieth"
+    assert [full["max_duration"], mini["max_duration"]] == ["120000ba", "3000ba"]
 
 
 @pytest.mark.parametrize(("name", "below"), [("24h_next", "24h"), ("24h_next_mini", "24h_mini")])
