@@ -48,7 +48,7 @@ class StepCount:
         copies: bytes of the 16-bit copies of weights that autocast makes once per forward pass and keeps.
         block_copies: what of them is of the backbone's blocks.
         blocks: for each of the backbone's blocks, bytes of its input, and what it keeps of `kept`.
-        images: that the step was counted with. kernels: of all of it.
+        images: that the step was counted with. kernels: of all of it, if they were counted.
     """
 
     flops: dict[str, int]
@@ -87,11 +87,12 @@ class StepCounter:
         model: such as `TextToImage`.
         tricks: those whose windows open and close; see `Trick.set_active`.
         amp: count the bytes of a step under 16-bit autocast.
-        graphs: names of the parts that `torch.compile` makes one graph of; `BLOCKS` for one of every block of the backbone.
+        graphs: names of the parts that `torch.compile` makes one graph of; `BLOCKS` for one of every block of the backbone. None:
+            kernels are not counted, which saves time.
     """
 
-    def __init__(self, model: nn.Module, tricks: Sequence[Any] = (), amp: bool = False, graphs: Collection[str] = ()):
-        self._fake, self._amp, self._graphs = FakeTensorMode(allow_non_fake_inputs=True), amp, frozenset(graphs)
+    def __init__(self, model: nn.Module, tricks: Sequence[Any] = (), amp: bool = False, graphs: Collection[str] | None = None):
+        self._fake, self._amp, self._graphs = FakeTensorMode(allow_non_fake_inputs=True), amp, graphs
         tokenizer = getattr(getattr(model, "text_encoder", None), "tokenizer", None)  # large, and has nothing to count
         self._model, self._tricks = _copied((model, tuple(tricks)), self._fake, {id(tokenizer): tokenizer})
         self._model.caption_dropout = 0.0  # the empty caption is encoded once, not in every step
@@ -210,10 +211,11 @@ class _Counter(TorchDispatchMode):
 class _Step:
     """One step of a model without content, whose parts are counted as they begin and end."""
 
-    def __init__(self, model: Any, batch: Mapping[str, Tensor], graphs: Collection[str]):
+    def __init__(self, model: Any, batch: Mapping[str, Tensor], graphs: Collection[str] | None):
         self._model, self._batch, self._images = model, batch, len(batch["input_ids"])
         self._counter = _Counter(batch, {tuple(p.shape) for p in model.parameters() if p.ndim > 1})
-        self._recorder = self._counter.recorder = BlockRecorder(graphs, AUTOENCODER, DENOISER)
+        self._recorder = BlockRecorder(graphs or (), AUTOENCODER, DENOISER)
+        self._counter.recorder = None if graphs is None else self._recorder
         self._flops = {DENOISER: 0}
         self._kept: dict[int, int | None] = {}  # storage → the block that first kept it
         self._part = ""  # that was begun last
