@@ -10,12 +10,15 @@ from typing import Any
 
 import commands
 import pytest
+import yaml
 
 from prx_composer.commands.plan.conditions import read_throughput
 from prx_composer.common.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
+MINI = yaml.safe_load((BENCHMARKS.parent / "yamls" / "24h_mini.yaml").read_text())
+STAGES = MINI["algorithms"]["progressive_resolution"]["stages"]
 
 
 def benchmark(name: str, *arguments: Any, folder: Path = BENCHMARKS.parent) -> str:
@@ -51,7 +54,7 @@ def test_other_questions_find_agreement_and_end(script: str, name: str, options:
     assert question(script, name, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_rule_of_fusion_counts_what_inductor_does_for_a_block() -> None:
     found = question("roofline", "fusion", hidden_size=128, batch_size=2)
     assert {name: passed["ratio"] for name, passed in found["passes"].items() if not 0.8 < passed["ratio"] < 1.2} == {}
@@ -94,7 +97,7 @@ def test_a_suite_s_answers_are_those_of_its_benchmarks_and_a_failure_ends_no_oth
     ended = {question["name"]: question["ended"] for question in json.loads((tmp_path / "suite.json").read_text())["asked"]}
     assert finished.returncode == 1 and ended["large-flex"] == "done"  # on a GPU as on the CPU
     assert ended["small-float8"] == "failed with 1: see small-float8.log"  # there is none with float8 here
-    assert json.loads((tmp_path / "large-flex.json").read_text())["stages"][0]["image_size"] == 32
+    assert json.loads((tmp_path / "large-flex.json").read_text())["stages"][0]["image_size"] == STAGES[1]["image_size"]
 
 
 @pytest.mark.slow
@@ -102,7 +105,7 @@ def test_throughput_times_every_stage_of_a_recipe_and_the_plan_reads_it(tmp_path
     output, trace = tmp_path / "found.json", tmp_path / "trace.json"
     benchmark("throughput.py", "yamls/24h_mini.yaml", "--steps", 2, "--warmup", 1, "--profile", trace, "--output", output)
     found = json.loads(output.read_text())
-    assert [stage["image_size"] for stage in found["stages"]] == [16, 32]
+    assert [stage["image_size"] for stage in found["stages"]] == [stage["image_size"] for stage in STAGES]
     assert "repa" in found["stages"][0]["gflop_per_image"] and "repa" not in found["stages"][1]["gflop_per_image"]
     for stage in found["stages"]:
         assert {"loader", "text encoder", "forward", "losses", "backward", "optimizer", "rest"} == stage["parts_ms"].keys()
@@ -114,7 +117,8 @@ def test_throughput_times_every_stage_of_a_recipe_and_the_plan_reads_it(tmp_path
     assert gpu.name == "h200" and {size: speed.images_per_second for size, speed in speeds.items()} == {
         stage["image_size"]: stage["images_per_second_per_gpu"] for stage in found["stages"]
     }
-    assert {size: (speed.gpus, speed.batch) for size, speed in speeds.items()} == {16: (1, 64), 32: (1, 32)}
+    batches = {stage["image_size"]: (1, stage["global_train_batch_size"]) for stage in STAGES}
+    assert {size: (speed.gpus, speed.batch) for size, speed in speeds.items()} == batches
     assert json.loads(trace.read_text())["traceEvents"]
 
 
