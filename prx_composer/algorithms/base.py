@@ -233,7 +233,7 @@ class LossTrick(Trick):
         if weight < 0:
             raise ValueError(f"weight must not be negative, but is {weight}.")
         self.weight = weight
-        self.flow: Any = None  # a FlowMatching
+        self.flow: Any = None  # a Process
         self.term: Any = None
 
     def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:

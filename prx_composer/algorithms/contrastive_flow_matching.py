@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prx_composer.algorithms.base import LossTrick
 from prx_composer.common.errors import UserError
-from prx_composer.models.flow import FlowMatching, FlowOutput
+from prx_composer.models.flow import FlowOutput
+from prx_composer.models.processes import FlowMatching
 
 
 def contrastive_error(flow: FlowMatching, outputs: FlowOutput) -> Tensor:
@@ -39,6 +40,7 @@ class ContrastiveFlowMatching(LossTrick):
 
     Raises:
         ValueError: a weight outside of [0, 1).
+        UserError: when it is attached, for a model of another process.
     """
 
     name = "contrastive_flow_matching"
@@ -48,6 +50,14 @@ class ContrastiveFlowMatching(LossTrick):
         if weight >= 1:
             raise ValueError(f"weight must be less than 1, where the loss has no minimum, but is {weight}.")
         self.skip_same_caption = skip_same_caption
+
+    def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
+        if not isinstance(model.flow, FlowMatching):
+            raise UserError(
+                f"algorithms.{self.name} keeps velocities of straight paths apart, and {type(model.flow).__name__} has none: "
+                "leave it out, or set model.flow.name to flow_matching."
+            )
+        return {}
 
     def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
         if len(outputs.clean) < 2:

@@ -12,7 +12,7 @@ from composer.utils import dist
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.distributed import unwrapped
 from prx_composer.common.errors import UserError
-from prx_composer.models.flow import FlowMatching
+from prx_composer.models.processes import FlowMatching
 from prx_composer.schedule.moments import Moment, ScheduleWindow
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,11 @@ class TimestepPhases(Trick):
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         if not hasattr(model, "training_flow"):
             raise UserError(f"algorithms.{self.name} needs a model with `training_flow`, such as text_to_image.")
+        if not isinstance(model.flow, FlowMatching):
+            raise UserError(
+                f"algorithms.{self.name} changes the draws of flow matching, and {type(model.flow).__name__} has others: leave "
+                "it out, or set model.flow.name to flow_matching."
+            )
         if model.training_flow is not None:
             raise UserError(f"algorithms.{self.name} is there twice; one of them is enough.")
         self._flow = model.training_flow = model.flow
