@@ -1,4 +1,4 @@
-"""The model: read `text_to_image.py` first, then `backbone.py` and `flow.py`."""
+"""The model: read `text_to_image.py` first, then `backbone.py` and `processes.py`."""
 
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.diffusion import DDPM, EDM

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,8 @@ def test_ddpm_noises_and_asks_for_what_diffusers_does(betas: dict[str, Any]) -> 
 
 def test_ddpm_draws_every_step_as_often_as_another() -> None:
     steps = DDPM().sample_timesteps(200_000, generator()) * 1000
-    assert torch.equal(steps, steps.round())
-    assert scipy.stats.chisquare(np.bincount(steps.int().numpy(), minlength=1000)).pvalue > 1e-3
+    torch.testing.assert_close(steps, steps.round())
+    assert scipy.stats.chisquare(np.bincount(steps.round().int().numpy(), minlength=1000)).pvalue > 1e-3
 
 
 SIGMAS = torch.tensor([0.002, 0.03, 0.5, 2.0, 30.0, 80.0])
@@ -140,7 +141,7 @@ def test_the_validation_loss_is_of_one_velocity_whatever_is_predicted(name: str)
     process, (x0, noise) = EVERY[name], pair()
     for share in VALIDATION_TIMESTEPS:
         t = process.time_at(torch.full((6,), share))
-        assert (process.noise_share(t) - share).abs().max() < 3e-3
+        assert (process.noise_share(t) - share).abs().max() < 5e-3
         x_t, off = process.interpolate(x0, noise, t), torch.randn(x0.shape, generator=generator(9))
         perfect = process.target(x0, noise, t)
         assert process.velocity_error(perfect, x_t, x0, noise, t).max() < 1e-9
@@ -204,13 +205,8 @@ def test_the_variances_behind_a_prediction_are_left_alone(tiny_model: Build, tin
 def test_a_readout_is_perfect_where_the_network_is(name: str) -> None:
     process, (x0, noise) = EVERY[name], pair()
     t = process.time_at(torch.linspace(0.1, 0.9, 6))
-
-    class Outputs:
-        clean, timestep = x0, t
-
-    Outputs.noise = noise  # pyright: ignore[reportAttributeAccessIssue]
     target = patchify(process.target(x0, noise, t), 2)
-    outputs: Any = Outputs
+    outputs: Any = SimpleNamespace(clean=x0, noise=noise, timestep=t)
     assert readout_error(process, target, outputs, 2, 2).max() < 1e-9
     off = readout_error(process, target + 0.5, outputs, 2, 2)
     divisor = process.divisor(t)
