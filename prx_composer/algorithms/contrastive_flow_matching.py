@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prx_composer.algorithms.base import LossTrick
 from prx_composer.common.errors import UserError
 from prx_composer.models.flow import FlowOutput
-from prx_composer.models.processes import FlowMatching
+from prx_composer.models.processes import FlowMatching, Process
 
 
 def contrastive_error(flow: FlowMatching, outputs: FlowOutput) -> Tensor:
@@ -40,7 +40,7 @@ class ContrastiveFlowMatching(LossTrick):
 
     Raises:
         ValueError: a weight outside of [0, 1).
-        UserError: when it is attached, for a model of another process.
+        UserError: of another process.
     """
 
     name = "contrastive_flow_matching"
@@ -51,13 +51,12 @@ class ContrastiveFlowMatching(LossTrick):
             raise ValueError(f"weight must be less than 1, where the loss has no minimum, but is {weight}.")
         self.skip_same_caption = skip_same_caption
 
-    def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
-        if not isinstance(model.flow, FlowMatching):
+    def check_flow(self, flow: Process) -> None:
+        if not isinstance(flow, FlowMatching):
             raise UserError(
-                f"algorithms.{self.name} keeps velocities of straight paths apart, and {type(model.flow).__name__} has none: "
+                f"algorithms.{self.name} keeps velocities of straight paths apart, and {type(flow).__name__} has none: "
                 "leave it out, or set model.flow.name to flow_matching."
             )
-        return {}
 
     def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
         if len(outputs.clean) < 2:

@@ -24,6 +24,7 @@ from prx_composer.models.diffusion import DDPM
 from prx_composer.models.encoders import TeacherSpec, VisionEncoder, resize_antialiased
 from prx_composer.models.flow import FlowOutput
 from prx_composer.models.huggingface import Frozen, makes_no_storage
+from prx_composer.models.processes import Process
 
 _MOST_NOISE = 0.9  # at which a predicted noise still tells an image
 
@@ -49,20 +50,22 @@ class PixelLoss(LossTrick):
         self.max_timestep = max_timestep
 
     def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
-        """Raise UserError unless the model predicts pixels, and its prediction tells an image."""
+        """Raise UserError unless the model predicts pixels."""
         channels = model.autoencoder.channels
         if (channels, model.autoencoder.downsampling) != (3, 1):
             raise UserError(
                 f"algorithms.{self.name} compares images, but the model predicts latents of {channels} channels; "
                 f"{self.name} needs model.autoencoder: {{name: pixels}}."
             )
-        if isinstance(model.flow, DDPM) and model.flow.prediction == "eps" and self.max_timestep > _MOST_NOISE:
+        return {}
+
+    def check_flow(self, flow: Process) -> None:
+        if isinstance(flow, DDPM) and flow.prediction == "eps" and self.max_timestep > _MOST_NOISE:
             raise UserError(
                 f"algorithms.{self.name}.max_timestep is {self.max_timestep}, but the image that a predicted noise tells has its "
                 f"error σ/α times: with linear betas up to 158 times, at {_MOST_NOISE} 9 times. Set max_timestep to "
                 f"{_MOST_NOISE} or less, or model.flow.prediction to v."
             )
-        return {}
 
     @abstractmethod
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Nothing here imports PyTorch or Composer: a constructor may be read from its sou
 the YAML path.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import types
@@ -199,33 +200,30 @@ def check_arguments(
                 try:
                     check_type(value, hints[key], f"{path}.{key}", default)
                 except UserError as error:
-                    raise UserError(f"{error}{_taken_by_others(of, key, imports, value)}") from None
+                    if instead := _taken_by_others(of, key, imports, value):
+                        raise UserError(f"{error}{instead}") from None
+                    raise
     for name, parameter in parameters.items():
         if name not in defaulted and name not in arguments and parameter.default is parameter.empty and name in allowed:
             problems.found.append(f"{path} lacks the argument {name!r}.")
     problems.raise_any()
 
 
-_ANY: Any = object()
-
-
-def _taken_by_others(of: tuple[Registry, str] | None, key: str, imports: bool, value: Any = _ANY) -> str:
+def _taken_by_others(of: tuple[Registry, str] | None, key: str, imports: bool, *value: Any) -> str:
     """Return in words which others of a nested component's kind take an argument, or a value of it; "" if none does."""
     if of is None or of[0] not in NESTED.values():
         return ""
     (components, own), takers = of, list[str]()
-    for name in components.builtin.keys() - {own}:
-        try:
-            hints = hints_of(components.constructor(name, name, imports))
-            if key in hints and value is not _ANY:
-                check_type(value, hints[key], name)
-            takers += [name] if key in hints else []
-        except (CannotTell, UserError):
-            continue
-    if not takers:
-        return ""
-    others = " and ".join(f"name: {name}" for name in sorted(takers))
-    return f" It is of {others}. {components.instead.get(own, f'{own} has none')}." if value is _ANY else f" {others} takes it."
+    for name in sorted(components.builtin.keys() - {own}):
+        with contextlib.suppress(CannotTell, UserError, KeyError):
+            hint = hints_of(components.constructor(name, name, imports))[key]
+            if value:
+                check_type(*value, hint, name)
+            takers.append(name)
+    others = " and ".join(f"name: {name}" for name in takers)
+    if not others or value:
+        return f" {others} takes it." if others else ""
+    return f" It is of {others}. {components.instead.get(own, f'{own} has none')}."
 
 
 def hints_of(function: Any) -> dict[str, Any]:
