@@ -22,6 +22,8 @@ from prx_composer.models import DDPM, EDM, FlowMatching, PRXBackbone, TextToImag
 from prx_composer.models.layers import patchify
 from prx_composer.models.processes import Process
 from prx_composer.models.text_to_image import VALIDATION_TIMESTEPS
+from prx_composer.recipe import config
+from prx_composer.training.trial import check_config
 
 Build = Callable[..., TextToImage]
 BETAS: list[dict[str, Any]] = [
@@ -224,6 +226,14 @@ def test_what_makes_no_sense_is_refused_with_the_reason(tiny_model: Build) -> No
         LPIPS(random_weights=True, net="alex").attach(tiny_model(flow=DDPM()), None)
     for process in (DDPM("v"), EDM()):
         LPIPS(random_weights=True, net="squeeze").attach(tiny_model(flow=process), None)
+
+
+def test_a_check_says_all_of_it_before_a_run(tiny_recipe: dict[str, Any], write_recipe: Callable[..., str]) -> None:
+    phases = {"phases": [{"logit_mean": 1.0}]}
+    tiny_recipe["algorithms"] = {"contrastive_flow_matching": {}, "lpips": {"random_weights": True}, "timestep_phases": phases}
+    tiny_recipe["model"]["flow"] = {"name": "ddpm"}
+    said = [result.text for result in check_config(config.load([write_recipe(tiny_recipe)])) if result.mark == "✗"]
+    assert [text.split()[0].split(".")[1] for text in said] == ["contrastive_flow_matching", "lpips", "timestep_phases"]
 
 
 @pytest.mark.parametrize(
