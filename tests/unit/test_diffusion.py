@@ -14,8 +14,8 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from torch import Tensor, nn
 
 from prx_composer.algorithms.contrastive_flow_matching import ContrastiveFlowMatching
-from prx_composer.algorithms.perceptual import LPIPS
-from prx_composer.algorithms.readouts import readout_error
+from prx_composer.algorithms.perceptual import LPIPS, PixelLoss
+from prx_composer.algorithms.readouts import GuidingReadout, readout_error
 from prx_composer.algorithms.timestep_phases import TimestepPhase, TimestepPhases
 from prx_composer.common.errors import UserError
 from prx_composer.models import DDPM, EDM, FlowMatching, PRXBackbone, TextToImage
@@ -127,14 +127,28 @@ def test_the_first_order_is_ddim_and_euler() -> None:
     """Against the schedulers of those names, with a network that is no perfect one, on the same noise."""
     noise = pair()[1]
     ddim = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
-    euler = EDMEulerScheduler(sigma_data=0.9)
-    for process, scheduler in ((DDPM("v", solver_order=1), ddim), (EDM(0.9, solver_order=1), euler)):
+    numbers: dict[str, Any] = {"sigma_data": 0.9, "sigma_min": 0.01, "sigma_max": 40.0, "rho": 5.0}
+    euler = EDMEulerScheduler(**numbers)
+    for process, scheduler in ((DDPM("v", solver_order=1), ddim), (EDM(**numbers, solver_order=1), euler)):
         scheduler.set_timesteps(20)
         x: Any = noise * scheduler.init_noise_sigma
         for index, timestep in enumerate(scheduler.timesteps):
             t = (timestep / 1000 if scheduler is ddim else timestep).expand(len(x))
             x = scheduler.step(wrong(scheduler.scale_model_input(x, timestep), t, index), timestep, x)[0]  # pyright: ignore[reportArgumentType]
         torch.testing.assert_close(process.sample(wrong, noise, 20), x, atol=2e-4, rtol=2e-4)
+
+
+def test_the_cosine_is_drawn_from_where_an_image_shows() -> None:
+    """Its last steps are nothing but noise, σ/α up to 20,000: what a network predicts there tells no image."""
+    process, shares = DDPM("eps", "squaredcos_cap_v2"), list[float]()
+
+    def watched(x_t: Tensor, t: Tensor, index: int) -> Tensor:
+        shares.append(float(process.noise_share(t)[0]))
+        return x_t
+
+    process.sample(watched, pair()[1], 28)
+    assert len(shares) == 28 and shares == sorted(shares, reverse=True)
+    assert 0.99 < shares[0] <= 164 / 165 < float(process.noise_share(torch.tensor([0.999])))
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -226,6 +240,33 @@ def test_what_makes_no_sense_is_refused_with_the_reason(tiny_model: Build) -> No
         LPIPS(random_weights=True, net="alex").attach(tiny_model(flow=DDPM()), None)
     for process in (DDPM("v"), EDM()):
         LPIPS(random_weights=True, net="squeeze").attach(tiny_model(flow=process), None)
+
+
+class One(PixelLoss):
+    """Every image is at a distance of 1."""
+
+    name = "one"
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return torch.ones(len(target))
+
+
+def test_limits_of_noise_are_shares_of_it(tiny_model: Build) -> None:
+    """Of a perceptual loss, and of internal guidance: a half is σ = 1 for EDM, and σ = α for DDPM."""
+    for process, t in ((EDM(), torch.tensor([0.5, 0.9, 1.1, 3.0]).log() / 4), (DDPM("v"), torch.tensor([0.1, 0.2, 0.3, 0.5]))):
+        model, loss, readout = (
+            tiny_model(flow=process),
+            One(1.0, 0.5, "0ba", None),
+            GuidingReadout(0, scale=3.0, interval=(0.0, 0.5)),
+        )
+        for trick in (loss, readout):
+            trick.attach(model, None)
+        x_t = torch.zeros(4, 3, 16, 16)
+        outputs: Any = SimpleNamespace(prediction=x_t, noised=x_t, clean=x_t, timestep=t)
+        assert float(loss.loss(outputs, {})) == 0.5
+        readout.guidance.both = lambda x_t, t, text: (x_t + 1, x_t)
+        guided = readout.guidance._extrapolate(x_t, t, None)  # pyright: ignore[reportArgumentType]
+        assert guided[:, 0, 0, 0].tolist() == [3.0, 3.0, 1.0, 1.0]
 
 
 def test_a_check_says_all_of_it_before_a_run(tiny_recipe: dict[str, Any], write_recipe: Callable[..., str]) -> None:
