@@ -55,11 +55,13 @@ class Registry:
     Args:
         kind: plural, as in the entry-point group.
         builtin: name → "module:attribute", imported only when used.
+        instead: name → why arguments of the others mean nothing for it.
     """
 
-    def __init__(self, kind: str, builtin: dict[str, str]):
+    def __init__(self, kind: str, builtin: dict[str, str], instead: dict[str, str] | None = None):
         self.kind = kind
         self.builtin = builtin
+        self.instead = instead or {}
         self._added = catalogue.create("prx_composer", kind, entry_points=True)
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -127,6 +129,19 @@ autoencoders = Registry(
     {
         "pixels": "prx_composer.models.autoencoder:Pixels",
         "diffusers": "prx_composer.models.autoencoder:DiffusersAutoencoder",
+    },
+)
+processes = Registry(
+    "processes",
+    {
+        "ddpm": "prx_composer.models.diffusion:DDPM",
+        "edm": "prx_composer.models.diffusion:EDM",
+        "flow_matching": "prx_composer.models.processes:FlowMatching",
+    },
+    {
+        "ddpm": "Its noise is that of its betas, its times are drawn alike, and its loss has no weight",
+        "edm": "Its noise is exp(N(p_mean, p_std²)), and its loss is weighted by EDM's own rule",
+        "flow_matching": "Its path is straight, its times are a shifted logit-normal, and its steps are Euler's",
     },
 )
 loaders = Registry("loaders", {"image_caption": "prx_composer.data.loader:ImageCaptionData"})
@@ -213,6 +228,8 @@ schedulers = Registry(
 
 # A component nested in another's arguments is looked up by the argument's name.
 NESTED = {"backbone": backbones, "text_encoder": text_encoders, "autoencoder": autoencoders, "source": sources}
+NESTED |= {"flow": processes}
+UNNAMED = {"flow": "flow_matching"}  # what a nested component is that has no `name`
 
 # The components that keys of a recipe name: one by `name`, or several by their own keys.
 BY_KEY = {"model": models, "optimizer": optimizers, "scheduler": schedulers, "train_loader": loaders, "eval_loader": loaders}

@@ -41,6 +41,7 @@ from prx_composer.common.distributed import unwrapped
 from prx_composer.common.errors import UserError
 from prx_composer.models.backbone import TIME_VECTOR
 from prx_composer.models.flow import AuxiliaryLoss, FlowOutput
+from prx_composer.models.processes import Process
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.optim import add_parameters
 from prx_composer.recipe.config import Recipe
@@ -110,6 +111,9 @@ class Trick(Algorithm):
             backbone: on any device, meta too; None if it isn't known.
             sharding: of the weights, Composer's configuration of FSDP2; None: not at all.
         """
+
+    def check_flow(self, flow: Process) -> None:
+        """Raise UserError for a process, `model.flow`, that the trick means nothing with; before and while it is attached."""
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         """Fill the model's seams, once, before DDP or FSDP2 wrap it. Then `set_active` is told whether the trick begins on.
@@ -233,7 +237,7 @@ class LossTrick(Trick):
         if weight < 0:
             raise ValueError(f"weight must not be negative, but is {weight}.")
         self.weight = weight
-        self.flow: Any = None  # a FlowMatching
+        self.flow: Any = None  # a Process
         self.term: Any = None
 
     def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
@@ -253,6 +257,7 @@ class LossTrick(Trick):
             raise UserError(f"algorithms.{self.name} needs a model with `auxiliary_losses`, such as text_to_image.")
         if self.name in model.auxiliary_losses:
             raise UserError(f"algorithms.{self.name} is there twice; one of them is enough.")
+        self.check_flow(model.flow)
         self.flow = model.flow
         with seeded_initialisation(model.random.seed, self.name):
             trained = self.build(model)

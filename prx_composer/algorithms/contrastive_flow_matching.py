@@ -8,7 +8,8 @@ from torch import Tensor
 
 from prx_composer.algorithms.base import LossTrick
 from prx_composer.common.errors import UserError
-from prx_composer.models.flow import FlowMatching, FlowOutput
+from prx_composer.models.flow import FlowOutput
+from prx_composer.models.processes import FlowMatching, Process
 
 
 def contrastive_error(flow: FlowMatching, outputs: FlowOutput) -> Tensor:
@@ -39,6 +40,7 @@ class ContrastiveFlowMatching(LossTrick):
 
     Raises:
         ValueError: a weight outside of [0, 1).
+        UserError: of another process.
     """
 
     name = "contrastive_flow_matching"
@@ -48,6 +50,13 @@ class ContrastiveFlowMatching(LossTrick):
         if weight >= 1:
             raise ValueError(f"weight must be less than 1, where the loss has no minimum, but is {weight}.")
         self.skip_same_caption = skip_same_caption
+
+    def check_flow(self, flow: Process) -> None:
+        if not isinstance(flow, FlowMatching):
+            raise UserError(
+                f"algorithms.{self.name} keeps velocities of straight paths apart, and {type(flow).__name__} has none: "
+                "leave it out, or set model.flow.name to flow_matching."
+            )
 
     def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
         if len(outputs.clean) < 2:

@@ -20,17 +20,21 @@ from torch import Tensor, nn
 from prx_composer.algorithms.base import LossTrick
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.models.compiling import compile_by_size
+from prx_composer.models.diffusion import DDPM
 from prx_composer.models.encoders import TeacherSpec, VisionEncoder, resize_antialiased
 from prx_composer.models.flow import FlowOutput
 from prx_composer.models.huggingface import Frozen, makes_no_storage
+from prx_composer.models.processes import Process
+
+_MOST_NOISE = 0.9  # at which a predicted noise still tells an image
 
 
 class PixelLoss(LossTrick):
-    """(1/B) · Σ distance(x̂0, x0) over the images with t ≤ `max_timestep`; B counts all, so that microbatches add up.
+    """(1/B) · Σ distance(x̂0, x0) over images with no more noise than `max_timestep`; B counts all, so that microbatches add up.
 
     Args:
         weight: of the term in the total loss.
-        max_timestep: noisier images than that don't count; 1 = all do.
+        max_timestep: noisier images than that don't count; 1 = all do. It is a share of noise, of flow matching the timestep.
         start, end: window; after it the network is let go.
 
     Raises:
@@ -55,13 +59,21 @@ class PixelLoss(LossTrick):
             )
         return {}
 
+    def check_flow(self, flow: Process) -> None:
+        if isinstance(flow, DDPM) and flow.prediction == "eps" and self.max_timestep > _MOST_NOISE:
+            raise UserError(
+                f"algorithms.{self.name}.max_timestep is {self.max_timestep}, but the image that a predicted noise tells has its "
+                f"error σ/α times: with linear betas up to 158 times, at {_MOST_NOISE} 9 times. Set max_timestep to "
+                f"{_MOST_NOISE} or less, or model.flow.prediction to v."
+            )
+
     @abstractmethod
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the distances (B,) of images (B, 3, H, W) around [−1, 1], not clamped; only `prediction` gets gradients."""
 
     def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
         predicted = self.flow.to_x0(outputs.prediction, outputs.noised, outputs.timestep).float()
-        counts = outputs.timestep <= self.max_timestep
+        counts = self.flow.noise_share(outputs.timestep) <= self.max_timestep
         return (self.distance(predicted, outputs.clean.float()) * counts).mean()
 
 

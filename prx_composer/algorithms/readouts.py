@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from prx_composer.algorithms.base import LossTrick, no_block
 from prx_composer.common.errors import Problems, UserError, raise_all
 from prx_composer.models.backbone import TIME_VECTOR, PRXBackbone
-from prx_composer.models.flow import FlowMatching, FlowOutput, Guidance, InternalGuidance, TextConditioning
+from prx_composer.models.flow import FlowOutput, Guidance, InternalGuidance, TextConditioning
 from prx_composer.models.layers import patchify, unpatchify
+from prx_composer.models.processes import Process
 from prx_composer.models.routing import select_tokens
 from prx_composer.recipe.config import Recipe
 
@@ -75,17 +76,17 @@ def downsized(image: Tensor, factor: int) -> Tensor:
 
 
 def readout_error(
-    flow: FlowMatching,
+    flow: Process,
     predicted_BKE: Tensor,
     outputs: FlowOutput,
     model_patch: int,
     patch: int,
     kept_indices: Tensor | None = None,
 ) -> Tensor:
-    """Return the mean squared error in v-space of every image's readout, fp32 (B,): that of the network, on a smaller image.
+    """Return the loss of every image's readout, fp32 (B,): that of the network, on a smaller image.
 
     The path of the smaller image is the smaller path, since downsizing is linear. So a readout predicts what the network does,
-    x0 or v, downsized: for x0 its error is divided by max(t, min_timestep), as the network's is.
+    downsized, and its error is weighted as the network's is: that of x0 is divided by max(t, min_timestep).
 
     Args:
         flow: that the network learns.
@@ -101,7 +102,8 @@ def readout_error(
         return (patches if kept_indices is None else select_tokens(patches, kept_indices))[:, None]
 
     clean = tokens(outputs.clean)
-    noise = tokens(outputs.noise) if flow.prediction == "v" else clean  # which the error of x0 doesn't look at
+    predicts_x0 = getattr(flow, "prediction", None) == "x"
+    noise = clean if predicts_x0 else tokens(outputs.noise)  # which the error of x0 doesn't look at
     return flow.squared_error(predicted_BKE[:, None], clean, noise, outputs.timestep)
 
 
@@ -206,7 +208,7 @@ class GuidingReadout(Readouts):
         block: whose output it reads, counted from 0; by default after 8 of 28 blocks, as the authors' SiT-XL.
         weight: of its error beside the network's own.
         scale: s of the guidance; 1 = none.
-        interval: lowest and highest timestep at which it guides, 1 = noise.
+        interval: lowest and highest share of noise at which it guides: of flow matching the timestep, 1 = noise.
         start, end: window. Outside of it the guidance is what it was, too.
 
     Attributes:
@@ -260,7 +262,7 @@ class GuidingReadout(Readouts):
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         super().attach(model, optimizer)
         self.backbone, self.losses = model.backbone, model.auxiliary_losses
-        self.guidance = InternalGuidance(self.predict_both, self.scale, self.interval)
+        self.guidance = InternalGuidance(self.predict_both, self.scale, self.interval, model.flow.noise_share)
 
     def predict_both(self, x_t: Tensor, t: Tensor, text: TextConditioning) -> tuple[Tensor, Tensor]:
         """Return what the network and the readout predict, (B, C, H, W) fp32 each, from one forward pass."""

@@ -12,7 +12,7 @@ from composer.utils import dist
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.distributed import unwrapped
 from prx_composer.common.errors import UserError
-from prx_composer.models.flow import FlowMatching
+from prx_composer.models.processes import FlowMatching, Process
 from prx_composer.schedule.moments import Moment, ScheduleWindow
 
 log = logging.getLogger(__name__)
@@ -92,9 +92,17 @@ class TimestepPhases(Trick):
         last = "" if self.phases[-1].until is None else "; then as model.flow has them"
         return "timesteps of training: " + "; then ".join(map(str, self.phases)) + last
 
+    def check_flow(self, flow: Process) -> None:
+        if not isinstance(flow, FlowMatching):
+            raise UserError(
+                f"algorithms.{self.name} changes the draws of flow matching, and {type(flow).__name__} has others: leave "
+                "it out, or set model.flow.name to flow_matching."
+            )
+
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         if not hasattr(model, "training_flow"):
             raise UserError(f"algorithms.{self.name} needs a model with `training_flow`, such as text_to_image.")
+        self.check_flow(model.flow)
         if model.training_flow is not None:
             raise UserError(f"algorithms.{self.name} is there twice; one of them is enough.")
         self._flow = model.training_flow = model.flow

@@ -91,6 +91,7 @@ def generate_images(options: GenerateOptions) -> None:
     prx generate runs/quickstart -p "a red circle on the left of a white background"
     """
     from prx_composer.models.flow import check_seeds
+    from prx_composer.models.processes import FlowMatching
     from prx_composer.registry import import_code
     from prx_composer.runs.opening import load_trained
 
@@ -106,6 +107,8 @@ def generate_images(options: GenerateOptions) -> None:
     import_code(o.code, "--code")
     trained = load_trained(o.model, parse_weights(o.weights))
     if o.as_diffusers:
+        if not isinstance(trained.model.flow, FlowMatching):
+            raise UserError("--as-diffusers: it is for flow matching, the steps of whose pipeline are others than ours.")
         trained.model.flow = replace(trained.model.flow, clamp_sampling=True)
     settings = chosen_settings(trained, device, o.size, o.guidance, o.precision, o.steps, o.guidance_scale)
     check_settings(trained.model, settings, device)
@@ -279,7 +282,7 @@ def metadata(trained: "Trained", settings: DrawingSettings, digest: str, device:
         "batch": trained.batch,
         "weights_sha256": digest,
         **asdict(settings),
-        "as_diffusers": trained.model.flow.clamp_sampling,
+        "as_diffusers": getattr(trained.model.flow, "clamp_sampling", False),
         "device": device.type,
         "versions": {"prx-composer": __version__} | {name: version(name) for name in VERSIONS},
     }

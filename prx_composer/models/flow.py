@@ -1,141 +1,16 @@
-"""Flow matching: the process, what a training step leaves for the losses, and how images are drawn.
-
-The path is straight, x_t = (1 − t)·x0 + t·s·ε, with t = 1 noise and s the noise scale. Its velocity is v = dx_t/dt = s·ε − x0.
-The network predicts x0 (JiT, arXiv:2511.13720) or v; the loss is taken in v-space. Images are drawn by Euler steps, the last of
-which ends on x̂0.
-"""
+"""What a forward pass leaves for the losses, and how predictions are guided when images are drawn."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from prx_composer.models.processes import over_image
 from prx_composer.models.randomness import generator_from, seeded_generator
 from prx_composer.models.routing import Route, Router
-
-PIXEL_MIN_TIMESTEP = 0.05  # written into diffusers' PRXPixelPipeline
-
-
-def shift_timesteps(t: Tensor, shift: float) -> Tensor:
-    """Move timesteps towards noise for larger images: t ← k·t / (1 + (k − 1)·t) (SD3, arXiv:2403.03206, eq. 23)."""
-    return shift * t / (1 + (shift - 1) * t)
-
-
-def _over_image(t: Tensor) -> Tensor:
-    return t[:, None, None, None]
-
-
-@dataclass(frozen=True)
-class FlowMatching:
-    """The process that a model learns.
-
-    Args:
-        prediction: what the network outputs, "x" (the clean image) or "v" (the velocity).
-        timestep_shift: k of `shift_timesteps`; 1 = none, 3 for 512 and 1024 px pixels.
-        min_timestep: the loss of x-prediction divides by max(t, min_timestep).
-        clamp_sampling: whether the steps of sampling divide by max(t, 0.05), as those of diffusers' PRXPixelPipeline do, whatever
-            the loss divides by. Below 0.05 such a step goes only the t / 0.05th part of its way: the image keeps most of the last
-            step's noise.
-        noise_scale: standard deviation s of the noise at t = 1.
-        logit_mean, logit_std: timesteps are sigmoid(N(logit_mean, logit_std²)) …
-        uniform_fraction: … mixed with this fraction of uniform ones.
-        shift_uniform: whether the uniform ones are shifted too. PRX leaves them as they are, so that more of them have little
-            noise: with a shift of 3 and a tenth of them, 1.04% of all timesteps are below 0.1 instead of 0.40%.
-        sampled_min, sampled_max: training timesteps, after the shift, are drawn from [sampled_min, sampled_max]: both
-            distributions are truncated to it, not clamped.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    prediction: Literal["x", "v"] = "x"
-    timestep_shift: float = 1.0
-    min_timestep: float = 0.05
-    noise_scale: float = 1.0
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    uniform_fraction: float = 0.1
-    shift_uniform: bool = True
-    sampled_min: float = 0.0
-    sampled_max: float = 1.0
-    clamp_sampling: bool = False
-
-    def __post_init__(self) -> None:
-        if self.prediction not in ("x", "v"):
-            raise ValueError(f"prediction must be 'x' or 'v', not {self.prediction!r}.")
-        for name in ("timestep_shift", "noise_scale", "logit_std"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
-        for name in ("min_timestep", "uniform_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
-        if not 0 <= self.sampled_min < self.sampled_max <= 1:
-            raise ValueError(f"0 ≤ sampled_min < sampled_max ≤ 1 must hold, not {self.sampled_min} and {self.sampled_max}.")
-        if self.prediction == "x" and self.min_timestep == 0:
-            raise ValueError("min_timestep must be positive with prediction: x, which divides by it.")
-
-    def sample_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Draw timesteps: fp32 (batch_size,) on the generator's device, without waiting for it, by a fixed number of draws."""
-        device = generator.device
-        normal = torch.randn(batch_size, generator=generator, device=device)
-        uniform, choice = torch.rand(2, batch_size, generator=generator, device=device)
-        if (self.sampled_min, self.sampled_max) != (0.0, 1.0):
-            low, high = (t / (self.timestep_shift + (1 - self.timestep_shift) * t) for t in (self.sampled_min, self.sampled_max))
-            first, last = (low, high) if self.shift_uniform else (self.sampled_min, self.sampled_max)
-            uniform = first + (last - first) * uniform
-            normal = self._truncate(normal, low, high)
-        logit_normal = torch.sigmoid(self.logit_mean + self.logit_std * normal)
-        is_uniform = choice < self.uniform_fraction
-        if self.shift_uniform:
-            return shift_timesteps(torch.where(is_uniform, uniform, logit_normal), self.timestep_shift)
-        return torch.where(is_uniform, uniform, shift_timesteps(logit_normal, self.timestep_shift))
-
-    def _truncate(self, normal: Tensor, low: float, high: float) -> Tensor:
-        """Turn standard normal draws into draws of the normal truncated to where its timestep lies in [low, high]."""
-        edges = torch.logit(torch.tensor([low, high], dtype=torch.float64))
-        below, above = torch.special.ndtr((edges - self.logit_mean) / self.logit_std).tolist()  # on the CPU: no waiting
-        probability = below + (above - below) * torch.special.ndtr(normal.double())
-        return torch.special.ndtri(probability).float()
-
-    def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return x_t of clean images and unit noise, both (B, C, H, W), at t (B,)."""
-        t = _over_image(t)
-        return (1 - t) * x0 + t * (self.noise_scale * noise)
-
-    def velocity(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """Return v = s·ε − x0."""
-        return self.noise_scale * noise - x0
-
-    def to_velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the network's output as a velocity; for x-prediction v̂ = (x_t − x̂0) / max(t, 0.05), as diffusers has it."""
-        if self.prediction == "v":
-            return prediction
-        return (x_t - prediction) / _over_image(t).clamp_min(PIXEL_MIN_TIMESTEP)
-
-    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the network's output as a clean image, x̂0 = x_t − t·v̂."""
-        if self.prediction == "x":
-            return prediction
-        return x_t - _over_image(t) * prediction
-
-    def squared_error(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, counted: Tensor | None = None) -> Tensor:
-        """Return the mean squared error in v-space of every image, or of where `counted` (B, 1, H, W) is 1: fp32 (B,).
-
-        For x-prediction both velocities are clamped the same way (JiT, algorithm 1), so that the error is
-        ‖x0 − x̂0‖² / max(t, min_timestep)² and vanishes for a perfect prediction at every t.
-        """
-        if self.prediction == "v":
-            error = prediction.float() - self.velocity(x0, noise).float()
-        else:
-            error = (prediction.float() - x0.float()) / _over_image(t.float()).clamp_min(self.min_timestep)
-        if counted is None:
-            return error.square().flatten(1).mean(1)
-        return (error.square() * counted).flatten(1).sum(1) / (counted.flatten(1).sum(1) * error.shape[1])
-
 
 # ------------------------------------------------------------------------------------------------------------- training
 
@@ -151,11 +26,11 @@ class TextConditioning(NamedTuple):
 class FlowOutput:
     """What a forward pass of training leaves for the losses."""
 
-    prediction: Tensor  # (B, C, H, W), x̂0 or v̂
+    prediction: Tensor  # (B, C, H, W), of the process's target
     clean: Tensor  # (B, C, H, W), x0
     noise: Tensor  # (B, C, H, W), unit variance
-    noised: Tensor  # (B, C, H, W), x_t
-    timestep: Tensor  # (B,)
+    noised: Tensor  # (B, C, H, W), x_t as the network sees it
+    timestep: Tensor  # (B,), as the network is told it; see `Process.noise_share`
     text: TextConditioning
     route: Route | None
     taps: dict[int, Tensor]  # block index → (B, N or K, D); the backbone's TIME_VECTOR → (B, D)
@@ -219,7 +94,6 @@ class AuxiliaryLosses(nn.Module):
 
 
 MAX_SEED = 2**64 - 1  # torch takes −1 for this one, and none beyond
-NUM_TRAIN_TIMESTEPS = 1000  # only a unit: the scheduler counts t ∈ [0, 1] in thousandths
 
 
 def check_seeds(seeds: Sequence[int], what: str = "seed") -> None:
@@ -305,7 +179,8 @@ class InternalGuidance(ClassifierFreeGuidance):
     Args:
         both: x_t, t, text → what the network predicts, and what a readout of one of its middle blocks does, in one pass.
         scale: s, from 1 on.
-        interval: lowest and highest t at which it guides; elsewhere p is p(final).
+        interval: lowest and highest share of noise at which it guides; elsewhere p is p(final).
+        noise_share: of a time; see `Process`.
     """
 
     def __init__(
@@ -313,16 +188,17 @@ class InternalGuidance(ClassifierFreeGuidance):
         both: Callable[[Tensor, Tensor, TextConditioning], tuple[Tensor, Tensor]],
         scale: float,
         interval: tuple[float, float] = (0.0, 1.0),
+        noise_share: Callable[[Tensor], Tensor] = lambda t: t,
     ):
-        self.both, self.scale, self.interval = both, scale, interval
+        self.both, self.scale, self.interval, self.noise_share = both, scale, interval, noise_share
 
     def __call__(self, denoise: Denoise, x_t: Tensor, t: Tensor, step: SamplingStep) -> Tensor:
         return super().__call__(denoise if self.scale == 1 else self._extrapolate, x_t, t, step)
 
     def _extrapolate(self, x_t: Tensor, t: Tensor, text: TextConditioning, route: Route | None = None) -> Tensor:
         final, middle = self.both(x_t, t, text)
-        lowest, highest = self.interval
-        inside = _over_image((t >= lowest) & (t <= highest))
+        (lowest, highest), share = self.interval, self.noise_share(t)
+        inside = over_image((share >= lowest) & (share <= highest))
         return torch.where(inside, middle + self.scale * (final - middle), final)
 
 
@@ -330,37 +206,3 @@ def initial_noise(seeds: list[int], shape: tuple[int, int, int], device: torch.d
     """Return unit noise (B, C, H, W), of one seed per image: an image is the same alone, in any batch and on any device."""
     noise = [torch.randn(shape, generator=generator_from(seed)) for seed in seeds]
     return torch.stack(noise).to(device)
-
-
-def sample_flow(
-    predict: Callable[[Tensor, Tensor, int], Tensor], flow: FlowMatching, noise: Tensor, num_inference_steps: int
-) -> Tensor:
-    """Integrate dx/dt = v̂ from t = 1 to 0.
-
-    With x-prediction an Euler step from t to t′ is x_t′ = x̂0 + (t′/t)·(x_t − x̂0): it lies between x_t and x̂0, and the last one
-    ends on x̂0, so that a perfect prediction gives the exact image. With `clamp_sampling` it is the step of diffusers' pipeline.
-
-    Args:
-        predict: x_t (B, C, H, W), t (B,), index of the step → what the network predicts, guidance included.
-        flow: the process the network was trained on; its `timestep_shift` also spaces the steps.
-        noise: unit noise (B, C, H, W).
-        num_inference_steps: Euler steps.
-
-    Returns:
-        The clean images or latents (B, C, H, W).
-    """
-    scheduler = FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=flow.timestep_shift)
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    x_t = noise * flow.noise_scale
-    exact = flow.prediction == "x" and not flow.clamp_sampling
-    timesteps: Tensor = scheduler.timesteps  # pyright: ignore[reportAssignmentType]
-    sigmas: Tensor = scheduler.sigmas  # pyright: ignore[reportAssignmentType]
-    for index, timestep in enumerate(timesteps):
-        t = (timestep.float() / NUM_TRAIN_TIMESTEPS).expand(x_t.shape[0])
-        prediction = predict(x_t, t, index)
-        if exact:
-            x_t = prediction + sigmas[index + 1] / sigmas[index] * (x_t - prediction)
-        else:
-            velocity = flow.to_velocity(prediction, x_t, t)
-            x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
-    return x_t

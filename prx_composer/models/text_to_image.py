@@ -4,7 +4,6 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,16 +18,15 @@ from prx_composer.models.encoders import HuggingFaceTextEncoder
 from prx_composer.models.flow import (
     AuxiliaryLosses,
     ClassifierFreeGuidance,
-    FlowMatching,
     FlowOutput,
     Guidance,
     SamplingStep,
     TextConditioning,
     check_seeds,
     initial_noise,
-    sample_flow,
 )
 from prx_composer.models.huggingface import returned_afterwards
+from prx_composer.models.processes import FlowMatching, Process
 from prx_composer.models.prompts import what_is_lost
 from prx_composer.models.randomness import RandomStreams, seeded_generator
 from prx_composer.models.routing import Route, counted_pixels
@@ -36,7 +34,7 @@ from prx_composer.models.routing import Route, counted_pixels
 log = logging.getLogger(__name__)
 
 VALIDATION_TIMESTEPS = tuple((stratum + 0.5) / 8 for stratum in range(8))
-"""Where the validation loss is taken: the middles of eight equal parts of [0, 1]."""
+"""Where the validation loss is taken, as shares of noise: the middles of eight equal parts of [0, 1]."""
 
 
 @functools.cache  # so that it is said once
@@ -74,7 +72,7 @@ class ValidationLoss(Metric):
 
 
 class TextToImage(ComposerModel):
-    """A flow-matching text-to-image model: its training step, its evaluation and how it draws.
+    """A text-to-image model: its training step, its evaluation and how it draws.
 
     Batches are mappings with `image` uint8 (B, 3, H, W), `input_ids` int64 and `attention_mask` bool (B, T); they are
     never written to. With `text_embedding` they bring what the (frozen) text encoder would make of their captions, and it isn't
@@ -86,7 +84,7 @@ class TextToImage(ComposerModel):
     Args:
         backbone: the network that is trained.
         text_encoder: captions → embeddings.
-        flow: the process that is learned.
+        flow: the process that is learned; flow matching by default.
         autoencoder: pixels (the default) or a frozen latent space.
         caption_dropout: share of captions replaced by the empty one, for classifier-free guidance.
         seed: of every random draw of training.
@@ -108,7 +106,7 @@ class TextToImage(ComposerModel):
         self,
         backbone: PRXBackbone,
         text_encoder: HuggingFaceTextEncoder,
-        flow: FlowMatching | None = None,
+        flow: Process | None = None,
         autoencoder: Autoencoder | None = None,
         caption_dropout: float = 0.1,
         seed: int = 0,
@@ -128,12 +126,18 @@ class TextToImage(ComposerModel):
                 f"model.backbone.in_channels is {backbone.in_channels}, but model.autoencoder gives "
                 f"{self.autoencoder.channels} channels; set in_channels: {self.autoencoder.channels}."
             )
+        outputs, channels = getattr(backbone, "out_channels", backbone.in_channels), backbone.in_channels
+        if outputs not in (channels, 2 * channels):
+            raise ValueError(
+                f"model.backbone.out_channels is {outputs}; a prediction has {channels}, and as many variances may follow: "
+                f"set out_channels: {channels} or {2 * channels}."
+            )
         if not 0 <= caption_dropout < 1:
             raise ValueError(f"model.caption_dropout must lie in [0, 1), not {caption_dropout}.")
         self.backbone = backbone
         self.text_encoder = text_encoder
-        self.flow = flow or FlowMatching()
-        self.training_flow: FlowMatching | None = None  # of which the timesteps of training are, if not of `flow`
+        self.flow: Process = flow or FlowMatching()
+        self.training_flow: Process | None = None  # of which the timesteps of training are, if not of `flow`
         self.caption_dropout = caption_dropout
         self.random = RandomStreams(seed)
         self.auxiliary_losses = AuxiliaryLosses()
@@ -174,11 +178,9 @@ class TextToImage(ComposerModel):
         if self.backbone.router is not None and self.training:
             num_tokens = self.backbone.num_tokens(*clean.shape[-2:])
             route = self.backbone.router.draw(clean.shape[0], num_tokens, self.random.generator("routing", device))
-        prediction, taps = self.backbone(
-            noised, timestep, text.embedding, attention_mask=text.mask, route=route, return_taps=True
-        )
+        output, taps = self.backbone(noised, timestep, text.embedding, attention_mask=text.mask, route=route, return_taps=True)
         counted = counted_pixels(route, clean, self.backbone.patch_size)
-        return FlowOutput(prediction, clean, noise, noised, timestep, text, route, taps, counted)
+        return FlowOutput(self._predicted(output), clean, noise, noised, timestep, text, route, taps, counted)
 
     def _encode_image(self, batch: Mapping[str, Any]) -> Tensor:
         return batch["latent"].float() if "latent" in batch else self.autoencoder.encode(batch["image"])
@@ -226,13 +228,13 @@ class TextToImage(ComposerModel):
 
     @torch.no_grad()
     def eval_forward(self, batch: Mapping[str, Any], outputs: Tensor | None = None) -> Tensor:
-        """Return every sample's error in v-space at every one of `VALIDATION_TIMESTEPS`: fp32 (B, 8).
+        """Return every sample's `velocity_error` at every one of `VALIDATION_TIMESTEPS`: fp32 (B, 8).
 
-        It is ‖v̂ − v‖² / (C·H·W), and of x-prediction ‖x̂0 − x0‖² / (C·H·W) / t²: what the flow's loss is in training, whatever is
-        predicted, and never clamped. Neither the distribution of training's timesteps has a part in it, nor `min_timestep`, the
-        run's seed, caption dropout or routes. A sample's noise is of its `sample_id` alone, the same at all timesteps, and drawn
-        on the CPU, so that a GPU measures the same. Numbers compare between runs on the same data, image size, autoencoder and
-        `noise_scale`: another of these is another velocity.
+        It is ‖v̂ − v‖² / (C·H·W), and of x-prediction ‖x̂0 − x0‖² / (C·H·W) / t²: what the loss of flow matching is in training,
+        whatever is predicted by whatever process, and never clamped. Neither the distribution of training's times has a part in
+        it, nor `min_timestep`, the run's seed, caption dropout or routes. A sample's noise is of its `sample_id` alone, the same
+        at all timesteps, and drawn on the CPU, so that a GPU measures the same. Numbers compare between runs on the same data,
+        image size, autoencoder and `noise_scale`: another of these is another velocity.
 
         The backbone is called once for every timestep, so that it takes no more memory than one call; the text is encoded once.
         """
@@ -243,12 +245,12 @@ class TextToImage(ComposerModel):
         cpu = torch.device("cpu")
         drawn = [torch.randn(clean.shape[1:], generator=seeded_generator(cpu, "validation", sample)) for sample in ids]
         noise = torch.stack(drawn).to(clean.device)
-        flow = replace(self.flow, min_timestep=min(VALIDATION_TIMESTEPS))  # which clamps none of them
         errors = []
-        for timestep in VALIDATION_TIMESTEPS:
-            t = torch.full((len(clean),), timestep, device=clean.device)
-            prediction = self._predict(flow.interpolate(clean, noise, t), t, text)
-            errors.append(flow.squared_error(prediction, clean, noise, t))
+        for share in VALIDATION_TIMESTEPS:
+            t = self.flow.time_at(torch.full((len(clean),), share, device=clean.device))
+            noised = self.flow.interpolate(clean, noise, t)
+            prediction = self._predict(noised, t, text)
+            errors.append(self.flow.velocity_error(prediction, noised, clean, noise, t))
         return torch.stack(errors, 1)
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
@@ -275,7 +277,7 @@ class TextToImage(ComposerModel):
             prompts: B captions.
             height, width: image size; divisible by the patch size (and the autoencoder's downsampling).
             seeds: one per image, 0 … B−1 by default. An image depends on its own seed only.
-            num_inference_steps: Euler steps.
+            num_inference_steps: steps, each a call of the network.
             guidance_scale: 1 = unguided.
             watch: is called before every step, with its index and the clean images that are predicted there, (B, C, H, W) as the
                 autoencoder has them. What it raises ends the drawing.
@@ -329,7 +331,7 @@ class TextToImage(ComposerModel):
                     watch(index, self.flow.to_x0(prediction, x_t, t))
                 return prediction
 
-            return sample_flow(predict, self.flow, noise, num_inference_steps)
+            return self.flow.sample(predict, noise, num_inference_steps)
         finally:
             self.train(was_training)
 
@@ -354,4 +356,8 @@ class TextToImage(ComposerModel):
         return TextConditioning(self.text_encoder(input_ids, mask), mask)
 
     def _predict(self, x_t: Tensor, t: Tensor, text: TextConditioning, route: Route | None = None) -> Tensor:
-        return self.backbone(x_t, t, text.embedding, attention_mask=text.mask, route=route).float()
+        return self._predicted(self.backbone(x_t, t, text.embedding, attention_mask=text.mask, route=route)).float()
+
+    def _predicted(self, output: Tensor) -> Tensor:
+        """Return the part of the network's output that is its prediction: DiT and PixArt have variances behind it."""
+        return output[:, : self.autoencoder.channels]

@@ -4,6 +4,7 @@ Nothing here imports PyTorch or Composer: a constructor may be read from its sou
 the YAML path.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import types
@@ -15,14 +16,16 @@ from typing import Any
 from prx_composer.common.errors import Problems, UserError, at_path, nearest
 from prx_composer.common.outlines import CannotTell, constructor
 from prx_composer.recipe.consistency import phases_of
-from prx_composer.registry import NESTED, Registry
+from prx_composer.registry import NESTED, UNNAMED, Registry
 from prx_composer.schedule.moments import Moment
 
 Spec = dict[str, Any]
 
 
-def split(spec: Any, path: str) -> tuple[str, Spec]:
-    """Return the name and the arguments of `{name: …, **arguments}`."""
+def split(spec: Any, path: str, unnamed: str | None = None) -> tuple[str, Spec]:
+    """Return the name and the arguments of `{name: …, **arguments}`; `unnamed` is the name of one that has none."""
+    if unnamed is not None and isinstance(spec, dict):
+        spec = {"name": unnamed} | spec
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
         raise UserError(f"{path} must be a mapping with a `name`, not {spec!r}.")
     return spec["name"], {key: value for key, value in spec.items() if key != "name"}
@@ -145,7 +148,7 @@ def check_component(
         function = components.constructor(name, path, imports)
     except CannotTell:
         return
-    check_arguments(function, arguments, path, *given, imports=imports)
+    check_arguments(function, arguments, path, *given, imports=imports, of=(components, name))
 
 
 def check_arguments(
@@ -156,6 +159,7 @@ def check_arguments(
     also: Collection[str] = (),
     defaulted: Collection[str] = (),
     imports: bool = True,
+    of: tuple[Registry, str] | None = None,
 ) -> None:
     """Bind arguments against a signature.
 
@@ -165,6 +169,7 @@ def check_arguments(
         also: what a recipe may give though the signature doesn't have it.
         defaulted: what the program passes unless the recipe does.
         imports: whether components that are nested in it may be imported.
+        of: where the target is registered, and its name.
     """
     try:
         function = constructor(target)
@@ -181,18 +186,44 @@ def check_arguments(
         with problems.noted():
             default = parameters[key].default if key in parameters else None
             if key not in allowed and not open_ended:
-                instead = nearest(str(key), allowed) if allowed else " It takes none."
+                instead = _taken_by_others(of, str(key), imports) or (
+                    nearest(str(key), allowed) if allowed else " It takes none."
+                )
                 raise UserError(f"{path}.{key}: no such argument.{instead}")
             if key in NESTED:
                 if value is not None or default is not None:
                     below, tokenizer = f"{path}.{key}", ("tokenizer",) if key == "text_encoder" else ()
-                    check_component(NESTED[key], *split(value, below), below, tokenizer, tokenizer, imports=imports)
+                    check_component(
+                        NESTED[key], *split(value, below, UNNAMED.get(key)), below, tokenizer, tokenizer, imports=imports
+                    )
             elif key in hints:
-                check_type(value, hints[key], f"{path}.{key}", default)
+                try:
+                    check_type(value, hints[key], f"{path}.{key}", default)
+                except UserError as error:
+                    if instead := _taken_by_others(of, key, imports, value):
+                        raise UserError(f"{error}{instead}") from None
+                    raise
     for name, parameter in parameters.items():
         if name not in defaulted and name not in arguments and parameter.default is parameter.empty and name in allowed:
             problems.found.append(f"{path} lacks the argument {name!r}.")
     problems.raise_any()
+
+
+def _taken_by_others(of: tuple[Registry, str] | None, key: str, imports: bool, *value: Any) -> str:
+    """Return in words which others of a nested component's kind take an argument, or a value of it; "" if none does."""
+    if of is None or of[0] not in NESTED.values():
+        return ""
+    (components, own), takers = of, list[str]()
+    for name in sorted(components.builtin.keys() - {own}):
+        with contextlib.suppress(CannotTell, UserError, KeyError):
+            hint = hints_of(components.constructor(name, name, imports))[key]
+            if value:
+                check_type(*value, hint, name)
+            takers.append(name)
+    others = " and ".join(f"name: {name}" for name in takers)
+    if not others or value:
+        return f" {others} takes it." if others else ""
+    return f" It is of {others}. {components.instead.get(own, f'{own} has none')}."
 
 
 def hints_of(function: Any) -> dict[str, Any]:
@@ -241,7 +272,7 @@ def build(
 
 def _construct(value: Any, key: str, hint: Any, path: str) -> Any:
     if key in NESTED and isinstance(value, dict):
-        return build(NESTED[key], *split(value, path), path)
+        return build(NESTED[key], *split(value, path, UNNAMED.get(key)), path)
     of = dataclass_in(hint, value)
     if of is None:
         return value

@@ -23,7 +23,7 @@ from prx_composer.common.errors import Problems, UserError, nearest, raise_all
 from prx_composer.recipe.arguments import Spec, check_type, dataclass_in, entries, hints_of
 from prx_composer.recipe.checks import argument_problems, first_look
 from prx_composer.recipe.merging import RUN_FOLDER, merge_arguments
-from prx_composer.registry import BY_KEY, BY_NAME, NESTED, Registry, with_size
+from prx_composer.registry import BY_KEY, BY_NAME, NESTED, UNNAMED, Registry, with_size
 from prx_composer.schedule.moments import Point, parse_duration
 
 
@@ -296,7 +296,7 @@ def _filled(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[
 def _value(value: Any, name: str, hint: Any) -> Any:
     value = _NONE_MEANS.get(name) if value is None else value
     if name in NESTED and isinstance(value, dict):
-        return _component(NESTED[name], value)
+        return _component(NESTED[name], ({"name": UNNAMED[name]} if name in UNNAMED else {}) | value)
     of = dataclass_in(hint, value)
     if of is None:
         return value

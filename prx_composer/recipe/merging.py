@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import read_text
+from prx_composer.registry import UNNAMED
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _drop_replaced(below: Any, above: DictConfig) -> None:
     for key in above:
         old, new = (config._get_node(key) for config in (below, above))
         if isinstance(old, DictConfig) and isinstance(new, DictConfig):
-            if "name" in old and "name" in new and old.get("name") != new.get("name"):
+            if "name" in new and old.get("name", UNNAMED.get(str(key), new.get("name"))) != new.get("name"):
                 del below[key]
             else:
                 _drop_replaced(old, new)

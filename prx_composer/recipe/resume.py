@@ -109,6 +109,18 @@ RULES = (
     Rule("model.text_encoder.config** model.text_encoder.trainable", "never", _NETWORK, _FROM_WEIGHTS),
     Rule("model.text_encoder model.autoencoder model.autoencoder.config**", "never", _NETWORK, _FROM_WEIGHTS),
     Rule("model.compile model.attention model.activation_memory_budget", "asked", "It rounds differently.", "Not to the bit."),
+    Rule(
+        "model.flow model.flow.prediction",
+        "asked",
+        "The network was trained to predict it.",
+        "It learns anew what its output means.",
+    ),
+    Rule(
+        "model.flow.solver_order model.flow.sigma_min model.flow.sigma_max model.flow.rho",
+        "logged",
+        "They say how images are drawn, not what is learned.",
+        "Pictures and scores are drawn by the new steps.",
+    ),
     Rule("model**", "asked", "The network was trained with it.", _AT_ONCE),
     # ---- optimizer
     Rule(

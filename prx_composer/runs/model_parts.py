@@ -26,10 +26,11 @@ from prx_composer.data.format import Manifest, iterate_captions
 from prx_composer.models.autoencoder import Pixels, stored_config
 from prx_composer.models.encoders import load_tokenizer, train_tokenizer
 from prx_composer.models.huggingface import known_config
+from prx_composer.models.processes import Process
 from prx_composer.models.prompts import cleaner, with_cleaning
 from prx_composer.recipe.arguments import Spec, build, data_sets, split
 from prx_composer.recipe.consistency import downsampling_of
-from prx_composer.registry import Registry
+from prx_composer.registry import UNNAMED, Registry
 from prx_composer.runs.folder import FROZEN, TOKENIZER
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,12 @@ class ModelParts:
         name, arguments = self._spec("backbone")
         with self._device:
             return build(registry.backbones, name, arguments, "model.backbone")
+
+    @cached_property
+    def flow(self) -> Process:
+        """What is learned."""
+        name, arguments = split(self._given.get("flow") or {}, "model.flow", UNNAMED["flow"])
+        return build(registry.processes, name, arguments, "model.flow")
 
     @cached_property
     def autoencoder(self) -> Any:

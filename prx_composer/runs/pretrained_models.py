@@ -17,11 +17,14 @@ from prx_composer.common.errors import UserError, at_path, listed
 from prx_composer.common.files import read_text, write_whole
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.diffusion import DDPM
 from prx_composer.models.encoders import HuggingFaceTextEncoder, load_tokenizer
-from prx_composer.models.flow import PIXEL_MIN_TIMESTEP, FlowMatching
+from prx_composer.models.processes import PIXEL_MIN_TIMESTEP
 from prx_composer.models.prompts import cleaner, cleaning_of
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.recipe.arguments import split
 from prx_composer.recipe.consistency import strings
+from prx_composer.registry import UNNAMED, processes
 from prx_composer.runs.weights import locate, read_json, read_parts, read_safetensors, safetensors_shapes, split_parts
 
 log = logging.getLogger(__name__)
@@ -59,12 +62,14 @@ def backbone_arguments(folder: Path) -> dict[str, Any]:
 
 
 def flow_arguments(folder: Path) -> dict[str, Any]:
-    """Return what the pipeline, and the recipe of an export, know of the flow: prediction, shift, noise scale, clamps.
+    """Return what the pipeline, and the recipe of an export, know of `model.flow`: prediction, shift, noise scale, clamps, betas.
 
     Raises:
         UserError: a scheduler that doesn't take these steps.
     """
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if scheduler.get("_class_name") == "DPMSolverMultistepScheduler" and not is_pixel(folder):
+        return _ddpm_arguments(folder, scheduler)
     if scheduler.get("_class_name") != "FlowMatchEulerDiscreteScheduler" or scheduler.get("use_dynamic_shifting"):
         raise UserError(
             f"{folder}/scheduler: only a FlowMatchEulerDiscreteScheduler with a fixed shift takes the steps that are taken here."
@@ -82,6 +87,19 @@ def flow_arguments(folder: Path) -> dict[str, Any]:
             if own.get("clamp_sampling", False):
                 arguments["clamp_sampling"] = True
     return arguments
+
+
+def _ddpm_arguments(folder: Path, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the DDPM that draws by this scheduler."""
+    of_betas = ("beta_start", "beta_end") if scheduler.get("beta_schedule") != "squaredcos_cap_v2" else ()
+    arguments = {key: scheduler.get(key) for key in ("beta_schedule", *of_betas, "solver_order")}
+    arguments["prediction"] = {"epsilon": "eps", "v_prediction": "v"}.get(str(scheduler.get("prediction_type")))
+    with at_path(f"{folder}/scheduler", TypeError, NotImplementedError):
+        ours = dict(DDPM(**arguments).scheduler().config)
+    others = sorted(key for key, value in scheduler.items() if not key.startswith("_") and value != ours.get(key))
+    if others:
+        raise UserError(f"{folder}/scheduler: it takes other steps than are taken here, by its {', '.join(others)}.")
+    return {"name": "ddpm", **arguments}
 
 
 def image_size(folder: Path) -> int:
@@ -147,7 +165,8 @@ def open_pipeline(folder: Path) -> tuple[TextToImage, int]:
         tokenizer = load_tokenizer(arguments.pop("tokenizer"))
         encoder = HuggingFaceTextEncoder(tokenizer, **arguments)
         autoencoder = Pixels() if is_pixel(folder) else DiffusersAutoencoder(str(folder), subfolder="vae")
-        model = TextToImage(backbone, encoder, FlowMatching(**flow_arguments(folder)), autoencoder)
+        process, values = split(flow_arguments(folder), "flow", UNNAMED["flow"])
+        model = TextToImage(backbone, encoder, processes.get(process, "flow")(**values), autoencoder)
         if mends_prompts(model):
             model.clean_prompt = pipeline_prompt
         spec = _trained_as(folder)  # without a recipe it is another's, and those were trained without captions too

@@ -20,7 +20,7 @@ from PIL import Image
 
 from prx_composer.commands.export.pipeline import push, write_pipeline, written_aside
 from prx_composer.common.errors import UserError
-from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
+from prx_composer.models import DDPM, EDM, FlowMatching, HuggingFaceTextEncoder, PRXBackbone, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.recipe import config
 from prx_composer.runs.opening import Trained, load_trained
@@ -102,12 +102,36 @@ def test_the_latent_pipeline_draws_our_image_from_our_seed(
     assert np.abs(image - model.autoencoder.decode(ours)[0].permute(1, 2, 0).numpy()).max() <= 1
 
 
+@pytest.mark.parametrize("flow", [DDPM("v", "squaredcos_cap_v2"), DDPM("eps", "scaled_linear", 0.00085, 0.012, solver_order=1)])
+def test_the_latent_pipeline_draws_what_a_ddpm_does(tiny_model: Build, tmp_path: Path, flow: DDPM) -> None:
+    """With its scheduler in the folder; imported again it is the same process."""
+    torch.manual_seed(0)
+    backbone = PRXBackbone(**TINY_BACKBONE | {"in_channels": 4, "patch_size": 2})  # pyright: ignore[reportArgumentType]
+    for parameter in backbone.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    model = TextToImage(backbone, tiny_model().text_encoder, flow, DiffusersAutoencoder(config=VAE))
+    out = exported(model, tmp_path / "out")
+    pipeline = PRXPipeline.from_pretrained(out)
+    options: Any = dict(num_inference_steps=5, guidance_scale=3.0, skip_text_cleaning=True)
+    latent = draw(pipeline, PROMPT, 16, 24, 3, "latent", **options)
+    torch.testing.assert_close(model.sample([PROMPT], 16, 24, [3], 5, 3.0), latent, atol=1e-4, rtol=0)
+    assert load_trained(str(out)).model.flow == flow
+    scheduler = out / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"trailing"', '"leading"'))
+    with pytest.raises(UserError, match=r"scheduler: it takes other steps than are taken here, by its timestep_spacing"):
+        load_trained(str(out))
+
+
 def test_what_diffusers_has_no_place_for_is_refused_by_name(tiny_model: Build, tmp_path: Path) -> None:
     model = tiny_model(flow=FlowMatching("v"), text_adapter_depth=1)
     with pytest.raises(UserError, match="text_adapter_depth") as refusal:
         exported(model, tmp_path / "out")
     assert "flow.prediction: v on pixels" in str(refusal.value)
     assert not list(tmp_path.iterdir()), "nothing half-written is left"
+    for flow, message in ((DDPM(), "DDPM: .* PRXPixelPipeline takes flow matching's steps"), (EDM(), "EDM: .* PRXPixelPipeline")):
+        with pytest.raises(UserError, match=f"model.flow is {message}"):
+            exported(tiny_model(flow=flow), tmp_path / "out")
     flow = FlowMatching(min_timestep=0.1, clamp_sampling=True)  # the pipeline's own 0.05 clamps, whatever the loss divides by
     out = exported(
         tiny_model(flow=flow), tmp_path / "out", recipe={"model": {"flow": {"min_timestep": 0.1, "clamp_sampling": True}}}

@@ -17,7 +17,7 @@ from prx_composer.algorithms.low_precision import LowPrecisionNorm
 from prx_composer.algorithms.resolution import ResolutionAware
 from prx_composer.models import FlowMatching, TextToImage
 from prx_composer.models.counting import flops_of_batch
-from prx_composer.models.flow import shift_timesteps
+from prx_composer.models.processes import shift_timesteps
 from prx_composer.optim import AdamW
 
 Build = Callable[..., TextToImage]

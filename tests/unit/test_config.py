@@ -95,6 +95,18 @@ def test_a_component_of_another_name_does_not_inherit_arguments(tiny_recipe: Rec
     assert config.load([write_recipe(tiny_recipe), "optimizer={name: adamw, eps: 1}"]).optimizer["lr"] == 1e-3, "the same name"
 
 
+def test_flow_matching_is_the_process_that_has_no_name(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    tiny_recipe["model"]["flow"] = {"min_timestep": 0.3}
+    path = write_recipe(tiny_recipe)
+    for name, flow in (("edm", {"name": "edm"}), ("flow_matching", {"min_timestep": 0.3, "name": "flow_matching"})):
+        other = write_recipe({"model": {"flow": {"name": name}}}, "other.yaml")
+        assert (
+            config.load([path, other]).model["flow"] == config.load([path, f"model.flow={{name: {name}}}"]).model["flow"] == flow
+        )
+        config.check(config.load([path, other]))
+    assert config.load([path, "model.flow={name: edm}", "model.flow={p_std: 0.6}"]).model["flow"] == {"name": "edm", "p_std": 0.6}
+
+
 def test_elements_of_lists_are_set_by_index(tiny_recipe: Recipe, write_recipe: Write) -> None:
     recipe = config.load([write_recipe(tiny_recipe), "algorithms.progressive_resolution.stages[0].until=6ba"])
     stages = recipe.algorithms["progressive_resolution"]["stages"]
@@ -115,8 +127,21 @@ BAD: dict[str, tuple[list[str], str]] = {
     "type": (["model.backbone.depth=four"], r"model.backbone.depth: expected an integer, not 'four'"),
     "top-level type": (["global_train_batch_size=many"], r"global_train_batch_size: expected an integer, not 'many'"),
     "flow": (["model.flow.predicton=x"], r"model.flow.predicton: no such argument. Did you mean 'prediction'"),
+    "process": (["model.flow={name: dppm}"], r"model.flow: there is no 'dppm' among the processes. Did you mean 'ddpm'"),
+    "key of another process": (
+        ["model.flow={name: ddpm, timestep_shift: 3.0}"],
+        r"model.flow.timestep_shift: no such argument. It is of name: flow_matching. Its noise is that of its betas, its times",
+    ),
+    "weight of another process": (
+        ["model.flow={name: edm, min_timestep: 0.3}"],
+        r"model.flow.min_timestep: no such argument. It is of name: flow_matching. .* its loss is weighted by EDM's own rule",
+    ),
+    "betas of flow matching": (
+        ["model.flow.beta_schedule=linear"],
+        r"model.flow.beta_schedule: .* It is of name: ddpm. Its path",
+    ),
     "tokens": (["eval_interval=5tok"], r"eval_interval: 5tok: images have no tokens"),
-    "literal": (["model.flow.prediction=eps"], r"model.flow.prediction: expected 'x' or 'v', not 'eps'"),
+    "literal": (["model.flow.prediction=eps"], r"model.flow.prediction: expected 'x' or 'v', not 'eps'. name: ddpm takes it."),
     "stage": (["algorithms.progressive_resolution.stages=[{until: 3ba}]"], r"stages\[0\] lacks the argument 'image_size'"),
     "stage key": (
         ["algorithms.progressive_resolution.stages=[{image_sise: 8}]"],

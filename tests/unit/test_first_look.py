@@ -250,6 +250,8 @@ def test_every_shipped_recipe_passes(tmp_path: Path) -> None:
     for path in sorted(Path("yamls").glob("*.yaml")):
         if path.stem != "foundry":
             assert not found([str(path)], num_ranks={"24h": 32, "24h_next": 32, "eight_gpus": 8}.get(path.stem, 1)), path
+    for path in sorted(Path("yamls/architectures").glob("*.yaml")):
+        assert not found([str(path)]), path
     for path in sorted(Path("yamls/ablations").glob("*.yaml")):
         assert not found([quickstart, str(path)]), path
 

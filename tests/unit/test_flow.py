@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from prx_composer.models.flow import FlowMatching, shift_timesteps
+from prx_composer.models.processes import FlowMatching, shift_timesteps
 
 
 def generator(seed: int = 0) -> torch.Generator:

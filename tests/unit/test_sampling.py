@@ -12,7 +12,7 @@ from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from prx_composer.models import FlowMatching, TextToImage
-from prx_composer.models.flow import SamplingStep, initial_noise, sample_flow
+from prx_composer.models.flow import SamplingStep, initial_noise
 from prx_composer.models.randomness import derive_seed, generator_from, seeded_generator
 
 Build = Callable[..., TextToImage]
@@ -43,11 +43,10 @@ def test_draws_what_the_prx_pixel_pipeline_draws(tiny_model: Build, guidance_sca
     device = torch.device("cpu")
     text, null = model.encode_prompts([PROMPT], device), model.encode_prompts([""], device)
     with torch.no_grad():
-        ours = sample_flow(
+        ours = model.flow.sample(
             lambda x_t, t, index: model.guidance(
                 model._predict, x_t, t, SamplingStep(text, null, guidance_scale, index, [0], 24)
             ),
-            model.flow,
             noise,
             6,
         )
@@ -64,7 +63,7 @@ def test_euler_follows_a_straight_path_exactly(prediction: str) -> None:
     flow = FlowMatching(prediction=prediction, noise_scale=2.0, timestep_shift=3.0)  # pyright: ignore[reportArgumentType]
     x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     target = x0 if prediction == "x" else flow.velocity(x0, noise)
-    torch.testing.assert_close(sample_flow(lambda x_t, t, index: target, flow, noise, 9), x0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(flow.sample(lambda x_t, t, index: target, noise, 9), x0, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("min_timestep", [0.05, 0.1, 0.3])
@@ -82,7 +81,7 @@ def test_a_perfect_denoiser_stays_on_the_path_and_gives_the_exact_image(
         return x0
 
     for steps in (1, 2, 3, 10, 28, 50, 250):
-        assert (sample_flow(perfect, flow, noise, steps) - x0).abs().max() <= 1e-5
+        assert (flow.sample(perfect, noise, steps) - x0).abs().max() <= 1e-5
 
 
 def test_clamped_steps_leave_the_part_of_the_noise_that_diffusers_leaves() -> None:
@@ -95,7 +94,7 @@ def test_clamped_steps_leave_the_part_of_the_noise_that_diffusers_leaves() -> No
         last[:] = [t[0].item()]
         return x0
 
-    drawn = sample_flow(perfect, flow, noise, 28)
+    drawn = flow.sample(perfect, noise, 28)
     left = (1 - last[0] / 0.05) * last[0]
     torch.testing.assert_close(drawn, x0 + left * (2 * noise - x0), atol=1e-5, rtol=0)
     assert 0.81 < 1 - last[0] / 0.05 < 0.83

@@ -282,7 +282,7 @@ def _measure_loss(o: EvaluateOptions, kinds: Kinds, trained: "Trained", sweep: "
         "metrics": list(model.get_metrics()),
         "data": {"source": source, "count": count if o.num is None else min(count, o.num), "loader": spec},
         "image_size": size,
-        "noise_scale": model.flow.noise_scale,
+        "noise_scale": getattr(model.flow, "noise_scale", 1.0),
         "precision": sweep.base.precision,
     }
     results = Results(Path(o.output or f"{LOSS}.json").expanduser(), conditions)

@@ -153,7 +153,7 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
     """Write README.md beside what `write_pipeline` wrote."""
     from prx_composer.commands.export.pipeline import without_places, write_readme
     from prx_composer.models.autoencoder import Pixels
-    from prx_composer.models.flow import PIXEL_MIN_TIMESTEP
+    from prx_composer.models.processes import PIXEL_MIN_TIMESTEP
     from prx_composer.models.prompts import cleaner, cleaning_of
     from prx_composer.runs.pretrained_models import RECIPE
 
@@ -182,7 +182,7 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
         "command": card.command,
         "versions": {"prx-composer": __version__} | {name: version(name) for name in _VERSIONS},
         "sampling": {k: v for k, v in asdict(card.sampling).items() if k not in ("precision", "guidance")},
-        "flow": asdict(model.flow),
+        "flow": {"name": type(model.flow).__name__} | asdict(model.flow),
     }
     write_readme(
         folder,
@@ -198,7 +198,7 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
         network=type(model.text_encoder.network).__name__,
         reference=_public_reference(folder),
         cleaned=cleaned,
-        exact=pixels and not model.flow.clamp_sampling,
+        exact=pixels and not getattr(model.flow, "clamp_sampling", False),
         clamp=PIXEL_MIN_TIMESTEP,
         prompt=cleaner("prx")(prompt) if pixels and cleaned else prompt,
         s=card.sampling,

@@ -17,15 +17,15 @@ import torch
 import transformers
 import yaml
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 
 from prx_composer.common.errors import UserError, raise_all, redacted
 from prx_composer.common.files import sync
 from prx_composer.common.pages import render
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
-from prx_composer.models.flow import NUM_TRAIN_TIMESTEPS
+from prx_composer.models.diffusion import DDPM
 from prx_composer.models.layers import is_adapted
+from prx_composer.models.processes import FlowMatching
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.opening import Trained
 from prx_composer.runs.pretrained_models import RECIPE, REFERENCE
@@ -85,26 +85,28 @@ def write_pipeline(trained: Trained, folder: Path, reference: bool = False) -> N
     model = trained.model
     check_exportable(model)
     pixels = isinstance(model.autoencoder, Pixels)
-    scale = 1.0 if pixels else model.flow.noise_scale  # PRXPipeline begins with unit noise: the scale goes into the weights
+    noise_scale = getattr(model.flow, "noise_scale", 1.0)
+    scale = 1.0 if pixels else noise_scale  # PRXPipeline begins with unit noise: the scale goes into the weights
     tokenizer: Any = model.text_encoder.tokenizer
     network: Any = model.text_encoder.network
+    scheduler = model.flow.scheduler()
     index: dict[str, Any] = {
         "_class_name": "PRXPixelPipeline" if pixels else "PRXPipeline",
         "_diffusers_version": diffusers.__version__,
         "default_sample_size": trained.image_size,
         "transformer": ["diffusers", "PRXTransformer2DModel"],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
         "tokenizer": ["transformers", type(tokenizer).__name__],
         "text_encoder": ["transformers", type(network).__name__],
     }
     if pixels:
-        index |= {"prompt_max_tokens": model.text_encoder.max_tokens, "noise_scale": model.flow.noise_scale}
+        index |= {"prompt_max_tokens": model.text_encoder.max_tokens, "noise_scale": noise_scale}
     if reference:
         (folder / REFERENCE).write_text(json.dumps(_reference(trained), indent=2) + "\n")
     else:
         network.save_pretrained(str(folder / "text_encoder"))
     _write_transformer(model, folder / "transformer", scale)
-    FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=model.flow.timestep_shift).save_pretrained(folder / "scheduler")
+    scheduler.save_pretrained(folder / "scheduler")
     length = tokenizer.model_max_length
     tokenizer.model_max_length = model.text_encoder.max_tokens  # to which PRXPipeline pads
     try:
@@ -133,9 +135,12 @@ def check_exportable(model: TextToImage) -> None:
     if len(backbone.conditioners):
         problems.append(f"backbone.conditioners: diffusers' PRX has no place for {', '.join(backbone.conditioners)}.")
     pixels = isinstance(model.autoencoder, Pixels)
-    if pixels and flow.prediction != "x":
+    if not isinstance(flow, FlowMatching) and (pixels or not isinstance(flow, DDPM)):
+        why = "PRXPixelPipeline takes flow matching's steps" if pixels else "PRXPipeline has no place for c_in and c_noise"
+        problems.append(f"model.flow is {type(flow).__name__}: diffusers' {why}.")
+    elif pixels and flow.prediction != "x":
         problems.append("model.flow.prediction: v on pixels: diffusers' PRXPixelPipeline takes predictions for x.")
-    if not pixels and flow.prediction != "v":
+    elif isinstance(flow, FlowMatching) and not pixels and flow.prediction != "v":
         problems.append("model.flow.prediction: x on latents: diffusers' PRXPipeline takes predictions for v.")
     if not pixels and not isinstance(model.autoencoder, DiffusersAutoencoder):
         problems.append("model.autoencoder: only pixels and diffusers autoencoders are known to diffusers.")

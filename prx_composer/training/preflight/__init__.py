@@ -200,6 +200,9 @@ def _check_tricks(parts: Components, settings: list[str]) -> Iterator[Result]:
             others = [other for other in parts.algorithms.values() if other is not trick]
             with problems.noted():
                 trick.check(parts.recipe, others, parts.backbone, sharding)
+            if not parts.is_wrong("model"):
+                with problems.noted():
+                    trick.check_flow(parts.flow)
     problems.raise_any()
     if sharding is not None and low_dtype(sharding.mixed_precision, parts.recipe.precision) is not None:
         norms = parts.algorithms.get("low_precision_norm")
