@@ -31,6 +31,7 @@ from prx_composer.commands import (
     show_log,
 )
 from prx_composer.common.errors import UserError
+from prx_composer.common.installation import training
 
 # What is imported here imports neither torch nor Composer before its verb is called: `prx --help` answers at once.
 
@@ -47,9 +48,9 @@ def train_recipe(options: TrainOptions) -> None:
 
     On several GPUs: composer -n 8 -m prx_composer.cli train RECIPE.yaml
     """
-    from prx_composer import training
+    from prx_composer.training import main as train
 
-    raise typer.Exit(training.main(options.recipe))
+    raise typer.Exit(train(options.recipe))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +91,14 @@ class ImportOptions:
 def import_model(options: ImportOptions) -> None:
     """Write a YAML that trains on from a diffusers PRX model: its sizes, text encoder, flow, and model.init_from.
 
-    It is merged over a recipe: composer train.py RECIPE.yaml FILE run_name=…
+    It is merged over a recipe: prx train RECIPE.yaml FILE run_name=…
     """
     from prx_composer.runs.pretrained_models import write_fragment
 
     show_log()
     target = Path(options.output).expanduser()
     write_fragment(options.folder, target)
-    typer.echo(f"{target} · composer train.py RECIPE.yaml {target} run_name=…")
+    typer.echo(f"{target} · {' '.join(training())} RECIPE.yaml {target} run_name=…")
 
 
 VERBS = {

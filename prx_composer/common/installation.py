@@ -29,6 +29,11 @@ def recipes() -> Path:
     return _PACKAGE / "yamls" if folder is None else folder / "yamls"
 
 
+def training() -> list[str]:
+    """Return the words of the command that trains on all GPUs of a machine, to which a recipe is added."""
+    return ["composer", "train.py"] if clone() is not None else ["composer", "-m", "prx_composer.cli", "train"]
+
+
 def version_of(package: str) -> str | None:
     """Return a package's version, without importing it; None if it is not installed."""
     try:

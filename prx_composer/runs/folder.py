@@ -27,7 +27,7 @@ from composer.utils import dist
 
 from prx_composer.common.errors import UserError, redacted_text
 from prx_composer.common.files import write_whole
-from prx_composer.common.installation import PACKAGES, commit, version_of
+from prx_composer.common.installation import PACKAGES, commit, training, version_of
 from prx_composer.data.contents import data_identity, in_words, same_data
 from prx_composer.recipe.arguments import skip_files, split_folders
 from prx_composer.recipe.config import Recipe, resolved
@@ -233,7 +233,7 @@ def _command_as_before(folder: Path, before: dict[str, Any], refused: list[Chang
     others = {change.key for change in recipe_changes(before, yaml.safe_load(file.read_text()) or {}, ranks)}
     if others & {change.key for change in refused}:
         return None
-    return shlex.join(["composer", "train.py", str(file), f"run_folder={folder}", "autoresume=true"])
+    return shlex.join([*training(), str(file), f"run_folder={folder}", "autoresume=true"])
 
 
 # --------------------------------------------------------------------------------------------------------------------- going on
@@ -362,7 +362,7 @@ def save_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def summarise(folder: Path) -> str:
-    """Return one line: the score and the time, and where images, metrics and checkpoints are."""
+    """Return one line: the score and the time, where images, metrics and checkpoints are, and what makes a page of it."""
     rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     last = rows[-1] if rows else {}
     facts = [f"{name} {last[name]:.3f}" for name in ("heldout_accuracy", "classifier_accuracy") if name in last]
@@ -373,7 +373,7 @@ def summarise(folder: Path) -> str:
     if "train_seconds" in last:
         facts.append(f"{last['train_seconds'] / 60:.1f} min")
     places = [folder / name for name in ("images", "metrics.jsonl", "checkpoints") if (folder / name).exists()]
-    return f"{folder.name}: {', '.join(facts)} · {' · '.join(str(place) for place in places)}"
+    return " · ".join([f"{folder.name}: {', '.join(facts)}", *map(str, places), f"prx report {shlex.quote(str(folder))}"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

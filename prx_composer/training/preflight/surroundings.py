@@ -157,6 +157,8 @@ def check_gpus(recipe: Recipe, algorithms: Iterable[Any], local_ranks: int, num_
         )
         return
     fact = f"{count} × {names}"
+    if 0 < local_ranks < count:
+        yield warned("GPUs", f"{local_ranks} of {count} visible ones train; `composer -n {count} …` trains on all of them")
     if not local_ranks and num_ranks > count:
         fact += f"; {num_ranks} ranks take {-(-num_ranks // count)} such nodes"
     yield passed("GPUs", fact)
