@@ -1,5 +1,6 @@
 """How far a run is, in a log: a line a minute, with a time to go that comes true."""
 
+import itertools
 import re
 import time
 from types import SimpleNamespace
@@ -45,11 +46,10 @@ def test_thousands_of_steps_are_a_line_a_minute(monkeypatch: pytest.MonkeyPatch,
     run.train(4000, 0.1)  # 400 s
     told = [int(line.split()[1].rstrip(",").replace(",", "")) for line in caplog.messages]
     assert told[0] == 1 and len(told) == 7
-    assert all(abs(after - before - 600) <= 1 for before, after in zip(told, told[1:], strict=False))
+    assert all(abs(after - before - 600) <= 1 for before, after in itertools.pairwise(told))
     assert caplog.messages[0] == "Batch 1, 0.0% of the run: loss 0.25."
-    assert re.fullmatch(
-        r"Batch 60[12], 15\.\d% of the run: loss 0\.25, 10 batches per second, about 5m40s to go\.", caplog.messages[1]
-    )
+    said = r"Batch 60[12], 15\.\d% of the run: loss 0\.25, 10 batches per second, about 5m(39|40)s to go\."
+    assert re.fullmatch(said, caplog.messages[1])
 
 
 def test_a_run_that_goes_on_reckons_with_its_own_pace(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
