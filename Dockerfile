@@ -13,17 +13,17 @@ RUN apt-get update \
 COPY --from=ghcr.io/astral-sh/uv:0.9.0 /uv /usr/local/bin/uv
 
 WORKDIR /opt/prx-composer
-ENV UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never UV_COMPILE_BYTECODE=1
+ENV UV_CACHE_DIR=/var/cache/uv UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never UV_COMPILE_BYTECODE=1
 ARG EXTRAS="--extra data --extra eval --extra float8 --extra lora --extra trackers"
 # The packages, in a layer that stays while only our code changes.
 COPY pyproject.toml README.md ./
 # hadolint ignore=SC2086
-RUN --mount=type=cache,target=/root/.cache/uv uv sync --no-dev --no-install-project $EXTRAS
+RUN --mount=type=cache,target=/var/cache/uv uv sync --no-dev --no-install-project $EXTRAS
 
 COPY . .
 ARG VERSION=0.0
 # hadolint ignore=SC2086
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     SETUPTOOLS_SCM_PRETEND_VERSION_FOR_PRX_COMPOSER="$VERSION" uv sync --no-dev $EXTRAS
 
 ENV PATH="/opt/prx-composer/.venv/bin:$PATH"
