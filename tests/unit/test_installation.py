@@ -49,7 +49,9 @@ def test_what_lacks_of_an_extra_is_said_with_the_command(monkeypatch: pytest.Mon
     monkeypatch.setattr(installation, "version_of", lambda package: None if package == "pyarrow" else "1")
     with pytest.raises(UserError, match=r"^prx data convert needs pyarrow: uv sync --inexact --extra data$"):
         installation.require("data", "prx data convert")
-    said = prx("data", "convert", "--source", "parquet", "--input", tmp_path, "--output", tmp_path / "out", code=1)
+    said = prx(
+        "data", "convert", "--source", "parquet", "--caption", "c", "--input", tmp_path, "--output", tmp_path / "out", code=1
+    )
     assert said == "prx data convert needs pyarrow: uv sync --inexact --extra data"
 
 
