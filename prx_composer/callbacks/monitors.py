@@ -85,7 +85,9 @@ class ProgressLines(Callback):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
-            measured = ", ".join(f"{name} {float(value):.4g}" for name, value in state.eval_metric_values.items())
+            values = state.eval_metric_values
+            whole = [name for name in values if not any(name.startswith(f"{other}_") for other in values)]  # no loss by timestep
+            measured = ", ".join(f"{name} {float(values[name]):.4g}" for name in whole)
             log.info("Batch %s: %s.", f"{int(state.timestamp.batch):,}", measured)
 
     def _reached(self, state: State) -> _Reached:

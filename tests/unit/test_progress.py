@@ -71,6 +71,6 @@ def test_a_time_budget_that_ends_first_is_what_counts(monkeypatch: pytest.Monkey
 def test_an_evaluation_is_a_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     run = Run(monkeypatch, "10ba")
     run.train(3, 1.0)
-    run.eval_metric_values = {"validation_loss": 0.5}
+    run.eval_metric_values = {"validation_loss": 0.5, "validation_loss_t0.0625": 2.0, "other": 1.0}
     run.lines.eval_end(run.state(), None)  # pyright: ignore[reportArgumentType]
-    assert caplog.messages[-1] == "Batch 3: validation_loss 0.5."
+    assert caplog.messages[-1] == "Batch 3: validation_loss 0.5, other 1."
