@@ -74,7 +74,7 @@ def adding(extra: str) -> str:
         return f"uv sync --inexact --extra {extra}"
     packages = [f"{one.name}{one.specifier}" for one in extras().get(extra, [])]
     pip = ["pip"] if importlib.util.find_spec("pip") else ["uv", "pip"]  # environments of uv have no pip
-    return shlex.join([*pip, "install", *packages])
+    return shlex.join([*pip, "install", *(packages or [f"{NAME}[{extra}]"])])  # the latter where nothing is known of it
 
 
 def require(extra: str, what: str) -> None:
