@@ -32,7 +32,10 @@ def small_recipe(folder: Path, steps: int) -> dict[str, Any]:
     recipe: dict[str, Any] = dict(vars(config.load([str(ROOT / RECIPE)])))
     model, algorithms = recipe["model"], recipe["algorithms"]
     model["backbone"] |= dict(hidden_size=64, num_heads=1, bottleneck_size=8, context_in_dim=32)
-    model |= {"compile": False, "text_encoder": {"name": "huggingface", "config": T5, "tokenizer": {"train": True}, "max_tokens": 8}}
+    model |= {
+        "compile": False,
+        "text_encoder": {"name": "huggingface", "config": T5, "tokenizer": {"train": True}, "max_tokens": 8},
+    }
     algorithms["repa"] |= {"teacher": {"config": TEACHER}, "projector_hidden": 64, "end": None}
     algorithms["lpips"] |= {"net": "squeeze", "random_weights": True, "compile": False}
     algorithms["perceptual_dino"] |= {"teacher": {"config": TEACHER}, "image_size": 16}

@@ -66,8 +66,8 @@ class Trick(Algorithm):
         experimental: whether nobody has measured yet what it is good for. A run says so once; nothing is refused for it.
         saves_memory: whether a step takes less memory while it acts, so that one without it is tried before training too.
         weight_copies: how many copies of the trained weights it keeps, on the device and in checkpoints.
-        weight_passes: for `prx plan`: how often a step reads or writes all of the trained weights, or as much, for it, on average;
-            beside the passes of the model, of the optimizer and of the search for gradients that are not finite.
+        weight_passes: for `prx plan`: how often it reads or writes all of the trained weights or their gradients in a step, on
+            average. The search for gradients that are not finite is not in it: every run makes it.
         columns: what it reads of a batch beside images, captions and latents: column → channels of a grid (h, w, channels).
         not_counted: for `prx plan`: what the count of a step cannot tell of it, in words.
     """

@@ -23,7 +23,7 @@ _PARTS = 4  # of an exchange: what of it nothing runs beside is one part there a
 
 
 def local(tensor: Tensor | None) -> Tensor:
-    """Return what this rank holds of a tensor, not a copy; of a sharded one without a node of autograd, which takes the host long."""
+    """Return what this rank holds of a tensor, not a copy, and without a node of autograd, which takes the host long."""
     if not isinstance(tensor, DTensor):
         return cast(Tensor, tensor)
     if torch.is_grad_enabled():

@@ -105,8 +105,8 @@ class Trainer(composer.Trainer):
             values = guard.take_answers(self.state, values)
         if self._is_even and min(sizes) < max(sizes):
             raise UserError(
-                f"train_loader: it promises batches that are `even`, but the ranks have {min(sizes):.0f} to {max(sizes):.0f} samples. "
-                "Leave `even` out of the loader, or give every rank as many."
+                f"train_loader: it promises that batches are `even`, but the ranks have {min(sizes):.0f} to {max(sizes):.0f} "
+                "samples. Leave `even` out of the loader, or give every rank as many."
             )
         seconds = None
         if (clock := self._clock) is not None:
