@@ -1,8 +1,8 @@
-"""What the host does in a step of the 24-hour recipe while the GPU computes: Python beside the passes, and graphs to compile.
+"""What the host does in a step of the 24-hour recipe beside asking for its passes.
 
-python benchmarks/host.py step --base 648b281 --output host.json    # this checkout against an earlier commit
+python benchmarks/host.py --base 648b281 --output host.json    # this checkout against an earlier commit
 
-A CPU answers both: the step has the recipe's structure, its 16 blocks, its algorithms and FSDP2's DTensors, and matrices so
+A CPU answers that: the step has the recipe's structure, its 16 blocks, its algorithms and FSDP2's DTensors, and matrices so
 small that they take no time.
 """
 
@@ -58,14 +58,14 @@ spent, stack = defaultdict(float), []
 
 def timed(function, part):
     def wrapped(*arguments, **options):
-        now = time.perf_counter()
+        now = time.thread_time()
         if stack:
             spent[stack[-1][0]] += now - stack[-1][1]
         stack.append([part, now])
         try:
             return function(*arguments, **options)
         finally:
-            now = time.perf_counter()
+            now = time.thread_time()
             spent[part] += now - stack.pop()[1]
             if stack:
                 stack[-1][1] = now
@@ -143,8 +143,8 @@ def step(
 ) -> dict[str, Any]:
     """Milliseconds of the host in a training step, by part, beside forward and backward passes; sum without these.
 
-    One process with FSDP2, so that weights, gradients and moments are DTensors. Times include the small kernels themselves:
-    on a GPU it is their launches.
+    One process with FSDP2, so that weights, gradients and moments are DTensors. It is the CPU time of the thread that trains, which
+    others on the machine don't lengthen by much. It includes the small kernels themselves, where a GPU's are launched.
     """
     with tempfile.TemporaryDirectory(prefix="host-") as temporary, checkout(base, Path(temporary) / "base") as earlier:
         folder = Path(temporary)
