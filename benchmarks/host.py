@@ -143,8 +143,8 @@ def step(
 ) -> dict[str, Any]:
     """Milliseconds of the host in a training step, by part, beside forward and backward passes; sum without these.
 
-    One process with FSDP2, so that weights, gradients and moments are DTensors. It is the CPU time of the thread that trains, which
-    others on the machine don't lengthen by much. It includes the small kernels themselves, where a GPU's are launched.
+    One process with FSDP2, so that weights, gradients and moments are DTensors. It is the CPU time of the thread that trains,
+    which others on the machine don't lengthen by much. It includes the small kernels themselves, where a GPU's are launched.
     """
     with tempfile.TemporaryDirectory(prefix="host-") as temporary, checkout(base, Path(temporary) / "base") as earlier:
         folder = Path(temporary)

@@ -104,7 +104,7 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], largest: float) -> None:
     gradients: list[Any] = [parameter.grad for parameter in parameters]
     first = gradients[0] if gradients else None
     alike = isinstance(first, DTensor) and all(
-        isinstance(one, DTensor) and one.device_mesh is first.device_mesh and one.placements == first.placements
+        isinstance(one, DTensor) and one.device_mesh == first.device_mesh and one.placements == first.placements
         for one in gradients
     )
     if not alike:  # whole on every rank; or torch says what is wrong with them
