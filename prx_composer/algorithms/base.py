@@ -67,6 +67,8 @@ class Trick(Algorithm):
         experimental: whether nobody has measured yet what it is good for. A run says so once; nothing is refused for it.
         saves_memory: whether a step takes less memory while it acts, so that one without it is tried before training too.
         weight_copies: how many copies of the trained weights it keeps, on the device and in checkpoints.
+        weight_passes: for `prx plan`: how often it reads or writes all of the trained weights or their gradients in a step, on
+            average. The search for gradients that are not finite is not in it: every run makes it.
         columns: what it reads of a batch beside images, captions and latents: column → channels of a grid (h, w, channels).
         not_counted: for `prx plan`: what the count of a step cannot tell of it, in words.
     """
@@ -78,6 +80,7 @@ class Trick(Algorithm):
     experimental: bool = False
     saves_memory: bool = False
     weight_copies: int = 0
+    weight_passes: float = 0.0
     columns: Mapping[str, int] = {}
     not_counted: str = ""
     has_begun: bool = False

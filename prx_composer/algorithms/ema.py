@@ -35,14 +35,14 @@ class WeightAverage:
     def update(self, smoothing: float) -> None:
         """average ← smoothing · average + (1 − smoothing) · parameters, in one fused call."""
         average = [local(tensor) for tensor in self.average.values()]
-        current = [local(parameter.detach()) for parameter in self.parameters.values()]
+        current = [local(parameter) for parameter in self.parameters.values()]
         torch._foreach_lerp_(average, current, weight=1 - smoothing)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def reset(self) -> None:
         """Start again from the present parameters."""
         for name, parameter in self.parameters.items():
-            local(self.average[name]).copy_(local(parameter.detach()))
+            local(self.average[name]).copy_(local(parameter))
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -51,7 +51,7 @@ class WeightAverage:
             if isinstance(module, FSDPModule):
                 module.reshard()
         for name, parameter in self.parameters.items():
-            current, average = local(parameter.detach()), local(self.average[name])
+            current, average = local(parameter), local(self.average[name])
             held = current.clone()
             current.copy_(average)
             average.copy_(held)
@@ -147,6 +147,7 @@ class EMA(Trick):
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), not {smoothing}.")
         self.smoothing, self.interval = smoothing, _batches("update_interval", update_interval, "10ba")
+        self.weight_passes = 3 / self.interval  # weights and average are read, the average is written
         self.average: WeightAverage | None = None
         self._swapped = False
 

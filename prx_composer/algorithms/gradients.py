@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
-from prx_composer.optim import bad_state, first_of_ranks, magnitudes, not_finite, plain_names, trained
+from prx_composer.optim import bad_state, clip_by_norm, first_of_ranks, magnitudes, not_finite, plain_names, trained
 from prx_composer.optim.exchange import local
 from prx_composer.recipe.resume import against_what_is_not_finite
 from prx_composer.runs.checkpoints import newest_checkpoint
@@ -51,12 +51,16 @@ class GradientClipping(composer.algorithms.GradientClipping, Trick):
             raise ValueError(f"clipping_threshold must be positive, not {clipping_threshold}.")
         composer.algorithms.GradientClipping.__init__(self, clipping_type, clipping_threshold)
         Trick.__init__(self, start, end)
+        self.weight_passes = {"norm": 3, "value": 2, "adaptive": 4}.get(clipping_type, 0)  # read for norms, then read and written
 
     def match(self, event: Event, state: State) -> bool:
         return super().match(event, state) and self.window.contains(state)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        super().apply(event, state, logger)
+        if event == Event.AFTER_TRAIN_BATCH and self.clipping_type == "norm":
+            clip_by_norm(state.model.parameters(), self.clipping_threshold)
+        else:
+            super().apply(event, state, logger)
 
 
 # --------------------------------------------------------------------------------------- steps that are not finite are skipped

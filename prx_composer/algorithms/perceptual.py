@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.base import LossTrick
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.models.compiling import compile_by_size
+from prx_composer.models.compiling import compile_for_all_sizes
 from prx_composer.models.diffusion import DDPM
 from prx_composer.models.encoders import TeacherSpec, VisionEncoder, resize_antialiased
 from prx_composer.models.flow import FlowOutput
@@ -229,7 +229,7 @@ class LPIPS(PixelLoss):
         weights: torchvision's ImageNet weights of `net` as a file, instead of the one in torch.hub's cache, which is
             downloaded if it isn't there.
         random_weights: of the network, for tests.
-        compile: `torch.compile` the network and the comparison, one graph for every image size that it sees.
+        compile: `torch.compile` the network and the comparison, as one graph for images of all sizes.
         weight, max_timestep, start, end: see `PixelLoss`.
 
     Raises:
@@ -280,7 +280,7 @@ class LPIPS(PixelLoss):
         super().build(model)
         network = build_network(self.net, self.weights, self.random_weights)
         if self.compile and not makes_no_storage():
-            self._distance = compile_by_size(lpips_distance, fullgraph=True)
+            self._distance = compile_for_all_sizes(lpips_distance)
         self.network = Frozen(network.to(memory_format=torch.channels_last))  # pyright: ignore[reportCallIssue]
         return {}
 

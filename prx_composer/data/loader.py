@@ -144,6 +144,7 @@ class ImageCaptionLoader(DataLoader):
     batch size; batches that workers had prepared for the old stage are dropped.
     """
 
+    even = True  # all ranks' batches have as many samples, and as many tokens: see `Trainer`
     dataset: BucketedDataset  # pyright: ignore[reportIncompatibleVariableOverride]
     batch_sampler: BucketBatchSampler
 

@@ -204,7 +204,7 @@ class PRXBackbone(nn.Module):
         partitioner.activation_memory_budget = activation_memory_budget
         if per_block:  # the method and not the module: FSDP2's hooks around it can be in no graph
             for block in self.blocks:
-                block.forward = compile_by_size(block.forward, fullgraph=True)
+                block.forward = compile_by_size(block.forward)
         else:
             allow_many_graphs()
             self.compile(fullgraph=True, dynamic=False)

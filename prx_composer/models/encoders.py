@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prx_composer.models.autoencoder import Pixels
-from prx_composer.models.compiling import compile_by_size
+from prx_composer.models.compiling import compile_layers
 from prx_composer.models.huggingface import (
     Frozen,
     UnknownConfiguration,
@@ -264,7 +264,7 @@ class TeacherSpec:
         config: transformers configuration of one with random weights instead: `model_type` and its settings.
         revision: of `pretrained`.
         dtype: storage dtype of the weights; bfloat16 halves the memory and, without autocast, the time.
-        compile: `torch.compile` it, one graph for every image size that it sees.
+        compile: `torch.compile` its layers, with and without gradients as one graph for all of them and for images of all sizes.
 
     Raises:
         ValueError: neither or both of `pretrained` and `config`.
@@ -345,7 +345,8 @@ class VisionEncoder:
         self.hidden_size = int(module.config.hidden_size)
         self._dtype = getattr(torch, spec.dtype)
         self._frozen = Frozen(module, self._dtype)
-        self._run: Any = compile_by_size(module) if spec.compile and not on_meta else module
+        if spec.compile and not on_meta:
+            compile_layers(module)
         self._mean = torch.tensor(processor.get("image_mean") or IMAGENET_MEAN)[:, None, None]
         self._std = torch.tensor(processor.get("image_std") or IMAGENET_STD)[:, None, None]
         takes = inspect.signature(module.forward).parameters
@@ -368,8 +369,7 @@ class VisionEncoder:
         mean, std = self._mean.to(image.device), self._std.to(image.device)
         rows, columns = image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
         normalised = ((image.float() + 1) / 2 - mean) / std
-        self._frozen.on(image.device)
-        tokens = self._run(pixel_values=normalised.to(self._dtype), **self._options).last_hidden_state
+        tokens = self._frozen.on(image.device)(pixel_values=normalised.to(self._dtype), **self._options).last_hidden_state
         return tokens[:, -rows * columns :].float().unflatten(1, (rows, columns))  # what comes before are prefix tokens
 
 

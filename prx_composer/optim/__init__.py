@@ -14,6 +14,7 @@ from composer.optim import ComposerScheduler
 from composer.utils import dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from prx_composer.common.distributed import clean_name
@@ -92,6 +93,33 @@ def not_finite(tensors: list[Tensor]) -> Tensor:
     return 0 * magnitudes(tensors).sum() if tensors else torch.zeros(())
 
 
+@torch.no_grad()
+def clip_by_norm(parameters: Iterable[nn.Parameter], largest: float) -> None:
+    """Scale gradients, in place, so that the 2-norm of all together is at most `largest`. Wait for nothing.
+
+    It is what `torch.nn.utils.clip_grad_norm_` makes of them, to the last bit. Of sharded gradients every rank works on what it
+    holds, and one number is summed over the ranks: with torch's, the host handles every gradient as a DTensor four times.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients: list[Any] = [parameter.grad for parameter in parameters]
+    first = gradients[0] if gradients else None
+    alike = isinstance(first, DTensor) and all(
+        isinstance(one, DTensor) and one.device_mesh == first.device_mesh and one.placements == first.placements
+        for one in gradients
+    )
+    if not alike:  # whole on every rank; or torch says what is wrong with them
+        torch.nn.utils.clip_grad_norm_(parameters, largest)
+        return
+    own = [local(gradient) for gradient in gradients]
+    norm = torch.nn.utils.get_total_norm(own)
+    for dim, placement in enumerate(first.placements):
+        if placement.is_shard():
+            norm = norm**2
+            torch.distributed.all_reduce(norm, group=first.device_mesh.get_group(dim))
+            norm = norm**0.5
+    torch._foreach_mul_(own, torch.clamp(largest / (norm + 1e-6), max=1.0))  # pyright: ignore[reportPrivateImportUsage]
+
+
 def trained(state: State) -> list[nn.Parameter]:
     """Return what the optimizers would update in this step: the parameters that have a gradient."""
     groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
@@ -100,7 +128,7 @@ def trained(state: State) -> list[nn.Parameter]:
 
 def bad_tensor(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """Return the name of the first tensor with an element that isn't finite, of what this rank holds; None if all are."""
-    held = ((name, local(tensor.detach())) for name, tensor in named)
+    held = ((name, local(tensor).detach()) for name, tensor in named)
     asked = ((name, torch.isfinite(tensor).all()) for name, tensor in held if tensor.is_floating_point() and tensor.numel())
     while some := list(itertools.islice(asked, _AT_ONCE)):
         names, answers = zip(*some, strict=True)

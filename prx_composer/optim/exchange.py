@@ -23,8 +23,13 @@ _PARTS = 4  # of an exchange: what of it nothing runs beside is one part there a
 
 
 def local(tensor: Tensor | None) -> Tensor:
-    """Return what this rank holds of a tensor, not a copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else cast(Tensor, tensor)
+    """Return what this rank holds of a tensor, not a copy, and without a node of autograd, which takes the host long."""
+    if not isinstance(tensor, DTensor):
+        return cast(Tensor, tensor)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return tensor.to_local()
+    return tensor.to_local()
 
 
 class _Ranks(NamedTuple):

@@ -37,6 +37,7 @@ from prx_composer.runs.checkpoints import Checkpoint, newest_checkpoint, newest_
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+COMPILED = "compiled"  # by torch, for the next start
 CONFIG = "config.yaml"
 CHANGES = "changes.jsonl"
 DATA_FILE = "data.json"
@@ -49,14 +50,14 @@ def check_run_folder(recipe: Recipe, folder: Path) -> None:
     """Make sure that one run alone uses a folder: nothing in it is overwritten, and it is resumed only with its own recipe."""
     if not holds_run(recipe, folder):
         for path in folder.iterdir() if folder.is_dir() else []:
-            if _is_leftover(path.name):
+            if _is_leftover(path.name) and path.name != COMPILED:
                 path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_leftover(name: str) -> bool:
     """Return whether a file or folder may be of a run that was refused before its first step, or killed while it wrote."""
     written = tuple(f".{begun}." for begun in (TOKENIZER, CONFIG, DATA_FILE))
-    return name in (TOKENIZER, FROZEN, DATA_FILE) or name.startswith(written)
+    return name in (TOKENIZER, FROZEN, DATA_FILE, COMPILED) or name.startswith(written)
 
 
 def holds_run(recipe: Recipe, folder: Path) -> bool:

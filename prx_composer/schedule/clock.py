@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ _WRITE_EVERY = 10.0  # seconds
 class TrainingClock(TrainingTime, Callback):
     """Measure training with rank 0's monotonic clock from FIT_START on, with evaluation, drawing, checkpoints and waiting.
 
-    The ranks agree once per step, at AFTER_TRAIN_BATCH: one all-reduce of three numbers on the CPU, while the GPU computes. What
-    algorithms, scheduler and callbacks read in `elapsed` therefore changes only between a step's BATCH_START and its BATCH_END,
-    as the count of batches does: a point of time comes for everybody at the same batch boundary. (Were it BATCH_END, algorithms,
-    which Composer runs before callbacks, would learn of it a step after those that look at BATCH_START.)
+    The ranks agree once per step: `take` reads the sums over the ranks of what each `report`s. This package's Trainer sends the
+    report with the losses; any other one has the hosts send it at AFTER_TRAIN_BATCH, over gloo, while the GPU computes. What
+    scheduler and callbacks read in `elapsed` therefore changes only between a step's BATCH_START and its BATCH_END, as the count
+    of batches does: a point of time comes for everybody at the same batch boundary. (Were it BATCH_END, algorithms, which
+    Composer runs before callbacks, would learn of it a step after those that look at BATCH_START.)
 
     Checkpoints carry `elapsed`. Rank 0 also writes it to `<folder>/clock.json`, since work that was lost between a checkpoint and
     a kill has been paid for too: a resumed run goes on from the larger of the two.
@@ -49,17 +50,21 @@ class TrainingClock(TrainingTime, Callback):
         self.budget = budget
         self.paused = 0.0
         """Seconds between the end of the step before and the next batch being asked for, on the slowest rank."""
+        self.step_seconds = 0.0
+        """Rank 0's seconds from the step before to this one, without evaluation in between."""
         self.spent = 0.0
         """Seconds of training before this process, known from AFTER_LOAD on: at least `elapsed`, which changes in steps only."""
         self.asked: str | None = None
         """Why this rank was asked to stop."""
         self.stop_requested = False
-        """Whether any rank was asked to stop; changes at AFTER_TRAIN_BATCH, on all ranks."""
+        """Whether any rank was asked to stop; changes with `elapsed`, on all ranks."""
         self._timeout = timeout
         self._hosts: HostGroup | None = None
         self._start: float | None = None  # while training: now − spent
         self._step_end: float | None = None
         self._batch_asked_for = 0.0
+        self._evaluated = self._evaluation_began = 0.0
+        self._reported = False
         self._written_at = -math.inf
         self._writable = True
 
@@ -79,26 +84,51 @@ class TrainingClock(TrainingTime, Callback):
         spent = self.elapsed
         if dist.get_global_rank() == 0:
             spent = max(spent, self._read())
-        (self.spent,) = self._agree(spent)
+        (self.spent,) = [spent] if self._hosts is None else self._hosts.largest([spent])
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._start = time.monotonic() - self.spent
-        self._step_end = None
+        self._step_end, self._evaluated = None, 0.0
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._batch_asked_for = time.monotonic()
 
+    def eval_before_all(self, state: State, logger: Logger) -> None:
+        self._evaluation_began = time.monotonic()
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        self._evaluated += time.monotonic() - self._evaluation_began
+
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        now = time.monotonic()
+        if not self._reported:
+            own = self.report()
+            self.take(state, own if self._hosts is None else self._hosts.sums(own))
+
+    def report(self) -> list[float]:
+        """Return what this rank has to say of the step in hand; in fp32 nothing of it that matters is lost."""
         assert self._start is not None
-        paused = 0.0 if self._step_end is None else self._batch_asked_for - self._step_end
-        own = now - self._start if dist.get_global_rank() == 0 else -math.inf
-        self.elapsed, self.paused, asked = self._agree(own, paused, float(self.asked is not None))
-        self._step_end = now
+        now, rank = time.monotonic(), dist.get_global_rank()
+        pauses = [0.0] * dist.get_world_size()
+        pauses[rank] = 0.0 if self._step_end is None else self._batch_asked_for - self._step_end
+        whole, evaluated = math.floor(now - self._start), self._evaluated
+        fraction = now - self._start - whole
+        self._step_end, self._evaluated, self._reported = now, 0.0, True
+        of_rank_zero = [whole, fraction, evaluated] if rank == 0 else [0.0] * 3
+        return [*of_rank_zero, float(self.asked is not None), *pauses]
+
+    def take(self, state: State, sums: Sequence[float]) -> None:
+        """Read the sums over the ranks of their reports, between AFTER_TRAIN_BATCH and the step of the learning rate."""
+        whole, fraction, evaluated, asked, *pauses = sums
+        before = max(self.elapsed, self.spent)
+        self.elapsed, self.paused, self._reported = whole + fraction, max(pauses), False
+        self.step_seconds = max(self.elapsed - before - evaluated, 0.0)
         self.stop_requested = asked > 0
         if self.budget is not None:
             self.fraction = max(self.fraction, self.elapsed / self.budget)
-        self._write(now)
+        if self._step_end is not None:
+            self._write(self._step_end)
+        if (budget := time_budget_of(state)) is not None:
+            budget.follow(self)
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
         self._write(time.monotonic())
@@ -123,10 +153,6 @@ class TrainingClock(TrainingTime, Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.elapsed, self.fraction = float(state["elapsed"]), float(state["fraction"])
-
-    def _agree(self, *values: float) -> list[float]:
-        """Return the largest of every rank's values, on all of them."""
-        return list(values) if self._hosts is None else self._hosts.largest(values)
 
     def _read(self) -> float:
         if not self.path.exists() and not self.elapsed:
@@ -237,8 +263,8 @@ class TimeBudget(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         self._elapsed = self._told_at = clock_of(state).spent
 
-    def after_train_batch(self, state: State, logger: Logger) -> None:  # before the scheduler steps, which follows `progress`
-        clock = clock_of(state)
+    def follow(self, clock: TrainingClock) -> None:
+        """Reckon anew at every step, before the scheduler's, which follows `progress`."""
         self._note_pause(clock.paused)
         if not self._first_step:  # of a process: it compiles and starts workers
             self._steps.append(clock.elapsed - self._elapsed - clock.paused)

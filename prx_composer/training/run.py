@@ -22,6 +22,7 @@ from prx_composer.callbacks.checkpointing import Checkpointing, NewValues, Rando
 from prx_composer.callbacks.monitors import DataMonitor, ProgressLines
 from prx_composer.common.distributed import GlooAverage, from_rank_zero, unwrapped
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path, raise_all, redacted
+from prx_composer.models.compiling import graphs_kept_in
 from prx_composer.models.layers import cudnn_first, cudnn_problem
 from prx_composer.recipe.checks import precisions
 from prx_composer.recipe.config import Recipe
@@ -29,6 +30,7 @@ from prx_composer.recipe.resume import Change
 from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import (
     CHECKPOINTS,
+    COMPILED,
     GoingOn,
     as_saved,
     check_run_folder,
@@ -85,7 +87,7 @@ def run(recipe: Recipe) -> str:
         trainer.close()
         return f"{nothing_to_do}\n{summarise(folder)}"
     try:
-        with chosen_attention(recipe, state):
+        with chosen_attention(recipe, state), graphs_kept_in(folder / COMPILED):
             if recipe.preflight:
                 try_steps_before_training(trainer, recipe, folder)
             with _raised_on_every_rank(), at_path("run_folder"):

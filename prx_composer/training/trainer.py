@@ -21,18 +21,26 @@ from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.common.distributed import HostGroup
 from prx_composer.common.errors import UserError
 from prx_composer.recipe.resume import Change
+from prx_composer.schedule.clock import TrainingClock
 
 
 class LateRead:
     """Numbers on the device, on their way to the host: the copy is asked for at once and waited for when it is needed.
 
+    All are summed over the ranks, by one collective.
+
     Args:
-        tensors: of one element each, by name. They are summed over the ranks.
+        tensors: of one element each, by name.
+        numbers: of the hosts; they travel in the tensors' dtype.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
+    def __init__(self, tensors: Mapping[str, Tensor], numbers: Sequence[float] = ()):
         self._names = list(tensors)
-        stacked = torch.cat([tensor.detach().reshape(1) for tensor in tensors.values()])
+        values = [tensor.detach().reshape(1) for tensor in tensors.values()]
+        if numbers:  # through pinned memory, for which the host need not wait
+            own = torch.tensor(numbers, dtype=values[0].dtype, pin_memory=values[0].is_cuda)
+            values.append(own.to(values[0].device, non_blocking=True))
+        stacked = torch.cat(values)
         dist.all_reduce(stacked)
         self._ready: Any = None
         if stacked.is_cuda:
@@ -43,20 +51,23 @@ class LateRead:
         else:
             self._values = stacked
 
-    def wait(self) -> dict[str, float]:
+    def wait(self) -> tuple[dict[str, float], list[float]]:
         """Wait for what the device was given before this object was made, and for nothing after it."""
         if self._ready is not None:
             self._ready.synchronize()
-        return dict(zip(self._names, self._values.tolist(), strict=True))
+        values: list[float] = self._values.tolist()
+        count = len(self._names)
+        return dict(zip(self._names, values[:count], strict=True)), values[count:]
 
 
 class Trainer(composer.Trainer):
     """Composer's Trainer, whose own step waits for the device at four places: for the size of the batch over all ranks, for the
     loss that the optimizer's closure returns, for every logged loss, and for the count of samples.
 
-    Here sizes and counts are agreed on by the hosts, over gloo; there is no closure; and the losses, summed over the ranks by one
-    collective, are read when the optimizer has been handed to the device, which has its update to work on while the host goes on
-    to the next step. What is learned and logged is the same to the last bit.
+    Here there is no closure; and the losses, summed over the ranks by one collective, are read when the optimizer has been handed
+    to the device, which has its update to work on while the host goes on to the next step. What is learned and logged is the same
+    to the last bit. What the hosts agree on in a step travels with the losses: the clock's reading, requests to stop, and that a
+    loader which promises `even` batches keeps its word. With one that doesn't, the hosts add up sizes over gloo, twice in a step.
 
     It overrides private methods of Composer 0.32.1, the version that pyproject.toml asks for; a test holds their source against
     what was read. With amp_fp16 or with automatic microbatches it is Composer's own step.
@@ -67,6 +78,7 @@ class Trainer(composer.Trainer):
 
     _losses: LateRead | None = None
     _hosts: HostGroup | None = None
+    _counted: tuple[int | None, float | None] | None = None  # samples and seconds of a step that is to be counted, if known
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -84,12 +96,23 @@ class Trainer(composer.Trainer):
         losses = super()._train_batch(use_grad_scaling)
         if self._losses is None:  # it was Composer's own step
             for guard in self._guards:
-                guard.take_answers(self.state, LateRead(losses | guard.questions(self.state)).wait())
+                guard.take_answers(self.state, LateRead(losses | guard.questions(self.state)).wait()[0])
             return losses
         read, self._losses = self._losses, None
-        values = read.wait()
+        values, numbers = read.wait()
+        sizes, reported = numbers[: dist.get_world_size()], numbers[dist.get_world_size() :]
         for guard in self._guards:
             values = guard.take_answers(self.state, values)
+        if self._is_even and min(sizes) < max(sizes):
+            raise UserError(
+                f"train_loader: it promises that batches are `even`, but the ranks have {min(sizes):.0f} to {max(sizes):.0f} "
+                "samples. Leave `even` out of the loader, or give every rank as many."
+            )
+        seconds = None
+        if (clock := self._clock) is not None:
+            clock.take(self.state, reported)
+            seconds = clock.step_seconds
+        self._counted = int(sum(sizes)) if self._is_even else None, seconds
         self.state.total_loss_dict = {name: value / dist.get_world_size() for name, value in values.items()}
         self.logger.log_metrics(self.state.total_loss_dict)
         return None  # nothing is left for the Trainer's loop to read
@@ -98,6 +121,15 @@ class Trainer(composer.Trainer):
     def _guards(self) -> list[FiniteGuard]:
         """Return the run's guard, if it has one."""
         return [callback for callback in self.state.callbacks if isinstance(callback, FiniteGuard)]
+
+    @property
+    def _clock(self) -> TrainingClock | None:
+        return next((callback for callback in self.state.callbacks if isinstance(callback, TrainingClock)), None)
+
+    @property
+    def _is_even(self) -> bool:
+        """Whether the loader promises that all ranks' batches have as many samples, and as many tokens."""
+        return getattr(self.state.dataloader, "even", False)
 
     def _train_microbatches(
         self, microbatches: Sequence[Any], total_loss_dict: dict[str, Tensor], ddp_sync: bool = True
@@ -109,7 +141,7 @@ class Trainer(composer.Trainer):
             optimizer.zero_grad(set_to_none=True)
         assert self._train_data_spec is not None and self._hosts is not None
         own = sum(self._train_data_spec.get_num_samples_in_batch(microbatch) for microbatch in microbatches)
-        average_size = self._hosts.sums([own])[0] / dist.get_world_size()
+        average_size = own if self._is_even else self._hosts.sums([own])[0] / dist.get_world_size()
 
         whole_batch = self.state.batch
         for index, microbatch in enumerate(microbatches):
@@ -120,7 +152,10 @@ class Trainer(composer.Trainer):
                 total_loss_dict[name] = total_loss_dict[name] + loss if name in total_loss_dict else loss.reshape(1)
         self.state.batch = whole_batch
         questions = [guard.questions(self.state) for guard in self._guards]
-        self._losses = LateRead(total_loss_dict | (questions[0] if questions else {}))
+        sizes = [0.0] * dist.get_world_size()
+        sizes[dist.get_global_rank()] = own
+        reported = [] if self._clock is None else self._clock.report()
+        self._losses = LateRead(total_loss_dict | (questions[0] if questions else {}), sizes + reported)
         self.engine.run_event(Event.AFTER_TRAIN_BATCH)
         return total_loss_dict["loss/train/total"]
 
@@ -129,9 +164,12 @@ class Trainer(composer.Trainer):
     ) -> tuple[int, int, datetime.timedelta]:
         if not self._ours or isinstance(num_samples, float) or self._hosts is None:
             return super()._accumulate_time_across_ranks(num_samples, num_tokens, batch_time)
-        seconds = batch_time.total_seconds() if dist.get_global_rank() == 0 else 0.0
-        samples, tokens, seconds = self._hosts.sums([num_samples, num_tokens, seconds])
-        return int(samples), int(tokens), datetime.timedelta(seconds=seconds)
+        (samples, known), self._counted = self._counted or (None, None), None
+        if samples is None or known is None:
+            own = batch_time.total_seconds() if dist.get_global_rank() == 0 else 0.0
+            summed, tokens, seconds = self._hosts.sums([num_samples, num_tokens, own])
+            return int(summed), int(tokens), datetime.timedelta(seconds=seconds if known is None else known)
+        return samples, dist.get_world_size() * num_tokens, datetime.timedelta(seconds=known)
 
     def _wrap_model_for_distributed(self, model: Any, optimizers: torch.optim.Optimizer | None) -> None:
         config = self.state.fsdp_config

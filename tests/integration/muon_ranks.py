@@ -1,4 +1,4 @@
-"""Run by torchrun: Muon on equal copies and on shards of every kind against one process, and its state through checkpoints.
+"""Run by torchrun: Muon on equal copies and on shards of every kind against one process, its state through checkpoints, clipping.
 
 On four ranks some shards are short and some are empty, and FSDP2 is tried on a 2 × 2 mesh (HSDP) too.
 """
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from prx_composer.models import PRXBackbone
+from prx_composer.optim import clip_by_norm
 from prx_composer.optim.muon import Muon, muon_parameters
 
 ARGUMENTS: dict[str, Any] = dict(lr=0.05, weight_decay=0.1, split_heads=True)
@@ -112,6 +113,18 @@ def check_shards(mesh: DeviceMesh, folder: str, arguments: dict[str, Any], alone
     assert_equal(model, alone)
 
 
+def check_clipping(mesh: DeviceMesh) -> None:
+    """To the bit what torch makes of DTensors: of all parameters and without some, above the norm and below it."""
+    model = sharded(mesh)
+    for step, largest in ((0, 0.5), (1, 0.5), (2, 1e6)):
+        clipped = []
+        for clip in (torch.nn.utils.clip_grad_norm_, clip_by_norm):
+            gradients(model, step)
+            clip(model.parameters(), largest)
+            clipped.append([p.grad.to_local() for p in model.parameters() if isinstance(p.grad, DTensor)])
+        assert all(torch.equal(theirs, ours) for theirs, ours in zip(*clipped, strict=True))
+
+
 def check_on_other_ranks(folder: str, arguments: dict[str, Any], saved: dict[str, Any]) -> None:
     """One rank alone, and a grid with other shards, read the checkpoint's state of the optimizer to the bit."""
     for other in [build(), *(sharded(mesh) for mesh in meshes)]:
@@ -134,6 +147,8 @@ with TemporaryDirectory() as folder:
         check_copies(arguments, alone)
         for mesh in meshes:
             check_shards(mesh, f"{shared[0]}/{number}-{mesh.ndim}", arguments, alone)
+    for mesh in meshes:
+        check_clipping(mesh)
     dist.barrier()
 
 mesh = meshes[0]

@@ -17,6 +17,8 @@ from host_reads import HostReads
 from stacks import stack_of_24h
 
 from prx_composer.callbacks.monitors import ProgressLines
+from prx_composer.common.distributed import HostGroup
+from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training import run as train_module
@@ -82,6 +84,20 @@ def test_nothing_in_a_step_of_the_whole_stack_reads_the_device_implicitly(
 ) -> None:
     recipe = full_stack(tiny_recipe, tmp_path)
     assert reads_of(recipe, write_recipe) == {}  # but for two explicit `tolist`s, of the losses and of skip_nonfinite's flag
+
+
+@pytest.mark.parametrize(("even", "times"), [(True, 0), (False, 2)])
+def test_the_hosts_of_a_step_agree_on_nothing_over_gloo_where_the_loader_s_batches_are_even(
+    even: bool, times: int, tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageCaptionLoader, "even", even)
+    asked: list[Any] = []
+    monkeypatch.setattr(HostGroup, "sums", lambda self, values: asked.append(values) or [float(value) for value in values])
+    trainer = build_trainer(config.load([write_recipe(full_stack(tiny_recipe, tmp_path) | {"max_duration": "3ba"})]))
+    trainer.fit()
+    trainer.close()
+    assert len(asked) == 3 * times
+    assert trainer.state.timestamp.sample == 3 * 24 and trainer.state.timestamp.total_wct.total_seconds() > 0
 
 
 def test_the_counter_sees_what_composers_own_step_reads(

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from stacks import stack_of_24h
 from torch import Tensor
 
+from prx_composer import registry
+from prx_composer.algorithms.base import Trick
 from prx_composer.commands.plan.conditions import Conditions, find_gpu
 from prx_composer.commands.plan.plan import make_plan
 from prx_composer.commands.plan.roofline import PartTime, Peaks, largest_losses, passes, peaks_of, time_of, times_by_part
@@ -165,6 +167,23 @@ def test_a_step_of_many_small_kernels_waits_for_the_host() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- plans
+
+
+def test_a_stranger_s_trick_is_counted_by_how_often_it_goes_over_the_weights(
+    tiny_recipe: dict[str, Any], write_recipe: Callable[..., str]
+) -> None:
+    class Heavy(Trick):
+        name = "heavy"
+        weight_passes = 4
+
+    registry.algorithms.register("heavy")(Heavy)
+    tiny_recipe["algorithms"] = {"gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1.0}}
+    name = "clipping, checks and EMA"
+    without = parts_of(tiny_recipe, write_recipe)[name].bytes
+    tiny_recipe["algorithms"]["heavy"] = {}
+    assert parts_of(tiny_recipe, write_recipe)[name].bytes == pytest.approx(without * (1 + 3 + 4) / (1 + 3))
+    tiny_recipe["algorithms"]["ema"] = {"half_life": "40ba", "update_interval": "10ba"}
+    assert parts_of(tiny_recipe, write_recipe)[name].bytes == pytest.approx(without * (1 + 3 + 4 + 0.3) / (1 + 3))
 
 
 def test_the_parts_of_a_predicted_step_are_all_of_it_and_each_image_s_work_is_in_them(

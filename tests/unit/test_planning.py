@@ -98,7 +98,7 @@ def test_the_reported_run_took_a_day_and_1500_dollars() -> None:
     measured = dataclasses.replace(LIMIT, utilisation=None, throughput={512: Measured(40.7), 1024: Measured(40.7)}, disk=1e15)
     plan = make_plan(full(), measured)
     assert plan.images == pytest.approx(112.6e6, rel=1e-3)
-    assert plan.hours == pytest.approx(24, rel=2e-3)
+    assert plan.training_hours == pytest.approx(24, rel=2e-3)
     assert plan.dollars == pytest.approx(1500, rel=0.03)
     assert plan.stages[0].utilisation == pytest.approx(40.7 / 604, rel=0.01)
 

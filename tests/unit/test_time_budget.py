@@ -200,6 +200,28 @@ def test_a_request_to_stop_is_heard_at_the_end_of_the_step(monkeypatch: pytest.M
     assert machine.clock.stop_requested and machine.clock.stop_reason == "SIGTERM"
 
 
+def test_ranks_agree_by_the_sum_of_their_reports_in_fp32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On rank 0's time to a tenth of a millisecond after days, the longest pause, and a request that one rank alone got."""
+    machines, reports = [], []
+    for rank in range(3):
+        machine = Machine(monkeypatch, tmp_path / str(rank), "100ba")
+        machine.start({"TrainingClock": {"elapsed": 0.0, "fraction": 0.0}})
+        machine.clock._start = machine.now - 200_000.1234 - rank
+        machine.clock._step_end, machine.clock._batch_asked_for = 10.0, 12.5 + rank
+        machines.append(machine.clock)
+    machines[1].request_stop("SIGTERM")
+    monkeypatch.setattr("composer.utils.dist.get_world_size", lambda: 3)
+    for rank, clock in enumerate(machines):
+        monkeypatch.setattr("composer.utils.dist.get_global_rank", lambda rank=rank: rank)
+        clock._evaluated = 50.0 + rank
+        reports.append(torch.tensor(clock.report(), dtype=torch.float32))
+    for clock in machines:
+        clock.take(machine.state, torch.stack(reports).sum(0).tolist())
+        assert clock.elapsed == pytest.approx(200_000.1234, abs=1e-4)
+        assert clock.paused == 4.5 and clock.stop_requested and clock.step_seconds == pytest.approx(clock.elapsed - 50)
+    assert len({clock.elapsed for clock in machines}) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------- budget
 
 

@@ -81,8 +81,8 @@ def plan_recipe(options: PlanOptions) -> None:
     Nothing is downloaded or trained. How to read it, and what is assumed: recipes/speedrun_24h/PLAN.md
     """
     from prx_composer import registry
-    from prx_composer.commands.plan.conditions import Conditions, find_gpu, parse_count, parse_rate, read_throughput
-    from prx_composer.commands.plan.plan import fit, least_gpus, make_plan, seconds
+    from prx_composer.commands.plan.conditions import Conditions, find_gpu, least_gpus, parse_count, parse_rate, read_throughput
+    from prx_composer.commands.plan.plan import fit, make_plan, seconds
     from prx_composer.recipe import config
 
     if options.mfu is not None and options.throughput is not None:
@@ -133,6 +133,7 @@ def _as_json(plan: "Plan", fitted: "Fit | None") -> dict[str, Any]:
         step = stage.step
         given |= {"images_per_second_per_gpu": stage.images_per_second, "parts": given["step"].pop("parts")}
         given["step"] |= {"total": step.total, "waiting": step.waiting, "efficiency": step.efficiency}
+    values["compiling"]["count"] = plan.compiling.count
     values |= {"training_hours": plan.training_hours, "images": plan.images, "fits_budget": plan.fits_budget}
     if fitted:
         values["fit"] = fitted.changes
@@ -295,7 +296,9 @@ def _totals(plan: "Plan") -> list[str]:
         f"checkpoints: {ck.bytes / 1e9:,.2f} GB each, {ck.seconds:.1f} s at {c.disk / 1e9:g} GB/s; "
         f"{ck.count:,} of them take {duration_string(ck.count * ck.seconds)}, and {ck.on_disk / 1e9:,.1f} GB of disk are needed "
         "at once",
-        f"total: {_hours(plan.hours)} hours with checkpoints, {plan.hours * c.num_gpus:,.0f} GPU-hours{dollars}",
+        *_compiling(plan),
+        f"total: {_hours(plan.hours)} hours with {'all this' if plan.compiling.count else 'checkpoints'}, "
+        f"{plan.hours * c.num_gpus:,.0f} GPU-hours{dollars}",
     ]
     if plan.time_budget is not None:
         spare = duration_string(abs(plan.time_budget - plan.hours) * 3600)
@@ -312,6 +315,18 @@ def _totals(plan: "Plan") -> list[str]:
             hint = f"device_train_microbatch_size: {size} would" if size else "no microbatch would; shard it (parallelism_config)"
             lines.append(f"stage {index + 1} does NOT fit into the GPU's memory: {hint}")
     return lines
+
+
+def _compiling(plan: "Plan") -> list[str]:
+    compiled = plan.compiling
+    if not compiled.count:
+        return []
+    told = ", ".join(f"{count} of {_NAMES.get(name, name)}" for name, count in compiled.graphs.items())
+    first, again = (duration_string(seconds) for seconds in (compiled.seconds, compiled.seconds_again))
+    return [
+        f"compiling: {compiled.count} graphs ({told}); about {first} on the first start, assumed from others' measurements, and "
+        f"{again} where the run goes on, whose folder keeps them"
+    ]
 
 
 def _count(number: float) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 
 from prx_composer.common.errors import UserError, at_path, nearest
 from prx_composer.common.files import read_text
-from prx_composer.data.contents import LeftOut, SkipList
+from prx_composer.data.contents import LeftOut, SkipList, said_of_skipped
 from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.data.storage import INDEX, shards_in
-from prx_composer.recipe.arguments import data_sets
+from prx_composer.recipe.arguments import data_sets, skip_files
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.stored_text import TextChoice
 
@@ -161,6 +161,16 @@ class Conditions:
         return self.gpu.network if self.network is None else self.network
 
 
+def least_gpus(recipe: Recipe) -> int:
+    """Return the number of GPUs that can train a recipe: its `shard_degree`, or one.
+
+    What is wrong with the configuration is for `make_plan` to say.
+    """
+    fsdp = (recipe.parallelism_config or {}).get("fsdp")
+    degree = fsdp.get("shard_degree") if isinstance(fsdp, dict) else None
+    return degree if isinstance(degree, int) and degree > 0 else 1
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Collectives of one kind in one optimizer step.
@@ -252,6 +262,14 @@ def left_out(recipe: Recipe) -> list[LeftOut]:
 
                 found.append(leave_out(SkipList.read(part["skip"]), Path(part["path"]) / str(part.get("split", "train"))))
     return found
+
+
+def skip_lists(recipe: Recipe, skipped: list[LeftOut]) -> list[str]:
+    """Return what the recipe's skip lists leave out, in words; of data that are elsewhere, that they are not counted."""
+    files = skip_files(recipe.train_loader)
+    missing = [f"{', '.join(sorted({*files.values()}))} is not counted where the data, or their keys, are not on this machine"]
+    told = [said for said, _ in said_of_skipped(skipped)] + (missing if len(skipped) < len(files) else [])
+    return [f"train_loader.skip: {said}" for said in told]
 
 
 def stored_bytes(manifests: dict[Path, Manifest] | None, largest: int) -> tuple[float, str]:

@@ -9,13 +9,20 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
-from prx_composer.commands.plan.conditions import LINK_SHARE, Conditions, left_out, read_manifests, stored_bytes, text_in_words
+from prx_composer.commands.plan.conditions import (
+    LINK_SHARE,
+    Conditions,
+    left_out,
+    read_manifests,
+    skip_lists,
+    stored_bytes,
+    text_in_words,
+)
+from prx_composer.commands.plan.graphs import Compiling, compiling
 from prx_composer.commands.plan.step_cost import Memory, Segment, StepTime, StepTimes, memory, sharding
 from prx_composer.commands.plan.timeline import Source, Span, Timeline, left_in_steps, sources, stretched, timeline
 from prx_composer.common.errors import UserError, at_path
-from prx_composer.data.contents import LeftOut, said_of_skipped
 from prx_composer.models.counting import TEXT_ENCODER
-from prx_composer.recipe.arguments import skip_files
 from prx_composer.recipe.checks import check_parallelism
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.stored_text import choose_text
@@ -100,8 +107,8 @@ class Plan:
         text: how the text embeddings come about. parallelism: how the state lies on the GPUs.
         samples: images in the data, if known. samples_from: who says so.
         shares: of the data sets of a mixture, phase by phase, in words. sources: what the run takes of each of them.
-        stages, checkpoints: see there.
-        hours: of training and of writing checkpoints. dollars: None without a price.
+        stages, checkpoints, compiling: see there.
+        hours: of training, of writing checkpoints, and of compiling once. dollars: None without a price.
         time_budget: of the recipe, in hours, if it has one.
         assumptions: what a reader must know of how the numbers came about.
         unknown: what is not counted.
@@ -119,6 +126,7 @@ class Plan:
     sources: list[Source]
     stages: list[StagePlan]
     checkpoints: CheckpointPlan
+    compiling: Compiling
     hours: float
     dollars: float | None
     time_budget: float | None
@@ -137,16 +145,6 @@ class Plan:
     def fits_budget(self) -> bool | None:
         """Whether it ends inside of the recipe's time budget; None if there is none."""
         return None if self.time_budget is None else self.hours <= self.time_budget
-
-
-def least_gpus(recipe: Recipe) -> int:
-    """Return the number of GPUs that can train a recipe: its `shard_degree`, or one.
-
-    What is wrong with the configuration is for `make_plan` to say.
-    """
-    fsdp = (recipe.parallelism_config or {}).get("fsdp")
-    degree = fsdp.get("shard_degree") if isinstance(fsdp, dict) else None
-    return degree if isinstance(degree, int) and degree > 0 else 1
 
 
 def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
@@ -174,13 +172,15 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
     shares, taken = sources(recipe, line, manifests)
     read_bytes, read_from = stored_bytes(manifests, max(span.image_size for span in line.spans))
     times = StepTimes(planned, recipe, conditions)
-    stages = [_stage(planned, recipe, conditions, line, span, read_bytes, times) for span in line.spans]
+    cut = [(span, _segments(planned, line, span)) for span in line.spans]
+    stages = [_stage(planned, recipe, conditions, line, *each, read_bytes, times) for each in cut]
 
     encoding = {stage.image_size: stage.flops.get(TEXT_ENCODER, 0.0) / stage.total_flops for stage in stages}
     text = [] if conditions.stored_text else text_in_words(chosen, encoding)
     training = sum(stage.hours for stage in stages)
     checkpoints = _checkpoints(training_state(planned).checkpoint, recipe, line, training, conditions.disk)
-    hours = training + checkpoints.count * checkpoints.seconds / 3600
+    compiled = compiling(planned, recipe, cut, manifests, conditions.num_gpus)
+    hours = training + (checkpoints.count * checkpoints.seconds + compiled.seconds) / 3600
     sharded = f"FSDP2, sharded over {sharding(recipe, conditions.num_gpus)}"
     return Plan(
         run_name=recipe.run_name,
@@ -195,6 +195,7 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
         sources=taken,
         stages=stages,
         checkpoints=checkpoints,
+        compiling=compiled,
         hours=hours,
         dollars=None if conditions.price is None else hours * conditions.num_gpus * conditions.price,
         time_budget=None if recipe.time_budget is None else seconds(recipe.time_budget, "time_budget") / 3600,
@@ -203,17 +204,9 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
     )
 
 
-def skip_lists(recipe: Recipe, skipped: list[LeftOut]) -> list[str]:
-    """Return what the recipe's skip lists leave out, in words; of data that are elsewhere, that they are not counted."""
-    files = skip_files(recipe.train_loader)
-    missing = [f"{', '.join(sorted({*files.values()}))} is not counted where the data, or their keys, are not on this machine"]
-    told = [said for said, _ in said_of_skipped(skipped)] + (missing if len(skipped) < len(files) else [])
-    return [f"train_loader.skip: {said}" for said in told]
-
-
 def _assumptions(planned: MetaModel, recipe: Recipe, c: Conditions) -> list[str]:
     """Return what a reader must know of the time of a step, in words."""
-    assumed = ["left out of the hours: start, compilation, evaluation, drawing images"]
+    assumed = ["left out of the hours: start, evaluation, drawing images"]
     assumed += [f"algorithms.{name}: {trick.schedule}" for name, trick in planned.tricks.items() if trick.schedule]
     if not planned.amp and c.utilisation is not None:
         assumed.append(f"precision: {recipe.precision} does not come near the peak, which is bf16's; --mfu has to allow for it")
@@ -253,11 +246,12 @@ def _stage(
     conditions: Conditions,
     line: Timeline,
     span: Span,
+    segments: list[Segment],
     read_bytes: float,
     times: StepTimes,
 ) -> StagePlan:
     image_tokens = planned.image_tokens(span.image_size, f"{span.path}image_size")
-    segments, flops = _segments(planned, line, span), defaultdict[str, float](float)
+    flops = defaultdict[str, float](float)
     for segment in segments:
         for name, count in segment.count.flops.items():
             flops[name] += segment.share * count
@@ -304,7 +298,12 @@ def _segments(planned: MetaModel, line: Timeline, span: Span) -> list[Segment]:
         active = {name for name, window in windows.items() if window[0] <= first < window[1]}
         frozen = sum(size for name, size in planned.frozen.items() if name not in windows or name in active)
         segments.append(
-            Segment((last - first) / span.steps, planned.count(span.image_size, active, span.microbatch_size), frozen)
+            Segment(
+                (last - first) / span.steps,
+                planned.count(span.image_size, active, span.microbatch_size),
+                frozen,
+                frozenset(active),
+            )
         )
     return segments
 

@@ -15,7 +15,6 @@ import torch
 from prx_composer.commands.plan.conditions import GPU
 from prx_composer.models.counting import DENOISER
 from prx_composer.models.kernels import ATTENTION, BLOCKS, CONVOLUTION, ENDS, MASKED_ATTENTION, MATMUL, Kernel
-from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.meta_model import MetaModel, bytes_of, optimizer_traffic
 
@@ -198,10 +197,7 @@ def computing(
     found["processors that sending takes"] = PartTime(CONTENTION * own.sending)
     moved, kernels = optimizer_traffic(planned)
     found["optimizer: state"] = traffic_of(moved / own.shards, kernels, peaks)
-    # A norm reads, a clip reads and writes, the search for what isn't finite reads; an average reads two and writes one.
-    names = {name for name, _ in entries(recipe.algorithms, "algorithms")}
-    times = 3 * ("gradient_clipping" in names) + ("skip_nonfinite" in names)
-    times += sum(3 * trick.weight_copies / getattr(trick, "interval", 1) for trick in planned.tricks.values())
+    times = 1 + sum(trick.weight_passes for trick in planned.tricks.values())  # every run looks for what isn't finite
     found["clipping, checks and EMA"] = traffic_of(times * bytes_of(planned.trained.values(), own.shards), 0, peaks)
     found["waiting for the host before the update"] = PartTime(STEP_GAP)
     return found

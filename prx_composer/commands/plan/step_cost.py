@@ -335,11 +335,13 @@ class Segment:
         share: of the stage's steps.
         count: of a step.
         frozen: bytes of the frozen weights that it needs.
+        active: names of these tricks.
     """
 
     share: float
     count: StepCount
     frozen: int
+    active: frozenset[str] = frozenset()
 
     @property
     def kernels(self) -> Sequence[Kernel]:
