@@ -31,14 +31,14 @@ class LateRead:
 
     Args:
         tensors: of one element each, by name.
-        numbers: of the hosts; they travel in the tensors' dtype.
+        numbers: of the hosts; they travel in fp32.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], numbers: Sequence[float] = ()):
         self._names = list(tensors)
         values = [tensor.detach().reshape(1) for tensor in tensors.values()]
         if numbers:  # through pinned memory, for which the host need not wait
-            own = torch.tensor(numbers, dtype=values[0].dtype, pin_memory=values[0].is_cuda)
+            own = torch.tensor(numbers, dtype=torch.float32, pin_memory=values[0].is_cuda)
             values.append(own.to(values[0].device, non_blocking=True))
         stacked = torch.cat(values)
         dist.all_reduce(stacked)
