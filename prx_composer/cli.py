@@ -1,4 +1,4 @@
-"""`prx VERB …`: what is done with a recipe besides training it.
+"""`prx VERB …`: train a recipe, and everything around that.
 
 A verb is a module or a folder of `commands/`; those that are one call of the library stand here.
 """
@@ -21,16 +21,36 @@ from prx_composer.commands import (
     data,
     demo,
     encode,
+    env,
     evaluate,
     export,
     generate,
     plan,
+    recipes,
     report,
     show_log,
 )
 from prx_composer.common.errors import UserError
+from prx_composer.common.installation import training
 
 # What is imported here imports neither torch nor Composer before its verb is called: `prx --help` answers at once.
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Options of `prx train`."""
+
+    recipe: RecipeArgument
+
+
+def train_recipe(options: TrainOptions) -> None:
+    """Train a recipe on one GPU or on the CPU, as train.py of a clone does.
+
+    On several GPUs: composer -n 8 -m prx_composer.cli train RECIPE.yaml
+    """
+    from prx_composer.training import main as train
+
+    raise typer.Exit(train(options.recipe))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +91,18 @@ class ImportOptions:
 def import_model(options: ImportOptions) -> None:
     """Write a YAML that trains on from a diffusers PRX model: its sizes, text encoder, flow, and model.init_from.
 
-    It is merged over a recipe: composer train.py RECIPE.yaml FILE run_name=…
+    It is merged over a recipe: prx train RECIPE.yaml FILE run_name=…
     """
     from prx_composer.runs.pretrained_models import write_fragment
 
     show_log()
     target = Path(options.output).expanduser()
     write_fragment(options.folder, target)
-    typer.echo(f"{target} · composer train.py RECIPE.yaml {target} run_name=…")
+    typer.echo(f"{target} · {' '.join(training())} RECIPE.yaml {target} run_name=…")
 
 
 VERBS = {
+    "train": train_recipe,
     "generate": generate.generate_images,
     "demo": demo.show_demo,
     "average": average.average_run,
@@ -91,8 +112,10 @@ VERBS = {
     "report": report.report_run,
     "check": check_recipe,
     "plan": plan.plan_recipe,
+    "env": env.show_environment,
 }
 GROUPS = {
+    "recipes": (recipes.HELP, {"copy": recipes.copy_recipes}),
     "data": (
         data.HELP,
         {
@@ -122,13 +145,14 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 @app.callback()
 def prx() -> None:
-    """Tools around recipes. To train one: composer train.py RECIPE.yaml"""
+    """Train text-to-image models from recipes. The beginning: prx recipes"""
 
 
 for name, verb in VERBS.items():
-    app.command(name, cls=OptionalFile if name == "plan" else None)(command(verb))
+    app.command(name, cls=OptionalFile if name in ("plan", "env") else None)(command(verb))
 for name, (text, verbs) in GROUPS.items():
-    group = typer.Typer(no_args_is_help=True, help=text)
+    alone = recipes.list_recipes if name == "recipes" else None  # what the group does without a verb
+    group = typer.Typer(no_args_is_help=alone is None, invoke_without_command=alone is not None, callback=alone, help=text)
     for verb_name, verb in verbs.items():
         group.command(verb_name)(command(verb))
     app.add_typer(group, name=name)

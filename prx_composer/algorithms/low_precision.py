@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, at_path
+from prx_composer.common.installation import adding
 from prx_composer.models.layers import BLOCK_LAYERS, RMSNorm, is_adapted
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,6 @@ Recipe = Literal["tensorwise", "rowwise"]
 MULTIPLE = 16  # of which both sizes of a weight must be: torch._scaled_mm
 CAPABILITY = (8, 9)  # the first with float8 matrix products: Ada; Hopper is 9.0
 _WITH_LORA = "algorithms.float8 cannot be combined with algorithms.lora, whose frozen weights it would round; leave one out."
-INSTALL = 'pip install "prx-composer[float8]" (or: pip install "torchao>=0.16,<0.18")'
 
 
 def hardware_problem() -> str | None:
@@ -204,7 +204,7 @@ def apply_float8(
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         what = f"cannot be imported with torch {torch.__version__} ({error})" if _is_installed() else "isn't installed"
-        raise UserError(f"algorithms.float8: torchao {what}: {INSTALL}.") from error
+        raise UserError(f"algorithms.float8: torchao {what}: {adding('float8')}") from error
     settings: Any = dataclasses.replace(
         Float8LinearConfig.from_recipe_name(recipe),
         emulate=emulate,
@@ -241,7 +241,7 @@ class Float8(Trick):
         if recipe not in ("tensorwise", "rowwise"):
             raise ValueError(f"recipe: {recipe!r} is neither tensorwise nor rowwise.")
         if not _is_installed():
-            raise ValueError(f"torchao isn't installed: {INSTALL}.")
+            raise ValueError(f"torchao isn't installed: {adding('float8')}")
         self.recipe: Recipe = recipe
         self.emulate, self.exclude = emulate, tuple(exclude or ())
 

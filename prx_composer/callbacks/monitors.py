@@ -1,14 +1,15 @@
-"""Monitors: speed and FLOPs, losses that stand out, samples and captions that were lost."""
+"""Monitors: how far a run is, speed and FLOPs, losses that stand out, samples and captions that were lost."""
 
 import json
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import composer.callbacks
 import torch
@@ -23,6 +24,8 @@ from prx_composer.common.files import write_whole
 from prx_composer.data.loader import ImageCaptionLoader
 from prx_composer.models.counting import StepCounter, shape_of
 from prx_composer.runs.folder import read_metrics
+from prx_composer.schedule.clock import time_budget_of
+from prx_composer.schedule.moments import duration_string
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,58 @@ class _Last(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         state.algorithms.remove(self)
         self._look(state)
+
+
+class _Reached(NamedTuple):
+    """Where a run is at a moment of this process."""
+
+    seconds: float
+    batch: int
+    part: float  # of max_duration, or of the time budget if that ends first
+
+
+class ProgressLines(Callback):
+    """Say in the log how far training is: after the first batch, then once a minute, and what an evaluation measured.
+
+    It stands in for Composer's progress bar where the output is no terminal, and a bar would be thousands of lines.
+
+    Args:
+        interval: seconds between two lines.
+    """
+
+    def __init__(self, interval: float = 60.0):
+        self._interval = interval
+        self._begun: _Reached | None = None
+        self._told: _Reached | None = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._begun, self._told = self._reached(state), None
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        now, told, begun = self._reached(state), self._told, self._begun
+        if dist.get_global_rank() != 0 or begun is None or (told and now.seconds - told.seconds < self._interval):
+            return
+        text = f"Batch {now.batch:,}, {now.part:.1%} of the run"
+        if (loss := state.total_loss_dict.get("loss/train/total")) is not None:
+            text += f": loss {float(loss):.4g}"
+        if told is not None and now.part > begun.part:
+            speed = (now.batch - told.batch) / (now.seconds - told.seconds)
+            left = (1 - now.part) * (now.seconds - begun.seconds) / (now.part - begun.part)
+            text += f", {speed:.3g} batches per second, about {duration_string(left)} to go"
+        log.info("%s.", text)
+        self._told = now
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            values = state.eval_metric_values
+            whole = [name for name in values if not any(name.startswith(f"{other}_") for other in values)]  # no loss by timestep
+            measured = ", ".join(f"{name} {float(values[name]):.4g}" for name in whole)
+            log.info("Batch %s: %s.", f"{int(state.timestamp.batch):,}", measured)
+
+    def _reached(self, state: State) -> _Reached:
+        budget, elapsed = time_budget_of(state), state.get_elapsed_duration()
+        parts = (0.0 if elapsed is None else float(elapsed.value), 0.0 if budget is None else budget.progress)
+        return _Reached(time.monotonic(), int(state.timestamp.batch), max(parts))
 
 
 class SpeedMonitor(composer.callbacks.SpeedMonitor):

@@ -22,6 +22,7 @@ from typer import Argument, Option, echo
 
 from prx_composer.commands import CodeOption, generate, made_folder, parse_weights, show_log, writing_output
 from prx_composer.common.errors import UserError, at_path
+from prx_composer.common.installation import adding
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INSTALL = "pip install 'prx-composer[demo]'"
 PORTS = range(7860, 7960)  # which are tried without --port
 MOST_STEPS = 1000
 MOST_SIDES = 4  # times the side that a model was trained at: nobody's slip of a digit takes all memory
@@ -94,7 +94,7 @@ def open_demo(options: DemoOptions, scratch: Path) -> "tuple[uvicorn.Server, soc
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise UserError(f"prx demo needs gradio: {INSTALL}") from error
+        raise UserError(f"prx demo needs gradio: {adding('demo')}") from error
     studio = Studio(options, scratch)
     listener = listen(options.host, options.port)
     return make_server(build_page(studio), studio, listener), listener

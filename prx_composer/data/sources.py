@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from prx_composer.common.errors import first
 from prx_composer.common.files import read_lines
+from prx_composer.common.installation import adding
 from prx_composer.data.contents import FileRecord
 from prx_composer.data.decoding import IMAGE_REASONS, BadImageError, open_image, oriented_size
 from prx_composer.data.format import Bucket, BucketSettings, BucketWriter, RawSample, assign_bucket, cropping_note, is_held_out
@@ -376,7 +377,7 @@ def load_digit_scans() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("The digits come with scikit-learn: `uv pip install scikit-learn`.") from error
+        raise ImportError(f"The digits come with scikit-learn: {adding('eval')}") from error
     digits: Any = load_digits()
     return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageColor
 
-INSTALL = "pip install 'prx-composer[icons]'"
+from prx_composer.common.installation import adding
+
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _SHAPES = """circle clipPath defs desc ellipse g line linearGradient mask metadata path pattern polygon polyline radialGradient
     rect stop svg symbol title use"""
@@ -89,7 +90,7 @@ def render(body: str, box: Box, size: int, background: str = "white", supersampl
     try:
         import resvg_py
     except ImportError as error:
-        raise ImportError(f"Icons are drawn by resvg: `{INSTALL}`.") from error
+        raise ImportError(f"Icons are drawn by resvg: {adding('icons')}") from error
     if not (0 < box.width < math.inf and 0 < box.height < math.inf):
         raise SVGError("has no size")
     root, side = checked(body), str(size * supersampling)

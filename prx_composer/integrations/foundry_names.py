@@ -18,7 +18,7 @@ from prx_composer.common.errors import nearest
 log = logging.getLogger(__name__)
 
 OURS = "prx_"  # how the names begin under which llm-foundry finds components of this package
-INSTALL = "uv sync --group foundry"
+INSTALL = "uv sync --inexact --group foundry"
 KINDS = frozenset({"algorithms", "callbacks", "loggers", "optimizers", "schedulers"})  # that our trainer can use
 
 
@@ -57,7 +57,7 @@ def find(kind: str, name: str) -> Any:
     if kind not in KINDS:
         raise LookupError
     if not is_installed():
-        raise LookupError(f"llm-foundry's {kind} can be named too, but it isn't installed: {INSTALL}")
+        raise LookupError(f"llm-foundry's {kind} can be named too, but it isn't installed. In a clone: {INSTALL}")
     if name.startswith(OURS):
         raise LookupError(f"That is how a YAML of llm-foundry's names it; here it is {name.removeprefix(OURS)}.")
     if may_have(kind, name):

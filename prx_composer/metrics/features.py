@@ -15,6 +15,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from prx_composer.common.errors import UserError
+from prx_composer.common.installation import adding
 from prx_composer.data.stored import fingerprint
 from prx_composer.models.encoders import IMAGENET_MEAN, IMAGENET_STD
 from prx_composer.models.huggingface import Frozen, load_config, says_how_to_get
@@ -136,8 +137,8 @@ def inception_images(weights: str = INCEPTION) -> Extractor:
         module = NoTrainInceptionV3("inception-v3-compat", ["2048"], path)
     except ModuleNotFoundError as error:
         raise UserError(
-            "fid needs torch-fidelity: pip install torch-fidelity. cmmd and fd_dino need nothing more, and agree better with "
-            "what people see."
+            f"fid needs torch-fidelity: {adding('eval')}  (cmmd and fd_dino need nothing more, and agree better with what people "
+            "see.)"
         ) from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise OSError(

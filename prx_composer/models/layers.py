@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from prx_composer.common.errors import UserError
+from prx_composer.common.installation import adding
 
 # ------------------------------------------------------------------------------------------------ patches and positions
 
@@ -352,7 +353,7 @@ def add_adapters(backbone: nn.Module, rank: int, alpha: float, targets: Sequence
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise UserError('LoRA needs peft: pip install "prx-composer[lora]" (or: pip install peft).') from error
+        raise UserError(f"LoRA needs peft: {adding('lora')}") from error
     if is_adapted(backbone):
         raise UserError("The backbone has adapters already.")
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]

@@ -36,7 +36,7 @@ def merge_arguments(arguments: list[str], keys: Sequence[str]) -> DictConfig:
     assert isinstance(merged, DictConfig)
     files = [argument for argument in arguments if _is_file(argument, keys)]
     if not files:
-        raise UserError("Name at least one recipe, such as: composer train.py yamls/quickstart.yaml [key=value …]")
+        raise UserError("Name at least one recipe, such as: prx train yamls/quickstart.yaml [key=value …]")
     for argument in arguments:
         for layer in _layers(argument, alone=argument == files[0]) if argument in files else ():
             merged = _merge(merged, layer)

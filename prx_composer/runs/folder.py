@@ -8,7 +8,6 @@ A line of environment.jsonl says what a start of the run ran on and with. Host, 
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from composer.utils import dist
 
 from prx_composer.common.errors import UserError, redacted_text
 from prx_composer.common.files import write_whole
+from prx_composer.common.installation import PACKAGES, commit, training, version_of
 from prx_composer.data.contents import data_identity, in_words, same_data
 from prx_composer.recipe.arguments import skip_files, split_folders
 from prx_composer.recipe.config import Recipe, resolved
@@ -43,8 +43,6 @@ DATA_FILE = "data.json"
 ENVIRONMENT = "environment.jsonl"
 TOKENIZER = "tokenizer"
 FROZEN = "frozen"  # parts of the model, see model_parts.py
-
-_PACKAGES = ("prx-composer", "torch", "torchvision", "mosaicml", "mosaicml-streaming", "transformers", "diffusers", "numpy")
 
 
 def check_run_folder(recipe: Recipe, folder: Path) -> None:
@@ -235,7 +233,7 @@ def _command_as_before(folder: Path, before: dict[str, Any], refused: list[Chang
     others = {change.key for change in recipe_changes(before, yaml.safe_load(file.read_text()) or {}, ranks)}
     if others & {change.key for change in refused}:
         return None
-    return shlex.join(["composer", "train.py", str(file), f"run_folder={folder}", "autoresume=true"])
+    return shlex.join([*training(), str(file), f"run_folder={folder}", "autoresume=true"])
 
 
 # --------------------------------------------------------------------------------------------------------------------- going on
@@ -339,7 +337,8 @@ def record_environment(folder: Path, batch: int, spent: float) -> None:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cuda": torch.version.cuda if cuda else None,  # pyright: ignore[reportAttributeAccessIssue]
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "versions": {name: version for name in PACKAGES if (version := version_of(name))},
+        "commit": commit() if dist.get_global_rank() == 0 else None,
     }
     if dist.get_global_rank() == 0:
         try:
@@ -347,13 +346,6 @@ def record_environment(folder: Path, batch: int, spent: float) -> None:
                 file.write(json.dumps(facts) + "\n")
         except OSError as error:
             log.warning("%s cannot be written: %s", folder / ENVIRONMENT, error)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def as_saved(recipe: Recipe) -> dict[str, Any]:
@@ -370,7 +362,7 @@ def save_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def summarise(folder: Path) -> str:
-    """Return one line: the score and the time, and where images, metrics and checkpoints are."""
+    """Return one line: the score and the time, where images, metrics and checkpoints are, and what makes a page of it."""
     rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     last = rows[-1] if rows else {}
     facts = [f"{name} {last[name]:.3f}" for name in ("heldout_accuracy", "classifier_accuracy") if name in last]
@@ -381,7 +373,7 @@ def summarise(folder: Path) -> str:
     if "train_seconds" in last:
         facts.append(f"{last['train_seconds'] / 60:.1f} min")
     places = [folder / name for name in ("images", "metrics.jsonl", "checkpoints") if (folder / name).exists()]
-    return f"{folder.name}: {', '.join(facts)} · {' · '.join(str(place) for place in places)}"
+    return " · ".join([f"{folder.name}: {', '.join(facts)}", *map(str, places), f"prx report {shlex.quote(str(folder))}"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -178,7 +178,7 @@ _STEPS = 50  # the newest, by which a slow one is judged
 _QUANTILE = 0.9
 _MARGIN = 1.1  # on the closing, which is measured a few times at most
 _WORTH_A_SECOND_REHEARSAL = 0.005  # of the budget
-_TELL_EVERY = 10.0  # seconds, at least
+_TELL_EVERY = 60.0  # seconds, at least
 
 
 class TimeBudget(Callback):

@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import torch
 from composer.core import Callback, Precision, State
-from composer.utils import dist, get_device, reproducibility
+from composer.utils import dist, get_device, is_notebook, reproducibility
 
 from prx_composer import registry
 from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.callbacks.checkpointing import Checkpointing, NewValues, RandomStep, say_what_moves
-from prx_composer.callbacks.monitors import DataMonitor
+from prx_composer.callbacks.monitors import DataMonitor, ProgressLines
 from prx_composer.common.distributed import GlooAverage, from_rank_zero, unwrapped
 from prx_composer.common.errors import TrainingInterrupted, UserError, at_path, raise_all, redacted
 from prx_composer.models.layers import cudnn_first, cudnn_problem
@@ -243,7 +243,7 @@ def _build(recipe: Recipe, saved: dict[str, Any], found: GoingOn, on_gpu: bool) 
         save_folder=str(folder / CHECKPOINTS),  # where `Checkpointing` writes
         load_path=found.load_path,
         load_ignore_keys=found.ignored,
-        progress_bar=recipe.progress_bar,
+        progress_bar=recipe.progress_bar and _on_terminal(),
         dist_timeout=recipe.dist_timeout,
     )
     trainer = _loaded(options, found.changes)
@@ -251,6 +251,11 @@ def _build(recipe: Recipe, saved: dict[str, Any], found: GoingOn, on_gpu: bool) 
     for destination in loggers:
         destination.log_hyperparameters(redacted(saved))
     return trainer
+
+
+def _on_terminal() -> bool:
+    """Return whether a bar can move where Composer draws it."""
+    return sys.stderr.isatty() or is_notebook()
 
 
 def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback], saved: dict[str, Any]) -> list[Callback]:
@@ -264,6 +269,7 @@ def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback], saved: dict[
         GlooAverage(),
         RandomStep(),
         DataMonitor(),
+        *([ProgressLines()] if recipe.progress_bar and not _on_terminal() else []),
         *own,
         guard,
         Checkpointing(folder, recipe.save_every, recipe.save_num_checkpoints_to_keep, saved, guard.check_state),

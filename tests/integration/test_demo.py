@@ -144,7 +144,7 @@ def test_what_cannot_be_served_is_said(
     for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR"):
         monkeypatch.setenv(name, "")
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(UserError, match=r"prx demo needs gradio: pip install 'prx-composer\[demo\]'"):
+    with pytest.raises(UserError, match=r"prx demo needs gradio: uv sync --inexact --extra demo"):
         open_demo(DemoOptions(models=[str(trained)]), tmp_path)
 
 

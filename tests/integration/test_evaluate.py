@@ -269,7 +269,7 @@ def test_it_says_what_is_missing(
     assert "--steps" in prx("evaluate", trained, *options, "--steps", "0", code=1)
     assert "--weights" in prx("evaluate", trained, *options, "--weights", "best", code=1)
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
-    assert "pip install torch-fidelity" in prx("evaluate", trained, *options, "--metrics", "fid", code=1)
+    assert "fid needs torch-fidelity: uv sync" in prx("evaluate", trained, *options, "--metrics", "fid", code=1)
 
 
 # -------------------------------------------------------------------------------------------------- the validation loss

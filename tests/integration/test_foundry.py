@@ -339,6 +339,7 @@ def test_without_llm_foundry_nothing_changes_but_the_message_for_an_unknown_name
     lion, loader = finished.stdout.strip().splitlines()
     assert lion == (
         "optimizer: there is no 'decoupled_lionw' among the optimizers. Did you mean 'decoupled_adamw'? Allowed: adamw, "
-        "decoupled_adamw, muon. llm-foundry's optimizers can be named too, but it isn't installed: uv sync --group foundry"
+        "decoupled_adamw, muon. llm-foundry's optimizers can be named too, but it isn't installed. In a clone: "
+        "uv sync --inexact --group foundry"
     )
     assert loader.endswith("Did you mean 'image_caption'? Allowed: image_caption."), "llm-foundry's loaders are for text"

@@ -12,10 +12,11 @@ import torch
 from composer.core import Callback, State
 from composer.distributed.fsdp2_utils import generate_composer_model_policy
 from composer.distributed.prepare_distributed import parallelize_composer_model
-from composer.loggers import Logger
+from composer.loggers import Logger, ProgressBarLogger
 from host_reads import HostReads
 from stacks import stack_of_24h
 
+from prx_composer.callbacks.monitors import ProgressLines
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training import run as train_module
@@ -132,3 +133,14 @@ def test_the_overridden_methods_of_composer_are_those_that_were_read() -> None:
     read = [getattr(composer.Trainer, method) for method in methods] + [*sharding, parallelize_composer_model]
     source = "".join(map(inspect.getsource, read))
     assert hashlib.sha256(source.encode()).hexdigest()[:16] == "c04aeb162a95a7cb"
+
+
+@pytest.mark.parametrize(("terminal", "asked", "shown"), [(True, True, "bar"), (False, True, "lines"), (True, False, "")])
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(
+    terminal: bool, asked: bool, shown: str, tiny_recipe: Recipe, write_recipe: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "_on_terminal", lambda: terminal)
+    trainer = build_trainer(config.load([write_recipe(tiny_recipe | {"progress_bar": asked})]))
+    names = {ProgressBarLogger: "bar", ProgressLines: "lines"}
+    assert "".join(names.get(type(callback), "") for callback in trainer.state.callbacks) == shown
+    trainer.close()

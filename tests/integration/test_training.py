@@ -42,14 +42,14 @@ def final_state(folder: Path, batch: int = 8) -> dict[str, Any]:
 
 
 def test_a_run_leaves_images_metrics_checkpoints_tokenizer_and_a_closing_line(
-    tiny_recipe: Recipe, write_recipe: Write, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Recipe, write_recipe: Write, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny_recipe["callbacks"] = {
         "images": {"prompts": ["a red circle", "a blue ring"], "interval": "4ba", "num_inference_steps": 2},
         "shapes_score": {"images_per_prompt": 1, "num_inference_steps": 2},
     }
     tiny_recipe["eval_loader"] = {"name": "image_caption", "path": tiny_recipe["train_loader"]["path"], "split": "heldout"}
-    assert main([write_recipe(tiny_recipe), "eval_interval=4ba"]) == 0
+    assert main([write_recipe(tiny_recipe), "eval_interval=4ba", "progress_bar=true"]) == 0
     folder = folder_of(tiny_recipe)
     rows = read_metrics(folder / "metrics.jsonl")
     assert [row["batch"] for row in rows] == list(range(1, 9))
@@ -65,8 +65,16 @@ def test_a_run_leaves_images_metrics_checkpoints_tokenizer_and_a_closing_line(
         assert (cell == pixels.repeat(128 // image_size, 0).repeat(128 // image_size, 1)).all()
     assert not (cells[1] == cells[1][::16, ::16].repeat(16, 0).repeat(16, 1)).all()
     assert (folder / "tokenizer" / "tokenizer.json").exists() and (folder / "config.yaml").exists()
-    last = capsys.readouterr().out.strip().splitlines()[-1]
+    said = capsys.readouterr()
+    last = said.out.strip().splitlines()[-1]
     assert "heldout_accuracy" in last and str(folder / "images") in last and str(folder / "checkpoints") in last
+    assert last.endswith(f"prx report {folder}")
+    assert not {"\r", "\x1b"} & set(said.out + said.err), "what is no terminal gets neither a bar nor colours"
+    assert [line.partition(":")[0] for line in caplog.messages if line.startswith("Batch ")] == [
+        "Batch 1, 12.5% of the run",
+        "Batch 4",  # what an evaluation measured
+        "Batch 8",
+    ]
 
 
 def test_the_loss_goes_down(tiny_recipe: Recipe, write_recipe: Write) -> None:

@@ -272,7 +272,7 @@ def test_what_cannot_be_adapted_is_said_by_its_path(
         attach(model, AdamW(model), SPRINT(start_block=1, end_block=2), LoRA())
     model = tiny_model(trainable_text=False)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r'pip install "prx-composer\[lora\]"'):
+    with pytest.raises(UserError, match=r"LoRA needs peft: uv sync --inexact --extra lora"):
         attach(model, AdamW(model), LoRA())
 
 

@@ -395,6 +395,17 @@ def test_a_machine_without_a_gpu_is_said_to_be_one(load: Load) -> None:
     assert [result.mark for result in check_gpus(load("precision=amp_bf16")[0], [], 0, 8)] == ["–"]
 
 
+def test_gpus_that_would_stand_idle_are_said(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    recipe, _ = load()
+    free = {"is_available": True, "device_count": 8, "mem_get_info": (80, 80), "memory_reserved": 0, "get_device_name": "H100"}
+    for name, value in free.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    found = {ranks: [result.text for result in check_gpus(recipe, [], ranks, 8) if result.mark == "!"] for ranks in (0, 1, 8)}
+    assert found == {0: [], 1: ["GPUs: 1 of 8 visible ones train; `composer -n 8 …` trains on all of them"], 8: []}
+
+
 def test_guidance_that_is_never_learnt_is_known_before_training(load: Load) -> None:
     """It was said with the first picture."""
 

@@ -9,9 +9,11 @@ that make them a data set. Then, in reading order: `settings.py` what was asked 
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import logging
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -25,6 +27,7 @@ from prx_composer.commands.convert.outcome import Tally, as_text, columns_text, 
 from prx_composer.commands.convert.records import Passed, Seen, Source, Unit, open_source
 from prx_composer.commands.convert.settings import MEASURED, Settings, check_where, whole_path
 from prx_composer.common.errors import UserError, nearest
+from prx_composer.common.installation import require
 from prx_composer.data.format import HELDOUT, MANIFEST, Bucket, Manifest
 from prx_composer.data.storage import INDEX, Entry, is_included, relative_name, survey
 
@@ -53,6 +56,7 @@ def convert_data(settings: Settings, running: Running) -> None:
     Killed and given again, the same command goes on where it was. What is left out and why: recipes/data/README.md
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    require("data", "prx data convert")
     statistics = run_conversion(settings, running.output, running.workers, running.engine, running.ray_address, progress=True)
     if running.report is not None:
         write_report(statistics, running.output, running.report)
@@ -102,10 +106,11 @@ def run_conversion(
         def run(function: str, arguments: list[tuple[Any, ...]], folder: str, what: str) -> None:
             there = store.names(folder)
             tasks = [(chosen, output, *each) for each in arguments if each[0].name not in there]
-            with tqdm(total=len(units), initial=len(there), desc=what, unit="unit", disable=not progress) as bar:
+            with tqdm(total=len(units), initial=len(there), desc=what, unit="unit", disable=not progress, **_bar()) as bar:
 
                 def seen(records: int) -> None:
-                    bar.set_postfix_str(f"{records:,} samples")
+                    bar.set_postfix_str(f"{records:,} samples", refresh=False)
+                    bar.update(0)
 
                 for _ in backends.run(engine, workers, f"{backends.UNITS}:{function}", tasks, address, seen):
                     bar.update()
@@ -116,6 +121,20 @@ def run_conversion(
             duplicates = decide([store.get(f"hashes/{unit.name}") or b"" for unit in units], settings)
         run("convert_unit", list(zip(units, duplicates, strict=True)), "units", "Converting")
         return _finish(store, units, settings, files, source.notes)
+
+
+class _Lines(io.TextIOBase):
+    """Takes the states of a bar, each a line of the log."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(f"{text.strip()}\n") if text.strip() else 0
+
+
+def _bar() -> dict[str, Any]:
+    """Return how a bar is shown: one that moves on a terminal, and elsewhere a line a minute."""
+    if sys.stderr.isatty():
+        return {"miniters": 0}
+    return {"miniters": 0, "mininterval": 60, "maxinterval": 60, "file": _Lines(), "ncols": 100, "ascii": " #"}
 
 
 def check_columns(settings: Settings, source: Source, units: list[Unit]) -> Seen:

@@ -34,6 +34,7 @@ from urllib.parse import urlparse
 from prx_composer.commands.convert.records import Unit
 from prx_composer.common.errors import UserError
 from prx_composer.common.files import sync, write_whole
+from prx_composer.common.installation import adding
 from prx_composer.data.format import HELDOUT, MANIFEST
 from prx_composer.data.storage import fetched, is_remote, join, remote_keys, upload
 
@@ -193,7 +194,7 @@ def _run_on_ray(workers: int, function: str, tasks: list[Task], address: str | N
     try:
         import ray  # pyright: ignore[reportMissingImports] -- the dependency group `cluster`
     except ImportError as error:
-        raise UserError("--engine ray needs Ray: uv sync --group cluster, on every node.") from error
+        raise UserError(f"--engine ray needs Ray on every node: {adding('cluster')}") from error
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, include_dashboard=False)
     remote = ray.remote(num_cpus=1, max_retries=CRASHES)(_call_with_one_thread)

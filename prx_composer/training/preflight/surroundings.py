@@ -18,6 +18,7 @@ from requests.utils import get_netrc_auth
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, problems_of, redacted
+from prx_composer.common.installation import adding
 from prx_composer.loggers.tracking_servers import wandb_mode
 from prx_composer.recipe.arguments import entries
 from prx_composer.recipe.config import Recipe
@@ -156,6 +157,8 @@ def check_gpus(recipe: Recipe, algorithms: Iterable[Any], local_ranks: int, num_
         )
         return
     fact = f"{count} × {names}"
+    if 0 < local_ranks < count:
+        yield warned("GPUs", f"{local_ranks} of {count} visible ones train; `composer -n {count} …` trains on all of them")
     if not local_ranks and num_ranks > count:
         fact += f"; {num_ranks} ranks take {-(-num_ranks // count)} such nodes"
     yield passed("GPUs", fact)
@@ -184,7 +187,7 @@ def check_loggers(parts: Components) -> Iterator[Result]:
 @collected
 def _check_wandb(arguments: dict[str, Any]) -> Iterator[Result]:
     if not _installed("wandb"):
-        yield failed("loggers.wandb: wandb is not installed; `uv pip install wandb`, or set loggers.wandb=false.")
+        yield failed(f"loggers.wandb: wandb is not installed; set loggers.wandb=false, or: {adding('trackers')}")
         return
     folder = Path((arguments.get("init_kwargs") or {}).get("dir") or os.environ.get("WANDB_DIR") or ".")
     if (problem := why_not_writable(folder)) is not None:
@@ -207,7 +210,7 @@ def _check_wandb(arguments: dict[str, Any]) -> Iterator[Result]:
 @collected
 def _check_mlflow(arguments: dict[str, Any]) -> Iterator[Result]:
     if not _installed("mlflow"):
-        yield failed("loggers.mlflow: mlflow is not installed; `uv pip install 'mlflow<3'`, or set loggers.mlflow=false.")
+        yield failed(f"loggers.mlflow: mlflow is not installed; set loggers.mlflow=false, or: {adding('mlflow')}")
         return
     uri = arguments.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or ""
     shown = redacted(uri)
@@ -233,7 +236,9 @@ def _check_mlflow(arguments: dict[str, Any]) -> Iterator[Result]:
 def _check_tensorboard(arguments: dict[str, Any]) -> Iterator[Result]:
     folder = Path(arguments.get("log_dir") or "tensorboard_logs")
     if not _installed("tensorboard"):
-        yield failed("loggers.tensorboard: tensorboard is not installed; `uv pip install tensorboard`.")
+        yield failed(
+            f"loggers.tensorboard: tensorboard is not installed; set loggers.tensorboard=false, or: {adding('trackers')}"
+        )
     elif "://" not in str(arguments.get("log_dir")) and (problem := why_not_writable(folder)) is not None:
         yield failed(f"loggers.tensorboard.log_dir: {folder} cannot be written: {problem}. Set it to another folder.")
     else:
