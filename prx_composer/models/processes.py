@@ -24,8 +24,9 @@ def over_image(t: Tensor) -> Tensor:
     return t[:, None, None, None]
 
 
+@dataclass(frozen=True)
 class Process(ABC):
-    """What `model.flow` must be. A sibling says how it noises and what is predicted; the loss follows.
+    """What `model.flow` must be, a frozen dataclass. A sibling says how it noises and what is predicted; the loss follows.
 
     Times are what the network is told, on a scale of the process's own; `noise_share` compares them with other processes'.
     """

@@ -218,7 +218,7 @@ def _taken_by_others(of: tuple[Registry, str] | None, key: str, imports: bool, *
         with contextlib.suppress(CannotTell, UserError, KeyError):
             hint = hints_of(components.constructor(name, name, imports))[key]
             if value:
-                check_type(*value, hint, name)
+                check_type(value[0], hint, name)
             takers.append(name)
     others = " and ".join(f"name: {name}" for name in takers)
     if not others or value:

@@ -92,7 +92,7 @@ def flow_arguments(folder: Path) -> dict[str, Any]:
 def _ddpm_arguments(folder: Path, scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the DDPM that draws by this scheduler."""
     of_betas = ("beta_start", "beta_end") if scheduler.get("beta_schedule") != "squaredcos_cap_v2" else ()
-    arguments = {key: scheduler.get(key) for key in ("beta_schedule", *of_betas, "solver_order")}
+    arguments: dict[str, Any] = {key: scheduler.get(key) for key in ("beta_schedule", *of_betas, "solver_order")}
     arguments["prediction"] = {"epsilon": "eps", "v_prediction": "v"}.get(str(scheduler.get("prediction_type")))
     with at_path(f"{folder}/scheduler", TypeError, NotImplementedError):
         ours = dict(DDPM(**arguments).scheduler().config)
