@@ -317,7 +317,7 @@ class _Step:
             begin = module.register_forward_pre_hook(partial(enter, name))
             handles += [begin, module.register_forward_hook(leave)]
         for index, block in enumerate(blocks_of(self._model.backbone)):
-            begin = block.register_forward_pre_hook(partial(self._enter_block, index))
+            begin = block.register_forward_pre_hook(partial(self._enter_block, index), with_kwargs=True)
             handles += [begin, block.register_forward_hook(self._leave_block)]
         try:
             yield
@@ -325,9 +325,9 @@ class _Step:
             for handle in handles:
                 handle.remove()
 
-    def _enter_block(self, index: int, _: nn.Module, given: tuple[Any, ...]) -> None:
+    def _enter_block(self, index: int, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._block = index
-        self._inputs.append(given[0].nbytes)
+        self._inputs.append(next(iter((*given, *named.values()))).nbytes)
         self._recorder.begin_block(index)
 
     def _leave_block(self, *_: Any) -> None:

@@ -119,9 +119,10 @@ class TextToImage(ComposerModel):
         super().__init__()
         self.autoencoder = autoencoder or Pixels()
         if backbone.context_in_dim != text_encoder.hidden_size:
+            named = getattr(backbone, "context_argument", "context_in_dim")
             raise ValueError(
-                f"model.backbone.context_in_dim is {backbone.context_in_dim}, but the text encoder's embeddings are "
-                f"{text_encoder.hidden_size} wide; set context_in_dim: {text_encoder.hidden_size}."
+                f"model.backbone.{named} is {backbone.context_in_dim}, but the text encoder's embeddings are "
+                f"{text_encoder.hidden_size} wide; set {named}: {text_encoder.hidden_size}."
             )
         if backbone.in_channels != self.autoencoder.channels:
             raise ValueError(

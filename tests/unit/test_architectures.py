@@ -1,0 +1,192 @@
+"""Classes of diffusers as backbones: through the adapter they compute what they compute by themselves, seams included."""
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from prx_composer.models.diffusers_backbone import DiffusersBackbone
+from prx_composer.models.routing import Route
+
+HEADS = dict(num_attention_heads=2, attention_head_dim=16)
+TEXT = 24
+TINY: dict[str, dict[str, Any]] = {
+    "SD3Transformer2DModel": HEADS
+    | dict(sample_size=8, in_channels=4, out_channels=4, num_layers=3, joint_attention_dim=TEXT, caption_projection_dim=32)
+    | dict(pooled_projection_dim=TEXT, pos_embed_max_size=12, qk_norm="rms_norm", dual_attention_layers=[0]),
+    "FluxTransformer2DModel": HEADS
+    | dict(in_channels=16, num_layers=2, num_single_layers=2, joint_attention_dim=TEXT, pooled_projection_dim=TEXT)
+    | dict(axes_dims_rope=[4, 6, 6], guidance_embeds=True),
+    "PixArtTransformer2DModel": dict(num_attention_heads=3, attention_head_dim=16)
+    | dict(in_channels=4, out_channels=8, num_layers=3, cross_attention_dim=48, caption_channels=TEXT, sample_size=8)
+    | dict(use_additional_conditions=True),
+    "SanaTransformer2DModel": HEADS
+    | dict(in_channels=4, out_channels=4, num_layers=3, num_cross_attention_heads=2, cross_attention_head_dim=16, patch_size=2)
+    | dict(cross_attention_dim=32, caption_channels=TEXT, sample_size=8, timestep_scale=0.5),
+    "DiTTransformer2DModel": HEADS | dict(in_channels=4, out_channels=8, num_layers=3, sample_size=4, num_embeds_ada_norm=5),
+    "Lumina2Transformer2DModel": dict(in_channels=4, hidden_size=32, num_layers=3, num_refiner_layers=1, num_attention_heads=2)
+    | dict(num_kv_heads=1, multiple_of=8, axes_dim_rope=[4, 6, 6], axes_lens=[16, 16, 16], cap_feat_dim=TEXT, sample_size=8),
+    "AuraFlowTransformer2DModel": HEADS
+    | dict(in_channels=4, out_channels=4, num_mmdit_layers=2, num_single_dit_layers=2, joint_attention_dim=TEXT)
+    | dict(caption_projection_dim=32, sample_size=8, pos_embed_max_size=64),
+}
+ROUTED = ["SD3Transformer2DModel", "PixArtTransformer2DModel", "DiTTransformer2DModel", "Lumina2Transformer2DModel"]
+ROUTED += ["AuraFlowTransformer2DModel"]
+
+
+def backbone(name: str, **changed: Any) -> DiffusersBackbone:
+    """A tiny one, no weight of which is zero."""
+    torch.manual_seed(0)
+    made = DiffusersBackbone(**{"class": name}, **(TINY[name] | changed))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.1)
+    return made
+
+
+def inputs(of: DiffusersBackbone, height: int = 8, width: int = 16) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    side = dict(generator=generator)
+    width = height if of.signature.square_only else width
+    text = torch.tensor([3.0, -1.0, 0.0])[:, None, None] if of.context_in_dim == 1 else torch.randn(3, 7, TEXT, **side)
+    return dict(
+        hidden_states=torch.randn(3, 4, height, width, **side),
+        timestep=torch.rand(3, **side),
+        encoder_hidden_states=text,
+        attention_mask=torch.arange(text.shape[1])[None] < torch.tensor([text.shape[1], 3, 1])[:, None],
+    )
+
+
+def as_its_pipeline_calls_it(model: Any, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    """Return a velocity, of what diffusers' pipelines do around the class."""
+    if isinstance(model, diffusers.SD3Transformer2DModel):
+        return model(x, text, text.sum(1) / mask.sum(1)[:, None], 1000 * t).sample
+    if isinstance(model, diffusers.FluxTransformer2DModel):
+        of, (b, c, h, w) = diffusers.FluxPipeline, x.shape
+        packed = of._pack_latents(x, b, c, h, w)
+        places = of._prepare_latent_image_ids(b, h // 2, w // 2, x.device, x.dtype)
+        pooled, none = text.sum(1) / mask.sum(1)[:, None], torch.zeros(text.shape[1], 3)
+        out = model(packed, text, pooled, t, places, none, torch.ones(b)).sample
+        return of._unpack_latents(out, 8 * h, 8 * w, 8)
+    if isinstance(model, diffusers.PixArtTransformer2DModel):
+        sides = torch.tensor([[8.0 * x.shape[2], 8.0 * x.shape[3]]] * len(x))
+        added = {"resolution": sides, "aspect_ratio": sides[:, :1] / sides[:, 1:]}
+        out = model(x, text, 1000 * t, added_cond_kwargs=added, encoder_attention_mask=mask).sample
+        return out.chunk(2, dim=1)[0]
+    if isinstance(model, diffusers.SanaTransformer2DModel):
+        return model(x, text, 1000 * t * model.config.timestep_scale, encoder_attention_mask=mask).sample
+    if isinstance(model, diffusers.DiTTransformer2DModel):
+        return model.eval()(x, 1000 * t, torch.tensor([3, 5, 0])).sample[:, :4]
+    if isinstance(model, diffusers.Lumina2Transformer2DModel):
+        return -model(x, 1 - t, text, mask).sample
+    return model(x, text, t).sample
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_output_and_every_gradient_are_the_class_s_own(name: str) -> None:
+    ours = backbone(name)
+    theirs: Any = getattr(diffusers, name)(**TINY[name])
+    theirs.load_state_dict(ours.model.state_dict())
+    x = inputs(ours)
+    found = {}
+    for key in ("ours", "theirs"):
+        image, text = x["hidden_states"].clone().requires_grad_(), x["encoder_hidden_states"].clone().requires_grad_()
+        if key == "ours":
+            output = ours(image, x["timestep"], text, x["attention_mask"])
+            weights = dict(ours.model.named_parameters())
+        else:
+            masked = text if ours.context_in_dim == 1 else text * x["attention_mask"][..., None]
+            output = as_its_pipeline_calls_it(theirs, image, x["timestep"], masked, x["attention_mask"])
+            weights = dict(theirs.named_parameters())
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).mean().backward()
+        found[key] = {"output": output, "image": image.grad, "text": text.grad} | {n: p.grad for n, p in weights.items()}
+    assert found["ours"]["output"].shape == x["hidden_states"].shape
+    for part, expected in found["theirs"].items():
+        torch.testing.assert_close(found["ours"][part], expected, atol=1e-6, rtol=1e-6, msg=lambda m, p=part: f"{p}: {m}")
+    assert all(gradient is not None for part, gradient in found["ours"].items() if part != "text")  # DDP waits for each
+
+
+# ------------------------------------------------------------------------------------------------------------- seams
+
+
+def kept_half(of: DiffusersBackbone, x: dict[str, Any], columns_only: bool = False) -> Tensor:
+    """Of each image other tokens; or of all of them those of the left half."""
+    rows, columns = (side // of.patch_size for side in x["hidden_states"].shape[-2:])
+    if columns_only:
+        left = torch.arange(rows * columns).reshape(rows, columns)[:, : columns // 2]
+        return left.flatten().expand(3, -1)
+    order = torch.rand(3, rows * columns, generator=torch.Generator().manual_seed(2)).argsort(1)
+    return order[:, : rows * columns // 2].sort(1).values
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_taps_are_the_blocks_image_tokens_and_no_hook_stays(name: str) -> None:
+    ours = backbone(name)
+    x = inputs(ours)
+    ours.taps = tuple(range(ours.depth))
+    seen: list[Tensor] = []
+    probes = [block.register_forward_hook(lambda module, args, output: seen.append(output)) for block in ours.blocks]
+    prediction, taps = ours(**x, return_taps=True)
+    for probe in probes:
+        probe.remove()
+    count = ours.num_tokens(*x["hidden_states"].shape[-2:])
+    for index, raw in enumerate(seen):
+        tokens = raw[1] if isinstance(raw, tuple) else raw
+        for image, valid in enumerate(x["attention_mask"].sum(1).tolist()):  # Lumina2 puts an image's tokens behind its text
+            first = valid if name.startswith("Lumina2") else tokens.shape[1] - count
+            torch.testing.assert_close(taps[index][image], tokens[image, first : first + count], rtol=0, atol=0)
+    ours.taps = ()
+    torch.testing.assert_close(ours(**x), prediction, rtol=0, atol=0)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in ours.modules())
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_a_route_that_keeps_every_token_changes_nothing(name: str) -> None:
+    ours = backbone(name)
+    x = inputs(ours)
+    every = torch.arange(ours.num_tokens(*x["hidden_states"].shape[-2:])).expand(3, -1)
+    torch.testing.assert_close(ours(**x, route=Route(1, ours.depth - 1, every)), ours(**x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_tokens_that_are_routed_around_blocks_leave_them_as_they_came_and_nobody_attends_to_them(name: str) -> None:
+    ours = backbone(name)
+    x, depth = inputs(ours), ours.depth
+    kept, count = kept_half(ours, x), ours.num_tokens(*x["hidden_states"].shape[-2:])
+    skipped = torch.ones(3, count, dtype=torch.bool).scatter(1, kept, False)
+    ours.taps = (0, depth - 2)
+    last, found = ours.blocks[depth - 2], []
+    probe = last.register_forward_hook(lambda module, args, output: found.append(output))
+    _, taps = ours(**x, route=Route(1, depth - 1, kept), return_taps=True)
+    probe.remove()
+    assert taps[0].shape[1] == count and taps[depth - 2].shape[1] == kept.shape[1]
+    entering: list[Any] = []  # the block after the routed ones
+    probe = ours.blocks[depth - 1].register_forward_pre_hook(
+        lambda module, args, kwargs: entering.append(kwargs.get("hidden_states", args[0] if args else None)), with_kwargs=True
+    )
+    ours(**x, route=Route(1, depth - 1, kept))
+    probe.remove()
+    for image, valid in enumerate(x["attention_mask"].sum(1).tolist()):
+        first = valid if name.startswith("Lumina2") else entering[0].shape[1] - count
+        tokens = entering[0][image, first : first + count]
+        torch.testing.assert_close(tokens[skipped[image]], taps[0][image, skipped[image]], rtol=0, atol=0)
+        torch.testing.assert_close(tokens[~skipped[image]], taps[depth - 2][image], rtol=0, atol=0)
+    discarded = Route(0, depth, kept, discard=True)
+    ours.taps = ()
+    patches = skipped.view(3, x["hidden_states"].shape[-2] // 2, -1).repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+    if name.startswith("Lumina2"):
+        ours.model.noise_refiner = torch.nn.ModuleList()  # which sees every token
+    before = ours(**x, route=discarded)
+    x["hidden_states"] = torch.where(patches, torch.randn_like(x["hidden_states"]), x["hidden_states"])
+    torch.testing.assert_close(ours(**x, route=discarded).where(~patches, 0), before.where(~patches, 0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_routed_token_of_lumina2_keeps_its_position() -> None:
+    """Without the right half of an image, the left half is what the class makes of it alone: positions count from the left."""
+    ours = backbone("Lumina2Transformer2DModel", num_refiner_layers=0)
+    x = inputs(ours)
+    routed = ours(**x, route=Route(0, ours.depth, kept_half(ours, x, columns_only=True), discard=True))
+    alone = ours(**(x | {"hidden_states": x["hidden_states"][..., :8]}))
+    torch.testing.assert_close(routed[..., :8], alone, rtol=1e-5, atol=1e-6)
