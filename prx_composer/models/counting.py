@@ -156,6 +156,7 @@ def flops_of_backbone(backbone: Any, height: int, width: int, text_tokens: int, 
 
 _CAST: Any = getattr(torch.ops.aten._to_copy, "default")  # noqa: B009 (types of torch.ops are not known)
 _READ: Any = getattr(torch.ops.aten._local_scalar_dense, "default")  # noqa: B009
+_SUM: Any = getattr(torch.ops.aten.sum, "dim_IntList")  # noqa: B009
 
 
 class _Counter(TorchDispatchMode):
@@ -168,6 +169,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self._given = {tensor.untyped_storage()._cdata for tensor in (given or {}).values()}
         self._weights = weights
+        self._counts: dict[int, int] = {}  # storage of sums over masks → how many each can be at most
         self.flops = 0
         self.recorder: Recorder | None = None
         self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes its place
@@ -177,10 +179,14 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _READ and args[0].dtype == torch.bool:
             return False  # networks ask whether a mask has no padding, so that it can be left out: in training it has
+        if func is _READ and (most := self._counts.get(args[0].untyped_storage()._cdata)) is not None:
+            return most  # they ask how many tokens are text: it is planned for as many as there can be
         made, flops = func(*args, **kwargs), 0
         if (formula := FORMULAS.get(func.overloadpacket)) is not None:
             flops = formula(*args, **kwargs, out_val=made)
         self.flops += flops
+        if func is _SUM and args[0].dtype == torch.bool:
+            self._counts[made.untyped_storage()._cdata] = args[0].numel() // max(made.numel(), 1)
         for one in made if isinstance(made, tuple | list) else (made,):
             if isinstance(one, Tensor):
                 self._note(one, func, args)

@@ -1,14 +1,24 @@
 """Classes of diffusers as backbones: through the adapter they compute what they compute by themselves, seams included."""
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from prx_composer import registry
+from prx_composer.algorithms.token_routing import TREAD
+from prx_composer.common.errors import UserError
+from prx_composer.models.counting import flops_of_backbone
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.routing import Route
+from prx_composer.optim.muon import muon_parameters
+from prx_composer.recipe.arguments import check_component
 
 HEADS = dict(num_attention_heads=2, attention_head_dim=16)
 TEXT = 24
@@ -190,3 +200,121 @@ def test_a_routed_token_of_lumina2_keeps_its_position() -> None:
     routed = ours(**x, route=Route(0, ours.depth, kept_half(ours, x, columns_only=True), discard=True))
     alone = ours(**(x | {"hidden_states": x["hidden_states"][..., :8]}))
     torch.testing.assert_close(routed[..., :8], alone, rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------- what is known of a class beforehand
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_flops_are_those_of_the_real_class_at_work(name: str) -> None:
+    ours = backbone(name)
+    x = {key: value[:1] for key, value in inputs(ours).items()}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        ours(**x).sum().backward()
+    sides, text = x["hidden_states"].shape[-2:], x["attention_mask"].shape[1]
+    with torch.device("meta"):
+        planned = DiffusersBackbone(**{"class": name}, **TINY[name])
+    assert flops_of_backbone(planned, *sides, text) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_muon_and_fsdp_find_all_of_the_blocks(name: str) -> None:
+    ours = backbone(name)
+    lists = {path.split(".")[0] for path, module in ours.model.named_modules() if isinstance(module, nn.ModuleList) and "." not in path}
+    inside = {
+        f"backbone.model.{path}"
+        for path, weight in ours.model.named_parameters()
+        if path.split(".")[0] in lists and weight.ndim == 2 and path.endswith(".weight") and "embedding_table" not in path
+    }
+    model = nn.Module()
+    model.backbone = ours
+    assert muon_parameters(model).keys() == inside
+    wrapped = [module for module in ours.modules() if ours.fsdp_wrap_fn(module)]
+    assert len(wrapped) == sum(len(ours.model.get_submodule(path)) for path in lists)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_arguments_are_checked_against_the_class_without_importing_it(name: str) -> None:
+    read = registry.constructor_in_diffusers(name, "model.backbone.class")
+    real = inspect.signature(getattr(diffusers, name))
+    assert {k: p.default for k, p in inspect.signature(read).parameters.items() if k != "self"} == {
+        k: p.default for k, p in real.parameters.items()
+    }
+    check_component(registry.backbones, "diffusers", {"class": name} | TINY[name], "model.backbone", imports=False)
+    width = next(key for key in TINY[name] if "num" in key)
+    with pytest.raises(UserError, match=rf"model\.backbone\.{width}s: no such argument. Did you mean '{width}'"):
+        check_component(registry.backbones, "diffusers", {"class": name, f"{width}s": 1}, "model.backbone", imports=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("SD3Transformer2DModel", dict(caption_projection_dim=48), "caption_projection_dim is 48, but must be the hidden size"),
+        ("SD3Transformer2DModel", dict(pooled_projection_dim=48), "pooled_projection_dim is 48, but the pooled text"),
+        ("PixArtTransformer2DModel", dict(dropout=0.1), "dropout: 0.1 draws what a resumed run would not"),
+        ("SD3Transformer", {}, "'SD3Transformer' has no signature.*Did you mean 'SD3Transformer2DModel'.*code_paths"),
+        ("QwenImageTransformer2DModel", {}, "has no signature.*prx_composer/models/README.md"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(name: str, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, UserError), match=message):
+        DiffusersBackbone(**{"class": name}, **(TINY.get(name, {}) | changed))
+
+
+@pytest.mark.parametrize(
+    ("name", "sides", "message"),
+    [
+        ("DiTTransformer2DModel", (8, 16), "square images only, not 8×16"),
+        ("SD3Transformer2DModel", (8, 26), "positions for 12 patches on a side"),
+        ("AuraFlowTransformer2DModel", (18, 8), "positions for 8 patches on a side"),
+        ("FluxTransformer2DModel", (8, 9), "not divisible by patch_size 2"),
+    ],
+)
+def test_an_image_that_a_class_would_mistake_is_refused(name: str, sides: tuple[int, int], message: str) -> None:
+    ours = backbone(name)
+    with pytest.raises(ValueError, match=message):
+        ours.num_tokens(*sides)
+    with pytest.raises(ValueError, match=message):
+        ours(torch.zeros(1, 4, *sides), torch.zeros(1), torch.zeros(1, 3, ours.context_in_dim))
+
+
+@pytest.mark.parametrize("name", sorted(TINY.keys() - {*ROUTED}))
+def test_routing_is_refused_where_tokens_are_no_plain_sequence(name: str) -> None:
+    with pytest.raises(UserError, match=rf"algorithms\.tread cannot route tokens through {name}: its blocks"):
+        TREAD().check(None, [], backbone(name))
+
+
+STRANGER = """
+from prx_composer import registry
+from prx_composer.models.signatures import BlockList, Inputs, Signature
+
+
+@registry.signatures.register("ChromaTransformer2DModel")
+class Chroma(Signature):
+    blocks = (BlockList("transformer_blocks", output=1), BlockList("single_transformer_blocks", joint=True))
+    text_width = "joint_attention_dim"
+    packs = True
+    unroutable = "its blocks take one table of positions for the whole batch"
+
+    def inputs(self, x: Inputs):
+        rows, columns = x.grid
+        places = x.t.new_zeros(rows, columns, 3)
+        places[..., 1] += torch.arange(rows)[:, None]
+        places[..., 2] += torch.arange(columns)[None]
+        text = dict(encoder_hidden_states=x.text, txt_ids=x.t.new_zeros(x.text.shape[1], 3))
+        return dict(hidden_states=x.image, timestep=x.t, img_ids=places.flatten(0, 1)) | text
+"""
+
+
+def test_a_stranger_s_signature_makes_another_class_a_backbone(tmp_path: Path) -> None:
+    file = tmp_path / "chroma.py"
+    file.write_text("import torch\n" + STRANGER)
+    registry.import_code([str(file)])
+    arguments = HEADS | dict(in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=TEXT, axes_dims_rope=[4, 6, 6])
+    arguments |= dict(approximator_num_channels=16, approximator_hidden_dim=32, approximator_layers=1)
+    check_component(registry.backbones, "diffusers", {"class": "ChromaTransformer2DModel"} | arguments, "b", imports=False)
+    ours = DiffusersBackbone(**{"class": "ChromaTransformer2DModel"}, **arguments)
+    ours.taps = (0, 1)
+    prediction, taps = ours(**inputs(ours), return_taps=True)
+    assert prediction.shape == (3, 4, 8, 16) and [tap.shape for tap in taps.values()] == 2 * [(3, 32, 32)]
+    assert flops_of_backbone(ours, 8, 16, 7) > 0
