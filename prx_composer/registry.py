@@ -139,7 +139,13 @@ signatures = Registry(  # of what the backbone `diffusers` can train, by the nam
         "SanaTransformer2DModel": "prx_composer.models.signatures:Sana",
     },
 )
-text_encoders = Registry("text_encoders", {"huggingface": "prx_composer.models.encoders:HuggingFaceTextEncoder"})
+text_encoders = Registry(
+    "text_encoders",
+    {
+        "huggingface": "prx_composer.models.encoders:HuggingFaceTextEncoder",
+        "labels": "prx_composer.models.class_labels:ClassLabels",
+    },
+)
 autoencoders = Registry(
     "autoencoders",
     {

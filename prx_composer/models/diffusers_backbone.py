@@ -55,6 +55,8 @@ class DiffusersBackbone(nn.Module):
         self.hidden_size: int = config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
         self.context_argument = signature.text_argument(config)
         self.context_in_dim: int = config[self.context_argument] if self.context_argument else TEXT_LABEL
+        if self.context_argument is None:
+            self.num_labels: int = config["num_embeds_ada_norm"]
         self._check()
         self.router: Router | None = None
         self.fusion: TokenFusion | None = None

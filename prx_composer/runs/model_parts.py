@@ -286,13 +286,16 @@ def _new(encoder: Spec, loader: Spec) -> PreTrainedTokenizerBase:
     with at_path(_TOKENIZER):
         if (named := _named_tokenizer(encoder)) is not None:
             return named
-        if isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size"} and spec.get("train"):
-            return trained_tokenizer(loader, spec.get("vocab_size", MOST_WORDS), cleaner(encoder.get("clean", "none")))
+        if isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size", "by"} and spec.get("train"):
+            size, clean = spec.get("vocab_size", MOST_WORDS), cleaner(encoder.get("clean", "none"))
+            return trained_tokenizer(loader, size, clean, spec.get("by", "word"))
     raise UserError(f"{_TOKENIZER}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
 
 
-def trained_tokenizer(loader: Spec, vocab_size: int = MOST_WORDS, clean: Callable[[str], str] = str) -> PreTrainedTokenizerBase:
-    """Return a word-level tokenizer of the captions that a loader trains on, as they are cleaned."""
+def trained_tokenizer(
+    loader: Spec, vocab_size: int = MOST_WORDS, clean: Callable[[str], str] = str, by: str = "word"
+) -> PreTrainedTokenizerBase:
+    """Return a tokenizer of the captions that a loader trains on, as they are cleaned; see `train_tokenizer`."""
 
     def captions() -> Iterator[str]:
         for part in data_sets(loader).values():
@@ -300,7 +303,7 @@ def trained_tokenizer(loader: Spec, vocab_size: int = MOST_WORDS, clean: Callabl
             for column in part.get("captions") or Manifest.read(folder).captions[:1]:
                 yield from iterate_captions(folder, column)
 
-    return train_tokenizer(map(clean, captions()), vocab_size)
+    return train_tokenizer(map(clean, captions()), vocab_size, by)
 
 
 def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

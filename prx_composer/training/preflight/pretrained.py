@@ -322,4 +322,4 @@ def _tokenizer(recipe: Recipe, encoder: dict[str, Any], captions: list[str]) -> 
             return load_tokenizer(spec, encoder.get("revision"), local_files_only=True)
     except (OSError, ValueError):  # said by the checks of weights
         return None
-    return train_tokenizer(captions)
+    return train_tokenizer(captions, by=spec.get("by", "word") if isinstance(spec, dict) else "word")
