@@ -246,7 +246,7 @@ def constructor_in_diffusers(name: Any, path: str) -> Callable[..., Any]:
     if name not in signatures.names():
         raise UserError(
             f"{path}: {name!r} has no signature, which says what goes into a class of diffusers and where its blocks are."
-            f"{nearest(str(name), signatures.names())} A file that code_paths names can add one: see prx_composer/models/README.md."
+            f"{nearest(str(name), signatures.names())} A file that code_paths names can add one: prx_composer/models/README.md."
         )
     package = importlib.util.find_spec("diffusers")  # imports nothing
     folders = [] if package is None else package.submodule_search_locations or []

@@ -119,7 +119,9 @@ class DiffusersBackbone(nn.Module):
             raise ValueError(f"{self.class_name} takes square images only, not {height}×{width}.")
         most, grid = self.signature.most_patches(self.config), (height // self.patch_size, width // self.patch_size)
         if most is not None and max(grid) > most:
-            raise ValueError(f"{self.class_name} has positions for {most} patches on a side here, and {grid[0]}×{grid[1]} are more.")
+            raise ValueError(
+                f"{self.class_name} has positions for {most} patches on a side here, and {grid[0]}×{grid[1]} are more."
+            )
         return grid
 
     def _all_blocks(self) -> list[nn.Module]:
@@ -137,7 +139,9 @@ class DiffusersBackbone(nn.Module):
             ValueError: one of these isn't.
         """
         if not per_block:
-            raise ValueError("model.compile: true makes one graph, and seams are hooks between blocks; set model.compile: blocks.")
+            raise ValueError(
+                "model.compile: true makes one graph, and seams are hooks between blocks; set model.compile: blocks."
+            )
         if flex_attention:
             raise ValueError(f"model.attention: flex is for the backbone prx; {self.class_name} attends by its own code.")
         partitioner: Any = torch._functorch.config  # pyright: ignore[reportAttributeAccessIssue]
@@ -243,8 +247,10 @@ class _Hooks:
     def _without_skipped(self, of: BlockList, tokens: Tensor, kept_indices: Tensor) -> Tensor:
         rows = tokens.flatten(2) if tokens.ndim > 2 else tokens[..., None]
         text, image = self._split(of, rows, self._tokens)
-        return self._joined(text, select_tokens(image, kept_indices)).unflatten(2, tokens.shape[2:]) if tokens.ndim > 2 else (
-            self._joined(text, select_tokens(image, kept_indices))[..., 0]
+        return (
+            self._joined(text, select_tokens(image, kept_indices)).unflatten(2, tokens.shape[2:])
+            if tokens.ndim > 2
+            else (self._joined(text, select_tokens(image, kept_indices))[..., 0])
         )
 
     def _places(self, tokens: Tensor, text: int, image: int) -> tuple[Tensor, Tensor]:

@@ -33,30 +33,18 @@ log = logging.getLogger(__name__)
 _ENCODER_CLASSES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "t5gemma": "T5GemmaEncoderModel", "clip": "CLIPTextModel"}
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, by: str = "word") -> PreTrainedTokenizerBase:
+def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerBase:
     """Return a word-level tokenizer of these captions: lower-cased words and punctuation, then an end token.
 
     The end token makes the empty caption one real token long, which is what the unconditional branch attends to.
-
-    Args:
-        by: "word", or "caption": each is one token, without an end token, and the empty one is none.
-
-    Raises:
-        ValueError: another `by`.
     """
-    if by not in ("word", "caption"):
-        raise ValueError(f"by must be word or caption, not {by!r}.")
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])  # pyright: ignore[reportAttributeAccessIssue]
-    special = ["<pad>", "<unk>"]
-    if by == "word":
-        special.insert(1, "</s>")
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    special = ["<pad>", "</s>", "<unk>"]
     tokenizer.train_from_iterator(captions, trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special))
-    if by == "caption":
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", padding_side="right")
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single="$A </s>", special_tokens=[("</s>", 1)]
     )

@@ -1,7 +1,7 @@
 """What the backbone `diffusers` must know of a transformer of diffusers to train it: one short signature per class.
 
-A signature says how x_t, t and the text become the arguments of the class's `forward`, and where its blocks and their image tokens
-are. Anybody's own joins by `@registry.signatures.register("SomeTransformer2DModel")`.
+A signature says how x_t, t and the text become the arguments of the class's `forward`, and where its blocks and their image
+tokens are. Anybody's own joins by `@registry.signatures.register("SomeTransformer2DModel")`.
 
 Shape suffixes: B batch, C channels, N image tokens, T text tokens, D hidden size.
 """
@@ -57,7 +57,7 @@ class Signature:
         packs: patches of 2×2 become channels before the class sees them.
         square_only: it mistakes images that are not square.
         unroutable: why tokens cannot skip blocks; None = they can.
-        zeros: names of linear layers that begin at zero, so that a block begins as the identity: from the model on, or of a block.
+        zeros: names of linear layers that begin at zero, so that a block begins as the identity. One with a dot ends a name.
     """
 
     blocks: tuple[BlockList, ...]
