@@ -119,7 +119,7 @@ class StepCounter:
 
 def blocks_of(backbone: nn.Module) -> list[nn.Module]:
     """Return the blocks of a backbone, which FSDP2 shards as one unit each: none of a backbone that doesn't say."""
-    is_block = getattr(backbone, "fsdp_wrap_fn", lambda module: False)
+    is_block = getattr(backbone, "is_block", getattr(backbone, "fsdp_wrap_fn", lambda module: False))
     return [module for module in backbone.modules() if is_block(module)]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prx_composer import registry
@@ -50,8 +51,8 @@ class DiffusersBackbone(nn.Module):
         self.model: Any = getattr(diffusers, self.class_name)(**arguments)
         config, signature = self.model.config, self.signature
         self.config = {key: value for key, value in config.items() if not key.startswith("_")}
-        self.patch_size: int = config.get("patch_size", 1) * (2 if signature.packs else 1)
-        self.in_channels: int = config["in_channels"] // (4 if signature.packs else 1)
+        self.patch_size: int = max(config["patch_size"], 2 if signature.packs else 1)
+        self.in_channels: int = config["in_channels"] // (self.patch_size**2 if signature.packs else 1)
         self.hidden_size: int = config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
         self.context_argument = signature.text_argument(config)
         self.context_in_dim: int = config[self.context_argument] if self.context_argument else TEXT_LABEL
@@ -149,9 +150,13 @@ class DiffusersBackbone(nn.Module):
         for block in self._all_blocks():
             block.forward = compile_by_size(block.forward)
 
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Tell Composer's FSDP, which asks for every submodule, that each block is a unit of sharding."""
+    def is_block(self, module: nn.Module) -> bool:
+        """Return whether a submodule is a block, of `signature.also` too."""
         return any(module is block for block in self._all_blocks())
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Tell Composer's FSDP, which asks for every submodule, that each block is a unit of sharding, but for a borrowed one."""
+        return self.is_block(module) and not (self.signature.borrows_first_block and module is self.blocks[0])
 
     def forward(
         self,
@@ -170,7 +175,7 @@ class DiffusersBackbone(nn.Module):
         with _Hooks(self, x, route).attached() as taps:
             output = self.model(**signature.inputs(x), return_dict=False)[0]
         if signature.packs:
-            output = _unpack(output, *x.grid)
+            output = _unpack(output, *x.grid, self.patch_size)
         prediction = signature.prediction(output[:, : self.in_channels])
         return (prediction, taps) if return_taps else prediction
 
@@ -179,7 +184,7 @@ class DiffusersBackbone(nn.Module):
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask.bool()
         text = text * mask[..., None]  # classes without a mask see padding: the same, whoever encodes
         pooled = text.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
-        image = _pack(image) if self.signature.packs else image
+        image = _pack(image, self.patch_size) if self.signature.packs else image
         return Inputs(image, timestep.expand(batch_size), text, mask, pooled.type_as(text), grid, self.config)
 
 
@@ -274,14 +279,11 @@ class _Hooks:
         return merge_tokens(merge_tokens(empty, text, of_text), image, of_image)
 
 
-def _pack(image_BCHW: Tensor) -> Tensor:
-    """Return (B, N, 4·C): channels of 2×2 pixels, as FLUX has them."""
-    batch_size, channels, height, width = image_BCHW.shape
-    patches = image_BCHW.reshape(batch_size, channels, height // 2, 2, width // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch_size, -1, 4 * channels)
+def _pack(image_BCHW: Tensor, side: int) -> Tensor:
+    """Return (B, N, C·side²): the pixels of a patch as channels, in FLUX's order."""
+    return F.pixel_unshuffle(image_BCHW, side).flatten(2).mT
 
 
-def _unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+def _unpack(tokens: Tensor, rows: int, columns: int, side: int) -> Tensor:
     """Return (B, C, H, W): the inverse of `_pack`."""
-    patches = tokens.unflatten(1, (rows, columns)).unflatten(3, (-1, 2, 2))
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, 2 * rows, 2 * columns)
+    return F.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), side)

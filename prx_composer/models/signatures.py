@@ -19,7 +19,7 @@ TEXT_LABEL = 1  # width of a text embedding that is a class label, and nothing e
 class Inputs(NamedTuple):
     """What a backbone is called with."""
 
-    image: Tensor  # x_t: (B, C, H, W), or (B, N, 4·C) where a signature packs
+    image: Tensor  # x_t: (B, C, H, W), or (B, N, C·p²) where a signature packs
     t: Tensor  # fp32 (B,), 1 = noise
     text: Tensor  # (B, T, C), zero where there is no token
     mask: Tensor  # bool (B, T), True = real token
@@ -54,8 +54,9 @@ class Signature:
         text_width: argument of the class that is the width of the text embedding; None = it takes class labels.
         pooled_width: argument that is the width of the pooled text, if it takes that.
         equal_width: arguments that must be the hidden size, because blocks add the one to the other.
-        packs: patches of 2×2 become channels before the class sees them.
+        packs: patches become channels before the class sees them: of its `patch_size`, or of 2×2 where that is 1.
         square_only: it mistakes images that are not square.
+        borrows_first_block: the class uses a layer of its first block outside of it, so that FSDP must not shard that by itself.
         unroutable: why tokens cannot skip blocks; None = they can.
         zeros: names of linear layers that begin at zero, so that a block begins as the identity. One with a dot ends a name.
     """
@@ -67,6 +68,7 @@ class Signature:
     equal_width: tuple[str, ...] = ()
     packs: bool = False
     square_only: bool = False
+    borrows_first_block: bool = False
     unroutable: str | None = None
     zeros: tuple[str, ...] = ()
 
@@ -108,7 +110,10 @@ class SD3(Signature):
 
 
 class Flux(Signature):
-    """FLUX.1: blocks of two streams, then of one; 2×2 latent pixels are a token, at a rotary position."""
+    """FLUX.1: blocks of two streams, then of one; 2×2 latent pixels are a token, at a rotary position.
+
+    `patch_size: p` makes tokens of p×p pixels, with in_channels: C·p² and out_channels: C.
+    """
 
     blocks = (BlockList("transformer_blocks", output=1), BlockList("single_transformer_blocks", output=1))
     text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
@@ -162,6 +167,7 @@ class DiT(Signature):
 
     blocks = (BlockList("transformer_blocks"),)
     square_only = True
+    borrows_first_block = True  # its embeddings of time and label
     zeros = ("norm1.linear", "proj_out_1", "proj_out_2")
 
     def inputs(self, x: Inputs) -> dict[str, Any]:

@@ -26,7 +26,7 @@ Update = tuple[Stack, list[int], Tensor]  # indices of k weights, and this rank'
 def muon_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """Return the trained matrices that Muon is for: 2-D weights of layers inside blocks.
 
-    Of a model with a `backbone` only that is searched. Blocks are what its `fsdp_wrap_fn` names, or without one what is in a
+    Of a model with a `backbone` only that is searched. Blocks are what its `is_block` or `fsdp_wrap_fn` names, or without one what is in a
     module list called `blocks`. Embedding tables are no linear maps and stay out.
 
     Args:
@@ -41,7 +41,7 @@ def muon_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, 
     """
     backbone = getattr(model, "backbone", None)
     root, prefix = (backbone, "backbone") if isinstance(backbone, nn.Module) else (model, "")
-    is_block, block = getattr(root, "fsdp_wrap_fn", None), "no block yet"
+    is_block, block = getattr(root, "is_block", getattr(root, "fsdp_wrap_fn", None)), "no block yet"
     found: dict[str, nn.Parameter] = {}
     for path, module in root.named_modules(prefix=prefix):  # a block before what is in it
         block = f"{path}." if is_block is not None and is_block(module) else block

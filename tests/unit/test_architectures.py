@@ -185,7 +185,8 @@ def test_muon_and_fsdp_find_all_of_the_blocks(name: str) -> None:
     model.backbone = ours
     assert muon_parameters(model).keys() == inside
     wrapped = [module for module in ours.modules() if ours.fsdp_wrap_fn(module)]
-    assert len(wrapped) == sum(len(ours.model.get_submodule(path)) for path in lists)  # pyright: ignore[reportArgumentType]
+    borrowed = 1 if name.startswith("DiT") else 0  # its head uses a layer of the first block, which is gathered with the rest
+    assert len(wrapped) + borrowed == sum(len(ours.model.get_submodule(path)) for path in lists)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", TINY)
