@@ -1,6 +1,7 @@
 """Classes of diffusers are trained with the tricks, sharded, compiled and resumed as our own backbone is, or refused by name."""
 
 import copy
+import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -36,7 +37,21 @@ TRICKS: dict[str, dict[str, Any]] = {
     "irepa": {"teacher": TEACHER, "block": 1},
     "low_precision_norm": {},
     "lpips": {"net": "squeeze", "random_weights": True, "scale": 1.25},
+    "perceptual_dino": {"teacher": TEACHER, "image_size": 16},
     "repa": {"teacher": TEACHER, "block": 1, "projector_hidden": 16},
+    "skip_nonfinite": {},
+}
+ROUTES: dict[str, dict[str, Any]] = {
+    "deferred_masking": {"mixer_blocks": 1, "rate": 0.5},
+    "sprint": {"start_block": 1, "end_block": 1, "rate": 0.5},
+    "tread": {"start_block": 1, "end_block": 1, "rate": 0.5, "self_guidance": True},
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "float8": {"emulate": True},
+    "internal_guidance": {},
+    "readouts": {},
+    "repa": TRICKS["repa"] | {"adapter": {"depth": 1, "mask_rate": 0.2}},
+    "resolution_aware": {},
 }
 TREAD = {"start_block": 1, "end_block": 1, "rate": 0.5}
 CAPTIONS = ["a red circle", "a blue square", "a green ring", "a red cross"]
@@ -80,16 +95,35 @@ def test_tricks_train_on_every_class_or_are_refused_by_name(name: str, tokenizer
     before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
     tricks = TRICKS | ({"tread": TREAD} if name in ROUTED else {})
     terms = trained(model, tricks)
-    assert {"loss/train/repa", "loss/train/irepa", "loss/train/lpips", "loss/train/contrastive_flow_matching"} <= terms.keys()
+    assert {
+        "loss/train/repa",
+        "loss/train/irepa",
+        "loss/train/lpips",
+        "loss/train/perceptual_dino",
+        "loss/train/contrastive_flow_matching",
+    } <= terms.keys()
     assert all(len(values) == 3 and torch.isfinite(torch.tensor(values)).all() for values in terms.values())
     after = model.backbone.state_dict()
     moved = [key for key in before if not torch.equal(before[key], after[key])]
     assert len(moved) > len(before) / 2  # what lies behind two gates that begin at zero moves later
-    image = model.generate(["a red circle", ""], 16, 16, num_inference_steps=2)
-    assert image.shape == (2, 3, 16, 16)
-    for trick, arguments in {"readouts": {}, "resolution_aware": {}, **({} if name in ROUTED else {"tread": TREAD})}.items():
+    for trick, arguments in REFUSED.items():
+        if trick == "float8" and importlib.util.find_spec("torchao") is None:
+            continue
         with pytest.raises(UserError, match=f"algorithms.{trick}"):
             trained(model_of(name, tokenizer), {trick: arguments})
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("trick", ROUTES)
+def test_routes_train_and_draw_where_tokens_are_a_plain_sequence(trick: str, name: str, tokenizer: Any) -> None:
+    model = model_of(name, tokenizer)
+    if name not in ROUTED:
+        with pytest.raises(UserError, match=f"algorithms.{trick} cannot route tokens through {name}"):
+            trained(model, {trick: ROUTES[trick]})
+        return
+    terms = trained(model, {trick: ROUTES[trick]})
+    assert all(torch.isfinite(torch.tensor(values)).all() for values in terms.values())
+    assert model.generate(["a red circle", ""], 16, 16, num_inference_steps=2).shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize("name", TINY)
