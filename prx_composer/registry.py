@@ -122,8 +122,32 @@ class Registry:
 
 
 models = Registry("models", {"text_to_image": "prx_composer.models.text_to_image:TextToImage"})
-backbones = Registry("backbones", {"prx": "prx_composer.models.backbone:PRXBackbone"})
-text_encoders = Registry("text_encoders", {"huggingface": "prx_composer.models.encoders:HuggingFaceTextEncoder"})
+backbones = Registry(
+    "backbones",
+    {
+        "diffusers": "prx_composer.models.diffusers_backbone:DiffusersBackbone",
+        "prx": "prx_composer.models.backbone:PRXBackbone",
+    },
+)
+signatures = Registry(  # of what the backbone `diffusers` can train, by the name of diffusers' class
+    "signatures",
+    {
+        "AuraFlowTransformer2DModel": "prx_composer.models.signatures:AuraFlow",
+        "DiTTransformer2DModel": "prx_composer.models.signatures:DiT",
+        "FluxTransformer2DModel": "prx_composer.models.signatures:Flux",
+        "Lumina2Transformer2DModel": "prx_composer.models.signatures:Lumina2",
+        "PixArtTransformer2DModel": "prx_composer.models.signatures:PixArt",
+        "SD3Transformer2DModel": "prx_composer.models.signatures:SD3",
+        "SanaTransformer2DModel": "prx_composer.models.signatures:Sana",
+    },
+)
+text_encoders = Registry(
+    "text_encoders",
+    {
+        "huggingface": "prx_composer.models.encoders:HuggingFaceTextEncoder",
+        "labels": "prx_composer.models.class_labels:ClassLabels",
+    },
+)
 autoencoders = Registry(
     "autoencoders",
     {
@@ -225,6 +249,27 @@ schedulers = Registry(
         "warmup_stable_decay": "prx_composer.optim:WarmupStableDecay",
     },
 )
+
+
+def constructor_in_diffusers(name: Any, path: str) -> Callable[..., Any]:
+    """Return the constructor of a class of diffusers that has a signature, read from its source.
+
+    Raises:
+        UserError: there is no such class, or no signature of it.
+        CannotTell: its source says it in another way.
+    """
+    if name not in signatures.names():
+        raise UserError(
+            f"{path}: {name!r} has no signature, which says what goes into a class of diffusers and where its blocks are."
+            f"{nearest(str(name), signatures.names())} A file that code_paths names can add one: prx_composer/models/README.md."
+        )
+    package = importlib.util.find_spec("diffusers")  # imports nothing
+    folders = [] if package is None else package.submodule_search_locations or []
+    for file in (file for folder in folders for file in sorted(Path(folder, "models").glob("*/*.py"))):
+        if f"\nclass {name}(" in file.read_text(encoding="utf-8"):
+            return constructor(outline(f"diffusers.models.{file.parent.name}.{file.stem}", name))
+    raise UserError(f"{path}: the diffusers that is installed has no class {name}.")
+
 
 # A component nested in another's arguments is looked up by the argument's name.
 NESTED = {"backbone": backbones, "text_encoder": text_encoders, "autoencoder": autoencoders, "source": sources}

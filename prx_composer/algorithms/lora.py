@@ -37,7 +37,7 @@ class LoRA(Trick):
         if targets is not None and not targets:
             raise ValueError("targets is empty; leave it out for every matrix of a block but its modulation.")
         super().__init__()
-        self.rank, self.alpha, self.targets = rank, float(alpha or rank), tuple(targets or BLOCK_LAYERS)
+        self.rank, self.alpha, self.targets = rank, float(alpha or rank), tuple(targets or ())
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         if not hasattr(model, "backbone"):
@@ -53,7 +53,8 @@ class LoRA(Trick):
                 f"{' and '.join(added)}, which would never be trained; write lora first."
             )
         with seeded_initialisation(model.random.seed, self.name):
-            add_adapters(model.backbone, self.rank, self.alpha, self.targets)
+            targets = self.targets or getattr(model.backbone, "block_layers", BLOCK_LAYERS)
+            add_adapters(model.backbone, self.rank, self.alpha, targets)
         if optimizer is not None:
             drop_frozen(optimizer)
         add_parameters(optimizer, model.backbone)

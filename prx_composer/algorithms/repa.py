@@ -301,6 +301,8 @@ class REPA(Alignment):
     def build_head(self, model: Any, width: int) -> nn.Module:
         if self.adapter is None:
             return MLPProjector(model.backbone.hidden_size, self.projector_hidden, width)
+        if not isinstance(model.backbone, PRXBackbone):
+            raise UserError("algorithms.repa.adapter needs a PRX backbone, whose blocks it has; leave it out for the MLP.")
         generator = partial(model.random.generator, f"{self.name}_mask")
         return MaskedTransformerAdapter(model.backbone, self.adapter.depth, self.adapter.mask_rate, width, generator)
 

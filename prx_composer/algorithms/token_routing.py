@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prx_composer.algorithms.base import LossTrick, Trick
 from prx_composer.common.errors import UserError
 from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.flow import Guidance, RoutedSelfGuidance
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.models.routing import RandomRouter, TokenFusion, merge_tokens
@@ -55,10 +56,21 @@ class TokenRouting(Trick):
             raise ValueError(f"0 ≤ start_block ≤ end_block must hold, not {start_block} and {end_block}.")
         self.start_block, self.end_block, self.rate = start_block, end_block, rate
 
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+        self._check_routable(backbone)
+
+    def _check_routable(self, backbone: Any) -> None:
+        if isinstance(backbone, DiffusersBackbone) and backbone.signature.unroutable is not None:
+            raise UserError(
+                f"algorithms.{self.name} cannot route tokens through {backbone.class_name}: {backbone.signature.unroutable}. "
+                "Leave it out, or train another class."
+            )
+
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
-        backbone: PRXBackbone | None = getattr(model, "backbone", None)
-        if not isinstance(backbone, PRXBackbone):
+        backbone: Any = getattr(model, "backbone", None)
+        if not isinstance(backbone, PRXBackbone | DiffusersBackbone):
             raise UserError(f"algorithms.{self.name} needs a model with a PRX backbone, such as text_to_image.")
+        self._check_routable(backbone)
         if backbone.router is not None:
             owner = getattr(backbone.router, "name", "another")
             raise UserError(f"algorithms.{self.name} and algorithms.{owner} both route tokens; keep one of them.")
@@ -190,6 +202,7 @@ class DeferredMasking(TokenRouting):
         super().__init__(mixer_blocks, None, rate, start, end)
 
     def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+        super().check(recipe, others, backbone, sharding)
         for other in others:
             if not isinstance(other, LossTrick) or not other.needs_whole_image:
                 continue

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 FOLLOWED = frozenset({"prx_composer", "composer"})
-_HARMLESS = frozenset({"final", "register", "runtime_checkable"})  # decorators that leave a class as it is
+_HARMLESS = frozenset({"final", "register", "register_to_config", "runtime_checkable"})  # decorators that leave a class as it is
 # What a type is written with. Nothing of it can call anything.
 _OF_TYPES = (ast.Constant, ast.Name, ast.Load, ast.Attribute, ast.Subscript, ast.Tuple, ast.List)
 _OF_TYPES += (ast.BinOp, ast.BitOr, ast.UnaryOp, ast.USub)
@@ -177,7 +177,7 @@ class _Source:
         decorators = {_called(decorator): ast.unparse(decorator) for decorator in node.decorator_list}
         if decorators.keys() - _HARMLESS - {"dataclass"}:
             raise CannotTell(f"{node.name} in {self.module} is decorated")
-        bases = tuple(base for expression in node.bases if (base := self._base(expression)) is not None)
+        bases = tuple(dict.fromkeys(base for expression in node.bases if (base := self._base(expression)) is not None))
         body: dict[str, Any] = {"__module__": self.module, "__qualname__": node.name, "__annotations__": {}}
         for statement in node.body:
             name = next(iter(_names(statement)), None)

@@ -119,7 +119,7 @@ class StepCounter:
 
 def blocks_of(backbone: nn.Module) -> list[nn.Module]:
     """Return the blocks of a backbone, which FSDP2 shards as one unit each: none of a backbone that doesn't say."""
-    is_block = getattr(backbone, "fsdp_wrap_fn", lambda module: False)
+    is_block = getattr(backbone, "is_block", getattr(backbone, "fsdp_wrap_fn", lambda module: False))
     return [module for module in backbone.modules() if is_block(module)]
 
 
@@ -156,6 +156,7 @@ def flops_of_backbone(backbone: Any, height: int, width: int, text_tokens: int, 
 
 _CAST: Any = getattr(torch.ops.aten._to_copy, "default")  # noqa: B009 (types of torch.ops are not known)
 _READ: Any = getattr(torch.ops.aten._local_scalar_dense, "default")  # noqa: B009
+_SUM: Any = getattr(torch.ops.aten.sum, "dim_IntList")  # noqa: B009
 
 
 class _Counter(TorchDispatchMode):
@@ -168,6 +169,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self._given = {tensor.untyped_storage()._cdata for tensor in (given or {}).values()}
         self._weights = weights
+        self._counts: dict[int, int] = {}  # storage of sums over masks → how many each can be at most
         self.flops = 0
         self.recorder: Recorder | None = None
         self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes its place
@@ -177,10 +179,14 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _READ and args[0].dtype == torch.bool:
             return False  # networks ask whether a mask has no padding, so that it can be left out: in training it has
+        if func is _READ and (most := self._counts.get(args[0].untyped_storage()._cdata)) is not None:
+            return most  # they ask how many tokens are text: it is planned for as many as there can be
         made, flops = func(*args, **kwargs), 0
         if (formula := FORMULAS.get(func.overloadpacket)) is not None:
             flops = formula(*args, **kwargs, out_val=made)
         self.flops += flops
+        if func is _SUM and args[0].dtype == torch.bool:
+            self._counts[made.untyped_storage()._cdata] = args[0].numel() // max(made.numel(), 1)
         for one in made if isinstance(made, tuple | list) else (made,):
             if isinstance(one, Tensor):
                 self._note(one, func, args)
@@ -317,7 +323,7 @@ class _Step:
             begin = module.register_forward_pre_hook(partial(enter, name))
             handles += [begin, module.register_forward_hook(leave)]
         for index, block in enumerate(blocks_of(self._model.backbone)):
-            begin = block.register_forward_pre_hook(partial(self._enter_block, index))
+            begin = block.register_forward_pre_hook(partial(self._enter_block, index), with_kwargs=True)
             handles += [begin, block.register_forward_hook(self._leave_block)]
         try:
             yield
@@ -325,9 +331,9 @@ class _Step:
             for handle in handles:
                 handle.remove()
 
-    def _enter_block(self, index: int, _: nn.Module, given: tuple[Any, ...]) -> None:
+    def _enter_block(self, index: int, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._block = index
-        self._inputs.append(given[0].nbytes)
+        self._inputs.append(next(iter((*given, *named.values()))).nbytes)
         self._recorder.begin_block(index)
 
     def _leave_block(self, *_: Any) -> None:

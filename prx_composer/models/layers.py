@@ -357,9 +357,10 @@ def add_adapters(backbone: nn.Module, rank: int, alpha: float, targets: Sequence
     if is_adapted(backbone):
         raise UserError("The backbone has adapters already.")
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    known = getattr(backbone, "block_layers", BLOCK_LAYERS)
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
-            raise ValueError(f"targets: {target!r} ends no linear layer's name; the blocks have {', '.join(BLOCK_LAYERS)}.")
+            raise ValueError(f"targets: {target!r} ends no linear layer's name; the blocks have {', '.join(known)}.")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # pyright: ignore[reportArgumentType]
     inject_adapter_in_model(config, backbone)
 

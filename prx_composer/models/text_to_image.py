@@ -71,6 +71,23 @@ class ValidationLoss(Metric):
         return (self.total / self.count).float()
 
 
+def _check_text(backbone: Any, text_encoder: Any) -> None:
+    """Raise ValueError unless the backbone takes what the text encoder makes."""
+    if backbone.context_in_dim != text_encoder.hidden_size:
+        named = getattr(backbone, "context_argument", "context_in_dim")
+        if named is None:
+            raise ValueError("model.backbone takes class labels, not text; set model.text_encoder.name: labels.")
+        raise ValueError(
+            f"model.backbone.{named} is {backbone.context_in_dim}, but the text encoder's embeddings are "
+            f"{text_encoder.hidden_size} wide; set {named}: {text_encoder.hidden_size}."
+        )
+    if (labels := getattr(text_encoder, "num_labels", 0)) > getattr(backbone, "num_labels", labels):
+        raise ValueError(
+            f"model.backbone has {getattr(backbone, 'num_labels', 0)} classes, and the captions are {labels}; set "
+            f"num_embeds_ada_norm: {labels}."
+        )
+
+
 class TextToImage(ComposerModel):
     """A text-to-image model: its training step, its evaluation and how it draws.
 
@@ -116,11 +133,7 @@ class TextToImage(ComposerModel):
     ):
         super().__init__()
         self.autoencoder = autoencoder or Pixels()
-        if backbone.context_in_dim != text_encoder.hidden_size:
-            raise ValueError(
-                f"model.backbone.context_in_dim is {backbone.context_in_dim}, but the text encoder's embeddings are "
-                f"{text_encoder.hidden_size} wide; set context_in_dim: {text_encoder.hidden_size}."
-            )
+        _check_text(backbone, text_encoder)
         if backbone.in_channels != self.autoencoder.channels:
             raise ValueError(
                 f"model.backbone.in_channels is {backbone.in_channels}, but model.autoencoder gives "

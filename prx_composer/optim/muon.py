@@ -24,9 +24,10 @@ Update = tuple[Stack, list[int], Tensor]  # indices of k weights, and this rank'
 
 
 def muon_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """Return the trained matrices that Muon is for: 2-D weights of layers inside a module list called `blocks`.
+    """Return the trained matrices that Muon is for: 2-D weights of layers inside blocks.
 
-    Of a model with a `backbone` only that is searched. Embedding tables are no linear maps and stay out.
+    Of a model with a `backbone` only that is searched. Blocks are what its `is_block` or `fsdp_wrap_fn` names, or without one what
+    is in a module list called `blocks`. Embedding tables are no linear maps and stay out.
 
     Args:
         model: what is trained, before or after wrapping.
@@ -40,12 +41,14 @@ def muon_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, 
     """
     backbone = getattr(model, "backbone", None)
     root, prefix = (backbone, "backbone") if isinstance(backbone, nn.Module) else (model, "")
+    is_block, block = getattr(root, "is_block", getattr(root, "fsdp_wrap_fn", None)), "no block yet"
     found: dict[str, nn.Parameter] = {}
-    for path, module in root.named_modules(prefix=prefix):
+    for path, module in root.named_modules(prefix=prefix):  # a block before what is in it
+        block = f"{path}." if is_block is not None and is_block(module) else block
         weight = module._parameters.get("weight")
         if isinstance(module, nn.Embedding) or weight is None or not weight.requires_grad:
             continue
-        if weight.ndim == 2 and _IN_BLOCK.search(path):
+        if weight.ndim == 2 and (path.startswith(block) if is_block is not None else _IN_BLOCK.search(path)):
             found[f"{path}.weight"] = weight
     if not found:
         raise ValueError("muon found no matrix to train: it looks for 2-D weights named `blocks.<i>.….weight`. Use adamw.")

@@ -16,7 +16,7 @@ from typing import Any
 from prx_composer.common.errors import Problems, UserError, at_path, nearest
 from prx_composer.common.outlines import CannotTell, constructor
 from prx_composer.recipe.consistency import phases_of
-from prx_composer.registry import NESTED, UNNAMED, Registry
+from prx_composer.registry import NESTED, UNNAMED, Registry, backbones, constructor_in_diffusers
 from prx_composer.schedule.moments import Moment
 
 Spec = dict[str, Any]
@@ -145,7 +145,11 @@ def check_component(
         imports: whether components may be imported for it. If not, what cannot be known without passes.
     """
     try:
-        function = components.constructor(name, path, imports)
+        if (components, name) == (backbones, "diffusers"):  # whose arguments are those of the class that it names
+            function = constructor_in_diffusers(arguments.get("class"), f"{path}.class")
+            arguments = {key: value for key, value in arguments.items() if key != "class"}
+        else:
+            function = components.constructor(name, path, imports)
     except CannotTell:
         return
     check_arguments(function, arguments, path, *given, imports=imports, of=(components, name))

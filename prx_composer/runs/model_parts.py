@@ -8,7 +8,7 @@ import inspect
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from prx_composer.common.files import sync
 from prx_composer.common.outlines import constructor
 from prx_composer.data.format import Manifest, iterate_captions
 from prx_composer.models.autoencoder import Pixels, stored_config
+from prx_composer.models.class_labels import train_label_tokenizer
 from prx_composer.models.encoders import load_tokenizer, train_tokenizer
 from prx_composer.models.huggingface import known_config
 from prx_composer.models.processes import Process
@@ -41,6 +42,10 @@ _WHERE = ("pretrained", "subfolder", "revision")  # arguments that say where a n
 _LOADERS = {"text_encoder": "huggingface", "autoencoder": "diffusers"}  # the components that load folders, by part
 _WEIGHTS = (".safetensors", ".bin")  # the first of these that is there
 _ENCODER, _TOKENIZER = "model.text_encoder", "model.text_encoder.tokenizer"
+
+
+_Train = Callable[[Iterable[str], int], PreTrainedTokenizerBase]
+TRAINED_BY: dict[str, _Train] = {"word": train_tokenizer, "caption": train_label_tokenizer}
 
 
 class UnknownNetwork(UserError):
@@ -293,13 +298,18 @@ def _new(encoder: Spec, loader: Spec) -> PreTrainedTokenizerBase:
     with at_path(_TOKENIZER):
         if (named := _named_tokenizer(encoder)) is not None:
             return named
-        if isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size"} and spec.get("train"):
-            return trained_tokenizer(loader, spec.get("vocab_size", MOST_WORDS), cleaner(encoder.get("clean", "none")))
+        if isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size", "by"} and spec.get("train"):
+            if spec.get("by", "word") not in TRAINED_BY:
+                raise ValueError(f"by must be {' or '.join(TRAINED_BY)}, not {spec['by']!r}.")
+            size, clean = spec.get("vocab_size", MOST_WORDS), cleaner(encoder.get("clean", "none"))
+            return trained_tokenizer(loader, size, clean, TRAINED_BY[spec.get("by", "word")])
     raise UserError(f"{_TOKENIZER}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
 
 
-def trained_tokenizer(loader: Spec, vocab_size: int = MOST_WORDS, clean: Callable[[str], str] = str) -> PreTrainedTokenizerBase:
-    """Return a word-level tokenizer of the captions that a loader trains on, as they are cleaned."""
+def trained_tokenizer(
+    loader: Spec, vocab_size: int = MOST_WORDS, clean: Callable[[str], str] = str, train: _Train = train_tokenizer
+) -> PreTrainedTokenizerBase:
+    """Return a tokenizer of the captions that a loader trains on, as they are cleaned; by default a word-level one."""
 
     def captions() -> Iterator[str]:
         for part in data_sets(loader).values():
@@ -307,7 +317,7 @@ def trained_tokenizer(loader: Spec, vocab_size: int = MOST_WORDS, clean: Callabl
             for column in part.get("captions") or Manifest.read(folder).captions[:1]:
                 yield from iterate_captions(folder, column)
 
-    return train_tokenizer(map(clean, captions()), vocab_size)
+    return train(map(clean, captions()), vocab_size)
 
 
 def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -115,7 +115,7 @@ def chosen_attention(recipe: Recipe, state: State) -> Iterator[None]:
         return
     model: Any = unwrapped(state.model)
     backbone, side = model.backbone, recipe.image_size // model.autoencoder.downsampling
-    heads = backbone.blocks[0].attention.num_heads
+    heads = backbone.config.get("num_heads") or backbone.config["num_attention_heads"]
     dtype = torch.float16 if state.precision == Precision.AMP_FP16 else torch.bfloat16
     tokens = backbone.num_tokens(side, side), model.text_encoder.max_tokens
     problem = cudnn_problem(heads, backbone.hidden_size // heads, *tokens, device=torch.device("cuda"), dtype=dtype)

@@ -130,7 +130,8 @@ def store_features(options: FeaturesOptions) -> None:
         raise UserError(f"--teacher: the recipe has nothing at {o.teacher}; name one such as algorithms.repa.teacher.")
     with at_path(o.teacher, TypeError):
         teacher = VisionEncoder(TeacherSpec(**spec) if isinstance(spec, dict) else spec)
-    patch = int(recipe.model["backbone"]["patch_size"]) * int(ModelParts(recipe.model, recipe.seed).autoencoder.downsampling)
+    parts = ModelParts(recipe.model, recipe.seed)
+    patch = ModelParts(recipe.model, recipe.seed, meta=True).backbone.patch_size * int(parts.autoencoder.downsampling)
     revision = spec.get("revision") if isinstance(spec, dict) else None
     size, mark = o.image_size or recipe.image_size, fingerprint(teacher.module)
     column = StoredColumn("features", teacher.name, revision, mark, teacher.hidden_size, o.storage, image_size=size)
@@ -163,7 +164,7 @@ def store_latents(options: LatentsOptions) -> None:
     recipe, device, sets = encoding.begin(o.recipe, o.split, o.storage, _STORAGE, o.verify is not None)
     autoencoder, given = ModelParts(recipe.model, recipe.seed).autoencoder, recipe.model.get("autoencoder") or {}
     size = o.image_size or recipe.image_size
-    multiple = int(recipe.model["backbone"]["patch_size"]) * int(autoencoder.downsampling)
+    multiple = ModelParts(recipe.model, recipe.seed, meta=True).backbone.patch_size * int(autoencoder.downsampling)
     title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('_class_name', 'AutoencoderKL')}")
     column = latent_column(autoencoder, title, given.get("revision"), o.storage, size, multiple)
     sizes = [(size, size), *(data.size_of(size, multiple)(bucket) for data in sets for bucket in data.manifest.buckets)]

@@ -29,6 +29,7 @@ from prx_composer.recipe.arguments import data_sets, split
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.folder import TOKENIZER
+from prx_composer.runs.model_parts import MOST_WORDS, TRAINED_BY
 from prx_composer.runs.pretrained_models import check_init_from
 from prx_composer.training.components import Components
 from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
@@ -322,4 +323,5 @@ def _tokenizer(recipe: Recipe, encoder: dict[str, Any], captions: list[str]) -> 
             return load_tokenizer(spec, encoder.get("revision"), local_files_only=True)
     except (OSError, ValueError):  # said by the checks of weights
         return None
-    return train_tokenizer(captions)
+    by = spec.get("by") if isinstance(spec, dict) else None
+    return TRAINED_BY.get(by or "word", train_tokenizer)(captions, MOST_WORDS)

@@ -1,0 +1,214 @@
+"""What the backbone `diffusers` must know of a transformer of diffusers to train it: one short signature per class.
+
+A signature says how x_t, t and the text become the arguments of the class's `forward`, and where its blocks and their image
+tokens are. Anybody's own joins by `@registry.signatures.register("SomeTransformer2DModel")`.
+
+Shape suffixes: B batch, C channels, N image tokens, T text tokens, D hidden size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TEXT_LABEL = 1  # width of a text embedding that is a class label, and nothing else
+
+
+class Inputs(NamedTuple):
+    """What a backbone is called with."""
+
+    image: Tensor  # x_t: (B, C, H, W), or (B, N, C·p²) where a signature packs
+    t: Tensor  # fp32 (B,), 1 = noise
+    text: Tensor  # (B, T, C), zero where there is no token
+    mask: Tensor  # bool (B, T), True = real token
+    pooled: Tensor  # (B, C), the mean of the real tokens
+    grid: tuple[int, int]  # rows and columns of patches
+    config: Mapping[str, Any]  # the class's arguments
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A `ModuleList` of blocks, all of whose `forward` take image tokens as `hidden_states` (B, N, D).
+
+    Args:
+        path: of the list in the model.
+        output: place of the image tokens in what a block returns; None = it returns nothing else.
+        joint: text tokens are among them: see `Signature.first_image_token`.
+        positions: names of other arguments with one entry per token, (B, N, …), which are routed with the tokens.
+    """
+
+    path: str
+    output: int | None = None
+    joint: bool = False
+    positions: tuple[str, ...] = ()
+
+
+class Signature:
+    """Base of all signatures. The attributes are constants of a class.
+
+    Attributes:
+        blocks: of which depth is counted, which are tapped and routed.
+        also: paths of other lists of blocks: sharded, compiled and trained by Muon as `blocks` are.
+        text_width: argument of the class that is the width of the text embedding; None = it takes class labels.
+        pooled_width: argument that is the width of the pooled text, if it takes that.
+        equal_width: arguments that must be the hidden size, because blocks add the one to the other.
+        packs: patches become channels before the class sees them: of its `patch_size`, or of 2×2 where that is 1.
+        square_only: it mistakes images that are not square.
+        borrows_first_block: the class uses a layer of its first block outside of it, so that FSDP must not shard that by itself.
+        unroutable: why tokens cannot skip blocks; None = they can.
+        zeros: names of linear layers that begin at zero, so that a block begins as the identity. One with a dot ends a name.
+    """
+
+    blocks: tuple[BlockList, ...]
+    also: tuple[str, ...] = ()
+    text_width: str | None = None
+    pooled_width: str | None = None
+    equal_width: tuple[str, ...] = ()
+    packs: bool = False
+    square_only: bool = False
+    borrows_first_block: bool = False
+    unroutable: str | None = None
+    zeros: tuple[str, ...] = ()
+
+    def inputs(self, x: Inputs) -> dict[str, Any]:
+        """Return the arguments of the class's `forward`."""
+        raise NotImplementedError
+
+    def prediction(self, output: Tensor) -> Tensor:
+        """Return x̂0 or v̂ = ε − x0 (or ε̂) of what `forward` returns."""
+        return output
+
+    def first_image_token(self, x: Inputs) -> Tensor | None:
+        """Return where image tokens begin in the sequences of `joint` blocks, int64 (B, 1); None = they are the last."""
+        return None
+
+    def text_argument(self, config: Mapping[str, Any]) -> str | None:
+        """Return `text_width`, or what takes its place with these arguments."""
+        return self.text_width
+
+    def most_patches(self, config: Mapping[str, Any]) -> int | None:
+        """Return how many patches a side may have, for which there are positions; None = any number."""
+        return None
+
+
+class SD3(Signature):
+    """MMDiT (arXiv:2403.03206): text and image are two streams; no mask: what is attended to beyond the text is zero."""
+
+    blocks = (BlockList("transformer_blocks", output=1),)
+    text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
+    equal_width = ("caption_projection_dim",)
+    zeros = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
+
+    def inputs(self, x: Inputs) -> dict[str, Any]:
+        text = dict(encoder_hidden_states=x.text, pooled_projections=x.pooled)
+        return dict(hidden_states=x.image, timestep=1000 * x.t) | text
+
+    def most_patches(self, config: Mapping[str, Any]) -> int | None:
+        return config["pos_embed_max_size"]
+
+
+class Flux(Signature):
+    """FLUX.1: blocks of two streams, then of one; 2×2 latent pixels are a token, at a rotary position.
+
+    `patch_size: p` makes tokens of p×p pixels, with in_channels: C·p² and out_channels: C.
+    """
+
+    blocks = (BlockList("transformer_blocks", output=1), BlockList("single_transformer_blocks", output=1))
+    text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
+    packs = True
+    unroutable = "its blocks take one table of positions for the whole batch, and every image keeps tokens of its own"
+    zeros = ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "proj_out")
+
+    def inputs(self, x: Inputs) -> dict[str, Any]:
+        rows, columns = (torch.arange(side, device=x.t.device) for side in x.grid)
+        places = torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns).to(x.t.dtype)
+        guidance = torch.ones_like(x.t) if x.config["guidance_embeds"] else None  # of distilled models: none
+        text = dict(encoder_hidden_states=x.text, pooled_projections=x.pooled, txt_ids=x.t.new_zeros(x.text.shape[1], 3))
+        return dict(hidden_states=x.image, timestep=x.t, img_ids=places, guidance=guidance) | text
+
+
+class PixArt(Signature):
+    """PixArt-α and -Σ (arXiv:2310.00426, 2403.04692): image tokens attend to the text; all blocks share one modulation."""
+
+    blocks = (BlockList("transformer_blocks"),)
+    text_width = "caption_channels"
+    equal_width = ("cross_attention_dim",)
+    zeros = ("attn2.to_out.0", "proj_out")
+
+    def inputs(self, x: Inputs) -> dict[str, Any]:
+        sides = [x.t.new_full((len(x.t), 1), 8.0 * x.config["patch_size"] * side) for side in x.grid]  # pixels of its autoencoder
+        size = dict(resolution=torch.cat(sides, 1), aspect_ratio=sides[0] / sides[1])
+        text = dict(encoder_hidden_states=x.text, encoder_attention_mask=x.mask)
+        return dict(hidden_states=x.image, timestep=1000 * x.t, added_cond_kwargs=size) | text
+
+    def text_argument(self, config: Mapping[str, Any]) -> str | None:
+        return "caption_channels" if config["caption_channels"] else "cross_attention_dim"
+
+
+class Sana(Signature):
+    """Sana (arXiv:2410.10629): linear attention, and convolutions instead of positions."""
+
+    blocks = (BlockList("transformer_blocks"),)
+    text_width = "caption_channels"
+    equal_width = ("cross_attention_dim",)
+    unroutable = "its blocks convolve over the grid of patches, which needs all of them"
+    zeros = ("attn2.to_out.0", "proj_out")
+
+    def inputs(self, x: Inputs) -> dict[str, Any]:
+        guidance = torch.ones_like(x.t) * x.config["guidance_embeds_scale"] if x.config["guidance_embeds"] else None
+        text = dict(encoder_hidden_states=x.text, encoder_attention_mask=x.mask)
+        return dict(hidden_states=x.image, timestep=1000 * x.config["timestep_scale"] * x.t, guidance=guidance) | text
+
+
+class DiT(Signature):
+    """DiT (arXiv:2212.09748), whose text is a class label: of a text encoder such as `labels`; the empty caption is −1."""
+
+    blocks = (BlockList("transformer_blocks"),)
+    square_only = True
+    borrows_first_block = True  # its embeddings of time and label
+    zeros = ("norm1.linear", "proj_out_1", "proj_out_2")
+
+    def inputs(self, x: Inputs) -> dict[str, Any]:
+        label, empty = x.text[:, 0, 0].long(), x.config["num_embeds_ada_norm"]
+        return dict(hidden_states=x.image, timestep=1000 * x.t, class_labels=torch.where(label < 0, empty, label))
+
+
+class Lumina2(Signature):
+    """Lumina-Image 2.0: one stream, the text first and without its padding; its time runs from noise to image."""
+
+    blocks = (BlockList("layers", joint=True, positions=("attention_mask", "image_rotary_emb")),)
+    also = ("noise_refiner", "context_refiner")
+    text_width = "cap_feat_dim"
+    zeros = ("norm1.linear", "norm_out.linear_2")
+
+    def inputs(self, x: Inputs) -> dict[str, Any]:
+        order = x.mask.int().argsort(dim=1, descending=True, stable=True)  # the real tokens first, wherever they were padded
+        text = x.text.gather(1, order[..., None].expand_as(x.text))
+        mask = x.mask.gather(1, order)
+        return dict(hidden_states=x.image, timestep=1 - x.t, encoder_hidden_states=text, encoder_attention_mask=mask)
+
+    def prediction(self, output: Tensor) -> Tensor:
+        return -output
+
+    def first_image_token(self, x: Inputs) -> Tensor | None:
+        return x.mask.sum(1, keepdim=True)
+
+    def most_patches(self, config: Mapping[str, Any]) -> int | None:
+        return min(config["axes_lens"][1:])
+
+
+class AuraFlow(Signature):
+    """AuraFlow: blocks of two streams, then of one with the text first; no mask: what is attended to beyond the text is zero."""
+
+    blocks = (BlockList("joint_transformer_blocks", output=1), BlockList("single_transformer_blocks", joint=True))
+    text_width = "joint_attention_dim"
+    equal_width = ("caption_projection_dim",)
+    zeros = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
+
+    def inputs(self, x: Inputs) -> dict[str, Any]:
+        return dict(hidden_states=x.image, timestep=x.t, encoder_hidden_states=x.text)
+
+    def most_patches(self, config: Mapping[str, Any]) -> int | None:
+        return int(config["pos_embed_max_size"] ** 0.5)
