@@ -190,16 +190,13 @@ def check_arguments(
         with problems.noted():
             default = parameters[key].default if key in parameters else None
             if key not in allowed and not open_ended:
-                instead = _taken_by_others(of, str(key), imports) or (
-                    nearest(str(key), allowed) if allowed else " It takes none."
-                )
-                raise UserError(f"{path}.{key}: no such argument.{instead}")
+                own = nearest(str(key), allowed) if allowed else " It takes none."
+                raise UserError(f"{path}.{key}: no such argument.{_taken_by_others(of, str(key), imports) or own}")
             if key in NESTED:
                 if value is not None or default is not None:
                     below, tokenizer = f"{path}.{key}", ("tokenizer",) if key == "text_encoder" else ()
-                    check_component(
-                        NESTED[key], *split(value, below, UNNAMED.get(key)), below, tokenizer, tokenizer, imports=imports
-                    )
+                    spec = split(value, below, UNNAMED.get(key))
+                    check_component(NESTED[key], *spec, below, tokenizer, tokenizer, imports=imports)
             elif key in hints:
                 try:
                     check_type(value, hints[key], f"{path}.{key}", default)
