@@ -53,7 +53,8 @@ from collections import defaultdict
 from prx_composer.recipe import config
 from prx_composer.training.run import build_trainer
 
-PARTS = {"gradient_clipping": "clip", "skip_nonfinite": "not finite", "_ReadLast": "not finite", "ema": "EMA", "Checkpointing": "checkpoint"}
+PARTS = {"gradient_clipping": "clip", "skip_nonfinite": "not finite", "_ReadLast": "not finite", "ema": "EMA"}
+PARTS["Checkpointing"] = "checkpoint"
 spent, stack = defaultdict(float), []
 
 def timed(function, part):
