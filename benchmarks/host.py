@@ -54,7 +54,7 @@ from prx_composer.recipe import config
 from prx_composer.training.run import build_trainer
 
 PARTS = {"gradient_clipping": "clip", "skip_nonfinite": "not finite", "_ReadLast": "not finite", "ema": "EMA"}
-PARTS["Checkpointing"] = "checkpoint"
+PARTS["Checkpointing"] = "beside steps"  # at the end of a turn
 spent, stack = defaultdict(float), []
 
 def timed(function, part):
@@ -77,7 +77,9 @@ state = trainer.state
 for algorithm in state.algorithms:
     algorithm.apply = timed(algorithm.apply, PARTS.get(getattr(algorithm, "name", ""), "other algorithms"))
 for callback in state.callbacks:
-    callback.run_event = timed(callback.run_event, PARTS.get(type(callback).__name__, "callbacks"))
+    in_a_step = timed(callback.run_event, PARTS.get(type(callback).__name__, "callbacks"))
+    of_the_run = timed(callback.run_event, "beside steps")
+    callback.run_event = lambda event, *given, both=(in_a_step, of_the_run): both["fit" in event.value](event, *given)
 state.optimizers[0].step = timed(state.optimizers[0].step, "optimizer")
 trainer._train_microbatch = timed(trainer._train_microbatch, "passes")
 trainer._train_batch = timed(trainer._train_batch, "the rest of Composer's loop")
@@ -174,9 +176,9 @@ def step(
 
 
 def _by_part(turns: list[dict[str, float]]) -> dict[str, Any]:
-    """Return medians and quartiles of every part, with the sum of all but the passes and the checkpoint that ends a turn."""
+    """Return medians and quartiles of every part, with the sum of all of a step but the passes."""
     parts = {name: [turn.get(name, 0.0) for turn in turns] for name in turns[0]}
-    beside = [sum(ms for name, ms in turn.items() if name not in ("passes", "checkpoint")) for turn in turns]
+    beside = [sum(ms for name, ms in turn.items() if name not in ("passes", "beside steps")) for turn in turns]
     order = sorted(parts, key=lambda name: -statistics.median(parts[name]))
     return {"beside the passes": summary(beside, 2)} | {name: summary(parts[name], 2) for name in order}
 
