@@ -28,19 +28,19 @@ TEACHER = dict(model_type="dinov2", hidden_size=32, num_hidden_layers=1, num_att
 
 
 def small_recipe(folder: Path, steps: int) -> dict[str, Any]:
-    """Return the 24-hour recipe at its structure with small matrices, in fp32, on one synthetic batch of two microbatches."""
+    """Return the 24-hour recipe at its structure with small matrices, in fp32, on one synthetic batch of one microbatch."""
     recipe: dict[str, Any] = dict(vars(config.load([str(ROOT / RECIPE)])))
     model, algorithms = recipe["model"], recipe["algorithms"]
-    model["backbone"] |= dict(hidden_size=64, num_heads=1, bottleneck_size=8, context_in_dim=32)
+    model["backbone"] |= dict(hidden_size=16, num_heads=1, bottleneck_size=4, context_in_dim=32)
     model |= {
         "compile": False,
         "text_encoder": {"name": "huggingface", "config": T5, "tokenizer": {"train": True}, "max_tokens": 8},
     }
-    algorithms["repa"] |= {"teacher": {"config": TEACHER}, "projector_hidden": 64, "end": None}
+    algorithms["repa"] |= {"teacher": {"config": TEACHER}, "projector_hidden": 16, "end": None}
     algorithms["lpips"] |= {"net": "squeeze", "random_weights": True, "compile": False}
     algorithms["perceptual_dino"] |= {"teacher": {"config": TEACHER}, "image_size": 16}
     del algorithms["progressive_resolution"], recipe["callbacks"]["images"]
-    changes = dict(image_size=64, global_train_batch_size=4, device_train_microbatch_size=2, max_duration=f"{steps}ba")
+    changes = dict(image_size=64, global_train_batch_size=2, device_train_microbatch_size=2, max_duration=f"{steps}ba")
     changes |= dict(run_folder=str(folder / "run"), precision="fp32", eval_loader=None, preflight=False, progress_bar=False)
     changes |= dict(autoresume=False, save_interval="1000h", time_budget="1000h", parallelism_config={"fsdp": {}})
     return with_synthetic_batches(recipe | changes, folder, 0.5, True, True)
@@ -54,6 +54,7 @@ from prx_composer.recipe import config
 from prx_composer.training.run import build_trainer
 
 PARTS = {"gradient_clipping": "clip", "skip_nonfinite": "not finite", "_ReadLast": "not finite", "ema": "EMA"}
+PARTS["Checkpointing"] = "beside steps"  # at the end of a turn
 spent, stack = defaultdict(float), []
 
 def timed(function, part):
@@ -76,7 +77,9 @@ state = trainer.state
 for algorithm in state.algorithms:
     algorithm.apply = timed(algorithm.apply, PARTS.get(getattr(algorithm, "name", ""), "other algorithms"))
 for callback in state.callbacks:
-    callback.run_event = timed(callback.run_event, PARTS.get(type(callback).__name__, "callbacks"))
+    in_a_step = timed(callback.run_event, PARTS.get(type(callback).__name__, "callbacks"))
+    of_the_run = timed(callback.run_event, "beside steps")
+    callback.run_event = lambda event, *given, both=(in_a_step, of_the_run): both["fit" in event.value](event, *given)
 state.optimizers[0].step = timed(state.optimizers[0].step, "optimizer")
 trainer._train_microbatch = timed(trainer._train_microbatch, "passes")
 trainer._train_batch = timed(trainer._train_batch, "the rest of Composer's loop")
@@ -173,9 +176,9 @@ def step(
 
 
 def _by_part(turns: list[dict[str, float]]) -> dict[str, Any]:
-    """Return medians and quartiles of every part, with the sum of all but the passes."""
+    """Return medians and quartiles of every part, with the sum of all of a step but the passes."""
     parts = {name: [turn.get(name, 0.0) for turn in turns] for name in turns[0]}
-    beside = [sum(ms for name, ms in turn.items() if name != "passes") for turn in turns]
+    beside = [sum(ms for name, ms in turn.items() if name not in ("passes", "beside steps")) for turn in turns]
     order = sorted(parts, key=lambda name: -statistics.median(parts[name]))
     return {"beside the passes": summary(beside, 2)} | {name: summary(parts[name], 2) for name in order}
 

@@ -122,7 +122,8 @@ class SkipNonfinite(Trick):
             self._loss = term if self._loss is None else self._loss + term
         else:
             assert self._loss is not None
-            gradient = not_finite([local(parameter.grad) for parameter in trained(state)])
+            with torch.no_grad():
+                gradient = not_finite([local(parameter.grad) for parameter in trained(state)])
             self._flags = torch.stack([self._loss, gradient.to(self._loss.device)])
             dist.all_reduce(self._flags)
 
@@ -209,6 +210,7 @@ class FiniteGuard(Callback):
         self._bad: list[str] = []  # names of the losses of this step that are not finite
         self._bad_gradient = False
 
+    @torch.no_grad()
     def questions(self, state: State) -> dict[str, Tensor]:
         """Return what the Trainer must read with the losses of a step.
 

@@ -53,7 +53,7 @@ def test_the_plan_counts_the_graphs_that_torch_makes_of_all_buckets_stages_and_r
                 text, mask = torch.randn(6, 14, backbone.context_in_dim), torch.ones(6, 14, dtype=torch.bool)
                 for drawn in (route, None):
                     backbone(torch.randn(6, 3, height, width), torch.rand(6), text, attention_mask=mask, route=drawn)
-    assert graphs.frame_count == compiled.graphs["backbone"] + compiled.graphs["backbone, routed"] == compiled.count
+    assert graphs.frame_count == compiled.graphs["backbone"] + compiled.graphs["backbone (routed)"] == compiled.count
     assert compiled.seconds == 3 * 7 * compiled.count and compiled.seconds_again < compiled.seconds / 5
 
 
@@ -61,7 +61,7 @@ def test_the_plan_counts_the_graphs_that_torch_makes_of_all_buckets_stages_and_r
 def test_a_teacher_s_layers_share_a_graph_for_all_sizes_and_give_the_same(
     more: dict[str, Any], graphs: CompileCounterWithBackend
 ) -> None:
-    spec = TEACHER["config"] | {"num_hidden_layers": 3, "hidden_size": 16} | more
+    spec = TEACHER["config"] | {"num_hidden_layers": 3, "hidden_size": 24} | more
     torch.manual_seed(0)
     compiled = VisionEncoder(TeacherSpec(config=spec, compile=True))
     plain = VisionEncoder(TeacherSpec(config=spec))
@@ -75,10 +75,10 @@ def test_a_teacher_s_layers_share_a_graph_for_all_sizes_and_give_the_same(
 def test_lpips_is_one_graph_for_all_sizes_and_gives_the_same(
     graphs: CompileCounterWithBackend, tiny_model: Callable[..., Any]
 ) -> None:
-    trick = LPIPS(net="squeeze", random_weights=True, scale=1.0, compile=True)
+    trick = LPIPS(net="alex", random_weights=True, scale=1.0, compile=True)
     trick.build(tiny_model(in_channels=3))
     assert trick.network is not None
-    for images, height, width in ((2, 32, 32), (3, 48, 40), (2, 36, 60)):
+    for images, height, width in ((2, 40, 40), (3, 64, 48)):
         prediction, target = torch.rand(2, images, 3, height, width).unbind(0)
         expected = lpips_distance(trick.network.on(target.device), prediction, target)
         torch.testing.assert_close(trick.distance(prediction.requires_grad_(), target), expected)

@@ -61,11 +61,11 @@ def compiling(
             keys |= {(*key, span.microbatch_size) for size in sizes for key in _training(planned, size, segment.active)}
         if recipe.eval_loader is not None:
             own = (recipe.global_eval_batch_size or span.batch_size) // num_gpus
-            keys |= {("backbone, evaluated", _shape(planned, size), own) for size in sizes}
+            keys |= {("backbone (evaluation)", _shape(planned, size), own) for size in sizes}
     keys = keys if {BLOCKS, DENOISER} & {*planned.graphs} else set()
     graphs = {name: sum(key[0] == name for key in keys) for name in sorted({key[0] for key in keys})}
     graphs |= {name: 2 for name in planned.graphs if name not in (BLOCKS, DENOISER)}  # with gradients, and without
-    passes = sum(count if name == "backbone, evaluated" else 3 * count for name, count in graphs.items())
+    passes = sum(count if name == "backbone (evaluation)" else 3 * count for name, count in graphs.items())
     return Compiling(graphs, FORWARD * passes, KEPT * FORWARD * passes)
 
 
@@ -104,4 +104,4 @@ def _training(planned: MetaModel, size: Bucket, active: frozenset[str]) -> Itera
     if route is None or not whole:
         yield "backbone", shape
     if route is not None:
-        yield "backbone, routed", shape if whole else route.kept_indices.shape[1]
+        yield "backbone (routed)", shape if whole else route.kept_indices.shape[1]
