@@ -26,8 +26,8 @@ Update = tuple[Stack, list[int], Tensor]  # indices of k weights, and this rank'
 def muon_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """Return the trained matrices that Muon is for: 2-D weights of layers inside blocks.
 
-    Of a model with a `backbone` only that is searched. Blocks are what its `is_block` or `fsdp_wrap_fn` names, or without one what
-    is in a module list called `blocks`. Embedding tables are no linear maps and stay out.
+    Of a model with a `backbone` only that is searched. Blocks are what its `is_block` or `fsdp_wrap_fn` names, or without one
+    what is in a module list called `blocks`. Embedding tables are no linear maps and stay out.
 
     Args:
         model: what is trained, before or after wrapping.
