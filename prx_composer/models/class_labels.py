@@ -52,6 +52,11 @@ class ClassLabels(nn.Module):
         for name, value in self.tokenize([""]).items():
             self.register_buffer({"input_ids": "null_input_ids"}.get(name, "null_attention_mask"), value, persistent=False)
 
+    @property
+    def network(self) -> nn.Module:
+        """Itself, which has no weights."""
+        return self
+
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """Return `input_ids` int64 and `attention_mask` bool, both (B, 1)."""
         return tokenize(self.tokenizer, texts, self.max_tokens)

@@ -49,7 +49,12 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrain
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],  # as T5's: pipelines hand on what a tokenizer gives
     )
 
 

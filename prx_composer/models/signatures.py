@@ -58,6 +58,8 @@ class Signature:
         square_only: it mistakes images that are not square.
         borrows_first_block: the class uses a layer of its first block outside of it, so that FSDP must not shard that by itself.
         unroutable: why tokens cannot skip blocks; None = they can.
+        pipeline: of diffusers, that takes the steps that are taken here.
+        pipeline_reads: whether it reads prompts with one text encoder as we do; else it is given embeddings.
         zeros: names of linear layers that begin at zero, so that a block begins as the identity. One with a dot ends a name.
     """
 
@@ -70,6 +72,8 @@ class Signature:
     square_only: bool = False
     borrows_first_block: bool = False
     unroutable: str | None = None
+    pipeline: str | None = None
+    pipeline_reads: bool = False
     zeros: tuple[str, ...] = ()
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
@@ -99,6 +103,7 @@ class SD3(Signature):
     blocks = (BlockList("transformer_blocks", output=1),)
     text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
     equal_width = ("caption_projection_dim",)
+    pipeline = "StableDiffusion3Pipeline"
     zeros = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
@@ -118,6 +123,7 @@ class Flux(Signature):
     blocks = (BlockList("transformer_blocks", output=1), BlockList("single_transformer_blocks", output=1))
     text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
     packs = True
+    pipeline = "FluxPipeline"
     unroutable = "its blocks take one table of positions for the whole batch, and every image keeps tokens of its own"
     zeros = ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "proj_out")
 
@@ -153,6 +159,7 @@ class Sana(Signature):
     blocks = (BlockList("transformer_blocks"),)
     text_width = "caption_channels"
     equal_width = ("cross_attention_dim",)
+    pipeline, pipeline_reads = "SanaPipeline", True
     unroutable = "its blocks convolve over the grid of patches, which needs all of them"
     zeros = ("attn2.to_out.0", "proj_out")
 
@@ -181,6 +188,7 @@ class Lumina2(Signature):
     blocks = (BlockList("layers", joint=True, positions=("attention_mask", "image_rotary_emb")),)
     also = ("noise_refiner", "context_refiner")
     text_width = "cap_feat_dim"
+    pipeline = "Lumina2Pipeline"
     zeros = ("norm1.linear", "norm_out.linear_2")
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
@@ -205,6 +213,7 @@ class AuraFlow(Signature):
     blocks = (BlockList("joint_transformer_blocks", output=1), BlockList("single_transformer_blocks", joint=True))
     text_width = "joint_attention_dim"
     equal_width = ("caption_projection_dim",)
+    pipeline, pipeline_reads = "AuraFlowPipeline", True
     zeros = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
 
     def inputs(self, x: Inputs) -> dict[str, Any]:

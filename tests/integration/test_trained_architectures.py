@@ -20,6 +20,8 @@ from stacks import TEACHER
 
 from prx_composer import registry
 from prx_composer.callbacks.checkpointing import RandomStep
+from prx_composer.commands.plan.conditions import Conditions, find_gpu
+from prx_composer.commands.plan.plan import make_plan
 from prx_composer.common.errors import UserError
 from prx_composer.models import HuggingFaceTextEncoder, TextToImage
 from prx_composer.models.class_labels import ClassLabels, train_label_tokenizer
@@ -29,6 +31,9 @@ from prx_composer.recipe import config
 from prx_composer.recipe.arguments import build
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training.run import run
+from prx_composer.training.trial import check_config
+
+REPOSITORY = Path(__file__).parents[2]
 
 TRICKS: dict[str, dict[str, Any]] = {
     "contrastive_flow_matching": {},
@@ -114,7 +119,9 @@ def test_tricks_train_on_every_class_or_are_refused_by_name(name: str, tokenizer
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("trick", ROUTES)
+@pytest.mark.parametrize(
+    "trick", ["tread", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deferred_masking", "sprint"))]
+)
 def test_routes_train_and_draw_where_tokens_are_a_plain_sequence(trick: str, name: str, tokenizer: Any) -> None:
     model = model_of(name, tokenizer)
     if name not in ROUTED:
@@ -164,7 +171,7 @@ def test_graphs_of_blocks_compute_the_same_with_taps_and_routes(name: str, monke
         backbone(name).compile_graphs(per_block=False)
 
 
-@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "Lumina2Transformer2DModel", "DiTTransformer2DModel"])
+@pytest.mark.parametrize("name", ["Lumina2Transformer2DModel", pytest.param("DiTTransformer2DModel", marks=pytest.mark.slow)])
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     name: str, tiny_recipe: dict[str, Any], write_recipe: Callable[..., str]
 ) -> None:
@@ -185,6 +192,22 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
         for run_name in ("tiny", "parts")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+RECIPES = sorted((REPOSITORY / "yamls" / "architectures").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_pass_the_check(file: Path) -> None:
+    assert not [str(result) for result in check_config(config.load([str(file)])) if result.mark == "✗"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_are_planned(file: Path) -> None:
+    recipe = config.load([str(file)])
+    stage = make_plan(recipe, Conditions(find_gpu("h100"), utilisation=0.3)).stages[0]
+    assert stage.flops["denoiser"] > 0 and stage.memory.frozen >= 0
 
 
 def test_captions_become_labels_and_those_that_training_never_saw_are_none() -> None:

@@ -158,7 +158,10 @@ def test_a_routed_token_of_lumina2_keeps_its_position() -> None:
 # -------------------------------------------------------------------------------- what is known of a class beforehand
 
 
-@pytest.mark.parametrize("name", TINY)
+QUICK = ("SD3Transformer2DModel", "Lumina2Transformer2DModel")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TINY])
 def test_flops_are_those_of_the_real_class_at_work(name: str) -> None:
     ours = backbone(name)
     x = {key: value[:1] for key, value in inputs(ours).items()}

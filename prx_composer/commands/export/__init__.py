@@ -62,6 +62,7 @@ def export_model(options: ExportOptions) -> None:
     """
     from prx_composer.commands.export import pipeline
     from prx_composer.models.backbone import PRXBackbone
+    from prx_composer.models.diffusers_backbone import DiffusersBackbone
     from prx_composer.registry import import_code
     from prx_composer.runs.opening import load_trained
 
@@ -78,6 +79,8 @@ def export_model(options: ExportOptions) -> None:
     with writing_output(), pipeline.written_aside(target) as partial:
         if options.format == "lora":
             pipeline.write_adapters(trained, partial, title, options.license)
+        elif isinstance(trained.model.backbone, DiffusersBackbone):
+            echo(pipeline.write_own_class(trained, partial, options.text_encoder == "reference"))
         elif not isinstance(trained.model.backbone, PRXBackbone):
             pipeline.write_weights(trained, partial)
             echo(

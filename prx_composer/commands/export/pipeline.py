@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -24,6 +24,7 @@ from prx_composer.common.files import sync
 from prx_composer.common.pages import render
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.diffusion import DDPM
+from prx_composer.models.encoders import HuggingFaceTextEncoder
 from prx_composer.models.layers import is_adapted
 from prx_composer.models.processes import FlowMatching
 from prx_composer.models.text_to_image import TextToImage
@@ -45,7 +46,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise UserError(f"--output: {output} is not empty; give another folder, or --overwrite to replace an export.")
-        if not any((output / name).exists() for name in ("model_index.json", "adapter_config.json", WEIGHTS)):
+        if not any((output / name).exists() for name in ("model_index.json", "adapter_config.json", "transformer", WEIGHTS)):
             raise UserError(f"--output: {output} holds something else than an export (no model_index.json); give another folder.")
 
 
@@ -87,25 +88,35 @@ def write_pipeline(trained: Trained, folder: Path, reference: bool = False) -> N
     pixels = isinstance(model.autoencoder, Pixels)
     noise_scale = getattr(model.flow, "noise_scale", 1.0)
     scale = 1.0 if pixels else noise_scale  # PRXPipeline begins with unit noise: the scale goes into the weights
-    tokenizer: Any = model.text_encoder.tokenizer
-    network: Any = model.text_encoder.network
-    scheduler = model.flow.scheduler()
     index: dict[str, Any] = {
         "_class_name": "PRXPixelPipeline" if pixels else "PRXPipeline",
         "_diffusers_version": diffusers.__version__,
         "default_sample_size": trained.image_size,
         "transformer": ["diffusers", "PRXTransformer2DModel"],
+    }
+    if pixels:
+        index |= {"prompt_max_tokens": model.text_encoder.max_tokens, "noise_scale": noise_scale}
+    _write_transformer(model, folder / "transformer", scale)
+    index |= _write_parts(trained, folder, scale, reference)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    _write_recipe(trained, folder)
+
+
+def _write_parts(trained: Trained, folder: Path, scale: float, reference: bool) -> dict[str, list[str]]:
+    """Write what is beside the transformer; return how an index names it."""
+    model = trained.model
+    tokenizer: Any = model.text_encoder.tokenizer
+    network: Any = model.text_encoder.network
+    scheduler = model.flow.scheduler()
+    index = {
         "scheduler": ["diffusers", type(scheduler).__name__],
         "tokenizer": ["transformers", type(tokenizer).__name__],
         "text_encoder": ["transformers", type(network).__name__],
     }
-    if pixels:
-        index |= {"prompt_max_tokens": model.text_encoder.max_tokens, "noise_scale": noise_scale}
     if reference:
         (folder / REFERENCE).write_text(json.dumps(_reference(trained), indent=2) + "\n")
     else:
         network.save_pretrained(str(folder / "text_encoder"))
-    _write_transformer(model, folder / "transformer", scale)
     scheduler.save_pretrained(folder / "scheduler")
     length = tokenizer.model_max_length
     tokenizer.model_max_length = model.text_encoder.max_tokens  # to which PRXPipeline pads
@@ -116,8 +127,43 @@ def write_pipeline(trained: Trained, folder: Path, reference: bool = False) -> N
     if isinstance(model.autoencoder, DiffusersAutoencoder):
         _write_autoencoder(model.autoencoder, folder / "vae", scale)
         index["vae"] = ["diffusers", type(model.autoencoder.module).__name__]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return index
+
+
+def write_own_class(trained: Trained, folder: Path, reference: bool = False) -> str:
+    """Write a model whose backbone is a class of diffusers, with a pipeline of diffusers around it where one draws the same.
+
+    Args:
+        folder: empty, such as `written_aside` gives.
+        reference: name the text encoder instead of copying it.
+
+    Returns:
+        How diffusers opens it, for the user.
+
+    Raises:
+        UserError: an algorithm has changed what the class computes, or the text encoder cannot be referred to.
+    """
+    model, backbone = trained.model, cast("Any", trained.model.backbone)
+    if backbone.fusion is not None:
+        raise UserError(f"algorithms.{backbone.router.name}: diffusers' {backbone.class_name} has no place for its fusion.")
+    backbone.model.save_pretrained(str(folder / "transformer"))
+    opened = f"diffusers.{backbone.class_name}.from_pretrained(DIR, subfolder='transformer') opens the transformer"
     _write_recipe(trained, folder)
+    if not isinstance(model.text_encoder, HuggingFaceTextEncoder):
+        save_tokenizer = cast("Any", model.text_encoder).tokenizer.save_pretrained
+        save_tokenizer(str(folder / "tokenizer"))
+        return f"{opened}. Its labels are the tokens of tokenizer/."
+    index, signature = _write_parts(trained, folder, 1.0, reference), backbone.signature
+    latents = isinstance(model.autoencoder, DiffusersAutoencoder)
+    if not (signature.pipeline and latents and model.flow.prediction == "v" and model.flow.noise_scale == 1):
+        return f"{opened}. A pipeline is written for v-prediction on latents with unit noise, of the classes that have one."
+    index["transformer"] = ["diffusers", backbone.class_name]
+    if not signature.pipeline_reads:
+        index = {name: part for name, part in index.items() if name not in ("tokenizer", "text_encoder")}
+    index |= {"_class_name": signature.pipeline, "_diffusers_version": diffusers.__version__}  # pyright: ignore[reportArgumentType]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    how = "" if signature.pipeline_reads else ", with None for its text parts: it takes embeddings"
+    return f"diffusers.{signature.pipeline}.from_pretrained(DIR{how}) draws the same: see prx_composer/models/README.md."
 
 
 def check_exportable(model: TextToImage) -> None:

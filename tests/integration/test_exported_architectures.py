@@ -1,0 +1,105 @@
+"""What `prx export` writes of a class of diffusers is opened by diffusers alone and draws what this package draws."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from architectures import TEXT, TINY
+from conftest import TINY_T5
+
+from prx_composer.commands.export.pipeline import write_own_class
+from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, TextToImage
+from prx_composer.models.autoencoder import DiffusersAutoencoder
+from prx_composer.models.diffusers_backbone import DiffusersBackbone
+from prx_composer.models.flow import initial_noise
+from prx_composer.runs.opening import Trained
+
+PROMPTS, SEEDS, STEPS, SCALE, SHIFT = ["a red circle", "a blue square"], [3, 4], 4, 3.0, 3.0
+# fmt: off
+KL = dict(_class_name="AutoencoderKL", block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2,
+          up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1)
+DC = dict(_class_name="AutoencoderDC", latent_channels=4, attention_head_dim=4, encoder_block_out_channels=[8, 8],
+          decoder_block_out_channels=[8, 8], encoder_layers_per_block=[1, 1], decoder_layers_per_block=[1, 1],
+          encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_qkv_multiscales=[[], []],
+          decoder_qkv_multiscales=[[], []], scaling_factor=0.3)
+# fmt: on
+
+
+def model_of(name: str, tokenizer: Any) -> TextToImage:
+    torch.manual_seed(0)
+    encoder = HuggingFaceTextEncoder(tokenizer, config=TINY_T5 | {"d_model": TEXT}, max_tokens=9)
+    made: Any = DiffusersBackbone(**{"class": name}, **TINY[name])
+    kind = DC if name.startswith("Sana") else KL | ({"shift_factor": None} if name.startswith("AuraFlow") else {})
+    model = TextToImage(made, encoder, FlowMatching("v", timestep_shift=SHIFT), DiffusersAutoencoder(config=kind))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def written(model: TextToImage, folder: Path) -> str:
+    folder.mkdir()
+    return write_own_class(Trained(model, Path("run"), "ema", 32), folder)
+
+
+@pytest.mark.parametrize("name", sorted(TINY.keys() - {"DiTTransformer2DModel"}))  # which takes no text
+def test_the_transformer_is_the_class_s_own_folder(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    model: Any = model_of(name, tokenizer)
+    written(model, tmp_path / "out")
+    opened = getattr(diffusers, name).from_pretrained(tmp_path / "out", subfolder="transformer")
+    assert opened.state_dict().keys() == model.backbone.model.state_dict().keys()
+    assert all(torch.equal(value, opened.state_dict()[key]) for key, value in model.backbone.model.state_dict().items())
+    assert {k: v for k, v in opened.config.items() if k[0] != "_"} == model.backbone.config
+
+
+@pytest.mark.parametrize("name", ["SanaTransformer2DModel", "AuraFlowTransformer2DModel"])
+def test_a_pipeline_that_reads_prompts_draws_our_image_from_our_noise(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    model: Any = model_of(name, tokenizer)
+    assert "draws the same" in written(model, tmp_path / "out")
+    pipeline = getattr(diffusers, model.backbone.signature.pipeline).from_pretrained(tmp_path / "out")
+    options = dict(complex_human_instruction=None, use_resolution_binning=False) if name.startswith("Sana") else {}
+    check(model, pipeline, prompt=PROMPTS, negative_prompt=["", ""], max_sequence_length=9, guidance_scale=SCALE, **options)
+
+
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel"])
+def test_a_pipeline_that_is_given_embeddings_draws_our_image_from_our_noise(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    model: Any = model_of(name, tokenizer)
+    assert "it takes embeddings" in written(model, tmp_path / "out")
+    cls = getattr(diffusers, model.backbone.signature.pipeline)
+    text = {part: None for part in cls._get_signature_keys(cls)[0] if part.startswith(("text_encoder", "tokenizer"))}
+    pipeline = cls.from_pretrained(tmp_path / "out", **text)
+    found, options = [model.encode_prompts(prompts, torch.device("cpu")) for prompts in (PROMPTS, ["", ""])], dict[str, Any]()
+    for kind, (embedding, mask) in zip(("", "negative_"), found, strict=True):
+        valid = embedding * mask[..., None]
+        options[f"{kind}prompt_embeds"] = valid
+        if name.startswith("Lumina2"):
+            options[f"{kind}prompt_attention_mask"] = mask
+        else:
+            options[f"{kind}pooled_prompt_embeds"] = valid.sum(1) / mask.sum(1, keepdim=True)
+    options = {key.replace("negative_pooled_prompt", "negative_pooled_prompt"): value for key, value in options.items()}
+    options |= {"true_cfg_scale": SCALE, "guidance_scale": 1.0} if name.startswith("Flux") else {"guidance_scale": SCALE}
+    options |= {"cfg_normalization": False} if name.startswith("Lumina2") else {}
+    if not name.startswith("SD3"):  # which take steps of another grid by themselves
+        options["sigmas"] = torch.linspace(1, pipeline.scheduler.sigma_min, STEPS).tolist()
+    check(model, pipeline, **options)
+
+
+def check(model: Any, pipeline: Any, **options: Any) -> None:
+    """Compare latents from the same noise, to 10⁻⁴, and images."""
+    side = 32 // model.autoencoder.downsampling
+    noise = initial_noise(SEEDS, (4, side, side), torch.device("cpu"))
+    if isinstance(pipeline, diffusers.FluxPipeline):
+        noise = pipeline._pack_latents(noise, 2, 4, side, side)
+    pipeline.set_progress_bar_config(disable=True)
+    drawing = dict(height=32, width=32, num_inference_steps=STEPS, output_type="latent", latents=noise, **options)
+    latents = pipeline(**drawing).images
+    if isinstance(pipeline, diffusers.FluxPipeline):
+        latents = pipeline._unpack_latents(latents, 32, 32, pipeline.vae_scale_factor)
+    ours = model.sample(PROMPTS, 32, 32, SEEDS, STEPS, SCALE)
+    assert ours.std() > 0.1
+    torch.testing.assert_close(latents, ours, rtol=1e-4, atol=1e-4)
+    images = pipeline(**(drawing | {"output_type": "np"})).images
+    drawn = model.generate(PROMPTS, 32, 32, SEEDS, STEPS, SCALE).permute(0, 2, 3, 1).numpy()
+    assert abs((images * 255).round() - drawn).max() <= 1
