@@ -30,8 +30,10 @@ from prx_composer.runs.model_parts import UnknownNetwork
 from prx_composer.training.components import Components
 
 OPTION = "--leave-out"
-# A schedule that is moved until it fits is planned often, and its steps cost the same.
+# A schedule that is moved until it fits is planned often, and its steps cost the same, as those of its optimizer do.
 _counts: dict[tuple[Any, ...], StepCount] = {}
+_states: dict[tuple[Any, ...], tuple[list[Tensor], str]] = {}
+_traffic: dict[tuple[Any, ...], tuple[int, int]] = {}
 _IMAGES = 2  # of the step that is counted, at least: a loss may need an image's neighbour
 
 
@@ -155,6 +157,13 @@ class MetaModel:
         }
         given = [self._recipe.model, untimed, self._recipe.train_loader, self._stores_text, self._stores_latents, self.amp]
         return json.dumps(given, sort_keys=True, default=str), *(type(trick) for trick in self.tricks.values())
+
+    @property
+    def optimizer_identity(self) -> tuple[Any, ...]:
+        """All that an optimizer's first step follows from."""
+        groups = self.optimizer.param_groups
+        shapes = tuple(tuple((p.shape, p.dtype) for p in group["params"]) for group in groups)
+        return type(self.optimizer), shapes, repr([group | {"params": None} for group in groups]), repr(self._recipe.optimizer)
 
     @property
     def amp(self) -> bool:
@@ -353,18 +362,23 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return training_state(MetaModel(recipe)).checkpoint
 
 
-@functools.lru_cache(maxsize=8)
 def optimizer_state(planned: MetaModel) -> list[Tensor]:
     """Return what the optimizer keeps after its first step."""
-    state, guessed = state_after_a_step(planned.optimizer)
-    planned.uncounted.told += [f"optimizer: {guessed}"] if guessed else []
+    key = planned.optimizer_identity
+    if key not in _states:
+        _states[key] = state_after_a_step(planned.optimizer)
+    state, guessed = _states[key]
+    if guessed and (said := f"optimizer: {guessed}") not in planned.uncounted.told:
+        planned.uncounted.told.append(said)
     return state
 
 
-@functools.lru_cache(maxsize=8)
 def optimizer_traffic(planned: MetaModel) -> tuple[int, int]:
     """Return the bytes that an optimizer's step reads and writes beside its matrix products, and in how many kernels."""
-    recorder = Recorder("optimizer")
-    state_after_a_step(planned.optimizer, recorder)
-    kernels = [kernel for kernel in kernels_of(recorder.ops) if kernel.kind == OTHER]
-    return sum(kernel.bytes for kernel in kernels), len(kernels)
+    key = planned.optimizer_identity
+    if key not in _traffic:
+        recorder = Recorder("optimizer")
+        state_after_a_step(planned.optimizer, recorder)
+        kernels = [kernel for kernel in kernels_of(recorder.ops) if kernel.kind == OTHER]
+        _traffic[key] = sum(kernel.bytes for kernel in kernels), len(kernels)
+    return _traffic[key]

@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -38,7 +39,8 @@ KINDS = (
     "uv run python recipes",
     "uv run --group foundry llmfoundry",
 )
-PLANS = "uv run prx plan "  # in this process, which counts a model once for all commands that plan it: some 8 s each
+# In this process, which counts a model once for all commands that plan it: some 8 s each.
+PLANS, ROOFLINES = "uv run prx plan ", "uv run python benchmarks/roofline.py "
 # Not run here: what sets up the environment (CI has done it) and what runs the tests, this one among them.
 ELSEWHERE = ("pip install uv", "uv sync", "uv run pytest", "uv run ruff", "uv run basedpyright", "git clone", "cd ")
 FETCHES = (
@@ -96,15 +98,30 @@ def test_there_is_documentation_to_run() -> None:
     assert len(blocks("python")) >= 3
 
 
+def plan(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> None:
+    """Runs `prx plan …` or `python benchmarks/roofline.py …`."""
+    if program == "prx":
+        assert "total" in prx(*arguments), arguments
+        return
+    monkeypatch.setattr(sys, "argv", list(arguments))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(REPOSITORY / "benchmarks")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPOSITORY / arguments[0]), run_name="__main__")
+    assert ended.value.code == 0, arguments
+
+
 @pytest.mark.docs
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:70])
 def test_documented_commands_run(page: str, line: str, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "--group foundry" in line and not is_installed():
         pytest.skip(f"llm-foundry isn't installed: {INSTALL}")
-    if line.startswith(PLANS) and line not in as_written():
+    *before, last = line.split(" && ")
+    if last.startswith((PLANS, ROOFLINES)) and line not in as_written():
         monkeypatch.chdir(workshop)
-        assert "total" in prx(*shlex.split(line.removeprefix("uv run prx"))), line
+        for command in before:
+            subprocess.run(command, shell=True, check=True)
+        plan(monkeypatch, *shlex.split(last)[2:])
         return
     environment = os.environ | {"UV_PROJECT": str(REPOSITORY), "WANDB_MODE": "offline"}
     if line not in as_written() and warm.folder():
