@@ -28,10 +28,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prx_composer import registry
+from prx_composer.callbacks.checkpointing import Checkpointing
 from prx_composer.commands.plan.step_cost import DDP, GATHER, MUON, MUON_REPLICAS, REDUCE, muon_plan, traffic
 from prx_composer.common.errors import UserError
 from prx_composer.recipe import config
-from prx_composer.runs.checkpoints import write_checkpoint
+from prx_composer.runs.checkpoints import CheckpointWriter, newest_checkpoint
 from prx_composer.runs.folder import read_metrics
 from prx_composer.schedule.moments import Point
 from prx_composer.training.meta_model import MetaModel, checkpoint_bytes
@@ -237,40 +238,75 @@ WIDTHS = (96, 256, 512, 1024)  # of the mini recipe's model
 
 
 def share_of_run(folder: Path) -> dict[str, Any]:
-    """Return how much of a finished run went into its checkpoints, from its metrics."""
+    """Return how much of a finished run its checkpoints held up, from its metrics."""
     rows = read_metrics(folder / "metrics.jsonl")
-    seconds = [row["checkpoint/seconds"] for row in rows if "checkpoint/seconds" in row]
+    seconds = [row["checkpoint/stalled_seconds"] for row in rows if "checkpoint/stalled_seconds" in row]
     total = rows[-1]["train_seconds"]
     return {"checkpoints": len(seconds), "seconds": round(sum(seconds), 3), "of": total, "share": round(sum(seconds) / total, 5)}
 
 
+class Steps(Callback):
+    """Times every step, and says whether a checkpoint was being written from its beginning to its end."""
+
+    def __init__(self, writer: CheckpointWriter):
+        self._writer, self._begin = writer, 0.0
+        self.alone: list[float] = []
+        self.beside: list[float] = []
+
+    @property
+    def _writing(self) -> bool:
+        return self._writer.is_writing and not self._writer.is_done
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._writing_before, self._begin = self._writing, time.monotonic()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        seconds = time.monotonic() - self._begin
+        if self._writing_before and self._writing:
+            self.beside.append(seconds)
+        elif not self._writing_before and not self._writing and int(state.timestamp.batch) > 2:
+            self.alone.append(seconds)
+
+
 def write_times(width: int, repeats: int) -> dict[str, Any]:
-    """Return seconds and bytes of a checkpoint after one step."""
+    """Return bytes of a checkpoint, seconds of staging and of writing it, and how much longer steps take meanwhile."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        changes = [f"run_folder={folder}/run", "max_duration=1ba", f"model.backbone.hidden_size={width}", "callbacks={}"]
-        changes += ["scheduler={name: constant}", "time_budget=24h", "save_interval=1dur"]
-        changes += ["eval_loader=null", "progress_bar=false", "preflight=false"]
+        every = 400 // (width // 32) ** 2 + 4  # steps, of which some are alone
+        changes = [f"run_folder={folder}/run", f"max_duration={every * repeats}ba", f"model.backbone.hidden_size={width}"]
+        changes += ["scheduler={name: constant}", "time_budget=null", f"save_interval={every}ba", "callbacks={}"]
+        changes += ["algorithms.progressive_resolution=false", "algorithms.repa.end=null", "global_train_batch_size=4"]
+        changes += ["eval_loader=null", "progress_bar=false", "preflight=false", "save_num_checkpoints_to_keep=1"]
         trainer = build_trainer(config.load(["yamls/24h_mini.yaml", *changes]))
+        saver = next(callback for callback in trainer.state.callbacks if isinstance(callback, Checkpointing))
+        steps = Steps(saver.writer)
+        trainer.state.callbacks.append(steps)
         trainer.fit()
-        seconds, size = [], 0
-        for _ in range(repeats):
-            begin = time.monotonic()
-            checkpoint = write_checkpoint(trainer.state, Path(folder) / "written", {})
-            seconds.append(time.monotonic() - begin)
-            size = sum(file.stat().st_size for file in checkpoint.path.iterdir())
+        rows = [row for row in read_metrics(Path(folder) / "run" / "metrics.jsonl") if "checkpoint/seconds" in row][:-1]
+        size = sum(file.stat().st_size for file in newest_checkpoint(Path(folder) / "run").path.iterdir())  # pyright: ignore[reportOptionalMemberAccess]
         trainer.close()
-    return {"hidden_size": width, "bytes": size, "seconds": round(statistics.median(seconds), 4)}
+    written, alone = [row["checkpoint/seconds"] for row in rows], statistics.median(steps.alone)
+    return {
+        "hidden_size": width,
+        "bytes": size,
+        "seconds": round(statistics.median(written), 4),
+        "stalled_seconds": round(statistics.median(row["checkpoint/stalled_seconds"] for row in rows), 4),
+        "steps": [len(steps.alone), len(steps.beside)],
+        "step_seconds": round(alone, 4),
+        "step_seconds_while_writing": round(statistics.median(steps.beside), 4) if steps.beside else None,
+    }
 
 
-def checkpoints(*, run: Annotated[Path, "a finished run of yamls/24h_mini.yaml"], repeats: int = 5) -> dict[str, Any]:
+def checkpoints(
+    *, run: Annotated[Path, "a finished run of yamls/24h_mini.yaml"], widths: Sequence[int] = WIDTHS, repeats: int = 5
+) -> dict[str, Any]:
     """Cost of checkpoints, measured on the mini recipe and scaled to the 24-hour recipe.
 
-    Two figures: the share of a finished mini run that went into its checkpoints; and the seconds of a checkpoint by its size,
-    from which the large one follows: t = a + bytes / rate, fitted to models of several widths, with optimizer, average and CRC,
-    flushed to the disk. Every rank of a node writes its shard.
+    Three figures: the share of a finished mini run that its checkpoints held up; by size, the seconds that training waits for a
+    copy of the state, and how much longer its steps take while the copy is written; and the seconds of the write, from which the
+    large one follows: t = a + bytes / rate, with optimizer, average and CRC, flushed to the disk. Every rank writes its shard.
     """
     recipe = config.load(["yamls/24h.yaml"])
-    measured = [write_times(width, repeats) for width in WIDTHS]
+    measured = [write_times(width, repeats) for width in widths]
     slope, fixed = (float(x) for x in np.polyfit([m["bytes"] for m in measured], [m["seconds"] for m in measured], 1))
     assert recipe.parallelism_config is not None and recipe.time_budget is not None
     shards, total = recipe.parallelism_config["fsdp"]["shard_degree"], checkpoint_bytes(recipe)
