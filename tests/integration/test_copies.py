@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import commands
 import pytest
 from conftest import train_once
 from test_background_checkpoints import assert_equal, content_of
@@ -21,6 +23,12 @@ from prx_composer.training.run import run
 
 Write = Callable[..., str]
 Recipe = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that copies is a fork, as other commands of tests are."""
+    monkeypatch.setattr(sys, "executable", commands.path_of("python"))
 
 
 @pytest.fixture
