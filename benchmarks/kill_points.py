@@ -3,6 +3,8 @@
 KILL_POINT says where: "staging", "writing", "sealing", "publishing", "deleting", or nothing. KILL_SEED decides how far in.
 """
 
+import itertools
+import json
 import os
 import random
 import shutil
@@ -12,11 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
 
+from prx_composer import registry
 from prx_composer.runs import checkpoints
 
 POINTS = ("staging", "writing", "sealing", "publishing", "deleting")
 MARK = Path(os.environ.get("KILL_MARK", "kill-mark"))  # written just before, for whoever counts
+
+
+@registry.callbacks.register("samples")
+class Samples(Callback):
+    """Writes the samples of every batch, of all ranks, to samples.jsonl in the run folder."""
+
+    def __init__(self, folder: str):
+        self._path = Path(folder) / "samples.jsonl"
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        samples = sorted(itertools.chain(*dist.all_gather_object(state.batch["sample_id"].tolist())))
+        if dist.get_global_rank() == 0:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"batch": int(state.timestamp.batch), "samples": samples}) + "\n")
 
 
 class Points:

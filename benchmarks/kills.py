@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -33,7 +34,7 @@ from prx_composer.data.format import Manifest
 from prx_composer.data.sources import ShapesSource, all_scenes, prepare
 from prx_composer.data.storage import delete, survey
 from prx_composer.models.encoders import train_tokenizer
-from prx_composer.runs.checkpoints import all_checkpoints, newest_checkpoint
+from prx_composer.runs.checkpoints import INDEX, all_checkpoints, newest_checkpoint
 from prx_composer.runs.folder import read_metrics
 
 Minutes = Annotated[float, "no kill comes later than that"]
@@ -59,17 +60,21 @@ class Training(Killable):
     ):
         self._options = [recipe, f"run_name={name}", "progress_bar=false", *overrides]
         self._options += [f"save_folder={remote}/{name}"] if remote else []
+        self._options += ["callbacks.samples={}"] if len(set(processes)) > 1 else []
         self._options += [f"code_paths=[{ROOT / 'benchmarks' / 'kill_points.py'}]"]
         self._processes, self._name, self._remote = processes, name, remote
         super().__init__(Path("runs", name), [])
         self.mark = self.output.with_suffix(".mark")
-        self.switch, self.moment, self.ranks = switch, "", 0
+        self.switch, self.moment, self.ranks, self.on_a_fresh_machine = switch, "", 0, False
 
     def start(self, turn: int = 0) -> None:
         self.moment = "" if turn < 0 else self.ORDER[turn % len(self.ORDER)]
         self.ranks = self._processes[max(turn, 0) % len(self._processes)]
         self.command = train_command(self._options, self.ranks if self.ranks > 1 else None)
         self.mark.unlink(missing_ok=True)
+        self.on_a_fresh_machine = self._remote is not None and self.moment == "start-up" and self.is_copied()
+        if self.on_a_fresh_machine:
+            shutil.rmtree(self.output)
         point = self.moment if self.moment in POINTS else ""
         os.environ |= {"KILL_POINT": point, "KILL_SEED": str(turn), "KILL_MARK": str(self.mark.absolute())}
         super().start(turn)
@@ -84,6 +89,9 @@ class Training(Killable):
     def wait_for(self, moment: str, rng: random.Random) -> bool:
         come = super().wait_for(moment, rng)
         return come or self.mark.exists()
+
+    def is_copied(self) -> bool:
+        return any(entry.path.endswith(f"/{INDEX}") for entry in survey(f"{self._remote}/{self._name}"))
 
     def clear(self) -> None:
         super().clear()
@@ -117,7 +125,7 @@ class Training(Killable):
             moment = "training"
         half = any((self.output / "checkpoints").glob(".ba*.partial"))
         found = {"moment": moment.partition(" ")[0], "batch": batch, "goes_on_from": newest.batch if newest else 0}
-        return found | {"ranks": self.ranks, "half_a_checkpoint": half, "at": moment}
+        return found | {"ranks": self.ranks, "half_a_checkpoint": half, "at": moment, "fresh_machine": self.on_a_fresh_machine}
 
     def outcome(self) -> dict[str, Any]:
         """Return weights, average, optimizer and losses. The checkpoint is our own run's: loading it may execute what it says.
@@ -125,7 +133,11 @@ class Training(Killable):
         Of runs whose number of ranks changes, the samples of every batch: noise is drawn by rank.
         """
         if len(set(self._processes)) > 1:
-            return {"samples": {row["batch"]: row["samples"] for row in read_metrics(self.output / "samples.jsonl")}}
+            rows = read_metrics(self.output / "samples.jsonl")  # of batches that were repeated several
+            return {
+                str(batch): sorted({str(row["samples"]) for row in rows if row["batch"] == batch})
+                for batch in range(self.batch())
+            }
         checkpoint = all_checkpoints(self.output / "checkpoints")[-1]
         path = Path(checkpoint.load_path)
         if path.is_dir():  # sharded
@@ -164,8 +176,9 @@ def train(
     """Final state of a run killed again and again against the undisturbed one.
 
     Kills come while a checkpoint is staged, written, sealed, published, copied to a store and while an older one is deleted, at
-    random moments of start-up and training, and around the switch of stages. Weights, their average, the optimizer's state and
-    every logged loss must be equal; where the number of ranks changes, the samples of every batch.
+    random moments of start-up and training, and around the switch of stages; now and then the run folder is lost, and the copy
+    goes on. Weights, their average, the optimizer's state and every logged loss must be equal; where the number of ranks changes,
+    the samples of every batch.
     """
     with contextlib.ExitStack() as stack:
         if warm:

@@ -233,6 +233,9 @@ class CheckpointWriter:
         """Wait for the one that was begun, and end the thread."""
         self._thread.shutdown()
         _in_hand.pop(self._folder.resolve(), None)
+        if self._group is not None:
+            torch_dist.destroy_process_group(self._group)
+            self._group = None
         if self._written is not None and (error := self._written.exception()) is not None:
             log.error("The checkpoint of batch %d could not be written: %s", self.batch, error)
 

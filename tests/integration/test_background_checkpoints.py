@@ -120,7 +120,7 @@ def test_what_was_held_back_is_the_state_of_its_step(tiny_recipe: Recipe, write_
         if batch == 3:
             held.let_go.set()
 
-    folder = train(tiny_recipe | {"max_duration": "3ba"}, write_recipe, watch)
+    folder = train(tiny_recipe | {"max_duration": "4ba"}, write_recipe, watch)
     for key, expected in seen[2].items():
         assert_equal(content_of(folder, 2)[key], expected)
 
