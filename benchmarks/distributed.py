@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prx_composer import registry
-from prx_composer.callbacks.checkpointing import Checkpointing
 from prx_composer.commands.plan.step_cost import DDP, GATHER, MUON, MUON_REPLICAS, REDUCE, muon_plan, traffic
 from prx_composer.common.errors import UserError
 from prx_composer.recipe import config
-from prx_composer.runs.checkpoints import CheckpointWriter, newest_checkpoint
+from prx_composer.runs.checkpoints import CheckpointWriter
 from prx_composer.runs.folder import read_metrics
 from prx_composer.schedule.moments import Point
 from prx_composer.training.meta_model import MetaModel, checkpoint_bytes
@@ -245,75 +246,80 @@ def share_of_run(folder: Path) -> dict[str, Any]:
     return {"checkpoints": len(seconds), "seconds": round(sum(seconds), 3), "of": total, "share": round(sum(seconds) / total, 5)}
 
 
-class Steps(Callback):
-    """Times every step, and says whether a checkpoint was being written from its beginning to its end."""
-
-    def __init__(self, writer: CheckpointWriter):
-        self._writer, self._begin = writer, 0.0
-        self.alone: list[float] = []
-        self.beside: list[float] = []
-
-    @property
-    def _writing(self) -> bool:
-        return self._writer.is_writing and not self._writer.is_done
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        self._writing_before, self._begin = self._writing, time.monotonic()
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        seconds = time.monotonic() - self._begin
-        if self._writing_before and self._writing:
-            self.beside.append(seconds)
-        elif not self._writing_before and not self._writing and int(state.timestamp.batch) > 2:
-            self.alone.append(seconds)
+def beside(work: Future[Any], thread: ThreadPoolExecutor) -> tuple[float, float]:
+    """Compute in Python until a thread's work is done; return the processor's seconds that this thread and that one had."""
+    own, count = time.thread_time(), 0
+    while not work.done():
+        count += 1
+    own = time.thread_time() - own
+    return own, thread.submit(time.thread_time).result()
 
 
-def write_times(width: int, repeats: int) -> dict[str, Any]:
-    """Return bytes of a checkpoint, seconds of staging and of writing it, and how much longer steps take meanwhile."""
+def even_share(megabytes: int = 200) -> float:
+    """Return what `beside` finds, the first over the second, for work that leaves Python to others: a checksum."""
+    content, shares = bytes(megabytes << 20), []
+    for _ in range(5):
+        with ThreadPoolExecutor(1) as thread:
+            before = thread.submit(time.thread_time).result()
+            own, other = beside(thread.submit(zlib.crc32, content), thread)
+        shares.append(own / (other - before))
+    return statistics.median(shares)
+
+
+def write_times(width: int, repeats: int, even: float) -> dict[str, Any]:
+    """Return bytes of a checkpoint after one step, seconds of staging and of writing it, and what it takes from Python meanwhile.
+
+    Two threads have even shares of the processors, however busy the machine is, unless one keeps Python from the other. So the
+    thread that computes beside the write lacks what the write kept from it: more than any step would, which also waits elsewhere.
+
+    Args:
+        even: of `even_share`.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        every = 400 // (width // 32) ** 2 + 4  # steps, of which some are alone
-        changes = [f"run_folder={folder}/run", f"max_duration={every * repeats}ba", f"model.backbone.hidden_size={width}"]
-        changes += ["scheduler={name: constant}", "time_budget=null", f"save_interval={every}ba", "callbacks={}"]
-        changes += ["algorithms.progressive_resolution=false", "algorithms.repa.end=null", "global_train_batch_size=4"]
-        changes += ["eval_loader=null", "progress_bar=false", "preflight=false", "save_num_checkpoints_to_keep=1"]
+        changes = [f"run_folder={folder}/run", "max_duration=1ba", f"model.backbone.hidden_size={width}", "callbacks={}"]
+        changes += ["scheduler={name: constant}", "time_budget=24h", "save_interval=1dur"]
+        changes += ["eval_loader=null", "progress_bar=false", "preflight=false"]
         trainer = build_trainer(config.load(["yamls/24h_mini.yaml", *changes]))
-        saver = next(callback for callback in trainer.state.callbacks if isinstance(callback, Checkpointing))
-        steps = Steps(saver.writer)
-        trainer.state.callbacks.append(steps)
         trainer.fit()
-        rows = [row for row in read_metrics(Path(folder) / "run" / "metrics.jsonl") if "checkpoint/seconds" in row][:-1]
-        size = sum(file.stat().st_size for file in newest_checkpoint(Path(folder) / "run").path.iterdir())  # pyright: ignore[reportOptionalMemberAccess]
+        found: dict[str, list[float]] = defaultdict(list)
+        writer, size = CheckpointWriter(Path(folder) / "written"), 0
+        for _ in range(repeats):
+            busy, begin = writer.thread.submit(time.thread_time).result(), time.monotonic()
+            writer.begin(trainer.state, {})
+            found["staging_seconds"].append(time.monotonic() - begin)
+            own, other = beside(writer.written, writer.thread)
+            found["processor_seconds"].append(other - busy)
+            found["kept_from_python_seconds"].append(other - busy - own / even)
+            size = sum(file.stat().st_size for file in writer.finish().path.iterdir())
+            found["seconds"].append(writer.seconds)
+        writer.close()
         trainer.close()
-    written, alone = [row["checkpoint/seconds"] for row in rows], statistics.median(steps.alone)
-    return {
-        "hidden_size": width,
-        "bytes": size,
-        "seconds": round(statistics.median(written), 4),
-        "stalled_seconds": round(statistics.median(row["checkpoint/stalled_seconds"] for row in rows), 4),
-        "steps": [len(steps.alone), len(steps.beside)],
-        "step_seconds": round(alone, 4),
-        "step_seconds_while_writing": round(statistics.median(steps.beside), 4) if steps.beside else None,
-    }
+    return {"hidden_size": width, "bytes": size} | {key: round(statistics.median(values), 4) for key, values in found.items()}
 
 
 def checkpoints(
-    *, run: Annotated[Path, "a finished run of yamls/24h_mini.yaml"], widths: Sequence[int] = WIDTHS, repeats: int = 5
+    *,
+    run: Annotated[Path | None, "a finished run of yamls/24h_mini.yaml"] = None,
+    widths: Sequence[int] = WIDTHS,
+    repeats: int = 5,
 ) -> dict[str, Any]:
     """Cost of checkpoints, measured on the mini recipe and scaled to the 24-hour recipe.
 
     Three figures: the share of a finished mini run that its checkpoints held up; by size, the seconds that training waits for a
-    copy of the state, and how much longer its steps take while the copy is written; and the seconds of the write, from which the
-    large one follows: t = a + bytes / rate, with optimizer, average and CRC, flushed to the disk. Every rank writes its shard.
+    copy of the state, and what the write keeps from the thread that trains; and the seconds of the write, from which the large
+    one follows: t = a + bytes / rate, with optimizer, average and CRC, flushed to the disk. Every rank writes its shard.
     """
     recipe = config.load(["yamls/24h.yaml"])
-    measured = [write_times(width, repeats) for width in widths]
+    even = even_share()
+    measured = [write_times(width, repeats, even) for width in widths]
     slope, fixed = (float(x) for x in np.polyfit([m["bytes"] for m in measured], [m["seconds"] for m in measured], 1))
     assert recipe.parallelism_config is not None and recipe.time_budget is not None
     shards, total = recipe.parallelism_config["fsdp"]["shard_degree"], checkpoint_bytes(recipe)
     interval = Point.parse(recipe.save_interval).value
     seconds, shared = (max(fixed, 0.0) + slope * size for size in (total / shards, total))
     return {
-        "mini_run": share_of_run(run),
+        "mini_run": None if run is None else share_of_run(run),
+        "even_share": round(even, 3),
         "by_size": measured,
         "fixed_seconds": round(fixed, 4),
         "bytes_per_second": round(1 / slope),

@@ -172,8 +172,8 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, keep: int = -1, timeout: float = 600.0):
         self._folder, self._keep = folder, keep
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._written: Future[Checkpoint] | None = None
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.written: Future[Checkpoint] | None = None
         self.batch, self.seconds = 0, 0.0
         """Of the last one begun: its batch, and how long it took once it is whole."""
         # Of its own: a thread's collectives must not come between those of training, whose order is the same on all ranks.
@@ -183,12 +183,12 @@ class CheckpointWriter:
     @property
     def is_writing(self) -> bool:
         """Whether one was begun that `finish` has not been asked for."""
-        return self._written is not None
+        return self.written is not None
 
     @property
     def is_done(self) -> bool:
         """Whether `finish` has something to tell and needn't wait for it."""
-        return self._written is not None and self._written.done()
+        return self.written is not None and self.written.done()
 
     def begin(self, state: State, recipe: dict[str, Any], finite: bool = False) -> None:
         """Copy the state and have it written, after `finish` of the one before; on all ranks at once.
@@ -198,7 +198,7 @@ class CheckpointWriter:
             recipe: of the run, kept beside it.
             finite: the state was looked at, and all of it is.
         """
-        assert self._written is None
+        assert self.written is None
         start, self.batch = time.monotonic(), int(state.timestamp.batch)
         sharded = state.fsdp_sharded_state_dict_enabled
         content: dict[str, Any] = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
@@ -217,7 +217,7 @@ class CheckpointWriter:
                 content.clear()
                 self.seconds = time.monotonic() - start
 
-        self._written = _in_hand[self._folder.resolve()] = self._thread.submit(write)
+        self.written = _in_hand[self._folder.resolve()] = self.thread.submit(write)
 
     def finish(self) -> Checkpoint:
         """Wait for the one that was begun, and return it.
@@ -225,18 +225,18 @@ class CheckpointWriter:
         Raises:
             OSError: on all ranks, if one of them could not write. What was written is deleted.
         """
-        assert self._written is not None
-        written, self._written = self._written, None
+        assert self.written is not None
+        written, self.written = self.written, None
         return written.result()
 
     def close(self) -> None:
         """Wait for the one that was begun, and end the thread."""
-        self._thread.shutdown()
+        self.thread.shutdown()
         _in_hand.pop(self._folder.resolve(), None)
         if self._group is not None:
             torch_dist.destroy_process_group(self._group)
             self._group = None
-        if self._written is not None and (error := self._written.exception()) is not None:
+        if self.written is not None and (error := self.written.exception()) is not None:
             log.error("The checkpoint of batch %d could not be written: %s", self.batch, error)
 
     def _write(self, content: dict[str, Any], sharded: bool, index: dict[str, Any]) -> Checkpoint:

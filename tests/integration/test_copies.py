@@ -21,6 +21,8 @@ from prx_composer.runs.folder import read_metrics
 from prx_composer.training import main
 from prx_composer.training.run import run
 
+pytestmark = pytest.mark.slow
+
 Write = Callable[..., str]
 Recipe = dict[str, Any]
 
@@ -36,7 +38,7 @@ def proxy(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[UnreliableProxy]
     """Between this package and the server; the client `s3` reaches it directly."""
     port = urlparse(os.environ["S3_ENDPOINT_URL"]).port
     assert port is not None
-    proxy = UnreliableProxy(port, seed=0, longest=100_000)
+    proxy = UnreliableProxy(port, seed=0, longest=4_000_000)  # a checkpoint has 1 MB
     monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
     yield proxy
     proxy.close()
