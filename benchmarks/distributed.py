@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +33,7 @@ from prx_composer import registry
 from prx_composer.commands.plan.step_cost import DDP, GATHER, MUON, MUON_REPLICAS, REDUCE, muon_plan, traffic
 from prx_composer.common.errors import UserError
 from prx_composer.recipe import config
-from prx_composer.runs.checkpoints import write_checkpoint
+from prx_composer.runs.checkpoints import CheckpointWriter
 from prx_composer.runs.folder import read_metrics
 from prx_composer.schedule.moments import Point
 from prx_composer.training.meta_model import MetaModel, checkpoint_bytes
@@ -237,47 +239,87 @@ WIDTHS = (96, 256, 512, 1024)  # of the mini recipe's model
 
 
 def share_of_run(folder: Path) -> dict[str, Any]:
-    """Return how much of a finished run went into its checkpoints, from its metrics."""
+    """Return how much of a finished run its checkpoints held up, from its metrics."""
     rows = read_metrics(folder / "metrics.jsonl")
-    seconds = [row["checkpoint/seconds"] for row in rows if "checkpoint/seconds" in row]
+    seconds = [row["checkpoint/stalled_seconds"] for row in rows if "checkpoint/stalled_seconds" in row]
     total = rows[-1]["train_seconds"]
     return {"checkpoints": len(seconds), "seconds": round(sum(seconds), 3), "of": total, "share": round(sum(seconds) / total, 5)}
 
 
-def write_times(width: int, repeats: int) -> dict[str, Any]:
-    """Return seconds and bytes of a checkpoint after one step."""
+def beside(work: Future[Any], thread: ThreadPoolExecutor) -> tuple[float, float]:
+    """Compute in Python until a thread's work is done; return the processor's seconds that this thread and that one had."""
+    own, count = time.thread_time(), 0
+    while not work.done():
+        count += 1
+    own = time.thread_time() - own
+    return own, thread.submit(time.thread_time).result()
+
+
+def even_share(megabytes: int = 200) -> float:
+    """Return what `beside` finds, the first over the second, for work that leaves Python to others: a checksum."""
+    content, shares = bytes(megabytes << 20), []
+    for _ in range(5):
+        with ThreadPoolExecutor(1) as thread:
+            before = thread.submit(time.thread_time).result()
+            own, other = beside(thread.submit(zlib.crc32, content), thread)
+        shares.append(own / (other - before))
+    return statistics.median(shares)
+
+
+def write_times(width: int, repeats: int, even: float) -> dict[str, Any]:
+    """Return bytes of a checkpoint after one step, seconds of staging and of writing it, and what it takes from Python meanwhile.
+
+    Two threads have even shares of the processors, however busy the machine is, unless one keeps Python from the other. So the
+    thread that computes beside the write lacks what the write kept from it: more than any step would, which also waits elsewhere.
+
+    Args:
+        even: of `even_share`.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         changes = [f"run_folder={folder}/run", "max_duration=1ba", f"model.backbone.hidden_size={width}", "callbacks={}"]
         changes += ["scheduler={name: constant}", "time_budget=24h", "save_interval=1dur"]
         changes += ["eval_loader=null", "progress_bar=false", "preflight=false"]
         trainer = build_trainer(config.load(["yamls/24h_mini.yaml", *changes]))
         trainer.fit()
-        seconds, size = [], 0
+        found: dict[str, list[float]] = defaultdict(list)
+        writer, size = CheckpointWriter(Path(folder) / "written"), 0
         for _ in range(repeats):
-            begin = time.monotonic()
-            checkpoint = write_checkpoint(trainer.state, Path(folder) / "written", {})
-            seconds.append(time.monotonic() - begin)
-            size = sum(file.stat().st_size for file in checkpoint.path.iterdir())
+            busy, begin = writer.thread.submit(time.thread_time).result(), time.monotonic()
+            writer.begin(trainer.state, {})
+            found["staging_seconds"].append(time.monotonic() - begin)
+            own, other = beside(writer.written, writer.thread)
+            found["processor_seconds"].append(other - busy)
+            found["kept_from_python_seconds"].append(other - busy - own / even)
+            size = sum(file.stat().st_size for file in writer.finish().path.iterdir())
+            found["seconds"].append(writer.seconds)
+        writer.close()
         trainer.close()
-    return {"hidden_size": width, "bytes": size, "seconds": round(statistics.median(seconds), 4)}
+    return {"hidden_size": width, "bytes": size} | {key: round(statistics.median(values), 4) for key, values in found.items()}
 
 
-def checkpoints(*, run: Annotated[Path, "a finished run of yamls/24h_mini.yaml"], repeats: int = 5) -> dict[str, Any]:
+def checkpoints(
+    *,
+    run: Annotated[Path | None, "a finished run of yamls/24h_mini.yaml"] = None,
+    widths: Sequence[int] = WIDTHS,
+    repeats: int = 5,
+) -> dict[str, Any]:
     """Cost of checkpoints, measured on the mini recipe and scaled to the 24-hour recipe.
 
-    Two figures: the share of a finished mini run that went into its checkpoints; and the seconds of a checkpoint by its size,
-    from which the large one follows: t = a + bytes / rate, fitted to models of several widths, with optimizer, average and CRC,
-    flushed to the disk. Every rank of a node writes its shard.
+    Three figures: the share of a finished mini run that its checkpoints held up; by size, the seconds that training waits for a
+    copy of the state, and what the write keeps from the thread that trains; and the seconds of the write, from which the large
+    one follows: t = a + bytes / rate, with optimizer, average and CRC, flushed to the disk. Every rank writes its shard.
     """
     recipe = config.load(["yamls/24h.yaml"])
-    measured = [write_times(width, repeats) for width in WIDTHS]
+    even = even_share()
+    measured = [write_times(width, repeats, even) for width in widths]
     slope, fixed = (float(x) for x in np.polyfit([m["bytes"] for m in measured], [m["seconds"] for m in measured], 1))
     assert recipe.parallelism_config is not None and recipe.time_budget is not None
     shards, total = recipe.parallelism_config["fsdp"]["shard_degree"], checkpoint_bytes(recipe)
     interval = Point.parse(recipe.save_interval).value
     seconds, shared = (max(fixed, 0.0) + slope * size for size in (total / shards, total))
     return {
-        "mini_run": share_of_run(run),
+        "mini_run": None if run is None else share_of_run(run),
+        "even_share": round(even, 3),
         "by_size": measured,
         "fixed_seconds": round(fixed, 4),
         "bytes_per_second": round(1 / slope),

@@ -136,6 +136,10 @@ class Killable(ABC):
     def progress(self) -> dict[str, Any]:
         """Return where it is; `moment` is its name."""
 
+    def clear(self) -> None:
+        """Delete all that it has written."""
+        shutil.rmtree(self.output)
+
     def outcome(self) -> dict[str, Any]:
         """Return what must be equal in the end."""
         return contents(self.output)
@@ -161,7 +165,7 @@ def differences(first: Any, second: Any, path: str = "") -> list[str]:
 def kill_again_and_again(whole: Killable, killed: Killable, kills: int, minutes: float, seed: int) -> dict[str, Any]:
     """Run one to its end undisturbed, kill the other, and compare every time that it comes to its end; then begin it anew."""
     rng, began = random.Random(seed), time.monotonic()
-    whole.start()
+    whole.start(-1)
     if whole.finish() != 0:
         sys.exit(f"The undisturbed one failed:\n{whole.log.read_text()[-3000:]}")
     undisturbed, expected = time.monotonic() - began, whole.outcome()
@@ -172,7 +176,7 @@ def kill_again_and_again(whole: Killable, killed: Killable, kills: int, minutes:
     while failures <= 3:
         more = len(log) < kills and time.monotonic() < kills_end
         if not killed.is_alive():
-            killed.start(len(log))
+            killed.start(len(log) if more else -1)
         if more and killed.wait_for(killed.ORDER[len(log) % len(killed.ORDER)], rng):
             before = killed.progress()
             log.append(before | {"victim": killed.kill(killed.TURNS[len(log) % len(killed.TURNS)], rng)})
@@ -182,7 +186,7 @@ def kill_again_and_again(whole: Killable, killed: Killable, kills: int, minutes:
             compared += 1
             if not more:
                 break
-            shutil.rmtree(killed.output)
+            killed.clear()
         else:
             failures += 1
             say(f"It failed, not killed:\n{killed.log.read_text()[-3000:]}")

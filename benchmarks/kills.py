@@ -8,13 +8,15 @@ once, as when a machine loses power, the leading process alone, or one of the pr
 """
 
 import contextlib
+import importlib
 import json
 import os
 import random
+import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,14 +25,16 @@ import torch
 import yaml
 from common import ROOT, main, train_command
 from data_speed import add_to_tar, photograph
+from kill_points import POINTS
 from killing import Killable, contents, kill_again_and_again, processor_time, session_of
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import T5Config, T5EncoderModel
 
 from prx_composer.data.format import Manifest
 from prx_composer.data.sources import ShapesSource, all_scenes, prepare
+from prx_composer.data.storage import delete, survey
 from prx_composer.models.encoders import train_tokenizer
-from prx_composer.runs.checkpoints import all_checkpoints, newest_checkpoint
+from prx_composer.runs.checkpoints import INDEX, all_checkpoints, newest_checkpoint
 from prx_composer.runs.folder import read_metrics
 
 Minutes = Annotated[float, "no kill comes later than that"]
@@ -40,15 +44,59 @@ Minutes = Annotated[float, "no kill comes later than that"]
 
 
 class Training(Killable):
-    """A run of a recipe, of which everything dies at once."""
+    """A run of a recipe, of which everything dies at once: at a point of a checkpoint, by itself, or at a random time, from here.
 
-    MOMENTS = {"start-up": 15.0, "training": 6.0, "writing": 0.1, "switch": 1.5}
-    ORDER = ("training", "writing", "switch", "start-up", "writing", "training")
+    Args:
+        processes: in turn, start after start.
+        switch: batch at which the second stage begins.
+        remote: `save_folder`.
+    """
 
-    def __init__(self, recipe: str, name: str, overrides: Sequence[str], processes: int, switch: int | None):
-        options = [recipe, f"run_name={name}", "progress_bar=false", *overrides]
-        super().__init__(Path("runs", name), train_command(options, processes))
-        self.switch = switch
+    MOMENTS = {"start-up": 8.0, "training": 3.0, "switch": 1.0, "copying": 0.5} | dict.fromkeys(POINTS, 0.0)
+    ORDER = ("staging", "writing", "copying", "publishing", "training", "sealing", "switch", "writing", "deleting", "start-up")
+
+    def __init__(
+        self, recipe: str, name: str, overrides: Sequence[str], processes: Sequence[int], switch: int | None, remote: str | None
+    ):
+        self._options = [recipe, f"run_name={name}", "progress_bar=false", *overrides]
+        self._options += [f"save_folder={remote}/{name}"] if remote else []
+        self._options += ["callbacks.samples={}"] if len(set(processes)) > 1 else []
+        self._options += [f"code_paths=[{ROOT / 'benchmarks' / 'kill_points.py'}]"]
+        self._processes, self._name, self._remote = processes, name, remote
+        super().__init__(Path("runs", name), [])
+        self.mark = self.output.with_suffix(".mark")
+        self.switch, self.moment, self.ranks, self.on_a_fresh_machine = switch, "", 0, False
+
+    def start(self, turn: int = 0) -> None:
+        self.moment = "" if turn < 0 else self.ORDER[turn % len(self.ORDER)]
+        self.ranks = self._processes[max(turn, 0) % len(self._processes)]
+        self.command = train_command(self._options, self.ranks if self.ranks > 1 else None)
+        self.mark.unlink(missing_ok=True)
+        self.on_a_fresh_machine = self._remote is not None and self.moment == "start-up" and self.is_copied()
+        if self.on_a_fresh_machine:
+            shutil.rmtree(self.output)
+        point = self.moment if self.moment in POINTS else ""
+        os.environ |= {"KILL_POINT": point, "KILL_SEED": str(turn), "KILL_MARK": str(self.mark.absolute())}
+        super().start(turn)
+
+    def kill(self, victim: str, rng: random.Random) -> str:
+        """Kill whatever has the run's name among its arguments, the launcher first."""
+        for pid in sorted(processes_with(self._name), key=lambda pid: pid != self.leader):
+            self.kill_one(pid)
+        self.finish()
+        return "everything"
+
+    def wait_for(self, moment: str, rng: random.Random) -> bool:
+        come = super().wait_for(moment, rng)
+        return come or self.mark.exists()
+
+    def is_copied(self) -> bool:
+        return any(entry.path.endswith(f"/{INDEX}") for entry in survey(f"{self._remote}/{self._name}"))
+
+    def clear(self) -> None:
+        super().clear()
+        if self._remote:
+            delete([entry.path for entry in survey(f"{self._remote}/{self._name}")])
 
     def rows(self) -> list[dict[str, Any]]:
         with contextlib.suppress(OSError):
@@ -59,25 +107,37 @@ class Training(Killable):
         rows = self.rows()
         return rows[-1]["batch"] if rows else 0
 
-    def is_writing(self) -> bool:
-        return any((self.output / "checkpoints").glob(".ba*.partial"))
-
     def watch(self, moment: str, rng: random.Random) -> Callable[[], bool]:
         begun, saved, switch = self.batch(), newest_checkpoint(self.output), self.switch
-        if moment == "writing":
-            return self.is_writing
+        if moment in POINTS:
+            return self.mark.exists
+        if moment == "copying" and self._remote:
+            return lambda: bool(processes_with("prx_composer.runs.copies", self._name))
         if moment == "switch" and switch is not None:
             # If it is far away when the next checkpoint is there, the kill comes then, so that training gets on.
-            return lambda: self.batch() >= switch - 2 or (newest_checkpoint(self.output) != saved and self.batch() < switch - 60)
+            return lambda: self.batch() >= switch - 2 or (newest_checkpoint(self.output) != saved and self.batch() < switch - 20)
         return lambda: self.batch() > begun
 
     def progress(self) -> dict[str, Any]:
-        writing, batch, newest = self.is_writing(), self.batch(), newest_checkpoint(self.output)
-        moment = "writing" if writing else "training" if batch > (newest.batch if newest else 0) else "start-up"
-        return {"moment": moment, "batch": batch, "goes_on_from": newest.batch if newest else 0}
+        batch, newest = self.batch(), newest_checkpoint(self.output)
+        moment = self.mark.read_text() if self.mark.exists() else self.moment
+        if moment == "switch" and self.switch is not None and abs(batch - self.switch) > 2:
+            moment = "training"
+        half = any((self.output / "checkpoints").glob(".ba*.partial"))
+        found = {"moment": moment.partition(" ")[0], "batch": batch, "goes_on_from": newest.batch if newest else 0}
+        return found | {"ranks": self.ranks, "half_a_checkpoint": half, "at": moment, "fresh_machine": self.on_a_fresh_machine}
 
     def outcome(self) -> dict[str, Any]:
-        """Return weights, average, optimizer and losses. The checkpoint is our own run's: loading it may execute what it says."""
+        """Return weights, average, optimizer and losses. The checkpoint is our own run's: loading it may execute what it says.
+
+        Of runs whose number of ranks changes, the samples of every batch: noise is drawn by rank.
+        """
+        if len(set(self._processes)) > 1:
+            rows = read_metrics(self.output / "samples.jsonl")  # of batches that were repeated several
+            return {
+                str(batch): sorted({str(row["samples"]) for row in rows if row["batch"] == batch})
+                for batch in range(self.batch())
+            }
         checkpoint = all_checkpoints(self.output / "checkpoints")[-1]
         path = Path(checkpoint.load_path)
         if path.is_dir():  # sharded
@@ -89,25 +149,78 @@ class Training(Killable):
         return {"model": state["model"], "optimizers": state["optimizers"], "average": average, "losses": losses}
 
 
+def processes_with(*words: str) -> list[int]:
+    """Return the processes whose arguments have these words."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                arguments = (entry / "cmdline").read_bytes().decode(errors="replace")
+                if all(word in arguments for word in words):
+                    found.append(int(entry.name))
+    return found
+
+
 def train(
     recipe: str,
     overrides: Annotated[Sequence[str], "key=value, as for train.py"] = (),
     *,
     kills: int = 30,
-    processes: int = 1,
+    processes: Annotated[Sequence[int], "ranks, in turn after every kill"] = (1,),
     switch: Annotated[int | None, "batch at which the second stage begins"] = None,
+    remote: Annotated[str | None, "s3://… to copy to; loopback: a server on this machine"] = None,
+    warm: Annotated[bool, "start runs as forks of a process that has imported everything, as the tests do"] = False,
     minutes: Minutes = 600.0,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Final state of a run killed again and again against the undisturbed one.
 
-    Kills come at random moments of start-up and training, while a checkpoint is being written, and around the switch of stages.
-    Weights, their average, the optimizer's state and every logged loss must be equal.
+    Kills come while a checkpoint is staged, written, sealed, published, copied to a store and while an older one is deleted, at
+    random moments of start-up and training, and around the switch of stages; now and then the run folder is lost, and the copy
+    goes on. Weights, their average, the optimizer's state and every logged loss must be equal; where the number of ranks changes,
+    the samples of every batch.
     """
-    names = ("kills-undisturbed", "kills-killed")
-    whole, killed = (Training(recipe, name, overrides, processes, switch) for name in names)
-    found = kill_again_and_again(whole, killed, kills, minutes, seed)
+    with contextlib.ExitStack() as stack:
+        if warm:
+            stack.enter_context(warm_commands())
+        if remote == "loopback":
+            remote = stack.enter_context(loopback())
+        names = ("kills-undisturbed", "kills-killed")
+        whole, killed = (Training(recipe, name, overrides, processes, switch, remote) for name in names)
+        found = kill_again_and_again(whole, killed, kills, minutes, seed)
     return found | {"final_batch": killed.batch(), "steps_with_losses": len(killed.rows())}
+
+
+@contextlib.contextmanager
+def warm_commands() -> Iterator[None]:
+    """Let `sys.executable` be the small program of tests/warm.py."""
+    sys.path.append(str(ROOT / "tests"))
+    warm = importlib.import_module("warm")
+    warm.open_folder()
+    real, sys.executable = sys.executable, str(Path(warm.folder()) / "python")
+    try:
+        yield
+    finally:
+        sys.executable = real
+        warm.close_folder()
+
+
+@contextlib.contextmanager
+def loopback() -> Iterator[str]:
+    """Serve S3 on this machine, as moto does; give a bucket's address."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {"S3_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"]).create_bucket(Bucket="runs")
+    try:
+        yield "s3://runs"
+    finally:
+        server.stop()
 
 
 # ----------------------------------------------------------------------------------------------------- converting

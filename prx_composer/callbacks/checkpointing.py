@@ -23,8 +23,9 @@ from prx_composer.loggers.trackers import log_checkpoint
 from prx_composer.models.randomness import RandomStreams, derive_seed
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
-from prx_composer.runs.checkpoints import Checkpoint, clean_up, keep_newest, newest_checkpoint, write_checkpoint
-from prx_composer.schedule.clock import clock_of, time_budget_of, with_rehearsal
+from prx_composer.runs.checkpoints import Checkpoint, CheckpointWriter, clean_up, newest_checkpoint
+from prx_composer.runs.copies import Copier
+from prx_composer.schedule.clock import clock_of, rehearsing, time_budget_of, with_rehearsal
 from prx_composer.schedule.moments import SECONDS, Moment, Point, ScheduleWindow
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,16 @@ def due_every(interval: Point) -> Any:
 
 
 class Checkpointing(CheckpointSaver):
-    """Composer's CheckpointSaver, with whole checkpoints (`checkpoints.write_checkpoint`) and a disk that may be full.
+    """Composer's CheckpointSaver, with whole checkpoints that are written while training goes on (`CheckpointWriter`).
+
+    Training waits for a copy of the state in host memory, and for the write only where nothing else is left to do: at the end,
+    before it stops for a signal or an error, in a rehearsal of the end, and when the next checkpoint is due already, which is
+    said. When any rank was asked to stop, the step in hand is completed, a checkpoint is written, and `TrainingInterrupted` ends
+    the run on all ranks.
 
     A checkpoint that cannot be written is an error in the log, and training goes on: the one before it is still there, and the
-    next may succeed. Only where it is the last one does the run end with a message. When any rank was asked to stop, the step in
-    hand is completed, a checkpoint is written, and `TrainingInterrupted` ends the run on all ranks.
+    next may succeed. Only where it is the last one does the run end with a message. Any other error in the background is raised
+    after the step in hand.
 
     Args:
         run_folder: of the run; checkpoints go to `<run folder>/checkpoints`.
@@ -62,20 +68,45 @@ class Checkpointing(CheckpointSaver):
         keep: how many; −1 = all.
         recipe: kept in each of them.
         check: raises UserError, on all ranks, if the state is none that should be kept.
+        timeout: seconds that ranks wait for each other.
+        copier: of rank 0 has each of them copied to a store, if there is one to copy to.
     """
 
-    def __init__(self, run_folder: Path, interval: Point, keep: int, recipe: dict[str, Any], check: Callable[[State], None]):
+    def __init__(
+        self,
+        run_folder: Path,
+        interval: Point,
+        keep: int,
+        recipe: dict[str, Any],
+        check: Callable[[State], None],
+        timeout: float = 600.0,
+        copier: Copier | None = None,
+    ):
         folder, due = str(run_folder / "checkpoints"), with_rehearsal(due_every(interval))
         super().__init__(folder, save_interval=due, overwrite=True, num_checkpoints_to_keep=keep)
-        self._run_folder, self._recipe, self._check = run_folder, recipe, check
+        self._run_folder, self._recipe, self._check, self._timeout = run_folder, recipe, check, timeout
+        self._writer: CheckpointWriter | None = None
+        self._copier = copier if dist.get_global_rank() == 0 else None
+        self._at_end = False
+        self._stalled = 0.0  # seconds in which training waited for the checkpoint in hand
         self.failures = 0  # in a row
+
+    @property
+    def writer(self) -> CheckpointWriter:
+        assert self._writer is not None
+        return self._writer
 
     def init(self, state: State, logger: Logger) -> None:
         super().init(state, logger)
         if dist.get_global_rank() == 0:
             clean_up(Path(self.folder))
+        self._writer = CheckpointWriter(Path(self.folder), self.num_checkpoints_to_keep, self._timeout)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self.writer.is_done:
+            self._finish(state, logger)
+        if self._copier is not None:
+            self._copier.poll()
         super().batch_checkpoint(state, logger)
         if clock_of(state).stop_requested and self.last_checkpoint_batch != state.timestamp.batch:
             self._save_checkpoint(state, logger)
@@ -83,6 +114,7 @@ class Checkpointing(CheckpointSaver):
     def before_dataloader(self, state: State, logger: Logger) -> None:  # what watches the run has written its last line by now
         clock = clock_of(state)
         if clock.stop_requested:
+            self._at_end = True
             newest = newest_checkpoint(self._run_folder)
             where = f"its checkpoint is {newest.path}" if newest is not None else "it has no checkpoint yet"
             raise TrainingInterrupted(
@@ -90,31 +122,61 @@ class Checkpointing(CheckpointSaver):
                 "The same command goes on from there."
             )
 
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._at_end = True
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self._writer is not None:
+            if self._writer.is_writing and not self._writer.is_done:
+                log.info("The checkpoint of batch %d is being written to its end.", self._writer.batch)
+            self._writer.close()
+        if self._copier is not None:
+            self._copier.finish() if self._at_end else self._copier.stop()
+
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         self.last_checkpoint_batch = state.timestamp.batch
-        start = time.monotonic()
+        assert state.max_duration is not None
+        last = state.timestamp >= state.max_duration or clock_of(state).stop_requested
         self._check(state)
+        if self.writer.is_writing:
+            before, start = self.writer.batch, time.monotonic()
+            self._finish(state, logger)
+            if not last and dist.get_global_rank() == 0:
+                log.warning(
+                    "The checkpoint of batch %d was still being written when that of batch %d was due: training waited for it, "
+                    "%.1f s. A longer save_interval, or a faster disk, avoids that.",
+                    before, int(state.timestamp.batch), time.monotonic() - start,
+                )  # fmt: skip
+        start = time.monotonic()
+        self.writer.begin(state, self._recipe, finite=True)
+        self._stalled = time.monotonic() - start
+        if last or rehearsing(state):  # a rehearsal shall tell what the end of the run costs
+            self._finish(state, logger, last)
+
+    def _finish(self, state: State, logger: Logger, last: bool = False) -> None:
+        """Wait for the checkpoint in hand, and say what became of it."""
+        start = time.monotonic()
         try:
-            checkpoint = write_checkpoint(state, Path(self.folder), self._recipe, finite=True)
+            checkpoint = self.writer.finish()
         except OSError as error:
-            self._note_failure(state, error)
+            self._note_failure(error, last)
         else:
             self.failures = 0
             if dist.get_global_rank() == 0:
                 log_checkpoint(logger, checkpoint)
-                keep_newest(Path(self.folder), self.num_checkpoints_to_keep)
+                if self._copier is not None:
+                    self._copier.copy(checkpoint)
             self.saved_checkpoints = [str(checkpoint.path)]
-            logger.log_metrics({"checkpoint/seconds": time.monotonic() - start})
-        dist.barrier()
+            stalled = self._stalled + time.monotonic() - start
+            logger.log_metrics({"checkpoint/seconds": self.writer.seconds, "checkpoint/stalled_seconds": stalled})
         logger.log_metrics({"checkpoint/failures": self.failures})
 
-    def _note_failure(self, state: State, error: OSError) -> None:
+    def _note_failure(self, error: OSError, last: bool) -> None:
         self.failures += 1
         newest = newest_checkpoint(self._run_folder)
         before = f"The newest is {newest.path}." if newest is not None else "There is none before it."
-        message = f"The checkpoint of batch {int(state.timestamp.batch)} could not be written: {error}. {before}"
-        assert state.max_duration is not None
-        if state.timestamp >= state.max_duration or clock_of(state).stop_requested:
+        message = f"The checkpoint of batch {self.writer.batch} could not be written: {error}. {before}"
+        if last:
             remedy = "Make room (save_num_checkpoints_to_keep, other runs); then the same command goes on from there."
             raise UserError(f"{message} {remedy}")
         log.error("%s Training goes on; the next one is tried at save_interval.", message)

@@ -80,17 +80,29 @@ def download(source: str, target: Path) -> None:
         os.replace(partial, target)
 
 
-def upload(folder: Path, remote: str, names: list[str]) -> None:
-    """Upload files of a local folder to the same names below `remote`, in this order; they are gone from the folder then."""
+def upload(folder: Path, remote: str, names: list[str], keep: bool = False) -> None:
+    """Upload files of a local folder to the same names below `remote`, in this order; unless `keep`, they are gone here then."""
     uploader = _uploader(remote)
     try:
         for name in names:
             target = os.path.join(uploader.local, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            shutil.move(folder / name, target)
+            os.symlink((folder / name).absolute(), target) if keep else shutil.move(folder / name, target)
             patiently(lambda name=name: uploader.upload_file(name), f"Uploading {join(remote, name)}")
     finally:
         shutil.rmtree(uploader.local, ignore_errors=True)
+
+
+def delete(paths: list[str]) -> None:
+    """Delete remote files, in this order, where the store is S3's; others keep theirs."""
+    if paths and paths[0].startswith("s3://"):
+        uploader = _uploader(paths[0].rpartition("/")[0])
+        try:
+            for path in paths:
+                place = {"Bucket": urlparse(path).netloc, "Key": urlparse(path).path.lstrip("/")}
+                patiently(lambda place=place: uploader.s3.delete_object(**place), f"Deleting {path}")
+        finally:
+            shutil.rmtree(uploader.local, ignore_errors=True)
 
 
 class Entry(NamedTuple):

@@ -178,6 +178,11 @@ def _number_problems(values: Values) -> Iterator[str]:
         share = (values.get(key) or {}).get("max_undecodable")
         if isinstance(share, int | float) and not 0 <= share <= 1:
             yield f"{key}.max_undecodable: {share} must be a share of the samples, 0 … 1, such as 0.05 for 5%."
+    if (folder := values.get("save_folder")) is not None and "://" not in folder:
+        yield (
+            f"save_folder: {folder} is not remote. Checkpoints are kept in run_folder, which may be any folder; save_folder is "
+            "for a copy of the newest one in an object store, such as s3://bucket/runs/NAME."
+        )
     if not values.get("dist_timeout", 1) > 0:
         yield f"dist_timeout: {values['dist_timeout']} must be a number of seconds, more than 0."
 

@@ -54,6 +54,7 @@ class Recipe:
     run_folder: str = RUN_FOLDER
     save_interval: str = "0.25dur"
     save_num_checkpoints_to_keep: int = 2
+    save_folder: str | None = None  # s3://… for a copy of the newest checkpoint, and of what else a fresh machine needs
     autoresume: bool = False
     dist_timeout: float = 600.0
     progress_bar: bool = True

@@ -60,6 +60,7 @@ RULES = (
         "The files are yours: what is in them is not compared.",
         "What they register is used from here on.",
     ),
+    Rule("save_folder", "free", "Where a run is copied to is no part of it.", "The next checkpoint is copied there."),
     Rule(
         "save_interval save_num_checkpoints_to_keep",
         "logged",

@@ -6,16 +6,21 @@
 <run folder>/checkpoints/.ba4000.partial/            being written; what a kill left of it is deleted
 """
 
+import copy
+import datetime
 import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 from composer.core import State
 from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.api import CheckpointException
@@ -66,8 +71,13 @@ def all_checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.batch)
 
 
+_in_hand: dict[Path, Future[Checkpoint]] = {}  # by folder: what this process writes, or has written
+
+
 def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint of a run, unverified: for messages."""
+    """Return the newest checkpoint of a run, unverified: for messages. If this process is writing one, wait for it."""
+    if (written := _in_hand.get((run_folder / "checkpoints").resolve())) is not None:
+        wait([written])
     found = all_checkpoints(run_folder / "checkpoints")
     return found[-1] if found else None
 
@@ -147,42 +157,145 @@ def without_new_callbacks(load_path: str) -> Callable[[dict[str, Any]], None]:
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def write_checkpoint(state: State, folder: Path, recipe: dict[str, Any], finite: bool = False) -> Checkpoint:
-    """Write the full state of a run on all ranks (a collective); it is there under its name only when it is complete.
+class CheckpointWriter:
+    """Writes the full state of a run in the background, one checkpoint at a time; each is there under its name when it is whole.
 
-    A sharded state (FSDP2) is written shard by shard, each rank its own; otherwise rank 0 writes all. Files are flushed to the
-    disk before the rename, so that a machine that loses power leaves the checkpoint before this one.
+    `begin` copies the state into host memory, on all ranks at the same step, and training goes on; a thread writes it. A sharded
+    state (FSDP2) is written shard by shard, each rank its own; otherwise rank 0 writes all. Files are flushed to the disk before
+    the rename, so that a machine that loses power leaves the checkpoint before this one. Older ones are deleted after that.
 
     Args:
-        state: Composer's.
         folder: `<run folder>/checkpoints`, on a file system that all ranks share.
-        recipe: of the run, kept beside it.
-        finite: the state was looked at, and all of it is.
-
-    Raises:
-        OSError: on all ranks, if one of them could not write. What was written is deleted.
+        keep: how many of the newest; −1 = all.
+        timeout: seconds that the thread of one rank waits for those of the others.
     """
-    batch, rank = int(state.timestamp.batch), dist.get_global_rank()
-    path = folder / f"ba{batch}"
-    partial = folder / f".ba{batch}.partial"
 
-    def make_anew() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def __init__(self, folder: Path, keep: int = -1, timeout: float = 600.0):
+        self._folder, self._keep = folder, keep
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.written: Future[Checkpoint] | None = None
+        self.batch, self.seconds = 0, 0.0
+        """Of the last one begun: its batch, and how long it took once it is whole."""
+        # Of its own: a thread's collectives must not come between those of training, whose order is the same on all ranks.
+        limit = datetime.timedelta(seconds=timeout)
+        self._group = torch_dist.new_group(backend="gloo", timeout=limit) if torch_dist.is_initialized() else None
 
-    _together(lambda: make_anew() if rank == 0 else None)
-    try:
-        _write_state(state, partial)
-        mine = _together(lambda: {file.name: _sealed(file) for file in _files_of(rank, partial)})
-        files = {name: facts for part in mine for name, facts in part.items()}
-        index = {"version": 1, "batch": batch, "ranks": dist.get_world_size(), "torch": torch.__version__}
-        index |= {"finite": finite, "files": files, NEEDS_CODE: needs_code(recipe), "recipe": recipe}
-        _together(lambda: _publish(partial, path, index) if rank == 0 else None)
-    except OSError:
-        if rank == 0:
+    @property
+    def is_writing(self) -> bool:
+        """Whether one was begun that `finish` has not been asked for."""
+        return self.written is not None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `finish` has something to tell and needn't wait for it."""
+        return self.written is not None and self.written.done()
+
+    def begin(self, state: State, recipe: dict[str, Any], finite: bool = False) -> None:
+        """Copy the state and have it written, after `finish` of the one before; on all ranks at once.
+
+        Args:
+            state: Composer's.
+            recipe: of the run, kept beside it.
+            finite: the state was looked at, and all of it is.
+        """
+        assert self.written is None
+        start, self.batch = time.monotonic(), int(state.timestamp.batch)
+        sharded = state.fsdp_sharded_state_dict_enabled
+        content: dict[str, Any] = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
+        if dist.get_global_rank() != 0:
+            content = {"state": content["state"]} if sharded else {}  # Composer reads rank 0's random state, which has all
+        content = staged(content)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        index = {"version": 1, "batch": self.batch, "ranks": dist.get_world_size(), "torch": torch.__version__}
+        index |= {"finite": finite, NEEDS_CODE: needs_code(recipe), "recipe": recipe}
+
+        def write() -> Checkpoint:
+            try:
+                return self._write(content, sharded, index)
+            finally:
+                content.clear()
+                self.seconds = time.monotonic() - start
+
+        self.written = _in_hand[self._folder.resolve()] = self.thread.submit(write)
+
+    def finish(self) -> Checkpoint:
+        """Wait for the one that was begun, and return it.
+
+        Raises:
+            OSError: on all ranks, if one of them could not write. What was written is deleted.
+        """
+        assert self.written is not None
+        written, self.written = self.written, None
+        return written.result()
+
+    def close(self) -> None:
+        """Wait for the one that was begun, and end the thread."""
+        self.thread.shutdown()
+        _in_hand.pop(self._folder.resolve(), None)
+        if self._group is not None:
+            torch_dist.destroy_process_group(self._group)
+            self._group = None
+        if self.written is not None and (error := self.written.exception()) is not None:
+            log.error("The checkpoint of batch %d could not be written: %s", self.batch, error)
+
+    def _write(self, content: dict[str, Any], sharded: bool, index: dict[str, Any]) -> Checkpoint:
+        rank, name = dist.get_global_rank(), f"ba{index['batch']}"
+        path, partial = self._folder / name, self._folder / f".{name}.partial"
+
+        def make_anew() -> None:
             shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return Checkpoint(path, batch)
+            partial.mkdir(parents=True)
+
+        self._together(lambda: make_anew() if rank == 0 else None)
+        try:
+            if sharded:
+                _save_sharded(content, partial, self._group)
+            else:
+                self._together(lambda: _save(content, partial / MONOLITH) if rank == 0 else None)
+            mine = self._together(lambda: {file.name: _sealed(file) for file in _files_of(rank, partial)})
+            index["files"] = {name: facts for part in mine for name, facts in part.items()}
+            self._together(lambda: _publish(partial, path, index) if rank == 0 else None)
+        except OSError:
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if rank == 0:
+            keep_newest(self._folder, self._keep)
+        return Checkpoint(path, index["batch"])
+
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """Call `work` on every rank and gather what it returns; if it fails on one, raise OSError on all."""
+        result, failure = None, None
+        try:
+            result = work()
+        except OSError as error:
+            failure = f"rank {dist.get_global_rank()}: {error}"
+        results: list[Any] = [(result, failure)]
+        if dist.get_world_size() > 1:
+            results *= dist.get_world_size()
+            torch_dist.all_gather_object(results, (result, failure), group=self._group)
+        if failures := [failed for _, failed in results if failed is not None]:
+            raise OSError("; ".join(failures))
+        return [done for done, _ in results]
+
+
+def staged(value: Any) -> Any:
+    """Return a copy of a nested state in host memory, which nothing that trains changes any more.
+
+    What lies on a GPU goes to pinned memory, which PyTorch keeps for the next time; it is there once the device was waited for.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True, non_blocking=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # of its own kind, with the attributes that a module's state has
+        copied.update({key: staged(item) for key, item in value.items()})
+        return copied
+    if isinstance(value, list):
+        return [staged(item) for item in value]
+    if type(value) is tuple:
+        return tuple(staged(item) for item in value)
+    return copy.deepcopy(value)
 
 
 def write_merged(folder: Path, state: dict[str, Any], index: dict[str, Any]) -> Checkpoint:
@@ -204,18 +317,12 @@ def write_merged(folder: Path, state: dict[str, Any], index: dict[str, Any]) -> 
     return Checkpoint(path, int(index["batch"]))
 
 
-def _write_state(state: State, folder: Path) -> None:
-    content: dict[str, Any] = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
-    if state.fsdp_sharded_state_dict_enabled:
-        if dist.get_global_rank() != 0:
-            del content["rng"]  # of all ranks, gathered; Composer reads rank 0's
-        try:
-            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-            save_sharded(content, storage_writer=FileSystemWriter(folder), planner=planner)
-        except CheckpointException as error:  # raised on all ranks
-            raise OSError("; ".join(str(failure[0]) for failure in error.failures.values())) from error
-    else:
-        _together(lambda: _save(content, folder / MONOLITH) if dist.get_global_rank() == 0 else None)
+def _save_sharded(content: dict[str, Any], folder: Path, group: Any) -> None:
+    try:
+        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        save_sharded(content, storage_writer=FileSystemWriter(folder), planner=planner, process_group=group)
+    except CheckpointException as error:  # raised on all ranks
+        raise OSError("; ".join(str(failure[0]) for failure in error.failures.values())) from error
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
@@ -246,19 +353,6 @@ def _publish(partial: Path, path: Path, index: dict[str, Any]) -> None:
         _delete(path)
     partial.rename(path)
     sync(path.parent)
-
-
-def _together(work: Callable[[], Any]) -> list[Any]:
-    """Call `work` on every rank and gather what it returns; if it fails on one, raise OSError on all."""
-    result, failure = None, None
-    try:
-        result = work()
-    except OSError as error:
-        failure = f"rank {dist.get_global_rank()}: {error}"
-    results = dist.all_gather_object((result, failure))
-    if failures := [failed for _, failed in results if failed is not None]:
-        raise OSError("; ".join(failures))
-    return [done for done, _ in results]
 
 
 # ------------------------------------------------------------------------------------------------------ deleting

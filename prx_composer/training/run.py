@@ -28,6 +28,7 @@ from prx_composer.recipe.checks import precisions
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
 from prx_composer.runs.checkpoints import newest_checkpoint
+from prx_composer.runs.copies import Copier, take_up
 from prx_composer.runs.folder import (
     CHECKPOINTS,
     COMPILED,
@@ -190,6 +191,9 @@ def _prepare(recipe: Recipe, checked: Components) -> GoingOn:
         if dist.get_global_rank() == 0:
             if recipe.preflight:
                 require(check_surroundings(checked))
+            if recipe.save_folder is not None:
+                with at_path("save_folder", Exception):  # every store has its own
+                    take_up(recipe.save_folder, folder, recipe.autoresume)
             check_run_folder(recipe, folder)
             checked.prepare_data()
         found = going_on(recipe, folder, not_finite_in) if dist.get_global_rank() == 0 else GoingOn()
@@ -274,7 +278,15 @@ def _callbacks(recipe: Recipe, found: GoingOn, own: list[Callback], saved: dict[
         *([ProgressLines()] if recipe.progress_bar and not _on_terminal() else []),
         *own,
         guard,
-        Checkpointing(folder, recipe.save_every, recipe.save_num_checkpoints_to_keep, saved, guard.check_state),
+        Checkpointing(
+            folder,
+            recipe.save_every,
+            recipe.save_num_checkpoints_to_keep,
+            saved,
+            guard.check_state,
+            recipe.dist_timeout,
+            None if recipe.save_folder is None else Copier(folder, recipe.save_folder),
+        ),
         ClockStop(clock),
     ]
 

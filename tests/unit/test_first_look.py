@@ -315,6 +315,7 @@ def test_a_check_says_what_it_has_not_looked_at(tiny_recipe: dict[str, Any], wri
         ("model.text_encoder.max_tokens=0", "model.text_encoder.max_tokens=1"),
         ("train_loader.max_undecodable=5", "train_loader.max_undecodable=1"),
         ("dist_timeout=.nan", "dist_timeout=0.5"),
+        ("save_folder=checkpoints", "save_folder=s3://bucket/runs/one"),
         ("code_paths=[pyproject.toml]", "code_paths=[train.py]"),
     ],
 )

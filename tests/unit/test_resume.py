@@ -113,7 +113,13 @@ SAME = {
     "a callback's empty arguments": ["callbacks={}"],
     "a window from the beginning": ["algorithms.gradient_clipping.start=0ba"],
     "a stage's default": ["algorithms.progressive_resolution.stages[1].until=null"],
-    "what only says how to go on": ["dist_timeout=5", "progress_bar=true", "preflight=false", "variables={x: 1}"],
+    "what only says how to go on": [
+        "dist_timeout=5",
+        "progress_bar=true",
+        "preflight=false",
+        "variables={x: 1}",
+        "save_folder=s3://b/r",
+    ],
 }
 
 
