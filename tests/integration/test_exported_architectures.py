@@ -12,7 +12,9 @@ from conftest import TINY_T5
 from prx_composer.commands.export.pipeline import write_own_class
 from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
+from prx_composer.models.class_labels import ClassLabels, train_label_tokenizer
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
+from prx_composer.models.encoders import load_tokenizer
 from prx_composer.models.flow import initial_noise
 from prx_composer.runs.opening import Trained
 
@@ -84,6 +86,14 @@ def test_a_pipeline_that_is_given_embeddings_draws_our_image_from_our_noise(name
     if not name.startswith("SD3"):  # which take steps of another grid by themselves
         options["sigmas"] = torch.linspace(1, pipeline.scheduler.sigma_min, STEPS).tolist()
     check(model, pipeline, **options)
+
+
+def test_labels_are_exported_with_the_words_that_they_stand_for(tmp_path: Path) -> None:
+    encoder: Any = ClassLabels(train_label_tokenizer(PROMPTS))
+    made: Any = DiffusersBackbone(**{"class": "DiTTransformer2DModel"}, **(TINY["DiTTransformer2DModel"] | {"in_channels": 3}))
+    assert "labels are the tokens" in written(TextToImage(made, encoder), tmp_path / "out")
+    read = ClassLabels(load_tokenizer(str(tmp_path / "out" / "tokenizer")))
+    assert torch.equal(read(**read.tokenize(PROMPTS)), encoder(**encoder.tokenize(PROMPTS)))
 
 
 def check(model: Any, pipeline: Any, **options: Any) -> None:
