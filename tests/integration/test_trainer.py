@@ -122,7 +122,7 @@ def test_it_logs_and_learns_what_composers_own_step_does(
         run(config.load([write_recipe(recipe)]))
         folders.append(tmp_path / name)
     ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in folders)
-    timed = ("seconds", "throughput", "time/", "checkpoint/seconds")
+    timed = ("seconds", "throughput", "time/", "checkpoint/")
     for a, b in zip(ours, theirs, strict=True):
         kept = [{key: value for key, value in row.items() if not key.startswith(timed)} for row in (a, b)]
         assert kept[0] | {"train_seconds": 0} == kept[1] | {"train_seconds": 0}
