@@ -78,7 +78,7 @@ def test_lpips_is_one_graph_for_all_sizes_and_gives_the_same(
     trick = LPIPS(net="alex", random_weights=True, scale=1.0, compile=True)
     trick.build(tiny_model(in_channels=3))
     assert trick.network is not None
-    for images, height, width in ((2, 40, 40), (3, 64, 48)):
+    for images, height, width in ((2, 40, 56), (3, 64, 48), (2, 48, 48)):
         prediction, target = torch.rand(2, images, 3, height, width).unbind(0)
         expected = lpips_distance(trick.network.on(target.device), prediction, target)
         torch.testing.assert_close(trick.distance(prediction.requires_grad_(), target), expected)

@@ -55,14 +55,13 @@ def compiling(
     """
     base, buckets = _buckets(planned, recipe, [span.image_size for span, _ in stages], manifests)
     keys = set[tuple[Any, ...]]()
-    for span, segments in stages:
+    for span, segments in stages if {BLOCKS, DENOISER} & {*planned.graphs} else ():
         sizes = {bucket.at(span.image_size, base, _multiple(planned)) for bucket in buckets}
         for segment in segments:
             keys |= {(*key, span.microbatch_size) for size in sizes for key in _training(planned, size, segment.active)}
         if recipe.eval_loader is not None:
             own = (recipe.global_eval_batch_size or span.batch_size) // num_gpus
             keys |= {("backbone (evaluation)", _shape(planned, size), own) for size in sizes}
-    keys = keys if {BLOCKS, DENOISER} & {*planned.graphs} else set()
     graphs = {name: sum(key[0] == name for key in keys) for name in sorted({key[0] for key in keys})}
     graphs |= {name: 2 for name in planned.graphs if name not in (BLOCKS, DENOISER)}  # with gradients, and without
     passes = sum(count if name == "backbone (evaluation)" else 3 * count for name, count in graphs.items())

@@ -376,7 +376,9 @@ def fit(recipe: Recipe, conditions: Conditions, longest: float) -> Fit:
     """
     before = make_plan(recipe, conditions)
     spans = timeline(recipe, conditions.num_gpus, before.samples).spans
-    factor = longest / 3600 / before.hours
+    fixed = before.compiling.seconds / 3600  # takes as long whatever the schedule
+    left = longest / 3600 - fixed
+    factor = left / (before.hours - fixed)
     for _ in range(_ATTEMPTS):
         lengths = [_round_down(span.steps * factor) for span in spans]
         if min(lengths) < 1:
@@ -388,7 +390,7 @@ def fit(recipe: Recipe, conditions: Conditions, longest: float) -> Fit:
         plan = make_plan(moved, conditions)
         if plan.hours * 3600 <= longest:
             return Fit(changes, left_in_steps(recipe), plan)
-        factor *= min(0.995, longest / 3600 / plan.hours)
+        factor *= min(0.995, left / (plan.hours - fixed))
     now = f"the recipe as it is takes {before.hours:.2f} h"
     raise UserError(f"--fit: {duration_string(longest)} is too short for a step of every stage; {now}.")
 
