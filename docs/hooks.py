@@ -25,6 +25,8 @@ _MADE = re.compile(r"^<!-- made: (.+) -->$", re.MULTILINE)
 _LANGUAGES = {".yml": "yaml", ".sh": "bash", ".py": "python", ".yaml": "yaml", ".toml": "toml", ".md": "markdown"}
 _UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"
 MADE = {
+    "file": lambda name: _shown(REPOSITORY / name),
+    "classes": pages.classes,
     "keys": pages.keys,
     "resume": pages.resume_table,
     "commands": pages.commands,
@@ -120,6 +122,9 @@ def _taken(path: Path, config: Any) -> File:
     if path.is_dir():
         text = "\n".join(f"- [`{file.name}`]({_uri(file).removeprefix(f'{_name(path)}/')})" for file in _listed(path))
     else:
-        language, source = _LANGUAGES.get(path.suffix, "text"), path.read_text(encoding="utf-8").rstrip()
-        text = f"`````{language}\n{source}\n`````"
+        text = _shown(path)
     return File.generated(config, uri, content=f"{_UNSEARCHED}# `{_name(path)}`\n\n{text}\n")
+
+
+def _shown(path: Path) -> str:
+    return f"`````{_LANGUAGES.get(path.suffix, 'text')}\n{path.read_text(encoding='utf-8').rstrip()}\n`````"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from typer.models import OptionInfo
 
+from prx_composer import registry
 from prx_composer.cli import GROUPS, VERBS
 from prx_composer.commands import command
 from prx_composer.common.outlines import CannotTell, constructor, outline
@@ -27,7 +28,7 @@ def keys(*kinds: str) -> str:
 
 def _section(section: Section) -> str:
     lines = []
-    if section.kind:
+    if section.kind not in ("", "parallelism"):
         anchor = section.path if section.path.endswith(f".{section.title}") else f"{section.path}.{section.title}"
         lines = [f"### `{section.title}` {{ #{anchor} }}", "", _first(section.about), ""]
         if card := _card(section):
@@ -60,16 +61,28 @@ def _table(section: Section) -> str:
     shown = [key for key in section.keys if key.path not in (of_registry, section.path)]
     if not shown:
         return "It takes no arguments.\n"
-    lines = ["| key | type | default | on resume | meaning |", "|---|---|---|---|---|"]
+    lines = [_WIDE, "| key | meaning | type | default | on resume |", "|---|---|---|---|---|"]
     lines += [_row(key, key.path.removeprefix(prefix)) for key in shown]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", "</div>", ""])
+
+
+_WIDE = '<div class="keys" markdown>\n'  # site.css has it narrow on a phone
 
 
 def _row(key: Key, name: str) -> str:
     default = key.default if key.default.startswith("*") or not key.default else f"`{key.default}`"
     default = key.default if key.default in ("none", "as above", "the recipe's", "the library's") else default
-    cells = (f"`{name}`", key.type, default, key.rule.answer, sentence(key.meaning))
+    cells = (f"`{name}`", sentence(key.meaning), key.type, default, key.rule.answer)
     return f"| {' | '.join(map(cell, cells))} |"
+
+
+def classes(*kinds: str) -> str:
+    """Return which class has which name in a recipe."""
+    lines = ["| in a recipe | in Python |", "|---|---|"]
+    for kind in kinds:
+        for name, target in sorted(getattr(registry, kind).builtin.items()):
+            lines.append("| `{}.{}` | `from {} import {}` |".format(kind, name, *target.split(":")))
+    return "\n".join([*lines, ""])
 
 
 def resume_table() -> str:
@@ -88,14 +101,14 @@ def commands() -> str:
 
 def _verb(name: str, verb: Callable[..., None]) -> str:
     lines = [f"### `{name}` {{ #{name.replace(' ', '-')} }}", "", inspect.cleandoc(verb.__doc__ or ""), ""]
-    lines += ["| argument or option | type | default | meaning |", "|---|---|---|---|"]
+    lines += [_WIDE, "| argument or option | meaning | type | default |", "|---|---|---|---|"]
     options = inspect.signature(command(verb)).parameters.values()
     lines += [f"| {' | '.join(map(cell, _option(parameter)))} |" for parameter in options]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", "</div>", ""])
 
 
 def _option(parameter: inspect.Parameter) -> tuple[str, str, str, str]:
-    """Return name, type, default and meaning of an option; the same as `--help` shows."""
+    """Return name, meaning, type and default of an option; the same as `--help` shows."""
     kind, said = typing.get_args(parameter.annotation)[:2]
     is_option = isinstance(said, OptionInfo)
     given = [text for text in (said.default, *(said.param_decls or ())) if isinstance(text, str) and text.startswith("-")]
@@ -117,7 +130,7 @@ def _option(parameter: inspect.Parameter) -> tuple[str, str, str, str]:
     }
     limits = "".join(f", {word} {at}" for word, at in (("at least", said.min), ("at most", said.max)) if at is not None)
     again = ("; may be given again" if is_option else "; one or more") if several else ""
-    return f"`{name}`", f"{words.get(of[0], 'text')}{limits}{again}", shown, text.strip()
+    return f"`{name}`", text.strip(), f"{words.get(of[0], 'text')}{limits}{again}", shown
 
 
 # ---------------------------------------------------------------------------------------------------------- Python

@@ -2,7 +2,8 @@
 
 A registry names a class as "module:attribute". Its file is found as Python would find it, parsed, and followed through imports
 and base classes of this package and of Composer. What comes out is an *outline*: a class or function of the same name, bases,
-parameters, annotations and docstring, and no body. `inspect.signature` and `typing.get_type_hints` answer for it as for the real one.
+parameters, annotations and docstring, and no body. `inspect.signature` and `typing.get_type_hints` answer for it as for the
+real one.
 """
 
 import abc

@@ -70,7 +70,8 @@ def read_manifest(path: str | Path, split: str, captions: Captions | None, featu
     if not (folder / MANIFEST).exists():
         raise ValueError(
             f"There is no data set in {folder}: it has no {MANIFEST}. "
-            "Set `path` and `split` to one, or name a `source` to make it from."
+            "Set `path` and `split` to one, or name a `source` to make it from. `prx data convert` makes one of parquet files, "
+            "tars, or JSON lines beside images."
         )
     manifest = Manifest.read(folder)
     weights = {column: wording.weight for column, wording in wordings(captions or {}).items()}

@@ -235,8 +235,8 @@ class ImageCaptionData(DataSpec):
         seed: of order and choices.
         evaluation: every sample is counted once, in stored order, with any batch size and number of ranks.
         path: folder with the splits, local, or the local cache of `remote`; of a mixture, the folder that holds its data sets.
-        mix: several data sets instead of one, name → what it has of its own; each lies in a folder of its name in `path` unless it
-            names another. See `MixedDataset` and `phases_of`. Weights that change need a trainer that calls `keep_time`.
+        mix: several data sets instead of one, name → what it has of its own; each lies in a folder of its name in `path`, or in
+            another that it names. See `MixedDataset` and `phases_of`. Weights that change need a trainer that calls `keep_time`.
         split: name of the split, a folder in `path`.
         captions: caption column → weight of choosing it, or a mapping, see `Wording`; by default the first column alone.
         features: names of what `prx encode features` has stored for these images, or of the data set's own columns.

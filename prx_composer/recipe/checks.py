@@ -33,8 +33,8 @@ Values = Mapping[str, Any]
 OF_MODELS = (
     ("seed",),
     {
-        "init_from": "weights to begin with: a run folder, one of its checkpoints, an export, a folder or hub id of diffusers, or "
-        "a file of safetensors. The backbone must be of their sizes; `prx import` writes both."
+        "init_from": "weights to begin with: a run folder, one of its checkpoints, an export, any folder that diffusers opens, "
+        "or a file of safetensors. The backbone must be of their sizes; `prx import` writes both."
     },
 )
 _OF_LOADERS = (
