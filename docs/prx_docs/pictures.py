@@ -6,13 +6,25 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "prx_composer"
-_ROOM, _GAP, _HEIGHT = 118, 14, 34
+_WIDTH, _GAP, _HEIGHT = 640, 14, 34
 _SAID = {  # what a room is for
-    "cli": "prx VERB", "commands": "one for each verb", "integrations": "llm-foundry", "training": "recipe → run",
-    "callbacks": "watch a run", "loggers": "trackers", "algorithms": "tricks", "metrics": "scores", "runs": "folders, checkpoints",
-    "data": "images, captions", "optim": "Muon, schedules", "models": "network, flow", "recipe": "keys, checks",
-    "registry": "names → classes", "schedule": "times", "common": "errors, files",
-}  # fmt: skip
+    "cli": "prx VERB",
+    "commands": "one for each verb",
+    "integrations": "llm-foundry",
+    "training": "recipe → run",
+    "callbacks": "watch a run",
+    "loggers": "trackers",
+    "algorithms": "tricks",
+    "metrics": "scores",
+    "runs": "folders, checkpoints",
+    "data": "images, captions",
+    "optim": "Muon, schedules",
+    "models": "network, flow",
+    "recipe": "keys, checks",
+    "registry": "names → classes",
+    "schedule": "times",
+    "common": "errors, files",
+}
 
 
 def _text(x: float, y: float, said: str, size: int = 13, anchor: str = "middle", weight: str = "normal") -> str:
@@ -65,9 +77,7 @@ def imports() -> dict[str, set[str]]:
 def house() -> str:
     """Return the floors, the ground below, with how many rooms each imports."""
     storeys, above = floors(), imports()
-    widest = max(map(len, storeys))
-    width = 60 + widest * (_ROOM * 1.5 + _GAP)
-    parts = []
+    width, parts = _WIDTH, list[str]()
     for floor, rooms in enumerate(reversed(storeys)):
         y = 10 + floor * (_HEIGHT + 18)
         room_width = (width - 20 - _GAP * (len(rooms) - 1)) / len(rooms)

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .docstrings import cell
+from .docstrings import cell, sentence
 
 _ABOUT = ("what", "date", "machine", "load", "threads", "versions", "command", "starts")
-_MOST = 24  # numbers of one file; the rest is in it
+_MOST = 24  # numbers, or rows, that are shown of one file; the rest is in it
+_COLUMNS = 9
 
 
 def table(folder: Path) -> str:
@@ -23,17 +24,33 @@ def _section(file: Path) -> str:
     said = [found.get("machine"), f"load {found['load']}" if "load" in found else "", _versions(found.get("versions", {}))]
     lines = [f"## {question}, {date}, {machine} {{ #{file.stem} }}", ""]
     if what := found.get("what"):
-        lines += [f"{what[0].upper()}{what[1:].rstrip('.')}.", ""]
+        lines += [sentence(what), ""]
     lines += [" · ".join(filter(None, said)), ""]
     if command := found.get("command"):
         lines += ["```text", str(command), "```", ""]
-    numbers = list(_numbers({key: value for key, value in found.items() if key not in _ABOUT}))
-    lines += ["| | |", "|---|---|", *(f"| {cell(name)} | {cell(value)} |" for name, value in numbers[:_MOST])]
-    more = f", {len(numbers) - _MOST} numbers more" if len(numbers) > _MOST else ""
-    link = f"../benchmarks/results/{file.name}"
+    measured = {key: value for key, value in found.items() if key not in _ABOUT}
+    lists = {key: value for key, value in measured.items() if _is_table(value)}
+    numbers = list(_numbers({key: value for key, value in measured.items() if key not in lists}))
+    if numbers:
+        lines += ["| what | value |", "|---|---|", *(f"| {cell(name)} | {cell(value)} |" for name, value in numbers[:_MOST]), ""]
+    for key, rows in lists.items():
+        lines += [f"**{key}**", "", *_rows(rows), ""]
+    more = " has all numbers" if len(numbers) > _MOST or any(len(rows) > _MOST for rows in lists.values()) else ""
     table_file = file.with_suffix(".md")
     beside = f"; [as a table](../benchmarks/results/{table_file.name})" if table_file.exists() else ""
-    return "\n".join([*lines, "", f"[The file]({link}){more}{beside}.", ""])
+    return "\n".join([*lines, f"[The file](../benchmarks/results/{file.name}){more}{beside}.", ""])
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(row, dict) for row in value)
+
+
+def _rows(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a table of equal things, such as runs with several seeds; of many columns the first ones."""
+    flat = [dict(_numbers({key: value for key, value in row.items() if key not in _ABOUT})) for row in rows[:_MOST]]
+    names = list(dict.fromkeys(name for row in flat for name in row))[:_COLUMNS]
+    lines = [f"| {' | '.join(map(cell, names))} |", f"|{'---|' * len(names)}"]
+    return lines + [f"| {' | '.join(cell(row.get(name, '')) for name in names)} |" for row in flat]
 
 
 def _versions(versions: dict[str, str]) -> str:
