@@ -49,7 +49,7 @@ def on_files(files: Files, config: Any) -> Files:
         if path in seen or not path.exists():  # MkDocs says which link leads nowhere
             continue
         seen.add(path)
-        if path not in own or path.suffix == ".py":
+        if path not in own or _name(path) != f"docs/{_uri(path)}":
             files.append(_taken(path, config))
         if path.is_dir():
             left += _listed(path)
@@ -103,7 +103,7 @@ def _page_of(path: Path) -> Path:
 
 def _uri(path: Path) -> str:
     """Return the site's name of a file or folder of the repository."""
-    if path.is_relative_to(DOCS) and path.suffix != ".py" and path.name != "prx_docs":
+    if path.is_relative_to(DOCS) and path.suffix != ".py" and "prx_docs" not in path.parts:
         return str(path.relative_to(DOCS))
     if path.is_dir():
         return f"{_name(path)}/index.md"
