@@ -4,7 +4,6 @@
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,10 @@ def table() -> str:
     return "\n".join([*lines, "", f"Counted on {counted['date']}; memory in GiB.", ""])
 
 
-def _most(room: float, state: float, per_image: float) -> str:
-    fitting = [2**n for n in range(10) if state + 2**n * per_image <= room]
-    return str(fitting[-1]) if fitting else "–"
+def _most(room: float, row: dict[str, Any]) -> str:
+    """Return the largest microbatch for which a GPU has room: in the backward pass, and in Muon's step."""
+    peaks = {2**n: row["resident"] + max(row["beside"] + 2**n * row["per_image"], row["optimizer_step"]) for n in range(10)}
+    return str(max((count for count, peak in peaks.items() if peak <= room), default="–"))
 
 
 def _settings(size: str, image_size: int, patch: int) -> list[str]:
@@ -51,27 +51,31 @@ def _settings(size: str, image_size: int, patch: int) -> list[str]:
     ]  # fmt: skip
 
 
-def count() -> dict[str, Any]:
-    """Plan every model at every image size, on one GPU, with stored text."""
+def count(file: Path) -> None:
+    """Plan every model at every image size, on one GPU, with stored text; write each row when it is known."""
     import datetime
 
     from prx_composer.commands.plan.conditions import Conditions, find_gpu
     from prx_composer.commands.plan.plan import make_plan
     from prx_composer.recipe import config
 
-    rows, gib = [], 2**30
+    rows = list[dict[str, Any]]()
     for size in SIZES:
         for image_size, patch in SHAPES:
             recipe = config.load(_settings(size, image_size, patch))
             (stage,) = make_plan(recipe, Conditions(find_gpu("h100"), utilisation=0.33, samples=10**6, num_gpus=1)).stages
-            per_image = stage.memory.activations / MICROBATCH
-            state = stage.memory.peak - stage.memory.activations
-            row = dict(size=size, image_size=image_size, patch=patch, state=state / gib, per_image=per_image / gib)
-            sys.stderr.write(f"{row}\n")
-            rows.append(row)
-    gpus = {name: find_gpu(name).memory_gib for name in GPUS}
-    return {"date": str(datetime.date.today()), "recipe": RECIPE, "gpus": gpus, "rows": rows}
+            m = stage.memory
+            parts = {
+                "resident": m.weights + m.gradients + m.optimizer + m.ema + m.frozen + m.batch,
+                "beside": m.gathered + m.casts,
+                "optimizer_step": m.optimizer_step,
+                "per_image": m.activations / MICROBATCH,
+            }
+            rows.append(dict(size=size, image_size=image_size, patch=patch) | {k: round(v / 2**30, 4) for k, v in parts.items()})
+            gpus = {name: find_gpu(name).memory_gib for name in GPUS}
+            found = {"date": str(datetime.date.today()), "recipe": RECIPE, "gpus": gpus, "rows": rows}
+            file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(count(), indent=1) + "\n")
+    count(FILE)
