@@ -197,7 +197,8 @@ class GenerationMetrics(Drawing):
         image_size: side of the images; the recipe's by default.
         split, caption: of the data set; its first caption column by default.
         reference: other real images: a data set with that split, or a folder of images.
-        num: prompts, evenly spaced. reference_num: real images, likewise; all by default.
+        num: prompts, evenly spaced.
+        reference_num: real images that are compared with, likewise; all by default.
         metrics: of cmmd, dino_mmd, fd_dino, fid, clip_score.
         networks: hub id or folder behind a metric, by `clip`, `dino`, `clip_score`, `inception`.
         interval, seed, num_inference_steps, guidance_scale: see `Drawing`.

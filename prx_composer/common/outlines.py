@@ -2,7 +2,8 @@
 
 A registry names a class as "module:attribute". Its file is found as Python would find it, parsed, and followed through imports
 and base classes of this package and of Composer. What comes out is an *outline*: a class or function of the same name, bases,
-parameters and annotations, without a body. `inspect.signature` and `typing.get_type_hints` answer for it as for the real one.
+parameters, annotations and docstring, and no body. `inspect.signature` and `typing.get_type_hints` answer for it as for the
+real one.
 """
 
 import abc
@@ -169,8 +170,10 @@ class _Source:
                 argument.annotation = named(self._hint(argument.annotation))
         given.defaults = [named(_literal(default)) for default in given.defaults]
         given.kw_defaults = [default and named(_literal(default)) for default in given.kw_defaults]
+        said = ast.get_docstring(node)
         node.body, node.decorator_list, node.returns = [ast.Pass()], [], None
         exec(compile(ast.fix_missing_locations(ast.Module([node], [])), self.module, "exec"), values)
+        values[node.name].__doc__ = said
         return values[node.name]
 
     def _class(self, node: ast.ClassDef) -> type:
@@ -179,6 +182,7 @@ class _Source:
             raise CannotTell(f"{node.name} in {self.module} is decorated")
         bases = tuple(dict.fromkeys(base for expression in node.bases if (base := self._base(expression)) is not None))
         body: dict[str, Any] = {"__module__": self.module, "__qualname__": node.name, "__annotations__": {}}
+        body["__doc__"] = ast.get_docstring(node)  # which a reference is made of
         for statement in node.body:
             name = next(iter(_names(statement)), None)
             if name == "__init__" and isinstance(statement, ast.FunctionDef):

@@ -70,7 +70,8 @@ def read_manifest(path: str | Path, split: str, captions: Captions | None, featu
     if not (folder / MANIFEST).exists():
         raise ValueError(
             f"There is no data set in {folder}: it has no {MANIFEST}. "
-            "Set `path` and `split` to one, or name a `source` to make it from."
+            "Set `path` and `split` to one, or name a `source` to make it from. `prx data convert` makes one of parquet files, "
+            "tars, or JSON lines beside images."
         )
     manifest = Manifest.read(folder)
     weights = {column: wording.weight for column, wording in wordings(captions or {}).items()}
@@ -96,18 +97,10 @@ class ImageCaptionDataset(BucketedDataset):
     epoch independent of the number of workers and a resume exact.
 
     Args:
-        path: folder with the splits; local, or the local cache of `remote`.
-        split: name of the split.
-        captions: caption column → weight of choosing it, or its `Wording`; by default the first column alone. It lies in the
-            shards, or was written beside them by `prx data caption`.
-        features: feature columns that samples are to have: of the data set, or stored by `prx encode features`.
-        text_embedding: name of embeddings that `prx encode text` has stored for these captions.
-        latent: name of latents that `prx encode latents` has stored, or names, one for every image size that is trained.
-        images: whether images are decoded; by default unless there are latents.
-        remote: where the same layout lies remotely (`s3://…`), if anywhere.
-        max_undecodable: share of samples above which training stops.
+        path, split, captions, remote, max_undecodable, features, text_embedding, latent, images, skip: as a recipe gives them to
+            `ImageCaptionData`.
+        seed: of choices.
         max_workers: DataLoader workers that will share this object, for the counts.
-        skip: file of keys whose samples are left out; see `SkipList`.
 
     Attributes:
         left_out: what `skip` leaves out, if there is one.

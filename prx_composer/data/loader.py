@@ -235,12 +235,21 @@ class ImageCaptionData(DataSpec):
         multiple: see `BucketBatchSampler`.
         seed: of order and choices.
         evaluation: every sample is counted once, in stored order, with any batch size and number of ranks.
-        path, split, captions, features, text_embedding, latent, images, remote, skip, max_undecodable: see
-            `ImageCaptionDataset`.
-        mix: several data sets, each in a folder of its name in `path`: name → perhaps weight, until, path, split, captions,
-            remote and skip; see `MixedDataset` and `phases_of`. Weights that change need a trainer that calls `keep_time`.
+        path: folder with the splits, local, or the local cache of `remote`; of a mixture, the folder that holds its data sets.
+        mix: several data sets instead of one, name → what it has of its own; each lies in a folder of its name in `path`, or in
+            another that it names. See `MixedDataset` and `phases_of`. Weights that change need a trainer that calls `keep_time`.
+        split: name of the split, a folder in `path`.
+        captions: caption column → weight of choosing it, or a mapping, see `Wording`; by default the first column alone.
+        features: names of what `prx encode features` has stored for these images, or of the data set's own columns.
+        text_embedding: name of what `prx encode text` has stored for these captions, so that no text encoder runs. `auto`: those
+            named `text`, if they are whole and fit.
+        latent: name of what `prx encode latents` has stored for these images, or a list, one for every image size.
+        images: whether images are decoded; by default unless there are latents.
+        remote: where the same layout lies in an object store (`s3://…`), if anywhere.
+        skip: file of keys, one a line, whose samples are left out.
         shuffle: a new order every epoch; off, the stored one. Of training: evaluation has no use for it.
-        num_workers: processes that decode and tokenise; 0 = in the training process.
+        num_workers: processes of each GPU that decode and tokenise; 0: the training process does.
+        max_undecodable: share of the samples (0 to 1) that may be undecodable or lost before training stops.
 
     Raises:
         ValueError, UserError: no such data; see there.

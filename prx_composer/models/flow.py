@@ -24,17 +24,29 @@ class TextConditioning(NamedTuple):
 
 @dataclass
 class FlowOutput:
-    """What a forward pass of training leaves for the losses."""
+    """What a forward pass of training leaves for the losses.
 
-    prediction: Tensor  # (B, C, H, W), of the process's target
-    clean: Tensor  # (B, C, H, W), x0
-    noise: Tensor  # (B, C, H, W), unit variance
-    noised: Tensor  # (B, C, H, W), x_t as the network sees it
-    timestep: Tensor  # (B,), as the network is told it; see `Process.noise_share`
+    Args:
+        prediction: (B, C, H, W), of the process's target.
+        clean: (B, C, H, W), x0.
+        noise: (B, C, H, W), of unit variance.
+        noised: (B, C, H, W), x_t as the network sees it.
+        timestep: (B,), as the network is told it; see `Process.noise_share`.
+        text: the captions' embeddings and their mask.
+        route: which tokens the routed blocks saw; None: all.
+        taps: block index → its output (B, N or K, D); the backbone's TIME_VECTOR → (B, D).
+        counted: (B, 1, H, W), 1 where the prediction counts and 0 where tokens were discarded; None: everywhere.
+    """
+
+    prediction: Tensor
+    clean: Tensor
+    noise: Tensor
+    noised: Tensor
+    timestep: Tensor
     text: TextConditioning
     route: Route | None
-    taps: dict[int, Tensor]  # block index → (B, N or K, D); the backbone's TIME_VECTOR → (B, D)
-    counted: Tensor | None = None  # (B, 1, H, W), 1 where the prediction counts and 0 where tokens were discarded; None = all
+    taps: dict[int, Tensor]
+    counted: Tensor | None = None
 
 
 class AuxiliaryLoss(nn.Module):

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,20 @@ def entries(components: dict[str, Any], kind: str) -> Iterator[tuple[str, Spec]]
         yield name, arguments if isinstance(arguments, dict) else {}
 
 
-_OF_ONE = ("path", "split", "captions", "remote", "source", "skip")  # what the data sets of a mixture may have of their own
-_OF_SHARE = ("weight", "until")
+OF_DATA_SET = ("path", "split", "captions", "remote", "source", "skip")  # what one data set of a mixture may have of its own
+OF_SHARE = {
+    "weight": "its share of what is drawn, in relation to the other weights; or a list of `{weight, until}` for a share that "
+    "changes. All data sets have one, or none: every sample is drawn equally often then.",
+    "until": "a time at which its share ends.",
+}
+
+# What a recipe gives of a nested component beside its constructor's arguments: the program makes what they name.
+OF_NESTED = {
+    "text_encoder": {
+        "tokenizer": "hub id or folder of the tokenizer, by default the encoder's own; or `{train: true, vocab_size: 4096}`: "
+        "one of words that is trained on the captions when the run begins, of at most so many words."
+    }
+}
 
 
 def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -90,9 +102,9 @@ def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         raise UserError(f"mix must be a mapping such as {{flux: {{path: data/flux, weight: 0.5}}}}, not {mix!r}.")
     problems = Problems()
     for name, part in mix.items():
-        if unknown := part.keys() - {*_OF_ONE, *_OF_SHARE}:
+        if unknown := part.keys() - {*OF_DATA_SET, *OF_SHARE}:
             problems.found.append(
-                f"mix.{name}.{min(unknown)}: unknown; a data set has {', '.join(_OF_ONE)}, {' and '.join(_OF_SHARE)}."
+                f"mix.{name}.{min(unknown)}: unknown; a data set has {', '.join(OF_DATA_SET)}, {' and '.join(OF_SHARE)}."
             )
         if not (part.get("path") or spec.get("path")):
             problems.found.append(
@@ -107,7 +119,7 @@ def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _of_mixture(spec: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> dict[str, Any]:
     shared = {key: value for key, value in spec.items() if key != "mix"}
     below = {key: f"{spec[key]}/{name}" for key in ("path", "remote") if spec.get(key)}
-    return shared | below | {key: value for key, value in part.items() if key not in _OF_SHARE}
+    return shared | below | {key: value for key, value in part.items() if key not in OF_SHARE}
 
 
 def split_folders(loader: Mapping[str, Any] | None) -> dict[str, Path] | None:
@@ -179,9 +191,7 @@ def check_arguments(
         function = constructor(target)
     except CannotTell:
         return
-    parameters = {
-        name: parameter for name, parameter in inspect.signature(function).parameters.items() if name not in ("self", *provided)
-    }
+    parameters = given_by_recipe(function, provided)
     open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     allowed = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)] + sorted(also)
     hints = hints_of(function)
@@ -194,9 +204,9 @@ def check_arguments(
                 raise UserError(f"{path}.{key}: no such argument.{_taken_by_others(of, str(key), imports) or own}")
             if key in NESTED:
                 if value is not None or default is not None:
-                    below, tokenizer = f"{path}.{key}", ("tokenizer",) if key == "text_encoder" else ()
+                    below, also = f"{path}.{key}", OF_NESTED.get(key, {})
                     spec = split(value, below, UNNAMED.get(key))
-                    check_component(NESTED[key], *spec, below, tokenizer, tokenizer, imports=imports)
+                    check_component(NESTED[key], *spec, below, also, also, imports=imports)
             elif key in hints:
                 try:
                     check_type(value, hints[key], f"{path}.{key}", default)
@@ -225,6 +235,12 @@ def _taken_by_others(of: tuple[Registry, str] | None, key: str, imports: bool, *
     if not others or value:
         return f" {others} takes it." if others else ""
     return f" It is of {others}. {components.instead.get(own, f'{own} has none')}."
+
+
+def given_by_recipe(function: Callable[..., Any], provided: Collection[str] = ()) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a constructor that a recipe may give: all but those that the program passes."""
+    signature = inspect.signature(function)
+    return {name: parameter for name, parameter in signature.parameters.items() if name not in ("self", *provided)}
 
 
 def hints_of(function: Any) -> dict[str, Any]:
@@ -309,11 +325,11 @@ def check_type(value: Any, hint: Any, path: str, example: Any = None) -> None:
     if of is not None and isinstance(value, list):
         _check_each([(f"[{index}]", element, of) for index, element in enumerate(value)], path)
         return
-    expected = [_describe(option) for option in options]
-    if not all(expected):
+    expected = type_in_words(hint)
+    if not expected:
         return
     if not any(_matches(value, option) for option in options):
-        raise UserError(f"{path}: expected {' or '.join(expected)}, not {value!r}.{_instead(value, options, example, path)}")
+        raise UserError(f"{path}: expected {expected}, not {value!r}.{_instead(value, options, example, path)}")
     if len(options) > 1 or not isinstance(value, list | dict):
         return
     of_items = [argument for argument in typing.get_args(hint) if argument is not Ellipsis]
@@ -351,6 +367,12 @@ def _options(hint: Any) -> Sequence[Any]:
 
 _PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
 _CONTAINERS = {dict: "a mapping", list: "a list", tuple: "a list", Sequence: "a list"}
+
+
+def type_in_words(hint: Any) -> str:
+    """Return what values of a type are called; "" if one of its options is none that YAML has, and nothing is checked."""
+    named = [_describe(option) for option in _options(hint)]
+    return " or ".join(named) if all(named) else ""
 
 
 def _describe(hint: Any) -> str:

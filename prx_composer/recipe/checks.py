@@ -30,16 +30,25 @@ from prx_composer.schedule.moments import BUDGET, DURATION, EPOCH, SECONDS, Mome
 Values = Mapping[str, Any]
 
 # What every component of a kind is called with, which a recipe cannot give; and what a recipe gives beside its arguments.
-OF_MODELS = (("seed",), ("init_from",))
-_OF_LOADERS = (("tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed", "evaluation"), ("source",))
-_OF = {
+OF_MODELS = (
+    ("seed",),
+    {
+        "init_from": "weights to begin with: a run folder, one of its checkpoints, an export, any folder that diffusers opens, "
+        "or a file of safetensors. The backbone must be of their sizes; `prx import` writes both."
+    },
+)
+_OF_LOADERS = (
+    ("tokenizer", "max_tokens", "image_size", "global_batch_size", "multiple", "seed", "evaluation"),
+    {"source": "what makes the data in `path` when they aren't there yet: a source and its arguments."},
+)
+OF_KEY = {
     "model": OF_MODELS,
-    "optimizer": (("model", "params"), ()),
-    "scheduler": ((), ()),
+    "optimizer": (("model", "params"), {}),
+    "scheduler": ((), {}),
     "train_loader": _OF_LOADERS,
     "eval_loader": _OF_LOADERS,
 }
-_OF_OURS = ("folder", "source")  # a stranger's component may have settings of these names
+OF_OURS = ("folder", "source")  # a stranger's component may have settings of these names
 _SCHEDULE = {"scheduler", "max_duration", "time_budget", "algorithms", "global_train_batch_size"}
 _SEEDS = 2**32  # NumPy takes no others, nor does Composer
 _PRECISIONS = {  # what others call Composer's
@@ -70,12 +79,12 @@ def argument_problems(values: Values, imports: bool = True) -> list[str]:
     problems, filled = Problems(), provided_by(values)
     for key, components in BY_KEY.items():
         if values.get(key) is not None:
-            (provided, also), defaulted = _OF[key], () if key == "model" else filled
+            (provided, also), defaulted = OF_KEY[key], () if key == "model" else filled
             with problems.noted():
                 check_component(components, *split(values[key], key), key, provided, also, defaulted, imports=imports)
     for kind, components in BY_NAME.items():
         for name, given in values.get(kind, {}).items():
-            reserved = _OF_OURS if name in components.builtin else ()
+            reserved = OF_OURS if name in components.builtin else ()
             with problems.noted():
                 for _, arguments in entries({name: given}, kind):
                     check_component(components, name, arguments, f"{kind}.{name}", reserved, (), filled, imports=imports)
@@ -229,7 +238,7 @@ def check_parallelism(config: dict[str, Any] | None, num_ranks: int) -> None:
     if not isinstance(arguments, dict):
         problems.found.append(f"{path}.fsdp must be a mapping of arguments, such as {{}}, not {arguments!r}.")
         arguments = {}
-    allowed = _settable()
+    allowed = sharding_keys()
     for key in arguments:
         if allowed and key not in allowed:
             problems.found.append(f"{path}.fsdp.{key}: no such argument.{nearest(key, allowed)}")
@@ -258,7 +267,7 @@ def _gather_problems(arguments: dict[str, Any], shards: Any) -> Iterator[str]:
         )
 
 
-def _settable() -> list[str]:
+def sharding_keys() -> list[str]:
     """Return what `parallelism_config.fsdp` takes."""
     try:
         return sorted(inspect.signature(outline("prx_composer.training.trainer", "HybridConfig")).parameters.keys() - _NOT_OURS)

@@ -29,7 +29,42 @@ from prx_composer.schedule.moments import Point, parse_duration
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The keys of a recipe, llm-foundry's names where it has one; and its times as what they are, once they have been checked."""
+    """The keys of a recipe, llm-foundry's names where it has one; and its times as what they are, once they have been checked.
+
+    Args:
+        run_name: the run's name, of which its folder is called, and with which trackers show it.
+        model: what is trained: a model by name, with its parts.
+        optimizer: how weights follow gradients, by name.
+        train_loader: the data that are trained on, by the loader's name.
+        global_train_batch_size: images per step, over all GPUs.
+        image_size: side in pixels of the square whose area training images have; buckets of other aspect ratios have nearly that.
+        max_duration: length of the run: `1000ba` batches, `3ep` passes through the data, or `500000sp` samples.
+        time_budget: time of training, over all restarts, within which the run ends with everything written: `24h`, `1h30m`.
+        scheduler: the learning rate over time, by name.
+        device_train_microbatch_size: images per forward pass of one GPU, which memory decides; by default its whole share of the
+            batch.
+        seed: of every random draw: order, noise, timesteps, initial weights. 0 to 2³² − 1.
+        algorithms: tricks, by name. `false` instead of arguments leaves one out that a file below it set.
+        callbacks: what watches the run, by name; `false` as above.
+        loggers: where numbers are written beside `metrics.jsonl`, by name; `false` as above.
+        eval_loader: data kept out of training, on which the validation loss is measured; without it there is none.
+        eval_interval: a time between two evaluations, in batches, epochs, samples or parts of the run; one comes at the end.
+        eval_subset_num_batches: measure as many samples as so many batches hold, evenly spaced; −1: all of them.
+        global_eval_batch_size: images per step of an evaluation, over all GPUs; by default as in training.
+        precision: of the computing; weights and optimizer state are fp32 in any case. `amp_bf16` for GPUs, `fp32` for CPUs.
+        parallelism_config: left out, every GPU has all weights (DDP); `{fsdp: {}}` shards them over all GPUs (FSDP2),
+            `{fsdp: {shard_degree: 8}}` within groups of eight.
+        run_folder: where everything of the run is written.
+        save_interval: a time between two checkpoints; also of the clock, such as `30m`.
+        save_num_checkpoints_to_keep: the newest that stay, at least 1; −1: all.
+        autoresume: go on from the run's newest whole checkpoint, if it has one. Without it a run that exists is an error.
+        dist_timeout: seconds after which ranks that wait for one another give up.
+        progress_bar: show one on the terminal.
+        preflight: check weights, data, disk, loggers and a step of every stage before training, as `prx check` does.
+        code_paths: Python files of yours that are imported first, for what they register.
+        variables: values of your own, which other keys use as `${variables.name}`.
+        resume: `allow: [optimizer.lr, …]` names keys that may differ from those of the run that goes on.
+    """
 
     run_name: str
     model: Spec
@@ -61,7 +96,7 @@ class Recipe:
     preflight: bool = True
     code_paths: list[str] = field(default_factory=list)
     variables: Spec = field(default_factory=dict)
-    resume: Spec = field(default_factory=dict)  # {allow: [keys that may differ from the run that goes on]}; see resume.py
+    resume: Spec = field(default_factory=dict)
 
     @property
     def eval_batch_size(self) -> int:

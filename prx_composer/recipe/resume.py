@@ -38,6 +38,11 @@ class Rule:
     why: str
     follows: str
 
+    @property
+    def answer(self) -> str:
+        """Return, in a few words, whether the key may change."""
+        return _SAID[self.may]
+
 
 _NETWORK = "The weights in the checkpoint are of this network."
 _FROM_WEIGHTS = "Another run can begin from these weights: `model.init_from=<run folder>`."
@@ -229,7 +234,7 @@ def table() -> str:
     """Return the rules as a table in Markdown, for the documents."""
     named = [(", ".join(f"`{keys}`" for keys in rule.keys.split()), rule) for rule in RULES]
     rows = [
-        f"| {keys} | {_SAID[rule.may]} | {rule.why} | {rule.follows} |"
+        f"| {keys} | {rule.answer} | {rule.why} | {rule.follows} |"
         for keys, rule in (*named, ("anything else: a stranger's component, say", _UNKNOWN))
     ]
     return "\n".join(["| key | may it change? | why | what follows |", "|---|---|---|---|", *rows]) + "\n"

@@ -201,7 +201,15 @@ class HybridConfig(FSDP2Config):
     what lies outside of blocks. In fp32 it is FULL.
 
     Args:
-        shard_degree: ranks that share one copy of the weights; −1: all.
+        shard_degree: ranks that share one copy of the weights; −1: all. It divides their number.
+        mixed_precision: in what precision weights are gathered: FULL, WEIGHTS, or Composer's DEFAULT and PURE. A recipe's default
+            is FULL.
+        reshard_after_forward: whether a block's weights go after its forward pass and are gathered again for the backward pass; a
+            number: only so many neighbours keep them.
+        state_dict_type: `sharded`: every rank writes its part of a checkpoint; `full`: rank 0 everything.
+        activation_checkpointing: keep only the inputs of what is wrapped and compute the rest again for the backward pass.
+        activation_cpu_offload: keep activations in the memory of the host.
+        verbose: log how the model is sharded.
     """
 
     shard_degree: int = -1

@@ -18,7 +18,8 @@ from icon_sets import write_sets, write_tarball
 from prx_composer.integrations.foundry_names import INSTALL, is_installed
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("recipes/**/*.md"), *REPOSITORY.glob("prx_composer/**/*.md")])
+FOLDERS = ("docs", "recipes", "prx_composer")
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(page for folder in FOLDERS for page in REPOSITORY.glob(f"{folder}/**/*.md"))])
 SHORT = "max_duration=6ba eval_interval=6ba save_interval=3ba"
 SHORT_STAGES = "scheduler.t_warmup=2ba 'algorithms.progressive_resolution.stages[0].until=3ba' algorithms.repa.end=3ba"
 SHORT_SCORE = "callbacks.shapes_score.num_inference_steps=1 callbacks.shapes_score.images_per_prompt=1"
@@ -42,7 +43,16 @@ KINDS = (
 # In this process, which counts a model once for all commands that plan it: some 8 s each.
 PLANS, ROOFLINES = "uv run prx plan ", "uv run python benchmarks/roofline.py "
 # Not run here: what sets up the environment (CI has done it) and what runs the tests, this one among them.
-ELSEWHERE = ("pip install uv", "uv sync", "uv run pytest", "uv run ruff", "uv run basedpyright", "git clone", "cd ")
+ELSEWHERE = (
+    "pip install uv",
+    "uv sync",
+    "uv run pytest",
+    "uv run ruff",
+    "uv run basedpyright",
+    "uv run mkdocs",
+    "git clone",
+    "cd ",
+)
 FETCHES = (
     "mkdir -p data/icon_sets && npm pack",
     "mkdir -p data/fifth_set && npm pack",
@@ -134,7 +144,7 @@ def test_documented_commands_run(page: str, line: str, workshop: Path, monkeypat
     elif "train.py" in line and "finetune" in line:
         line = f"{line} {SHORT_CONCEPT}"
     elif "train.py" in line and "callbacks=" not in line:
-        scored = not any(name in line for name in ("digits", "icons", "my_images", "shapes_score=false"))
+        scored = not any(name in line for name in ("digits", "icons", "my_images", "mine.yaml", "shapes_score=false"))
         line = f"{line} {SHORT_IMAGES} {SHORT_SCORE if scored else ''}"
         if "digits" in line:
             line = f"{line} callbacks.digits_score.images=20"
@@ -150,6 +160,7 @@ def test_documented_commands_run(page: str, line: str, workshop: Path, monkeypat
     elif "ablate.py" in line:
         line = f"{line} {SHORT} {SHORT_SCORE} --seed 17"
     line = line.replace(f"--model {CAPTIONER}", "--model captioner --max-new-tokens 8")
+    line = re.sub(r"(plain_composer.py \S+) \d+ba", r"\1 6ba", line)
     line = re.sub(r"t_warmup: \d+ba", "t_warmup: 2ba", line)
     line = re.sub(r"max_duration=\d+ba", "max_duration=6ba", line).replace("uv run ", "uv run --no-sync ")
     finished = subprocess.run(line, shell=True, cwd=workshop, env=environment, capture_output=True, text=True, check=False)
