@@ -5,19 +5,17 @@ the YAML path.
 """
 
 import contextlib
-import dataclasses
 import inspect
-import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prx_composer.common.errors import Problems, UserError, at_path, nearest
 from prx_composer.common.outlines import CannotTell, constructor
+from prx_composer.recipe.annotations import dataclass_in, hints_of, instead_of, matches, options_of, type_in_words
 from prx_composer.recipe.consistency import phases_of
 from prx_composer.registry import NESTED, UNNAMED, Registry, backbones, constructor_in_diffusers
-from prx_composer.schedule.moments import Moment
 
 Spec = dict[str, Any]
 
@@ -243,14 +241,6 @@ def given_by_recipe(function: Callable[..., Any], provided: Collection[str] = ()
     return {name: parameter for name, parameter in signature.parameters.items() if name not in ("self", *provided)}
 
 
-def hints_of(function: Any) -> dict[str, Any]:
-    """Return the annotations of a function; none for a foreign one's that only resolve where they were written."""
-    try:
-        return typing.get_type_hints(function)
-    except (NameError, TypeError):
-        return {}
-
-
 # ------------------------------------------------------------------------------------------------------------------------ called
 
 
@@ -315,7 +305,7 @@ def check_type(value: Any, hint: Any, path: str, example: Any = None) -> None:
     Raises:
         UserError: it is of another type; says what to write.
     """
-    options = _options(hint)
+    options = options_of(hint)
     if value is None and type(None) in options:
         return
     of = dataclass_in(hint, value)
@@ -328,8 +318,8 @@ def check_type(value: Any, hint: Any, path: str, example: Any = None) -> None:
     expected = type_in_words(hint)
     if not expected:
         return
-    if not any(_matches(value, option) for option in options):
-        raise UserError(f"{path}: expected {expected}, not {value!r}.{_instead(value, options, example, path)}")
+    if not any(matches(value, option) for option in options):
+        raise UserError(f"{path}: expected {expected}, not {value!r}.{instead_of(value, options, example, path)}")
     if len(options) > 1 or not isinstance(value, list | dict):
         return
     of_items = [argument for argument in typing.get_args(hint) if argument is not Ellipsis]
@@ -347,75 +337,3 @@ def _check_each(items: Iterable[tuple[str, Any, Any]], path: str) -> None:
         with problems.noted():
             check_type(item, hint, path + below)
     problems.raise_any()
-
-
-def dataclass_in(hint: Any, value: Any) -> Any:
-    """Return the dataclass that a mapping, or each element of a list, is to become by an annotation; None if there is none."""
-    for option in _options(hint):
-        item = next(iter(typing.get_args(option)), None)
-        if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            return option
-        if dataclasses.is_dataclass(item) and isinstance(value, list):
-            return item
-    return None
-
-
-def _options(hint: Any) -> Sequence[Any]:
-    """Return what an annotation allows: the parts of a union, or itself."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-_PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
-_CONTAINERS = {dict: "a mapping", list: "a list", tuple: "a list", Sequence: "a list"}
-
-
-def type_in_words(hint: Any) -> str:
-    """Return what values of a type are called; "" if one of its options is none that YAML has, and nothing is checked."""
-    named = [_describe(option) for option in _options(hint)]
-    return " or ".join(named) if all(named) else ""
-
-
-def _describe(hint: Any) -> str:
-    """Return what a YAML value of that type is called; "" for types that YAML doesn't have, which are not checked."""
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(repr, typing.get_args(hint)))
-    if dataclasses.is_dataclass(hint):
-        return "a mapping"
-    return _PLAIN.get(hint) or _CONTAINERS.get(typing.get_origin(hint) or hint, "")
-
-
-def _instead(value: Any, options: Sequence[Any], example: Any, path: str) -> str:
-    """Return what to write where a number stands for a string: a time without its unit, most often."""
-    if str not in options or isinstance(value, bool) or not isinstance(value, int | float):
-        return ""
-    unit = _unit(example)
-    if unit == "h":
-        return f" A time has a unit: write {value}h for hours, or 3d, 90m, 1h30m."
-    counts = f"{value}ba (batches), {value}ep (epochs), {value}sp (samples) or 0.5dur (half of the run)"
-    said = f" A time has a unit: write {counts if isinstance(value, int) else f'{value}dur (part of the run)'}."
-    if unit:
-        return said
-    key = path.rpartition(".")[2]
-    return f"{said} Any other string is quoted: {key}: '{value}' in a file, \"{key}='{value}'\" on the command line."
-
-
-def _unit(example: Any) -> str:
-    """Return the unit of a default such as "0.25dur" or "24h"; "" for one that is no time."""
-    try:
-        unit = Moment(example).points[0].unit if isinstance(example, str) else ""
-    except ValueError:
-        return ""
-    return "h" if unit == "sec" else unit
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint) or hint
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if origin is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if origin in (list, tuple, Sequence):
-        return isinstance(value, list | tuple)
-    return isinstance(value, origin)

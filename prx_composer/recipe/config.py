@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prx_composer import registry
 from prx_composer.common.errors import Problems, UserError, nearest, raise_all
-from prx_composer.recipe.arguments import Spec, check_type, dataclass_in, entries, hints_of
+from prx_composer.recipe.annotations import dataclass_in, hints_of
+from prx_composer.recipe.arguments import Spec, check_type, entries
 from prx_composer.recipe.checks import argument_problems, first_look
 from prx_composer.recipe.merging import RUN_FOLDER, merge_arguments
 from prx_composer.registry import BY_KEY, BY_NAME, NESTED, UNNAMED, Registry, with_size
