@@ -287,6 +287,7 @@ def write_times(width: int, repeats: int, even: float) -> dict[str, Any]:
             busy, begin = writer.thread.submit(time.thread_time).result(), time.monotonic()
             writer.begin(trainer.state, {})
             found["staging_seconds"].append(time.monotonic() - begin)
+            assert writer.written is not None
             own, other = beside(writer.written, writer.thread)
             found["processor_seconds"].append(other - busy)
             found["kept_from_python_seconds"].append(other - busy - own / even)

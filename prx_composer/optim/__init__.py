@@ -102,12 +102,12 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], largest: float) -> None:
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     gradients: list[Any] = [parameter.grad for parameter in parameters]
-    first = gradients[0] if gradients else None
+    first: Any = gradients[0] if gradients else None
     alike = isinstance(first, DTensor) and all(
         isinstance(one, DTensor) and one.device_mesh == first.device_mesh and one.placements == first.placements
         for one in gradients
     )
-    if not alike:  # whole on every rank; or torch says what is wrong with them
+    if first is None or not alike:  # whole on every rank; or torch says what is wrong with them
         torch.nn.utils.clip_grad_norm_(parameters, largest)
         return
     own = [local(gradient) for gradient in gradients]

@@ -153,10 +153,11 @@ def write_own_class(trained: Trained, folder: Path, reference: bool = False) -> 
         save_tokenizer = cast("Any", model.text_encoder).tokenizer.save_pretrained
         save_tokenizer(str(folder / "tokenizer"))
         return f"{opened}. Its labels are the tokens of tokenizer/."
-    index, signature = _write_parts(trained, folder, 1.0, reference), backbone.signature
+    index, signature, flow = _write_parts(trained, folder, 1.0, reference), backbone.signature, model.flow
     latents = isinstance(model.autoencoder, DiffusersAutoencoder)
-    if not (signature.pipeline and latents and model.flow.prediction == "v" and model.flow.noise_scale == 1):
-        return f"{opened}. A pipeline is written for v-prediction on latents with unit noise, of the classes that have one."
+    unit_velocity = isinstance(flow, FlowMatching) and flow.prediction == "v" and flow.noise_scale == 1
+    if not (signature.pipeline and latents and unit_velocity):
+        return f"{opened}. A pipeline is written for flow matching's velocity on latents with unit noise, of the classes that have one."
     index["transformer"] = ["diffusers", backbone.class_name]
     if not signature.pipeline_reads:
         index = {name: part for name, part in index.items() if name not in ("tokenizer", "text_encoder")}
