@@ -157,7 +157,9 @@ def write_own_class(trained: Trained, folder: Path, reference: bool = False) -> 
     latents = isinstance(model.autoencoder, DiffusersAutoencoder)
     unit_velocity = isinstance(flow, FlowMatching) and flow.prediction == "v" and flow.noise_scale == 1
     if not (signature.pipeline and latents and unit_velocity):
-        return f"{opened}. A pipeline is written for flow matching's velocity on latents with unit noise, of the classes that have one."
+        return (
+            f"{opened}. A pipeline is written for velocities of flow matching, on latents, with unit noise, if a class has one."
+        )
     index["transformer"] = ["diffusers", backbone.class_name]
     if not signature.pipeline_reads:
         index = {name: part for name, part in index.items() if name not in ("tokenizer", "text_encoder")}
