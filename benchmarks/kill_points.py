@@ -3,6 +3,7 @@
 KILL_POINT says where: "staging", "writing", "sealing", "publishing", "deleting", or nothing. KILL_SEED decides how far in.
 """
 
+import io
 import itertools
 import json
 import os
@@ -53,14 +54,36 @@ class Points:
         if self._checkpoints == 2:
             self._at = self._random.randrange(self._longest.get(self._point, 1))
 
-    def passed(self, point: str) -> None:
-        """Die here, if it is the call that was drawn; if there are fewer calls, with the first of the next checkpoint."""
+    def is_due(self, point: str) -> bool:
+        """Return whether this is the call that was drawn; if there are fewer calls, the first of the next checkpoint."""
         if point != self._point or self._at is None:
-            return
-        if self._calls == self._at or self._checkpoints > 2:
-            MARK.write_text(f"{point} {self._calls}")
-            os.kill(os.getpid(), signal.SIGKILL)
+            return False
         self._calls += 1
+        return self._calls > self._at or self._checkpoints > 2
+
+    def die(self) -> None:
+        MARK.write_text(f"{self._point} {self._calls}")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def passed(self, point: str) -> None:
+        if self.is_due(point):
+            self.die()
+
+
+class CutShort:
+    """A file of which half of what is written first is written, before the end."""
+
+    def __init__(self, file: Any, points: Points):
+        self._file, self._points = file, points
+
+    def write(self, content: Any) -> int:
+        self._file.write(bytes(content)[: len(content) // 2])
+        self._file.flush()
+        self._points.die()
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def around(module: Any, name: str, before: Callable[[], None], after: Callable[[], None] = lambda: None) -> None:
@@ -85,7 +108,13 @@ def install(points: Points) -> None:
 
     checkpoints.CheckpointWriter.begin = counted
     around(checkpoints, "staged", lambda: points.passed("staging"))
-    around(torch, "save", lambda: points.passed("writing"))  # of every tensor of a sharded state
+    save = torch.save
+
+    def saved(content: Any, file: Any, *arguments: Any, **options: Any) -> None:  # of every tensor of a sharded state
+        on_disk = isinstance(file, io.BufferedWriter)
+        save(content, CutShort(file, points) if on_disk and points.is_due("writing") else file, *arguments, **options)
+
+    torch.save = saved
     around(checkpoints, "_sealed", lambda: points.passed("sealing"))
     publish, sync = checkpoints._publish, checkpoints.sync
 
