@@ -1,4 +1,4 @@
-"""How many graphs are compiled: as the plan says, one for every number of tokens, and for frozen networks one or two for all sizes."""
+"""How many graphs are compiled: as the plan says, one for every number of tokens; of frozen networks one or two for all sizes."""
 
 import functools
 import os
