@@ -23,12 +23,12 @@ def table() -> str:
     names = " | ".join(f"{name}, {room:.0f} GiB" for name, room in gpus.items())
     lines = [f"| `size` | image size | patch | state | per image | {names} |", f"|---|---|---|---|---|{'---|' * len(gpus)}"]
     for row in counted["rows"]:
-        most = [_most(room * (1 - RESERVE), row["state"], row["per_image"]) for room in gpus.values()]
+        most = [_most(room * (1 - RESERVE), row) for room in gpus.values()]
         cells = (
             f"`{row['size']}`",
             f"{row['image_size']} px",
             row["patch"],
-            f"{row['state']:.1f}",
+            f"{row['resident'] + row['beside']:.1f}",
             f"{row['per_image']:.2f}",
             *most,
         )
