@@ -8,21 +8,19 @@ from typing import Any
 
 from prx_composer import registry
 from prx_composer.common.outlines import UNREAD, constructor, outline
+from prx_composer.recipe.annotations import dataclass_in, hints_of, type_in_words
 from prx_composer.recipe.arguments import (
     OF_DATA_SET,
     OF_NESTED,
     OF_SHARE,
-    dataclass_in,
     given_by_recipe,
-    hints_of,
     is_filled,
     provided_by,
-    type_in_words,
 )
 from prx_composer.recipe.checks import OF_KEY, OF_OURS, precisions, sharding_keys
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Rule, rule_of
-from prx_composer.registry import BY_KEY, BY_NAME, NESTED, SIZES, Registry
+from prx_composer.registry import BY_KEY, BY_NAME, NESTED, SIZES, UNNAMED, Registry
 
 from .docstrings import arguments, summary
 
@@ -150,7 +148,8 @@ def _component(
     target = components.described(name, path, imports=False)
     found = Section(name, path, summary(target), components.kind)
     if named:
-        found.keys.append(Key(f"{path}.name", "a string", _REQUIRED, f"`{name}`"))
+        needed = "" if UNNAMED.get(path.rpartition(".")[2]) == name else _REQUIRED
+        found.keys.append(Key(f"{path}.name", "a string", needed, f"`{name}`"))
     filled = components.kind not in ("sources", "backbones", "text_encoders", "autoencoders", "models")
     meanings = arguments(target) | _SAID_HERE.get(name, {})
     found.keys.extend(_keys(constructor(target), path, meanings, provided, filled))
@@ -160,6 +159,9 @@ def _component(
         if extra == "tokenizer":
             found.keys.append(Key(f"{path}.tokenizer.train", "true or false", "", "train one on the captions of `train_loader`."))
             found.keys.append(Key(f"{path}.tokenizer.vocab_size", "an integer", "4096", "words that it has at most."))
+    if components is registry.backbones and name == "diffusers":
+        found.keys.append(Key(f"{path}.class", "a string", _REQUIRED, "name of a class of diffusers that has a signature."))
+        found.keys.append(Key(f"{path}.**", "", "", "arguments of that class."))
     if components is registry.backbones and name == "prx":
         sizes = f"name of a size, {', '.join(f'`{size}`' for size in SIZES)}, instead of hidden_size, depth and num_heads."
         found.keys.insert(1, Key(f"{path}.size", "a string", "none", sizes))

@@ -58,6 +58,8 @@ class Recipe:
         run_folder: where everything of the run is written.
         save_interval: a time between two checkpoints; also of the clock, such as `30m`.
         save_num_checkpoints_to_keep: the newest that stay, at least 1; −1: all.
+        save_folder: an address such as `s3://bucket/run`, to which the newest whole checkpoint is copied, and what else a fresh
+            machine needs to go on.
         autoresume: go on from the run's newest whole checkpoint, if it has one. Without it a run that exists is an error.
         dist_timeout: seconds after which ranks that wait for one another give up.
         progress_bar: show one on the terminal.
@@ -90,7 +92,7 @@ class Recipe:
     run_folder: str = RUN_FOLDER
     save_interval: str = "0.25dur"
     save_num_checkpoints_to_keep: int = 2
-    save_folder: str | None = None  # s3://… for a copy of the newest checkpoint, and of what else a fresh machine needs
+    save_folder: str | None = None
     autoresume: bool = False
     dist_timeout: float = 600.0
     progress_bar: bool = True
