@@ -102,7 +102,7 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], largest: float) -> None:
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     gradients: list[Any] = [parameter.grad for parameter in parameters]
-    first = gradients[0] if gradients else None
+    first: Any = gradients[0] if gradients else None
     alike = isinstance(first, DTensor) and all(
         isinstance(one, DTensor) and one.device_mesh == first.device_mesh and one.placements == first.placements
         for one in gradients
