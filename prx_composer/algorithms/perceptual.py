@@ -229,7 +229,7 @@ class LPIPS(PixelLoss):
         weights: torchvision's ImageNet weights of `net` as a file, instead of the one in torch.hub's cache, which is
             downloaded if it isn't there.
         random_weights: of the network, for tests.
-        compile: `torch.compile` the network and the comparison, as one graph or two for images of all sizes.
+        compile: `torch.compile` the network and the comparison, as one graph or a few for images of all sizes.
         weight, max_timestep, start, end: see `PixelLoss`.
 
     Raises:

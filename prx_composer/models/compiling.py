@@ -30,10 +30,10 @@ def compile_by_size(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compile_for_all_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, which makes one graph for images of all sizes, or two: its kernels are told them.
+    """Return the function, which makes one graph for images of all sizes, or a few: its kernels are told them.
 
     It is for frozen networks. Their time is in products and convolutions, which are not compiled anyway. What torch takes to hold
-    of all sizes by the first that it meets, such as equal sides, is what a second graph is for.
+    of all sizes by the first that it meets, such as equal or even sides, is what further graphs are for.
     """
     allow_many_graphs()
     return torch.compile(function, fullgraph=True, dynamic=True)
