@@ -104,10 +104,8 @@ def write_pipeline(trained: Trained, folder: Path, reference: bool = False) -> N
 
 def _write_parts(trained: Trained, folder: Path, scale: float, reference: bool) -> dict[str, list[str]]:
     """Write what is beside the transformer; return how an index names it."""
-    model = trained.model
-    tokenizer: Any = model.text_encoder.tokenizer
-    network: Any = model.text_encoder.network
-    scheduler = model.flow.scheduler()
+    model: Any = trained.model
+    tokenizer, network, scheduler = model.text_encoder.tokenizer, model.text_encoder.network, model.flow.scheduler()
     index = {
         "scheduler": ["diffusers", type(scheduler).__name__],
         "tokenizer": ["transformers", type(tokenizer).__name__],
