@@ -148,8 +148,7 @@ def write_own_class(trained: Trained, folder: Path, reference: bool = False) -> 
     opened = f"diffusers.{backbone.class_name}.from_pretrained(DIR, subfolder='transformer') opens the transformer"
     _write_recipe(trained, folder)
     if not isinstance(model.text_encoder, HuggingFaceTextEncoder):
-        save_tokenizer = cast("Any", model.text_encoder).tokenizer.save_pretrained
-        save_tokenizer(str(folder / "tokenizer"))
+        cast("Any", model.text_encoder).tokenizer.save_pretrained(str(folder / "tokenizer"))
         return f"{opened}. Its labels are the tokens of tokenizer/."
     index, signature, flow = _write_parts(trained, folder, 1.0, reference), backbone.signature, model.flow
     latents = isinstance(model.autoencoder, DiffusersAutoencoder)
