@@ -112,7 +112,8 @@ def install(points: Points) -> None:
 
     def saved(content: Any, file: Any, *arguments: Any, **options: Any) -> None:  # of every tensor of a sharded state
         on_disk = isinstance(file, io.BufferedWriter)
-        save(content, CutShort(file, points) if on_disk and points.is_due("writing") else file, *arguments, **options)
+        stream: Any = CutShort(file, points) if on_disk and points.is_due("writing") else file
+        save(content, stream, *arguments, **options)
 
     torch.save = saved
     around(checkpoints, "_sealed", lambda: points.passed("sealing"))
