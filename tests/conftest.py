@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.request import Request, urlopen
 
 import pytest
+import setuptools  # noqa: F401 (before a test imports the distutils that it replaces: inductor would fail when it imports it)
 import warm
 import yaml
 

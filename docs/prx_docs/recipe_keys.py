@@ -158,6 +158,7 @@ def _component(
         found.keys.append(Key(f"{path}.{extra}", kind, "none", meaning))
         if extra == "tokenizer":
             found.keys.append(Key(f"{path}.tokenizer.train", "true or false", "", "train one on the captions of `train_loader`."))
+            found.keys.append(Key(f"{path}.tokenizer.by", "`word` or `caption`", "word", "what one of its tokens is."))
             found.keys.append(Key(f"{path}.tokenizer.vocab_size", "an integer", "4096", "words that it has at most."))
     if components is registry.backbones and name == "diffusers":
         found.keys.append(Key(f"{path}.class", "a string", _REQUIRED, "name of a class of diffusers that has a signature."))

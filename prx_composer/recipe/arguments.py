@@ -22,7 +22,9 @@ Spec = dict[str, Any]
 
 def split(spec: Any, path: str, unnamed: str | None = None) -> tuple[str, Spec]:
     """Return the name and the arguments of `{name: …, **arguments}`; `unnamed` is the name of one that has none."""
-    if unnamed is not None and isinstance(spec, dict):
+    if unnamed is not None:
+        if not isinstance(spec, dict):
+            raise UserError(f"{path}: expected a mapping, not {spec!r}.")
         spec = {"name": unnamed} | spec
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
         raise UserError(f"{path} must be a mapping with a `name`, not {spec!r}.")

@@ -290,21 +290,16 @@ def _stage(
 
 
 def _segments(planned: MetaModel, line: Timeline, span: Span) -> list[Segment]:
-    """Cut a stage where the window of a trick opens or closes."""
+    """Cut a stage where the window of a trick opens or closes; raise UserError for a size that patches don't divide."""
+    planned.image_tokens(span.image_size, f"{span.path}image_size")
     windows = {trick.name: line.window(trick.window, f"algorithms.{trick.name}") for trick in planned.switched}
     edges = {span.start, span.end, *(edge for window in windows.values() for edge in window)}
     segments = []
     for first, last in pairwise(sorted(edge for edge in edges if span.start <= edge <= span.end)):
         active = {name for name, window in windows.items() if window[0] <= first < window[1]}
         frozen = sum(size for name, size in planned.frozen.items() if name not in windows or name in active)
-        segments.append(
-            Segment(
-                (last - first) / span.steps,
-                planned.count(span.image_size, active, span.microbatch_size),
-                frozen,
-                frozenset(active),
-            )
-        )
+        count = planned.count(span.image_size, active, span.microbatch_size)
+        segments.append(Segment((last - first) / span.steps, count, frozen, frozenset(active)))
     return segments
 
 
