@@ -52,7 +52,9 @@ class DiffusersBackbone(nn.Module):
         config, signature = self.model.config, self.signature
         self.config = {key: value for key, value in config.items() if not key.startswith("_")}
         self.patch_size: int = max(config["patch_size"], 2 if signature.packs else 1)
-        self.in_channels: int = config["in_channels"] // (self.patch_size**2 if signature.packs else 1)
+        packed, drawn = (self.patch_size**2, config["patch_size"] ** 2) if signature.packs else (1, 1)  # channels of a pixel
+        self.in_channels: int = config["in_channels"] // packed
+        self.out_channels: int = (config.get("out_channels") or config["in_channels"]) * drawn // packed
         self.hidden_size: int = config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
         self.context_argument = signature.text_argument(config)
         self.context_in_dim: int = config[self.context_argument] if self.context_argument else TEXT_LABEL

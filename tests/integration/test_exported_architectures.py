@@ -90,8 +90,11 @@ def test_a_pipeline_that_is_given_embeddings_draws_our_image_from_our_noise(name
 
 def test_labels_are_exported_with_the_words_that_they_stand_for(tmp_path: Path) -> None:
     encoder: Any = ClassLabels(train_label_tokenizer(PROMPTS))
-    made: Any = DiffusersBackbone(**{"class": "DiTTransformer2DModel"}, **(TINY["DiTTransformer2DModel"] | {"in_channels": 3}))
+    sizes = TINY["DiTTransformer2DModel"] | {"in_channels": 3, "out_channels": 6}
+    made: Any = DiffusersBackbone(**{"class": "DiTTransformer2DModel"}, **sizes)
     assert "labels are the tokens" in written(TextToImage(made, encoder), tmp_path / "out")
+    with pytest.raises(ValueError, match="out_channels is 5; .* set out_channels: 3 or 6"):  # whose rest would be no variances
+        TextToImage(DiffusersBackbone(**{"class": "DiTTransformer2DModel"}, **(sizes | {"out_channels": 5})), encoder)
     read = ClassLabels(load_tokenizer(str(tmp_path / "out" / "tokenizer")))
     assert torch.equal(read(**read.tokenize(PROMPTS)), encoder(**encoder.tokenize(PROMPTS)))
 
