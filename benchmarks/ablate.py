@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -193,17 +193,14 @@ def redundant(name: str, known: dict[str, Any]) -> str | None:
 
 
 @dataclass
-class Options:
-    """The command line."""
+class Comparison:
+    """What every comparison of stacks can be asked."""
 
     recipe: Annotated[list[str], "YAML files, then key=value, as for train.py; these hold for every stack"]
     _: KW_ONLY
-    stack: Annotated[Sequence[str], "base, +name, -name, or several joined; may be repeated"] = ()
-    all: Annotated[bool, "every file of yamls/ablations, and every algorithm of the recipe left out"] = False
-    cost: Annotated[bool, "cost of every algorithm instead; --cost --help has its options"] = False
     seed: Annotated[Sequence[int], "repeat for several; three by default, the recipe's and the first others of 1, 2, 3"] = ()
     turn: Annotated[int, "steps that a stack trains before it is the next one's turn"] = 25
-    together: Annotated[int, "runs that take turns with one another, the base among them, each in memory"] = 6
+    together: Annotated[int, "runs that take turns with one another, the first stack among them, each in memory"] = 6
     target: Annotated[float | None, "the accuracy to which seconds are counted; 0.9, on icons 0.2"] = None
     again: Annotated[bool, "train again what failed"] = False
     output: Annotated[Path | None, "where results go, without suffix; runs/ablate-<recipe> by default"] = None
@@ -213,8 +210,6 @@ class Options:
         for option, least in (("turn", 1), ("together", 2)):
             if getattr(self, option) < least:
                 raise UserError(f"--{option} must be at least {least}.")
-        if not self.stack and not self.all:
-            raise UserError("name stacks, such as --stack base --stack +normuon, or all of them: --all.")
 
     @property
     def files(self) -> list[str]:
@@ -223,6 +218,21 @@ class Options:
     @property
     def overrides(self) -> list[str]:
         return [argument for argument in self.recipe if "=" in argument]
+
+
+@dataclass
+class Options(Comparison):
+    """The command line."""
+
+    _: KW_ONLY
+    stack: Annotated[Sequence[str], "base, +name, -name, or several joined; may be repeated"] = ()
+    all: Annotated[bool, "every file of yamls/ablations, and every algorithm of the recipe left out"] = False
+    cost: Annotated[bool, "cost of every algorithm instead; --cost --help has its options"] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.stack and not self.all:
+            raise UserError("name stacks, such as --stack base --stack +normuon, or all of them: --all.")
 
 
 def parse_arguments(arguments: list[str]) -> Options:
@@ -283,7 +293,7 @@ def default_seeds(first: int) -> list[int]:
     return list(dict.fromkeys([first, 1, 2, 3]))[:SEEDS]
 
 
-def length_of(options: Options, recipe: Recipe) -> str:
+def length_of(options: Comparison, recipe: Recipe) -> str:
     """Return how long runs are; if the command line made them shorter or longer, where the recipe has which."""
     before = config.load(options.files).max_duration
     return recipe.max_duration if before == recipe.max_duration else f"{recipe.max_duration}, where the recipe has {before}"
@@ -296,13 +306,13 @@ def collect(folder: Folder, head: dict[str, Any], target: float) -> dict[str, An
     measured = [measure(run, base, target) for run, base in planned if run.end is not None]
     stacks = {name: known for group in groups for name, known in group.stacks.items()}
     comparisons = compare(measured, stacks)
-    told = ("changes", "adds", "leaves_out", "sets", "notes", "not_compared")
+    told = ("changes", "adds", "leaves_out", "sets", "notes", "not_compared", "architecture")
     return head | {
         "seeds": list(dict.fromkeys(group.seed for group in groups)),
         "target": target,
         "still_to_train": len(planned) - len(measured),
         "chance": chance(comparisons),
-        "stacks": {name: {key: known[key] for key in told} for name, known in stacks.items()},
+        "stacks": {name: {key: known[key] for key in told if key in known} for name, known in stacks.items()},
         "refused": folder.refuse([]),
         "comparisons": comparisons,
         "runs": measured,
@@ -317,14 +327,37 @@ def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     recipe, stacks, refused = plan_stacks(options)
     output = options.output or Path("runs", f"ablate-{Path(options.files[0]).stem}")
-    base, *_ = stacks
-    question = {"recipe": options.recipe, "first stack": base, "turn": options.turn}
+    what = f"stacks of {' '.join(options.recipe)} ({length_of(options, recipe)})"
+    return train_and_compare(options, recipe, stacks, refused, output, what, ["benchmarks/ablate.py", *arguments])
+
+
+def train_and_compare(
+    options: Comparison,
+    recipe: Recipe,
+    stacks: dict[str, dict[str, Any]],
+    refused: list[dict[str, Any]],
+    output: Path,
+    what: str,
+    command: list[str],
+    write: Callable[[dict[str, Any]], str] = report,
+) -> int:
+    """Train stacks beside the first of them, or go on with it; write what was measured after every group of runs.
+
+    Args:
+        recipe: the first stack's.
+        stacks: what is known of each, as `plan_stacks` gives it.
+        what: is compared, in words.
+        write: makes a page of the result.
+
+    Returns:
+        the command's exit code: 0 if all stacks trained to their end.
+    """
+    question = {"recipe": options.recipe, "first stack": next(iter(stacks)), "turn": options.turn}
     folder = Folder(output, options.overwrite, question)
     folder.refuse(refused)
     folder.add(options.seed or default_seeds(recipe.seed), stacks, options.together)
-    length = length_of(options, recipe)
-    what = f"stacks of {' '.join(options.recipe)} ({length}), in turns of {options.turn} steps"
-    head = {"what": what, "recipe": options.recipe, "length": length} | circumstances(["benchmarks/ablate.py", *arguments])
+    head = {"what": f"{what}, in turns of {options.turn} steps", "recipe": options.recipe, "length": length_of(options, recipe)}
+    head |= circumstances(command)
     starts = folder.start({key: head[key] for key in ("date", "machine", "load", "threads", "versions", "command")})
     target = options.target or next((TARGETS[score] for score in TARGETS if recipe.callbacks.get(score)), TARGET)
     for group in folder.groups():
@@ -332,14 +365,14 @@ def main(arguments: list[str]) -> int:
         if left := to_train(runs, options.again):
             say(f"seed {group.seed}: {', '.join(run.stack.name for run in left)}")
             train(left, options.turn)
-            _publish(output, collect(folder, head | {"starts": starts}, target))
+            _publish(output, collect(folder, head | {"starts": starts}, target), write)
     found = collect(folder, head | {"starts": starts}, target)
-    _publish(output, found)
+    _publish(output, found, write)
     return 1 if any(run["failed"] for run in found["runs"]) else 0
 
 
-def _publish(output: Path, result: dict[str, Any]) -> None:
-    publish(output, result, report(result), partial(plot, result), table(result))
+def _publish(output: Path, result: dict[str, Any], write: Callable[[dict[str, Any]], str]) -> None:
+    publish(output, result, write(result), partial(plot, result), table(result))
 
 
 if __name__ == "__main__":

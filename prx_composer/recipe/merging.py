@@ -3,6 +3,7 @@
 import functools
 import io
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,12 @@ def _is_file(argument: str, keys: Sequence[str]) -> bool:
     if not equals:
         return True
     may_set = key.partition(".")[0].partition("[")[0] in keys
-    if may_set and Path(argument).is_file():
+    is_file = os.path.isfile(argument)
+    if may_set and is_file:
         raise UserError(
             f"{argument} is a file and could also set {key}. Write ./{argument} for the file, or \"{key}='{value}'\" for the key."
         )
-    return Path(argument).is_file() or ("/" in key and not may_set)
+    return is_file or ("/" in key and not may_set)
 
 
 def _merge(below: Any, above: DictConfig) -> Any:
