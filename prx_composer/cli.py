@@ -84,12 +84,12 @@ def check_recipe(options: CheckOptions) -> None:
 class ImportOptions:
     """Options of `prx import`."""
 
-    folder: Annotated[str, Argument(metavar="DIR", help="Folder of a diffusers PRXPixelPipeline or PRXPipeline.")]
+    folder: Annotated[str, Argument(metavar="DIR", help="Folder that diffusers opens, or that `prx export` wrote.")]
     output: Annotated[str, Option(metavar="FILE", help="YAML to write.")]
 
 
 def import_model(options: ImportOptions) -> None:
-    """Write a YAML that trains on from a diffusers PRX model: its sizes, text encoder, flow, and model.init_from.
+    """Write a YAML that trains on from a folder of diffusers: its sizes, text encoder, flow, and model.init_from.
 
     It is merged over a recipe: prx train RECIPE.yaml FILE run_name=…
     """

@@ -245,9 +245,6 @@ def _files(path: Path) -> list[Path]:
     return whole[:1] or found
 
 
-PIPELINES = ("PRXPixelPipeline", "PRXPipeline")
-
-
 @dataclass(frozen=True)
 class Located:
     """Where a trained model is.
@@ -272,7 +269,7 @@ def locate(name: str) -> Located:
     """Find out what a path names; of a run, the newest whole checkpoint.
 
     Raises:
-        UserError: there is nothing, or nothing of this package or of diffusers' PRX.
+        UserError: there is nothing, or nothing of this package or of diffusers.
     """
     path = Path(name).expanduser()
     if not path.exists():
@@ -286,10 +283,7 @@ def locate(name: str) -> Located:
         if (path.parent / INDEX).exists():
             return _checkpoint_in(path.parent)
         raise UserError(f"{path} is neither a file of a checkpoint's folder (with a {INDEX} beside it) nor *.safetensors.")
-    if (path / "model_index.json").exists():
-        of_class = read_json(path / "model_index.json").get("_class_name")
-        if of_class not in PIPELINES:
-            raise UserError(f"{path} is a {of_class}; only diffusers' {' and '.join(PIPELINES)} hold a PRX backbone.")
+    if any((path / name).exists() for name in ("model_index.json", "transformer/config.json")):
         return Located("diffusers", path)
     if (path / INDEX).exists():
         return _checkpoint_in(path)
@@ -299,7 +293,7 @@ def locate(name: str) -> Located:
         return _newest_whole(path)
     raise UserError(
         f"{name} is no run folder (it has no config.yaml), no checkpoint (no {INDEX}) and no folder that diffusers opens "
-        "(no model_index.json)."
+        "(neither model_index.json nor transformer/)."
     )
 
 

@@ -1,22 +1,27 @@
 """What `prx export` writes of a class of diffusers is opened by diffusers alone and draws what this package draws."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from architectures import TEXT, TINY
+import yaml
+from architectures import TEXT, TINY, of_pixels
 from conftest import TINY_T5
 
 from prx_composer.commands.export.pipeline import write_own_class
+from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, TextToImage
-from prx_composer.models.autoencoder import DiffusersAutoencoder
+from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.class_labels import ClassLabels, train_label_tokenizer
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.encoders import load_tokenizer
 from prx_composer.models.flow import initial_noise
-from prx_composer.runs.opening import Trained
+from prx_composer.runs.model_parts import ModelParts
+from prx_composer.runs.opening import Trained, load_trained
+from prx_composer.runs.pretrained_models import check_init_from, initialise, write_fragment
 
 PROMPTS, SEEDS, STEPS, SCALE, SHIFT = ["a red circle", "a blue square"], [3, 4], 4, 3.0, 3.0
 # fmt: off
@@ -86,6 +91,96 @@ def test_a_pipeline_that_is_given_embeddings_draws_our_image_from_our_noise(name
     if not name.startswith("SD3"):  # which take steps of another grid by themselves
         options["sigmas"] = torch.linspace(1, pipeline.scheduler.sigma_min, STEPS).tolist()
     check(model, pipeline, **options)
+
+
+FLOW = {"prediction": "v", "timestep_shift": SHIFT}
+
+
+def exported(model: Any, folder: Path) -> str:
+    """Write a model as `prx export` does of a run, whose recipe lies beside it; return the folder."""
+    folder.mkdir()
+    spec: dict[str, Any] = {"name": "text_to_image", "flow": FLOW, "text_encoder": {"name": "huggingface"}}
+    if isinstance(model.text_encoder, ClassLabels):
+        spec["text_encoder"] = {"name": "labels", "tokenizer": {"train": True, "by": "caption"}}
+    spec["autoencoder"] = {"name": "pixels" if isinstance(model.autoencoder, Pixels) else "diffusers"}
+    write_own_class(Trained(model, Path("run"), "ema", 32, recipe={"image_size": 32, "model": spec}), folder)
+    return str(folder)
+
+
+def labelled() -> TextToImage:
+    encoder: Any = ClassLabels(train_label_tokenizer(PROMPTS))
+    made: Any = DiffusersBackbone(
+        **{"class": "DiTTransformer2DModel"}, **of_pixels("DiTTransformer2DModel") | {"sample_size": 16}
+    )
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return TextToImage(made, encoder, FlowMatching("v", timestep_shift=SHIFT)).eval()
+
+
+def drawn(model: Any, side: int) -> torch.Tensor:
+    return model.generate(PROMPTS, side, side, SEEDS, STEPS, SCALE)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_what_was_exported_is_opened_imported_and_trained_on_from(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    labels = name.startswith("DiT")
+    model, side = (labelled(), 16) if labels else (model_of(name, tokenizer), 32)
+    folder = exported(model, tmp_path / "out")
+    opened = load_trained(folder)
+    assert opened.image_size == 32
+    expected = drawn(model, side)
+    assert torch.equal(drawn(opened.model, side), expected)
+    write_fragment(folder, tmp_path / "on.yaml")
+    spec = yaml.safe_load((tmp_path / "on.yaml").read_text())["model"]
+    assert spec["flow"] == FLOW and spec["backbone"]["class"] == name and spec["init_from"] == folder
+    again = ModelParts({"name": "text_to_image", **spec}, 0, tmp_path).model.eval()
+    assert not torch.equal(drawn(again, side), expected), "of its first, random weights"
+    check_init_from(folder, again.backbone)
+    initialise(again, folder)
+    assert torch.equal(drawn(again, side), expected)
+
+
+def test_a_plain_pipeline_of_diffusers_is_taken_too(tokenizer: Any, tmp_path: Path) -> None:
+    model: Any = model_of("AuraFlowTransformer2DModel", tokenizer)
+    written(model, tmp_path / "out")
+    diffusers.AuraFlowPipeline.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "theirs")  # with nothing of ours
+    assert torch.equal(drawn(load_trained(str(tmp_path / "theirs")).model, 32), drawn(model, 32))
+
+
+def test_what_does_not_fit_is_refused_by_name(tokenizer: Any, tmp_path: Path) -> None:
+    folder = exported(model_of("SD3Transformer2DModel", tokenizer), tmp_path / "out")
+    other: Any = model_of("PixArtTransformer2DModel", tokenizer)
+    for refuses in (initialise, lambda model, source: check_init_from(source, model.backbone)):
+        with pytest.raises(
+            UserError, match=r"init_from: .*class_name is SD3Transformer2DModel there and PixArtTransformer2DModel"
+        ):
+            refuses(other, folder)
+    sizes = TINY["SD3Transformer2DModel"] | {"num_attention_heads": 4, "attention_head_dim": 8, "qk_norm": None}
+    with pytest.raises(UserError, match="attention_head_dim is 16 there and 8 here; num_attention_heads is 2 there and 4 here"):
+        check_init_from(
+            folder, DiffusersBackbone(**{"class": "SD3Transformer2DModel"}, **sizes)
+        )  # whose shapes would be the same
+    file = tmp_path / "out" / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    for change, said in (
+        ({"_class_name": "KandinskyTransformer2DModel"}, "has no signature"),
+        ({"num_layer": 3}, "num_layer"),
+        ({"pooled_projection_dim": 8}, "pooled_projection_dim is 8"),
+    ):
+        file.write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=said) as refused:
+            write_fragment(folder, tmp_path / "on.yaml")
+        assert f"{folder}/transformer" in str(refused.value)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(UserError, match="is a StableDiffusionPipeline without a transformer"):
+        load_trained(str(tmp_path / "unet"))
+
+
+def test_prompts_that_a_pipeline_reads_in_another_way_are_not_guessed(tokenizer: Any, tmp_path: Path) -> None:
+    written(model_of("SD3Transformer2DModel", tokenizer), tmp_path / "out")  # no recipe, as of a stranger's
+    with pytest.raises(UserError, match="StableDiffusion3Pipeline reads prompts otherwise than by one text encoder's last layer"):
+        write_fragment(str(tmp_path / "out"), tmp_path / "on.yaml")
 
 
 def test_labels_are_exported_with_the_words_that_they_stand_for(tmp_path: Path) -> None:

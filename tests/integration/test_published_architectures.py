@@ -1,0 +1,93 @@
+"""Recipes of published size are checked and planned, and have as many parameters as their systems say."""
+
+from pathlib import Path
+
+import pytest
+
+from prx_composer.commands.plan.conditions import Conditions, find_gpu
+from prx_composer.commands.plan.plan import make_plan
+from prx_composer.recipe import config
+from prx_composer.training.trial import check_config
+
+FOLDER = Path(__file__).parents[2] / "yamls" / "architectures" / "published"
+RECIPES = [path for path in sorted(FOLDER.glob("*.yaml")) if path.stem != "eight_gpus"]
+
+
+def linear(inside: int, outside: int) -> int:
+    """Weight and bias."""
+    return (inside + 1) * outside
+
+
+def attention(d: int) -> int:
+    return 4 * linear(d, d)
+
+
+def mlp(d: int) -> int:
+    return linear(d, 4 * d) + linear(4 * d, d)
+
+
+def two_layers(inside: int, d: int) -> int:
+    return linear(inside, d) + linear(d, d)
+
+
+def mmdit(d: int, layers: int, text: int, pooled: int, patch: int) -> int:
+    """SD3, figure 2b: two streams with weights of their own; the last block ends with the image's alone."""
+    stream = linear(d, 6 * d) + attention(d) + mlp(d)
+    last = stream + linear(d, 2 * d) + 3 * linear(d, d)
+    around = linear(patch, d) + two_layers(256, d) + two_layers(pooled, d) + linear(text, d) + linear(d, 2 * d) + linear(d, patch)
+    return 2 * stream * (layers - 1) + last + around
+
+
+def flux(d: int, double: int, single: int, text: int, pooled: int, patch: int, head: int = 128) -> int:
+    """As SD3's blocks, with norms of q and k, then those whose attention and MLP lie side by side."""
+    two_streams = 2 * (linear(d, 6 * d) + attention(d) + mlp(d) + 2 * head)
+    one_stream = linear(d, 3 * d) + 3 * linear(d, d) + linear(d, 4 * d) + linear(5 * d, d) + 2 * head
+    around = linear(patch, d) + two_layers(256, d) + two_layers(pooled, d) + linear(text, d) + linear(d, 2 * d) + linear(d, patch)
+    return double * two_streams + single * one_stream + around
+
+
+def cross_attention_dit(d: int, layers: int, text: int, patch_in: int, patch_out: int) -> int:
+    """PixArt-α, figure 4: one modulation for all blocks, of which each has a table of its own."""
+    block = 2 * attention(d) + mlp(d) + 6 * d
+    around = linear(patch_in, d) + two_layers(text, d) + two_layers(256, d) + linear(d, 6 * d) + 2 * d + linear(d, patch_out)
+    return layers * block + around
+
+
+def dit(d: int, layers: int, classes: int, patch_in: int, patch_out: int) -> int:
+    """DiT, with adaLN-Zero; diffusers' class has the embeddings of time and label in every block, where the paper has them once."""
+    block = linear(d, 6 * d) + attention(d) + mlp(d) + two_layers(256, d) + (classes + 1) * d
+    return layers * block + linear(patch_in, d) + linear(d, 2 * d) + linear(d, patch_out)
+
+
+def sana(d: int, layers: int, text: int, channels: int, ratio: float = 2.5) -> int:
+    """Sana, figure 5: linear attention without biases of q, k and v, and Mix-FFN: 1×1, depthwise 3×3, gated, 1×1."""
+    inside = int(ratio * d)
+    ffn = linear(d, 2 * inside) + 2 * inside * 10 + inside * d
+    block = attention(d) - 3 * d + attention(d) + ffn + 6 * d
+    around = linear(channels, d) + two_layers(text, d) + d + two_layers(256, d) + linear(d, 6 * d) + 2 * d + linear(d, channels)
+    return layers * block + around
+
+
+# recipe → parameters by the formula, what of them this package's recipe simplifies, and what was published
+COUNTED = {
+    "sd3_medium": (mmdit(1536, 24, 4096, 2048, 64), (4096 - 2048) * 1536, 2.028e9),  # 2B by the paper
+    "flux_schnell_size": (flux(3072, 19, 38, 4096, 768, 64), (4096 - 768) * 3072, 11.89e9),  # 12B by its card
+    "pixart_sigma": (cross_attention_dit(1152, 28, 4096, 16, 32), 0, 0.611e9),  # 0.6B by the paper
+    "sana_1600m": (sana(2240, 20, 2304, 32), 0, 1.604e9),  # 1,604M: table 1
+    "dit_xl": (dit(1152, 28, 1000, 16, 32), 0, 0.675e9 + 27 * (two_layers(256, 1152) + 1001 * 1152)),  # 675M: table 1
+    "microdit": (cross_attention_dit(1024, 34, 4096, 16, 16), 0, None),
+    "microdit_512": (cross_attention_dit(1024, 34, 4096, 16, 16), 0, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_of_published_size_are_checked_planned_and_as_large(file: Path) -> None:
+    recipe = config.load([str(file)])
+    assert not [str(result) for result in check_config(recipe, 8) if result.mark == "✗"]
+    plan = make_plan(recipe, Conditions(find_gpu("h200"), num_gpus=8, utilisation=0.3))
+    assert all(stage.fits for stage in plan.stages)
+    by_formula, simplified, published = COUNTED[file.stem]
+    assert plan.parameters == by_formula + simplified
+    if published is not None:
+        assert by_formula == pytest.approx(published, rel=0.01)
