@@ -212,8 +212,7 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def _trained_as(folder: Path) -> dict[str, Any] | None:
-    recipe = _recipe(folder)
-    return None if recipe is None else recipe["model"]
+    return (_recipe(folder) or {}).get("model")
 
 
 def open_pipeline(folder: Path) -> tuple[TextToImage, int]:

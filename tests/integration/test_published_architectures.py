@@ -54,7 +54,7 @@ def cross_attention_dit(d: int, layers: int, text: int, patch_in: int, patch_out
 
 
 def dit(d: int, layers: int, classes: int, patch_in: int, patch_out: int) -> int:
-    """DiT, with adaLN-Zero; diffusers' class has the embeddings of time and label in every block, where the paper has them once."""
+    """DiT, with adaLN-Zero; diffusers' class embeds time and label in every block, where the paper does so once."""
     block = linear(d, 6 * d) + attention(d) + mlp(d) + two_layers(256, d) + (classes + 1) * d
     return layers * block + linear(patch_in, d) + linear(d, 2 * d) + linear(d, patch_out)
 

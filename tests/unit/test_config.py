@@ -1,5 +1,6 @@
 """Recipes: merging, and one clear message, with the YAML path, for everything that is wrong before anything is built."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ def test_every_shipped_recipe_is_valid() -> None:
     assert len(recipes) >= 3
     for path in recipes:
         config.check(config.load([str(path)]))
+
+
+def test_a_value_may_be_longer_than_the_name_of_a_file() -> None:
+    prompts = [f"a prompt with the number {number}" for number in range(20)]
+    loaded = config.load(["yamls/quickstart.yaml", f"callbacks.images.prompts={json.dumps(prompts)}"])
+    assert loaded.callbacks["images"]["prompts"] == prompts
 
 
 def test_a_file_to_merge_over_a_recipe_says_so_when_given_alone() -> None:

@@ -56,7 +56,8 @@ def compiling(
     base, buckets = _buckets(planned, recipe, [span.image_size for span, _ in stages], manifests)
     keys = set[tuple[Any, ...]]()
     for span, segments in stages if {BLOCKS, DENOISER} & {*planned.graphs} else ():
-        sizes = {bucket.at(span.image_size, base, _multiple(planned)) for bucket in buckets}
+        every = {bucket.at(span.image_size, base, _multiple(planned)) for bucket in buckets}
+        sizes = {size for size in every if _is_taken(planned, size)}
         for segment in segments:
             keys |= {(*key, span.microbatch_size) for size in sizes for key in _training(planned, size, segment.active)}
         if recipe.eval_loader is not None:
@@ -80,6 +81,14 @@ def _buckets(
         base = next(iter(manifests.values())).image_size
         return base, {bucket for manifest in manifests.values() for bucket in manifest.buckets}
     return max(sizes), {*make_buckets(max(sizes), _multiple(planned))}
+
+
+def _is_taken(planned: MetaModel, size: Bucket) -> bool:
+    """Return whether a backbone has such images; some have square ones alone."""
+    try:
+        return bool(planned.model.backbone.num_tokens(*(side // planned.model.autoencoder.downsampling for side in size)))
+    except ValueError:
+        return False
 
 
 def _shape(planned: MetaModel, size: Bucket) -> Any:
