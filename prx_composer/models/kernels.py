@@ -172,7 +172,14 @@ def _attention_backward_flops(_: Tensor, query: Tensor, key: Tensor, value: Tens
     return 2 * _attention_flops(query, key, value)
 
 
+def _convolution_backward_flops(gradient: Tensor, image: Tensor, weight: Tensor, *others: Any, **__: Any) -> int:
+    """Return those of the gradients that are asked for, each as many as forward; torch's own forgets groups in the weight's."""
+    *_, transposed, _, _, wanted = others
+    return 2 * prod((image if transposed else gradient).shape[2:]) * image.shape[0] * weight.numel() * sum(wanted[:2])
+
+
 FORMULAS: dict[Any, Any] = flop_registry | {  # torch's formulas are of the kernels of GPUs alone
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,6 +26,7 @@ from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.counting import StepCounter, shape_of
 from prx_composer.models.encoders import random_encoder
 from prx_composer.models.huggingface import known_config, random_config
+from prx_composer.models.kernels import Recorder, Watching
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe import config
 from prx_composer.runs.model_parts import Vocabulary
@@ -70,6 +72,15 @@ def test_flops_of_text_encoders_are_those_of_the_real_class_at_work(settings: di
         network(input_ids=ids, attention_mask=ids)
     # The angles of rotary embeddings are computed once for the batch.
     assert 3 * counted(settings, 20) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("groups", "transposed"), [(1, False), (4, False), (12, False), (1, True), (4, True)])
+def test_convolutions_cost_as_much_for_each_gradient_as_forward(groups: int, transposed: bool) -> None:
+    layer: Any = (nn.ConvTranspose2d if transposed else nn.Conv2d)(12, 24, 3, groups=groups, padding=1)
+    recorder = Recorder()
+    with Watching(recorder):
+        layer(torch.zeros(2, 12, 5, 7, requires_grad=True)).sum().backward()
+    assert sum(op.flops for op in recorder.ops) == 3 * 2 * (2 * 5 * 7) * 9 * 12 * 24 // groups
 
 
 @pytest.mark.parametrize("name", ["google/t5-v1_1-large", "google/flan-t5-large", "google/t5-v1_1-small"])
