@@ -253,7 +253,7 @@ def plan_stacks(options: Options) -> tuple[Recipe, dict[str, dict[str, Any]], li
     for name, own in architectures(options.only).items():
         labels = registry.signatures.get(own["class"], "class").text_width is None
         try:
-            if labels and any(recipe.callbacks.get(score) for score in SCORES_OF_WORDS):
+            if labels and any(recipe.callbacks.get(score) not in (None, False) for score in SCORES_OF_WORDS):
                 raise ValueError("it takes class labels, and the score asks for captions that training never saw")
             sizes[name] = matched(own, frame, first, options.match)
         except ValueError as error:

@@ -28,12 +28,9 @@ def planned(recipe: str, **options: Any) -> tuple[dict[str, Any], list[dict[str,
 
 
 def test_backbones_of_one_width_are_those_of_the_recipes() -> None:
-    found, refused = planned(QUICKSTART)
-    assert list(found) == ["prx", *CLASSES]
-    assert [entry["stack"] for entry in refused] == ["dit"] and "class labels" in refused[0]["reason"]
-    for name in CLASSES:
-        own = config.load([str(architectures.ARCHITECTURES / f"{name}.yaml")]).model["backbone"]
-        sizes = found[name]["arguments"]
+    frame, first = architectures.first_of(config.load([QUICKSTART]))
+    for name, own in architectures.architectures(CLASSES).items():
+        sizes = architectures.fitted(own, frame, first.heads, first.depth)
         different = {key for key in own if sizes[key] != own[key]} - {"sample_size", "axes_lens"}  # that need only be enough
         assert not different, (name, different)
         assert sizes.keys() == own.keys()
@@ -43,6 +40,8 @@ def test_labels_take_the_place_of_text_where_a_class_has_no_other() -> None:
     _, known, refused = architectures.plan_stacks(architectures.Options([DIGITS], only=["dit"]))
     assert list(known) == ["prx", "dit"] and not refused
     assert any(argument.startswith("model.text_encoder=") and "labels" in argument for argument in known["dit"]["arguments"])
+    found, [refused] = planned(QUICKSTART, only=["dit"])
+    assert list(found) == ["prx"] and "it takes class labels, and the score asks for captions" in refused["reason"]
 
 
 @pytest.mark.parametrize("match", ["parameters", "flops"])
@@ -61,7 +60,7 @@ def test_heads_and_depth_are_found_that_match(match: str) -> None:
 
 
 def test_what_cannot_be_compared_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="--only sd5: there is no such backbone in yamls/architectures. Did you mean sd3"):
+    with pytest.raises(UserError, match="--only sd5: there is no such backbone in yamls/architectures. Did you mean 'sd3'"):
         planned(QUICKSTART, only=["sd5"])
     with pytest.raises(UserError, match="others are compared with prx"):
         planned(str(architectures.ARCHITECTURES / "sd3.yaml"))
