@@ -13,7 +13,8 @@ Runs take turns, are compared with `prx` of the same seed, and go on after a kil
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +31,7 @@ from prx_composer.common.errors import UserError, nearest
 from prx_composer.models.counting import flops_of_backbone
 from prx_composer.models.signatures import Signature
 from prx_composer.recipe import config
+from prx_composer.recipe.arguments import split
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.meta_model import MetaModel
 
@@ -133,20 +135,22 @@ def _depths(own: Mapping[str, Any], depth: int) -> dict[str, int]:
     return shares
 
 
-def measured(name: str, arguments: Arguments, frame: Frame, heads: int, depth: int) -> Size:
+def measured(arguments: Arguments, frame: Frame, heads: int, depth: int) -> Size:
     """Build a backbone without storage and count it."""
+    name, given = split(arguments, "model.backbone")
     with torch.device("meta"):
-        backbone = registry.backbones.get(name, "model.backbone.name")(**arguments)
+        backbone = registry.backbones.get(name, "model.backbone.name")(**given)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     tokens = frame.tokens if getattr(backbone, "context_argument", "") is not None else 1  # of a label
-    flops = flops_of_backbone(backbone, frame.side, frame.side, tokens)
-    return Size({"name": name, **arguments}, heads, depth, parameters, flops)
+    return Size(arguments, heads, depth, parameters, flops_of_backbone(backbone, frame.side, frame.side, tokens))
 
 
 def matched(own: Mapping[str, Any], frame: Frame, first: Size, match: str) -> Size:
     """Return a class of diffusers at the size that matches the first backbone's.
 
-    Of sizes within 2% the one is taken whose heads and depth are nearest to the first one's; without any, the nearest match.
+    Heads are looked for from two thirds to three halves of the first one's. With each the cost grows by the same with every
+    block, from which the depth follows. Of sizes within 2% the one is taken whose heads and depth are nearest to the first one's;
+    without any, the nearest match.
 
     Args:
         match: width, parameters or flops.
@@ -154,40 +158,28 @@ def matched(own: Mapping[str, Any], frame: Frame, first: Size, match: str) -> Si
     Raises:
         ValueError: it has no size at all that could.
     """
-    if match == "width":
-        arguments = fitted(own, frame, first.heads, first.depth)
-        return measured("diffusers", arguments, frame, first.heads, first.depth)
-    wanted = getattr(first, match)
 
-    def distance(size: Size) -> tuple[float, float]:
-        off = abs(math.log(getattr(size, match) / wanted))
-        reshaped = abs(math.log(size.heads / first.heads)) + abs(math.log(size.depth / first.depth))
+    def sized(heads: int, depth: int) -> Size:
+        return measured({"name": "diffusers", **fitted(own, frame, heads, depth)}, frame, heads, depth)
+
+    if match == "width":
+        return sized(first.heads, first.depth)
+    wanted, costs = getattr(first, match), dict[tuple[int, int], float]()
+    for heads in range(math.ceil(2 * first.heads / 3), 3 * first.heads // 2 + 1):
+        with suppress(ValueError):  # heads that the class cannot have
+            few, more = (getattr(sized(heads, depth), match) for depth in (4, 8))
+            depth = 4 + 4 * (wanted - few) / (more - few)
+            costs |= {(heads, near): few + (near - 4) * (more - few) / 4 for near in (math.floor(depth), math.ceil(depth))}
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        off = abs(math.log(costs[size] / wanted))
+        reshaped = abs(math.log(size[0] / first.heads)) + abs(math.log(size[1] / first.depth))
         return (0.0, reshaped) if off < 0.02 else (off, reshaped)
 
-    found = [
-        size
-        for heads in range(max(1, first.heads // 2), 2 * first.heads + 1)
-        for size in _of_heads(own, frame, heads, wanted, match)
-    ]
-    if not found:
+    costs = {size: cost for size, cost in costs.items() if size[1] > 0 and cost > 0}
+    if not costs:
         raise ValueError("it has no size like that")
-    return min(found, key=distance)
-
-
-def _of_heads(own: Mapping[str, Any], frame: Frame, heads: int, wanted: int, match: str) -> Iterator[Size]:
-    """Give the sizes with so many heads that are nearest to what is wanted: costs grow by the same with every block."""
-
-    def at(depth: int) -> Size:
-        return measured("diffusers", fitted(own, frame, heads, depth), frame, heads, depth)
-
-    try:
-        few, more = at(4), at(8)
-        per_block = (getattr(more, match) - getattr(few, match)) / 4
-        depth = 4 + (wanted - getattr(few, match)) / per_block
-        for whole in {math.floor(depth), math.ceil(depth)}:
-            yield at(whole)
-    except ValueError:
-        return
+    return sized(*min(costs, key=distance))
 
 
 # --------------------------------------------------------------------------------------------------------- stacks
@@ -236,7 +228,7 @@ def first_of(recipe: Recipe) -> tuple[Frame, Size]:
     side = recipe.image_size // planned.autoencoder.downsampling
     sizes = backbone.patch_size, backbone.hidden_size // heads, backbone.context_in_dim, planned.text_encoder.max_tokens
     frame = Frame(backbone.in_channels, side, *sizes)
-    return frame, measured(FIRST, arguments, frame, heads, backbone.depth)
+    return frame, measured({"name": FIRST, **arguments}, frame, heads, backbone.depth)
 
 
 def plan_stacks(options: Options) -> tuple[Recipe, dict[str, dict[str, Any]], list[dict[str, Any]]]:
@@ -263,7 +255,13 @@ def plan_stacks(options: Options) -> tuple[Recipe, dict[str, dict[str, Any]], li
     for name, size in sizes.items():
         sets = [] if name == FIRST else [f"model.backbone={json.dumps(size.arguments)}"]
         sets += [f"model.text_encoder={json.dumps(LABELS)}"] if name in labelled else []
-        own = check_stack(options.files, Stack(name, ()), [*sets, *options.overrides])
+        try:
+            own = check_stack(options.files, Stack(name, ()), [*sets, *options.overrides])
+        except UserError as error:  # one of its algorithms, say, has no place in that class
+            if name in options.only:
+                raise
+            refused.append({"stack": name, "changes": [], "reason": str(error).removeprefix(f"--stack {name}: ")})
+            continue
         found = known_of(Stack(name, ()), own, recipe, [*options.files, *sets, *defaults(own), *options.overrides])
         changes = [] if name == FIRST else [f"the backbone of yamls/architectures/{name}.yaml"]
         images = recipe.global_train_batch_size

@@ -46,17 +46,19 @@ def test_labels_take_the_place_of_text_where_a_class_has_no_other() -> None:
 
 @pytest.mark.parametrize("match", ["parameters", "flops"])
 def test_heads_and_depth_are_found_that_match(match: str) -> None:
-    """No other size with as many heads is nearer."""
-    found, _ = planned(QUICKSTART, match=match, only=["pixart"])
-    first, size = found["prx"], found["pixart"]
-    assert abs(math.log(size[match] / first[match])) < 0.1
-    assert size["arguments"]["num_attention_heads"] == size["heads"] and size["arguments"]["num_layers"] == size["depth"]
-    frame, base = architectures.first_of(config.load([QUICKSTART]))
+    """With as many heads no other depth is nearer."""
+    frame, first = architectures.first_of(config.load([QUICKSTART]))
     own = architectures.architectures(["pixart"])["pixart"]
-    for depth in (size["depth"] - 1, size["depth"] + 1):
-        arguments = architectures.fitted(own, frame, size["heads"], depth)
-        other = architectures.measured("diffusers", arguments, frame, size["heads"], depth)
-        assert abs(math.log(getattr(other, match) / getattr(base, match))) > abs(math.log(size[match] / first[match]))
+    size = architectures.matched(own, frame, first, match)
+
+    def off(one: Any) -> float:
+        return abs(math.log(getattr(one, match) / getattr(first, match)))
+
+    assert off(size) < 0.1
+    assert size.arguments["num_attention_heads"] == size.heads and size.arguments["num_layers"] == size.depth
+    for depth in (size.depth - 1, size.depth + 1):
+        arguments = {"name": "diffusers", **architectures.fitted(own, frame, size.heads, depth)}
+        assert off(architectures.measured(arguments, frame, size.heads, depth)) > off(size)
 
 
 def test_what_cannot_be_compared_is_refused_by_name() -> None:
