@@ -12,7 +12,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from prx_docs import fits, pages, pictures, results
+from prx_docs import fits, pages, pictures, results, tricks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
@@ -33,6 +33,7 @@ MADE = {
     "api": lambda *names: pages.api(names),
     "results": lambda: results.table(REPOSITORY / "benchmarks" / "results"),
     "fits": fits.table,
+    "evidence": tricks.evidence_table,
     "house": pictures.house,
     "step": pictures.step,
 }
