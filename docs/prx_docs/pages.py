@@ -26,6 +26,11 @@ def keys(*kinds: str) -> str:
     return "\n".join(_section(section) for section in sections() if (section.kind or "top") in kinds)
 
 
+def keys_of(kind: str, name: str) -> str:
+    """Return the table of one component's keys."""
+    return next(_table(section) for section in sections() if (section.kind, section.title) == (kind, name))
+
+
 def _section(section: Section) -> str:
     lines = []
     if section.kind not in ("", "parallelism"):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from prx_composer import registry
 from prx_composer.common.errors import UserError, problems_of
 from prx_composer.recipe.checks import first_look
 from prx_composer.recipe.config import load
@@ -17,7 +18,7 @@ from prx_composer.registry import BY_NAME
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "docs"))
 
-from prx_docs import pages  # noqa: E402
+from prx_docs import cards, pages, tricks  # noqa: E402
 from prx_docs.recipe_keys import Key, Section, every_key, sections  # noqa: E402
 
 KEYS = every_key()
@@ -142,3 +143,24 @@ def test_every_option_of_every_command_is_in_the_reference() -> None:
         shown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", prx(*heading.split(), "--help"))) - {"--help"}
         listed = set(re.findall(r"--[a-z][\w-]+", section))
         assert shown <= listed and (set(re.findall(r"^\| `[^`]*?(--[a-z][\w-]+)", section, re.MULTILINE)) <= shown), heading
+
+
+def settings(made: Any) -> str:
+    """What a component was made with."""
+    return re.sub(r" at 0x\w+", "", repr(vars(made)))
+
+
+@pytest.mark.parametrize("name", sorted(set(cards.cards()) - {"muon"}))
+def test_the_code_on_an_algorithm_s_page_makes_what_the_recipe_s_line_makes(name: str) -> None:
+    pytest.importorskip("torchao" if name == "float8" else "torch", reason="the extra float8, which CI has")
+    from prx_composer.algorithms.base import Trick
+    from prx_composer.callbacks.checkpointing import RandomStep
+    from prx_composer.recipe.arguments import build
+
+    card, page = cards.cards()[name], cards.page(name)
+    given = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)[0])["algorithms"][name]
+    made: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], made)
+    (ours,), expected = made["algorithms"], build(registry.algorithms, name, given, f"algorithms.{name}")
+    assert type(ours) is type(expected) and settings(ours) == settings(expected) and isinstance(made["callbacks"][0], RandomStep)
+    assert isinstance(ours, Trick) and tuple(ours.evidence) == tuple(tricks.evidence_of(name))
