@@ -133,6 +133,34 @@ def test_every_key_has_a_meaning_and_says_whether_it_may_change() -> None:
     assert not [key.path for key in KEYS if not key.meaning.strip() or not key.rule.why]
 
 
+def test_units_are_those_that_docstrings_say() -> None:
+    """One key of each kind; and whatever a time may be given for says so."""
+    units = {key.path: key.unit for key in KEYS}
+    assert {path: units[path] for path in UNITS} == UNITS
+    times = {path for path, unit in units.items() if "a time" in unit}
+    named = {path for path in units if re.search(r"\.(start|end|until|interval|t_max|t_warmup)$|_interval$|duration$", path)}
+    others = {path for path, unit in units.items() if unit in ("batches", "seconds")} | {"algorithms.internal_guidance.interval"}
+    assert named - times <= others and len(times) > 40  # the last one is of timesteps
+
+
+UNITS = {
+    "image_size": "pixels",
+    "callbacks.images.width": "pixels",
+    "algorithms.irepa.kernel_size": "tokens",
+    "model.text_encoder.max_tokens": "tokens",
+    "global_train_batch_size": "images",
+    "dist_timeout": "seconds",
+    "callbacks.speed_monitor.window_size": "batches",
+    "algorithms.tread.rate": "share, 0 to 1",
+    "algorithms.tread.end_block": "index of a block",
+    "model.backbone.hidden_size": "channels",
+    "scheduler.alpha_f": "× `lr`",
+    "loggers.file.buffer_size": "bytes",
+    "algorithms.repa.weight": "",
+    "seed": "",
+}
+
+
 def test_every_option_of_every_command_is_in_the_reference() -> None:
     """Held against what `--help` prints."""
     from commands import prx
