@@ -4,6 +4,7 @@ The site has the repository's own layout: `recipes/quickstart/README.md` is the 
 at its root. So a link leads to the same place on the forge and on the site; what it names is taken along, whatever it is.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
 TAKEN = ("recipes/**/*.md", "prx_composer/*/README.md", "benchmarks/*.md", "benchmarks/results/*.*", "*.md")
 ELSEWHERE = {"README.md": "docs/index.md", "": "docs/index.md", "benchmarks/results": "docs/results.md"}
-_AS_IT_IS = (".png", ".svg", ".json", ".ipynb")  # which a browser shows
+_AS_IT_IS = (".png", ".svg", ".json")  # which a browser shows
 _CODE = re.compile(r"(^ *(`{3,}).*?^ *\2|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _MADE = re.compile(r"^<!-- made: (.+) -->$", re.MULTILINE)
@@ -150,11 +151,18 @@ def _taken(path: Path, config: Any) -> File:
     uri = _uri(path)
     if not path.is_dir() and path.suffix in (".md", *_AS_IT_IS):
         return File.generated(config, uri, abs_src_path=str(path))
+    if path.suffix == ".ipynb":
+        return File.generated(config, uri, content=_notebook(path))
     if path.is_dir():
         text = "\n".join(f"- [`{file.name}`]({_uri(file).removeprefix(f'{_name(path)}/')})" for file in _listed(path))
     else:
         text = _shown(path)
     return File.generated(config, uri, content=f"{_UNSEARCHED}# `{_name(path)}`\n\n{text}\n")
+
+
+def _notebook(path: Path) -> str:
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    return "\n\n".join(f"```python\n{source}\n```" if kind == "code" else source for kind, source in cells)
 
 
 def _shown(path: Path) -> str:
