@@ -26,6 +26,11 @@ def keys(*kinds: str) -> str:
     return "\n".join(_section(section) for section in sections() if (section.kind or "top") in kinds)
 
 
+def keys_of(kind: str, name: str) -> str:
+    """Return the table of one component's keys."""
+    return next(_table(section) for section in sections() if (section.kind, section.title) == (kind, name))
+
+
 def _section(section: Section) -> str:
     lines = []
     if section.kind not in ("", "parallelism"):
@@ -61,7 +66,7 @@ def _table(section: Section) -> str:
     shown = [key for key in section.keys if key.path not in (of_registry, section.path)]
     if not shown:
         return "It takes no arguments.\n"
-    lines = [_WIDE, "| key | meaning | type | default | on resume |", "|---|---|---|---|---|"]
+    lines = [_WIDE, "| key | meaning | type | default | unit | on resume |", "|---|---|---|---|---|---|"]
     lines += [_row(key, key.path.removeprefix(prefix)) for key in shown]
     return "\n".join([*lines, "", "</div>", ""])
 
@@ -72,7 +77,7 @@ _WIDE = '<div class="keys" markdown>\n'  # site.css has it narrow on a phone
 def _row(key: Key, name: str) -> str:
     default = key.default if key.default.startswith("*") or not key.default else f"`{key.default}`"
     default = key.default if key.default in ("none", "as above", "the recipe's", "the library's") else default
-    cells = (f"`{name}`", sentence(key.meaning), key.type, default, key.rule.answer)
+    cells = (f"`{name}`", sentence(key.meaning), key.type, default, key.unit, key.rule.answer)
     return f"| {' | '.join(map(cell, cells))} |"
 
 
