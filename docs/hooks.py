@@ -32,6 +32,7 @@ MADE = {
     "resume": pages.resume_table,
     "commands": pages.commands,
     "api": lambda *names: pages.api(names),
+    "methods": pages.methods,
     "results": lambda: results.table(REPOSITORY / "benchmarks" / "results"),
     "fits": fits.table,
     "evidence": tricks.evidence_table,

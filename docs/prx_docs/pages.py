@@ -1,5 +1,6 @@
 """Tables of the reference, in Markdown."""
 
+import ast
 import dataclasses
 import inspect
 import typing
@@ -15,7 +16,7 @@ from prx_composer.recipe import resume
 from prx_composer.recipe.arguments import given_by_recipe
 from prx_composer.registry import BY_NAME
 
-from .docstrings import arguments, cell, plain, sentence, summary
+from .docstrings import arguments, cell, class_body, plain, sentence, summary
 from .recipe_keys import Key, Section, sections
 
 _CARDS = {"algorithms": "prx_composer/algorithms/README.md", "callbacks": "prx_composer/callbacks/README.md"}
@@ -165,6 +166,18 @@ def _documented(module: str, name: str) -> str:
     if rows:
         lines += ["| argument | default | meaning |", "|---|---|---|", *rows, ""]
     return "\n".join(lines)
+
+
+def methods(name: str) -> str:
+    """Return the public methods of a class, `module:name`, with what they are called with."""
+    lines = ["| method | what it does |", "|---|---|"]
+    for method in class_body(name):
+        if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
+            given = "" if method.decorator_list and ast.unparse(method.decorator_list[0]) == "property" else "({})"
+            called = given.format(", ".join(argument.arg for argument in method.args.args[1:]))
+            said = _first(ast.get_docstring(method) or "As its base has it; call `super()` in yours.")
+            lines.append(f"| `{method.name}{called}` | {cell(said)} |")
+    return "\n".join([*lines, ""])
 
 
 def _imported_from(module: str, name: str) -> str:

@@ -1,27 +1,21 @@
 """What was measured of tricks at which resolution, from the classes that `prx check` asks."""
 
 import ast
-from importlib.util import find_spec
-from pathlib import Path
 
 from prx_composer import registry
 from prx_composer.recipe import evidence
 from prx_composer.recipe.evidence import Evidence
 
-from .docstrings import cell
+from .docstrings import cell, class_body
 
 _HEAD = ("| {}measured | image size | without | with | speed | source |", "|{}---|---|---|---|---|---|")
 
 
 def evidence_of(name: str) -> list[Evidence]:
     """Return what an algorithm's class says was measured of it; nothing is imported that needs torch."""
-    module, _, cls = registry.algorithms.builtin[name].partition(":")
-    spec = find_spec(module)
-    assert spec is not None and spec.origin is not None
-    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
-        for line in node.body if isinstance(node, ast.ClassDef) and node.name == cls else ():
-            if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "evidence":
-                return list(eval(compile(ast.Expression(line.value), spec.origin, "eval"), dict(vars(evidence))))
+    for line in class_body(registry.algorithms.builtin[name]):
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "evidence":
+            return list(eval(compile(ast.Expression(line.value), name, "eval"), dict(vars(evidence))))
     return []
 
 

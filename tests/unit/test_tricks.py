@@ -1,6 +1,7 @@
 """The base of all tricks: what it promises to whoever checks, plans or draws, and to a stranger who builds on it."""
 
 import logging
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,13 @@ from prx_composer.optim import AdamW
 from prx_composer.recipe import config
 from prx_composer.recipe.consistency import planned_stages
 from prx_composer.recipe.evidence import Evidence, hurting
+from prx_composer.runs.folder import read_metrics
 from prx_composer.schedule.moments import ScheduleWindow
 from prx_composer.training.components import Components
 from prx_composer.training.preflight import examine
 from prx_composer.training.preflight.pretrained import check_weights
 from prx_composer.training.preflight.step import is_sometimes_dense
+from prx_composer.training.run import run
 from prx_composer.training.trial import check_config
 
 Build = Callable[..., TextToImage]
@@ -45,6 +48,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "timestep_phases": {"phases": [{"logit_mean": 0.8}]},
     "tread": {"start_block": 0, "end_block": 0, "self_guidance": True},
 }
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "algorithm.md"
 
 
 def test_every_trick_is_attached_to_a_model_without_storage_and_nothing_is_fetched(
@@ -295,3 +300,14 @@ def test_stages_follow_one_another_and_the_last_goes_on_to_the_end() -> None:
     assert str(first.window.end) == str(last.window.start) == "4ba" and last.window.end is None
     (whole,) = planned_stages(sizes | {"algorithms": {}}, num_ranks=2)
     assert (whole.path, whole.image_size, whole.microbatch_size, whole.window.end) == ("", 32, 3, None)
+
+
+def test_the_guide_s_trick_scales_the_loss_inside_of_its_window(tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
+    code = next(block for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL) if "ScaledLoss" in block)
+    (tmp_path / "scaled_loss.py").write_text(code)
+    tiny_recipe |= {"code_paths": [str(tmp_path / "scaled_loss.py")], "max_duration": "2ba", "save_interval": "2ba"}
+    tiny_recipe["algorithms"] |= {"scaled_loss": {"factor": 0.25, "end": "1ba"}, "progressive_resolution": False}
+    recipe = config.load([write_recipe(tiny_recipe)])
+    run(recipe)
+    rows = read_metrics(Path(recipe.run_folder) / "metrics.jsonl")
+    assert [row["loss/train/total"] / row["loss/train/flow"] for row in rows] == pytest.approx([0.25, 1.0])
