@@ -18,13 +18,13 @@ ARG EXTRAS="--extra data --extra eval --extra float8 --extra lora --extra tracke
 # The packages, in a layer that stays while only our code changes.
 COPY pyproject.toml README.md ./
 # hadolint ignore=SC2086
-RUN --mount=type=cache,target=/var/cache/uv uv sync --no-dev --no-install-project $EXTRAS
+RUN --mount=type=cache,target=/var/cache/uv uv sync --no-default-groups --no-install-project $EXTRAS
 
 COPY . .
 ARG VERSION=0.0
 # hadolint ignore=SC2086
 RUN --mount=type=cache,target=/var/cache/uv \
-    SETUPTOOLS_SCM_PRETEND_VERSION_FOR_PRX_COMPOSER="$VERSION" uv sync --no-dev $EXTRAS
+    SETUPTOOLS_SCM_PRETEND_VERSION_FOR_PRX_COMPOSER="$VERSION" uv sync --no-default-groups $EXTRAS
 
 ENV PATH="/opt/prx-composer/.venv/bin:$PATH"
 WORKDIR /work

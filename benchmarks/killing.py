@@ -138,7 +138,7 @@ class Killable(ABC):
 
     def clear(self) -> None:
         """Delete all that it has written."""
-        shutil.rmtree(self.output)
+        shutil.rmtree(self.output, ignore_errors=True)
 
     def outcome(self) -> dict[str, Any]:
         """Return what must be equal in the end."""
@@ -164,6 +164,8 @@ def differences(first: Any, second: Any, path: str = "") -> list[str]:
 
 def kill_again_and_again(whole: Killable, killed: Killable, kills: int, minutes: float, seed: int) -> dict[str, Any]:
     """Run one to its end undisturbed, kill the other, and compare every time that it comes to its end; then begin it anew."""
+    whole.clear()  # both may have been here before
+    killed.clear()
     rng, began = random.Random(seed), time.monotonic()
     whole.start(-1)
     if whole.finish() != 0:

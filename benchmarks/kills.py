@@ -120,7 +120,7 @@ class Training(Killable):
 
     def progress(self) -> dict[str, Any]:
         batch, newest = self.batch(), newest_checkpoint(self.output)
-        moment = self.mark.read_text() if self.mark.exists() else self.moment
+        moment = (self.mark.read_text() if self.mark.exists() else "") or self.moment  # it is seen before it is written to
         if moment == "switch" and self.switch is not None and abs(batch - self.switch) > 2:
             moment = "training"
         half = any((self.output / "checkpoints").glob(".ba*.partial"))

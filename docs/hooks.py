@@ -4,6 +4,7 @@ The site has the repository's own layout: `recipes/quickstart/README.md` is the 
 at its root. So a link leads to the same place on the forge and on the site; what it names is taken along, whatever it is.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,13 +13,13 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from prx_docs import fits, pages, pictures, results
+from prx_docs import cards, fits, pages, pictures, results, tricks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
 TAKEN = ("recipes/**/*.md", "prx_composer/*/README.md", "benchmarks/*.md", "benchmarks/results/*.*", "*.md")
 ELSEWHERE = {"README.md": "docs/index.md", "": "docs/index.md", "benchmarks/results": "docs/results.md"}
-_AS_IT_IS = (".png", ".svg", ".json", ".ipynb")  # which a browser shows
+_AS_IT_IS = (".png", ".svg", ".json")  # which a browser shows
 _CODE = re.compile(r"(^ *(`{3,}).*?^ *\2|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _MADE = re.compile(r"^<!-- made: (.+) -->$", re.MULTILINE)
@@ -31,11 +32,23 @@ MADE = {
     "resume": pages.resume_table,
     "commands": pages.commands,
     "api": lambda *names: pages.api(names),
+    "methods": pages.methods,
     "results": lambda: results.table(REPOSITORY / "benchmarks" / "results"),
     "fits": fits.table,
+    "evidence": tricks.evidence_table,
+    "when": cards.when_table,
     "house": pictures.house,
     "step": pictures.step,
 }
+
+
+_CARDS = {f"prx_composer/algorithms/{name}.md": name for name in cards.cards()}  # page → its algorithm
+
+
+def on_config(config: Any) -> None:
+    """List the algorithms' pages below their README."""
+    section = next(part["Algorithms"] for part in config.nav if "Algorithms" in part)
+    section[1:1] = [{name: uri} for uri, name in _CARDS.items()]
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -43,6 +56,8 @@ def on_files(files: Files, config: Any) -> Files:
     own = {Path(f.abs_src_path) for f in files if f.abs_src_path}
     left = [f for f in own if f.suffix == ".md"]
     left += [file for pattern in TAKEN for file in REPOSITORY.glob(pattern) if _name(file) not in ELSEWHERE]
+    for uri, name in _CARDS.items():
+        files.append(File.generated(config, uri, content=cards.page(name)))
     seen = set[Path]()
     while left:
         path = left.pop()
@@ -60,12 +75,24 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Make what a page asks for, and let links lead to where the site has what they name."""
-    if not page.file.abs_src_path:
+    source = _source(page.file)
+    if source is None:
         return markdown
+    if source == cards.FILE and page.file.src_uri not in _CARDS:
+        markdown = cards.index(markdown)
     markdown = _MADE.sub(_made, markdown)
     parts = _CODE.split(markdown)
-    parts[::3] = [_LINK.sub(lambda link: _relinked(link, page.file), prose) for prose in parts[::3]]
+    if source == cards.FILE:
+        parts[::3] = [prose.replace("](#", f"]({source.name}#") for prose in parts[::3]]
+    parts[::3] = [_LINK.sub(lambda link: _relinked(link, source, page.file), prose) for prose in parts[::3]]
     return "".join(part for index, part in enumerate(parts) if index % 3 != 2)
+
+
+def _source(file: File) -> Path | None:
+    """Return the file of the repository that links of a page start from; None for one that shows a file."""
+    if file.src_uri in _CARDS:
+        return cards.FILE
+    return Path(file.abs_src_path) if file.abs_src_path else None
 
 
 def _made(match: re.Match[str]) -> str:
@@ -73,11 +100,17 @@ def _made(match: re.Match[str]) -> str:
     return MADE[name](*arguments)
 
 
-def _relinked(link: re.Match[str], file: File) -> str:
-    target = _page_of(Path(os.path.normpath(Path(str(file.abs_src_path)).parent / link[1])))
+def _relinked(link: re.Match[str], source: Path, file: File) -> str:
+    target, anchor, folder = (
+        _page_of(Path(os.path.normpath(source.parent / link[1]))),
+        link[2] or "",
+        os.path.dirname(file.src_uri),
+    )
     if not target.exists():
         return link[0]
-    return os.path.relpath(_uri(target), os.path.dirname(file.src_uri) or ".") + (link[2] or "")
+    card = f"prx_composer/algorithms/{anchor[1:]}.md"
+    uri, anchor = (card, "") if target == cards.FILE and card in _CARDS else (_uri(target), anchor)
+    return os.path.relpath(uri, folder or ".") + anchor
 
 
 def _name(path: Path) -> str:
@@ -119,11 +152,18 @@ def _taken(path: Path, config: Any) -> File:
     uri = _uri(path)
     if not path.is_dir() and path.suffix in (".md", *_AS_IT_IS):
         return File.generated(config, uri, abs_src_path=str(path))
+    if path.suffix == ".ipynb":
+        return File.generated(config, uri, content=_notebook(path))
     if path.is_dir():
         text = "\n".join(f"- [`{file.name}`]({_uri(file).removeprefix(f'{_name(path)}/')})" for file in _listed(path))
     else:
         text = _shown(path)
     return File.generated(config, uri, content=f"{_UNSEARCHED}# `{_name(path)}`\n\n{text}\n")
+
+
+def _notebook(path: Path) -> str:
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    return "\n\n".join(f"```python\n{source}\n```" if kind == "code" else source for kind, source in cells)
 
 
 def _shown(path: Path) -> str:

@@ -1,7 +1,10 @@
 """Docstrings, taken apart: what a thing is, and what each of its arguments means."""
 
+import ast
 import inspect
 import re
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from prx_composer.common.outlines import Foreign
@@ -11,6 +14,15 @@ _HEAD = re.compile(rf"^(?:({'|'.join(_SECTIONS)})\b[^\n]*:|\.\. .*::.*)$")
 _ENTRY = re.compile(r"^(\s+)(\w+(?:, \w+)*)(?: \(.*?\))?: ?(.*)$")
 _ELSEWHERE = re.compile(r"^(see|as)( in)? `\w+`")
 _DEFAULT = re.compile(r"\s*(Default\s*[:=]|Defaults? to|\(default:?)\s*`[^`]*`\)?\.?(?=\s|$)")  # a column of its own
+
+
+def class_body(name: str) -> list[ast.stmt]:
+    """Return the statements of a class, `module:name`, as they are written."""
+    module, _, cls = name.partition(":")
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    return next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls)
 
 
 def summary(target: Any) -> str:

@@ -1,5 +1,6 @@
 """Tables of the reference, in Markdown."""
 
+import ast
 import dataclasses
 import inspect
 import typing
@@ -15,7 +16,7 @@ from prx_composer.recipe import resume
 from prx_composer.recipe.arguments import given_by_recipe
 from prx_composer.registry import BY_NAME
 
-from .docstrings import arguments, cell, plain, sentence, summary
+from .docstrings import arguments, cell, class_body, plain, sentence, summary
 from .recipe_keys import Key, Section, sections
 
 _CARDS = {"algorithms": "prx_composer/algorithms/README.md", "callbacks": "prx_composer/callbacks/README.md"}
@@ -24,6 +25,11 @@ _CARDS = {"algorithms": "prx_composer/algorithms/README.md", "callbacks": "prx_c
 def keys(*kinds: str) -> str:
     """Return the sections of these kinds, `top` being the keys at the top of a recipe."""
     return "\n".join(_section(section) for section in sections() if (section.kind or "top") in kinds)
+
+
+def keys_of(kind: str, name: str) -> str:
+    """Return the table of one component's keys."""
+    return next(_table(section) for section in sections() if (section.kind, section.title) == (kind, name))
 
 
 def _section(section: Section) -> str:
@@ -61,7 +67,7 @@ def _table(section: Section) -> str:
     shown = [key for key in section.keys if key.path not in (of_registry, section.path)]
     if not shown:
         return "It takes no arguments.\n"
-    lines = [_WIDE, "| key | meaning | type | default | on resume |", "|---|---|---|---|---|"]
+    lines = [_WIDE, "| key | meaning | type | default | unit | on resume |", "|---|---|---|---|---|---|"]
     lines += [_row(key, key.path.removeprefix(prefix)) for key in shown]
     return "\n".join([*lines, "", "</div>", ""])
 
@@ -72,7 +78,7 @@ _WIDE = '<div class="keys" markdown>\n'  # site.css has it narrow on a phone
 def _row(key: Key, name: str) -> str:
     default = key.default if key.default.startswith("*") or not key.default else f"`{key.default}`"
     default = key.default if key.default in ("none", "as above", "the recipe's", "the library's") else default
-    cells = (f"`{name}`", sentence(key.meaning), key.type, default, key.rule.answer)
+    cells = (f"`{name}`", sentence(key.meaning), key.type, default, key.unit, key.rule.answer)
     return f"| {' | '.join(map(cell, cells))} |"
 
 
@@ -160,6 +166,18 @@ def _documented(module: str, name: str) -> str:
     if rows:
         lines += ["| argument | default | meaning |", "|---|---|---|", *rows, ""]
     return "\n".join(lines)
+
+
+def methods(name: str) -> str:
+    """Return the public methods of a class, `module:name`, with what they are called with."""
+    lines = ["| method | what it does |", "|---|---|"]
+    for method in class_body(name):
+        if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
+            given = "" if method.decorator_list and ast.unparse(method.decorator_list[0]) == "property" else "({})"
+            called = given.format(", ".join(argument.arg for argument in method.args.args[1:]))
+            said = _first(ast.get_docstring(method) or "As its base has it; call `super()` in yours.")
+            lines.append(f"| `{method.name}{called}` | {cell(said)} |")
+    return "\n".join([*lines, ""])
 
 
 def _imported_from(module: str, name: str) -> str:

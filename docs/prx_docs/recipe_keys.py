@@ -23,6 +23,7 @@ from prx_composer.recipe.resume import Rule, rule_of
 from prx_composer.registry import BY_KEY, BY_NAME, NESTED, SIZES, UNNAMED, Registry
 
 from .docstrings import arguments, summary
+from .units import unit_of
 
 _WRITTEN = {"mix": "data sets", "captions": "caption columns"}  # mappings with names of the user's, of which keys are known
 _REQUIRED = "*required*"
@@ -57,6 +58,10 @@ class Key:
     type: str
     default: str
     meaning: str
+
+    @property
+    def unit(self) -> str:
+        return unit_of(self.path.rpartition(".")[2], self.type, self.default, self.meaning)
 
     @property
     def rule(self) -> Rule:

@@ -28,7 +28,7 @@ events than these two overrides `match` and `apply`, as `ema` does. The seams ar
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ from prx_composer.models.processes import Process
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.optim import add_parameters
 from prx_composer.recipe.config import Recipe
+from prx_composer.recipe.consistency import PlannedStage
+from prx_composer.recipe.evidence import Evidence, hurting
 from prx_composer.schedule.moments import Moment, ScheduleWindow
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class Trick(Algorithm):
             average. The search for gradients that are not finite is not in it: every run makes it.
         columns: what it reads of a batch beside images, captions and latents: column → channels of a grid (h, w, channels).
         not_counted: for `prx plan`: what the count of a step cannot tell of it, in words.
+        evidence: what was measured of it, at which image size. It is read from the source: literals and PRX_PART_2.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Trick(Algorithm):
     weight_passes: float = 0.0
     columns: Mapping[str, int] = {}
     not_counted: str = ""
+    evidence: Sequence[Evidence] = ()
     has_begun: bool = False
 
     def __init__(self, start: str = "0ba", end: str | None = None):
@@ -114,6 +118,22 @@ class Trick(Algorithm):
             backbone: on any device, meta too; None if it isn't known.
             sharding: of the weights, Composer's configuration of FSDP2; None: not at all.
         """
+
+    def advise(self, stages: Sequence[PlannedStage]) -> Iterator[str]:
+        """Yield what should be known of the trick in a run that trains all the same: lines `!` of `prx check`.
+
+        By default that is what its `evidence` says against it, at the image sizes at which it acts.
+
+        Args:
+            stages: of the run, with their image sizes, batches and windows.
+        """
+        acting = [stage for stage in stages if not stage.window.is_disjoint_from(self.window)]
+        for size in sorted({stage.image_size for stage in acting}):
+            for one in hurting(self.evidence, size):
+                yield (
+                    f"at {size} px it may do harm: {one}. Leave it out at that size, by algorithms.{self.name}.start and end, "
+                    "or compare runs with and without it."
+                )
 
     def check_flow(self, flow: Process) -> None:
         """Raise UserError for a process, `model.flow`, that the trick means nothing with; before and while it is attached."""

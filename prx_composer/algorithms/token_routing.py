@@ -19,6 +19,7 @@ from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.models.routing import RandomRouter, TokenFusion, merge_tokens
 from prx_composer.optim import add_parameters
 from prx_composer.recipe.config import Recipe
+from prx_composer.recipe.evidence import PRX_PART_2, Evidence
 
 
 class TokenRouting(Trick):
@@ -101,6 +102,19 @@ class TREAD(TokenRouting):
 
     name = "tread"
     shapes_sampling = True
+    evidence = (
+        Evidence(
+            image_size=32,
+            measure="accuracy of the quickstart",
+            without=0.951,
+            having=0.958,
+            higher_is_better=True,
+            speed=1.2,
+            source="one seed, benchmarks/results/2026-11-24_epyc_ablate-quickstart.md",
+        ),
+        Evidence(image_size=256, measure="FID in latents", without=18.2, having=21.61, source=PRX_PART_2),
+        Evidence(image_size=1024, measure="FID in pixels", without=17.42, having=14.1, speed=1.23, source=PRX_PART_2),
+    )
 
     def __init__(
         self,
@@ -167,6 +181,10 @@ class SPRINT(TokenRouting):
     name = "sprint"
     shapes_sampling = True
     experimental = True
+    evidence = (
+        Evidence(image_size=256, measure="FID in latents", without=18.2, having=22.56, source=PRX_PART_2),
+        Evidence(image_size=1024, measure="FID in pixels", without=17.42, having=16.9, speed=1.42, source=PRX_PART_2),
+    )
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         super().attach(model, optimizer)

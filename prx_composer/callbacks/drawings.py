@@ -184,7 +184,9 @@ class Images(Drawing):
             energy = measure(images, patch_size).median().item()
             logger.log_metrics({f"images/{name}_energy": energy})
             if energy > VISIBLE_GRID and dist.get_global_rank() == 0:
-                log.warning("The grid of patches shows in the images: %s energy %.1f, where 1 is nothing.", name, energy)
+                log.warning(
+                    "The grid of patches shows in the images, as is usual early on: %s energy %.1f; 1 is none.", name, energy
+                )
 
 
 class GenerationMetrics(Drawing):

@@ -77,7 +77,8 @@ def read_manifest(path: str | Path, split: str, captions: Captions | None, featu
     weights = {column: wording.weight for column, wording in wordings(captions or {}).items()}
     for column, weight in weights.items():
         if column not in manifest.captions:
-            there = f"; the data set has {', '.join(manifest.captions)}" if manifest.captions else ""
+            known = manifest.captions
+            there = f"; the data set has {', '.join(known)}. `captions: null` trains on {known[0]}" if known else ""
             raise ValueError(f"captions: no caption column {column!r}{there}.{begun_captions(folder, column)}")
         if weight < 0 or sum(weights.values()) <= 0:
             raise ValueError(f"captions: weights must be non-negative with a positive sum, not {weights}.")

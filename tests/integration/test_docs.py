@@ -1,6 +1,7 @@
 """Documentation is executed: every command and snippet of README, recipes and cards, with training cut short."""
 
 import functools
+import json
 import os
 import re
 import runpy
@@ -171,3 +172,19 @@ def test_documented_commands_run(page: str, line: str, workshop: Path, monkeypat
 @pytest.mark.parametrize(("page", "snippet"), blocks("python"), ids=lambda value: value[:30])
 def test_documented_snippets_run(page: str, snippet: str) -> None:
     exec(compile(snippet, page, "exec"), {})
+
+
+@pytest.mark.docs
+def test_the_notebook_goes_from_data_to_diffusers(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells, one after another in this process; committed without what they showed."""
+    cells = [c for c in json.loads((REPOSITORY / "recipes/first_hour.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    shown = []
+    monkeypatch.chdir(workshop / "recipes")  # where Jupyter begins
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    scope = {"display": shown.append}
+    for cell in cells:
+        source = "".join(cell["source"]).replace("max_duration={BATCHES}ba", f"{SHORT} {SHORT_IMAGES} {SHORT_SCORE}")
+        exec(compile(source, "first_hour.ipynb", "exec"), scope)
+    assert len(shown) >= 2 and scope["image"].size == (32, 32)
+    assert (workshop / "runs/first_hour/report.html").exists()

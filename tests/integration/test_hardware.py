@@ -34,7 +34,7 @@ def plans() -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "one_gpu_256px"])
 def test_the_check_of_its_configuration_passes(name: str) -> None:
     result = CliRunner().invoke(app, commands(name)["check"])
     assert result.exit_code == 0 and "✗" not in result.output, result.output

@@ -301,8 +301,10 @@ def test_what_is_wrong_with_the_data_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no data set in"):
         ImageCaptionDataset(str(tmp_path / "nowhere"))
     path = write(tmp_path / "d", [(SQUARE, encode(gradient(16, 16)))])
-    with pytest.raises(ValueError, match="no caption column 'captoin'; the data set has caption, alt"):
+    remedy = "no caption column 'captoin'; the data set has caption, alt. `captions: null` trains on caption"
+    with pytest.raises(ValueError, match=remedy):
         ImageCaptionDataset(str(path), captions={"captoin": 1.0})
+    assert [*ImageCaptionDataset(str(path), captions=None).captions] == ["caption"]
     with pytest.raises(ValueError, match="weights"):
         ImageCaptionDataset(str(path), captions={"caption": 0.0})
     (tmp_path / "e" / "train").mkdir(parents=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from prx_composer import registry
 from prx_composer.common.errors import UserError, problems_of
 from prx_composer.recipe.checks import first_look
 from prx_composer.recipe.config import load
@@ -17,7 +18,7 @@ from prx_composer.registry import BY_NAME
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "docs"))
 
-from prx_docs import pages  # noqa: E402
+from prx_docs import cards, pages, tricks  # noqa: E402
 from prx_docs.recipe_keys import Key, Section, every_key, sections  # noqa: E402
 
 KEYS = every_key()
@@ -132,6 +133,34 @@ def test_every_key_has_a_meaning_and_says_whether_it_may_change() -> None:
     assert not [key.path for key in KEYS if not key.meaning.strip() or not key.rule.why]
 
 
+def test_units_are_those_that_docstrings_say() -> None:
+    """One key of each kind; and whatever a time may be given for says so."""
+    units = {key.path: key.unit for key in KEYS}
+    assert {path: units[path] for path in UNITS} == UNITS
+    times = {path for path, unit in units.items() if "a time" in unit}
+    named = {path for path in units if re.search(r"\.(start|end|until|interval|t_max|t_warmup)$|_interval$|duration$", path)}
+    others = {path for path, unit in units.items() if unit in ("batches", "seconds")} | {"algorithms.internal_guidance.interval"}
+    assert named - times <= others and len(times) > 40  # the last one is of timesteps
+
+
+UNITS = {
+    "image_size": "pixels",
+    "callbacks.images.width": "pixels",
+    "algorithms.irepa.kernel_size": "tokens",
+    "model.text_encoder.max_tokens": "tokens",
+    "global_train_batch_size": "images",
+    "dist_timeout": "seconds",
+    "callbacks.speed_monitor.window_size": "batches",
+    "algorithms.tread.rate": "share, 0 to 1",
+    "algorithms.tread.end_block": "index of a block",
+    "model.backbone.hidden_size": "channels",
+    "scheduler.alpha_f": "× `lr`",
+    "loggers.file.buffer_size": "bytes",
+    "algorithms.repa.weight": "",
+    "seed": "",
+}
+
+
 def test_every_option_of_every_command_is_in_the_reference() -> None:
     """Held against what `--help` prints."""
     from commands import prx
@@ -142,3 +171,24 @@ def test_every_option_of_every_command_is_in_the_reference() -> None:
         shown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", prx(*heading.split(), "--help"))) - {"--help"}
         listed = set(re.findall(r"--[a-z][\w-]+", section))
         assert shown <= listed and (set(re.findall(r"^\| `[^`]*?(--[a-z][\w-]+)", section, re.MULTILINE)) <= shown), heading
+
+
+def settings(made: Any) -> str:
+    """What a component was made with."""
+    return re.sub(r" at 0x\w+", "", repr(vars(made)))
+
+
+@pytest.mark.parametrize("name", sorted(set(cards.cards()) - {"muon"}))
+def test_the_code_on_an_algorithm_s_page_makes_what_the_recipe_s_line_makes(name: str) -> None:
+    pytest.importorskip("torchao" if name == "float8" else "torch", reason="the extra float8, which CI has")
+    from prx_composer.algorithms.base import Trick
+    from prx_composer.callbacks.checkpointing import RandomStep
+    from prx_composer.recipe.arguments import build
+
+    card, page = cards.cards()[name], cards.page(name)
+    given = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)[0])["algorithms"][name]
+    made: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], made)
+    (ours,), expected = made["algorithms"], build(registry.algorithms, name, given, f"algorithms.{name}")
+    assert type(ours) is type(expected) and settings(ours) == settings(expected) and isinstance(made["callbacks"][0], RandomStep)
+    assert isinstance(ours, Trick) and tuple(ours.evidence) == tuple(tricks.evidence_of(name))

@@ -1,6 +1,7 @@
 """The base of all tricks: what it promises to whoever checks, plans or draws, and to a stranger who builds on it."""
 
 import logging
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,14 @@ from prx_composer.models import TextToImage
 from prx_composer.optim import AdamW
 from prx_composer.recipe import config
 from prx_composer.recipe.consistency import planned_stages
+from prx_composer.recipe.evidence import Evidence, hurting
+from prx_composer.runs.folder import read_metrics
 from prx_composer.schedule.moments import ScheduleWindow
 from prx_composer.training.components import Components
 from prx_composer.training.preflight import examine
 from prx_composer.training.preflight.pretrained import check_weights
 from prx_composer.training.preflight.step import is_sometimes_dense
+from prx_composer.training.run import run
 from prx_composer.training.trial import check_config
 
 Build = Callable[..., TextToImage]
@@ -44,6 +48,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "timestep_phases": {"phases": [{"logit_mean": 0.8}]},
     "tread": {"start_block": 0, "end_block": 0, "self_guidance": True},
 }
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "algorithm.md"
 
 
 def test_every_trick_is_attached_to_a_model_without_storage_and_nothing_is_fetched(
@@ -211,6 +217,66 @@ def test_a_strangers_trick_is_checked_as_ours_are(tiny_recipe: Recipe, write_rec
     assert "algorithms.choosy: its weights cannot be had." in answers
 
 
+# ---------------------------------------------------------------------------------------- which trick at which resolution
+
+
+@pytest.mark.parametrize(
+    ("size", "against"), [(31, []), (64, []), (127, []), (128, [256]), (256, [256]), (383, [256]), (512, []), (4096, [])]
+)
+def test_what_was_measured_at_the_nearest_size_speaks_against_a_trick(size: int, against: list[int]) -> None:
+    of = {"measure": "FID", "without": 18.0, "source": "someone"}
+    toy = Evidence(image_size=32, measure="accuracy", without=0.9, having=0.95, higher_is_better=True, source="here")
+    worse, better = Evidence(image_size=256, having=21.0, **of), Evidence(image_size=1024, having=14.0, **of)
+    assert [one.image_size for one in hurting([worse, toy, better], size)] == against and not hurting([], size)
+
+
+ADVISED = """
+from prx_composer import registry
+from prx_composer.algorithms.base import Trick
+from prx_composer.recipe.evidence import Evidence
+
+@registry.algorithms.register("measured")
+class Measured(Trick):
+    name = "measured"
+    evidence = (Evidence(image_size=256, measure="FID", without=10, having=11.5, source="a paper"),)
+
+@registry.algorithms.register("outspoken")
+class Outspoken(Trick):
+    name = "outspoken"
+
+    def advise(self, stages):
+        yield f"it has nothing to do in {len(stages)} stages."
+"""
+
+
+def test_check_says_at_which_size_a_trick_was_worse_while_it_acts(
+    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path
+) -> None:
+    """TREAD in PRX Part 2: FID 18.2 → 21.61 at 256 px, better at 1024 px; toys of 16 px are left in peace."""
+    (tmp_path / "advised.py").write_text(ADVISED)
+    tiny_recipe |= {"code_paths": [str(tmp_path / "advised.py")]}
+    registry.import_code(tiny_recipe["code_paths"])
+    routed = {"start_block": 0, "end_block": 0}
+
+    def warnings(algorithms: Recipe, *sizes: int) -> list[str]:
+        stages = [{"image_size": size, "global_train_batch_size": 8} for size in sizes]
+        stages[0]["until"] = "4ba"
+        given = tiny_recipe | {"algorithms": algorithms | {"progressive_resolution": {"stages": stages}}}
+        found, _ = examine(config.load([write_recipe(given)]), 1)
+        assert not [result.text for result in found if result.mark == "✗"]
+        return [result.text for result in found if result.mark == "!"]
+
+    (said,) = warnings({"tread": routed}, 256, 512)
+    assert said.startswith("algorithms.tread: at 256 px it may do harm") and "18.2 without it and 21.61 with it" in said
+    assert "prx-part2" in said and "algorithms.tread.start" in said
+    assert not warnings({"tread": routed | {"start": "4ba"}}, 256, 512) and not warnings({"tread": routed}, 8, 16)
+    assert [text.partition(":")[0] for text in warnings({"measured": {}, "outspoken": {}}, 256, 512)] == [
+        "algorithms.measured",
+        "algorithms.measured",
+        "algorithms.outspoken",
+    ]
+
+
 class Thin(Trick):
     name = "thin"
     saves_memory = True
@@ -234,3 +300,14 @@ def test_stages_follow_one_another_and_the_last_goes_on_to_the_end() -> None:
     assert str(first.window.end) == str(last.window.start) == "4ba" and last.window.end is None
     (whole,) = planned_stages(sizes | {"algorithms": {}}, num_ranks=2)
     assert (whole.path, whole.image_size, whole.microbatch_size, whole.window.end) == ("", 32, 3, None)
+
+
+def test_the_guide_s_trick_scales_the_loss_inside_of_its_window(tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
+    code = next(block for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL) if "ScaledLoss" in block)
+    (tmp_path / "scaled_loss.py").write_text(code)
+    tiny_recipe |= {"code_paths": [str(tmp_path / "scaled_loss.py")], "max_duration": "2ba", "save_interval": "2ba"}
+    tiny_recipe["algorithms"] |= {"scaled_loss": {"factor": 0.25, "end": "1ba"}, "progressive_resolution": False}
+    recipe = config.load([write_recipe(tiny_recipe)])
+    run(recipe)
+    rows = read_metrics(Path(recipe.run_folder) / "metrics.jsonl")
+    assert [row["loss/train/total"] / row["loss/train/flow"] for row in rows] == pytest.approx([0.25, 1.0])

@@ -108,6 +108,8 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components]:
     if "progressive_resolution" not in parts.algorithms and recipe.algorithms.get("progressive_resolution"):
         parts.stages = []
         results.append(skipped("stages", "they could not be built"))
+    elif not batches:
+        results += _advice(parts)
     results += [*map(failed, batches), *_check_sizes(parts, divides=not batches)]
     return list(dict.fromkeys(results)), parts
 
@@ -212,6 +214,14 @@ def _check_tricks(parts: Components, settings: list[str]) -> Iterator[Result]:
                 "WEIGHTS rounds the gains of the blocks' norms, which autocast leaves in fp32. Add "
                 "algorithms.low_precision_norm={}, which rounds them itself: beside it, WEIGHTS changes no prediction.",
             )
+
+
+@collected
+def _advice(parts: Components) -> Iterator[Result]:
+    """Ask tricks what should be known of them at the image sizes of this run."""
+    for trick in parts.algorithms.values():
+        if isinstance(trick, Trick):
+            yield from (warned(f"algorithms.{trick.name}", said) for said in trick.advise(parts.stages))
 
 
 @collected
