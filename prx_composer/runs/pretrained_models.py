@@ -63,8 +63,7 @@ def is_pixel(folder: Path) -> bool:
     """Return whether the model in a folder is of pixels. Raise UserError if an autoencoder is in its recipe alone."""
     if _pipeline(folder).startswith("PRX"):
         return _pipeline(folder) == "PRXPixelPipeline"
-    trained = ((_trained_as(folder) or {}).get("autoencoder") or {}).get("name", "pixels")
-    has_own = (folder / "vae").is_dir()
+    trained, has_own = _part_of_recipe(folder, "autoencoder").get("name", "pixels"), (folder / "vae").is_dir()
     if trained != "pixels" and not has_own:
         raise UserError(f"{folder} has no vae, and was trained on what model.autoencoder {trained} makes of images.")
     return not has_own
@@ -91,7 +90,7 @@ def backbone_arguments(folder: Path) -> dict[str, Any]:
 
 def _built(folder: Path) -> Any:
     """Return the backbone of a folder, without its weights."""
-    name, arguments = split(backbone_arguments(folder), f"{folder}/transformer")
+    name, arguments = split(backbone_arguments(folder), "transformer")
     with at_path(f"{folder}/transformer/config.json", TypeError):
         return backbones.get(name, "model.backbone.name")(**arguments)
 
@@ -102,11 +101,11 @@ def flow_arguments(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a scheduler that doesn't take these steps.
     """
-    own = (_trained_as(folder) or {}).get("flow")
-    if not _pipeline(folder).startswith("PRX") and isinstance(own, dict):
+    own, is_prx = _part_of_recipe(folder, "flow"), _pipeline(folder).startswith("PRX")
+    if own and not is_prx:
         check_component(processes, *split(own, "flow", UNNAMED["flow"]), f"{folder / RECIPE}: model.flow")
         return own
-    if not _pipeline(folder).startswith("PRX") and (is_pixel(folder) or not _index(folder)):
+    if not is_prx and (is_pixel(folder) or not _index(folder)):
         raise UserError(f"{folder}: nothing says what its transformer predicts; there is no {RECIPE}, as `prx export` writes it.")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     if scheduler.get("_class_name") == "DPMSolverMultistepScheduler" and not is_pixel(folder):
@@ -121,7 +120,7 @@ def flow_arguments(folder: Path) -> dict[str, Any]:
     noise_scale = float(_index(folder).get("noise_scale", 2.0))
     arguments: dict[str, Any] = {"prediction": "x", "timestep_shift": shift, "noise_scale": noise_scale}
     arguments["min_timestep"] = PIXEL_MIN_TIMESTEP
-    if isinstance(own, dict):  # for which the pipeline has no place
+    if own:  # for which the pipeline has no place
         with at_path(f"{folder / RECIPE}: model.flow", TypeError):
             arguments["min_timestep"] = float(own.get("min_timestep", PIXEL_MIN_TIMESTEP))
             if own.get("clamp_sampling", False):
@@ -144,8 +143,8 @@ def _ddpm_arguments(folder: Path, scheduler: Mapping[str, Any]) -> dict[str, Any
 
 def image_size(folder: Path, model: TextToImage) -> int:
     """Return the side of the images that were trained last, as the index or the recipe says, or else the transformer."""
-    index, recipe, backbone = _index(folder), _recipe(folder), cast("Any", model.backbone)
-    if size := index.get("default_sample_size"):
+    recipe, backbone = _recipe(folder), cast("Any", model.backbone)
+    if size := _index(folder).get("default_sample_size"):
         return int(size)
     if recipe is not None:
         with at_path(f"{folder / RECIPE}: image_size", TypeError):
@@ -159,7 +158,7 @@ def _read_otherwise(folder: Path) -> bool:
     class_name = str(read_json(folder / "transformer" / "config.json").get("_class_name"))
     if class_name == PRX_CLASS or _recipe(folder) is not None:
         return False
-    signature = signatures.get(class_name, f"{folder}/transformer")
+    signature = signatures.get(class_name, str(folder))
     return signature.pipeline is not None and not signature.pipeline_reads
 
 
@@ -169,9 +168,8 @@ def text_encoder_arguments(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: neither is there, or the pipeline reads prompts in another way.
     """
-    index, reference, tokenizer = _index(folder), folder / REFERENCE, str(folder / "tokenizer")
-    spec = (_trained_as(folder) or {}).get("text_encoder") or {}
-    if spec.get("name") == "labels":
+    reference, tokenizer = folder / REFERENCE, str(folder / "tokenizer")
+    if _part_of_recipe(folder, "text_encoder").get("name") == "labels":
         return {"name": "labels", "tokenizer": tokenizer}
     if _read_otherwise(folder):
         raise UserError(
@@ -185,7 +183,7 @@ def text_encoder_arguments(folder: Path) -> dict[str, Any]:
         arguments = {key: named[key] for key in ("pretrained", "revision") if named.get(key) is not None}
     else:
         raise UserError(f"{folder} has no text_encoder, and no {REFERENCE} that says which it is.")
-    max_tokens = index.get("prompt_max_tokens") or _DEFAULTS.get(_pipeline(folder), (0, None))[1]
+    max_tokens = _index(folder).get("prompt_max_tokens") or _DEFAULTS.get(_pipeline(folder), (0, None))[1]
     if max_tokens is None:
         max_tokens = int(read_json(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length") or 256)
     return {"name": "huggingface"} | arguments | {"tokenizer": tokenizer, "max_tokens": max_tokens, "clean": _cleaning(folder)}
@@ -193,11 +191,9 @@ def text_encoder_arguments(folder: Path) -> dict[str, Any]:
 
 def _cleaning(folder: Path) -> str:
     """Return how a model's prompts are cleaned: as the recipe beside it says, if there is one; else as its pipeline does."""
-    model = _trained_as(folder)
-    if model is None:
+    if _recipe(folder) is None:
         return {"PRXPixelPipeline": "basic", "PRXPipeline": "prx"}.get(_pipeline(folder), "none")
-    encoder = model.get("text_encoder")
-    return encoder.get("clean", "none") if isinstance(encoder, dict) else "none"
+    return _part_of_recipe(folder, "text_encoder").get("clean", "none")
 
 
 def _recipe(folder: Path) -> dict[str, Any] | None:
@@ -213,6 +209,11 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
 
 def _trained_as(folder: Path) -> dict[str, Any] | None:
     return (_recipe(folder) or {}).get("model")
+
+
+def _part_of_recipe(folder: Path, name: str) -> dict[str, Any]:
+    part = (_trained_as(folder) or {}).get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def open_pipeline(folder: Path) -> tuple[TextToImage, int]:
@@ -291,11 +292,8 @@ def _check_class(source: str, backbone: nn.Module) -> None:
         return
     theirs = read_json(located.path / "transformer" / "config.json")
     ours = json.loads(json.dumps(backbone.config)) | {"_class_name": backbone.class_name}
-    if said := [
-        f"{key.strip('_')} is {theirs[key]} there and {value} here"
-        for key, value in ours.items()
-        if key in theirs and key not in _OF_IMAGE_SIZE and theirs[key] != value
-    ]:
+    different = [key for key in ours if key in theirs and key not in _OF_IMAGE_SIZE and theirs[key] != ours[key]]
+    if said := [f"{key.strip('_')} is {theirs[key]} there and {ours[key]} here" for key in different]:
         raise UserError(f"{source} does not fit model.backbone: {listed(said)}. `prx import` writes what the folder says.")
 
 
