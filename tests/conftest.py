@@ -196,6 +196,16 @@ def write_recipe(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
 
 
 @pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled is traced, split into forward and backward, and run by torch: no half minutes of C++."""
+    import functools
+
+    import torch
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A client of an S3 server with an empty bucket `data`."""
     boto3 = pytest.importorskip("boto3")

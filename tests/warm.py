@@ -33,6 +33,7 @@ IMPORTED = (
     "prx_composer.training.run",
 )
 WARM_MODULES = ("prx_composer.", "composer.cli", "torch.distributed.run")  # of `python -m`
+REAL_RANKS = "REAL_RANKS"  # in the environment: those that a warm launcher starts as processes of their own, such as "1"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 # ------------------------------------------------------------------------------------- the small programs (import little)
@@ -47,7 +48,8 @@ def deputy(address: str, program: str, arguments: list[str], real: str) -> None:
     """
     rest = [a for a in arguments if a != "-u"]
     script = bool(rest) and not rest[0].startswith("-")
-    if program == "python" and not script and not (rest[:1] == ["-m"] and rest[1].startswith(WARM_MODULES)):
+    cold = program == "python" and not script and not (rest[:1] == ["-m"] and rest[1].startswith(WARM_MODULES))
+    if cold or os.environ.get("LOCAL_RANK", "-") in os.environ.get(REAL_RANKS, "").split(","):
         os.execv(real, [real, *arguments])
     connection = socket.socket(socket.AF_UNIX)
     opened = [int(name) for name in os.listdir("/proc/self/fd")]
@@ -119,12 +121,12 @@ def open_folder() -> None:
         return
     try:
         _forget_the_tests({listener.fileno(), lifeline})
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks' keepers
         ready = False
         while listener in select.select([listener, lifeline], [], [])[0]:
             connection, _ = listener.accept()
             if not ready:
                 _warm_up()
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks' keepers
                 ready = True
             if not os.fork():
                 listener.close()
@@ -180,6 +182,8 @@ def _warm_up() -> None:
         for name in IMPORTED:
             with contextlib.suppress(ImportError):  # the commands will say it
                 importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # every Trainer asks for it, which starts a process of 1.2 s of CPU
+            importlib.import_module("composer.utils.collect_env").get_cpu_model()
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""Run by torchrun on two ranks: classes of diffusers sharded block by block, against whole ones with both halves of the batch."""
+"""Run by `composer -n 2`: classes of diffusers sharded block by block, against whole ones with both halves of the batch."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run by torchrun: blocks gathered in bf16, or kept gathered, against FSDP2 in full precision, to the bit, under autocast.
+"""Run on two ranks: blocks gathered in bf16, or kept gathered, against FSDP2 in full precision, to the bit, under autocast.
 
 Every model trains three steps of two microbatches, with an evaluation in between.
 """

@@ -36,13 +36,14 @@ KEPT = {  # by `ablate.py --cost`: one or two of a stack are measured
 # The first line of each kind is run as it is written. The others go without `uv run`, in forks of what is imported (warm.py).
 KINDS = (
     "uv run composer train.py",
-    "uv run composer -n 2 train.py yamls/24h_mini.yaml",  # the whole stack on ranks that order sets each in its own way
     "uv run prx",
     "uv run python recipes",
     "uv run --group foundry llmfoundry",
 )
+OWN_ORDER = "run_name=mini_fsdp"  # the whole stack on ranks that order sets each in its own way: a fork and a new interpreter
 # In this process, which counts a model once for all commands that plan it: some 8 s each.
 PLANS, ROOFLINES = "uv run prx plan ", "uv run python benchmarks/roofline.py "
+HARDWARE = tuple(f"{PLANS}yamls/{name}.yaml --gpu" for name in ("one_gpu_24gb", "one_gpu_80gb", "eight_gpus"))  # test_hardware.py
 # Not run here: what sets up the environment (CI has done it) and what runs the tests, this one among them.
 ELSEWHERE = (
     "pip install uv",
@@ -109,8 +110,9 @@ def test_there_is_documentation_to_run() -> None:
     assert len(blocks("python")) >= 3
 
 
-def plan(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> None:
-    """Runs `prx plan …` or `python benchmarks/roofline.py …`."""
+def plan(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """Runs `uv run prx plan …` or `uv run python benchmarks/roofline.py …`."""
+    program, *arguments = shlex.split(line)[2:]
     if program == "prx":
         assert "total" in prx(*arguments), arguments
         return
@@ -123,7 +125,9 @@ def plan(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> None
 
 @pytest.mark.docs
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:70])
+@pytest.mark.parametrize(
+    ("page", "line"), [pair for pair in commands() if not pair[1].startswith(HARDWARE)], ids=lambda value: value[:70]
+)
 def test_documented_commands_run(page: str, line: str, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "--group foundry" in line and not is_installed():
         pytest.skip(f"llm-foundry isn't installed: {INSTALL}")
@@ -132,12 +136,14 @@ def test_documented_commands_run(page: str, line: str, workshop: Path, monkeypat
         monkeypatch.chdir(workshop)
         for command in before:
             subprocess.run(command, shell=True, check=True)
-        plan(monkeypatch, *shlex.split(last)[2:])
+        plan(monkeypatch, last)
         return
     environment = os.environ | {"UV_PROJECT": str(REPOSITORY), "WANDB_MODE": "offline"}
     if line not in as_written() and warm.folder():
         line = re.sub(r"uv run (--group \w+ )?", "", line)
         environment["PATH"] = os.pathsep.join([warm.folder(), str(Path(sys.executable).parent), environment["PATH"]])
+    if OWN_ORDER in line:
+        environment[warm.REAL_RANKS] = "1"
     if "train.py" in line and "max_duration=" not in line:
         line = f"{line} {SHORT}"
     if "fifth_style" in line:
@@ -153,6 +159,8 @@ def test_documented_commands_run(page: str, line: str, workshop: Path, monkeypat
             line = f"{line} callbacks.icons_score.num_inference_steps=1"
     if ("train.py" in line or "prx check" in line) and "24h_mini" in line:  # a check finds the run of the command before it
         line = f"{line} {SHORT_STAGES}"
+    if "data convert" in line:  # workers are new interpreters, which other tests start
+        line = f"{line} --workers 0"
     if "prior_prompts" in line:  # hundreds of images
         line = f"{line} --steps 1"
     if "--cost" in line:
@@ -160,7 +168,7 @@ def test_documented_commands_run(page: str, line: str, workshop: Path, monkeypat
         line = " ".join([line, SHORT_COST, *(f"--keep {name}" for name in kept)])
     elif "ablate.py" in line:
         line = f"{line} {SHORT} {SHORT_SCORE} --seed 17"
-    line = line.replace(f"--model {CAPTIONER}", "--model captioner --max-new-tokens 8")
+    line = line.replace(f"--model {CAPTIONER}", "--model captioner --max-new-tokens 2")
     line = re.sub(r"(plain_composer.py \S+) \d+ba", r"\1 6ba", line)
     line = re.sub(r"t_warmup: \d+ba", "t_warmup: 2ba", line)
     line = re.sub(r"max_duration=\d+ba", "max_duration=6ba", line).replace("uv run ", "uv run --no-sync ")

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from stacks import REPOSITORY, at_toy_size
+from test_docs import HARDWARE, plan
+from test_docs import commands as documented
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
@@ -48,6 +50,12 @@ def test_it_fits_the_gpu_that_it_names_and_its_time(name: str, plans: dict[str, 
     until = config.load([f"yamls/{name}.yaml"], 8).algorithms["progressive_resolution"]["stages"][0]["until"]
     share = float(re.fullmatch(r"\d+ba or ([\d.]+)budget", until)[1])  # pyright: ignore[reportOptionalSubscript]
     assert plan["stages"][0]["hours"] / plan["training_hours"] == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("line", [line for _, line in documented() if line.startswith(HARDWARE)])
+def test_documented_plans_run(line: str, plans: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan(monkeypatch, line)  # in the process that has counted these models for the tests around it
 
 
 def row(name: str, plan: dict[str, Any]) -> str:

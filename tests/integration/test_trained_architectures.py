@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,14 +146,13 @@ def test_lora_adapts_every_class(name: str, tokenizer: Any) -> None:
 
 @pytest.mark.slow
 def test_sharded_blocks_have_the_same_losses_gradients_and_taps() -> None:
-    finished = commands.run("torchrun", "--nproc_per_node", 2, Path(__file__).with_name("fsdp_architectures.py"), timeout=280)
+    finished = commands.run("composer", "-n", 2, Path(__file__).with_name("fsdp_architectures.py"), timeout=280)
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SD3Transformer2DModel", "Lumina2Transformer2DModel"])
-def test_graphs_of_blocks_compute_the_same_with_taps_and_routes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # graphs, without minutes of C++
+def test_graphs_of_blocks_compute_the_same_with_taps_and_routes(name: str, traced: None) -> None:
     found = {}
     for kind in ("eager", "compiled"):
         ours = backbone(name)

@@ -192,8 +192,7 @@ def test_sizes_that_do_not_fit_are_named(bad: dict[str, Any]) -> None:
         PRXBackbone(**(PIXELS | bad))
 
 
-@pytest.mark.slow
-def test_compiles_as_one_graph_with_routing_and_taps_at_every_size() -> None:
+def test_compiles_as_one_graph_with_routing_and_taps_at_every_size(traced: None) -> None:
     _, ours = both(PIXELS | {"depth": 1})
     ours.taps = (0,)
     cached_rotation.cache_clear()

@@ -224,8 +224,7 @@ def test_a_run_has_the_loss_and_the_checkpoint_of_one_without_and_is_exported_wi
     assert all(torch.equal(tensor, averages[0][f"backbone.{name}"]) for name, tensor in exported.items())
 
 
-@pytest.mark.slow
-def test_compiled_blocks_compute_what_eager_ones_do(tiny_model: Build) -> None:
+def test_compiled_blocks_compute_what_eager_ones_do(traced: None, tiny_model: Build) -> None:
     model = tiny_model(depth=1)
     apply_float8(model.backbone, emulate=True)
     compiled = copy.deepcopy(model.backbone)

@@ -97,8 +97,7 @@ def test_fitted_sizes_keep_area_and_aspect_ratio_to_half_a_patch(sides: tuple[in
     assert abs(height - 224 * ratio) <= multiple / 2 and abs(width - 224 / ratio) <= multiple / 2
 
 
-@pytest.mark.slow
-def test_a_compiled_teacher_gives_the_same_features_and_gradients(teacher: VisionEncoder, folder: Path) -> None:
+def test_a_compiled_teacher_gives_the_same_features_and_gradients(traced: None, teacher: VisionEncoder, folder: Path) -> None:
     compiled = VisionEncoder(TeacherSpec(pretrained=str(folder), compile=True))
     image = torch.linspace(-1, 1, 3 * 28 * 35).reshape(1, 3, 28, 35)
     found = []

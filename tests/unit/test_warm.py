@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from commands import path_of, run, start
+from warm import REAL_RANKS
 
 pytestmark = pytest.mark.skipif(os.environ.get("WARM_COMMANDS") == "0", reason="WARM_COMMANDS=0 starts real processes")
 
@@ -55,6 +56,15 @@ def test_a_signal_ends_a_command_as_it_ends_what_has_imported_composer(number: s
     process.send_signal(number)
     assert process.wait(timeout=30) == code
     assert process.stdout.read() == ("at exit\n" if code > 0 else ""), "what is read ends when the fork is gone"
+
+
+@pytest.mark.parametrize("real", ["", "1", "0,1"])
+def test_ranks_of_a_warm_launcher_can_be_new_interpreters_which_order_sets_each_in_its_own_way(real: str, tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text("import os, sys; open(os.environ['LOCAL_RANK'], 'w').write(f'{hash(chr(97))}')")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"} | {REAL_RANKS: real}
+    assert run("composer", "-n", 2, "rank.py", cwd=tmp_path, env=environment).returncode == 0
+    hashes = {(tmp_path / rank).read_text() for rank in "01"}
+    assert len(hashes) == (2 if real else 1)
 
 
 def test_nothing_that_the_tests_had_open_writes_into_what_a_command_opens(tmp_path: Path) -> None:
