@@ -23,8 +23,9 @@ def test_weights_are_sharded_within_nodes_and_replicated_over_them(degree: int, 
     assert finished.stdout.strip() == expected
 
 
-def test_blocks_gathered_in_bf16_or_kept_gathered_change_no_bit() -> None:
-    finished = commands.run("composer", "-n", 2, Path(__file__).with_name("low_weights.py"), timeout=250)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_blocks_gathered_in_bf16_or_kept_gathered_change_no_bit(ranks: int) -> None:
+    finished = commands.run("composer", "-n", ranks, Path(__file__).with_name("low_weights.py"), timeout=250)
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 
