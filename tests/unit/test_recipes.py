@@ -63,7 +63,7 @@ MAY_DIFFER = {
     "algorithms.lpips.compile": "compiling takes longer than the run",
     "algorithms.perceptual_dino.teacher.*": "random weights",
     "algorithms.perceptual_dino.image_size": "size",
-    "algorithms.progressive_resolution.stages.*": "sizes, and a second stage that is long enough for so few steps: with 300 of 3,300 it draws worse",
+    "algorithms.progressive_resolution.stages.*": "sizes, so few steps, and a second stage that is long enough for them",
     "callbacks.shapes_score.*": "a score that these data have",
     "callbacks.images.interval": "so few steps",
     "callbacks.images.num_inference_steps": "half of them",
