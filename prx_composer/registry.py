@@ -146,6 +146,7 @@ text_encoders = Registry(
     {
         "huggingface": "prx_composer.models.encoders:HuggingFaceTextEncoder",
         "labels": "prx_composer.models.class_labels:ClassLabels",
+        "several": "prx_composer.models.several_encoders:SeveralTextEncoders",
     },
 )
 autoencoders = Registry(

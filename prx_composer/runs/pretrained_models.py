@@ -17,10 +17,10 @@ from prx_composer.common.errors import UserError, at_path, listed
 from prx_composer.common.files import read_text, write_whole
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.caption_format import cleaner, cleaning_of
 from prx_composer.models.diffusion import DDPM
 from prx_composer.models.encoders import HuggingFaceTextEncoder, load_tokenizer
 from prx_composer.models.processes import PIXEL_MIN_TIMESTEP
-from prx_composer.models.prompts import cleaner, cleaning_of
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.arguments import split
 from prx_composer.recipe.consistency import strings
@@ -240,7 +240,10 @@ def _compare(theirs: Shapes, ours: Shapes, source: str, what: str) -> None:
 def _load_encoder(network: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     first: dict[int, str] = {}  # of tied tensors, which may be saved under one name or several: the first, which is averaged
     own, given = dict[str, Tensor](), dict[str, Tensor]()
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}  # of several, some may be
     for name, tensor in network.state_dict().items():
+        if name in frozen:
+            continue
         kept = first.setdefault(tensor.data_ptr(), name)
         own[kept] = tensor
         if name in weights:

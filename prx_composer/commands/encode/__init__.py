@@ -74,7 +74,7 @@ def store_text(options: TextOptions) -> None:
     from prx_composer.commands.encode import encoding, verifying
     from prx_composer.data.stored import encoded_folder
     from prx_composer.models.prompts import not_to_be_stored
-    from prx_composer.recipe.arguments import data_sets
+    from prx_composer.recipe.arguments import data_sets, encoder_title
     from prx_composer.runs.model_parts import ModelParts
 
     show_log(timed=True)
@@ -86,9 +86,8 @@ def store_text(options: TextOptions) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, str(dist.get_global_rank()))
         parts = ModelParts(recipe.model, recipe.seed, folder, loader=recipe.train_loader)
-        encoder, given = parts.text_encoder, parts.arguments("text_encoder")
-    title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('model_type')}")
-    column = encoding.text_column(encoder, title, given.get("revision"), o.storage)
+        encoder, (title, revision) = parts.text_encoder, encoder_title(recipe.model)
+    column = encoding.text_column(encoder, title, revision, o.storage)
     checked = []
     for data in sets:
         for caption in data.captions:

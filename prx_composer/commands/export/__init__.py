@@ -156,8 +156,8 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
     """Write README.md beside what `write_pipeline` wrote."""
     from prx_composer.commands.export.pipeline import without_places, write_readme
     from prx_composer.models.autoencoder import Pixels
+    from prx_composer.models.caption_format import cleaner, cleaning_of
     from prx_composer.models.processes import PIXEL_MIN_TIMESTEP
-    from prx_composer.models.prompts import cleaner, cleaning_of
     from prx_composer.runs.pretrained_models import RECIPE
 
     model, recipe = trained.model, trained.recipe or {}

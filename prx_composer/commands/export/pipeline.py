@@ -27,6 +27,7 @@ from prx_composer.models.diffusion import DDPM
 from prx_composer.models.encoders import HuggingFaceTextEncoder
 from prx_composer.models.layers import is_adapted
 from prx_composer.models.processes import FlowMatching
+from prx_composer.models.several_encoders import parts_of
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.runs.opening import Trained
 from prx_composer.runs.pretrained_models import RECIPE, REFERENCE
@@ -105,23 +106,20 @@ def write_pipeline(trained: Trained, folder: Path, reference: bool = False) -> N
 def _write_parts(trained: Trained, folder: Path, scale: float, reference: bool) -> dict[str, list[str]]:
     """Write what is beside the transformer; return how an index names it."""
     model: Any = trained.model
-    tokenizer, network, scheduler = model.text_encoder.tokenizer, model.text_encoder.network, model.flow.scheduler()
-    index = {
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        "tokenizer": ["transformers", type(tokenizer).__name__],
-        "text_encoder": ["transformers", type(network).__name__],
-    }
+    scheduler = model.flow.scheduler()
+    index = {"scheduler": ["diffusers", type(scheduler).__name__]}
     if reference:
         (folder / REFERENCE).write_text(json.dumps(_reference(trained), indent=2) + "\n")
-    else:
-        network.save_pretrained(str(folder / "text_encoder"))
+    for number, encoder in enumerate(parts_of(model.text_encoder), start=1):
+        ending = f"_{number}" if number > 1 else ""
+        index[f"tokenizer{ending}"] = ["transformers", type(encoder.tokenizer).__name__]
+        index[f"text_encoder{ending}"] = ["transformers", type(encoder.network).__name__]
+        if not reference:
+            encoder.network.save_pretrained(str(folder / f"text_encoder{ending}"))
+        tokenizer = copy.copy(encoder.tokenizer)
+        tokenizer.model_max_length = encoder.max_tokens  # to which pipelines pad
+        tokenizer.save_pretrained(str(folder / f"tokenizer{ending}"))
     scheduler.save_pretrained(folder / "scheduler")
-    length = tokenizer.model_max_length
-    tokenizer.model_max_length = model.text_encoder.max_tokens  # to which PRXPipeline pads
-    try:
-        tokenizer.save_pretrained(str(folder / "tokenizer"))
-    finally:
-        tokenizer.model_max_length = length
     if isinstance(model.autoencoder, DiffusersAutoencoder):
         _write_autoencoder(model.autoencoder, folder / "vae", scale)
         index["vae"] = ["diffusers", type(model.autoencoder.module).__name__]
@@ -147,7 +145,8 @@ def write_own_class(trained: Trained, folder: Path, reference: bool = False) -> 
     backbone.model.save_pretrained(str(folder / "transformer"))
     opened = f"diffusers.{backbone.class_name}.from_pretrained(DIR, subfolder='transformer') opens the transformer"
     _write_recipe(trained, folder)
-    if not isinstance(model.text_encoder, HuggingFaceTextEncoder):
+    encoders = parts_of(model.text_encoder)
+    if not all(isinstance(one, HuggingFaceTextEncoder) for one in encoders):
         cast("Any", model.text_encoder).tokenizer.save_pretrained(str(folder / "tokenizer"))
         return f"{opened}. Its labels are the tokens of tokenizer/."
     index, signature, flow = _write_parts(trained, folder, 1.0, reference), backbone.signature, model.flow
@@ -158,11 +157,13 @@ def write_own_class(trained: Trained, folder: Path, reference: bool = False) -> 
             f"{opened}. A pipeline is written for velocities of flow matching, on latents, with unit noise, if a class has one."
         )
     index["transformer"] = ["diffusers", backbone.class_name]
-    if not signature.pipeline_reads:
-        index = {name: part for name, part in index.items() if name not in ("tokenizer", "text_encoder")}
+    names = list(getattr(model.text_encoder, "encoders", {"": None}))
+    places = [[names.index(name) for name in row] for row in getattr(model.text_encoder, "rows", [[""]])]
+    if not (reads := signature.pipeline_reads([one.how for one in encoders], places)):
+        index = {name: part for name, part in index.items() if not name.startswith(("tokenizer", "text_encoder"))}
     index |= {"_class_name": signature.pipeline, "_diffusers_version": diffusers.__version__}  # pyright: ignore[reportArgumentType]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    how = "" if signature.pipeline_reads else ", with None for its text parts: it takes embeddings"
+    how = "" if reads else ", with None for its text parts: it takes embeddings"
     return f"diffusers.{signature.pipeline}.from_pretrained(DIR{how}) draws the same: see prx_composer/models/README.md."
 
 

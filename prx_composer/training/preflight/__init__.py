@@ -19,8 +19,8 @@ from typing import Any, Literal, ParamSpec, get_args
 from prx_composer import registry
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import Problems, UserError, at_path, problems_of, raise_all
-from prx_composer.models.prompts import Cleaning, cleaner
-from prx_composer.recipe.arguments import entries
+from prx_composer.models.caption_format import Cleaning, cleaner
+from prx_composer.recipe.arguments import entries, text_encoders
 from prx_composer.recipe.checks import argument_problems, setting_problems
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import batch_problems, image_size_problems, schedule_problems
@@ -127,11 +127,11 @@ def _check_backbone(parts: Components) -> Iterator[Result]:
 
 @collected
 def _check_cleaning(parts: Components) -> Iterator[Result]:
-    encoder = parts.recipe.model.get("text_encoder")
-    clean: Any = encoder.get("clean") if isinstance(encoder, dict) else None
-    if clean in get_args(Cleaning):  # else its type is wrong, which is said elsewhere
-        with at_path("model.text_encoder"):
-            cleaner(clean)
+    for path, encoder in text_encoders(parts.recipe.model).items():
+        clean: Any = encoder.get("clean")
+        if clean in get_args(Cleaning):  # else its type is wrong, which is said elsewhere
+            with at_path(path):
+                cleaner(clean)
     yield from ()
 
 
