@@ -20,6 +20,7 @@ from prx_composer.models.huggingface import (
     Pooled,
     UnknownConfiguration,
     attend_without_reading,
+    check_clip,
     known_config,
     load_config,
     makes_no_storage,
@@ -98,7 +99,7 @@ class HuggingFaceTextEncoder(nn.Module):
 
     Raises:
         ValueError: neither or both of `pretrained` and `config`; an embedding table smaller than the vocabulary; a pooled vector
-            that the network hasn't; a layer whose network is trained, but not all of it.
+            that the network hasn't; a layer whose network is trained, but not all of it; too many tokens for CLIP.
         OSError: weights that cannot be had (missing, gated, offline).
     """
 
@@ -142,6 +143,7 @@ class HuggingFaceTextEncoder(nn.Module):
             )
         hf_config: Any = encoder.config
         hf_config = getattr(hf_config, "encoder", hf_config)  # T5Gemma's configuration holds two
+        check_clip(hf_config, tokenizer, max_tokens + self._skipped, pooled)
         self.hidden_size = int(hf_config.hidden_size)
         self.pooled_size = 0 if pooled is None else int(hf_config.projection_dim) if pooled == "projected" else self.hidden_size
         if trainable:

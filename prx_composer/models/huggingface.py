@@ -186,6 +186,24 @@ def random_encoder(hf_config: Any, pooled: Pooled | None = None) -> nn.Module:
     return _text_tower(cls(hf_config))
 
 
+def check_clip(config: Any, tokenizer: Any, tokens: int, pooled: Pooled | None) -> None:
+    """Check that CLIP's text encoder can read so many tokens, and knows where a caption ends if it pools; others pass.
+
+    Raises:
+        ValueError: it has fewer positions, or looks for another end token than the tokenizer's.
+    """
+    if not config.model_type.startswith("clip"):
+        return
+    if tokens > config.max_position_embeddings:
+        raise ValueError(f"max_tokens: {tokens} are more than the {config.max_position_embeddings} that CLIP has positions for.")
+    known, end = config.eos_token_id, getattr(tokenizer, "eos_token_id", None)
+    is_last = known == 2 and end == len(tokenizer) - 1  # CLIP's first configurations say 2, and transformers takes the last one
+    if pooled in ("end", "projected") and end not in (None, known) and not is_last:
+        raise ValueError(
+            f"pooled: {pooled} is taken at token {known}, and the tokenizer's end is {end}: config.eos_token_id: {end}."
+        )
+
+
 # ------------------------------------------------------------------------------------------------------ frozen networks
 
 

@@ -91,6 +91,9 @@ def _rows(encoders: dict[str, Any], tokens: Sequence[Any] | None) -> tuple[tuple
     return rows
 
 
-def parts_of(encoder: Any) -> list[Any]:
-    """Return the text encoders that make up one, in order: itself, or several."""
-    return [*encoder.encoders.values()] if isinstance(encoder, SeveralTextEncoders) else [encoder]
+def parts_of(encoder: Any) -> tuple[list[Any], list[list[int]]]:
+    """Return the text encoders that make up one, in order: itself, or several; and the `tokens` of these, by number."""
+    if not isinstance(encoder, SeveralTextEncoders):
+        return [encoder], [[0]]
+    names = list(encoder.encoders)
+    return [*encoder.encoders.values()], [[names.index(name) for name in row] for row in encoder.rows]

@@ -17,6 +17,7 @@ from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.caption_format import chief, text_mask
 from prx_composer.models.encoders import HuggingFaceTextEncoder
 from prx_composer.models.flow import (
+    NONE_POOLED,
     AuxiliaryLosses,
     ClassifierFreeGuidance,
     FlowOutput,
@@ -91,14 +92,11 @@ def _check_text(backbone: Any, text_encoder: Any) -> None:
 
 
 def _check_pooled(backbone: Any, given: int) -> None:
-    """Raise ValueError unless the backbone takes pooled vectors of so many channels; 0: none."""
     taken, named = getattr(backbone, "pooled_dim", 0), getattr(backbone, "pooled_argument", None)
     if given and not taken:
         raise ValueError("model.text_encoder gives a pooled vector, which this backbone doesn't take; leave its `pooled` out.")
     if given != taken:
-        told = (
-            f"gives one {given} wide; set {named}: {given}" if given else "gives none; set its pooled: mean, or end or projected"
-        )
+        told = f"gives one {given} wide; set {named}: {given}" if given else "gives none; set its pooled, such as to mean"
         raise ValueError(f"model.backbone takes a pooled vector ({named}: {taken}), and model.text_encoder {told}.")
 
 
@@ -223,7 +221,7 @@ class TextToImage(ComposerModel):
         if embedding is not None and embedding.ndim == 2:  # valid tokens only
             flat = embedding.new_zeros(mask.numel(), embedding.shape[1])
             embedding = flat.index_copy_(0, batch["text_position"], embedding).unflatten(0, mask.shape)
-        pooled = batch.get("text_pooled")
+        pooled = batch.get("text_pooled", NONE_POOLED)
         if dropout > 0:
             device = input_ids.device
             draw = torch.rand(len(input_ids), 1, generator=self.random.generator("caption_dropout", device), device=device)
@@ -235,16 +233,16 @@ class TextToImage(ComposerModel):
                 null = self._null_text(device)
                 embedding = torch.where(dropped[..., None], null.embedding.type_as(embedding), embedding)
                 mask = torch.where(dropped, null.mask, mask)
-                pooled = None if pooled is None else torch.where(dropped, null.pooled.type_as(pooled), pooled)
+                pooled = torch.where(dropped, null.pooled, pooled.float()) if pooled.shape[1] else pooled
         if embedding is not None:
-            return TextConditioning(embedding.float(), mask, *(() if pooled is None else (pooled.float(),)))
+            return TextConditioning(embedding.float(), mask, pooled.float())
         grouped = (batch["text_order"], batch["text_groups"]) if self._encodes_groups and "text_groups" in batch else ()
         return self._encoded(input_ids, mask, *grouped)
 
     def _encoded(self, input_ids: Tensor, mask: Tensor, *grouped: Any) -> TextConditioning:
         made: Any = self.text_encoder(input_ids, mask, *grouped)
-        embedding, *pooled = made if isinstance(made, tuple) else (made,)
-        return TextConditioning(embedding, text_mask(self.text_encoder.tokenizer, mask), *pooled)
+        embedding, pooled = made if isinstance(made, tuple) else (made, NONE_POOLED)
+        return TextConditioning(embedding, text_mask(self.text_encoder.tokenizer, mask), pooled)
 
     def _null_text(self, device: torch.device) -> TextConditioning:
         """Return the empty caption as it is encoded, (1, …), which is done once."""
