@@ -347,6 +347,23 @@ _ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
+_TEXT: dict[str, dict[str, Any]] = {  # the part that reads text, of networks that also see, and of language models
+    "openai/clip-vit-large-patch14": dict(
+        model_type="clip_text_model", projection_dim=768, vocab_size=49_408, **_sizes(768, 12, 12, intermediate_size=3072)
+    ),
+    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": dict(
+        model_type="clip_text_model", projection_dim=1280, vocab_size=49_408, **_sizes(1280, 32, 20, intermediate_size=5120)
+    ),
+    "google/gemma-2-2b": dict(
+        model_type="gemma2",
+        vocab_size=256_000,
+        num_key_value_heads=4,
+        head_dim=256,
+        **_sizes(2304, 26, 8, intermediate_size=9216),
+    ),
+}
+
+
 def known_config(name: str, revision: str | None = None, reads_text: bool = False) -> dict[str, Any] | None:
     """Return the configuration of an encoder by folder or hub id, if it is here: on disk, in the cache, or in the table above.
 
@@ -360,6 +377,6 @@ def known_config(name: str, revision: str | None = None, reads_text: bool = Fals
         config = load_config(name, revision, local_files_only=True)
     except (OSError, ValueError):
         known = _ENCODERS.get(name)
-        return None if reads_text and known is not None and "patch_size" in known else known
+        return _TEXT.get(name) if reads_text and (known is None or "patch_size" in known) else known
     defaults = type(config)().to_dict()
     return {"model_type": config.model_type} | {k: v for k, v in config.to_diff_dict().items() if k in defaults}

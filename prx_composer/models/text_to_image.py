@@ -73,7 +73,7 @@ class ValidationLoss(Metric):
         return (self.total / self.count).float()
 
 
-def _check_text(backbone: Any, text_encoder: Any) -> None:
+def check_text(backbone: Any, text_encoder: Any) -> None:
     """Raise ValueError unless the backbone takes what the text encoder makes."""
     if backbone.context_in_dim != text_encoder.hidden_size:
         named = getattr(backbone, "context_argument", "context_in_dim")
@@ -146,7 +146,7 @@ class TextToImage(ComposerModel):
     ):
         super().__init__()
         self.autoencoder = autoencoder or Pixels()
-        _check_text(backbone, text_encoder)
+        check_text(backbone, text_encoder)
         if backbone.in_channels != self.autoencoder.channels:
             raise ValueError(
                 f"model.backbone.in_channels is {backbone.in_channels}, but model.autoencoder gives "

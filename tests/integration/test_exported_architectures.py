@@ -6,11 +6,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from architectures import TEXT, TINY
-from conftest import TINY_T5
+from architectures import TINY
+from texts import INSTRUCTION, LONGEST, PROMPTS, SYSTEM, flux, lumina2, sana, sd3, t5
 
 from prx_composer.commands.export.pipeline import write_own_class
-from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, TextToImage
+from prx_composer.models import FlowMatching, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.class_labels import ClassLabels, train_label_tokenizer
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
@@ -18,7 +18,7 @@ from prx_composer.models.encoders import load_tokenizer
 from prx_composer.models.flow import initial_noise
 from prx_composer.runs.opening import Trained
 
-PROMPTS, SEEDS, STEPS, SCALE, SHIFT = ["a red circle", "a blue square"], [3, 4], 4, 3.0, 3.0
+SEEDS, STEPS, SCALE, SHIFT = [3, 4], 4, 3.0, 3.0
 # fmt: off
 KL = dict(_class_name="AutoencoderKL", block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2,
           up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1)
@@ -29,10 +29,21 @@ DC = dict(_class_name="AutoencoderDC", latent_channels=4, attention_head_dim=4, 
 # fmt: on
 
 
-def model_of(name: str, tokenizer: Any) -> TextToImage:
+# How each pipeline reads prompts, what it must be told then, and how a class is sized to that.
+READ = {"SD3": sd3, "Flux": flux, "Sana": sana, "Lumina2": lumina2, "AuraFlow": t5}
+TOLD: dict[str, dict[str, Any]] = {
+    "SD3": {},
+    "Flux": {},
+    "Sana": dict(complex_human_instruction=INSTRUCTION, use_resolution_binning=False),
+    "Lumina2": dict(system_prompt=SYSTEM, cfg_normalization=False),
+    "AuraFlow": {},
+}
+
+
+def model_of(name: str, encoder: Any) -> TextToImage:
     torch.manual_seed(0)
-    encoder = HuggingFaceTextEncoder(tokenizer, config=TINY_T5 | {"d_model": TEXT}, max_tokens=9)
-    made: Any = DiffusersBackbone(**{"class": name}, **TINY[name])
+    pooled = {"pooled_projection_dim": encoder.pooled_size} if encoder.pooled_size else {}
+    made: Any = DiffusersBackbone(**{"class": name}, **(TINY[name] | pooled))
     kind = DC if name.startswith("Sana") else KL | ({"shift_factor": None} if name.startswith("AuraFlow") else {})
     model = TextToImage(made, encoder, FlowMatching("v", timestep_shift=SHIFT), DiffusersAutoencoder(config=kind))
     with torch.no_grad():
@@ -47,8 +58,8 @@ def written(model: TextToImage, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(TINY.keys() - {"DiTTransformer2DModel"}))  # which takes no text
-def test_the_transformer_is_the_class_s_own_folder(name: str, tokenizer: Any, tmp_path: Path) -> None:
-    model: Any = model_of(name, tokenizer)
+def test_the_transformer_is_the_class_s_own_folder(name: str, tmp_path: Path) -> None:
+    model: Any = model_of(name, t5(pooled="mean") if name.startswith(("SD3", "Flux")) else t5())
     written(model, tmp_path / "out")
     opened = getattr(diffusers, name).from_pretrained(tmp_path / "out", subfolder="transformer")
     assert opened.state_dict().keys() == model.backbone.model.state_dict().keys()
@@ -56,36 +67,29 @@ def test_the_transformer_is_the_class_s_own_folder(name: str, tokenizer: Any, tm
     assert {k: v for k, v in opened.config.items() if k[0] != "_"} == model.backbone.config
 
 
-@pytest.mark.parametrize("name", ["SanaTransformer2DModel", "AuraFlowTransformer2DModel"])
-def test_a_pipeline_that_reads_prompts_draws_our_image_from_our_noise(name: str, tokenizer: Any, tmp_path: Path) -> None:
-    model: Any = model_of(name, tokenizer)
-    assert "draws the same" in written(model, tmp_path / "out")
+@pytest.mark.parametrize("name", READ)
+def test_a_pipeline_reads_prompts_and_draws_our_image_from_our_noise(name: str, tmp_path: Path) -> None:
+    model: Any = model_of(f"{name}Transformer2DModel", READ[name]())
+    assert "from_pretrained(DIR) draws the same" in written(model, tmp_path / "out")
     pipeline = getattr(diffusers, model.backbone.signature.pipeline).from_pretrained(tmp_path / "out")
-    options = dict(complex_human_instruction=None, use_resolution_binning=False) if name.startswith("Sana") else {}
-    check(model, pipeline, prompt=PROMPTS, negative_prompt=["", ""], max_sequence_length=9, guidance_scale=SCALE, **options)
+    read = LONGEST + 2 if name in ("SD3", "Flux", "AuraFlow") else LONGEST
+    guided = dict(true_cfg_scale=SCALE, guidance_scale=1.0) if name == "Flux" else dict(guidance_scale=SCALE)
+    check(model, pipeline, prompt=PROMPTS, negative_prompt=["", ""], max_sequence_length=read, **guided, **TOLD[name])
 
 
-@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel"])
-def test_a_pipeline_that_is_given_embeddings_draws_our_image_from_our_noise(name: str, tokenizer: Any, tmp_path: Path) -> None:
-    model: Any = model_of(name, tokenizer)
+@pytest.mark.parametrize("name", ["SD3", "Lumina2"])
+def test_a_pipeline_that_reads_otherwise_is_given_embeddings_and_draws_our_image(name: str, tmp_path: Path) -> None:
+    model: Any = model_of(f"{name}Transformer2DModel", t5(pooled="mean") if name == "SD3" else t5())
     assert "it takes embeddings" in written(model, tmp_path / "out")
     cls = getattr(diffusers, model.backbone.signature.pipeline)
     text = {part: None for part in cls._get_signature_keys(cls)[0] if part.startswith(("text_encoder", "tokenizer"))}
     pipeline = cls.from_pretrained(tmp_path / "out", **text)
     found, options = [model.encode_prompts(prompts, torch.device("cpu")) for prompts in (PROMPTS, ["", ""])], dict[str, Any]()
-    for kind, (embedding, mask) in zip(("", "negative_"), found, strict=True):
-        valid = embedding * mask[..., None]
-        options[f"{kind}prompt_embeds"] = valid
-        if name.startswith("Lumina2"):
-            options[f"{kind}prompt_attention_mask"] = mask
-        else:
-            options[f"{kind}pooled_prompt_embeds"] = valid.sum(1) / mask.sum(1, keepdim=True)
-    options = {key.replace("negative_pooled_prompt", "negative_pooled_prompt"): value for key, value in options.items()}
-    options |= {"true_cfg_scale": SCALE, "guidance_scale": 1.0} if name.startswith("Flux") else {"guidance_scale": SCALE}
-    options |= {"cfg_normalization": False} if name.startswith("Lumina2") else {}
-    if not name.startswith("SD3"):  # which take steps of another grid by themselves
-        options["sigmas"] = torch.linspace(1, pipeline.scheduler.sigma_min, STEPS).tolist()
-    check(model, pipeline, **options)
+    for kind, one in zip(("", "negative_"), found, strict=True):
+        options[f"{kind}prompt_embeds"] = one.embedding * one.mask[..., None]
+        more = {"prompt_attention_mask": one.mask} if name == "Lumina2" else {"pooled_prompt_embeds": one.pooled}
+        options |= {f"{kind}{key}": value for key, value in more.items()}
+    check(model, pipeline, guidance_scale=SCALE, **options, **({"cfg_normalization": False} if name == "Lumina2" else {}))
 
 
 def test_labels_are_exported_with_the_words_that_they_stand_for(tmp_path: Path) -> None:
@@ -105,6 +109,8 @@ def check(model: Any, pipeline: Any, **options: Any) -> None:
     noise = initial_noise(SEEDS, (4, side, side), torch.device("cpu"))
     if isinstance(pipeline, diffusers.FluxPipeline):
         noise = pipeline._pack_latents(noise, 2, 4, side, side)
+    if isinstance(pipeline, diffusers.FluxPipeline | diffusers.Lumina2Pipeline):  # which take steps of another grid by themselves
+        options["sigmas"] = torch.linspace(1, pipeline.scheduler.sigma_min, STEPS).tolist()
     pipeline.set_progress_bar_config(disable=True)
     drawing = dict(height=32, width=32, num_inference_steps=STEPS, output_type="latent", latents=noise, **options)
     latents = pipeline(**drawing).images

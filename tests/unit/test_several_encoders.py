@@ -7,16 +7,23 @@ import pytest
 import torch
 from architectures import of_pixels
 from texts import CLIP, INSTRUCTION, LONGEST, PROMPTS, SYSTEM, clip, flux, gemma, lumina2, right, sana, sd3, t5, words
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from prx_composer.commands.encode.encoding import CaptionEncoder, text_column
-from prx_composer.common.errors import UserError
+from prx_composer.common.errors import UserError, raise_all
 from prx_composer.data.format import Bucket
 from prx_composer.data.loader import Collator, split_batch
 from prx_composer.data.stored import check_text_column, unpack, without_pooled
 from prx_composer.models import HuggingFaceTextEncoder, TextToImage
+from prx_composer.models.counting import TEXT_ENCODER
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.flow import TextConditioning
+from prx_composer.models.huggingface import random_config, random_encoder
 from prx_composer.models.several_encoders import SeveralTextEncoders, parts_of
+from prx_composer.recipe import config
+from prx_composer.training.meta_model import MetaModel
+from prx_composer.training.trial import check_config
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -211,3 +218,37 @@ def test_the_encoder_that_reads_most_says_what_is_lost_of_a_prompt() -> None:
     encoder: Any = sd3()
     fits, cut = encoder.readings(["red " * LONGEST, "red " * 20])
     assert fits.is_whole and cut.tokens == 21 and len(cut.ids) == LONGEST + 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("encoders.t5.max_token=3", r"model\.text_encoder\.encoders\.t5\.max_token: no such argument. Did you mean 'max_tokens'"),
+        ("encoders.t5.name=t5", r"model\.text_encoder\.encoders\.t5: .*'t5'"),
+        ("encoders.t5.max_tokens=0", r"model\.text_encoder\.encoders\.t5\.max_tokens: 0 would leave nothing"),
+        ("encoders.clip_l.pooled=both", r"model\.text_encoder\.encoders\.clip_l\.pooled: expected .*'both'"),
+        ("encoders=[clip_l]", r"model\.text_encoder\.encoders must be a mapping"),
+        ("encoders.t5={name: several, encoders: {}}", r"encoders\.t5.*must be a mapping such as"),
+        ("tokens=[t6]", r"model\.text_encoder: tokens: there is no encoder 't6'"),
+        ("encoders.clip_l.max_tokens=20", r"model\.text_encoder\.encoders\.clip_l: max_tokens: 20 are more than the 14"),
+        ("encoders.clip_l.pooled=null", r"model\.backbone takes a pooled vector .* gives one 64 wide; set pooled_projection_dim"),
+        ("encoders.clip_l.config.hidden_size=256", r"model\.backbone\.joint_attention_dim is 128, .* 320 wide"),
+    ],
+)
+def test_mistakes_of_a_recipe_are_named_with_their_path(change: str, message: str) -> None:
+    recipe = config.load(["yamls/architectures/sd3.yaml", f"model.text_encoder.{change}"])
+    with pytest.raises(UserError, match=message):
+        raise_all([one.text for one in check_config(recipe) if one.mark == "✗"])
+
+
+def test_a_plan_counts_the_weights_and_the_work_of_all_encoders() -> None:
+    recipe = config.load(["yamls/architectures/sd3.yaml"])
+    planned = MetaModel(recipe)
+    parts = parts_of(planned.model.text_encoder)[0]
+    assert planned.frozen["text_encoder"] == sum(weight.nbytes for part in parts for weight in part.network.parameters())
+    ids = torch.ones(1, 14, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        for spec in recipe.model["text_encoder"]["encoders"].values():
+            network = random_encoder(random_config(spec["config"], vocab_size=9), spec.get("pooled"))
+            network(input_ids=ids, attention_mask=ids)
+    assert planned.count(32, []).flops[TEXT_ENCODER] == counter.get_total_flops()
