@@ -252,8 +252,9 @@ def check_arguments(
 
 
 def _check_nested(key: str, value: Any, path: str, imports: bool) -> None:
-    also = OF_NESTED.get(key, {})
-    check_component(NESTED[key], *split(value, path, UNNAMED.get(key)), path, also, also, imports=imports)
+    name, arguments = split(value, path, UNNAMED.get(key))
+    also = {} if name == "several" else OF_NESTED.get(key, {})  # each of whose encoders has its own tokenizer
+    check_component(NESTED[key], name, arguments, path, also, also, imports=imports)
 
 
 def _taken_by_others(of: tuple[Registry, str] | None, key: str, imports: bool, *value: Any) -> str:

@@ -140,7 +140,9 @@ def _check_text(parts: Components) -> Iterator[Result]:
         return
     try:
         encoder = parts.text_encoder
-    except UnknownNetwork:
+    except Exception as error:  # whatever a network's code raises where it has no storage
+        if isinstance(error, UserError) and not isinstance(error, UnknownNetwork):
+            raise
         return
     try:
         check_text(parts.backbone, encoder)
