@@ -228,7 +228,7 @@ def test_the_encoder_that_reads_most_says_what_is_lost_of_a_prompt() -> None:
         ("encoders.t5.max_tokens=0", r"model\.text_encoder\.encoders\.t5\.max_tokens: 0 would leave nothing"),
         ("encoders.clip_l.pooled=both", r"model\.text_encoder\.encoders\.clip_l\.pooled: expected .*'both'"),
         ("tokenizer=t5-small", r"model\.text_encoder\.tokenizer: no such argument"),
-        ("encoders=[clip_l]", r"model\.text_encoder\.encoders must be a mapping"),
+        ("encoders=null", r"model\.text_encoder\.encoders must be a mapping"),
         ("encoders.t5={name: several, encoders: {}}", r"encoders\.t5.*must be a mapping such as"),
         ("tokens=[t6]", r"model\.text_encoder: tokens: there is no encoder 't6'"),
         ("encoders.clip_l.max_tokens=20", r"model\.text_encoder\.encoders\.clip_l: max_tokens: 20 are more than the 14"),
