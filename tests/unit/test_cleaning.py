@@ -87,5 +87,5 @@ def test_without_ftfy_it_is_said_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_cleaning_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="none, basic or prx, not 'all'"):
+    with pytest.raises(ValueError, match="none, basic, prx or lower, not 'all'"):
         cleaner("all")  # pyright: ignore[reportArgumentType]
