@@ -85,6 +85,11 @@ OF_NESTED = {
 }
 
 
+def given_beside(key: str, name: str) -> dict[str, str]:
+    """Return what a recipe gives of a nested component beside its constructor's arguments, with what each means."""
+    return {} if name == "several" else OF_NESTED.get(key, {})  # each of several text encoders has its own tokenizer
+
+
 def text_encoders(model: Mapping[str, Any]) -> dict[str, Spec]:
     """Return the text encoders of a recipe's `model` by YAML path: one, or those of `several`; none of a model that is wrong."""
     encoder, path = model.get("text_encoder"), "model.text_encoder"
@@ -253,7 +258,7 @@ def check_arguments(
 
 def _check_nested(key: str, value: Any, path: str, imports: bool) -> None:
     name, arguments = split(value, path, UNNAMED.get(key))
-    also = {} if name == "several" else OF_NESTED.get(key, {})  # each of whose encoders has its own tokenizer
+    also = given_beside(key, name)
     check_component(NESTED[key], name, arguments, path, also, also, imports=imports)
 
 
