@@ -104,7 +104,7 @@ def fitted(own: Mapping[str, Any], frame: Frame, heads: int, depth: int) -> Argu
         "hidden_size": width,
         "axes_lens": [frame.tokens, grid, grid],
         str(signature.text_width): frame.context,
-        str(signature.pooled_width): frame.context,
+        str(signature.pooled_width): frame.context,  # of the mean of the recipe's own text
         **dict.fromkeys(signature.equal_width, width),
         **_depths(own, depth),
     }
@@ -255,6 +255,7 @@ def plan_stacks(options: Options) -> tuple[Recipe, dict[str, dict[str, Any]], li
     for name, size in sizes.items():
         sets = [] if name == FIRST else [f"model.backbone={json.dumps(size.arguments)}"]
         sets += [f"model.text_encoder={json.dumps(LABELS)}"] if name in labelled else []
+        sets += ["model.text_encoder.pooled=mean"] if size.arguments.get("pooled_projection_dim") else []
         try:
             own = check_stack(options.files, Stack(name, ()), [*sets, *options.overrides])
         except UserError as error:  # one of its algorithms, say, has no place in that class

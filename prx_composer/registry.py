@@ -146,6 +146,7 @@ text_encoders = Registry(
     {
         "huggingface": "prx_composer.models.encoders:HuggingFaceTextEncoder",
         "labels": "prx_composer.models.class_labels:ClassLabels",
+        "several": "prx_composer.models.several_encoders:SeveralTextEncoders",
     },
 )
 autoencoders = Registry(
@@ -352,4 +353,4 @@ def missing_code(name: str, where: str) -> list[str]:
     """Return what is wrong with a Python file that `code_paths`, or a command's option, names."""
     path = Path(name).expanduser()
     is_python = path.is_file() and path.suffix == ".py"  # Python imports no file of another name
-    return [] if is_python else [f"{where}: there is no Python file {name} (*.py)."]
+    return [] if is_python else [f"{where}: there is no Python file {name} (*.py); looked for in {path.absolute().parent}."]

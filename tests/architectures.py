@@ -7,13 +7,13 @@ import torch
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
 
 HEADS = dict(num_attention_heads=2, attention_head_dim=16)
-TEXT = 24
+TEXT, POOLED = 24, 20
 TINY: dict[str, dict[str, Any]] = {
     "SD3Transformer2DModel": HEADS
     | dict(sample_size=8, in_channels=4, out_channels=4, num_layers=3, joint_attention_dim=TEXT, caption_projection_dim=32)
-    | dict(pooled_projection_dim=TEXT, pos_embed_max_size=12, qk_norm="rms_norm", dual_attention_layers=[0]),
+    | dict(pooled_projection_dim=POOLED, pos_embed_max_size=12, qk_norm="rms_norm", dual_attention_layers=[0]),
     "FluxTransformer2DModel": HEADS
-    | dict(in_channels=16, num_layers=2, num_single_layers=2, joint_attention_dim=TEXT, pooled_projection_dim=TEXT)
+    | dict(in_channels=16, num_layers=2, num_single_layers=2, joint_attention_dim=TEXT, pooled_projection_dim=POOLED)
     | dict(axes_dims_rope=[4, 6, 6], guidance_embeds=True),
     "PixArtTransformer2DModel": dict(num_attention_heads=3, attention_head_dim=16)
     | dict(in_channels=4, out_channels=8, num_layers=3, cross_attention_dim=48, caption_channels=TEXT, sample_size=8)
@@ -47,7 +47,8 @@ def inputs(of: DiffusersBackbone, height: int = 8, width: int = 16) -> dict[str,
     side = dict(generator=generator)
     width = height if of.signature.square_only else width
     text = torch.tensor([3.0, -1.0, 0.0])[:, None, None] if of.context_in_dim == 1 else torch.randn(3, 7, TEXT, **side)
-    return dict(
+    pooled = {"pooled": torch.randn(3, of.pooled_dim, **side)} if of.pooled_dim else {}
+    return pooled | dict(
         hidden_states=torch.randn(3, 4, height, width, **side),
         timestep=torch.rand(3, **side),
         encoder_hidden_states=text,

@@ -99,7 +99,7 @@ def tiny_batch(tokenizer: Any) -> "dict[str, torch.Tensor]":
     import torch
 
     from prx_composer.data.sources import all_scenes
-    from prx_composer.models.encoders import tokenize
+    from prx_composer.models.prompts import tokenize
 
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (4, 3, 16, 24), generator=generator, dtype=torch.uint8)

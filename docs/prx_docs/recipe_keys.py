@@ -11,8 +11,8 @@ from prx_composer.common.outlines import UNREAD, constructor, outline
 from prx_composer.recipe.annotations import dataclass_in, hints_of, type_in_words
 from prx_composer.recipe.arguments import (
     OF_DATA_SET,
-    OF_NESTED,
     OF_SHARE,
+    given_beside,
     given_by_recipe,
     is_filled,
     provided_by,
@@ -97,8 +97,8 @@ def sections() -> Iterator[Section]:
                 yield _component(components, name, key, provided, also)
     for key, components in NESTED.items():
         path = f"train_loader.{key}" if key == "source" else f"model.{key}"
-        also = OF_NESTED.get(key, {})
         for name in components.builtin:
+            also = given_beside(key, name)
             yield _component(components, name, path, also, also)
     for kind, components in BY_NAME.items():
         for name in components.builtin:
@@ -165,6 +165,8 @@ def _component(
             found.keys.append(Key(f"{path}.tokenizer.train", "true or false", "", "train one on the captions of `train_loader`."))
             found.keys.append(Key(f"{path}.tokenizer.by", "`word` or `caption`", "word", "what one of its tokens is."))
             found.keys.append(Key(f"{path}.tokenizer.vocab_size", "an integer", "4096", "words that it has at most."))
+    if components is registry.text_encoders and name == "several":
+        found.keys.append(Key(f"{path}.encoders.**", "", "", "by its name, the keys of a text encoder."))
     if components is registry.backbones and name == "diffusers":
         found.keys.append(Key(f"{path}.class", "a string", _REQUIRED, "name of a class of diffusers that has a signature."))
         found.keys.append(Key(f"{path}.**", "", "", "arguments of that class."))

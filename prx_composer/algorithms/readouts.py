@@ -266,7 +266,7 @@ class GuidingReadout(Readouts):
 
     def predict_both(self, x_t: Tensor, t: Tensor, text: TextConditioning) -> tuple[Tensor, Tensor]:
         """Return what the network and the readout predict, (B, C, H, W) fp32 each, from one forward pass."""
-        final, taps = self.backbone(x_t, t, text.embedding, attention_mask=text.mask, return_taps=True)
+        final, taps = self.backbone(x_t, t, text.embedding, **text.beside(), return_taps=True)
         tapped, vec = taps[self.readouts[0].block], taps[TIME_VECTOR]
         patches = self.losses.with_parameters(lambda: self.heads[0](tapped, vec))
         return final.float(), unpatchify(patches, self.patch_size, *x_t.shape[-2:]).float()

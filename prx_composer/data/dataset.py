@@ -27,6 +27,7 @@ from prx_composer.data.stored import (
     latent_size_problem,
     latent_sizes,
     trained_captions,
+    without_pooled,
 )
 from prx_composer.models.prompts import Captions, not_to_be_stored, wordings
 
@@ -224,6 +225,8 @@ class ImageCaptionDataset(BucketedDataset):
         }
         if column in self._texts:
             found["text_embedding"] = self._texts[column].read(bucket, index)
+            if pooled := self._texts[column].column.pooled:
+                found["text_embedding"], found["text_pooled"] = without_pooled(found["text_embedding"], pooled)
         return found
 
     def look_at(self, request: SampleRequest) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from prx_composer.data.contents import said_of_skipped
 from prx_composer.data.dataset import ImageCaptionDataset, UndecodableError
 from prx_composer.data.mixture import MixedDataset
 from prx_composer.data.sampler import BucketBatchSampler, BucketedDataset, fewer_than_a_batch
-from prx_composer.models.encoders import tokenize
-from prx_composer.models.prompts import CaptionCounts
+from prx_composer.models.caption_format import chief, text_mask
+from prx_composer.models.prompts import CaptionCounts, tokenize
 from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.consistency import phases_of
 from prx_composer.schedule.moments import Moment
@@ -45,7 +45,7 @@ class Collator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, max_workers: int = 0):
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.tokenizer, self.max_tokens = tokenizer, chief(tokenizer, max_tokens)[1]
         self.counts = CaptionCounts(max_workers)
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ class Collator:
         if "counted" in samples[0]:
             batch["counted"] = torch.tensor([sample["counted"] for sample in samples])
         if "text_embedding" in samples[0]:
-            batch |= self._packed(samples, tokens["attention_mask"])
+            batch |= self._packed(samples, text_mask(self.tokenizer, tokens["attention_mask"]))
         return batch
 
     def _packed(self, samples: list[dict[str, Any]], mask_BT: Tensor) -> dict[str, Tensor]:
@@ -68,7 +68,10 @@ class Collator:
                     "is another one, or the captions have changed. Encode them again with `prx encode text`."
                 )
         embedding = torch.cat([sample["text_embedding"] for sample in samples])
-        return {"text_embedding": embedding, "text_position": mask_BT.flatten().nonzero().flatten()}
+        packed = {"text_embedding": embedding, "text_position": mask_BT.flatten().nonzero().flatten(), "attention_mask": mask_BT}
+        if "text_pooled" in samples[0]:
+            packed["text_pooled"] = torch.stack([sample["text_pooled"] for sample in samples])
+        return packed
 
 
 def _stack(name: str, tensors: list[Tensor]) -> Tensor:
@@ -232,7 +235,7 @@ class ImageCaptionData(DataSpec):
     Args:
         tokenizer, max_tokens: of the model's text encoder.
         image_size, global_batch_size: of the first stage.
-        multiple: see `BucketBatchSampler`.
+        multiple: sides of images are multiples of this: the patch size × the autoencoder's downsampling.
         seed: of order and choices.
         evaluation: every sample is counted once, in stored order, with any batch size and number of ranks.
         path: folder with the splits, local, or the local cache of `remote`; of a mixture, the folder that holds its data sets.

@@ -11,20 +11,23 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prx_composer.common.errors import UserError, nearest
 from prx_composer.data.contents import column_contents, fetch_if_there
 from prx_composer.data.format import CAPTIONS, ENCODED, IMAGE, MANIFEST, BrokenShardError, Bucket, Manifest
+from prx_composer.models.caption_format import SeveralTokenizers, cleaning_of
 from prx_composer.models.encoders import HuggingFaceTextEncoder
-from prx_composer.models.prompts import Captions, Wording, cleaning_of, wordings
+from prx_composer.models.prompts import Captions, Wording, wordings
+from prx_composer.models.several_encoders import SeveralTextEncoders
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class StoredColumn:
         width: channels of an embedding, a feature or a latent; 0 of captions.
         storage: bfloat16, float16, float32, or int8 with one fp32 scale per token; utf-8 of captions.
         max_tokens: text: captions were cut to so many. captions: no more were written.
+        pooled: text: channels of a pooled vector, which stands before the tokens in rows of their width; None without one.
         image_size: features, latents, captions: side of the square whose area the images had.
         multiple: latents: sides of the images were multiples of this (patch size × downsampling).
         downsampling: latents: image side / latent side.
@@ -65,6 +69,7 @@ class StoredColumn:
     width: int
     storage: str
     max_tokens: int | None = None
+    pooled: int | None = None
     image_size: int | None = None
     multiple: int | None = None
     downsampling: int | None = None
@@ -88,6 +93,8 @@ class StoredColumn:
         known = {
             key: value for key, value in dataclasses.asdict(self).items() if self.kind == CAPTIONS or key not in _OF_CAPTIONS
         }
+        if self.pooled is None:
+            del known["pooled"]
         return json.dumps({"version": 1, **known}, indent=1) + "\n"
 
 
@@ -173,8 +180,8 @@ def manifest_path(folder: Path) -> Path:
     return folder / MANIFEST
 
 
-def fingerprint(module: nn.Module, tokenizer: Any = None) -> str:
-    """Return what tells encoders apart: SHA-256 of values of every weight and statistic, and of tokenizer and caption cleaning.
+def fingerprint(module: nn.Module, tokenizer: Any = None, how: Mapping[str, Any] | None = None) -> str:
+    """Return what tells encoders apart: SHA-256 of values of every weight and statistic, of tokenizers, and of `how` it reads.
 
     Of every tensor, some values are taken, rounded to bf16. The dtype that weights are stored in makes no difference. Weights
     that were trained further differ nearly everywhere.
@@ -188,12 +195,21 @@ def fingerprint(module: nn.Module, tokenizer: Any = None) -> str:
         values = flat[::step][:_SAMPLED].to("cpu", torch.float32).to(torch.bfloat16)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(values.view(torch.int16).numpy().tobytes())
-    if tokenizer is not None:
-        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-        digest.update(json.dumps([vocabulary, tokenizer.padding_side]).encode())
-        if (cleaning := cleaning_of(tokenizer)) != "none":
+    several = [one for one, _ in tokenizer.parts.values()] if isinstance(tokenizer, SeveralTokenizers) else [tokenizer]
+    for one in several if tokenizer is not None else ():
+        vocabulary = sorted(one.get_vocab().items(), key=lambda entry: entry[1])
+        digest.update(json.dumps([vocabulary, one.padding_side]).encode())
+        if (cleaning := cleaning_of(one)) != "none":
             digest.update(cleaning.encode())
+    if how:
+        digest.update(json.dumps(how, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def text_fingerprint(encoder: HuggingFaceTextEncoder | SeveralTextEncoders) -> str:
+    """Return what tells text encoders apart, but for how many tokens they keep."""
+    how = {key: value for key, value in getattr(encoder, "how", {}).items() if key != "cleaning"}  # which the tokenizer has
+    return fingerprint(encoder.network, encoder.tokenizer, how)
 
 
 def pack(values: Tensor, storage: str) -> bytes:
@@ -219,7 +235,19 @@ def unpack(row: dict[str, Any], storage: str) -> Tensor:
     return (flat.view(torch.bfloat16) if storage == "bfloat16" else flat).view(shape)
 
 
-def check_text_column(column: StoredColumn, encoder: HuggingFaceTextEncoder, path: str) -> None:
+def with_pooled(tokens: Tensor, pooled: Tensor) -> Tensor:
+    """Return pooled vector (P,) and tokens (K, C) in one array (R + K, C), R = ⌈P / C⌉."""
+    width = tokens.shape[1]
+    return torch.cat([F.pad(pooled, (0, -len(pooled) % width)).view(-1, width).to(tokens), tokens])
+
+
+def without_pooled(values: Tensor, pooled: int) -> tuple[Tensor, Tensor]:
+    """Return tokens and pooled vector, of `pooled` channels, of what `with_pooled` made."""
+    rows = -(-pooled // values.shape[1])
+    return values[rows:], values[:rows].flatten()[:pooled]
+
+
+def check_text_column(column: StoredColumn, encoder: HuggingFaceTextEncoder | SeveralTextEncoders, path: str) -> None:
     """Check that stored embeddings are those that the model's encoder would make.
 
     Raises:
@@ -234,11 +262,16 @@ def check_text_column(column: StoredColumn, encoder: HuggingFaceTextEncoder, pat
             f"{path}: stored are up to {column.max_tokens} tokens, {column.width} wide, made by {column.encoder}; "
             f"model.text_encoder makes up to {encoder.max_tokens}, {encoder.hidden_size} wide. Set max_tokens, or encode again."
         )
-    if column.fingerprint != fingerprint(encoder.network, encoder.tokenizer):
+    if (column.pooled or 0) != (pooled := getattr(encoder, "pooled_size", 0)):
+        raise UserError(
+            f"{path}: stored are pooled vectors of {column.pooled or 0} channels, made by {column.encoder}; model.text_encoder "
+            f"makes {pooled}. Set its pooled, or run `prx encode text` again."
+        )
+    if column.fingerprint != text_fingerprint(encoder):
         raise UserError(
             f"{path}: the stored embeddings were made by {column.encoder} (revision {column.revision or 'not said'}), whose "
-            "weights or tokenizer, or the cleaning of whose captions (clean), are not those of model.text_encoder. Name the same "
-            "encoder and cleaning, or run `prx encode text` again."
+            "weights or tokenizer, or the cleaning of whose captions (clean) and other settings, are not those of "
+            "model.text_encoder. Name the same encoder and settings, or run `prx encode text` again."
         )
 
 

@@ -27,8 +27,8 @@ from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.data.loader import ImageCaptionData, ImageCaptionLoader
 from prx_composer.data.stored import check_latent_column, check_text_column
 from prx_composer.integrations.foundry_names import OURS
+from prx_composer.models.caption_format import format_of
 from prx_composer.models.encoders import load_tokenizer
-from prx_composer.models.prompts import cleaning_of
 from prx_composer.models.randomness import RandomStreams
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.arguments import build, check_arguments, data_sets
@@ -70,11 +70,13 @@ class Model(TextToImage):
             raise UserError(
                 "model.text_encoder.tokenizer: llm-foundry makes it, for loader and model; at the top: tokenizer: {name: …}."
             )
+        if arguments["text_encoder"].get("name") == "several":
+            raise UserError("model.text_encoder: several encoders have several tokenizers, and llm-foundry one; use prx train.")
         seed = arguments.pop("seed")
         parts = ModelParts({"name": "text_to_image"} | arguments, seed, compiled=True)
         parts.tokenizer = _with_padding(tokenizer)
         if tokenizer is not None:  # which the loader has too
-            tokenizer.caption_cleaning = cleaning_of(parts.text_encoder.tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
+            tokenizer.caption_format = format_of(parts.text_encoder.tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
         model: TextToImage = parts.model
         model.random = _StepStreams(seed)
         if arguments.get("init_from") is not None:

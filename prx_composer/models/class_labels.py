@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from prx_composer.models.encoders import tokenize
-from prx_composer.models.prompts import Reading, readings
+from prx_composer.models.prompts import Reading, readings, tokenize
 
 NO_LABEL = -1.0
 

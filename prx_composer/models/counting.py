@@ -145,7 +145,8 @@ def flops_of_backbone(backbone: Any, height: int, width: int, text_tokens: int, 
         route = None
         if copied.router is not None:
             route = copied.router.draw(1, copied.num_tokens(height, width), torch.Generator())
-        prediction = copied(image, torch.zeros(1), text, torch.ones(1, text_tokens, dtype=torch.bool), route)
+        pooled = {"pooled": torch.zeros(1, copied.pooled_dim)} if getattr(copied, "pooled_dim", 0) else {}
+        prediction = copied(image, torch.zeros(1), text, torch.ones(1, text_tokens, dtype=torch.bool), route, **pooled)
         if backward:
             _gradients([prediction], list(copied.parameters()))
     return counter.flops

@@ -36,6 +36,7 @@ class DiffusersBackbone(nn.Module):
     Attributes:
         model: diffusers' own module.
         signature: what is known of its class.
+        pooled_dim: channels of the pooled text that it takes; 0: none.
 
     Raises:
         ValueError: sizes that don't fit together, and what a resumed run could not repeat.
@@ -58,6 +59,8 @@ class DiffusersBackbone(nn.Module):
         self.hidden_size: int = config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
         self.context_argument = signature.text_argument(config)
         self.context_in_dim: int = config[self.context_argument] if self.context_argument else TEXT_LABEL
+        self.pooled_argument = signature.pooled_width
+        self.pooled_dim: int = config[self.pooled_argument] if self.pooled_argument else 0
         if self.context_argument is None:
             self.num_labels: int = config["num_embeds_ada_norm"]
         self._check()
@@ -72,11 +75,6 @@ class DiffusersBackbone(nn.Module):
         for name in signature.equal_width:
             if config[name] not in (None, self.hidden_size):
                 raise ValueError(f"{name} is {config[name]}, but must be the hidden size, which is {self.hidden_size}.")
-        if (pooled := config.get(signature.pooled_width)) not in (None, self.context_in_dim):
-            raise ValueError(
-                f"{signature.pooled_width} is {pooled}, but the pooled text is the mean of the text's tokens, which are "
-                f"{self.context_in_dim} wide by {self.context_argument}; set both to one number."
-            )
         if config.get("dropout"):
             raise ValueError(f"dropout: {config['dropout']} draws what a resumed run would not draw again; set it to 0.0.")
         for module in self.model.modules():  # a caption that is dropped has the empty one's label
@@ -168,12 +166,17 @@ class DiffusersBackbone(nn.Module):
         attention_mask: Tensor | None = None,
         route: Route | None = None,
         return_taps: bool = False,
+        pooled: Tensor | None = None,
     ) -> Any:
         """Predict from a noised image; arguments and what is returned are as of `PRXBackbone.forward`.
 
         Channels of the output beyond the image's, as of a learned variance, are left out.
+
+        Args:
+            pooled: (B, pooled_dim), of the text; for the classes that take one.
         """
-        x, signature = self._inputs(hidden_states, timestep, encoder_hidden_states, attention_mask), self.signature
+        x = self._inputs(hidden_states, timestep, encoder_hidden_states, attention_mask, pooled)
+        signature = self.signature
         with _Hooks(self, x, route).attached() as taps:
             output = self.model(**signature.inputs(x), return_dict=False)[0]
         if signature.packs:
@@ -181,13 +184,13 @@ class DiffusersBackbone(nn.Module):
         prediction = signature.prediction(output[:, : self.in_channels])
         return (prediction, taps) if return_taps else prediction
 
-    def _inputs(self, image: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None) -> Inputs:
+    def _inputs(self, image: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None, pooled: Tensor | None) -> Inputs:
         grid, batch_size = self._grid(*image.shape[-2:]), image.shape[0]
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask.bool()
         text = text * mask[..., None]  # classes without a mask see padding: the same, whoever encodes
-        pooled = text.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        pooled = text.new_zeros(batch_size, 0) if pooled is None else pooled
         image = _pack(image, self.patch_size) if self.signature.packs else image
-        return Inputs(image, timestep.expand(batch_size), text, mask, pooled.type_as(text), grid, self.config)
+        return Inputs(image, timestep.expand(batch_size), text, mask, pooled, grid, self.config)
 
 
 class _Hooks:

@@ -13,24 +13,26 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prx_composer.models.autoencoder import Pixels
+from prx_composer.models.caption_format import Cleaning, format_of, text_mask, with_format, without_instruction
 from prx_composer.models.compiling import compile_layers
 from prx_composer.models.huggingface import (
     Frozen,
+    Pooled,
     UnknownConfiguration,
     attend_without_reading,
+    check_clip,
     known_config,
     load_config,
     makes_no_storage,
+    pretrained_encoder,
     random_config,
+    random_encoder,
     says_how_to_get,
 )
 from prx_composer.models.layers import cached_tensor
-from prx_composer.models.prompts import CaptionCounts, Cleaning, Reading, cleaned, readings, with_cleaning
+from prx_composer.models.prompts import Reading, readings, tokenize
 
 log = logging.getLogger(__name__)
-
-# Encoder-only classes, so that a decoder's weights are never loaded only to be thrown away.
-_ENCODER_CLASSES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "t5gemma": "T5GemmaEncoderModel", "clip": "CLIPTextModel"}
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerBase:
@@ -69,53 +71,35 @@ def load_tokenizer(name_or_folder: str, revision: str | None = None, local_files
     return tokenizer
 
 
-def _text_tower(model: nn.Module) -> nn.Module:
-    """Return the part of a multimodal or encoder-decoder model that reads text."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        return model.get_encoder()  # pyright: ignore[reportCallIssue]
-    if hasattr(model, "vision_model") or hasattr(model, "visual"):
-        return getattr(model, "language_model", None) or model.text_model  # pyright: ignore[reportReturnType]
-    return model
-
-
-def _pretrained_encoder(name: str, revision: str | None) -> nn.Module:
-    with says_how_to_get(name):
-        hf_config = load_config(name, revision)
-        cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), AutoModel)
-        extra: dict[str, Any] = {"trust_remote_code": False}
-        if hf_config.model_type == "t5gemma":  # diffusers' own PRX folders have the inner encoder's names
-            extra |= {"is_encoder_decoder": False, "key_mapping": {r"^(embed_tokens|layers|norm)\.": r"encoder.\1."}}
-        return _text_tower(cls.from_pretrained(name, revision=revision, dtype=torch.float32, **extra))
-
-
-def random_encoder(hf_config: Any) -> nn.Module:
-    """Return the part of a network that reads text, with random weights, by the configuration of the whole network."""
-    cls = getattr(transformers, _ENCODER_CLASSES.get(hf_config.model_type, ""), None)
-    if hf_config.model_type == "t5gemma":
-        hf_config.is_encoder_decoder = False
-    if cls is None:
-        return _text_tower(AutoModel.from_config(hf_config, trust_remote_code=False))
-    if not isinstance(hf_config, cls.config_class):  # of a network that also sees
-        hf_config = hf_config.get_text_config()
-    return _text_tower(cls(hf_config))
-
-
 class HuggingFaceTextEncoder(nn.Module):
-    """Turns captions into embeddings (B, T, C) and a mask (B, T).
+    """Turns captions into embeddings (B, K, C), and a pooled vector (B, P) of each if that is asked for.
 
     Args:
         tokenizer: from `load_tokenizer` or `train_tokenizer`.
         pretrained: hub id or folder of the encoder.
         config: transformers configuration of an encoder with random weights instead: `model_type` and its arguments.
-        max_tokens: captions are cut and padded to this many tokens.
+        max_tokens: captions are cut and padded to this many tokens, K.
         trainable: train it with the backbone (its weights are then in checkpoints); else it is frozen and left out.
         dtype: storage dtype of a frozen encoder.
         revision: of `pretrained`.
         clean: what captions and prompts go through first: nothing, "prx" (the rules of the released PRXPipeline: lower case, no
-            brackets, long numbers, addresses …) or "basic" (PRXPixelPipeline's: HTML entities and broken encodings).
+            brackets, long numbers, addresses …), "basic" (PRXPixelPipeline's: HTML entities and broken encodings) or "lower"
+            (Sana's and PixArt's: lower case).
+        layer: the hidden states that are the embeddings, of all that the network has: −2, before its last layer, as SD3 takes
+            CLIP's and Lumina2 Gemma's. By default what the network gives, after its last norm.
+        pooled: give a vector of the whole caption too: the mean of its tokens; or of CLIP that at its end token, as FLUX ("end"),
+            or the projection of that, as SD3 ("projected").
+        instruction: text that stands before every caption but the empty one, as Sana's and Lumina2's.
+        keep_instruction: whether its tokens are among the `max_tokens`, as Lumina2's. If not, all of it is read, and its first
+            and its last token are kept, as Sana's (arXiv:2410.10629, section 3).
+        attend_padding: read padding as text, as SD3 and FLUX do, instead of masking it.
+        compile: `torch.compile` the layers of a frozen encoder, as a few graphs for captions of all lengths.
+
+    Attributes:
+        pooled_size: P; 0 without.
 
     Raises:
-        ValueError: neither or both of `pretrained` and `config`; an embedding table smaller than the vocabulary.
+        ValueError: settings that don't go together; an embedding table smaller than the vocabulary; too many tokens for CLIP.
         OSError: weights that cannot be had (missing, gated, offline).
     """
 
@@ -129,19 +113,29 @@ class HuggingFaceTextEncoder(nn.Module):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         revision: str | None = None,
         clean: Cleaning = "none",
+        layer: int | None = None,
+        pooled: Pooled | None = None,
+        instruction: str = "",
+        keep_instruction: bool = True,
+        attend_padding: bool = False,
+        compile: bool = False,
     ):
         super().__init__()
         if (pretrained is None) == (config is None):
             raise ValueError("text_encoder needs either `pretrained` (hub id or folder) or `config` (random weights).")
-        self.tokenizer = with_cleaning(tokenizer, clean)
-        self.max_tokens = max_tokens
-        self.trainable = trainable
+        if trainable and layer is not None and pooled not in ("end", "projected"):
+            raise ValueError(f"layer: {layer} leaves out layers that trainable: true would train; leave one of the two out.")
+        if trainable and compile:
+            raise ValueError("compile: true is for a frozen encoder; leave it out, or trainable.")
+        self.tokenizer = with_format(tokenizer, clean, instruction, keep_instruction, attend_padding)
+        self.layer, self.pooled, self._skipped = layer, pooled, format_of(self.tokenizer).skipped
+        self.max_tokens, self.trainable, self.compiled = max_tokens, trainable, compile
         self.null_input_ids: Tensor
         self.null_attention_mask: Tensor
         if pretrained is not None:
-            encoder = _pretrained_encoder(pretrained, revision)
+            encoder = pretrained_encoder(pretrained, revision, pooled)
         else:
-            encoder = random_encoder(random_config(config or {}, vocab_size=len(tokenizer)))
+            encoder = random_encoder(random_config(config or {}, vocab_size=len(tokenizer)), pooled)
         attend_without_reading(encoder)
         vocabulary = encoder.get_input_embeddings().num_embeddings  # pyright: ignore[reportCallIssue]
         if vocabulary < len(tokenizer):
@@ -149,26 +143,35 @@ class HuggingFaceTextEncoder(nn.Module):
                 f"The tokenizer has {len(tokenizer)} tokens but the text encoder only {vocabulary} embeddings; "
                 "set model.text_encoder.tokenizer to the encoder's own, or leave vocab_size out of its config."
             )
-        hf_config: Any = encoder.config
-        hf_config = getattr(hf_config, "encoder", hf_config)  # T5Gemma's configuration holds two
+        hf_config: Any = getattr(encoder.config, "encoder", encoder.config)  # T5Gemma's configuration holds two
+        check_clip(hf_config, tokenizer, max_tokens + self._skipped, pooled)
         self.hidden_size = int(hf_config.hidden_size)
+        self.pooled_size = 0 if pooled is None else int(hf_config.projection_dim) if pooled == "projected" else self.hidden_size
         if trainable:
             self.encoder = encoder
         else:
             self._frozen = Frozen(encoder, getattr(torch, dtype))
+            if compile and not makes_no_storage():
+                compile_layers(encoder)
         self._cuts: bool | None = None  # whether captions may be cut to their valid tokens, once it has been tried
         null = self.tokenize([""])
         self._null_tokens = 0 if makes_no_storage() else int(null["attention_mask"].sum())
-        self.register_buffer("null_input_ids", null["input_ids"], persistent=False)
-        self.register_buffer("null_attention_mask", null["attention_mask"], persistent=False)
+        for part, values in null.items():
+            self.register_buffer(f"null_{part}", values, persistent=False)
 
     @property
     def network(self) -> nn.Module:
         """The module of transformers, trained or frozen."""
         return self.encoder if self.trainable else self._frozen.module
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """What its embeddings depend on beside weights, tokenizer and `max_tokens`, but for what is at its default."""
+        told = {"layer": self.layer, "pooled": self.pooled} | vars(format_of(self.tokenizer))
+        return {key: value for key, value in told.items() if value not in (None, "none", "", 0, False)}
+
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        """Return `input_ids` int64 and `attention_mask` bool, both (B, max_tokens)."""
+        """Return `input_ids` int64 and `attention_mask` bool, both (B, T): `max_tokens`, and an instruction that isn't kept."""
         return tokenize(self.tokenizer, texts, self.max_tokens)
 
     def readings(self, texts: list[str]) -> list[Reading]:
@@ -181,8 +184,10 @@ class HuggingFaceTextEncoder(nn.Module):
         attention_mask: Tensor,
         order: Tensor | None = None,
         groups: Sequence[tuple[int, int]] = (),
-    ) -> Tensor:
-        """Return embeddings (B, T, hidden_size), fp32 outside of autocast, of token ids and a mask, both (B, T).
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return embeddings (B, K, hidden_size), fp32 outside of autocast, of token ids and a mask, both (B, T).
+
+        With `pooled`, return them and the pooled vectors (B, pooled_size).
 
         Args:
             order: int64 (B,): the captions, such that members of a group stand together. A frozen encoder then encodes each group
@@ -191,16 +196,38 @@ class HuggingFaceTextEncoder(nn.Module):
             groups: of each, how many captions it has, and how many tokens at most, which the host knows.
         """
         if self.trainable:
-            return self.encoder(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
-        with torch.no_grad():
-            self._frozen.on(input_ids.device)
-            if order is None or not self._may_cut(input_ids[order[:1]], attention_mask[order[:1]]):
-                return self._encode(input_ids, attention_mask, input_ids.shape[1])
-            embedding = torch.zeros(*input_ids.shape, self.hidden_size, device=input_ids.device)
-            for members, (_, tokens) in zip(order.split([count for count, _ in groups]), groups, strict=True):
-                found = self._encode(input_ids[members], attention_mask[members], tokens)
-                embedding[members, self._kept(input_ids.shape[1], found.shape[1])] = found
-            return embedding.masked_fill(~attention_mask[..., None], 0)
+            made = self._read(self.encoder, input_ids, attention_mask)
+        else:
+            with torch.no_grad():
+                self._frozen.on(input_ids.device)
+                made = self._read_frozen(input_ids, attention_mask, order, groups)
+        embedding, pooled = without_instruction(made[0], self._skipped), made[1]
+        if self.pooled == "mean":
+            mask = text_mask(self.tokenizer, attention_mask)
+            pooled = (embedding * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        return embedding if pooled is None else (embedding, pooled)
+
+    def _read(self, network: Any, input_ids: Tensor, attention_mask: Tensor, **places: Any) -> tuple[Tensor, Tensor | None]:
+        """Return embeddings (B, T, C) and what the network itself pools (B, P), if that is asked for."""
+        options = places | ({} if self.layer is None else {"output_hidden_states": True})
+        output = network(input_ids=input_ids, attention_mask=attention_mask.long(), **options)
+        embedding = output.last_hidden_state if self.layer is None else output.hidden_states[self.layer]
+        pooled = {"end": "pooler_output", "projected": "text_embeds"}.get(self.pooled or "")
+        return embedding, None if pooled is None else output[pooled]
+
+    def _read_frozen(
+        self, input_ids: Tensor, attention_mask: Tensor, order: Tensor | None, groups: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        if order is None or not self._may_cut(input_ids[order[:1]], attention_mask[order[:1]]):
+            return self._encode(input_ids, attention_mask, input_ids.shape[1])
+        embedding = torch.zeros(*input_ids.shape, self.hidden_size, device=input_ids.device)
+        pooled = torch.zeros(len(input_ids), self.pooled_size, device=input_ids.device)
+        for members, (_, tokens) in zip(order.split([count for count, _ in groups]), groups, strict=True):
+            found, own = self._encode(input_ids[members], attention_mask[members], tokens)
+            embedding[members, self._kept(input_ids.shape[1], found.shape[1])] = found
+            if own is not None:
+                pooled[members] = own
+        return embedding.masked_fill(~attention_mask[..., None], 0), pooled if self.pooled else None
 
     def _kept(self, of: int, tokens: int) -> slice:
         """Return where valid tokens stand."""
@@ -208,49 +235,27 @@ class HuggingFaceTextEncoder(nn.Module):
             return slice(None)
         return slice(of - tokens, of) if self.tokenizer.padding_side == "left" else slice(tokens)
 
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor, tokens: int) -> Tensor:
-        """Return the frozen encoder's embeddings of captions without their padding beyond so many tokens."""
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
+        """Return what the frozen encoder makes of captions without their padding beyond so many tokens."""
         width = input_ids.shape[1]
         kept = self._kept(width, max(tokens, self._null_tokens))  # the empty caption may take a caption's place
         encoder, places = self._frozen.module, dict[str, Any]()
         if kept.start and "position_ids" in inspect.signature(encoder.forward).parameters:  # tokens stay in their places
             places["position_ids"] = torch.arange(kept.start, width, device=input_ids.device)[None]
-        given = {"input_ids": input_ids[:, kept], "attention_mask": attention_mask[:, kept].long(), **places}
-        return encoder(**given).last_hidden_state.float()
+        embedding, pooled = self._read(encoder, input_ids[:, kept], attention_mask[:, kept], **places)
+        return embedding.float(), None if pooled is None else pooled.float()
 
     def _may_cut(self, input_ids: Tensor, attention_mask: Tensor) -> bool:
         """Return whether valid tokens are the same without any padding, which is tried once, on one caption (1, T)."""
         if self._cuts is None:
             tokens = max(int(attention_mask.sum()), self._null_tokens, 1)
-            whole = self._encode(input_ids, attention_mask, input_ids.shape[1])[:, self._kept(input_ids.shape[1], tokens)]
-            cut = self._encode(input_ids, attention_mask, tokens)
+            whole = self._encode(input_ids, attention_mask, input_ids.shape[1])[0][:, self._kept(input_ids.shape[1], tokens)]
+            cut = self._encode(input_ids, attention_mask, tokens)[0]
             rounds = torch.is_autocast_enabled(input_ids.device.type) or self._frozen.module.dtype != torch.float32
             self._cuts = bool((cut - whole).norm() <= (0.1 if rounds else 0.01) * whole.norm())
             if not self._cuts:
                 log.warning("model.text_encoder: what it makes of a caption depends on padding, so that all of it is encoded.")
         return self._cuts
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int, counts: CaptionCounts | None = None
-) -> dict[str, Tensor]:
-    """Return `input_ids` int64 and `attention_mask` bool, both (B, max_tokens), of captions, cleaned as the tokenizer says.
-
-    Args:
-        counts: is told how many were cut.
-    """
-    texts = cleaned(tokenizer, texts)
-    tokens: Any = tokenizer(
-        texts,
-        padding="max_length",
-        max_length=max_tokens,
-        truncation=True,
-        return_attention_mask=True,
-        return_tensors="pt",
-    )
-    if counts is not None:
-        counts.add(tokenizer, texts, tokens)
-    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"].bool()}
 
 
 # ------------------------------------------------------------------------------------------------------- images

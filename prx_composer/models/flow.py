@@ -15,11 +15,19 @@ from prx_composer.models.routing import Route, Router
 # ------------------------------------------------------------------------------------------------------------- training
 
 
+NONE_POOLED = torch.zeros(0, 0)
+
+
 class TextConditioning(NamedTuple):
     """Encoded captions."""
 
     embedding: Tensor  # (B, T, C)
     mask: Tensor  # bool (B, T), True = real token
+    pooled: Tensor = NONE_POOLED  # (B, P); empty where no encoder gives one
+
+    def beside(self) -> dict[str, Tensor]:
+        """Return what a backbone is given beside the embedding: the mask, and the pooled vectors if there are any."""
+        return {"attention_mask": self.mask} | ({"pooled": self.pooled} if self.pooled.shape[1] else {})
 
 
 @dataclass

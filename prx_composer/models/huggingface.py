@@ -10,15 +10,17 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
+    AutoModel,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -133,6 +135,73 @@ def attend_without_reading(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "sdpa":
             module.set_attn_implementation(_ATTENTION)
+
+
+# -------------------------------------------------------------------------------------------------------- text encoders
+
+
+# Encoder-only classes, so that a decoder's weights are never loaded only to be thrown away.
+_ENCODER_CLASSES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "t5gemma": "T5GemmaEncoderModel", "clip": "CLIPTextModel"}
+Pooled = Literal["mean", "end", "projected"]
+
+
+def _encoder_class(model_type: str, pooled: Pooled | None) -> Any:
+    """Return the class of transformers that reads text, None for the one that `AutoModel` knows."""
+    if pooled in ("end", "projected") and model_type not in ("clip", "clip_text_model"):
+        raise ValueError(f"pooled: {pooled} is of CLIP's text encoders, not of {model_type}; pooled: mean is of all.")
+    if pooled == "projected":
+        return transformers.CLIPTextModelWithProjection
+    return getattr(transformers, _ENCODER_CLASSES.get(model_type, ""), None)
+
+
+def _text_tower(model: nn.Module) -> nn.Module:
+    """Return the part of a multimodal or encoder-decoder model that reads text."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model.get_encoder()  # pyright: ignore[reportCallIssue]
+    if hasattr(model, "vision_model") or hasattr(model, "visual"):
+        return getattr(model, "language_model", None) or model.text_model  # pyright: ignore[reportReturnType]
+    return model
+
+
+def pretrained_encoder(name: str, revision: str | None, pooled: Pooled | None = None) -> nn.Module:
+    """Return the part of a network that reads text, by hub id or folder, with what a pooled text of it needs."""
+    with says_how_to_get(name):
+        hf_config = load_config(name, revision)
+        cls = _encoder_class(hf_config.model_type, pooled) or AutoModel
+        extra: dict[str, Any] = {"trust_remote_code": False}
+        if hf_config.model_type == "t5gemma":  # diffusers' own PRX folders have the inner encoder's names
+            extra |= {"is_encoder_decoder": False, "key_mapping": {r"^(embed_tokens|layers|norm)\.": r"encoder.\1."}}
+        return _text_tower(cls.from_pretrained(name, revision=revision, dtype=torch.float32, **extra))
+
+
+def random_encoder(hf_config: Any, pooled: Pooled | None = None) -> nn.Module:
+    """Return the part of a network that reads text, with random weights, by the configuration of the whole network."""
+    cls = _encoder_class(hf_config.model_type, pooled)
+    if hf_config.model_type == "t5gemma":
+        hf_config.is_encoder_decoder = False
+    if cls is None:
+        return _text_tower(AutoModel.from_config(hf_config, trust_remote_code=False))
+    if not isinstance(hf_config, cls.config_class):  # of a network that also sees
+        hf_config = hf_config.get_text_config()
+    return _text_tower(cls(hf_config))
+
+
+def check_clip(config: Any, tokenizer: Any, tokens: int, pooled: Pooled | None) -> None:
+    """Check that CLIP's text encoder can read so many tokens, and knows where a caption ends if it pools; others pass.
+
+    Raises:
+        ValueError: it has fewer positions, or looks for another end token than the tokenizer's.
+    """
+    if not config.model_type.startswith("clip"):
+        return
+    if tokens > config.max_position_embeddings:
+        raise ValueError(f"max_tokens: {tokens} are more than the {config.max_position_embeddings} that CLIP has positions for.")
+    known, end = config.eos_token_id, getattr(tokenizer, "eos_token_id", None)
+    is_last = known == 2 and end == len(tokenizer) - 1  # CLIP's first configurations say 2, and transformers takes the last one
+    if pooled in ("end", "projected") and end not in (None, known) and not is_last:
+        raise ValueError(
+            f"pooled: {pooled} is taken at token {known}, and the tokenizer's end is {end}: config.eos_token_id: {end}."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ frozen networks
@@ -278,6 +347,23 @@ _ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
+_TEXT: dict[str, dict[str, Any]] = {  # the part that reads text, of networks that also see, and of language models
+    "openai/clip-vit-large-patch14": dict(
+        model_type="clip_text_model", projection_dim=768, vocab_size=49_408, **_sizes(768, 12, 12, intermediate_size=3072)
+    ),
+    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": dict(
+        model_type="clip_text_model", projection_dim=1280, vocab_size=49_408, **_sizes(1280, 32, 20, intermediate_size=5120)
+    ),
+    "google/gemma-2-2b": dict(
+        model_type="gemma2",
+        vocab_size=256_000,
+        num_key_value_heads=4,
+        head_dim=256,
+        **_sizes(2304, 26, 8, intermediate_size=9216),
+    ),
+}
+
+
 def known_config(name: str, revision: str | None = None, reads_text: bool = False) -> dict[str, Any] | None:
     """Return the configuration of an encoder by folder or hub id, if it is here: on disk, in the cache, or in the table above.
 
@@ -291,6 +377,6 @@ def known_config(name: str, revision: str | None = None, reads_text: bool = Fals
         config = load_config(name, revision, local_files_only=True)
     except (OSError, ValueError):
         known = _ENCODERS.get(name)
-        return None if reads_text and known is not None and "patch_size" in known else known
+        return _TEXT.get(name) if reads_text and (known is None or "patch_size" in known) else known
     defaults = type(config)().to_dict()
     return {"model_type": config.model_type} | {k: v for k, v in config.to_diff_dict().items() if k in defaults}

@@ -1,18 +1,19 @@
-"""How captions and prompts become tokens: worded anew in training, cleaned by PRX's rules, cut at the last token that fits."""
+"""How captions and prompts become tokens: worded anew in training, cut at the last token that fits."""
 
-import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from prx_composer.common.errors import first
+from prx_composer.models.caption_format import SeveralTokenizers, chief, format_of, formatted
 
 _NAMED = 20  # prompts that are named; the others are counted
 _SHOWN = 60  # characters of a text
@@ -43,12 +44,13 @@ class Reading:
         return self.read is None and not self.unknown
 
 
-def readings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int) -> list[Reading]:
-    """Return how each text is read when it is cut to `max_tokens`."""
+def readings(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[Reading]:
+    """Return how each text is read when it is cut to `max_tokens`; with several encoders, by the one that reads most."""
     if not texts:
         return []
-    clean = cleaned(tokenizer, list(texts))
-    cut: Any = tokenizer(clean, max_length=max_tokens, truncation=True)
+    tokenizer, max_tokens = chief(tokenizer, max_tokens)
+    clean = formatted(tokenizer, texts)
+    cut: Any = tokenizer(clean, max_length=max_tokens + format_of(tokenizer).skipped, truncation=True)
     lost = cut_off(tokenizer, clean, cut)
     found = []
     for index, text in enumerate(clean):
@@ -210,55 +212,31 @@ class CaptionCounts:
         return "; ".join(said) or None
 
 
-Cleaning = Literal["none", "basic", "prx"]
-T = TypeVar("T")
+def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, counts: CaptionCounts | None = None) -> dict[str, Tensor]:
+    """Return `input_ids` int64 and `attention_mask` bool, both (B, T), of captions, read as the tokenizer says.
 
-
-def cleaner(cleaning: Cleaning) -> Callable[[str], str]:
-    """Return what a caption goes through: nothing, or with "basic" and "prx" the rules of PRXPixelPipeline and PRXPipeline.
-
-    Raises:
-        ValueError: no such cleaning, or ftfy, which both of them need, is not installed.
+    Args:
+        tokenizer: one, or `SeveralTokenizers`, whose tokens come one after another.
+        max_tokens: that are kept; see `HuggingFaceTextEncoder`. Several know their own.
+        counts: is told how many were cut; of several, by the one that reads most.
     """
-    if cleaning not in ("none", "basic", "prx"):
-        raise ValueError(f"clean must be none, basic or prx, not {cleaning!r}.")
-    if cleaning == "none":
-        return lambda text: text
-    try:
-        import ftfy  # noqa: F401 (diffusers imports it if it is there, and fails at the first text if it isn't)
-    except ImportError as error:
-        raise ValueError(f"clean: {cleaning} needs ftfy, which is not installed: `pip install ftfy`.") from error
-    from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
-
-    return TextPreprocessor().basic_clean if cleaning == "basic" else TextPreprocessor().clean_text
-
-
-# A tokenizer carries its cleaning, so that whoever is given it to make tokens makes the same: loaders and their workers, `prx
-# encode`, `prx data stats`, sampling.
-
-
-def with_cleaning(tokenizer: T, cleaning: Cleaning) -> T:
-    """Return the tokenizer, or a shallow copy of it, that cleans captions first, where `tokenize` or `cleaned` is asked.
-
-    Raises:
-        ValueError: as `cleaner`.
-    """
-    cleaner(cleaning)
-    if cleaning_of(tokenizer) == cleaning:
-        return tokenizer
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.caption_cleaning = cleaning  # pyright: ignore[reportAttributeAccessIssue]
-    return tokenizer
-
-
-def cleaning_of(tokenizer: object) -> Cleaning:
-    return getattr(tokenizer, "caption_cleaning", "none")
-
-
-def cleaned(tokenizer: object, texts: list[str]) -> list[str]:
-    """Return the texts as this tokenizer is to read them."""
-    clean = cleaner(cleaning_of(tokenizer))
-    return [clean(text) for text in texts]
+    if isinstance(tokenizer, SeveralTokenizers):
+        most, _ = chief(tokenizer, max_tokens)
+        each = [tokenize(one, texts, count, counts if one is most else None) for one, count in tokenizer.parts.values()]
+        return {name: torch.cat([part[name] for part in each], 1) for name in ("input_ids", "attention_mask")}
+    form, texts = format_of(tokenizer), formatted(tokenizer, texts)
+    tokens: Any = tokenizer(
+        texts,
+        padding="max_length",
+        max_length=max_tokens + form.skipped,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    if counts is not None:
+        counts.add(tokenizer, texts, tokens)
+    mask = tokens["attention_mask"].bool()
+    return {"input_ids": tokens["input_ids"], "attention_mask": mask | form.attend_padding}
 
 
 # What training reads of a caption. Captions that were written for training are long, and prompts are short.

@@ -6,12 +6,15 @@ tokens are. Anybody's own joins by `@registry.signatures.register("SomeTransform
 Shape suffixes: B batch, C channels, N image tokens, T text tokens, D hidden size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Hows = Sequence[Mapping[str, Any]]  # `how` of each text encoder, in order
+Places = Sequence[Sequence[int]]  # encoders by number, whose tokens stand one after another; see `SeveralTextEncoders`
 
 TEXT_LABEL = 1  # width of a text embedding that is a class label, and nothing else
 
@@ -23,7 +26,7 @@ class Inputs(NamedTuple):
     t: Tensor  # fp32 (B,), 1 = noise
     text: Tensor  # (B, T, C), zero where there is no token
     mask: Tensor  # bool (B, T), True = real token
-    pooled: Tensor  # (B, C), the mean of the real tokens
+    pooled: Tensor  # (B, P), P = 0 of classes that take none
     grid: tuple[int, int]  # rows and columns of patches
     config: Mapping[str, Any]  # the class's arguments
 
@@ -59,7 +62,6 @@ class Signature:
         borrows_first_block: the class uses a layer of its first block outside of it, so that FSDP must not shard that by itself.
         unroutable: why tokens cannot skip blocks; None = they can.
         pipeline: of diffusers, that takes the steps that are taken here.
-        pipeline_reads: whether it reads prompts with one text encoder as we do; else it is given embeddings.
         zeros: names of linear layers that begin at zero, so that a block begins as the identity. One with a dot ends a name.
     """
 
@@ -73,7 +75,6 @@ class Signature:
     borrows_first_block: bool = False
     unroutable: str | None = None
     pipeline: str | None = None
-    pipeline_reads: bool = False
     zeros: tuple[str, ...] = ()
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
@@ -88,6 +89,10 @@ class Signature:
         """Return where image tokens begin in the sequences of `joint` blocks, int64 (B, 1); None = they are the last."""
         return None
 
+    def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
+        """Return whether the pipeline makes of prompts what these text encoders do; else it is given embeddings."""
+        return False
+
     def text_argument(self, config: Mapping[str, Any]) -> str | None:
         """Return `text_width`, or what takes its place with these arguments."""
         return self.text_width
@@ -98,13 +103,20 @@ class Signature:
 
 
 class SD3(Signature):
-    """MMDiT (arXiv:2403.03206): text and image are two streams; no mask: what is attended to beyond the text is zero."""
+    """MMDiT (arXiv:2403.03206): text and image are two streams; no mask: padding is attended to, as zero unless it is read.
+
+    Its pipeline reads padding: of two CLIP encoders side by side, at their last layer but one, then of T5.
+    """
 
     blocks = (BlockList("transformer_blocks", output=1),)
     text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
     equal_width = ("caption_projection_dim",)
     pipeline = "StableDiffusion3Pipeline"
     zeros = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
+
+    def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
+        clip = {"layer": -2, "pooled": "projected", "attend_padding": True}
+        return [*encoders] == [clip, clip, {"attend_padding": True}] and tokens == [[0, 1], [2]]
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
         text = dict(encoder_hidden_states=x.text, pooled_projections=x.pooled)
@@ -117,7 +129,8 @@ class SD3(Signature):
 class Flux(Signature):
     """FLUX.1: blocks of two streams, then of one; 2×2 latent pixels are a token, at a rotary position.
 
-    `patch_size: p` makes tokens of p×p pixels, with in_channels: C·p² and out_channels: C.
+    `patch_size: p` makes tokens of p×p pixels, with in_channels: C·p² and out_channels: C. No mask: padding is attended to, as
+    zero unless it is read. Its pipeline reads it, of T5; of CLIP it takes the pooled vector alone.
     """
 
     blocks = (BlockList("transformer_blocks", output=1), BlockList("single_transformer_blocks", output=1))
@@ -126,6 +139,10 @@ class Flux(Signature):
     pipeline = "FluxPipeline"
     unroutable = "its blocks take one table of positions for the whole batch, and every image keeps tokens of its own"
     zeros = ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "proj_out")
+
+    def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
+        clip = {"pooled": "end", "attend_padding": True}
+        return [*encoders] == [clip, {"attend_padding": True}] and tokens == [[1]]
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
         rows, columns = (torch.arange(side, device=x.t.device) for side in x.grid)
@@ -149,6 +166,10 @@ class PixArt(Signature):
         text = dict(encoder_hidden_states=x.text, encoder_attention_mask=x.mask)
         return dict(hidden_states=x.image, timestep=1000 * x.t, added_cond_kwargs=size) | text
 
+    def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
+        """Return whether the pipeline makes of prompts what these text encoders do; else it is given embeddings."""
+        return False
+
     def text_argument(self, config: Mapping[str, Any]) -> str | None:
         return "caption_channels" if config["caption_channels"] else "cross_attention_dim"
 
@@ -159,9 +180,14 @@ class Sana(Signature):
     blocks = (BlockList("transformer_blocks"),)
     text_width = "caption_channels"
     equal_width = ("cross_attention_dim",)
-    pipeline, pipeline_reads = "SanaPipeline", True
+    pipeline = "SanaPipeline"
     unroutable = "its blocks convolve over the grid of patches, which needs all of them"
     zeros = ("attn2.to_out.0", "proj_out")
+
+    def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
+        first = encoders[0]  # which reads what stands behind an instruction, of which two tokens are kept; or without one
+        beside = {key: value for key, value in first.items() if key not in ("instruction", "skipped")}
+        return len(encoders) == 1 and beside == {"cleaning": "lower"} and ("instruction" in first) == ("skipped" in first)
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
         guidance = torch.ones_like(x.t) * x.config["guidance_embeds_scale"] if x.config["guidance_embeds"] else None
@@ -191,6 +217,10 @@ class Lumina2(Signature):
     pipeline = "Lumina2Pipeline"
     zeros = ("norm1.linear", "norm_out.linear_2")
 
+    def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
+        own = [{"layer": -2, "instruction": one.get("instruction", "")} for one in encoders[:1]]
+        return [*encoders] == own and own[0]["instruction"].endswith(" <Prompt Start> ")
+
     def inputs(self, x: Inputs) -> dict[str, Any]:
         order = x.mask.int().argsort(dim=1, descending=True, stable=True)  # the real tokens first, wherever they were padded
         text = x.text.gather(1, order[..., None].expand_as(x.text))
@@ -213,8 +243,11 @@ class AuraFlow(Signature):
     blocks = (BlockList("joint_transformer_blocks", output=1), BlockList("single_transformer_blocks", joint=True))
     text_width = "joint_attention_dim"
     equal_width = ("caption_projection_dim",)
-    pipeline, pipeline_reads = "AuraFlowPipeline", True
+    pipeline = "AuraFlowPipeline"
     zeros = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
+
+    def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
+        return [*encoders] == [{}]
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
         return dict(hidden_states=x.image, timestep=x.t, encoder_hidden_states=x.text)

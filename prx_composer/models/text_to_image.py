@@ -14,8 +14,10 @@ from torchmetrics import Metric
 
 from prx_composer.models.autoencoder import Autoencoder, Pixels
 from prx_composer.models.backbone import PRXBackbone
+from prx_composer.models.caption_format import chief, text_mask
 from prx_composer.models.encoders import HuggingFaceTextEncoder
 from prx_composer.models.flow import (
+    NONE_POOLED,
     AuxiliaryLosses,
     ClassifierFreeGuidance,
     FlowOutput,
@@ -71,7 +73,7 @@ class ValidationLoss(Metric):
         return (self.total / self.count).float()
 
 
-def _check_text(backbone: Any, text_encoder: Any) -> None:
+def check_text(backbone: Any, text_encoder: Any) -> None:
     """Raise ValueError unless the backbone takes what the text encoder makes."""
     if backbone.context_in_dim != text_encoder.hidden_size:
         named = getattr(backbone, "context_argument", "context_in_dim")
@@ -81,6 +83,7 @@ def _check_text(backbone: Any, text_encoder: Any) -> None:
             f"model.backbone.{named} is {backbone.context_in_dim}, but the text encoder's embeddings are "
             f"{text_encoder.hidden_size} wide; set {named}: {text_encoder.hidden_size}."
         )
+    _check_pooled(backbone, getattr(text_encoder, "pooled_size", 0))
     if (labels := getattr(text_encoder, "num_labels", 0)) > getattr(backbone, "num_labels", labels):
         raise ValueError(
             f"model.backbone has {getattr(backbone, 'num_labels', 0)} classes, and the captions are {labels}; set "
@@ -88,12 +91,22 @@ def _check_text(backbone: Any, text_encoder: Any) -> None:
         )
 
 
+def _check_pooled(backbone: Any, given: int) -> None:
+    taken, named = getattr(backbone, "pooled_dim", 0), getattr(backbone, "pooled_argument", None)
+    if given and not taken:
+        raise ValueError("model.text_encoder gives a pooled vector, which this backbone doesn't take; leave its `pooled` out.")
+    if given != taken:
+        told = f"gives one {given} wide; set {named}: {given}" if given else "gives none; set its pooled, such as to mean"
+        raise ValueError(f"model.backbone takes a pooled vector ({named}: {taken}), and model.text_encoder {told}.")
+
+
 class TextToImage(ComposerModel):
     """A text-to-image model: its training step, its evaluation and how it draws.
 
     Batches are mappings with `image` uint8 (B, 3, H, W), `input_ids` int64 and `attention_mask` bool (B, T); they are
     never written to. With `text_embedding` they bring what the (frozen) text encoder would make of their captions, and it isn't
-    asked: (B, T, C), or (V, C) of the V valid tokens with `text_position` int64 (V,), their places in the flattened (B, T).
+    asked: (B, K, C), or (V, C) of the V valid tokens with `text_position` int64 (V,), their places in the flattened (B, K), and
+    `text_pooled` (B, P) if it pools. `attention_mask` (B, K) is of those tokens then.
     With `text_order` int64 (B,) and `text_groups` captions are encoded in groups; see `HuggingFaceTextEncoder.forward`.
     With `latent` (B, C, h, w) they bring what the autoencoder would make of `image`, which may then be missing. With `counted`
     bool (B,), evaluation measures those samples alone.
@@ -133,7 +146,7 @@ class TextToImage(ComposerModel):
     ):
         super().__init__()
         self.autoencoder = autoencoder or Pixels()
-        _check_text(backbone, text_encoder)
+        check_text(backbone, text_encoder)
         if backbone.in_channels != self.autoencoder.channels:
             raise ValueError(
                 f"model.backbone.in_channels is {backbone.in_channels}, but model.autoencoder gives "
@@ -159,7 +172,7 @@ class TextToImage(ComposerModel):
         self.knows_empty_caption = caption_dropout > 0  # set to true for weights of another model, which may have learnt it
         self.sampling_weights: Callable[[], AbstractContextManager[None]] = nullcontext
         self._encodes_groups = isinstance(text_encoder, HuggingFaceTextEncoder)
-        self._null: Tensor | None = None
+        self._null: TextConditioning | None = None
         self._told: set[str] = set()
         self._eval_metrics: dict[str, Metric] = {"validation_loss": ValidationLoss()}
         self._eval_metrics |= {f"validation_loss_t{t:g}": ValidationLoss(index) for index, t in enumerate(VALIDATION_TIMESTEPS)}
@@ -191,7 +204,7 @@ class TextToImage(ComposerModel):
         if self.backbone.router is not None and self.training:
             num_tokens = self.backbone.num_tokens(*clean.shape[-2:])
             route = self.backbone.router.draw(clean.shape[0], num_tokens, self.random.generator("routing", device))
-        output, taps = self.backbone(noised, timestep, text.embedding, attention_mask=text.mask, route=route, return_taps=True)
+        output, taps = self.backbone(noised, timestep, text.embedding, **text.beside(), route=route, return_taps=True)
         counted = counted_pixels(route, clean, self.backbone.patch_size)
         return FlowOutput(self._predicted(output), clean, noise, noised, timestep, text, route, taps, counted)
 
@@ -208,25 +221,34 @@ class TextToImage(ComposerModel):
         if embedding is not None and embedding.ndim == 2:  # valid tokens only
             flat = embedding.new_zeros(mask.numel(), embedding.shape[1])
             embedding = flat.index_copy_(0, batch["text_position"], embedding).unflatten(0, mask.shape)
+        pooled = batch.get("text_pooled", NONE_POOLED)
         if dropout > 0:
             device = input_ids.device
             draw = torch.rand(len(input_ids), 1, generator=self.random.generator("caption_dropout", device), device=device)
             dropped = draw < dropout
             if embedding is None:
                 input_ids = torch.where(dropped, self.text_encoder.null_input_ids, input_ids)
+                mask = torch.where(dropped, self.text_encoder.null_attention_mask, mask)
             else:
-                embedding = torch.where(dropped[..., None], self._null_embedding(device).type_as(embedding), embedding)
-            mask = torch.where(dropped, self.text_encoder.null_attention_mask, mask)
+                null = self._null_text(device)
+                embedding = torch.where(dropped[..., None], null.embedding.type_as(embedding), embedding)
+                mask = torch.where(dropped, null.mask, mask)
+                pooled = torch.where(dropped, null.pooled, pooled.float()) if pooled.shape[1] else pooled
         if embedding is not None:
-            return TextConditioning(embedding.float(), mask)
+            return TextConditioning(embedding.float(), mask, pooled.float())
         grouped = (batch["text_order"], batch["text_groups"]) if self._encodes_groups and "text_groups" in batch else ()
-        return TextConditioning(self.text_encoder(input_ids, mask, *grouped), mask)
+        return self._encoded(input_ids, mask, *grouped)
 
-    def _null_embedding(self, device: torch.device) -> Tensor:
-        """Return the embedding of the empty caption, (1, T, C), which is computed once."""
-        if self._null is None or self._null.device != device:
-            with returned_afterwards():  # the encoder, where training needs it for this caption alone
-                self._null = self.encode_prompts([""], device).embedding.detach()
+    def _encoded(self, input_ids: Tensor, mask: Tensor, *grouped: Any) -> TextConditioning:
+        made: Any = self.text_encoder(input_ids, mask, *grouped)
+        embedding, pooled = made if isinstance(made, tuple) else (made, NONE_POOLED)
+        return TextConditioning(embedding, text_mask(self.text_encoder.tokenizer, mask), pooled)
+
+    def _null_text(self, device: torch.device) -> TextConditioning:
+        """Return the empty caption as it is encoded, (1, …), which is done once."""
+        if self._null is None or self._null.mask.device != device:
+            with returned_afterwards(), torch.no_grad():  # the encoder, where training needs it for this caption alone
+                self._null = self.encode_prompts([""], device)
         return self._null
 
     def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -361,15 +383,16 @@ class TextToImage(ComposerModel):
         encoder: Any = self.text_encoder
         if not hasattr(encoder, "readings"):  # one's own encoder need not have it
             return []
-        return what_is_lost(encoder.readings([self.clean_prompt(text) for text in prompts]), encoder.max_tokens)
+        _, max_tokens = chief(encoder.tokenizer, encoder.max_tokens)
+        return what_is_lost(encoder.readings([self.clean_prompt(text) for text in prompts]), max_tokens)
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> TextConditioning:
         tokens = self.text_encoder.tokenize([self.clean_prompt(prompt) for prompt in prompts])
         input_ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
-        return TextConditioning(self.text_encoder(input_ids, mask), mask)
+        return self._encoded(input_ids, mask)
 
     def _predict(self, x_t: Tensor, t: Tensor, text: TextConditioning, route: Route | None = None) -> Tensor:
-        return self._predicted(self.backbone(x_t, t, text.embedding, attention_mask=text.mask, route=route)).float()
+        return self._predicted(self.backbone(x_t, t, text.embedding, **text.beside(), route=route)).float()
 
     def _predicted(self, output: Tensor) -> Tensor:
         """Return the part of the network's output that is its prediction: DiT and PixArt have variances behind it."""

@@ -85,6 +85,36 @@ OF_NESTED = {
 }
 
 
+def given_beside(key: str, name: str) -> dict[str, str]:
+    """Return what a recipe gives of a nested component beside its constructor's arguments, with what each means."""
+    return {} if name == "several" else OF_NESTED.get(key, {})  # each of several text encoders has its own tokenizer
+
+
+def text_encoders(model: Mapping[str, Any]) -> dict[str, Spec]:
+    """Return the text encoders of a recipe's `model` by YAML path: one, or those of `several`; none of a model that is wrong."""
+    encoder, path = model.get("text_encoder"), "model.text_encoder"
+    if not isinstance(encoder, dict):
+        return {}
+    if encoder.get("name") != "several":
+        return {path: encoder}
+    inner = encoder.get("encoders")
+    return (
+        {f"{path}.encoders.{name}": one for name, one in inner.items() if isinstance(one, dict)}
+        if isinstance(inner, dict)
+        else {}
+    )
+
+
+def encoder_title(model: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return what a recipe's text encoders are called, and their revisions; None without one."""
+    specs = list(text_encoders(model).values())
+    titles = [
+        str(one.get("pretrained") or f"random {(one.get('config') or {}).get('model_type', one.get('name'))}") for one in specs
+    ]
+    revisions = [one.get("revision") for one in specs]
+    return " + ".join(titles), " + ".join(map(str, revisions)) if any(revisions) else None
+
+
 def data_sets(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the data sets that a loader names: where in it → its arguments, those that all share included.
 
@@ -204,9 +234,15 @@ def check_arguments(
                 raise UserError(f"{path}.{key}: no such argument.{_taken_by_others(of, str(key), imports) or own}")
             if key in NESTED:
                 if value is not None or default is not None:
-                    below, also = f"{path}.{key}", OF_NESTED.get(key, {})
-                    spec = split(value, below, UNNAMED.get(key))
-                    check_component(NESTED[key], *spec, below, also, also, imports=imports)
+                    _check_nested(key, value, f"{path}.{key}", imports)
+            elif of == (NESTED["text_encoder"], "several") and key == "encoders":
+                if not isinstance(value, dict) or not value:
+                    raise UserError(f"{path}.{key} must be a mapping such as {{clip: {{name: huggingface, …}}}}, not {value!r}.")
+                for name, inner in value.items():
+                    with problems.noted():
+                        _check_nested("text_encoder", inner, f"{path}.{key}.{name}", imports)
+                        if inner["name"] == "several":
+                            raise UserError(f"{path}.{key}.{name}: several encoders are no part of others; name each here.")
             elif key in hints:
                 try:
                     check_type(value, hints[key], f"{path}.{key}", default)
@@ -218,6 +254,12 @@ def check_arguments(
         if name not in defaulted and name not in arguments and parameter.default is parameter.empty and name in allowed:
             problems.found.append(f"{path} lacks the argument {name!r}.")
     problems.raise_any()
+
+
+def _check_nested(key: str, value: Any, path: str, imports: bool) -> None:
+    name, arguments = split(value, path, UNNAMED.get(key))
+    also = given_beside(key, name)
+    check_component(NESTED[key], name, arguments, path, also, also, imports=imports)
 
 
 def _taken_by_others(of: tuple[Registry, str] | None, key: str, imports: bool, *value: Any) -> str:

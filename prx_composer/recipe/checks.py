@@ -13,7 +13,7 @@ from typing import Any
 from prx_composer import registry
 from prx_composer.common.errors import Problems, UserError, nearest, problems_of
 from prx_composer.common.outlines import CannotTell, constants, outline
-from prx_composer.recipe.arguments import check_component, data_sets, entries, provided_by, split
+from prx_composer.recipe.arguments import check_component, data_sets, entries, provided_by, split, text_encoders
 from prx_composer.recipe.consistency import (
     batch_problems,
     downsampling_of,
@@ -179,10 +179,9 @@ def _number_problems(values: Values) -> Iterator[str]:
     for key, value in (values.get("optimizer") or {}).items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"optimizer.{key}: {value} is no number to train with."
-    encoder = (values.get("model") or {}).get("text_encoder")
-    tokens = encoder.get("max_tokens") if isinstance(encoder, dict) else None
-    if isinstance(tokens, int) and tokens < 1:
-        yield f"model.text_encoder.max_tokens: {tokens} would leave nothing of any caption; give at least 1."
+    for path, encoder in text_encoders(values.get("model") or {}).items():
+        if isinstance(tokens := encoder.get("max_tokens"), int) and tokens < 1:
+            yield f"{path}.max_tokens: {tokens} would leave nothing of any caption; give at least 1."
     for key in ("train_loader", "eval_loader"):
         share = (values.get(key) or {}).get("max_undecodable")
         if isinstance(share, int | float) and not 0 <= share <= 1:

@@ -19,6 +19,7 @@ from prx_composer.registry import UNNAMED
 log = logging.getLogger(__name__)
 
 RUN_FOLDER = "runs/${run_name}"
+_KINDS = ("name", "model_type")  # what says which arguments the others are: of a component, of a configuration of transformers
 
 
 def merge_arguments(arguments: list[str], keys: Sequence[str]) -> DictConfig:
@@ -66,7 +67,7 @@ def _layers(file: str, alone: bool, above: tuple[Path, ...] = ()) -> list[DictCo
     for base in bases if alone else ():
         lower = Path(file).parent / base
         if not lower.is_file():
-            raise UserError(f"{file}: base: there is no recipe {lower}.")
+            raise UserError(f"{file}: base: there is no recipe {lower.resolve()}.")
         layers += _layers(str(lower), not layers, (*above, path))
     return [*layers, own]
 
@@ -95,7 +96,7 @@ def _is_file(argument: str, keys: Sequence[str]) -> bool:
 
 
 def _merge(below: Any, above: DictConfig) -> Any:
-    """Merge two recipes; a component of another name replaces the one below instead of inheriting its arguments."""
+    """Merge two recipes; a component of another name, or a network of another type, replaces the one below as a whole."""
     below = below.copy()
     _drop_replaced(below, above)
     return OmegaConf.merge(below, above)
@@ -105,7 +106,8 @@ def _drop_replaced(below: Any, above: DictConfig) -> None:
     for key in above:
         old, new = (config._get_node(key) for config in (below, above))
         if isinstance(old, DictConfig) and isinstance(new, DictConfig):
-            if "name" in new and old.get("name", UNNAMED.get(str(key), new.get("name"))) != new.get("name"):
+            unnamed = {"name": UNNAMED.get(str(key))}
+            if any(new[kind] != (old.get(kind) or unnamed.get(kind) or new[kind]) for kind in _KINDS if kind in new):
                 del below[key]
             else:
                 _drop_replaced(old, new)

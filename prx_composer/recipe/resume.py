@@ -111,10 +111,28 @@ RULES = (
     # ---- model
     Rule("model.init_from", "asked", "A run that goes on has the weights of its checkpoint.", "It is not read."),
     Rule("model model.backbone**", "never", _NETWORK, _FROM_WEIGHTS),
-    Rule("model.text_encoder.tokenizer**", "never", "A run keeps its tokenizer in its folder.", _FROM_WEIGHTS),
-    Rule("model.text_encoder.config** model.text_encoder.trainable", "never", _NETWORK, _FROM_WEIGHTS),
+    Rule(
+        "model.text_encoder.tokenizer** model.text_encoder.encoders.*.tokenizer**",
+        "never",
+        "A run keeps its tokenizer in its folder.",
+        _FROM_WEIGHTS,
+    ),
+    Rule(
+        "model.text_encoder.config** model.text_encoder.trainable model.text_encoder.pooled model.text_encoder.tokens**"
+        " model.text_encoder.encoders model.text_encoder.encoders.* model.text_encoder.encoders.*.config**"
+        " model.text_encoder.encoders.*.trainable model.text_encoder.encoders.*.pooled",
+        "never",
+        _NETWORK,
+        _FROM_WEIGHTS,
+    ),
     Rule("model.text_encoder model.autoencoder model.autoencoder.config**", "never", _NETWORK, _FROM_WEIGHTS),
-    Rule("model.compile model.attention model.activation_memory_budget", "asked", "It rounds differently.", "Not to the bit."),
+    Rule(
+        "model.compile model.attention model.activation_memory_budget model.text_encoder.compile"
+        " model.text_encoder.encoders.*.compile",
+        "asked",
+        "It rounds differently.",
+        "Not to the bit.",
+    ),
     Rule(
         "model.flow model.flow.prediction",
         "asked",

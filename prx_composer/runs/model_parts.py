@@ -2,8 +2,11 @@
 
 runs/<run_name>/tokenizer/                              the one that the recipe names, or one trained on its captions
 runs/<run_name>/frozen/text_encoder  frozen/autoencoder
+Of several text encoders, each has a folder of its name in these.
 """
 
+import copy
+import functools
 import inspect
 import logging
 import os
@@ -24,12 +27,12 @@ from prx_composer.common.files import sync
 from prx_composer.common.outlines import constructor
 from prx_composer.data.format import Manifest, iterate_captions
 from prx_composer.models.autoencoder import Pixels, stored_config
+from prx_composer.models.caption_format import FORMAT, CaptionFormat, cleaner, with_format
 from prx_composer.models.class_labels import train_label_tokenizer
 from prx_composer.models.encoders import load_tokenizer, train_tokenizer
 from prx_composer.models.huggingface import known_config
 from prx_composer.models.processes import Process
-from prx_composer.models.prompts import cleaner, with_cleaning
-from prx_composer.recipe.arguments import Spec, build, data_sets, split
+from prx_composer.recipe.arguments import Spec, build, data_sets, split, text_encoders
 from prx_composer.recipe.consistency import downsampling_of
 from prx_composer.registry import UNNAMED, Registry
 from prx_composer.runs.folder import FROZEN, TOKENIZER
@@ -39,9 +42,9 @@ log = logging.getLogger(__name__)
 MOST_WORDS = 4096  # of a tokenizer that is still to be trained, unless the recipe says
 _OF_TRAINING = ("compile", "activation_memory_budget", "attention")  # arguments of `model` that don't change what it draws
 _WHERE = ("pretrained", "subfolder", "revision")  # arguments that say where a network's weights are
-_LOADERS = {"text_encoder": "huggingface", "autoencoder": "diffusers"}  # the components that load folders, by part
+_LOADERS = ("huggingface", "diffusers")  # the components that load folders
 _WEIGHTS = (".safetensors", ".bin")  # the first of these that is there
-_ENCODER, _TOKENIZER = "model.text_encoder", "model.text_encoder.tokenizer"
+_ENCODER = "model.text_encoder"
 
 
 _Train = Callable[[Iterable[str], int], PreTrainedTokenizerBase]
@@ -50,6 +53,10 @@ TRAINED_BY: dict[str, _Train] = {"word": train_tokenizer, "caption": train_label
 
 class UnknownNetwork(UserError):
     """A network of which only the name is known here: no folder, nothing in the hub's cache or in the table of encoders."""
+
+    def __init__(self, path: str, network: str):
+        super().__init__(f"{path}: the sizes of {network!r} are not known here.")
+        self.network = network
 
 
 class Vocabulary:
@@ -60,6 +67,10 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return self._size
+
+    def encode(self, text: str) -> list[int]:
+        """Return as many tokens as a text of that length has in English, about four characters to each."""
+        return [0] * (2 + len(text) // 4)
 
     def __call__(self, texts: list[str], max_length: int, **_: Any) -> dict[str, torch.Tensor]:
         return dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(len(texts), max_length, dtype=torch.int64))
@@ -161,16 +172,19 @@ class ModelParts:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The text encoder's tokenizer: the run's, or else the one that the recipe names; nothing is written without `loader`."""
-        encoder, kept = self.arguments("text_encoder"), (self._folder or Path()) / TOKENIZER
+        return self._tokenizer_of(self.arguments("text_encoder"), _ENCODER)
+
+    def _tokenizer_of(self, encoder: Spec, path: str) -> PreTrainedTokenizerBase:
         if self._loader is not None and self._folder is not None:
-            return made_tokenizer(encoder, self._loader, self._folder)
-        with at_path(_TOKENIZER):
+            return made_tokenizer(encoder, self._loader, self._folder, path)
+        kept = tokenizer_folder(self._folder or Path(), path)
+        with at_path(f"{path}.tokenizer"):
             if self._folder is not None and kept.exists():
                 return load_tokenizer(str(kept))
             if (named := _named_tokenizer(encoder)) is not None:
                 return named
             raise UserError(
-                f"{_TOKENIZER}: it was trained with the run and lies in its folder; there is no {kept}. "
+                f"{path}.tokenizer: it was trained with the run and lies in its folder; there is no {kept}. "
                 "Put the checkpoint where the run wrote it: <run folder>/checkpoints/."
             )
 
@@ -178,21 +192,31 @@ class ModelParts:
     def text_encoder(self) -> Any:
         """The text encoder with its tokenizer; on the meta device with a stand-in of it."""
         name, arguments = self._spec("text_encoder")
-        named = arguments.pop("tokenizer", None)
+        given = arguments.get("encoders")
+        if name != "several" or not isinstance(given, dict):
+            return self._encoder(name, arguments, _ENCODER)
+        paths = {inner: f"{_ENCODER}.encoders.{inner}" for inner in given}
+        made = {inner: self._encoder(*split(given[inner], path), path) for inner, path in paths.items()}
+        return build(registry.text_encoders, name, arguments | {"encoders": made}, _ENCODER)
+
+    def _encoder(self, name: str, arguments: Spec, path: str) -> Any:
         if not self.meta:
-            return build(registry.text_encoders, name, arguments, _ENCODER, tokenizer=self.tokenizer)
+            tokenizer = self.tokenizer if path == _ENCODER else self._tokenizer_of(arguments, path)
+            own = {key: value for key, value in arguments.items() if key != "tokenizer"}
+            return build(registry.text_encoders, name, own, path, tokenizer=tokenizer)
+        named = arguments.pop("tokenizer", None)
         if _has_configuration(registry.text_encoders, name):
             pretrained, revision = arguments.get("pretrained"), arguments.get("revision")
             known = known_config(pretrained, revision, reads_text=True) if pretrained else None
-            arguments = _from_configuration(arguments, known, _ENCODER)
+            arguments = _from_configuration(arguments, known, path)
         arguments.pop("clean", None)
-        stand_in = Vocabulary((arguments.get("config") or {}).get("vocab_size") or self._vocabulary_size(named))
+        stand_in = Vocabulary((arguments.get("config") or {}).get("vocab_size") or self._vocabulary_size(named, path))
         with self._device:
-            return build(registry.text_encoders, name, arguments, _ENCODER, tokenizer=stand_in)
+            return build(registry.text_encoders, name, arguments, path, tokenizer=stand_in)
 
-    def _vocabulary_size(self, tokenizer: Any) -> int:
-        if self._folder is not None and (self._folder / TOKENIZER).exists():
-            return len(load_tokenizer(str(self._folder / TOKENIZER)))
+    def _vocabulary_size(self, tokenizer: Any, path: str) -> int:
+        if self._folder is not None and (kept := tokenizer_folder(self._folder, path)).exists():
+            return len(load_tokenizer(str(kept)))
         return int(tokenizer.get("vocab_size", MOST_WORDS)) if isinstance(tokenizer, dict) else MOST_WORDS
 
 
@@ -204,7 +228,7 @@ def _has_configuration(components: Registry, name: str) -> bool:
 def _from_configuration(arguments: dict[str, Any], known: dict[str, Any] | None, path: str) -> dict[str, Any]:
     config = arguments.get("config") or known
     if config is None:
-        raise UnknownNetwork(f"{path}: the sizes of {arguments.get('pretrained')!r} are not known here.")
+        raise UnknownNetwork(path, str(arguments.get("pretrained")))
     return {key: value for key, value in arguments.items() if key not in _WHERE} | {"config": config}
 
 
@@ -214,14 +238,14 @@ def _from_configuration(arguments: dict[str, Any], known: dict[str, Any] | None,
 
 def with_kept(model: dict[str, Any], run_folder: Path) -> dict[str, Any]:
     """Return a recipe's `model`, which names what its run has kept instead of folders of elsewhere."""
-    changed = dict(model)
-    for part in _LOADERS:
-        kept = run_folder / FROZEN / part
-        if _named_folder(model, part) is None or not kept.is_dir():
+    changed = copy.deepcopy(model)
+    for path, spec in _loading(changed).items():
+        kept = run_folder / FROZEN / _below(path)
+        if _named_folder(spec) is None or not kept.is_dir():
             continue
-        changed[part] = model[part] | {"pretrained": str(kept)} | ({"subfolder": None} if "subfolder" in model[part] else {})
-        if part == "text_encoder" and (run_folder / TOKENIZER).is_dir():
-            changed[part]["tokenizer"] = str(run_folder / TOKENIZER)
+        spec |= {"pretrained": str(kept)} | ({"subfolder": None} if "subfolder" in spec else {})
+        if spec["name"] == "huggingface" and (own := tokenizer_folder(run_folder, path)).is_dir():
+            spec["tokenizer"] = str(own)
     return changed
 
 
@@ -231,27 +255,42 @@ def keep_frozen(model: dict[str, Any], run_folder: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    for part in _LOADERS:
-        source, kept = _named_folder(model, part), run_folder / FROZEN / part
+    for path, spec in _loading(model).items():
+        source, kept = _named_folder(spec), run_folder / FROZEN / _below(path)
         if source is None or kept.exists() or not source.is_dir():
             continue
         files = [file for file in sorted(source.iterdir()) if file.is_file() and file.suffix == ".json"]
         weights = ([file for file in sorted(source.glob(f"*{suffix}")) if file.is_file()] for suffix in _WEIGHTS)
         files += next((found for found in weights if found), [])
-        partial = kept.with_name(f".{part}.partial")
+        partial = kept.with_name(f".{kept.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         copied = sum(_link_or_copy(file.resolve(), partial / file.name) for file in files)
         sync(partial)
         partial.rename(kept)
         how = f"copied ({copied / 1e9:.2f} GB)" if copied else "linked"
-        log.info("model.%s: %s is %s into %s, so that the run needs it no more.", part, source, how, kept)
+        log.info("%s: %s is %s into %s, so that the run needs it no more.", path, source, how, kept)
 
 
-def _named_folder(model: dict[str, Any], part: str) -> Path | None:
+def _loading(model: dict[str, Any]) -> dict[str, Spec]:
+    """Return what of a recipe's `model` may be loaded from a folder, by YAML path."""
+    parts: dict[str, Any] = text_encoders(model) | {"model.autoencoder": model.get("autoencoder")}
+    return {path: spec for path, spec in parts.items() if isinstance(spec, dict)}
+
+
+def _below(path: str) -> Path:
+    """Return where in a folder of the run a part of the model is kept: text_encoder, or text_encoder/<name> of several."""
+    return Path(*path.removeprefix("model.").replace(".encoders.", ".").split(".", 1))
+
+
+def tokenizer_folder(folder: Path, path: str) -> Path:
+    """Return where a run keeps the tokenizer of the text encoder at a YAML path."""
+    return folder / TOKENIZER / _below(path).relative_to("text_encoder")
+
+
+def _named_folder(spec: Spec) -> Path | None:
     """Return the folder that `pretrained` would be; an id of the hub is none that is there."""
-    spec = model.get(part)
-    if not isinstance(spec, dict) or spec.get("name") != _LOADERS[part] or not isinstance(spec.get("pretrained"), str):
+    if spec.get("name") not in _LOADERS or not isinstance(spec.get("pretrained"), str):
         return None
     return Path(spec["pretrained"]).expanduser() / (spec.get("subfolder") or "")
 
@@ -267,43 +306,45 @@ def _link_or_copy(source: Path, target: Path) -> int:
         return target.stat().st_size
 
 
-def made_tokenizer(encoder: Spec, loader: Spec, folder: Path) -> PreTrainedTokenizerBase:
-    """Return a run's tokenizer, made and kept in the run's folder if it isn't there yet; on all ranks alike.
+def made_tokenizer(encoder: Spec, loader: Spec, folder: Path, path: str = _ENCODER) -> PreTrainedTokenizerBase:
+    """Return a text encoder's tokenizer, made and kept in the run's folder if it isn't there yet; on all ranks alike.
 
     Args:
-        encoder: a recipe's `model.text_encoder`.
+        encoder: of a recipe's `model`, at the YAML path.
         loader: its `train_loader`, for a tokenizer that is trained on the captions.
         folder: of the run.
 
     Raises:
         UserError: one that cannot be had.
     """
+    kept = tokenizer_folder(folder, path)
     with dist.run_local_rank_zero_first():
-        if (folder / TOKENIZER).exists():
-            tokenizer = load_tokenizer(str(folder / TOKENIZER))
+        if kept.exists():
+            tokenizer = load_tokenizer(str(kept))
         else:
-            tokenizer = _new(encoder, loader)
-            keep_tokenizer(tokenizer, folder / TOKENIZER)
-    with at_path(_ENCODER):
-        return with_cleaning(tokenizer, encoder.get("clean", "none"))
+            tokenizer = _new(encoder, loader, f"{path}.tokenizer")
+            keep_tokenizer(tokenizer, kept)
+    with at_path(path):
+        return with_format(tokenizer, **{key: encoder[key] for key in FORMAT if key in encoder})
 
 
 def _named_tokenizer(encoder: Spec) -> PreTrainedTokenizerBase | None:
-    named = encoder.get("tokenizer", encoder.get("pretrained"))
+    named = encoder.get("tokenizer") or encoder.get("pretrained")
     return load_tokenizer(named, encoder.get("revision")) if isinstance(named, str) else None
 
 
-def _new(encoder: Spec, loader: Spec) -> PreTrainedTokenizerBase:
-    spec: Any = encoder.get("tokenizer", encoder.get("pretrained"))
-    with at_path(_TOKENIZER):
+def _new(encoder: Spec, loader: Spec, path: str) -> PreTrainedTokenizerBase:
+    spec: Any = encoder.get("tokenizer") or encoder.get("pretrained")
+    with at_path(path):
         if (named := _named_tokenizer(encoder)) is not None:
             return named
         if isinstance(spec, dict) and spec.keys() <= {"train", "vocab_size", "by"} and spec.get("train"):
             if spec.get("by", "word") not in TRAINED_BY:
                 raise ValueError(f"by must be {' or '.join(TRAINED_BY)}, not {spec['by']!r}.")
-            size, clean = spec.get("vocab_size", MOST_WORDS), cleaner(encoder.get("clean", "none"))
-            return trained_tokenizer(loader, size, clean, TRAINED_BY[spec.get("by", "word")])
-    raise UserError(f"{_TOKENIZER}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
+            form = CaptionFormat(encoder.get("clean", "none"), encoder.get("instruction", ""))
+            read = functools.partial(form.of, clean=cleaner(form.cleaning))
+            return trained_tokenizer(loader, spec.get("vocab_size", MOST_WORDS), read, TRAINED_BY[spec.get("by", "word")])
+    raise UserError(f"{path}: give a hub id or folder, or {{train: true}} to train one on the captions, not {spec!r}.")
 
 
 def trained_tokenizer(
@@ -324,5 +365,6 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a tokenizer to a new folder, whole or not at all, on rank 0."""
     if dist.get_global_rank() == 0:
         partial = folder.with_name(f".{folder.name}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(partial))
         partial.rename(folder)

@@ -24,8 +24,8 @@ from prx_composer.recipe.checks import OF_MODELS
 from prx_composer.recipe.config import Recipe, without_code
 from prx_composer.recipe.consistency import stages_of
 from prx_composer.runs.checkpoints import MERGED, all_checkpoints
+from prx_composer.runs.diffusers_folder import open_pipeline
 from prx_composer.runs.model_parts import ModelParts
-from prx_composer.runs.pretrained_models import open_pipeline
 from prx_composer.runs.weights import Located, SavedState, locate, nonfinite, read_checkpoint
 from prx_composer.schedule.clock import TrainingClock
 

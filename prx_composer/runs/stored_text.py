@@ -21,7 +21,7 @@ from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.data.storage import shards_in, sizes_in
 from prx_composer.data.stored import StoredColumn, encoded_folder, is_whole, read_column
 from prx_composer.models.prompts import not_to_be_stored
-from prx_composer.recipe.arguments import data_sets
+from prx_composer.recipe.arguments import data_sets, encoder_title, text_encoders
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import advice
 from prx_composer.runs.folder import CONFIG, recipe_of
@@ -155,9 +155,9 @@ def _chosen(key: str, spec: Mapping[str, Any], model: Mapping[str, Any] | None, 
         model: of the recipe; None if it isn't known.
         given: the recipe, as `prx encode text` would be given it.
     """
-    path, encoder = f"{key}.text_embedding", (model or {}).get("text_encoder")
+    path = f"{key}.text_embedding"
     online = f"{path}: captions are encoded in every step"
-    if model is not None and (reason := _why_never(encoder)):
+    if model is not None and (reason := why_never(model)):
         return TextChoice(key, None, "never", f"{online}: {reason}.")
     try:
         for part in data_sets(spec).values():
@@ -170,7 +170,7 @@ def _chosen(key: str, spec: Mapping[str, Any], model: Mapping[str, Any] | None, 
     if unknown:
         worth = lacking or any(part.get("remote") for part in data_sets(spec).values())
         return TextChoice(key, None, "lacking" if worth else "never", f"{online}: {_told(unknown)}.")
-    title = str(encoder["pretrained"]) if isinstance(encoder, Mapping) else "the text encoder"
+    title = encoder_title(model)[0] if model is not None else "the text encoder"
     if not lacking:
         said = f"{path}: the stored embeddings {STORED_AS!r} of {title} are read, and no step encodes a caption."
         return TextChoice(key, STORED_AS, "stored", said)
@@ -181,15 +181,15 @@ def _chosen(key: str, spec: Mapping[str, Any], model: Mapping[str, Any] | None, 
     return TextChoice(key, None, "lacking", said)
 
 
-def _why_never(encoder: Any) -> str | None:
-    """Return why nothing could be stored that fits an encoder, a clause; None if it could."""
-    if not isinstance(encoder, Mapping):
-        return "model.text_encoder is not known"
-    if encoder.get("trainable"):
-        return "model.text_encoder is trained along, and what is stored would not follow it"
-    if not encoder.get("pretrained"):
-        return "model.text_encoder has random weights of its own"
-    return None
+def why_never(model: Mapping[str, Any]) -> str | None:
+    """Return why nothing could be stored that fits a model's text encoder, a clause; None if it could."""
+    encoders = text_encoders(model)
+    for path, encoder in encoders.items():
+        if encoder.get("trainable"):
+            return f"{path} is trained along, and what is stored would not follow it"
+        if not encoder.get("pretrained"):
+            return f"{path} has random weights of its own"
+    return None if encoders else "model.text_encoder is not known"
 
 
 @dataclass(frozen=True)
@@ -259,12 +259,10 @@ def _why_another_s(column: StoredColumn, model: Mapping[str, Any]) -> str | None
     """Return why a column is of another encoder than the model's, as far as that shows without weights; None if it isn't."""
     encoder, backbone = model["text_encoder"], model.get("backbone")
     width = backbone.get("context_in_dim") if isinstance(backbone, Mapping) else None
-    wanted = {
-        "encoder": str(encoder["pretrained"]),
-        "revision": encoder.get("revision"),
-        "max_tokens": encoder.get("max_tokens", 256),
-        "width": column.width if width is None else width,
-    }
+    title, revision = encoder_title(model)
+    wanted = {"encoder": title, "revision": revision, "width": column.width if width is None else width}
+    if "encoders" not in encoder:  # how many several keep is known when they are made
+        wanted["max_tokens"] = encoder.get("max_tokens", 256)
     made = {key: getattr(column, key) for key in wanted}
     if _is_same_folder(made["encoder"], wanted["encoder"]):
         made["encoder"] = wanted["encoder"]

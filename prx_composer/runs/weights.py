@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -370,7 +371,10 @@ def split_parts(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         )
     if not any(name.startswith(BACKBONE) for name in tensors):  # a file of the backbone alone, such as diffusers writes
         return tensors, {}
-    return below(tensors, BACKBONE), below(tensors, ENCODER)
+    several = {
+        re.sub(r"^text_encoder\.encoders\.([^.]+)\.encoder\.", rf"{ENCODER}\1.", name): one for name, one in tensors.items()
+    }
+    return below(tensors, BACKBONE), below(several, ENCODER)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from prx_composer.common.errors import UserError, at_path, nearest
 from prx_composer.models.counting import AUTOENCODER, DENOISER, TEXT_ENCODER, CannotCount, StepCount, StepCounter
 from prx_composer.models.huggingface import Frozen, UnknownConfiguration, frozen_inside
 from prx_composer.models.kernels import BLOCKS, OTHER, Recorder, kernels_of
+from prx_composer.models.several_encoders import parts_of
 from prx_composer.optim import state_after_a_step
-from prx_composer.recipe.arguments import entries, split
+from prx_composer.recipe.arguments import encoder_title, entries, split, text_encoders
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.model_parts import UnknownNetwork
@@ -139,7 +140,8 @@ class MetaModel:
         """The parts that `torch.compile` makes graphs of, as `StepCounter` names them."""
         compiled = self._recipe.model.get("compile")
         found = [BLOCKS if compiled == "blocks" else DENOISER] if compiled else []
-        found += [TEXT_ENCODER] if getattr(self.model.text_encoder, "compile", None) is True else []
+        encoders, _ = parts_of(self.model.text_encoder)
+        found += [TEXT_ENCODER] if any(getattr(one, "compiled", False) for one in encoders) else []
         teachers = {name: getattr(trick, "teacher", None) for name, trick in self.tricks.items()}
         return found + [
             name
@@ -211,12 +213,15 @@ class MetaModel:
     def _batch(self, image_size: int, images: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         encoder, autoencoder, loader = self.model.text_encoder, self.model.autoencoder, self._recipe.train_loader
         tokens, side = encoder.max_tokens, image_size // autoencoder.downsampling
+        read = tokens if self._stores_text else encoder.tokenize([""])["input_ids"].shape[1]
         batch: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "input_ids": ((tokens,), torch.int64),
-            "attention_mask": ((tokens,), torch.bool),
+            "input_ids": ((read,), torch.int64),
+            "attention_mask": ((read,), torch.bool),
         }
         if self._stores_text:
             batch["text_embedding"] = ((tokens, encoder.hidden_size), torch.bfloat16)
+            if pooled := getattr(encoder, "pooled_size", 0):
+                batch["text_pooled"] = ((pooled,), torch.bfloat16)
         if self._stores_latents:
             batch["latent"] = ((autoencoder.channels, side, side), torch.bfloat16)
         if not loader.get("latent") or loader.get("images"):
@@ -242,7 +247,7 @@ class MetaModel:
         except Exception as error:  # whatever a network's code raises
             if needed and not left_out:
                 if isinstance(error, UnknownNetwork):
-                    self.uncounted.refuse_unknown(part, path, title)
+                    self.uncounted.refuse_unknown(part, path, error.network)
                 elif isinstance(error, UserError):
                     raise
                 else:
@@ -269,21 +274,21 @@ class MetaModel:
     def _add_text_encoder(self) -> None:
         """Make the text encoder; where it cannot be made or is left out, the step that is counted begins with embeddings."""
         path = "model.text_encoder"
-        name, arguments = split(self._recipe.model.get("text_encoder"), path)
-        title = arguments.get("pretrained") or name
+        specs, title = text_encoders(self._recipe.model), encoder_title(self._recipe.model)[0]
         encoder, frozen = self._make("text_encoder", title, needed=not self._stores_text)
         if encoder is None:
-            width, max_tokens = self._components.backbone.context_in_dim, int(arguments.get("max_tokens", 256))
-            self._components.text_encoder = _StandIn(hidden_size=width, max_tokens=max_tokens)
+            backbone, max_tokens = self._components.backbone, sum(int(one.get("max_tokens", 256)) for one in specs.values())
+            sizes = dict(hidden_size=backbone.context_in_dim, pooled_size=getattr(backbone, "pooled_dim", 0))
+            self._components.text_encoder = _StandIn(**sizes, max_tokens=max_tokens)
             self.text, self._stores_text = f"{title}, not counted", True
             return
         if self._stores_text and encoder.trainable:
             raise UserError(f"--stored-text: {path} is trained along, so that its embeddings cannot be stored.")
-        config = arguments.get("config") or {}
-        if config and "vocab_size" not in config and not (Path(self._recipe.run_folder) / TOKENIZER).exists():
-            told = f"{path}.tokenizer: not trained yet; taken to know {len(encoder.tokenizer):,} words, which is the most"
-            self.uncounted.told.append(told)
-        title = arguments.get("pretrained") or f"random {config.get('model_type', name)}"
+        for path, spec in specs.items():
+            config = spec.get("config") or {}
+            if config and "vocab_size" not in config and not (Path(self._recipe.run_folder) / TOKENIZER).exists():
+                told = f"{path}.tokenizer: not trained yet; taken to know {len(encoder.tokenizer):,} words, which is the most"
+                self.uncounted.told.append(told)
         if self._stores_text:
             self.text = f"embeddings of {title} stored with the data"
         elif "text_encoder" in (self.uncounted.leave_out or ()):

@@ -17,6 +17,7 @@ from prx_composer import registry
 from prx_composer.common.errors import UserError
 from prx_composer.data.sources import prepare
 from prx_composer.models.counting import flops_of_backbone
+from prx_composer.recipe.arguments import text_encoders
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import stages_of
 from prx_composer.runs.model_parts import with_kept
@@ -113,7 +114,7 @@ def _why_not(recipe: Recipe, parts: Components) -> str | None:
         return "the model has no backbone with a patch_size"
     else:
         parameters = sum(parameter.numel() for parameter in parts.backbone.parameters())
-        tokens = int((recipe.model.get("text_encoder") or {}).get("max_tokens", 256))
+        tokens = sum(int(one.get("max_tokens", 256)) for one in text_encoders(recipe.model).values())
         work = 0.0
         for stage in parts.stages:  # of square images
             side = stage.image_size * parts.backbone.patch_size // parts.multiple

@@ -18,6 +18,7 @@ from prx_composer.cli import app
 from prx_composer.common.errors import UserError
 from prx_composer.data.stored import encoded_folder, pack, unpack
 from prx_composer.recipe import config
+from prx_composer.runs.opening import load_trained
 from prx_composer.training.run import build_trainer, run
 
 Recipe = dict[str, Any]
@@ -89,6 +90,41 @@ def test_tars_are_converted_encoded_checked_and_trained_on(recipe: Recipe, write
     overrides = [f"algorithms.repa={json.dumps(recipe['algorithms']['repa'] | stored)}", "train_loader.features=[dino]"]
     said = run(config.load([file, *overrides, "train_loader.text_embedding=t5"]))
     assert "loss" in said
+
+
+def test_a_run_on_stored_text_of_several_encoders_learns_what_it_learns_online_and_keeps_its_encoders(
+    recipe: Recipe, write_recipe: Write, tmp_path: Path, tokenizer: Any
+) -> None:
+    import shutil
+
+    from architectures import of_pixels
+    from texts import CLIP
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(tokenizer), **CLIP)).save_pretrained(tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    t5 = recipe["model"]["text_encoder"] | {"attend_padding": True}
+    clip = t5 | {"pretrained": str(tmp_path / "clip"), "layer": -2, "pooled": "projected"}
+    sizes = of_pixels("SD3Transformer2DModel") | {"pooled_projection_dim": 6}
+    recipe["model"]["backbone"] = {"name": "diffusers", "class": "SD3Transformer2DModel", **sizes}
+    recipe["model"]["text_encoder"] = {"name": "several", "encoders": {"clip": clip, "t5": t5}}
+    file = write_recipe(recipe)
+    assert f"captions by {tmp_path / 'clip'} + {tmp_path / 'encoder'}" in invoke("text", file, "--storage", "float32")
+    rows = []
+    for name, overrides in (("online", []), ("stored", ["train_loader.text_embedding=text"])):
+        run(config.load([file, f"run_name={name}", "max_duration=2ba", "autoresume=true", *overrides]))
+        folder = Path(recipe["run_folder"].replace("${run_name}", name))
+        rows.append([json.loads(line)["loss/train/total"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4) and rows[0][0] != rows[0][-1]
+    turned = "model.text_encoder.tokens=[t5, clip]"
+    with pytest.raises(UserError, match="train_loader.text_embedding: .*weights or tokenizer"):
+        build_trainer(config.load([file, "run_name=turned", "train_loader.text_embedding=text", turned]))
+    for gone in ("clip", "encoder"):
+        shutil.rmtree(tmp_path / gone)
+    run(config.load([file, "run_name=online", "max_duration=3ba", "autoresume=true"]))
+    opened = load_trained(str(Path(recipe["run_folder"].replace("${run_name}", "online"))))
+    assert opened.batch == 3 and opened.model.generate(["a red circle"], 16, 16, num_inference_steps=1).shape[0] == 1
 
 
 def test_only_valid_tokens_are_stored(recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:

@@ -8,22 +8,24 @@ import diffusers
 import pytest
 import torch
 import yaml
-from architectures import TEXT, TINY, of_pixels
-from conftest import TINY_T5
+from architectures import TINY, of_pixels
+from texts import INSTRUCTION, LONGEST, PROMPTS, SYSTEM, flux, gemma, lumina2, sana, sd3, t5
 
 from prx_composer.commands.export.pipeline import write_own_class
 from prx_composer.common.errors import UserError
-from prx_composer.models import FlowMatching, HuggingFaceTextEncoder, TextToImage
+from prx_composer.models import FlowMatching, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
+from prx_composer.models.caption_format import format_of
 from prx_composer.models.class_labels import ClassLabels, train_label_tokenizer
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.encoders import load_tokenizer
 from prx_composer.models.flow import initial_noise
+from prx_composer.models.several_encoders import SeveralTextEncoders
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.runs.opening import Trained, load_trained
 from prx_composer.runs.pretrained_models import check_init_from, initialise, write_fragment
 
-PROMPTS, SEEDS, STEPS, SCALE, SHIFT = ["a red circle", "a blue square"], [3, 4], 4, 3.0, 3.0
+SEEDS, STEPS, SCALE, SHIFT = [3, 4], 4, 3.0, 3.0
 # fmt: off
 KL = dict(_class_name="AutoencoderKL", block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2,
           up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1)
@@ -34,10 +36,21 @@ DC = dict(_class_name="AutoencoderDC", latent_channels=4, attention_head_dim=4, 
 # fmt: on
 
 
-def model_of(name: str, tokenizer: Any) -> TextToImage:
+# How each pipeline reads prompts, what it must be told then, and how a class is sized to that.
+READ = {"SD3": sd3, "Flux": flux, "Sana": sana, "Lumina2": lumina2, "AuraFlow": t5}
+TOLD: dict[str, dict[str, Any]] = {
+    "SD3": {},
+    "Flux": {},
+    "Sana": dict(complex_human_instruction=INSTRUCTION, use_resolution_binning=False),
+    "Lumina2": dict(system_prompt=SYSTEM, cfg_normalization=False),
+    "AuraFlow": {},
+}
+
+
+def model_of(name: str, encoder: Any) -> TextToImage:
     torch.manual_seed(0)
-    encoder = HuggingFaceTextEncoder(tokenizer, config=TINY_T5 | {"d_model": TEXT}, max_tokens=9)
-    made: Any = DiffusersBackbone(**{"class": name}, **TINY[name])
+    pooled = {"pooled_projection_dim": encoder.pooled_size} if encoder.pooled_size else {}
+    made: Any = DiffusersBackbone(**{"class": name}, **(TINY[name] | pooled))
     kind = DC if name.startswith("Sana") else KL | ({"shift_factor": None} if name.startswith("AuraFlow") else {})
     model = TextToImage(made, encoder, FlowMatching("v", timestep_shift=SHIFT), DiffusersAutoencoder(config=kind))
     with torch.no_grad():
@@ -52,8 +65,8 @@ def written(model: TextToImage, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(TINY.keys() - {"DiTTransformer2DModel"}))  # which takes no text
-def test_the_transformer_is_the_class_s_own_folder(name: str, tokenizer: Any, tmp_path: Path) -> None:
-    model: Any = model_of(name, tokenizer)
+def test_the_transformer_is_the_class_s_own_folder(name: str, tmp_path: Path) -> None:
+    model: Any = model_of(name, t5(pooled="mean") if name.startswith(("SD3", "Flux")) else t5())
     written(model, tmp_path / "out")
     opened = getattr(diffusers, name).from_pretrained(tmp_path / "out", subfolder="transformer")
     assert opened.state_dict().keys() == model.backbone.model.state_dict().keys()
@@ -61,47 +74,50 @@ def test_the_transformer_is_the_class_s_own_folder(name: str, tokenizer: Any, tm
     assert {k: v for k, v in opened.config.items() if k[0] != "_"} == model.backbone.config
 
 
-@pytest.mark.parametrize("name", ["SanaTransformer2DModel", "AuraFlowTransformer2DModel"])
-def test_a_pipeline_that_reads_prompts_draws_our_image_from_our_noise(name: str, tokenizer: Any, tmp_path: Path) -> None:
-    model: Any = model_of(name, tokenizer)
-    assert "draws the same" in written(model, tmp_path / "out")
+@pytest.mark.parametrize("name", READ)
+def test_a_pipeline_reads_prompts_and_draws_our_image_from_our_noise(name: str, tmp_path: Path) -> None:
+    model: Any = model_of(f"{name}Transformer2DModel", READ[name]())
+    assert "from_pretrained(DIR) draws the same" in written(model, tmp_path / "out")
     pipeline = getattr(diffusers, model.backbone.signature.pipeline).from_pretrained(tmp_path / "out")
-    options = dict(complex_human_instruction=None, use_resolution_binning=False) if name.startswith("Sana") else {}
-    check(model, pipeline, prompt=PROMPTS, negative_prompt=["", ""], max_sequence_length=9, guidance_scale=SCALE, **options)
+    read = LONGEST + 2 if name in ("SD3", "Flux", "AuraFlow") else LONGEST
+    guided = dict(true_cfg_scale=SCALE, guidance_scale=1.0) if name == "Flux" else dict(guidance_scale=SCALE)
+    check(model, pipeline, prompt=PROMPTS, negative_prompt=["", ""], max_sequence_length=read, **guided, **TOLD[name])
 
 
-@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel"])
-def test_a_pipeline_that_is_given_embeddings_draws_our_image_from_our_noise(name: str, tokenizer: Any, tmp_path: Path) -> None:
-    model: Any = model_of(name, tokenizer)
+@pytest.mark.parametrize("name", ["SD3", "Lumina2"])
+def test_a_pipeline_that_reads_otherwise_is_given_embeddings_and_draws_our_image(name: str, tmp_path: Path) -> None:
+    model: Any = model_of(f"{name}Transformer2DModel", t5(pooled="mean") if name == "SD3" else t5())
     assert "it takes embeddings" in written(model, tmp_path / "out")
     cls = getattr(diffusers, model.backbone.signature.pipeline)
     text = {part: None for part in cls._get_signature_keys(cls)[0] if part.startswith(("text_encoder", "tokenizer"))}
     pipeline = cls.from_pretrained(tmp_path / "out", **text)
     found, options = [model.encode_prompts(prompts, torch.device("cpu")) for prompts in (PROMPTS, ["", ""])], dict[str, Any]()
-    for kind, (embedding, mask) in zip(("", "negative_"), found, strict=True):
-        valid = embedding * mask[..., None]
-        options[f"{kind}prompt_embeds"] = valid
-        if name.startswith("Lumina2"):
-            options[f"{kind}prompt_attention_mask"] = mask
-        else:
-            options[f"{kind}pooled_prompt_embeds"] = valid.sum(1) / mask.sum(1, keepdim=True)
-    options = {key.replace("negative_pooled_prompt", "negative_pooled_prompt"): value for key, value in options.items()}
-    options |= {"true_cfg_scale": SCALE, "guidance_scale": 1.0} if name.startswith("Flux") else {"guidance_scale": SCALE}
-    options |= {"cfg_normalization": False} if name.startswith("Lumina2") else {}
-    if not name.startswith("SD3"):  # which take steps of another grid by themselves
-        options["sigmas"] = torch.linspace(1, pipeline.scheduler.sigma_min, STEPS).tolist()
-    check(model, pipeline, **options)
+    for kind, one in zip(("", "negative_"), found, strict=True):
+        options[f"{kind}prompt_embeds"] = one.embedding * one.mask[..., None]
+        more = {"prompt_attention_mask": one.mask} if name == "Lumina2" else {"pooled_prompt_embeds": one.pooled}
+        options |= {f"{kind}{key}": value for key, value in more.items()}
+    check(model, pipeline, guidance_scale=SCALE, **options, **({"cfg_normalization": False} if name == "Lumina2" else {}))
 
 
 FLOW = {"prediction": "v", "timestep_shift": SHIFT}
 
 
+def said(encoder: Any) -> dict[str, Any]:
+    """Return what a recipe says of a text encoder."""
+    if isinstance(encoder, ClassLabels):
+        return {"name": "labels", "tokenizer": {"train": True, "by": "caption"}}
+    if isinstance(encoder, SeveralTextEncoders):
+        tokens = [list(row) if len(row) > 1 else row[0] for row in encoder.rows]
+        return {"name": "several", "tokens": tokens, "encoders": {name: said(one) for name, one in encoder.encoders.items()}}
+    form = format_of(encoder.tokenizer)
+    how = dict(clean=form.cleaning, instruction=form.instruction, keep_instruction=not form.skipped)
+    return dict(name="huggingface", layer=encoder.layer, pooled=encoder.pooled, attend_padding=form.attend_padding, **how)
+
+
 def exported(model: Any, folder: Path) -> str:
     """Write a model as `prx export` does of a run, whose recipe lies beside it; return the folder."""
     folder.mkdir()
-    spec: dict[str, Any] = {"name": "text_to_image", "flow": FLOW, "text_encoder": {"name": "huggingface"}}
-    if isinstance(model.text_encoder, ClassLabels):
-        spec["text_encoder"] = {"name": "labels", "tokenizer": {"train": True, "by": "caption"}}
+    spec: dict[str, Any] = {"name": "text_to_image", "flow": FLOW, "text_encoder": said(model.text_encoder)}
     spec["autoencoder"] = {"name": "pixels" if isinstance(model.autoencoder, Pixels) else "diffusers"}
     write_own_class(Trained(model, Path("run"), "ema", 32, recipe={"image_size": 32, "model": spec}), folder)
     return str(folder)
@@ -122,9 +138,9 @@ def drawn(model: Any, side: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_what_was_exported_is_opened_imported_and_trained_on_from(name: str, tokenizer: Any, tmp_path: Path) -> None:
-    labels = name.startswith("DiT")
-    model, side = (labelled(), 16) if labels else (model_of(name, tokenizer), 32)
+def test_what_was_exported_is_opened_imported_and_trained_on_from(name: str, tmp_path: Path) -> None:
+    reads = READ.get(name.removesuffix("Transformer2DModel"), t5)
+    model, side = (labelled(), 16) if name.startswith("DiT") else (model_of(name, reads()), 32)
     folder = exported(model, tmp_path / "out")
     opened = load_trained(folder)
     assert opened.image_size == 32
@@ -140,16 +156,19 @@ def test_what_was_exported_is_opened_imported_and_trained_on_from(name: str, tok
     assert torch.equal(drawn(again, side), expected)
 
 
-def test_a_plain_pipeline_of_diffusers_is_taken_too(tokenizer: Any, tmp_path: Path) -> None:
-    model: Any = model_of("AuraFlowTransformer2DModel", tokenizer)
+@pytest.mark.parametrize("name", ["AuraFlow", "Sana"])
+def test_a_plain_pipeline_of_diffusers_is_taken_too(name: str, tmp_path: Path) -> None:
+    model: Any = model_of(f"{name}Transformer2DModel", t5() if name == "AuraFlow" else gemma(clean="lower"))
     written(model, tmp_path / "out")
-    diffusers.AuraFlowPipeline.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "theirs")  # with nothing of ours
+    getattr(diffusers, f"{name}Pipeline").from_pretrained(tmp_path / "out").save_pretrained(
+        tmp_path / "theirs"
+    )  # with nothing of ours
     assert torch.equal(drawn(load_trained(str(tmp_path / "theirs")).model, 32), drawn(model, 32))
 
 
-def test_what_does_not_fit_is_refused_by_name(tokenizer: Any, tmp_path: Path) -> None:
-    folder = exported(model_of("SD3Transformer2DModel", tokenizer), tmp_path / "out")
-    other: Any = model_of("PixArtTransformer2DModel", tokenizer)
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    folder = exported(model_of("SD3Transformer2DModel", t5(pooled="mean")), tmp_path / "out")
+    other: Any = model_of("PixArtTransformer2DModel", t5())
     for refuses in (initialise, lambda model, source: check_init_from(source, model.backbone)):
         with pytest.raises(
             UserError, match=r"init_from: .*class_name is SD3Transformer2DModel there and PixArtTransformer2DModel"
@@ -165,20 +184,20 @@ def test_what_does_not_fit_is_refused_by_name(tokenizer: Any, tmp_path: Path) ->
     for change, said in (
         ({"_class_name": "KandinskyTransformer2DModel"}, "has no signature"),
         ({"num_layer": 3}, "num_layer"),
-        ({"pooled_projection_dim": 8}, "pooled_projection_dim is 8"),
+        ({"pooled_projection_dim": 8}, "text_embedder"),
     ):
         file.write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=said) as refused:
             write_fragment(folder, tmp_path / "on.yaml")
-        assert f"{folder}/transformer" in str(refused.value)
+        assert folder in str(refused.value)
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(UserError, match="is a StableDiffusionPipeline without a transformer"):
         load_trained(str(tmp_path / "unet"))
 
 
-def test_prompts_that_a_pipeline_reads_in_another_way_are_not_guessed(tokenizer: Any, tmp_path: Path) -> None:
-    written(model_of("SD3Transformer2DModel", tokenizer), tmp_path / "out")  # no recipe, as of a stranger's
+def test_prompts_that_a_pipeline_reads_in_another_way_are_not_guessed(tmp_path: Path) -> None:
+    written(model_of("SD3Transformer2DModel", sd3()), tmp_path / "out")  # no recipe, as of a stranger's
     with pytest.raises(UserError, match="StableDiffusion3Pipeline reads prompts otherwise than by one text encoder's last layer"):
         write_fragment(str(tmp_path / "out"), tmp_path / "on.yaml")
 
@@ -200,6 +219,8 @@ def check(model: Any, pipeline: Any, **options: Any) -> None:
     noise = initial_noise(SEEDS, (4, side, side), torch.device("cpu"))
     if isinstance(pipeline, diffusers.FluxPipeline):
         noise = pipeline._pack_latents(noise, 2, 4, side, side)
+    if isinstance(pipeline, diffusers.FluxPipeline | diffusers.Lumina2Pipeline):  # which take steps of another grid by themselves
+        options["sigmas"] = torch.linspace(1, pipeline.scheduler.sigma_min, STEPS).tolist()
     pipeline.set_progress_bar_config(disable=True)
     drawing = dict(height=32, width=32, num_inference_steps=STEPS, output_type="latent", latents=noise, **options)
     latents = pipeline(**drawing).images

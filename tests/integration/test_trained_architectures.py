@@ -63,10 +63,12 @@ CAPTIONS = ["a red circle", "a blue square", "a green ring", "a red cross"]
 
 def model_of(name: str, tokenizer: Any) -> TextToImage:
     torch.manual_seed(0)
-    made = DiffusersBackbone(**{"class": name}, **of_pixels(name))
+    pooled = {"pooled_projection_dim": TINY_T5["d_model"]} if "pooled_projection_dim" in TINY[name] else {}
+    made = DiffusersBackbone(**{"class": name}, **(of_pixels(name) | pooled))
     if name.startswith("DiT"):
         return TextToImage(made, ClassLabels(train_label_tokenizer(CAPTIONS)))  # pyright: ignore[reportArgumentType]
-    return TextToImage(made, HuggingFaceTextEncoder(tokenizer, config=TINY_T5, max_tokens=14))  # pyright: ignore[reportArgumentType]
+    encoder = HuggingFaceTextEncoder(tokenizer, config=TINY_T5, max_tokens=14, pooled="mean" if pooled else None)
+    return TextToImage(made, encoder)  # pyright: ignore[reportArgumentType]
 
 
 def trained(model: TextToImage, tricks: dict[str, dict[str, Any]]) -> dict[str, list[float]]:

@@ -23,16 +23,15 @@ from prx_composer.optim.muon import muon_parameters
 from prx_composer.recipe.arguments import check_component
 
 
-def as_its_pipeline_calls_it(model: Any, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+def as_its_pipeline_calls_it(model: Any, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, pooled: Tensor | None) -> Tensor:
     """Return a velocity, of what diffusers' pipelines do around the class."""
     if isinstance(model, diffusers.SD3Transformer2DModel):
-        return model(x, text, text.sum(1) / mask.sum(1)[:, None], 1000 * t).sample
+        return model(x, text, pooled, 1000 * t).sample
     if isinstance(model, diffusers.FluxTransformer2DModel):
         of, (b, c, h, w) = diffusers.FluxPipeline, x.shape
         packed = of._pack_latents(x, b, c, h, w)
         places = of._prepare_latent_image_ids(b, h // 2, w // 2, x.device, x.dtype)
-        pooled, none = text.sum(1) / mask.sum(1)[:, None], torch.zeros(text.shape[1], 3)
-        out = model(packed, text, pooled, t, places, none, torch.ones(b)).sample
+        out = model(packed, text, pooled, t, places, torch.zeros(text.shape[1], 3), torch.ones(b)).sample
         return of._unpack_latents(out, 8 * h, 8 * w, 8)
     if isinstance(model, diffusers.PixArtTransformer2DModel):
         sides = torch.tensor([[8.0 * x.shape[2], 8.0 * x.shape[3]]] * len(x))
@@ -58,11 +57,11 @@ def test_output_and_every_gradient_are_the_class_s_own(name: str) -> None:
     for key in ("ours", "theirs"):
         image, text = x["hidden_states"].clone().requires_grad_(), x["encoder_hidden_states"].clone().requires_grad_()
         if key == "ours":
-            output = ours(image, x["timestep"], text, x["attention_mask"])
+            output = ours(**(x | {"hidden_states": image, "encoder_hidden_states": text}))
             weights = dict(ours.model.named_parameters())
         else:
             masked = text if ours.context_in_dim == 1 else text * x["attention_mask"][..., None]
-            output = as_its_pipeline_calls_it(theirs, image, x["timestep"], masked, x["attention_mask"])
+            output = as_its_pipeline_calls_it(theirs, image, x["timestep"], masked, x["attention_mask"], x.get("pooled"))
             weights = dict(theirs.named_parameters())
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).mean().backward()
         found[key] = {"output": output, "image": image.grad, "text": text.grad} | {n: p.grad for n, p in weights.items()}
@@ -216,7 +215,6 @@ def test_arguments_are_checked_against_the_class_without_importing_it(name: str)
     ("name", "changed", "message"),
     [
         ("SD3Transformer2DModel", dict(caption_projection_dim=48), "caption_projection_dim is 48, but must be the hidden size"),
-        ("SD3Transformer2DModel", dict(pooled_projection_dim=48), "pooled_projection_dim is 48, but the pooled text"),
         ("PixArtTransformer2DModel", dict(dropout=0.1), "dropout: 0.1 draws what a resumed run would not"),
         ("SD3Transformer", {}, "'SD3Transformer' has no signature.*Did you mean 'SD3Transformer2DModel'.*code_paths"),
         ("QwenImageTransformer2DModel", {}, "has no signature.*prx_composer/models/README.md"),

@@ -29,8 +29,8 @@ from prx_composer.commands.export.pipeline import (
 from prx_composer.commands.generate import recipe_settings
 from prx_composer.models import TextToImage
 from prx_composer.models.layers import BLOCK_LAYERS, add_adapters
+from prx_composer.runs.diffusers_folder import pipeline_prompt
 from prx_composer.runs.opening import Trained, load_trained
-from prx_composer.runs.pretrained_models import pipeline_prompt
 
 Recipe = dict[str, Any]
 Build = Callable[..., TextToImage]

@@ -11,8 +11,8 @@ import torch
 from prx_composer.data.loader import Collator
 from prx_composer.data.stored import fingerprint
 from prx_composer.models import HuggingFaceTextEncoder
-from prx_composer.models.encoders import tokenize
-from prx_composer.models.prompts import cleaned, cleaner, with_cleaning
+from prx_composer.models.caption_format import cleaner, formatted, with_format
+from prx_composer.models.prompts import tokenize
 from prx_composer.recipe import config
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.training.preflight import examine
@@ -59,9 +59,9 @@ def test_training_prompts_and_stored_embeddings_read_the_same_words(tokenizer: A
         assert torch.equal(given.tokenize([dirty])["input_ids"], expected) == same
         assert torch.equal(Collator(given.tokenizer, 14)([sample])["input_ids"], expected) == same
     assert torch.equal(tokenize(pickle.loads(pickle.dumps(cleaning.tokenizer)), [dirty], 14)["input_ids"], expected)
-    assert cleaned(tokenizer, [dirty]) == [dirty], "the tokenizer that was given is left alone"
+    assert formatted(tokenizer, [dirty]) == [dirty], "the tokenizer that was given is left alone"
     assert fingerprint(plain.network, plain.tokenizer) == fingerprint(plain.network, tokenizer)
-    marks = {fingerprint(plain.network, with_cleaning(tokenizer, clean)) for clean in ("none", "basic", "prx")}
+    marks = {fingerprint(plain.network, with_format(tokenizer, clean)) for clean in ("none", "basic", "prx")}
     assert len(marks) == 3, "embeddings that were stored with another cleaning are recognised"
 
 
@@ -70,9 +70,9 @@ def test_a_recipe_says_how(tiny_recipe: dict[str, Any], write_recipe: Any, tmp_p
     tiny_recipe["model"]["text_encoder"]["clean"] = "prx"
     recipe = config.load([write_recipe(tiny_recipe)])
     built = ModelParts(recipe.model, 0, tmp_path / "kept", loader=recipe.train_loader).text_encoder
-    assert cleaned(built.tokenizer, ["A (Red) Circle"]) == ["a red circle"]
+    assert formatted(built.tokenizer, ["A (Red) Circle"]) == ["a red circle"]
     again = ModelParts(recipe.model, 0, tmp_path / "kept", loader=recipe.train_loader).text_encoder
-    assert cleaned(again.tokenizer, ["A (Red) Circle"]) == ["a red circle"], "when the run goes on, too"
+    assert formatted(again.tokenizer, ["A (Red) Circle"]) == ["a red circle"], "when the run goes on, too"
     tiny_recipe["model"]["text_encoder"]["clean"] = "all"
     results, _ = examine(config.load([write_recipe(tiny_recipe)]), 1)
     (wrong,) = [result.text for result in results if result.mark == "✗"]
@@ -87,5 +87,5 @@ def test_without_ftfy_it_is_said_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_cleaning_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="none, basic or prx, not 'all'"):
+    with pytest.raises(ValueError, match="none, basic, prx or lower, not 'all'"):
         cleaner("all")  # pyright: ignore[reportArgumentType]

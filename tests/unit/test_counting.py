@@ -24,8 +24,7 @@ from prx_composer.models import HuggingFaceTextEncoder
 from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.counting import StepCounter, shape_of
-from prx_composer.models.encoders import random_encoder
-from prx_composer.models.huggingface import known_config, random_config
+from prx_composer.models.huggingface import known_config, random_config, random_encoder
 from prx_composer.models.kernels import Recorder, Watching
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe import config

@@ -21,7 +21,7 @@ from prx_composer.common import pages
 from prx_composer.common.errors import UserError
 from prx_composer.data.format import Bucket, BucketWriter, RawSample
 from prx_composer.data.loader import ImageCaptionData
-from prx_composer.models.encoders import tokenize
+from prx_composer.models.prompts import tokenize
 
 SQUARE, WIDE = Bucket(32, 32), Bucket(24, 40)
 SCRIPT = "<script>alert('&')</script>"

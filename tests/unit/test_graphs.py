@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY_T5
 from stacks import TEACHER, stack_of_24h
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -18,7 +19,7 @@ from prx_composer.commands.plan.conditions import Conditions, find_gpu, read_man
 from prx_composer.commands.plan.plan import make_plan
 from prx_composer.models import PRXBackbone
 from prx_composer.models.compiling import graphs_kept_in
-from prx_composer.models.encoders import TeacherSpec, VisionEncoder
+from prx_composer.models.encoders import HuggingFaceTextEncoder, TeacherSpec, VisionEncoder
 from prx_composer.models.routing import RandomRouter
 from prx_composer.recipe import config
 
@@ -70,6 +71,33 @@ def test_a_teacher_s_layers_share_a_graph_for_all_sizes_and_give_the_same(
         image = torch.randn(images, 3, height, width)
         torch.testing.assert_close(compiled(image), plain(image))
     assert graphs.frame_count == 1
+
+
+T5GEMMA = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1)
+T5GEMMA |= dict(head_dim=8, vocab_size=64, sliding_window=8)  # which every other layer has
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"),
+    [(TINY_T5 | {"num_layers": 3}, 4), ({"model_type": "t5gemma", "encoder": T5GEMMA, "decoder": T5GEMMA, "vocab_size": 64}, 2)],
+    ids=["t5", "t5gemma"],
+)
+def test_a_text_encoder_s_layers_share_graphs_for_captions_of_all_lengths_and_give_the_same(
+    spec: dict[str, Any], most: int, graphs: CompileCounterWithBackend, tokenizer: Any
+) -> None:
+    """T5's first layer makes the bias of positions, which the others are given; T5Gemma's layers see all or a window."""
+    torch.manual_seed(0)
+    compiled = HuggingFaceTextEncoder(tokenizer, config=spec, max_tokens=14, compile=True)
+    plain = HuggingFaceTextEncoder(tokenizer, config=spec, max_tokens=14)
+    plain.network.load_state_dict(compiled.network.state_dict())
+    for texts in (["a red circle"], ["a blue square on the left of a white background", ""], ["a cross"] * 3):
+        tokens = compiled.tokenize(texts)
+        used = tokens["attention_mask"].any(0)  # of other lengths, as groups of captions are
+        given = tokens["input_ids"][:, used], tokens["attention_mask"][:, used]
+        torch.testing.assert_close(compiled(*given), plain(*given))
+    assert 1 <= graphs.frame_count <= most
+    with pytest.raises(ValueError, match="compile: true is for a frozen encoder"):
+        HuggingFaceTextEncoder(tokenizer, config=spec, max_tokens=14, compile=True, trainable=True)
 
 
 def test_compiled_lpips_gives_the_same_at_all_sizes(graphs: CompileCounterWithBackend, tiny_model: Callable[..., Any]) -> None:

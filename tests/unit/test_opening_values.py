@@ -14,8 +14,9 @@ from prx_composer.commands.report import write_page
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.runs.checkpoints import INDEX
+from prx_composer.runs.diffusers_folder import RECIPE
 from prx_composer.runs.opening import load_trained
-from prx_composer.runs.pretrained_models import RECIPE, write_fragment
+from prx_composer.runs.pretrained_models import write_fragment
 from prx_composer.runs.weights import read_safetensors
 
 Recipe = dict[str, Any]

@@ -28,8 +28,9 @@ from prx_composer.data.sources import FolderSource, prepare
 from prx_composer.data.stored import encoded_folder, read_column
 from prx_composer.metrics.features import ClipScore
 from prx_composer.models import HuggingFaceTextEncoder, TextToImage
-from prx_composer.models.encoders import tokenize, train_tokenizer
-from prx_composer.models.prompts import CaptionCounts, readings, what_is_lost, with_cleaning
+from prx_composer.models.caption_format import with_format
+from prx_composer.models.encoders import train_tokenizer
+from prx_composer.models.prompts import CaptionCounts, readings, tokenize, what_is_lost
 from prx_composer.recipe import config
 from prx_composer.training.components import Components
 from prx_composer.training.preflight.pretrained import check_captions
@@ -162,7 +163,7 @@ def test_prompts_that_differ_after_the_cut_draw_the_same_picture_and_are_named_o
 
 def test_prompts_are_read_as_they_are_cleaned() -> None:
     pytest.importorskip("ftfy")
-    tokenizer = with_cleaning(tokenizers("words"), "prx")
+    tokenizer = with_format(tokenizers("words"), "prx")
     first, second = readings(tokenizer, ["A RED (CIRCLE) on the left of a white background", "two squares"], 7)
     assert first.text.startswith("A RED (") and first.read == "a red circle on the left" and second.read is None
     assert list(first.ids) == tokenize(tokenizer, [first.text], 7)["input_ids"][0].tolist()

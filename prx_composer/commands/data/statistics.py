@@ -18,7 +18,8 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.contents import LeftOut, SkipList, digests_of, key_hashes, said_of_skipped
 from prx_composer.data.format import ENCODED, IMAGE, Bucket, open_local
 from prx_composer.data.storage import RawShard, encodings_of, is_remote, join
-from prx_composer.models.prompts import cleaned, unknown_id
+from prx_composer.models.caption_format import format_of, formatted
+from prx_composer.models.prompts import unknown_id
 
 SHARES = {"5%": 0.05, "median": 0.5, "95%": 0.95}
 TOGETHER = 256  # captions that are tokenised at a time
@@ -191,11 +192,11 @@ class _Captions:
                 self._count_tokens(self._tokenizer)
 
     def _count_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        tokens: Any = tokenizer(cleaned(tokenizer, self._waiting), verbose=False) if self._waiting else {"input_ids": []}
+        tokens: Any = tokenizer(formatted(tokenizer, self._waiting), verbose=False) if self._waiting else {"input_ids": []}
         self._waiting = []
         for ids in tokens["input_ids"]:
             self._tokens.add(len(ids))
-            self._cut += len(ids) > self._max_tokens
+            self._cut += len(ids) > self._max_tokens + format_of(tokenizer).skipped
             self._unknown += ids.count(unknown_id(tokenizer))
 
     def to_json(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from prx_composer.data.sampler import BucketBatchSampler, SampleRequest
 from prx_composer.data.storage import is_remote
 from prx_composer.models.prompts import readings
 from prx_composer.recipe import config
-from prx_composer.recipe.arguments import data_sets
+from prx_composer.recipe.arguments import data_sets, text_encoders
 from prx_composer.recipe.arguments import split as split_spec
 from prx_composer.recipe.consistency import PlannedStage
 from prx_composer.runs.folder import TOKENIZER
@@ -124,13 +124,14 @@ def subject_of(arguments: list[str], split: str | None) -> Subject:
 
 def _tokenizer(recipe: config.Recipe) -> tuple[PreTrainedTokenizerBase | None, int]:
     """Return the run's tokenizer and max_tokens; without a trained run, make it. Nothing is written to the run's folder."""
-    spec = recipe.model.get("text_encoder")
-    if not isinstance(spec, dict):
+    encoders = text_encoders(recipe.model)
+    if not encoders:
         return None, 0
+    path, spec = max(encoders.items(), key=lambda one: int(one[1].get("max_tokens", 256)))
     with tempfile.TemporaryDirectory(prefix="prx-look.") as scratch:
         run = Path(recipe.run_folder)
         try:
-            tokenizer = made_tokenizer(spec, recipe.train_loader, run if (run / TOKENIZER).exists() else Path(scratch))
+            tokenizer = made_tokenizer(spec, recipe.train_loader, run if (run / TOKENIZER).exists() else Path(scratch), path)
         except UserError as error:
             raise UserError(f"{error} Without it: name the folder of the data, {recipe.train_loader.get('path')}") from error
     return tokenizer, int(spec.get("max_tokens", 256))

@@ -74,8 +74,10 @@ def store_text(options: TextOptions) -> None:
     from prx_composer.commands.encode import encoding, verifying
     from prx_composer.data.stored import encoded_folder
     from prx_composer.models.prompts import not_to_be_stored
-    from prx_composer.recipe.arguments import data_sets
+    from prx_composer.models.text_to_image import check_text
+    from prx_composer.recipe.arguments import data_sets, encoder_title
     from prx_composer.runs.model_parts import ModelParts
+    from prx_composer.runs.stored_text import why_never
 
     show_log(timed=True)
     o = options
@@ -83,12 +85,18 @@ def store_text(options: TextOptions) -> None:
     for where, part in data_sets(recipe.train_loader).items():
         if problem := not_to_be_stored(part.get("captions") or {}):
             raise UserError(f"train_loader.{where + '.' if where else ''}{problem}")
+    if reason := why_never(recipe.model):
+        raise UserError(f"{reason}: what is stored would fit no run.")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, str(dist.get_global_rank()))
         parts = ModelParts(recipe.model, recipe.seed, folder, loader=recipe.train_loader)
-        encoder, given = parts.text_encoder, parts.arguments("text_encoder")
-    title = str(given.get("pretrained") or f"random {(given.get('config') or {}).get('model_type')}")
-    column = encoding.text_column(encoder, title, given.get("revision"), o.storage)
+        encoder, (title, revision) = parts.text_encoder, encoder_title(recipe.model)
+    if recipe.model.get("backbone"):
+        try:
+            check_text(ModelParts(recipe.model, recipe.seed, meta=True).backbone, encoder)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    column = encoding.text_column(encoder, title, revision, o.storage)
     checked = []
     for data in sets:
         for caption in data.captions:

@@ -34,9 +34,21 @@ from prx_composer.data.dataset import read_manifest
 from prx_composer.data.decoding import UNDECODABLE, decode_image
 from prx_composer.data.format import CAPTIONS, Bucket, CaptionedRows, Manifest, open_rows
 from prx_composer.data.storage import INDEX, shards_in
-from prx_composer.data.stored import COLUMNS, RESULTS, StoredColumn, fingerprint, is_whole, manifest_path, pack, unpack
-from prx_composer.models.encoders import HuggingFaceTextEncoder, VisionEncoder, teacher_features, tokenize
-from prx_composer.models.prompts import readings
+from prx_composer.data.stored import (
+    COLUMNS,
+    RESULTS,
+    StoredColumn,
+    is_whole,
+    manifest_path,
+    pack,
+    text_fingerprint,
+    unpack,
+    with_pooled,
+)
+from prx_composer.models.caption_format import format_of, text_mask
+from prx_composer.models.encoders import HuggingFaceTextEncoder, VisionEncoder, teacher_features
+from prx_composer.models.prompts import readings, tokenize
+from prx_composer.models.several_encoders import SeveralTextEncoders
 from prx_composer.recipe import config
 from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.config import Recipe
@@ -270,17 +282,19 @@ def _finish(folder: Path, column: StoredColumn, parts: list[_Part], images: Mani
 # ------------------------------------------------------------------------------ what is stored of captions and images
 
 
-def text_column(encoder: HuggingFaceTextEncoder, name: str, revision: str | None, storage: str) -> StoredColumn:
+def text_column(
+    encoder: HuggingFaceTextEncoder | SeveralTextEncoders, name: str, revision: str | None, storage: str
+) -> StoredColumn:
     """Describe what `CaptionEncoder` stores with this encoder. Raise UserError for one that is trained."""
     if encoder.trainable:
         raise UserError("model.text_encoder is trained along: embeddings that are stored would not follow it.")
-    mark = fingerprint(encoder.network, encoder.tokenizer)
-    return StoredColumn("text", name, revision, mark, encoder.hidden_size, storage, max_tokens=encoder.max_tokens)
+    given = "text", name, revision, text_fingerprint(encoder), encoder.hidden_size, storage
+    return StoredColumn(*given, max_tokens=encoder.max_tokens, pooled=getattr(encoder, "pooled_size", 0) or None)
 
 
 @dataclass(frozen=True)
 class CaptionEncoder:
-    """Encodes a part's captions in batches of similar length, each padded only to its own longest.
+    """Encodes a part's captions in batches of similar length, each padded only to its own longest, where one encoder reads them.
 
     Args:
         encoder: frozen.
@@ -289,7 +303,7 @@ class CaptionEncoder:
         batch_size: captions at a time; with the part it decides the padding, and so the last bits of the result.
     """
 
-    encoder: HuggingFaceTextEncoder
+    encoder: HuggingFaceTextEncoder | SeveralTextEncoders
     caption: str
     storage: str
     batch_size: int
@@ -302,11 +316,15 @@ class CaptionEncoder:
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         order = torch.argsort(mask.sum(1), stable=True).split(self.batch_size)
         encoded: dict[int, Encoded] = {}
+        whole = isinstance(self.encoder, SeveralTextEncoders) or format_of(self.encoder.tokenizer).skipped > 0
         for members in order:
-            used = mask[members].any(0)  # columns that are padding for none of them
-            embedding = self.encoder(ids[members][:, used].to(self.device), mask[members][:, used].to(self.device)).cpu()
-            for index, values, valid in zip(members.tolist(), embedding, mask[members][:, used], strict=True):
-                encoded[index] = replace(self._stored(values[valid]), cut=cut[index])
+            used = mask[members].any(0) | whole  # columns that are padding for none of them
+            made: Any = self.encoder(ids[members][:, used].to(self.device), mask[members][:, used].to(self.device))
+            embedding, *pooled = (part.cpu() for part in (made if isinstance(made, tuple) else (made,)))
+            masks = text_mask(self.encoder.tokenizer, mask[members][:, used])
+            for index, values, valid, *own in zip(members.tolist(), embedding, masks, *pooled, strict=True):
+                kept = values[valid] if not own else with_pooled(values[valid], own[0])
+                encoded[index] = replace(self._stored(kept), cut=cut[index])
         return [encoded[index] for index in range(len(rows))]
 
     def _stored(self, values: Tensor) -> Encoded:

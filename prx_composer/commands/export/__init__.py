@@ -101,8 +101,8 @@ def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOpt
     """Write the model card, with samples that are drawn as its code draws with the exported pipeline."""
     from prx_composer.commands import generate
     from prx_composer.commands.export.pipeline import public_command
+    from prx_composer.runs.diffusers_folder import mends_prompts, pipeline_prompt
     from prx_composer.runs.opening import choose_guidance
-    from prx_composer.runs.pretrained_models import mends_prompts, pipeline_prompt
 
     prompts, settings = generate.recipe_settings(trained)
     prompts = (options.prompt or prompts)[:_MOST_SAMPLES]
@@ -156,9 +156,9 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
     """Write README.md beside what `write_pipeline` wrote."""
     from prx_composer.commands.export.pipeline import without_places, write_readme
     from prx_composer.models.autoencoder import Pixels
+    from prx_composer.models.caption_format import cleaner, cleaning_of
     from prx_composer.models.processes import PIXEL_MIN_TIMESTEP
-    from prx_composer.models.prompts import cleaner, cleaning_of
-    from prx_composer.runs.pretrained_models import RECIPE
+    from prx_composer.runs.diffusers_folder import RECIPE
 
     model, recipe = trained.model, trained.recipe or {}
     pixels, cleaned = isinstance(model.autoencoder, Pixels), cleaning_of(model.text_encoder.tokenizer) == "prx"
@@ -217,7 +217,7 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
 def _public_reference(folder: Path) -> dict[str, Any] | None:
     """Return the text encoder that the export refers to, if it does, by the name that others know."""
     from prx_composer.commands.export.pipeline import public_name
-    from prx_composer.runs.pretrained_models import REFERENCE
+    from prx_composer.runs.diffusers_folder import REFERENCE
 
     if not (folder / REFERENCE).exists():
         return None

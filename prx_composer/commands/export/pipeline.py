@@ -27,9 +27,10 @@ from prx_composer.models.diffusion import DDPM
 from prx_composer.models.encoders import HuggingFaceTextEncoder
 from prx_composer.models.layers import is_adapted
 from prx_composer.models.processes import FlowMatching
+from prx_composer.models.several_encoders import parts_of
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.runs.diffusers_folder import RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
-from prx_composer.runs.pretrained_models import RECIPE, REFERENCE
 
 log = logging.getLogger(__name__)
 
@@ -104,24 +105,20 @@ def write_pipeline(trained: Trained, folder: Path, reference: bool = False) -> N
 
 def _write_parts(trained: Trained, folder: Path, scale: float, reference: bool) -> dict[str, list[str]]:
     """Write what is beside the transformer; return how an index names it."""
-    model: Any = trained.model
-    tokenizer, network, scheduler = model.text_encoder.tokenizer, model.text_encoder.network, model.flow.scheduler()
-    index = {
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        "tokenizer": ["transformers", type(tokenizer).__name__],
-        "text_encoder": ["transformers", type(network).__name__],
-    }
+    model, scheduler = cast("Any", trained.model), trained.model.flow.scheduler()
+    index = {"scheduler": ["diffusers", type(scheduler).__name__]}
     if reference:
         (folder / REFERENCE).write_text(json.dumps(_reference(trained), indent=2) + "\n")
-    else:
-        network.save_pretrained(str(folder / "text_encoder"))
+    for number, encoder in enumerate(parts_of(model.text_encoder)[0], start=1):
+        ending = f"_{number}" if number > 1 else ""
+        index[f"tokenizer{ending}"] = ["transformers", type(encoder.tokenizer).__name__]
+        index[f"text_encoder{ending}"] = ["transformers", type(encoder.network).__name__]
+        if not reference:
+            encoder.network.save_pretrained(str(folder / f"text_encoder{ending}"))
+        tokenizer = copy.copy(encoder.tokenizer)
+        tokenizer.model_max_length = encoder.max_tokens  # to which pipelines pad
+        tokenizer.save_pretrained(str(folder / f"tokenizer{ending}"))
     scheduler.save_pretrained(folder / "scheduler")
-    length = tokenizer.model_max_length
-    tokenizer.model_max_length = model.text_encoder.max_tokens  # to which PRXPipeline pads
-    try:
-        tokenizer.save_pretrained(str(folder / "tokenizer"))
-    finally:
-        tokenizer.model_max_length = length
     if isinstance(model.autoencoder, DiffusersAutoencoder):
         _write_autoencoder(model.autoencoder, folder / "vae", scale)
         index["vae"] = ["diffusers", type(model.autoencoder.module).__name__]
@@ -147,7 +144,8 @@ def write_own_class(trained: Trained, folder: Path, reference: bool = False) -> 
     backbone.model.save_pretrained(str(folder / "transformer"))
     opened = f"diffusers.{backbone.class_name}.from_pretrained(DIR, subfolder='transformer') opens the transformer"
     _write_recipe(trained, folder)
-    if not isinstance(model.text_encoder, HuggingFaceTextEncoder):
+    encoders, places = parts_of(model.text_encoder)
+    if not all(isinstance(one, HuggingFaceTextEncoder) for one in encoders):
         cast("Any", model.text_encoder).tokenizer.save_pretrained(str(folder / "tokenizer"))
         return f"{opened}. Its labels are the tokens of tokenizer/."
     index, signature, flow = _write_parts(trained, folder, 1.0, reference), backbone.signature, model.flow
@@ -158,12 +156,12 @@ def write_own_class(trained: Trained, folder: Path, reference: bool = False) -> 
             f"{opened}. A pipeline is written for velocities of flow matching, on latents, with unit noise, if a class has one."
         )
     index["transformer"] = ["diffusers", backbone.class_name]
-    if not signature.pipeline_reads:
-        index = {name: part for name, part in index.items() if name not in ("tokenizer", "text_encoder")}
+    if not (reads := signature.pipeline_reads([one.how for one in encoders], places)):
+        index = {name: part for name, part in index.items() if not name.startswith(("tokenizer", "text_encoder"))}
     index |= {"_class_name": signature.pipeline, "_diffusers_version": diffusers.__version__}  # pyright: ignore[reportArgumentType]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    how = "" if signature.pipeline_reads else ", with None for its text parts: it takes embeddings"
-    return f"diffusers.{signature.pipeline}.from_pretrained(DIR{how}) draws the same: see prx_composer/models/README.md."
+    none = "" if reads else ", with None for its text parts: it takes embeddings"
+    return f"diffusers.{signature.pipeline}.from_pretrained(DIR{none}) draws the same: see prx_composer/models/README.md."
 
 
 def check_exportable(model: TextToImage) -> None:
@@ -190,11 +188,12 @@ def check_exportable(model: TextToImage) -> None:
         problems.append("model.flow.prediction: x on latents: diffusers' PRXPipeline takes predictions for v.")
     if not pixels and not isinstance(model.autoencoder, DiffusersAutoencoder):
         problems.append("model.autoencoder: only pixels and diffusers autoencoders are known to diffusers.")
+    how: dict[str, Any] = getattr(model.text_encoder, "how", {})
+    if own := sorted(key for key, value in how.items() if value not in ("prx", "basic")):
+        problems.append(f"model.text_encoder: diffusers' PRX has no place for {', '.join(own)}.")
     network = type(model.text_encoder.network).__name__
-    if getattr(transformers, network, None) is not type(model.text_encoder.network):
-        problems.append(
-            f"model.text_encoder: transformers has no class {network} by that name, with which diffusers would load it."
-        )
+    if not own and getattr(transformers, network, None) is not type(model.text_encoder.network):
+        problems.append(f"model.text_encoder: transformers has no class {network} by that name, by which diffusers loads it.")
     raise_all(problems)
 
 

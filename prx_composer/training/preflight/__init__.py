@@ -19,11 +19,13 @@ from typing import Any, Literal, ParamSpec, get_args
 from prx_composer import registry
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import Problems, UserError, at_path, problems_of, raise_all
-from prx_composer.models.prompts import Cleaning, cleaner
-from prx_composer.recipe.arguments import entries
+from prx_composer.models.caption_format import Cleaning, cleaner
+from prx_composer.models.text_to_image import check_text
+from prx_composer.recipe.arguments import entries, text_encoders
 from prx_composer.recipe.checks import argument_problems, setting_problems
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import batch_problems, image_size_problems, schedule_problems
+from prx_composer.runs.model_parts import UnknownNetwork
 from prx_composer.training.components import Components
 from prx_composer.training.trainer import low_dtype, parallelism
 
@@ -100,7 +102,7 @@ def examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components]:
     if not wrong:
         counts = [f"{len(list(entries(getattr(recipe, kind), kind)))} {kind}" for kind in ("algorithms", "callbacks")]
         results.append(passed("names, arguments and types", f"model, optimizer, scheduler, {', '.join(counts)}"))
-    results += [*_check_backbone(parts), *map(failed, settings), *_check_cleaning(parts), *_check_scheduler(parts)]
+    results += [*_check_backbone(parts), *map(failed, settings), *_check_text(parts), *_check_scheduler(parts)]
     parts.algorithms, problems = parts.each("algorithms")
     results += [*map(failed, problems), *_check_images(parts), *_check_tricks(parts, settings)]
     if parts.algorithms:
@@ -128,13 +130,26 @@ def _check_backbone(parts: Components) -> Iterator[Result]:
 
 
 @collected
-def _check_cleaning(parts: Components) -> Iterator[Result]:
-    encoder = parts.recipe.model.get("text_encoder")
-    clean: Any = encoder.get("clean") if isinstance(encoder, dict) else None
-    if clean in get_args(Cleaning):  # else its type is wrong, which is said elsewhere
-        with at_path("model.text_encoder"):
-            cleaner(clean)
+def _check_text(parts: Components) -> Iterator[Result]:
+    """Check that what text encoders need is installed and, if their sizes are known here, that the backbone takes theirs."""
+    for path, encoder in text_encoders(parts.recipe.model).items():
+        clean: Any = encoder.get("clean")
+        if clean in get_args(Cleaning):  # else its type is wrong, which is said elsewhere
+            with at_path(path):
+                cleaner(clean)
     yield from ()
+    if parts.is_wrong("model") or parts.backbone is None:
+        return
+    try:
+        encoder = parts.text_encoder
+    except Exception as error:  # whatever a network's code raises where it has no storage
+        if isinstance(error, UserError) and not isinstance(error, UnknownNetwork):
+            raise
+        return
+    try:
+        check_text(parts.backbone, encoder)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @collected

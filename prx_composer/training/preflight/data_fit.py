@@ -16,7 +16,7 @@ from prx_composer.data.sampler import epoch_steps, fewer_than_a_batch
 from prx_composer.data.storage import INDEX, shards_in, sizes_in
 from prx_composer.data.stored import StoredColumn, encoded_folder, fetch_captions, latent_names, latent_size_problem, read_column
 from prx_composer.models.prompts import not_to_be_stored
-from prx_composer.recipe.arguments import data_sets
+from prx_composer.recipe.arguments import data_sets, text_encoders
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import Phase, PlannedStage, phases_of, schedule_problems, stages_of
 from prx_composer.runs.folder import TOKENIZER
@@ -93,9 +93,9 @@ def _check_loader(key: str, parts: Components, to_be_made: set[str]) -> Iterator
 
 
 def _makes_vocabulary(recipe: Recipe) -> bool:
-    encoder = recipe.model.get("text_encoder")
-    spec = encoder.get("tokenizer", encoder.get("pretrained")) if isinstance(encoder, dict) else None
-    return isinstance(spec, dict) and bool(spec.get("train")) and not Path(recipe.run_folder, TOKENIZER).exists()
+    named = [encoder.get("tokenizer") or encoder.get("pretrained") for encoder in text_encoders(recipe.model).values()]
+    trains = any(isinstance(spec, dict) and spec.get("train") for spec in named)
+    return trains and not Path(recipe.run_folder, TOKENIZER).exists()
 
 
 def _left_out(key: str, spec: dict[str, Any]) -> LeftOut | None:

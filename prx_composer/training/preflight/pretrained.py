@@ -23,13 +23,13 @@ from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import read_manifest
 from prx_composer.data.format import MANIFEST, BrokenShardError, Manifest, open_rows, read_row
-from prx_composer.models.encoders import TeacherSpec, load_tokenizer, tokenize, train_tokenizer
-from prx_composer.models.prompts import CaptionCounts, cleaner, with_cleaning, wordings
-from prx_composer.recipe.arguments import data_sets, split
+from prx_composer.models.caption_format import FORMAT, CaptionFormat, cleaner, with_format
+from prx_composer.models.encoders import TeacherSpec, load_tokenizer, train_tokenizer
+from prx_composer.models.prompts import CaptionCounts, tokenize, wordings
+from prx_composer.recipe.arguments import data_sets, text_encoders
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.checkpoints import newest_checkpoint
-from prx_composer.runs.folder import TOKENIZER
-from prx_composer.runs.model_parts import MOST_WORDS, TRAINED_BY
+from prx_composer.runs.model_parts import MOST_WORDS, TRAINED_BY, tokenizer_folder
 from prx_composer.runs.pretrained_models import check_init_from
 from prx_composer.training.components import Components
 from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
@@ -73,15 +73,15 @@ def references(parts: Components) -> list[Reference]:
 
 def _of_model(model: dict[str, Any], run_folder: Path) -> list[Reference]:
     found = []
-    if isinstance(encoder := model.get("text_encoder"), dict):
+    for path, encoder in text_encoders(model).items():
         pretrained, revision = encoder.get("pretrained"), encoder.get("revision")
-        tokenizer: Any = encoder.get("tokenizer", pretrained)
-        if (run_folder / TOKENIZER).exists() or not isinstance(tokenizer, str):  # a run keeps its own
+        tokenizer: Any = encoder.get("tokenizer") or pretrained
+        if tokenizer_folder(run_folder, path).exists() or not isinstance(tokenizer, str):  # a run keeps its own
             tokenizer = None
         if pretrained:
-            found.append(Reference("model.text_encoder", pretrained, revision, tokenizer=tokenizer == pretrained))
+            found.append(Reference(path, pretrained, revision, tokenizer=tokenizer == pretrained))
         if tokenizer not in (None, pretrained):
-            found.append(Reference("model.text_encoder.tokenizer", tokenizer, revision, weights=False, tokenizer=True))
+            found.append(Reference(f"{path}.tokenizer", tokenizer, revision, weights=False, tokenizer=True))
     autoencoder = model.get("autoencoder")
     if isinstance(autoencoder, dict) and autoencoder.get("pretrained"):
         where = autoencoder.get("revision"), autoencoder.get("subfolder")
@@ -261,9 +261,6 @@ def check_captions(parts: Components) -> Iterator[Result]:
     recipe = parts.recipe
     if parts.is_wrong("model") or parts.is_wrong("train_loader") or recipe.train_loader.get("name") != "image_caption":
         return
-    encoder = split(recipe.model, "model")[1].get("text_encoder")
-    if not isinstance(encoder, dict):
-        return
     try:
         found = [part for part in data_sets(recipe.train_loader).values() if not part.get("remote")]
         captions = [text for part in found for text in _some_captions(part, recipe.seed)]
@@ -271,22 +268,27 @@ def check_captions(parts: Components) -> Iterator[Result]:
         return
     if not captions:  # remote, or still to be made
         return
-    own = not isinstance(encoder.get("tokenizer", encoder.get("pretrained")), str)
-    cleaning = encoder.get("clean", "none")
-    tokenizer = _tokenizer(recipe, encoder, list(map(cleaner(cleaning), captions)))
+    for path, encoder in text_encoders(recipe.model).items():
+        yield _read_whole(recipe, path, encoder, captions)
+
+
+def _read_whole(recipe: Recipe, path: str, encoder: dict[str, Any], captions: list[str]) -> Result:
+    """Say how much of these captions a text encoder reads."""
+    what = "train_loader: captions" + (f" by {path.rpartition('.')[2]}" if ".encoders." in path else "")
+    own = not isinstance(encoder.get("tokenizer") or encoder.get("pretrained"), str)
+    form = CaptionFormat(encoder.get("clean", "none"), encoder.get("instruction", ""))
+    tokenizer = _tokenizer(recipe, path, encoder, [form.of(text, cleaner(form.cleaning)) for text in captions])
     if tokenizer is None:
-        yield skipped("train_loader: captions", "their tokenizer is not on this machine")
-        return
-    tokenizer = with_cleaning(tokenizer, cleaning)
+        return skipped(what, "their tokenizer is not on this machine")
+    tokenizer = with_format(tokenizer, **{key: encoder[key] for key in FORMAT if key in encoder})
     max_tokens, counts = int(encoder.get("max_tokens", MAX_TOKENS)), CaptionCounts()
     for start in range(0, len(captions), LOOKED_AT):
         tokenize(tokenizer, captions[start : start + LOOKED_AT], max_tokens, counts)
     lost = counts.told(max_tokens)
     if lost is not None:
-        yield warned("train_loader: captions", f"of those looked at, {lost}")
-    else:
-        unknown = "" if own else ", and their words are known"
-        yield passed("train_loader: captions", f"{len(captions):,} looked at are read whole, in {max_tokens} tokens{unknown}")
+        return warned(what, f"of those looked at, {lost}")
+    unknown = "" if own else ", and their words are known"
+    return passed(what, f"{len(captions):,} looked at are read whole, in {max_tokens} tokens{unknown}")
 
 
 def _some_captions(part: dict[str, Any], seed: int) -> Iterator[str]:
@@ -313,9 +315,9 @@ def _some_captions(part: dict[str, Any], seed: int) -> Iterator[str]:
         first += count
 
 
-def _tokenizer(recipe: Recipe, encoder: dict[str, Any], captions: list[str]) -> PreTrainedTokenizerBase | None:
+def _tokenizer(recipe: Recipe, path: str, encoder: dict[str, Any], captions: list[str]) -> PreTrainedTokenizerBase | None:
     """Return the run's or the named tokenizer if it is here, else one of the kind that the run will train, which counts alike."""
-    spec, folder = encoder.get("tokenizer", encoder.get("pretrained")), Path(recipe.run_folder) / TOKENIZER
+    spec, folder = encoder.get("tokenizer") or encoder.get("pretrained"), tokenizer_folder(Path(recipe.run_folder), path)
     try:
         if folder.exists():
             return load_tokenizer(str(folder))
