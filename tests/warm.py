@@ -49,7 +49,9 @@ def deputy(address: str, program: str, arguments: list[str], real: str) -> None:
     rest = [a for a in arguments if a != "-u"]
     script = bool(rest) and not rest[0].startswith("-")
     cold = program == "python" and not script and not (rest[:1] == ["-m"] and rest[1].startswith(WARM_MODULES))
-    if cold or os.environ.get("LOCAL_RANK", "-") in os.environ.get(REAL_RANKS, "").split(","):
+    # A Trainer leaves LOCAL_RANK in the environment of whoever starts the launcher, which is none of its ranks.
+    own_rank = os.environ.get("LOCAL_RANK", "-") if program == "python" else "-"
+    if cold or own_rank in os.environ.get(REAL_RANKS, "").split(","):
         os.execv(real, [real, *arguments])
     connection = socket.socket(socket.AF_UNIX)
     opened = [int(name) for name in os.listdir("/proc/self/fd")]

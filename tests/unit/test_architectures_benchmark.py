@@ -45,7 +45,7 @@ def test_labels_take_the_place_of_text_where_a_class_has_no_other() -> None:
     assert list(found) == ["prx"] and "it takes class labels, and the score asks for captions" in refused["reason"]
 
 
-@pytest.mark.parametrize("match", ["parameters", "flops"])
+@pytest.mark.parametrize("match", ["flops", pytest.param("parameters", marks=pytest.mark.long)])
 def test_heads_and_depth_are_found_that_match(match: str) -> None:
     """With as many heads no other depth is nearer."""
     frame, first = architectures.first_of(config.load([QUICKSTART]))
