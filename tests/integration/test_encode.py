@@ -13,6 +13,7 @@ from typing import Any
 import commands
 import pytest
 import torch
+from conftest import TINY_T5
 
 from prx_composer.cli import app
 from prx_composer.common.errors import UserError
@@ -22,6 +23,7 @@ from prx_composer.runs.opening import load_trained
 from prx_composer.training.run import build_trainer, run
 
 Recipe = dict[str, Any]
+TINY_ENCODER: Recipe = {"name": "huggingface", "config": TINY_T5, "tokenizer": {"train": True}, "max_tokens": 14}
 Write = Callable[..., str]
 
 
@@ -185,9 +187,26 @@ def test_going_on_with_other_settings_is_refused(recipe: Recipe, write_recipe: W
         invoke("text", file, "--part", "32", "--storage", "int8")
 
 
-def test_a_trained_encoder_is_not_stored(tiny_recipe: Recipe, write_recipe: Write) -> None:
+def test_what_no_run_could_read_is_not_stored(tiny_recipe: Recipe, recipe: Recipe, write_recipe: Write) -> None:
+    recipe["model"]["backbone"]["context_in_dim"] = 32
+    with pytest.raises(UserError, match="embeddings are 24 wide; set context_in_dim: 24"):
+        invoke("text", write_recipe(recipe))
+    tiny_recipe["model"]["text_encoder"] = {**TINY_ENCODER, "trainable": True}
     with pytest.raises(UserError, match="trained along"):
         invoke("text", write_recipe(tiny_recipe))
+    tiny_recipe["model"]["text_encoder"] = TINY_ENCODER
+    with pytest.raises(UserError, match="has random weights of its own: what is stored would fit no run"):
+        invoke("text", write_recipe(tiny_recipe))
+    assert not list((Path(recipe["train_loader"]["path"]) / "train").rglob("text*"))
+
+
+def test_without_a_tokenizer_an_encoder_has_its_own(recipe: Recipe, write_recipe: Write) -> None:
+    """As a recipe says it over one that trains a tokenizer: by null."""
+    recipe["model"]["text_encoder"]["tokenizer"] = None
+    file = write_recipe(recipe)
+    invoke("text", file)
+    online, stored = first_loss(file), first_loss(file, "train_loader.text_embedding=text", "run_name=stored")
+    assert stored == pytest.approx(online, rel=1e-2)
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32", "int8"])
