@@ -275,6 +275,15 @@ class LossTrick(Trick):
     def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
         """Return the loss of a microbatch, a scalar before `weight`: a mean over the images, so that microbatches add up."""
 
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+        self._check_taps(backbone)
+
+    def _check_taps(self, backbone: Any) -> None:
+        depth: Any = getattr(backbone, "depth", None)
+        for block in () if depth is None else self.taps:
+            if block != TIME_VECTOR and not 0 <= block < depth:
+                raise UserError(no_block(f"algorithms.{self.name}.block", block, depth))
+
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         if not hasattr(model, "auxiliary_losses"):
             raise UserError(f"algorithms.{self.name} needs a model with `auxiliary_losses`, such as text_to_image.")
@@ -284,9 +293,7 @@ class LossTrick(Trick):
         self.flow = model.flow
         with seeded_initialisation(model.random.seed, self.name):
             trained = self.build(model)
-        for block in self.taps:
-            if block != TIME_VECTOR and not 0 <= block < model.backbone.depth:
-                raise UserError(no_block(f"algorithms.{self.name}.block", block, model.backbone.depth))
+        self._check_taps(getattr(model, "backbone", None))
         self.term = _Term(self, trained)
         model.auxiliary_losses[self.name] = self.term
         add_parameters(optimizer, self.term)

@@ -58,23 +58,16 @@ class TokenRouting(Trick):
         self.start_block, self.end_block, self.rate = start_block, end_block, rate
 
     def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
-        self._check_routable(backbone)
+        if isinstance(backbone, PRXBackbone | DiffusersBackbone):
+            self._last_routed(backbone)
 
-    def _check_routable(self, backbone: Any) -> None:
+    def _last_routed(self, backbone: PRXBackbone | DiffusersBackbone) -> int:
+        """Return the number of the last routed block. Raise UserError for a backbone through which these cannot be routed."""
         if isinstance(backbone, DiffusersBackbone) and backbone.signature.unroutable is not None:
             raise UserError(
                 f"algorithms.{self.name} cannot route tokens through {backbone.class_name}: {backbone.signature.unroutable}. "
                 "Leave it out, or train another class."
             )
-
-    def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
-        backbone: Any = getattr(model, "backbone", None)
-        if not isinstance(backbone, PRXBackbone | DiffusersBackbone):
-            raise UserError(f"algorithms.{self.name} needs a model with a PRX backbone, such as text_to_image.")
-        self._check_routable(backbone)
-        if backbone.router is not None:
-            owner = getattr(backbone.router, "name", "another")
-            raise UserError(f"algorithms.{self.name} and algorithms.{owner} both route tokens; keep one of them.")
         last = backbone.depth - 1
         end_block = last - (0 if self.discard else 1) if self.end_block is None else self.end_block
         if not self.start_block <= end_block <= last:
@@ -82,6 +75,16 @@ class TokenRouting(Trick):
                 f"algorithms.{self.name}: blocks {self.start_block} to {end_block} cannot be routed; model.backbone has "
                 f"{backbone.depth} blocks, counted from 0 to {last}."
             )
+        return end_block
+
+    def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
+        backbone: Any = getattr(model, "backbone", None)
+        if not isinstance(backbone, PRXBackbone | DiffusersBackbone):
+            raise UserError(f"algorithms.{self.name} needs a model with a PRX backbone, such as text_to_image.")
+        end_block = self._last_routed(backbone)
+        if backbone.router is not None:
+            owner = getattr(backbone.router, "name", "another")
+            raise UserError(f"algorithms.{self.name} and algorithms.{owner} both route tokens; keep one of them.")
         self.router = RandomRouter(self.name, self.start_block, end_block + 1, self.rate, self.discard)
         backbone.router = self.router
 

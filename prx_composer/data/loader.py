@@ -117,10 +117,15 @@ def caption_groups(mask_BT: Tensor) -> dict[str, Any]:
     return {"text_order": order, "text_groups": groups} if groups != (tuple(mask_BT.shape),) else {}
 
 
-def split_batch(batch: Any, microbatch_size: int | float) -> Sequence[Any]:
-    """Split a batch as Composer does, one with packed text embeddings, too; captions that are to be encoded are grouped."""
+def split_batch(batch: Any, microbatch_size: int | float | None) -> Sequence[Any]:
+    """Split a batch as Composer does, one with packed text embeddings, too; captions that are to be encoded are grouped.
+
+    Args:
+        microbatch_size: None leaves it whole, as a Trainer asks that was told none for evaluation.
+    """
     if not isinstance(batch, dict):
-        return _default_split_batch(batch, microbatch_size)
+        return _default_split_batch(batch, microbatch_size)  # pyright: ignore[reportArgumentType]
+    microbatch_size = len(batch["attention_mask"]) if microbatch_size is None else microbatch_size
     if "text_position" not in batch:
         rest = {name: value for name, value in batch.items() if name not in GROUPED}
         plain: list[dict[str, Any]] = list(_default_split_batch(rest, microbatch_size))  # pyright: ignore[reportArgumentType]

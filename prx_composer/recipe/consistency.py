@@ -244,7 +244,7 @@ def _check_time(path: str, text: Any, num_stages: int) -> None:
     if unit == BUDGET:
         raise ValueError(f"{text}: evaluation comes at batches, epochs, samples, times or parts of the run; use 0.1dur, say.")
     if is_length and unit == "ep" and num_stages > 1:
-        raise ValueError(f"{text} cannot be in epochs with {STAGES}, whose switch begins one; use ba.")
+        raise ValueError(f"{text} cannot be in epochs with {STAGES}; use ba, or set progressive_resolution: false.")
 
 
 # Composer's schedulers, which compare two times in one unit. `warmup_stable_decay` takes `Moment`s, each of which knows its own.

@@ -42,7 +42,7 @@ def measured(
     with torch.no_grad():
         for step in zip(*loaders, strict=True):  # strict: a rank that had fewer would wait for the others for ever
             for batch in step:
-                for part in split_batch(batch, microbatch or len(batch["input_ids"])):
+                for part in split_batch(batch, microbatch):
                     outputs = model.eval_forward(part)
                     for metric in metrics.values():
                         model.update_metric(part, outputs, metric)

@@ -311,3 +311,12 @@ def test_the_guide_s_trick_scales_the_loss_inside_of_its_window(tiny_recipe: Rec
     run(recipe)
     rows = read_metrics(Path(recipe.run_folder) / "metrics.jsonl")
     assert [row["loss/train/total"] / row["loss/train/flow"] for row in rows] == pytest.approx([0.25, 1.0])
+
+
+def test_blocks_that_the_backbone_has_not_are_found_before_anything_is_attached(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    tiny_recipe["algorithms"] = {"tread": {"start_block": 0, "end_block": 7}, "repa": {"teacher": TEACHER, "block": 2}}
+    found, _ = examine(config.load([write_recipe(tiny_recipe)]), 1)
+    assert [result.text for result in found if result.mark == "✗"] == [
+        "algorithms.tread: blocks 0 to 7 cannot be routed; model.backbone has 2 blocks, counted from 0 to 1.",
+        "algorithms.repa.block: 2 is no block of model.backbone, which has 2, counted from 0 to 1.",
+    ]
