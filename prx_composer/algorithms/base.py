@@ -279,10 +279,11 @@ class LossTrick(Trick):
         self._check_taps(backbone)
 
     def _check_taps(self, backbone: Any) -> None:
-        depth: Any = getattr(backbone, "depth", None)
-        for block in () if depth is None else self.taps:
-            if block != TIME_VECTOR and not 0 <= block < depth:
-                raise UserError(no_block(f"algorithms.{self.name}.block", block, depth))
+        if not hasattr(backbone, "depth"):
+            return
+        for block in self.taps:
+            if block != TIME_VECTOR and not 0 <= block < backbone.depth:
+                raise UserError(no_block(f"algorithms.{self.name}.block", block, backbone.depth))
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         if not hasattr(model, "auxiliary_losses"):
