@@ -233,7 +233,7 @@ def no_block(path: str, block: int, depth: int) -> str:
 
 
 class LossTrick(Trick):
-    """A loss beside the flow-matching one, as `model.auxiliary_losses[name]` and, in the log, loss/train/<name>.
+    """A loss beside the flow-matching one, as `model.auxiliary_losses[name]` and, in the log, `loss/train/<name>`.
 
     Trained parts join the optimizer. Their first weights depend on the run's seed and `name` alone. The blocks whose output the
     loss reads are tapped inside of the window alone.

@@ -112,7 +112,8 @@ def read_column(folder: Path, kind: str, path: str, remote: bool = False) -> Sto
     Raises:
         UserError: none there (yet), another kind, newer than this package, or made of other data than lies beside it.
     """
-    file, again, maker = folder / MANIFEST, "encode", f"prx encode {kind}"
+    file, again = folder / MANIFEST, "encode"
+    maker = f"prx encode {kind} RECIPE --name {folder.parent.name} --split {folder.parents[2].name}"
     if kind == CAPTIONS:
         again, maker = "caption", "prx data caption"
     if not file.exists():

@@ -62,6 +62,7 @@ class Signature:
         borrows_first_block: the class uses a layer of its first block outside of it, so that FSDP must not shard that by itself.
         unroutable: why tokens cannot skip blocks; None = they can.
         pipeline: of diffusers, that takes the steps that are taken here.
+        spaces_steps: the pipeline spaces its steps otherwise, unless it is given `sigmas`.
         zeros: names of linear layers that begin at zero, so that a block begins as the identity. One with a dot ends a name.
     """
 
@@ -75,6 +76,7 @@ class Signature:
     borrows_first_block: bool = False
     unroutable: str | None = None
     pipeline: str | None = None
+    spaces_steps: bool = False
     zeros: tuple[str, ...] = ()
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
@@ -92,6 +94,15 @@ class Signature:
     def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
         """Return whether the pipeline makes of prompts what these text encoders do; else it is given embeddings."""
         return False
+
+    def pipeline_options(self, how: Mapping[str, Any], guidance: float) -> dict[str, Any]:
+        """Return what the pipeline is told so that it guides and reads prompts as is done here.
+
+        Args:
+            how: the first text encoder reads.
+            guidance: scale of classifier-free guidance, 1 = none.
+        """
+        return {"guidance_scale": guidance}
 
     def text_argument(self, config: Mapping[str, Any]) -> str | None:
         """Return `text_width`, or what takes its place with these arguments."""
@@ -136,13 +147,16 @@ class Flux(Signature):
     blocks = (BlockList("transformer_blocks", output=1), BlockList("single_transformer_blocks", output=1))
     text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
     packs = True
-    pipeline = "FluxPipeline"
+    pipeline, spaces_steps = "FluxPipeline", True
     unroutable = "its blocks take one table of positions for the whole batch, and every image keeps tokens of its own"
     zeros = ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "proj_out")
 
     def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
         clip = {"pooled": "end", "attend_padding": True}
         return [*encoders] == [clip, {"attend_padding": True}] and tokens == [[1]]
+
+    def pipeline_options(self, how: Mapping[str, Any], guidance: float) -> dict[str, Any]:
+        return {"true_cfg_scale": guidance, "guidance_scale": 1.0}  # the second is of distilled models
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
         rows, columns = (torch.arange(side, device=x.t.device) for side in x.grid)
@@ -166,10 +180,6 @@ class PixArt(Signature):
         text = dict(encoder_hidden_states=x.text, encoder_attention_mask=x.mask)
         return dict(hidden_states=x.image, timestep=1000 * x.t, added_cond_kwargs=size) | text
 
-    def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
-        """Return whether the pipeline makes of prompts what these text encoders do; else it is given embeddings."""
-        return False
-
     def text_argument(self, config: Mapping[str, Any]) -> str | None:
         return "caption_channels" if config["caption_channels"] else "cross_attention_dim"
 
@@ -188,6 +198,10 @@ class Sana(Signature):
         first = encoders[0]  # which reads what stands behind an instruction, of which two tokens are kept; or without one
         beside = {key: value for key, value in first.items() if key not in ("instruction", "skipped")}
         return len(encoders) == 1 and beside == {"cleaning": "lower"} and ("instruction" in first) == ("skipped" in first)
+
+    def pipeline_options(self, how: Mapping[str, Any], guidance: float) -> dict[str, Any]:
+        lines = how["instruction"].split("\n") if "instruction" in how else None
+        return {"guidance_scale": guidance, "complex_human_instruction": lines, "use_resolution_binning": False}
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
         guidance = torch.ones_like(x.t) * x.config["guidance_embeds_scale"] if x.config["guidance_embeds"] else None
@@ -214,12 +228,17 @@ class Lumina2(Signature):
     blocks = (BlockList("layers", joint=True, positions=("attention_mask", "image_rotary_emb")),)
     also = ("noise_refiner", "context_refiner")
     text_width = "cap_feat_dim"
-    pipeline = "Lumina2Pipeline"
+    begins = " <Prompt Start> "  # a prompt, after the instruction
+    pipeline, spaces_steps = "Lumina2Pipeline", True
     zeros = ("norm1.linear", "norm_out.linear_2")
 
     def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
         own = [{"layer": -2, "instruction": one.get("instruction", "")} for one in encoders[:1]]
-        return [*encoders] == own and own[0]["instruction"].endswith(" <Prompt Start> ")
+        return [*encoders] == own and own[0]["instruction"].endswith(self.begins)
+
+    def pipeline_options(self, how: Mapping[str, Any], guidance: float) -> dict[str, Any]:
+        system = how["instruction"].removesuffix(self.begins)
+        return {"guidance_scale": guidance, "system_prompt": system, "cfg_normalization": False}
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
         order = x.mask.int().argsort(dim=1, descending=True, stable=True)  # the real tokens first, wherever they were padded

@@ -77,7 +77,7 @@ def test_data_that_have_changed_and_latents_that_were_never_stored_are_said(
     tmp_path: Path,
 ) -> None:
     file, folder = write_recipe(recipe), encoded_folder(tmp_path / "data", "train", "latent", "image")
-    assert "make it with `prx encode latents`" in refused("latents", file, "--verify", "4")
+    assert "make it with `prx encode latents RECIPE --name latent --split train`" in refused("latents", file, "--verify", "4")
     invoke("latents", file)
     shard = next((tmp_path / "data" / "train" / "8x24").glob("shard*.mds"))
     shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\x00\x00\x00\x00", 1))

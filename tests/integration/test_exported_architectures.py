@@ -1,17 +1,21 @@
 """What `prx export` writes of a class of diffusers is opened by diffusers alone and draws what this package draws."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import yaml
 from architectures import TINY, of_pixels
 from texts import INSTRUCTION, LONGEST, PROMPTS, SYSTEM, flux, gemma, lumina2, sana, sd3, t5
 
+from prx_composer.commands.export import Card, write_card
 from prx_composer.commands.export.pipeline import write_own_class
+from prx_composer.commands.generate import DrawingSettings
 from prx_composer.common.errors import UserError
 from prx_composer.models import FlowMatching, TextToImage
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
@@ -82,6 +86,18 @@ def test_a_pipeline_reads_prompts_and_draws_our_image_from_our_noise(name: str, 
     read = LONGEST + 2 if name in ("SD3", "Flux", "AuraFlow") else LONGEST
     guided = dict(true_cfg_scale=SCALE, guidance_scale=1.0) if name == "Flux" else dict(guidance_scale=SCALE)
     check(model, pipeline, prompt=PROMPTS, negative_prompt=["", ""], max_sequence_length=read, **guided, **TOLD[name])
+    assert abs(drawn_by_card(model, tmp_path / "out") - model.generate(PROMPTS[:1], 32, 32, [0], STEPS, SCALE)[0]).max() <= 1
+
+
+def drawn_by_card(model: Any, folder: Path) -> Any:
+    """Return the image, int (3, H, W), that the code on the model's card draws."""
+    settings = DrawingSettings(32, 32, STEPS, guidance_scale=SCALE)
+    write_card(Trained(model, Path("run"), "ema", 32), folder, Card("shapes", None, "", "0", settings, PROMPTS, "opened"))
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    if model.backbone.class_name.startswith("Lumina2"):  # whose pipeline takes every autoencoder for one of 8×
+        code = re.sub(r"(height|width)=32", rf"\1={32 * 8 // model.autoencoder.downsampling}", code)
+    exec(code.replace("PATH_OR_HUB_ID", str(folder)), scope := dict[str, Any]())
+    return torch.from_numpy(np.array(scope["image"])).permute(2, 0, 1).int()
 
 
 @pytest.mark.parametrize("name", ["SD3", "Lumina2"])

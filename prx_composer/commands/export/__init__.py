@@ -76,11 +76,15 @@ def export_model(options: ExportOptions) -> None:
     import_code(options.code, "--code")
     trained = load_trained(options.model, parse_weights(options.weights), merge=options.format != "lora")
     title = options.name or str((trained.recipe or {}).get("run_name") or target.name)
+    if options.license is None:
+        echo("The card will state no licence, since --license names none (apache-2.0, say).")
     with writing_output(), pipeline.written_aside(target) as partial:
         if options.format == "lora":
             pipeline.write_adapters(trained, partial, title, options.license)
         elif isinstance(trained.model.backbone, DiffusersBackbone):
-            echo(pipeline.write_own_class(trained, partial, options.text_encoder == "reference"))
+            opened = pipeline.write_own_class(trained, partial, options.text_encoder == "reference")
+            _write_card(trained, partial, title, options, opened)
+            echo(opened)
         elif not isinstance(trained.model.backbone, PRXBackbone):
             pipeline.write_weights(trained, partial)
             echo(
@@ -91,14 +95,16 @@ def export_model(options: ExportOptions) -> None:
             pipeline.write_pipeline(trained, partial, options.text_encoder == "reference")
             _write_card(trained, partial, title, options)
     echo(f"{trained.weights} weights of {trained.source} · {target}")
-    if options.license is None:
-        echo("The card states no licence; --license apache-2.0, say, would.")
     if options.push is not None:
         echo(pipeline.push(target, options.push, options.private))
 
 
-def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOptions) -> None:
-    """Write the model card, with samples that are drawn as its code draws with the exported pipeline."""
+def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOptions, opened: str = "") -> None:
+    """Write the model card, with samples that are drawn as its code draws with the exported pipeline.
+
+    Args:
+        opened: how diffusers opens a class of its own; empty: the model is PRX.
+    """
     from prx_composer.commands import generate
     from prx_composer.commands.export.pipeline import public_command
     from prx_composer.runs.diffusers_folder import mends_prompts, pipeline_prompt
@@ -112,7 +118,7 @@ def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOpt
             "the card are drawn with classifier-free guidance alone. `prx generate` of the run draws with both."
         )
     choose_guidance(trained.model, "cfg")
-    if mends_prompts(trained.model):
+    if not opened and mends_prompts(trained.model):
         trained.model.clean_prompt = pipeline_prompt
         if changed := [prompt for prompt in prompts if pipeline_prompt(prompt) != prompt]:
             logging.getLogger(__name__).warning(
@@ -127,7 +133,7 @@ def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOpt
         images = [image for _, image in generate.draw(trained.model, prompts, list(range(len(prompts))), settings, 4)]
         generate.save_grid(images, prompts, folder / SAMPLES)
     command = shlex.join(public_command(["prx", *sys.argv[1:]]))
-    card = Card(title, options.license, command, generate.weights_hash(trained.model), settings, prompts)
+    card = Card(title, options.license, command, generate.weights_hash(trained.model), settings, prompts, opened)
     write_card(trained, folder, card)
 
 
@@ -142,6 +148,7 @@ class Card:
         digest: SHA-256 of the weights.
         sampling: settings that suit the model.
         prompts: of the samples.
+        opened: how diffusers opens a class of its own; empty: the model is PRX.
     """
 
     name: str
@@ -150,11 +157,12 @@ class Card:
     digest: str
     sampling: DrawingSettings
     prompts: list[str]
+    opened: str = ""
 
 
 def write_card(trained: "Trained", folder: Path, card: Card) -> None:
     """Write README.md beside what `write_pipeline` wrote."""
-    from prx_composer.commands.export.pipeline import without_places, write_readme
+    from prx_composer.commands.export.pipeline import pipeline_call, without_places, write_readme
     from prx_composer.models.autoencoder import Pixels
     from prx_composer.models.caption_format import cleaner, cleaning_of
     from prx_composer.models.processes import PIXEL_MIN_TIMESTEP
@@ -168,7 +176,11 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
     attribution, missing = _attribution(loader) if loader.get("path") or loader.get("mix") else ({}, [])
     if missing:
         echo(f"The card does not say whose work the data are: {', '.join(missing)} cannot be read here.")
-    head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer"]}
+    head: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": [*([] if card.opened else ["prx"]), "prx-composer"],
+    }
     if card.licence is not None:
         head["license"] = card.licence
     weights = {"ema": "averaged (EMA)", "raw": "plain"}.get(trained.weights, trained.weights)
@@ -194,10 +206,11 @@ def write_card(trained: "Trained", folder: Path, card: Card) -> None:
         trained=trained,
         head=head,
         parameters=sum(parameter.numel() for parameter in model.backbone.parameters()),
-        sizes=model.backbone.config,
+        backbone=model.backbone,
         pixels=pixels,
         autoencoder=type(getattr(model.autoencoder, "module", None)).__name__,
         pipeline="PRXPixelPipeline" if pixels else "PRXPipeline",
+        call=pipeline_call(trained, folder, card.sampling.guidance_scale) if card.opened else None,
         network=type(model.text_encoder.network).__name__,
         reference=_public_reference(folder),
         cleaned=cleaned,

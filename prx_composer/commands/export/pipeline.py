@@ -161,7 +161,25 @@ def write_own_class(trained: Trained, folder: Path, reference: bool = False) -> 
     index |= {"_class_name": signature.pipeline, "_diffusers_version": diffusers.__version__}  # pyright: ignore[reportArgumentType]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     none = "" if reads else ", with None for its text parts: it takes embeddings"
-    return f"diffusers.{signature.pipeline}.from_pretrained(DIR{none}) draws the same: see prx_composer/models/README.md."
+    return f"diffusers.{signature.pipeline}.from_pretrained(DIR{none}) draws the same."
+
+
+def pipeline_call(trained: Trained, folder: Path, guidance: float) -> dict[str, Any] | None:
+    """Return what the pipeline that `write_own_class` wrote is told to draw as here, beside prompt, size, steps and seed.
+
+    Args:
+        folder: with the export.
+        guidance: scale of classifier-free guidance.
+
+    Returns:
+        Names and values; None if there is no pipeline, or it doesn't read prompts as the text encoders do.
+    """
+    index = folder / "model_index.json"
+    if not index.exists() or "text_encoder" not in json.loads(index.read_text()):
+        return None
+    encoders, signature = parts_of(trained.model.text_encoder)[0], cast("Any", trained.model.backbone).signature
+    longest = cast("HuggingFaceTextEncoder", encoders[-1]).max_tokens
+    return signature.pipeline_options(encoders[0].how, guidance) | {"negative_prompt": "", "max_sequence_length": longest}
 
 
 def check_exportable(model: TextToImage) -> None:
