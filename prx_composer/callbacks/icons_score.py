@@ -6,7 +6,7 @@ size or at 32 px if that is less. A drawing is found (top-1) if no other icon of
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,34 +182,31 @@ def _memorised(source: IconsSource, size: int, part: Subset) -> list[int]:
     return part.places(torch.stack(pictures), numbers) if pictures else []
 
 
-def heldout_sheet(source: IconsSource, size: int, drawn: Mapping[str, Tensor], most: int) -> Image.Image | None:
-    """Return a picture of `most` pairs that were kept out: the thing in the styles that were trained on, the drawing of the pair,
-    and what it should be, in a row.
+def heldout_sheet(source: IconsSource, size: int, draw: Callable[[list[str]], Tensor], most: int) -> Image.Image | None:
+    """Draw `most` things in every style that they have, and return a picture of the drawings.
 
-    Which pairs are shown, the digests of their names decide.
+    A thing is a few tiles: its drawings in the styles that it was trained on, in the one that was kept out, and the real one of
+    that. Which things are shown, the digests of their names decide.
 
     Args:
-        drawn: caption → uint8 (3, size, size).
+        draw: prompts → uint8 (B, 3, size, size).
     """
-    rows = [
-        (name, style)
-        for name in source.shuffled_names
-        for style in source.icons[name]
-        if source.is_heldout(name, style) and source.prompts(name, style)["caption"] in drawn
-    ][:most]
-    tiles = []
-    for name, style in rows:
-        others = [other for other in source.icons[name] if not source.is_heldout(name, other)]
-        tiles += [
-            Tile(source.picture(name, other, size), (Text(f"{name}: {other}"), Text("trained on", "grey"))) for other in others
-        ]
-        drawing = picture(drawn[source.prompts(name, style)["caption"]])
-        tiles.append(Tile(drawing, (Text(f"{name}: {style}"), Text("drawn", "blue"))))
-        tiles.append(Tile(source.picture(name, style, size), (Text(f"{name}: {style}"), Text("never trained on", "grey"))))
-    if not rows:
+    pairs = [(name, style) for name in source.shuffled_names for style in source.icons[name]]
+    shown = [(*pair, real) for pair in pairs if source.is_heldout(*pair) and (real := _picture(source, *pair, size)) is not None]
+    asked = list[tuple[str, str, Text, Tensor | None]]()
+    for name, style, real in shown[:most]:
+        trained = (other for other in source.icons[name] if not source.is_heldout(name, other))
+        asked += [(name, other, Text("trained on", "grey"), None) for other in trained]
+        asked.append((name, style, Text("never trained on", "blue"), real))
+    if not asked:
         return None
-    per_pair = len(tiles) // len(rows)
-    return contact_sheet(tiles, per_pair * max(1, 5 // per_pair))  # short rows side by side
+    drawn, tiles = draw([source.prompts(name, style)["caption"] for name, style, *_ in asked]), list[Tile]()
+    for (name, style, text, real), image in zip(asked, drawn, strict=True):
+        tiles.append(Tile(picture(image), (Text(f"{name}: {style}"), text)))
+        if real is not None:
+            tiles.append(Tile(picture(real), (Text(f"{name}: {style}"), Text("the real one", "grey"))))
+    per_thing = 1 + len(source.sets)
+    return contact_sheet(tiles, per_thing * max(1, 10 // per_thing))  # short rows side by side
 
 
 class IconsScore(Drawing):
@@ -227,7 +224,7 @@ class IconsScore(Drawing):
         images_per_pair: with different seeds.
         candidates: icons that a drawing is looked for among.
         wordings: columns of captions to ask with besides `caption`: `sentence` and `word`.
-        shown: pairs that `<run folder>/images/heldout_ba<batch>.png` shows, see `heldout_sheet`.
+        shown: things that `<run folder>/images/heldout_ba<batch>.png` shows, see `heldout_sheet`.
         interval, seed, num_inference_steps, guidance_scale: see `Drawing`; by default it scores at the end only.
 
     Raises:
@@ -271,18 +268,12 @@ class IconsScore(Drawing):
             )
 
     def draw(self, state: State, logger: Logger) -> None:
-        drawn = dict[str, Tensor]()
-
         def pictures(prompts: list[str]) -> Tensor:
-            seeds = self._seeds(len(prompts))
-            images = draw_images(state, prompts, self._image_size, self._image_size, seeds, *self._sampling)
-            for prompt, image in zip(prompts, images, strict=True):
-                drawn.setdefault(prompt, image)
-            return images
+            return draw_images(state, prompts, self._image_size, self._image_size, self._seeds(len(prompts)), *self._sampling)
 
         logger.log_metrics(score_icons(self._source, self._image_size, pictures, *self._arguments))
-        sheet = heldout_sheet(self._source, self._image_size, drawn, self._shown) if dist.get_global_rank() == 0 else None
-        if sheet is not None:
+        sheet = heldout_sheet(self._source, self._image_size, pictures, self._shown)
+        if dist.get_global_rank() == 0 and sheet is not None:
             path = self._folder / f"heldout_ba{int(state.timestamp.batch):06d}.png"
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)

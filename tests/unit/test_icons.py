@@ -360,20 +360,23 @@ def test_candidates_hold_what_is_asked_and_are_as_many_as_they_should_be(source:
     assert [part.names for part in parts] == [part.names for part in subsets(source, SIZE, candidates=10)]
 
 
-def test_the_sheet_shows_what_was_trained_on_what_was_drawn_and_what_it_should_be(
+def test_the_sheet_shows_a_thing_drawn_in_every_style_and_what_the_kept_out_one_should_be(
     source: IconsSource, pictures: dict[Pair, Tensor]
 ) -> None:
     drawn = {source.prompts(*pair)["caption"]: 255 - image for pair, image in pictures.items()}
-    sheet = heldout_sheet(source, SIZE, drawn, 2)
+    sheet = heldout_sheet(source, SIZE, lambda prompts: torch.stack([drawn[prompt] for prompt in prompts]), 2)
     assert sheet is not None
-    kept_out = sorted(filter(lambda p: source.is_heldout(*p), source.pairs), key=lambda p: source.shuffled_names.index(p[0]))
-    width = (sheet.width - GAP) // 5 - GAP
+    kept_out = sorted(filter(lambda p: source.is_heldout(*p), source.pairs), key=lambda p: source.shuffled_names.index(p[0]))[:2]
+    width = (sheet.width - GAP) // 10 - GAP
     top = as_tensor(sheet)[:, GAP : GAP + width : width // SIZE]
-    for column, pair in enumerate([*((kept_out[0][0], s) for s in source.sets if s != kept_out[0][1]), "drawn", kept_out[0]]):
+    expected = []
+    for name, style in kept_out:
+        trained = [255 - pictures[name, other] for other in source.icons[name] if other != style]
+        expected += [*trained, 255 - pictures[name, style], pictures[name, style]]
+    for column, image in enumerate(expected):
         left = GAP + column * (width + GAP)
-        expected = 255 - pictures[kept_out[0]] if pair == "drawn" else pictures[pair]  # pyright: ignore[reportArgumentType]
-        assert torch.equal(top[:, :, left : left + width : width // SIZE], expected)
-    assert heldout_sheet(source, SIZE, {}, 2) is None
+        assert torch.equal(top[:, :, left : left + width : width // SIZE], image)
+    assert heldout_sheet(source, SIZE, lambda prompts: torch.stack([drawn[prompt] for prompt in prompts]), 0) is None
 
 
 def test_large_drawings_are_compared_at_32_pixels() -> None:
