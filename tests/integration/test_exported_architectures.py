@@ -13,7 +13,7 @@ import yaml
 from architectures import TINY, of_pixels
 from texts import INSTRUCTION, LONGEST, PROMPTS, SYSTEM, flux, gemma, lumina2, sana, sd3, t5
 
-from prx_composer.commands.export import Card, write_card
+from prx_composer.commands.export.card import Card, write_card
 from prx_composer.commands.export.pipeline import write_own_class
 from prx_composer.commands.generate import DrawingSettings
 from prx_composer.common.errors import UserError
@@ -162,6 +162,8 @@ def test_what_was_exported_is_opened_imported_and_trained_on_from(name: str, tmp
     assert opened.image_size == 32
     expected = drawn(model, side)
     assert torch.equal(drawn(opened.model, side), expected)
+    write_card(opened, tmp_path / "out", Card("shapes", "mit", "", "0", DrawingSettings(side, side), PROMPTS, "so it is opened"))
+    assert f"diffusers' class {name}" in (tmp_path / "out" / "README.md").read_text()
     write_fragment(folder, tmp_path / "on.yaml")
     spec = yaml.safe_load((tmp_path / "on.yaml").read_text())["model"]
     assert spec["flow"] == FLOW and spec["backbone"]["class"] == name and spec["init_from"] == folder

@@ -16,16 +16,8 @@ from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from hostile import command, write_run
 
-from prx_composer.commands.export import Card, write_card
-from prx_composer.commands.export.pipeline import (
-    fenced,
-    inline,
-    public_command,
-    public_name,
-    without_places,
-    write_adapters,
-    write_pipeline,
-)
+from prx_composer.commands.export.card import Card, fenced, inline, public_command, public_name, without_places, write_card
+from prx_composer.commands.export.pipeline import write_adapters, write_pipeline
 from prx_composer.commands.generate import recipe_settings
 from prx_composer.models import TextToImage
 from prx_composer.models.layers import BLOCK_LAYERS, add_adapters

@@ -1,27 +1,21 @@
 """`prx export`: a trained model for diffusers, as one file, or on the hub with its card."""
 
-import json
 import logging
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option, echo
 
-from prx_composer import __version__
 from prx_composer.commands import CodeOption, ModelArgument, WeightsOption, parse_weights, show_log, writing_output
-from prx_composer.commands.generate import DrawingSettings
-from prx_composer.common.errors import UserError, redacted
+from prx_composer.common.errors import UserError
 
 if TYPE_CHECKING:
     from prx_composer.runs.opening import Trained
 
-SAMPLES = "samples.png"
 _MOST_SAMPLES = 12  # on a card
-_VERSIONS = ("torch", "diffusers", "transformers", "mosaicml", "mosaicml-streaming")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +100,7 @@ def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOpt
         opened: how diffusers opens a class of its own; empty: the model is PRX.
     """
     from prx_composer.commands import generate
-    from prx_composer.commands.export.pipeline import public_command
+    from prx_composer.commands.export.card import SAMPLES, Card, public_command, write_card
     from prx_composer.runs.diffusers_folder import mends_prompts, pipeline_prompt
     from prx_composer.runs.opening import choose_guidance
 
@@ -135,122 +129,3 @@ def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOpt
     command = shlex.join(public_command(["prx", *sys.argv[1:]]))
     card = Card(title, options.license, command, generate.weights_hash(trained.model), settings, prompts, opened)
     write_card(trained, folder, card)
-
-
-@dataclass(frozen=True)
-class Card:
-    """What the exporter says of a model on its card.
-
-    Args:
-        name: title.
-        licence: an identifier of the hub (apache-2.0, cc-by-4.0, other …), or None: not stated.
-        command: that exported it, without paths of this machine.
-        digest: SHA-256 of the weights.
-        sampling: settings that suit the model.
-        prompts: of the samples.
-        opened: how diffusers opens a class of its own; empty: the model is PRX.
-    """
-
-    name: str
-    licence: str | None
-    command: str
-    digest: str
-    sampling: DrawingSettings
-    prompts: list[str]
-    opened: str = ""
-
-
-def write_card(trained: "Trained", folder: Path, card: Card) -> None:
-    """Write README.md beside what `write_pipeline` wrote."""
-    from prx_composer.commands.export.pipeline import pipeline_call, without_places, write_readme
-    from prx_composer.models.autoencoder import Pixels
-    from prx_composer.models.caption_format import cleaner, cleaning_of
-    from prx_composer.models.processes import PIXEL_MIN_TIMESTEP
-    from prx_composer.runs.diffusers_folder import RECIPE
-
-    model, recipe = trained.model, trained.recipe or {}
-    pixels, cleaned = isinstance(model.autoencoder, Pixels), cleaning_of(model.text_encoder.tokenizer) == "prx"
-    prompt = card.prompts[0] if card.prompts else "a red circle"
-    loader = recipe.get("train_loader") or {}
-    data = {key: loader[key] for key in ("source", "path", "remote", "mix", "split", "captions") if loader.get(key)}
-    attribution, missing = _attribution(loader) if loader.get("path") or loader.get("mix") else ({}, [])
-    if missing:
-        echo(f"The card does not say whose work the data are: {', '.join(missing)} cannot be read here.")
-    head: dict[str, Any] = {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": [*([] if card.opened else ["prx"]), "prx-composer"],
-    }
-    if card.licence is not None:
-        head["license"] = card.licence
-    weights = {"ema": "averaged (EMA)", "raw": "plain"}.get(trained.weights, trained.weights)
-    training = {
-        "weights": f"merged from {', '.join(trained.merged)}" if trained.merged else weights,
-        "batches": trained.batch,
-        "batch size": recipe.get("global_train_batch_size"),
-        "optimizer": (recipe.get("optimizer") or {}).get("name"),
-        "algorithms": ", ".join(name for name, arguments in (recipe.get("algorithms") or {}).items() if arguments is not False),
-        "seed": recipe.get("seed"),
-    }
-    made_with = {
-        "weights_sha256": card.digest,
-        "command": card.command,
-        "versions": {"prx-composer": __version__} | {name: version(name) for name in _VERSIONS},
-        "sampling": {k: v for k, v in asdict(card.sampling).items() if k not in ("precision", "guidance")},
-        "flow": {"name": type(model.flow).__name__} | asdict(model.flow),
-    }
-    write_readme(
-        folder,
-        "card.md.jinja",
-        card=card,
-        trained=trained,
-        head=head,
-        parameters=sum(parameter.numel() for parameter in model.backbone.parameters()),
-        backbone=model.backbone,
-        pixels=pixels,
-        autoencoder=type(getattr(model.autoencoder, "module", None)).__name__,
-        pipeline="PRXPixelPipeline" if pixels else "PRXPipeline",
-        call=pipeline_call(trained, folder, card.sampling.guidance_scale) if card.opened else None,
-        network=type(model.text_encoder.network).__name__,
-        reference=_public_reference(folder),
-        cleaned=cleaned,
-        exact=pixels and not getattr(model.flow, "clamp_sampling", False),
-        clamp=PIXEL_MIN_TIMESTEP,
-        prompt=cleaner("prx")(prompt) if pixels and cleaned else prompt,
-        s=card.sampling,
-        samples=SAMPLES if (folder / SAMPLES).exists() else None,
-        recipe_file=RECIPE,
-        training=training,
-        data=without_places(redacted(data)),
-        attribution=attribution,
-        made_with=made_with,
-    )
-
-
-def _public_reference(folder: Path) -> dict[str, Any] | None:
-    """Return the text encoder that the export refers to, if it does, by the name that others know."""
-    from prx_composer.commands.export.pipeline import public_name
-    from prx_composer.runs.diffusers_folder import REFERENCE
-
-    if not (folder / REFERENCE).exists():
-        return None
-    reference = json.loads((folder / REFERENCE).read_text())
-    known, of_hub = public_name(reference["pretrained"])
-    if of_hub or known == reference["pretrained"]:
-        return reference | {"pretrained": known}
-    return {"pretrained": f"PATH_OF_{known}", "revision": None}  # a folder of the exporter's machine
-
-
-def _attribution(loader: dict[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Return whose work the data of a loader are, by part, as their manifests say; and the manifests that are not here."""
-    from prx_composer.data.format import MANIFEST, Manifest
-    from prx_composer.recipe.arguments import data_sets
-
-    found, missing = dict[str, dict[str, str]](), list[str]()
-    for part in data_sets(loader).values():
-        manifest = Path(part["path"]) / part.get("split", "train") / MANIFEST
-        try:
-            found |= Manifest.read(manifest.parent).attribution
-        except (OSError, ValueError, KeyError):
-            missing.append(f"{manifest.parent.parent.name}/{manifest.parent.name}/{manifest.name}")
-    return found, missing

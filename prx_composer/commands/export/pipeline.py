@@ -1,11 +1,9 @@
 """The files of an export: a folder that diffusers' pipelines open and that draws what this package draws, or weights alone."""
 
 import copy
-import html
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +17,9 @@ import yaml
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from safetensors.torch import save_file
 
+from prx_composer.commands.export.card import ADAPTERS, public_name, without_places, write_adapter_card
 from prx_composer.common.errors import UserError, raise_all, redacted
 from prx_composer.common.files import sync
-from prx_composer.common.pages import render
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
 from prx_composer.models.diffusion import DDPM
 from prx_composer.models.encoders import HuggingFaceTextEncoder
@@ -35,9 +33,6 @@ from prx_composer.runs.opening import Trained
 log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"  # of a model that diffusers has no class for
-ADAPTERS = "pytorch_lora_weights.safetensors"  # by the name that diffusers looks for
-_PLACE = re.compile(r"(?:/|~|file:|[A-Za-z]:\\)")  # how a path begins that another machine does not have
-_CACHED = re.compile(r"models--([^/]+?)--([^/]+)(?:/|$)")  # in the hub's cache
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -162,24 +157,6 @@ def write_own_class(trained: Trained, folder: Path, reference: bool = False) -> 
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     none = "" if reads else ", with None for its text parts: it takes embeddings"
     return f"diffusers.{signature.pipeline}.from_pretrained(DIR{none}) draws the same."
-
-
-def pipeline_call(trained: Trained, folder: Path, guidance: float) -> dict[str, Any] | None:
-    """Return what the pipeline that `write_own_class` wrote is told to draw as here, beside prompt, size, steps and seed.
-
-    Args:
-        folder: with the export.
-        guidance: scale of classifier-free guidance.
-
-    Returns:
-        Names and values; None if there is no pipeline, or it doesn't read prompts as the text encoders do.
-    """
-    index = folder / "model_index.json"
-    if not index.exists() or "text_encoder" not in json.loads(index.read_text()):
-        return None
-    encoders, signature = parts_of(trained.model.text_encoder)[0], cast("Any", trained.model.backbone).signature
-    longest = cast("HuggingFaceTextEncoder", encoders[-1]).max_tokens
-    return signature.pipeline_options(encoders[0].how, guidance) | {"negative_prompt": "", "max_sequence_length": longest}
 
 
 def check_exportable(model: TextToImage) -> None:
@@ -307,48 +284,7 @@ def write_adapters(trained: Trained, folder: Path, title: str, licence: str | No
         folder / ADAPTERS,
         {"format": "pt", "lora_adapter_metadata": settings},
     )
-    _write_adapter_card(trained, folder, title, licence, base, of_hub)
-
-
-def _write_adapter_card(trained: Trained, folder: Path, title: str, licence: str | None, base: str, of_hub: bool) -> None:
-    """Write README.md beside the adapters of a LoRA run.
-
-    Args:
-        title, licence: of the card.
-        base: name of what the run began with.
-        of_hub: whether that is an id of the hub.
-    """
-    head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer", "lora"]}
-    head |= ({"base_model": base} if of_hub else {}) | ({} if licence is None else {"license": licence})
-    backbone: Any = trained.model.backbone
-    write_readme(
-        folder,
-        "adapters.md.jinja",
-        trained=trained,
-        title=title,
-        head=head,
-        base=base,
-        of_hub=of_hub,
-        rank=backbone.peft_config["default"].r,
-        pipeline="PRXPixelPipeline" if isinstance(trained.model.autoencoder, Pixels) else "PRXPipeline",
-        adapters=ADAPTERS,
-        readable=hasattr(PRXTransformer2DModel, "load_lora_adapter"),
-        diffusers_version=diffusers.__version__,
-    )
-
-
-def write_readme(folder: Path, template: str, **values: Any) -> None:
-    """Write README.md from a template of this folder as the hub reads it: facts as YAML, then Markdown."""
-
-    def as_yaml(value: Any) -> str:
-        return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
-
-    def cell(value: Any) -> str:
-        return inline(str(value)).replace("|", "/")
-
-    helpers = dict(yaml=as_yaml, inline=inline, cell=cell, fenced=fenced, repr=repr)
-    content = render("prx_composer.commands.export", template, **helpers, **values)
-    (folder / "README.md").write_text(content.rstrip("\n") + "\n", encoding="utf-8")
+    write_adapter_card(trained, folder, title, licence, base, of_hub)
 
 
 def push(folder: Path, repository: str, private: bool = False) -> str:
@@ -374,44 +310,3 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
 
 
 # ------------------------------------------- text that leaves this machine: nobody's markup, and none of its paths
-
-
-def inline(text: str) -> str:
-    """Return a text as one line of Markdown without HTML."""
-    return html.escape(" ".join(text.split()), quote=False).replace("`", "'")
-
-
-def fenced(text: str, language: str) -> str:
-    """Return a block of code; whatever the text holds, it ends where the block does."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"
-
-
-def public_name(path: str) -> tuple[str, bool]:
-    """Return what others may know a path by, and whether it is an id of the hub, from whose cache the path is."""
-    if cached := _CACHED.search(path):
-        return f"{cached[1]}/{cached[2]}", True
-    return (re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "folder") if _is_place(path) else path, False
-
-
-def without_places(value: Any) -> Any:
-    """Return a part of a recipe with nothing but the name of every path that begins at a root or a home; prompts stay."""
-    if isinstance(value, dict):
-        return {key: item if key == "prompts" else without_places(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_places(item) for item in value]
-    return public_name(value)[0] if isinstance(value, str) and _is_place(value) else value
-
-
-def public_command(arguments: list[str]) -> list[str]:
-    """Return a command line with nothing but the name of every such path."""
-    shown = []
-    for argument in arguments:
-        option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-        shown.append(f"{option}{equals}{public_name(value)[0] if _is_place(value) else value}")
-    return shown
-
-
-def _is_place(text: str) -> bool:
-    return _PLACE.match(text) is not None and "\n" not in text and Path(text.replace("\\", "/")).name != ""
