@@ -195,13 +195,23 @@ def test_both_have_the_same_algorithms_and_callbacks_in_the_same_order_and_as_ma
     assert [full["max_duration"], mini["max_duration"]] == ["120000ba", "3300ba"]
 
 
-@pytest.mark.parametrize(("name", "below"), [("24h_next", "24h"), ("24h_next_mini", "24h_mini")])
-def test_the_next_recipe_has_all_of_the_reference_s_but_what_it_changes(name: str, below: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "below", "changed"), [("24h_next", "24h", {"model"}), ("24h_next_mini", "24h_mini", {"max_duration"})]
+)
+def test_the_next_recipe_has_all_of_the_reference_s_but_what_it_changes(name: str, below: str, changed: set[str]) -> None:
     old, new = (vars(config.load([str(RECIPES / f"{recipe}.yaml")])) for recipe in (below, name))
-    assert [key for key in old if old[key] != new[key]] == ["run_name", "model", "optimizer", "algorithms", "run_folder"]
-    assert {key for key in old["model"] if old["model"][key] != new["model"][key]} == {"flow"}
+    assert {key for key in old if old[key] != new[key]} == {"run_name", "optimizer", "algorithms", "run_folder", *changed}
+    assert {key for key in old["model"] if old["model"][key] != new["model"][key]} <= {"flow"}
     assert list(new["algorithms"]) == [*old["algorithms"], "timestep_phases", "readouts"]
     config.check(config.load([str(RECIPES / f"{name}.yaml")]))
+
+
+def test_the_next_mini_sees_three_fifths_of_the_mini_s_images() -> None:
+    old, new = (config.load([str(RECIPES / f"{recipe}.yaml")]) for recipe in ("24h_mini", "24h_next_mini"))
+    batches = [int(str(recipe.max_duration).removesuffix("ba")) for recipe in (new, old)]
+    assert batches[0] / batches[1] <= 0.6
+    stages = [recipe.algorithms["progressive_resolution"]["stages"] for recipe in (new, old)]
+    assert {stage["global_train_batch_size"] for stages in stages for stage in stages} == {old.global_train_batch_size}
 
 
 def test_every_value_of_the_next_recipe_has_its_evidence_beside_it() -> None:
