@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "prx_composer" / "algorithms" / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "**Measured here:** "
-NOTHING = "not measured here yet."
+NOTHING = "no ablation of several seeds yet."
 SHOWN = {"accuracy": "accuracy", "validation_loss": "validation loss", "step": "time of a step"}
 
 

@@ -29,6 +29,7 @@ MADE = {
     "file": lambda name: _shown(REPOSITORY / name),
     "classes": pages.classes,
     "keys": pages.keys,
+    "registries": pages.registries,
     "resume": pages.resume_table,
     "commands": pages.commands,
     "api": lambda *names: pages.api(names),

@@ -122,7 +122,7 @@ def _option(parameter: inspect.Parameter) -> tuple[str, str, str, str]:
     name = name if is_option else said.metavar or parameter.name.upper()
     of = [part for part in typing.get_args(kind) or (kind,) if part is not type(None)]
     several = typing.get_origin(kind) is list
-    text, _, default = (said.help or "").partition("[default: ")
+    text, _, default = (said.help or "").replace("*", r"\*").partition("[default: ")
     shown = default.rstrip("]")
     if parameter.default is parameter.empty:
         shown = "*required*"
@@ -140,6 +140,13 @@ def _option(parameter: inspect.Parameter) -> tuple[str, str, str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------- Python
+
+
+def registries() -> str:
+    """Return a table of the registries and of what each has of this package."""
+    found = {name: value for name, value in vars(registry).items() if isinstance(value, registry.Registry)}
+    rows = [f"| `{kind}` | {', '.join(f'`{name}`' for name in sorted(found[kind].builtin))} |" for kind in sorted(found)]
+    return "\n".join(["| kind | built in |", "|---|---|", *rows, ""])
 
 
 def api(names: Iterable[str]) -> str:

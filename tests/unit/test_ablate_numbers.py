@@ -294,7 +294,11 @@ def test_a_card_s_line_is_the_newest_result_of_a_stack_that_is_this_algorithm_al
         "2000ba, 3 seeds, `base+x` (added): accuracy better by 0.050 (0.025 to 0.075); validation loss no difference seen "
         "(+0.0000 to +0.0000); time of a step no difference seen (+0% to +0%). Note: it is tiny."
     )
-    assert cards.line("repa", found, names) == cards.line("ema", found, names) == "**Measured here:** not measured here yet."
+    assert (
+        cards.line("repa", found, names)
+        == cards.line("ema", found, names)
+        == "**Measured here:** no ablation of several seeds yet."
+    )
     assert "`base+x` (left out)" in cards.line("muon", found, names), "AdamW, which takes its place, has no card"
 
 

@@ -49,7 +49,7 @@ class EvaluateOptions:
         Option(
             "--num",
             min=2,
-            help="Prompts, evenly spaced. [default: all, at most 5000] Of validation_loss: samples. [default: all]",
+            help="Prompts, evenly spaced; of validation_loss, samples. [default: all, of prompts at most 5000]",
         ),
     ] = None
     reference: Annotated[

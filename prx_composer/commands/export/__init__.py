@@ -46,7 +46,7 @@ class ExportOptions:
 
 
 def export_model(options: ExportOptions) -> None:
-    """Write a folder that diffusers opens without this package, with a model card; its pipeline draws what `prx generate` draws.
+    """Write a folder that diffusers opens without this package, with a model card whose code draws what `prx generate` draws.
 
     PRXPixelPipeline.from_pretrained(DIR) opens a model on pixels, PRXPipeline.from_pretrained(DIR) one on latents. Adapters of a
     run with algorithms.lora are merged into its weights. A setting that diffusers has no place for is named and refused. The
