@@ -6,13 +6,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
+from composer.utils import dist
 from conftest import train_once
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from prx_composer import registry
 from prx_composer.recipe import config
@@ -170,6 +175,24 @@ def test_an_exception_in_training_waits_for_the_checkpoint_that_is_being_written
         train(tiny_recipe, write_recipe, watch)
     newest = newest_checkpoint(Path(tiny_recipe["run_folder"].replace("${run_name}", "tiny")))
     assert newest is not None and newest.batch == 4 and checkpoints.damage(newest) is None
+
+
+def test_the_state_of_a_sharded_model_is_taken_where_it_is_and_copied_once() -> None:
+    """On the meta device, of which no copy can be made: taken as Composer takes it, it would be copied before it is staged."""
+    dist.initialize_dist("cpu")
+    with torch.device("meta"):
+        model = torch.nn.Linear(4, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    state: Any = SimpleNamespace(model=model, optimizers=(optimizer,), fsdp_sharded_state_dict_enabled=True)
+    state.serialized_attributes = names = ["model", "optimizers", "timestamp"]
+    state.state_dict = lambda: dict.fromkeys(state.serialized_attributes, "Composer's")
+    taken = checkpoints.content_of(state)
+    assert taken.keys() == set(names) and state.serialized_attributes == names and taken["timestamp"] == "Composer's"
+    assert all(tensor.is_meta for tensor in taken["model"].values()) and len(taken["model"]) == 2
+    assert taken["optimizers"]["AdamW"]["state"]["weight"]["exp_avg"].is_meta
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        get_model_state_dict(model, options=StateDictOptions(cpu_offload=True))
 
 
 def test_a_staged_state_shares_nothing_with_what_trains() -> None:
