@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from conftest import train_once
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from prx_composer import registry
 from prx_composer.recipe import config
@@ -177,21 +179,23 @@ def test_an_exception_in_training_waits_for_the_checkpoint_that_is_being_written
     assert newest is not None and newest.batch == 4 and checkpoints.damage(newest) is None
 
 
-def test_the_state_of_a_sharded_model_is_taken_where_it_is_and_copied_once() -> None:
-    """On the meta device, of which no copy can be made: taken as Composer takes it, it would be copied before it is staged."""
+def test_the_state_of_a_sharded_model_is_taken_where_it_is_and_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Composer takes it, PyTorch would copy it to pageable memory before it is staged; on a CPU nobody would see that."""
     dist.initialize_dist("cpu")
-    with torch.device("meta"):
-        model = torch.nn.Linear(4, 4)
+    model = torch.nn.Linear(4, 4)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer, offload = torch.optim.AdamW(model.parameters()), Mock(side_effect=AssertionError("copied"))
+    monkeypatch.setattr("torch.distributed.checkpoint.state_dict._offload_state_dict_to_cpu", offload)
     state: Any = SimpleNamespace(model=model, optimizers=(optimizer,), fsdp_sharded_state_dict_enabled=True)
     state.serialized_attributes = names = ["model", "optimizers", "timestamp"]
     state.state_dict = lambda: dict.fromkeys(state.serialized_attributes, "Composer's")
     taken = checkpoints.content_of(state)
     assert taken.keys() == set(names) and state.serialized_attributes == names and taken["timestamp"] == "Composer's"
-    assert all(tensor.is_meta for tensor in taken["model"].values()) and len(taken["model"]) == 2
-    assert taken["optimizers"]["AdamW"]["state"]["weight"]["exp_avg"].is_meta
-    with pytest.raises(NotImplementedError, match="meta tensor"):
+    weight, held = taken["model"]["weight"], cast(DTensor, model.weight)
+    assert weight.to_local().data_ptr() == held.to_local().data_ptr()
+    moment = taken["optimizers"]["AdamW"]["state"]["weight"]["exp_avg"]
+    assert moment.to_local().data_ptr() == optimizer.state[model.weight]["exp_avg"].to_local().data_ptr()
+    with pytest.raises(AssertionError, match="copied"):
         get_model_state_dict(model, options=StateDictOptions(cpu_offload=True))
 
 
