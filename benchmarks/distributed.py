@@ -309,7 +309,7 @@ def stalls(width: int, ranks: int) -> dict[str, Any]:
         changes = [*overrides("yamls/24h_mini.yaml", "DDP" if ranks == 1 else "FSDP2", ranks), f"run_folder={folder / 'run'}"]
         changes += [f"model.backbone.hidden_size={width}", "model.backbone.mlp_ratio=3.5"]
         changes += [
-            "max_duration=16ba",
+            "max_duration=13ba",
             "save_interval=3ba",
             "optimizer={name: adamw, lr: 1.0e-4}",
         ]  # Muon's steps take long here

@@ -133,15 +133,20 @@ def test_what_was_held_back_is_the_state_of_its_step(tiny_recipe: Recipe, write_
 
 
 def test_the_next_one_waits_for_the_one_before_it_and_says_so(
-    tiny_recipe: Recipe, write_recipe: Write, hold: Callable[..., Held], caplog: pytest.LogCaptureFixture
+    tiny_recipe: Recipe,
+    write_recipe: Write,
+    hold: Callable[..., Held],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    held = hold(2)
+    held, finish = hold(2), checkpoints.CheckpointWriter.finish
 
-    def watch(state: State) -> None:
-        if int(state.timestamp.batch) == 3:
-            threading.Timer(0.5, held.let_go.set).start()
+    def asked_for(writer: checkpoints.CheckpointWriter) -> Any:  # of what is done at once, or here, where it is due
+        threading.Timer(0.2, held.let_go.set).start()
+        return finish(writer)
 
-    folder = train(tiny_recipe | {"max_duration": "6ba"}, write_recipe, watch)
+    monkeypatch.setattr(checkpoints.CheckpointWriter, "finish", asked_for)
+    folder = train(tiny_recipe | {"max_duration": "6ba"}, write_recipe, lambda state: None)
     assert "checkpoint of batch 2 was still being written when that of batch 4 was due: training waited" in caplog.text
     assert [found.batch for found in all_checkpoints(folder / "checkpoints")] == [2, 4, 6]
 
