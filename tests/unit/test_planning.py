@@ -178,6 +178,14 @@ def test_the_flops_of_a_whole_run_are_those_that_torch_counts(
     assert planned == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 
+def test_no_step_is_charged_for_frozen_networks_that_come_to_their_device(stack: dict[str, Any], write_recipe: Write) -> None:
+    recipe = config.load([write_recipe(stack)])
+    planned = MetaModel(recipe)
+    count = planned.count(recipe.image_size, set(planned.tricks))
+    assert {"repa", "lpips", "perceptual_dino"} <= {kernel.part for kernel in count.kernels}
+    assert not {kernel.part for kernel in count.kernels if kernel.weight}, "fp32 has no weights to cast"
+
+
 # ------------------------------------------------------------------------------------------------ memory and disk
 
 
