@@ -89,7 +89,7 @@ class Process(ABC):
     def squared_error(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, counted: Tensor | None = None) -> Tensor:
         """Return the mean squared error of every image's target, or of where `counted` (B, 1, H, W) is 1: fp32 (B,)."""
         prediction = prediction.float() if prediction.dtype.itemsize > 4 else prediction  # as the target is
-        squares = _SumOfSquares.apply(prediction, self.target(x0, noise, t).float(), counted)
+        squares: Any = _SumOfSquares.apply(prediction, self.target(x0, noise, t).float(), counted)
         count = x0[0].numel() if counted is None else counted.flatten(1).sum(1) * x0.shape[1]
         divisor = self.divisor(t.float())
         return squares / count if divisor is None else squares / count / divisor / divisor
