@@ -23,6 +23,7 @@ import torch.distributed as dist
 from common import environment, main, train_command
 from composer.core import Callback, State
 from composer.loggers import Logger
+from stalls import PARTS
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
@@ -36,7 +37,7 @@ from prx_composer.recipe import config
 from prx_composer.runs.checkpoints import CheckpointWriter
 from prx_composer.runs.folder import read_metrics
 from prx_composer.schedule.moments import Point
-from prx_composer.training.meta_model import MetaModel, checkpoint_bytes
+from prx_composer.training.meta_model import MetaModel, training_state
 from prx_composer.training.run import build_trainer
 
 # ------------------------------------------------------------------------------------------- counting collectives
@@ -298,30 +299,73 @@ def write_times(width: int, repeats: int, even: float) -> dict[str, Any]:
     return {"hidden_size": width, "bytes": size} | {key: round(statistics.median(values), 4) for key, values in found.items()}
 
 
+def stalls(width: int, ranks: int) -> dict[str, Any]:
+    """Return medians of what training waits for where a checkpoint is begun, of the rank that waits longest, and of writes.
+
+    The run saves every third step; what was begun while another was still being written doesn't count.
+    """
+    with tempfile.TemporaryDirectory(prefix="stalls-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
+        changes = [*overrides("yamls/24h_mini.yaml", "DDP" if ranks == 1 else "FSDP2", ranks), f"run_folder={folder / 'run'}"]
+        changes += [f"model.backbone.hidden_size={width}", "model.backbone.mlp_ratio=3.5"]
+        changes += [
+            "max_duration=13ba",
+            "save_interval=3ba",
+            "optimizer={name: adamw, lr: 1.0e-4}",
+        ]  # Muon's steps take long here
+        changes += ["device_train_microbatch_size=2", f"global_train_batch_size={2 * ranks}", "save_num_checkpoints_to_keep=1"]
+        changes += [f"callbacks.stalls.folder={folder}", f"code_paths=[{Path(__file__).with_name('stalls.py')}]"]
+        command = train_command(["yamls/24h_mini.yaml", *changes], None if ranks == 1 else ranks)
+        finished = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONGEST, check=False)
+        if finished.returncode != 0:
+            raise SystemExit(f"{ranks} ranks failed:\n{finished.stdout[-2000:]}\n{finished.stderr[-3000:]}")
+        found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+        rows = read_metrics(folder / "run" / "metrics.jsonl")
+        writes = [row["checkpoint/seconds"] for row in rows if "checkpoint/seconds" in row]
+        size = sum(file.stat().st_size for file in (folder / "run" / "checkpoints").rglob("*") if file.is_file())
+    longest = [max(of_ranks, key=lambda row: row["stalled"]) for of_ranks in zip(*found, strict=True)]
+    alone = [row for row in longest if row.get("for_a_write", 0) < 1e-3]  # it asks for what is done, too
+    seconds = {key: statistics.median(row[key] for row in alone) for key in ("stalled", *PARTS, "processor")}
+    write = statistics.median(writes)
+    return {
+        "ranks": ranks,
+        "hidden_size": width,
+        "bytes": size,
+        "checkpoints": len(alone),
+        "waited_for_a_write": len(longest) - len(alone),
+        "write_seconds": round(write, 4),
+        "seconds": {key: round(value, 4) for key, value in seconds.items()},
+        "share_of_the_write": {key: round(value / write, 4) for key, value in seconds.items()},
+    }
+
+
 def checkpoints(
     *,
     run: Annotated[Path | None, "a finished run of yamls/24h_mini.yaml"] = None,
     widths: Sequence[int] = WIDTHS,
     repeats: int = 5,
+    stalled_width: Annotated[int, "of the model whose training is looked at while it saves"] = 384,
 ) -> dict[str, Any]:
     """Cost of checkpoints, measured on the mini recipe and scaled to the 24-hour recipe.
 
-    Three figures: the share of a finished mini run that its checkpoints held up; by size, the seconds that training waits for a
+    Four figures: the share of a finished mini run that its checkpoints held up; by size, the seconds that training waits for a
     copy of the state, and what the write keeps from the thread that trains; and the seconds of the write, from which the large
-    one follows: t = a + bytes / rate, with optimizer, average and CRC, flushed to the disk. Every rank writes its shard.
+    one follows: t = a + bytes / rate, with optimizer, average and CRC, flushed to the disk. Every rank writes its shard. And what
+    training waits for while it saves, on one process and on two ranks with FSDP2, by part and as a share of the write.
     """
     recipe = config.load(["yamls/24h.yaml"])
     even = even_share()
     measured = [write_times(width, repeats, even) for width in widths]
     slope, fixed = (float(x) for x in np.polyfit([m["bytes"] for m in measured], [m["seconds"] for m in measured], 1))
     assert recipe.parallelism_config is not None and recipe.time_budget is not None
-    shards, total = recipe.parallelism_config["fsdp"]["shard_degree"], checkpoint_bytes(recipe)
+    shards, total = recipe.parallelism_config["fsdp"]["shard_degree"], training_state(MetaModel(recipe)).checkpoint
     interval = Point.parse(recipe.save_interval).value
     seconds, shared = (max(fixed, 0.0) + slope * size for size in (total / shards, total))
     return {
         "mini_run": None if run is None else share_of_run(run),
         "even_share": round(even, 3),
         "by_size": measured,
+        "stalls": [stalls(stalled_width, ranks) for ranks in (1, 2)],
         "fixed_seconds": round(fixed, 4),
         "bytes_per_second": round(1 / slope),
         "24h": {

@@ -25,7 +25,7 @@ from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
 from prx_composer.runs.checkpoints import Checkpoint, CheckpointWriter, clean_up, newest_checkpoint
 from prx_composer.runs.copies import Copier
-from prx_composer.schedule.clock import clock_of, rehearsing, time_budget_of, with_rehearsal
+from prx_composer.schedule.clock import clock_of, if_written_in_time, rehearsing, time_budget_of, with_rehearsal
 from prx_composer.schedule.moments import SECONDS, Moment, Point, ScheduleWindow
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Checkpointing(CheckpointSaver):
         timeout: float = 600.0,
         copier: Copier | None = None,
     ):
-        folder, due = str(run_folder / "checkpoints"), with_rehearsal(due_every(interval))
+        folder, due = str(run_folder / "checkpoints"), with_rehearsal(if_written_in_time(due_every(interval)))
         super().__init__(folder, save_interval=due, overwrite=True, num_checkpoints_to_keep=keep)
         self._run_folder, self._recipe, self._check, self._timeout = run_folder, recipe, check, timeout
         self._writer: CheckpointWriter | None = None
@@ -161,7 +161,8 @@ class Checkpointing(CheckpointSaver):
         except OSError as error:
             self._note_failure(error, last)
         else:
-            self.failures = 0
+            self.failures, clock = 0, clock_of(state)
+            clock.own_write = max(clock.own_write, self.writer.seconds)
             if dist.get_global_rank() == 0:
                 log_checkpoint(logger, checkpoint)
                 if self._copier is not None:

@@ -182,6 +182,8 @@ class _Counter(TorchDispatchMode):
             return False  # networks ask whether a mask has no padding, so that it can be left out: in training it has
         if func is _READ and (most := self._counts.get(args[0].untyped_storage()._cdata)) is not None:
             return most  # they ask how many tokens are text: it is planned for as many as there can be
+        if func is _CAST and args[0].device.type == "meta":  # a frozen network comes to its device, once in a run
+            return func(*args, **kwargs)
         made, flops = func(*args, **kwargs), 0
         if (formula := FORMULAS.get(func.overloadpacket)) is not None:
             flops = formula(*args, **kwargs, out_val=made)

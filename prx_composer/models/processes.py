@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 PIXEL_MIN_TIMESTEP = 0.05  # written into diffusers' PRXPixelPipeline
 NUM_TRAIN_TIMESTEPS = 1000  # DDPM's steps; for flow matching only a unit: its scheduler counts t ∈ [0, 1] in thousandths
@@ -22,6 +23,28 @@ NUM_TRAIN_TIMESTEPS = 1000  # DDPM's steps; for flow matching only a unit: its s
 def over_image(t: Tensor) -> Tensor:
     """Return what there is one of per image, (B,), so that it goes with (B, C, H, W)."""
     return t[:, None, None, None]
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """Σ (prediction − target)² over every image, or over where `counted` is 1, of which the prediction alone has a gradient.
+
+    In closed form: differences are written once and read twice, where autograd's chain writes seven tensors of their size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        error = prediction - target
+        if counted is not None:
+            error *= counted
+        ctx.save_for_backward(error)
+        ctx.dtype = prediction.dtype
+        return torch.linalg.vector_norm(error, dim=-1).square().flatten(1).sum(1).float()  # row by row, since CPUs add up naively
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (error,) = ctx.saved_tensors
+        return torch.mul(error, over_image(2 * gradient), out=torch.empty_like(error, dtype=ctx.dtype)), None, None
 
 
 @dataclass(frozen=True)
@@ -65,13 +88,11 @@ class Process(ABC):
 
     def squared_error(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, counted: Tensor | None = None) -> Tensor:
         """Return the mean squared error of every image's target, or of where `counted` (B, 1, H, W) is 1: fp32 (B,)."""
-        error = prediction.float() - self.target(x0, noise, t).float()
+        prediction = prediction.float() if prediction.dtype.itemsize > 4 else prediction  # as the target is
+        squares: Any = _SumOfSquares.apply(prediction, self.target(x0, noise, t).float(), counted)
+        count = x0[0].numel() if counted is None else counted.flatten(1).sum(1) * x0.shape[1]
         divisor = self.divisor(t.float())
-        if divisor is not None:
-            error = error / over_image(divisor)
-        if counted is None:
-            return error.square().flatten(1).mean(1)
-        return (error.square() * counted).flatten(1).sum(1) / (counted.flatten(1).sum(1) * error.shape[1])
+        return squares / count if divisor is None else squares / count / divisor / divisor
 
     def velocity_error(self, prediction: Tensor, x_t: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the mean squared error of the straight path's velocity at the same share of noise, fp32 (B,).
@@ -193,8 +214,7 @@ class FlowMatching(Process):
         return torch.special.ndtri(probability).float()
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        t = over_image(t)
-        return (1 - t) * x0 + t * (self.noise_scale * noise)
+        return torch.lerp(x0, noise if self.noise_scale == 1 else self.noise_scale * noise, over_image(t).to(x0.dtype))
 
     def velocity(self, x0: Tensor, noise: Tensor) -> Tensor:
         """Return v = s·ε − x0."""

@@ -396,4 +396,5 @@ class TextToImage(ComposerModel):
 
     def _predicted(self, output: Tensor) -> Tensor:
         """Return the part of the network's output that is its prediction: DiT and PixArt have variances behind it."""
-        return output[:, : self.autoencoder.channels]
+        channels = self.autoencoder.channels
+        return output if output.shape[1] == channels else output[:, :channels]  # whose gradient would be filled up with zeros

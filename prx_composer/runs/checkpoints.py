@@ -26,6 +26,7 @@ from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from prx_composer.common.errors import UserError
@@ -201,7 +202,7 @@ class CheckpointWriter:
         assert self.written is None
         start, self.batch = time.monotonic(), int(state.timestamp.batch)
         sharded = state.fsdp_sharded_state_dict_enabled
-        content: dict[str, Any] = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
+        content: dict[str, Any] = {"state": content_of(state), "rng": reproducibility.get_rng_state()}
         if dist.get_global_rank() != 0:
             content = {"state": content["state"]} if sharded else {}  # Composer reads rank 0's random state, which has all
         content = staged(content)
@@ -278,6 +279,24 @@ class CheckpointWriter:
         if failures := [failed for _, failed in results if failed is not None]:
             raise OSError("; ".join(failures))
         return [done for done, _ in results]
+
+
+def content_of(state: State) -> dict[str, Any]:
+    """Return `state.state_dict()` with all tensors where they are, whereof a sharded one has no copies either.
+
+    Composer's own copies sharded weights and moments to pageable memory first, for each of which the device is waited for.
+    """
+    if not state.fsdp_sharded_state_dict_enabled:
+        return state.state_dict()
+    names = state.serialized_attributes
+    state.serialized_attributes = [name for name in names if name not in ("model", "optimizers")]
+    try:
+        content = state.state_dict()
+    finally:
+        state.serialized_attributes = names
+    (optimizer,) = state.optimizers
+    moments = {type(optimizer).__qualname__: get_optimizer_state_dict(state.model, optimizer)}
+    return content | {"model": get_model_state_dict(state.model), "optimizers": moments}
 
 
 def staged(value: Any) -> Any:

@@ -58,6 +58,8 @@ class TrainingClock(TrainingTime, Callback):
         """Why this rank was asked to stop."""
         self.stop_requested = False
         """Whether any rank was asked to stop; changes with `elapsed`, on all ranks."""
+        self.own_write = self.write_seconds = 0.0
+        """Of the longest checkpoint of this process, to the end of its file: this rank's, and rank 0's as of the step before."""
         self._timeout = timeout
         self._hosts: HostGroup | None = None
         self._start: float | None = None  # while training: now − spent
@@ -113,12 +115,12 @@ class TrainingClock(TrainingTime, Callback):
         whole, evaluated = math.floor(now - self._start), self._evaluated
         fraction = now - self._start - whole
         self._step_end, self._evaluated, self._reported = now, 0.0, True
-        of_rank_zero = [whole, fraction, evaluated] if rank == 0 else [0.0] * 3
+        of_rank_zero = [whole, fraction, evaluated, self.own_write] if rank == 0 else [0.0] * 4
         return [*of_rank_zero, float(self.asked is not None), *pauses]
 
     def take(self, state: State, sums: Sequence[float]) -> None:
         """Read the sums over the ranks of their reports, between AFTER_TRAIN_BATCH and the step of the learning rate."""
-        whole, fraction, evaluated, asked, *pauses = sums
+        whole, fraction, evaluated, self.write_seconds, asked, *pauses = sums
         before = max(self.elapsed, self.spent)
         self.elapsed, self.paused, self._reported = whole + fraction, max(pauses), False
         self.step_seconds = max(self.elapsed - before - evaluated, 0.0)
@@ -214,7 +216,7 @@ class TimeBudget(Callback):
     known before it is needed, and what is broken in it shows in the first minute and not in the last, the run rehearses it after
     its first batch. If that took more than 0.5% of the budget it does so once more after the second batch, since the first time
     includes what is paid once (compilation, starting workers); a resumed run, which pays it again, reckons with the first time.
-    Later pauses between two steps that took longer raise the reserve.
+    Later pauses between two steps that took longer raise the reserve. No checkpoint is begun for which the closing would wait.
 
     All is computed from what `TrainingClock` made the same on all ranks, so they stop at the same batch. The budget of a run may
     be raised on a resume: parts of it that lie ahead move with it, stages and windows that were passed stay passed.
@@ -256,6 +258,10 @@ class TimeBudget(Callback):
     def is_used_up(self) -> bool:
         """Whether not one more step fits."""
         return self.progress >= 1
+
+    def has_time_to_write(self, seconds: float) -> bool:
+        """Return whether a checkpoint begun now is whole when the closing begins; 0: not known, at most as long as a closing."""
+        return self._elapsed + (_MARGIN * seconds or self.reserve) <= self.budget - self.reserve
 
     def after_load(self, state: State, logger: Logger) -> None:
         self._measure_progress(clock_of(state).spent)
@@ -363,6 +369,18 @@ def rehearsing(state: State) -> bool:
 def with_rehearsal(due: Due, event: Event = Event.BATCH_CHECKPOINT) -> Due:
     """Return what says yes where `due` does, and also at the rehearsals' `event`; once per batch."""
     return once_per_batch(lambda state, at: due(state, at) or (at == event and rehearsing(state)))
+
+
+def if_written_in_time(due: Due) -> Due:
+    """Return what says yes where `due` does, unless a checkpoint begun there would not be whole before the closing."""
+
+    def check(state: State, event: Event) -> bool:
+        is_due, budget, end = due(state, event), time_budget_of(state), state.max_duration
+        if budget is None or end is None or state.timestamp >= end:
+            return is_due
+        return is_due and budget.has_time_to_write(clock_of(state).write_seconds)
+
+    return check
 
 
 def once_per_batch(due: Due) -> Due:

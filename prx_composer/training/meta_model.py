@@ -29,6 +29,7 @@ from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.runs.model_parts import UnknownNetwork
 from prx_composer.training.components import Components
+from prx_composer.training.trainer import sharding
 
 OPTION = "--leave-out"
 # A schedule that is moved until it fits is planned often, and its steps cost the same, as those of its optimizer do.
@@ -358,13 +359,15 @@ def training_state(planned: MetaModel, shards: int = 1) -> State:
     return State(weights, bytes_of(optimizer_state(planned), shards), copies * weights, bytes_of(muon, shards))
 
 
-def checkpoint_bytes(recipe: Recipe) -> int:
-    """Return the size of one checkpoint of the full state: weights, EMA and optimizer state, over all ranks.
+def staged_bytes(planned: MetaModel, recipe: Recipe, num_gpus: int, on_node: int) -> int:
+    """Return the bytes of a node's memory that its GPUs' shares of the state are copied to for a checkpoint; of DDP rank 0's.
 
-    Raises:
-        UserError: a model that the recipe doesn't describe rightly.
+    PyTorch pins memory in powers of two, for every tensor by itself, and keeps it for the next checkpoint.
     """
-    return training_state(MetaModel(recipe)).checkpoint
+    shards, copies = sharding(recipe, num_gpus), 1 + sum(trick.weight_copies for trick in planned.tricks.values())
+    state = [*copies * list(planned.trained.values()), *optimizer_state(planned)]
+    share = sum(1 << (bytes_of([tensor], shards) - 1).bit_length() for tensor in state)
+    return share if recipe.parallelism_config is None else on_node * share
 
 
 def optimizer_state(planned: MetaModel) -> list[Tensor]:

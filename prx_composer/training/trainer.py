@@ -20,6 +20,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from prx_composer.algorithms.gradients import FiniteGuard
 from prx_composer.common.distributed import HostGroup
 from prx_composer.common.errors import UserError
+from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.resume import Change
 from prx_composer.schedule.clock import TrainingClock
 
@@ -253,6 +254,17 @@ def parallelism(config: dict[str, Any] | None, num_ranks: int, on_gpu: bool = Tr
     if degree == num_ranks:
         settings["shard_degree"] = -1
     return ParallelismConfig(fsdp2=HybridConfig(**settings))
+
+
+def sharding(recipe: Recipe, num_gpus: int) -> int:
+    """Return into how many parts the state is cut: one under DDP; under FSDP2 all GPUs, or `shard_degree` of them (HSDP).
+
+    So many neighbours hold one copy of the weights; `num_gpus` ÷ that is the number of replicas.
+    """
+    if recipe.parallelism_config is None:
+        return 1
+    degree = (recipe.parallelism_config.get("fsdp") or {}).get("shard_degree", -1)
+    return num_gpus if degree == -1 else min(degree, num_gpus)
 
 
 def low_dtype(mixed_precision: str, precision: str | Precision) -> torch.dtype | None:

@@ -6,13 +6,20 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
+from composer.utils import dist
 from conftest import train_once
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from prx_composer import registry
 from prx_composer.recipe import config
@@ -126,15 +133,20 @@ def test_what_was_held_back_is_the_state_of_its_step(tiny_recipe: Recipe, write_
 
 
 def test_the_next_one_waits_for_the_one_before_it_and_says_so(
-    tiny_recipe: Recipe, write_recipe: Write, hold: Callable[..., Held], caplog: pytest.LogCaptureFixture
+    tiny_recipe: Recipe,
+    write_recipe: Write,
+    hold: Callable[..., Held],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    held = hold(2)
+    held, finish = hold(2), checkpoints.CheckpointWriter.finish
 
-    def watch(state: State) -> None:
-        if int(state.timestamp.batch) == 3:
-            threading.Timer(0.5, held.let_go.set).start()
+    def asked_for(writer: checkpoints.CheckpointWriter) -> Any:  # of what is done at once, or here, where it is due
+        threading.Timer(0.2, held.let_go.set).start()
+        return finish(writer)
 
-    folder = train(tiny_recipe | {"max_duration": "6ba"}, write_recipe, watch)
+    monkeypatch.setattr(checkpoints.CheckpointWriter, "finish", asked_for)
+    folder = train(tiny_recipe | {"max_duration": "6ba"}, write_recipe, lambda state: None)
     assert "checkpoint of batch 2 was still being written when that of batch 4 was due: training waited" in caplog.text
     assert [found.batch for found in all_checkpoints(folder / "checkpoints")] == [2, 4, 6]
 
@@ -170,6 +182,26 @@ def test_an_exception_in_training_waits_for_the_checkpoint_that_is_being_written
         train(tiny_recipe, write_recipe, watch)
     newest = newest_checkpoint(Path(tiny_recipe["run_folder"].replace("${run_name}", "tiny")))
     assert newest is not None and newest.batch == 4 and checkpoints.damage(newest) is None
+
+
+def test_the_state_of_a_sharded_model_is_taken_where_it_is_and_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Composer takes it, PyTorch would copy it to pageable memory before it is staged; on a CPU nobody would see that."""
+    dist.initialize_dist("cpu")
+    model = torch.nn.Linear(4, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer, offload = torch.optim.AdamW(model.parameters()), Mock(side_effect=AssertionError("copied"))
+    monkeypatch.setattr("torch.distributed.checkpoint.state_dict._offload_state_dict_to_cpu", offload)
+    state: Any = SimpleNamespace(model=model, optimizers=(optimizer,), fsdp_sharded_state_dict_enabled=True)
+    state.serialized_attributes = names = ["model", "optimizers", "timestamp"]
+    state.state_dict = lambda: dict.fromkeys(state.serialized_attributes, "Composer's")
+    taken = checkpoints.content_of(state)
+    assert taken.keys() == set(names) and state.serialized_attributes == names and taken["timestamp"] == "Composer's"
+    weight, held = taken["model"]["weight"], cast(DTensor, model.weight)
+    assert weight.to_local().data_ptr() == held.to_local().data_ptr()
+    moment = taken["optimizers"]["AdamW"]["state"]["weight"]["exp_avg"]
+    assert moment.to_local().data_ptr() == optimizer.state[model.weight]["exp_avg"].to_local().data_ptr()
+    with pytest.raises(AssertionError, match="copied"):
+        get_model_state_dict(model, options=StateDictOptions(cpu_offload=True))
 
 
 def test_a_staged_state_shares_nothing_with_what_trains() -> None:

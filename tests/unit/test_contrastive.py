@@ -72,13 +72,16 @@ def test_the_whole_loss_is_least_at_the_velocity_away_from_the_negatives(predict
     """v̂ = (v − λ·ṽ) / (1 − λ), also where the velocity is clamped: at t = 0 x̂0 is then what x_t shows, x0 itself."""
     flow, weight = FlowMatching(prediction), 0.05
     o = outputs_for(flow, [timestep] * 4)
-    o.prediction = o.prediction.requires_grad_()
-    terms = flow.squared_error(o.prediction, o.clean, o.noise, o.timestep).mean()
-    terms = terms + weight * loss_of(weight, flow)(o, CAPTIONS)
-    gradient = torch.autograd.grad(terms, o.prediction, create_graph=True)[0]
-    curvature = torch.autograd.grad(gradient.sum(), o.prediction)[0]  # the loss is quadratic, with a diagonal Hessian
+
+    def gradient(prediction: torch.Tensor) -> torch.Tensor:
+        outputs = replace(o, prediction=prediction.clone().requires_grad_())
+        error = flow.squared_error(outputs.prediction, o.clean, o.noise, o.timestep).mean()
+        return torch.autograd.grad(error + weight * loss_of(weight, flow)(outputs, CAPTIONS), outputs.prediction)[0]
+
+    at_zero = gradient(torch.zeros_like(o.prediction))
+    curvature = gradient(torch.ones_like(o.prediction)) - at_zero  # the loss is quadratic, with a diagonal Hessian
     assert (curvature > 0).all()
-    least = (o.prediction - gradient / curvature).detach()
+    least = -at_zero / curvature
     velocity = flow.velocity(o.clean, o.noise)
     velocity = (velocity - weight * velocity.roll(1, 0)) / (1 - weight)
     expected = velocity if prediction == "v" else o.noised - timestep * velocity

@@ -120,6 +120,26 @@ def test_x_loss_is_the_image_error_over_clamped_t_squared() -> None:
     torch.testing.assert_close(flow.squared_error(guess, x0, noise, T), expected.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("part", [None, 0.3])
+def test_the_loss_and_its_gradient_are_those_of_autograd_s_own_chain(
+    dtype: torch.dtype, rounding: float, part: float | None
+) -> None:
+    flow = FlowMatching(min_timestep=0.05)
+    x0, noise, guess = (images(seed).float() for seed in range(3))
+    t, guesses = T.float(), [guess.to(dtype).requires_grad_() for _ in range(2)]
+    counted = None if part is None else (torch.rand(x0[:, :1].shape, generator=torch.Generator().manual_seed(3)) < part).float()
+    errors = ((guesses[0].float() - x0) / t.clamp_min(0.05)[:, None, None, None]).square()
+    weights = torch.ones_like(x0[:, :1]) if counted is None else counted
+    expected = (errors * weights).sum((1, 2, 3)) / (weights.sum((1, 2, 3)) * x0.shape[1])
+    found = flow.squared_error(guesses[1], x0, noise, t, counted)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for one in (expected, found):
+        (one * torch.arange(1.0, 6.0)).sum().backward()
+    assert guesses[1].grad is not None and guesses[1].grad.dtype == dtype
+    torch.testing.assert_close(guesses[1].grad, guesses[0].grad, rtol=rounding, atol=0)
+
+
 def test_both_predictions_have_the_same_loss_where_nothing_is_clamped() -> None:
     x0, noise, velocity_guess = images(0), images(1), images(2)
     t = torch.tensor([0.1, 0.2, 0.3, 0.7, 1.0], dtype=torch.float64)

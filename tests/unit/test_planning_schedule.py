@@ -21,7 +21,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.models.encoders import VisionEncoder
 from prx_composer.recipe import config
 from prx_composer.recipe.config import Recipe
-from prx_composer.training.meta_model import checkpoint_bytes
+from prx_composer.training.meta_model import MetaModel, training_state
 
 Write = Callable[..., str]
 H200 = find_gpu("h200")
@@ -266,7 +266,7 @@ def test_an_encoder_that_nothing_is_known_of_stops_the_plan_until_it_is_left_out
     with pytest.raises(UserError, match=rf"^algorithms.repa.teacher cannot be counted: somebody/vit .*{ways}.*--leave-out repa"):
         make_plan(full(vit), LIMIT)
     assert make_plan(full(llm, *SMALL), LIMIT).unknown == []  # nobody runs it
-    assert checkpoint_bytes(full(llm, vit)) > 1e10  # nobody asks for it
+    assert training_state(MetaModel(full(llm, vit))).checkpoint > 1e10  # nobody asks for it
     found = prx(FULL, llm, vit, *SMALL, "--gpus", "32", "--leave-out", "text_encoder", "--leave-out", "repa")
     assert found.exit_code == 0 and "REPA" not in found.output
     for line in ("model.text_encoder: left out, as --leave-out text_encoder says", "algorithms.repa: left out"):

@@ -321,10 +321,10 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_room_for_one_checkpoint_more_than_is_kept_is_asked_for(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prx_composer.training.meta_model import checkpoint_bytes
+    from prx_composer.training.meta_model import MetaModel, training_state
 
     recipe, _ = load("save_num_checkpoints_to_keep=3")
-    size = checkpoint_bytes(recipe)
+    size = training_state(MetaModel(recipe)).checkpoint
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 6 * size, 4 * size))
     assert not marked(check_storage(Components(recipe, meta=True)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * size, 6 * size, 4 * size - 1))
@@ -337,6 +337,19 @@ def test_room_for_one_checkpoint_more_than_is_kept_is_asked_for(load: Load, monk
     assert not [text for text in marked(check_storage(Components(recipe, meta=True))) if "GB" in text], (
         "what is there already needs no more room"
     )
+
+
+def test_a_machine_without_memory_for_the_copy_that_a_checkpoint_is_written_from_is_named(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prx_composer.training.meta_model import MetaModel, staged_bytes
+
+    recipe, _ = load()
+    needed = staged_bytes(MetaModel(recipe), recipe, 1, 1)
+    for free, mark in ((needed, "✓"), (needed - 1, "!")):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: namedtuple("Memory", "available")(free))
+        (found,) = [text for text in marked(check_storage(Components(recipe, meta=True)), mark) if text.startswith("host memory")]
+        assert "GB needed for the copy of the state that checkpoints are written from" in found
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import nn
 from prx_composer.common.errors import UserError
 from prx_composer.optim import WarmupStableDecay
 from prx_composer.recipe import config
-from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, once_per_batch
+from prx_composer.schedule.clock import ClockStop, TimeBudget, TrainingClock, clock_of, if_written_in_time, once_per_batch
 from prx_composer.schedule.moments import Moment, ScheduleWindow
 
 
@@ -274,6 +274,44 @@ def test_the_closing_is_rehearsed_twice_if_it_is_dear_and_the_longest_pause_coun
     resumed.step(1)
     again = cast(TimeBudget, resumed.time_budget)
     assert again.reserve == pytest.approx(1.1 * 40) and not again.rehearsing
+
+
+@pytest.mark.parametrize("interval", range(31, 61))
+@pytest.mark.parametrize("write", [5.0, 30.0])
+def test_no_checkpoint_is_still_being_written_when_the_last_one_is_due(
+    write: float, interval: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Steps of 1 s, and writes beside them: 300 s leave 300 − 1.1·w − 1 s for steps, whenever checkpoints come in between; the
+    last one is begun no more than the interval and 1.1·w before that."""
+    machine = Machine(monkeypatch, tmp_path, "1000000ba", budget=300).start()
+    due = if_written_in_time(lambda state, event: int(clock_of(state).elapsed) % interval == 0)
+    written_at = 0.0
+    while not machine.is_over:
+        machine.step(1, pause=write if machine.state.timestamp.batch < 2 else 0)  # the rehearsals
+        machine.clock.own_write = write
+        if due(machine.state, Event.BATCH_CHECKPOINT) and machine.state.timestamp.batch > 2 and not machine.is_over:
+            assert machine.now >= written_at, "the interval is longer than a write"
+            written_at = machine.now + write
+    steps_end = 5000 + 300 - 1.1 * write - 1
+    assert machine.now == pytest.approx(steps_end, abs=1)
+    assert max(machine.now, written_at) + write <= 5000 + 300, "the closing waits for what is in hand and writes its own"
+    assert written_at >= steps_end - interval - 1.1 * write, "no more is left out than must be"
+
+
+def test_a_resumed_run_that_has_written_nothing_yet_expects_a_write_to_take_as_long_as_a_closing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = Machine(monkeypatch, tmp_path, "1000000ba", budget=100).start()
+    for pause in (10, 10, 0):
+        machine.step(1, pause)
+    again = Machine(monkeypatch, tmp_path, "1000000ba", budget=100).start(machine.saved())
+    due = if_written_in_time(lambda state, event: True)
+    begun = []
+    while not again.is_over:
+        again.step(1)
+        begun += [again.clock.elapsed] if due(again.state, Event.BATCH_CHECKPOINT) else []
+    assert begun[-2] == pytest.approx(100 - 2 * 1.1 * 10, abs=1), "and the closing's own is begun in any case"
+    assert begun[-1] == again.clock.elapsed
 
 
 def test_a_cheap_closing_is_rehearsed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

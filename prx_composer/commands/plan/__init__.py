@@ -54,6 +54,9 @@ class PlanOptions:
         float | None,
         Option(min=0.001, help="GB/s per GPU between nodes, one way; 400 Gbit/s are 50. [default: usual for the GPU]"),
     ] = None
+    host_memory: Annotated[
+        float | None, Option(min=0.001, help="GiB of memory of a node beside its GPUs', to be warned where the run needs more.")
+    ] = None
     loader: Annotated[
         float | None, Option(min=0.001, help="Images per second that one node's loaders deliver. [default: never waited for]")
     ] = None
@@ -107,6 +110,7 @@ def plan_recipe(options: PlanOptions) -> None:
         disk=parse_rate(options.disk, "--disk"),
         stored_text=options.stored_text,
         network=options.network,
+        host_memory=options.host_memory,
         loader=options.loader,
         leave_out=tuple(options.leave_out),
     )
@@ -264,6 +268,7 @@ def _table(plan: "Plan") -> list[str]:
         row(f"  {label}", lambda s, name=name: f"{getattr(s.memory, name) / GIB:.2f}")
     row(f"  together, of {c.gpu.memory_gib:.1f}", lambda s: f"{s.memory.peak / GIB:.2f}")
     row(f"  fits with {RESERVE:.0%} to spare", lambda s: "yes" if s.fits else "NO")
+    row("host memory of a node for checkpoints, GiB", lambda _: f"{plan.checkpoints.staged / GIB:.2f}")
     return _aligned(rows)
 
 
@@ -294,10 +299,9 @@ def _totals(plan: "Plan") -> list[str]:
     dollars = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
     lines = [
         f"checkpoints: {ck.bytes / 1e9:,.2f} GB each, {ck.seconds:.1f} s at {c.disk / 1e9:g} GB/s; "
-        f"{ck.count:,} of them take {duration_string(ck.count * ck.seconds)}, and {ck.on_disk / 1e9:,.1f} GB of disk are needed "
-        "at once",
+        f"{ck.count:,} of them, written beside training, and {ck.on_disk / 1e9:,.1f} GB of disk are needed at once",
         *_compiling(plan),
-        f"total: {_hours(plan.hours)} hours with {'all this' if plan.compiling.count else 'checkpoints'}, "
+        f"total: {_hours(plan.hours)} hours with {'all this' if plan.compiling.count else 'the last checkpoint'}, "
         f"{plan.hours * c.num_gpus:,.0f} GPU-hours{dollars}",
     ]
     if plan.time_budget is not None:
@@ -306,6 +310,11 @@ def _totals(plan: "Plan") -> list[str]:
         if not plan.fits_budget:
             fits = f"it does NOT fit: {spare} too long; --fit proposes a schedule"
         lines.append(f"time_budget: {plan.time_budget:g} h, which {fits}")
+    if c.host_memory is not None and ck.staged > c.host_memory * GIB:
+        lines.append(
+            f"checkpoints do NOT fit into {c.host_memory:g} GiB of a node: they are written from a copy of the state, of "
+            f"{ck.staged / GIB:.2f} GiB; shard it over more nodes (parallelism_config.fsdp.shard_degree)"
+        )
     for index, stage in enumerate(plan.stages):
         if losses := largest_losses(stage.step.parts):
             told = "; ".join(f"{name}, {1000 * seconds:.1f} ms" for name, seconds in losses)

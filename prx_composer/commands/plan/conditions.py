@@ -128,6 +128,7 @@ class Conditions:
         disk: bytes per second at which a checkpoint is written, all ranks together.
         stored_text: text embeddings come with the data, though the recipe encodes captions during training.
         network: GB/s per GPU between nodes, in one direction; None: what is usual for the GPU.
+        host_memory: GiB of a node's memory beside its GPUs'; None: not known.
         loader: images per second that the loaders of one node deliver; None: training never waits for them.
         leave_out: what is not to be counted: text_encoder, autoencoder, or an algorithm with a teacher, by name.
     """
@@ -142,6 +143,7 @@ class Conditions:
     disk: float = 1e9
     stored_text: bool = False
     network: float | None = None
+    host_memory: float | None = None
     loader: float | None = None
     leave_out: tuple[str, ...] = ()
 

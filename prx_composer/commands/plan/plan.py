@@ -19,7 +19,7 @@ from prx_composer.commands.plan.conditions import (
     text_in_words,
 )
 from prx_composer.commands.plan.graphs import Compiling, compiling
-from prx_composer.commands.plan.step_cost import Memory, Segment, StepTime, StepTimes, memory, sharding
+from prx_composer.commands.plan.step_cost import Memory, Segment, StepTime, StepTimes, memory
 from prx_composer.commands.plan.timeline import Source, Span, Timeline, left_in_steps, sources, stretched, timeline
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.models.counting import TEXT_ENCODER
@@ -27,7 +27,8 @@ from prx_composer.recipe.checks import check_parallelism
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.stored_text import choose_text
 from prx_composer.schedule.moments import SECONDS, duration_string, parse_duration
-from prx_composer.training.meta_model import MetaModel, training_state
+from prx_composer.training.meta_model import MetaModel, staged_bytes, training_state
+from prx_composer.training.trainer import sharding
 
 RESERVE = 0.1  # of a GPU's memory: CUDA's context, communication buffers, fragments, what runs without gradients
 VALID_TEXT = 0.4  # share of the padded tokens that are real ones in long captions, which is what is stored of them
@@ -88,12 +89,14 @@ class CheckpointPlan:
         bytes, seconds: of one.
         count: over the run.
         on_disk: bytes of those that lie on disk at once.
+        staged: bytes of a node's memory, beside the GPUs', that the state is copied to and written from while training goes on.
     """
 
     bytes: int
     seconds: float
     count: int
     on_disk: int
+    staged: int
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Plan:
         samples: images in the data, if known. samples_from: who says so.
         shares: of the data sets of a mixture, phase by phase, in words. sources: what the run takes of each of them.
         stages, checkpoints, compiling: see there.
-        hours: of training, of writing checkpoints, and of compiling once. dollars: None without a price.
+        hours: of training, of writing the last checkpoint, and of compiling once. dollars: None without a price.
         time_budget: of the recipe, in hours, if it has one.
         assumptions: what a reader must know of how the numbers came about.
         unknown: what is not counted.
@@ -178,9 +181,9 @@ def make_plan(recipe: Recipe, conditions: Conditions) -> Plan:
     encoding = {stage.image_size: stage.flops.get(TEXT_ENCODER, 0.0) / stage.total_flops for stage in stages}
     text = [] if conditions.stored_text else text_in_words(chosen, encoding)
     training = sum(stage.hours for stage in stages)
-    checkpoints = _checkpoints(training_state(planned).checkpoint, recipe, line, training, conditions.disk)
+    checkpoints = _checkpoints(planned, recipe, line, training, conditions)
     compiled = compiling(planned, recipe, cut, manifests, conditions.num_gpus)
-    hours = training + (checkpoints.count * checkpoints.seconds + compiled.seconds) / 3600
+    hours = training + (checkpoints.seconds + compiled.seconds) / 3600  # the last one's, for which training waits
     sharded = f"FSDP2, sharded over {sharding(recipe, conditions.num_gpus)}"
     return Plan(
         run_name=recipe.run_name,
@@ -317,8 +320,8 @@ def _device_bytes(planned: MetaModel, recipe: Recipe, conditions: Conditions, im
     return seen + text
 
 
-def _checkpoints(size: int, recipe: Recipe, line: Timeline, training_hours: float, disk: float) -> CheckpointPlan:
-    """Count checkpoints of `size` bytes as the recipe's `save_interval` has them.
+def _checkpoints(planned: MetaModel, recipe: Recipe, line: Timeline, training_hours: float, c: Conditions) -> CheckpointPlan:
+    """Count checkpoints as the recipe's `save_interval` has them.
 
     Raises:
         UserError: an interval that is none, or in epochs of data whose size isn't known.
@@ -332,7 +335,8 @@ def _checkpoints(size: int, recipe: Recipe, line: Timeline, training_hours: floa
         raise UserError(f"save_interval: {recipe.save_interval} of data that isn't here; say how many images with --samples.")
     count = max(1, math.ceil(length[interval.unit] / interval.value - 1e-9))  # the last is written at the end, whenever that is
     kept = count if recipe.save_num_checkpoints_to_keep < 0 else min(count, max(recipe.save_num_checkpoints_to_keep, 1) + 1)
-    return CheckpointPlan(size, size / disk, count, kept * size)
+    size = training_state(planned).checkpoint
+    return CheckpointPlan(size, size / c.disk, count, kept * size, staged_bytes(planned, recipe, c.num_gpus, c.per_node))
 
 
 # ------------------------------------------------------------------------------------------------------- fitting
@@ -371,7 +375,7 @@ def fit(recipe: Recipe, conditions: Conditions, longest: float) -> Fit:
     """
     before = make_plan(recipe, conditions)
     spans = timeline(recipe, conditions.num_gpus, before.samples).spans
-    fixed = before.compiling.seconds / 3600  # takes as long whatever the schedule
+    fixed = (before.compiling.seconds + before.checkpoints.seconds) / 3600  # takes as long whatever the schedule
     left = longest / 3600 - fixed
     factor = left / (before.hours - fixed)
     for _ in range(_ATTEMPTS):

@@ -39,24 +39,13 @@ from prx_composer.optim.exchange import Plan, plan_for
 from prx_composer.optim.muon import Muon
 from prx_composer.recipe.config import Recipe
 from prx_composer.training.meta_model import MetaModel, bytes_of, muon_groups, training_state
-from prx_composer.training.trainer import WEIGHTS, low_dtype
+from prx_composer.training.trainer import WEIGHTS, low_dtype, sharding
 
 FP32, BF16 = 4, 2
 BACKWARD = 2 / 3  # of the time of a microbatch
 GATHER, REDUCE = "FSDP2 gathers weights", "FSDP2 reduces gradients"
 REPLICAS, DDP = "HSDP averages replicas", "DDP averages gradients"
 MUON, MUON_REPLICAS = "Muon's shards to owners and back", "Muon's results to replicas"
-
-
-def sharding(recipe: Recipe, num_gpus: int) -> int:
-    """Return into how many parts the state is cut: one under DDP; under FSDP2 all GPUs, or `shard_degree` of them (HSDP).
-
-    So many neighbours hold one copy of the weights; `num_gpus` ÷ that is the number of replicas.
-    """
-    if recipe.parallelism_config is None:
-        return 1
-    degree = (recipe.parallelism_config.get("fsdp") or {}).get("shard_degree", -1)
-    return num_gpus if degree == -1 else min(degree, num_gpus)
 
 
 # ---------------------------------------------------------------------------------------------------- what is sent

@@ -1,5 +1,6 @@
 """What a run finds around it: a folder and room for its checkpoints, the node's GPUs, and the services that metrics go to."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from composer.core import TimeUnit
 from requests.utils import get_netrc_auth
@@ -25,7 +27,7 @@ from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import CHECKPOINTS, holds_run
 from prx_composer.schedule.moments import SECONDS
 from prx_composer.training.components import Components
-from prx_composer.training.meta_model import checkpoint_bytes
+from prx_composer.training.meta_model import MetaModel, staged_bytes, training_state
 from prx_composer.training.preflight import Result, collected, failed, passed, skipped, warned
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.pretrained import check_weights
@@ -59,7 +61,13 @@ def check_storage(parts: Components) -> Iterator[Result]:
     if parts.problems:
         yield skipped("disk", "names and arguments must be right first")
     else:
-        yield from _check_room(recipe, folder)
+        try:
+            planned = MetaModel(recipe)
+        except (ValueError, OSError) as error:
+            yield skipped("disk and host memory", f"the size of a checkpoint is not known ({error})")
+            return
+        yield from _check_room(recipe, folder, training_state(planned).checkpoint)
+        yield _check_host_memory(recipe, planned, parts.num_ranks)
 
 
 def _existing(folder: Path) -> Path:
@@ -97,16 +105,11 @@ def checkpoints_to_keep(recipe: Recipe) -> int | None:
 
 
 @collected
-def _check_room(recipe: Recipe, folder: Path) -> Iterator[Result]:
+def _check_room(recipe: Recipe, folder: Path, size: int) -> Iterator[Result]:
     count = checkpoints_to_keep(recipe)
     if count is None:
         units = f"save_interval {recipe.save_interval} and max_duration {recipe.max_duration} are not in one unit"
         yield skipped("disk", f"save_num_checkpoints_to_keep is {recipe.save_num_checkpoints_to_keep} (all), and {units}")
-        return
-    try:
-        size = checkpoint_bytes(recipe)
-    except (ValueError, OSError) as error:
-        yield skipped("disk", f"the size of a checkpoint is not known ({error})")
         return
     written = sum(path.stat().st_size for path in (folder / CHECKPOINTS).rglob("*") if path.is_file())
     free, needed = shutil.disk_usage(_existing(folder)).free, max(count * size - written, 0)
@@ -123,6 +126,23 @@ def _check_room(recipe: Recipe, folder: Path) -> Iterator[Result]:
         )
     else:
         yield passed("disk", f"{free / 1e9:,.1f} GB free, {needed / 1e9:.2f} GB needed for {what}")
+
+
+_GPUS_OF_A_NODE = 8  # where there are none to count
+
+
+def _check_host_memory(recipe: Recipe, planned: MetaModel, num_ranks: int) -> Result:
+    """Check whether the copy of the state that checkpoints are written from fits into this machine's memory."""
+    free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")
+    with contextlib.suppress(OSError, ValueError):  # in a container; "max" where it has no limit
+        free = min(free, int(limit.read_text()))
+    ranks = min(num_ranks, torch.cuda.device_count() or _GPUS_OF_A_NODE)
+    needed = staged_bytes(planned, recipe, num_ranks, ranks)
+    what = f"{needed / 1e9:.2f} GB needed for the copy of the state that checkpoints are written from"
+    if needed <= free:
+        return passed("host memory", f"{free / 1e9:,.1f} GB free, {what}")
+    remedy = "Shard the state over more nodes (parallelism_config.fsdp.shard_degree), or take nodes with more memory."
+    return warned("host memory", f"{free / 1e9:,.1f} GB free on this machine, but {what}. {remedy}")
 
 
 FOREIGN_MEMORY = 2e9  # bytes in use on a GPU that cannot be this process's own context
