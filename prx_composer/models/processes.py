@@ -29,10 +29,15 @@ class _SumOfSquares(torch.autograd.Function):
     """Σ (prediction − target)² over every image, or over where `counted` is 1, of which the prediction alone has a gradient.
 
     In closed form: differences are written once and read twice, where autograd's chain writes seven tensors of their size.
+
+    Raises:
+        ValueError: the target or the mask wants a gradient, too.
     """
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if any(ctx.needs_input_grad[1:]):
+            raise ValueError("The loss has no gradient of its target; detach the images and noise that it is made of.")
         error = prediction - target
         if counted is not None:
             error *= counted

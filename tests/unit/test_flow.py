@@ -155,3 +155,10 @@ def test_both_predictions_have_the_same_loss_where_nothing_is_clamped() -> None:
 def test_values_out_of_range_are_named(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         FlowMatching(**bad)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_target_that_wants_a_gradient_is_refused() -> None:
+    """As of an autoencoder that is trained along: its gradient would be missing without a word."""
+    image, t = torch.randn(2, 3, 8, 8), torch.full((2,), 0.5)
+    with pytest.raises(ValueError, match="no gradient of its target"):
+        FlowMatching().squared_error(image.clone(), image.clone().requires_grad_(), torch.randn_like(image), t)
