@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prx_composer import registry
 from prx_composer.algorithms.token_routing import TREAD
 from prx_composer.common.errors import UserError
+from prx_composer.models.backbone import TIME_VECTOR
 from prx_composer.models.counting import flops_of_backbone
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.routing import Route
@@ -103,6 +104,20 @@ def test_taps_are_the_blocks_image_tokens_and_no_hook_stays(name: str) -> None:
     ours.taps = ()
     torch.testing.assert_close(ours(**x), prediction, rtol=0, atol=0)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in ours.modules())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_time_vector_is_of_the_time_and_not_of_the_image(name: str) -> None:
+    ours = backbone(name)
+    x, ours.taps = inputs(ours), (TIME_VECTOR,)
+    if not ours.time_size:
+        assert TIME_VECTOR not in ours(**x, return_taps=True)[1]
+        return
+    vector = ours(**x, return_taps=True)[1][TIME_VECTOR]
+    assert vector.shape == (3, ours.time_size)
+    torch.testing.assert_close(ours(**(x | {"hidden_states": x["hidden_states"] + 1}), return_taps=True)[1][TIME_VECTOR], vector)
+    later = ours(**(x | {"timestep": x["timestep"].flip(0)}), return_taps=True)[1][TIME_VECTOR]
+    assert ((later - vector).abs().amax(1) > 1e-3).tolist() == [True, False, True]  # the second image's is what it was
 
 
 @pytest.mark.parametrize("name", ROUTED)
@@ -244,7 +259,7 @@ def test_an_image_that_a_class_would_mistake_is_refused(name: str, sides: tuple[
 
 @pytest.mark.parametrize("name", sorted(TINY.keys() - {*ROUTED}))
 def test_routing_is_refused_where_tokens_are_no_plain_sequence(name: str) -> None:
-    with pytest.raises(UserError, match=rf"algorithms\.tread cannot route tokens through {name}: its blocks"):
+    with pytest.raises(UserError, match=rf"algorithms\.tread doesn't go with {name}: its blocks"):
         TREAD().check(None, [], backbone(name))
 
 
