@@ -1,18 +1,14 @@
 """LoRA (arXiv:2106.09685): low-rank adapters of the blocks' matrices are trained, the weights that they adapt are not."""
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from composer.core import Algorithm
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError
 from prx_composer.models.layers import BLOCK_LAYERS, add_adapters
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.optim import add_parameters, drop_frozen
-from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.consistency import PlannedStage
 
 
 class LoRA(Trick):
@@ -41,19 +37,7 @@ class LoRA(Trick):
         if targets is not None and not targets:
             raise ValueError("targets is empty; leave it out for every matrix of a block but its modulation.")
         super().__init__()
-        self._of_random_weights = False
         self.rank, self.alpha, self.targets = rank, float(alpha or rank), tuple(targets or ())
-
-    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
-        self._of_random_weights = recipe is not None and not recipe.model.get("init_from")
-
-    def advise(self, stages: Sequence[PlannedStage]) -> Iterator[str]:
-        yield from super().advise(stages)
-        if self._of_random_weights:
-            yield (
-                "there is no model.init_from, and adapters of random weights learn nothing: the last layer begins at zero and "
-                "is not trained. Name trained weights there, unless the run goes on from a checkpoint."
-            )
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         if not hasattr(model, "backbone"):

@@ -35,7 +35,6 @@ from prx_composer.runs.opening import Trained, load_trained
 from prx_composer.runs.pretrained_models import write_fragment
 from prx_composer.training.meta_model import MetaModel
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.trial import check_config
 
 Recipe = dict[str, Any]
 Write = Callable[..., str]
@@ -145,14 +144,6 @@ def recipe(tiny_recipe: Recipe, folder: Path) -> Recipe:
     tiny_recipe["algorithms"] = {"lora": {"rank": 4, "alpha": 8}} | tiny_recipe["algorithms"]
     tiny_recipe["optimizer"]["lr"] = 0.02
     return tiny_recipe
-
-
-def test_adapters_of_random_weights_are_warned_of(recipe: Recipe, write_recipe: Write) -> None:
-    """The last layer begins at zero and is frozen, so that no gradient passes it."""
-    for init_from, expected in ((recipe["model"]["init_from"], 0), (None, 1)):
-        recipe["model"]["init_from"] = init_from
-        found = [str(one) for one in check_config(config.load([write_recipe(recipe)]))]
-        assert sum(line.startswith("! algorithms.lora: there is no model.init_from") for line in found) == expected, found
 
 
 def folder_of(recipe: Recipe) -> Path:
