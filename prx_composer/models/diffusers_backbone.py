@@ -92,6 +92,7 @@ class DiffusersBackbone(nn.Module):
                 (nn.init.zeros_ if begins else nn.init.xavier_uniform_)(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        self.signature.initialise(self.model)
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor
 
 Hows = Sequence[Mapping[str, Any]]  # `how` of each text encoder, in order
@@ -87,6 +88,9 @@ class Signature:
     def inputs(self, x: Inputs) -> dict[str, Any]:
         """Return the arguments of the class's `forward`."""
         raise NotImplementedError
+
+    def initialise(self, model: Any) -> None:
+        """Let the model's weights that are not of linear layers begin otherwise than as diffusers has them."""
 
     def prediction(self, output: Tensor) -> Tensor:
         """Return x̂0 or v̂ = ε − x0 (or ε̂) of what `forward` returns."""
@@ -286,6 +290,13 @@ class AuraFlow(Signature):
 
     def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
         return [*encoders] == [{}]
+
+    def initialise(self, model: Any) -> None:
+        """Let learnt positions begin as sinusoids: as diffusers' 0.1·N(0, 1) they are lost beside a patch for 600 steps."""
+        table = model.pos_embed.pos_embed
+        side = int(table.shape[1] ** 0.5)
+        with torch.no_grad():
+            table.copy_(get_2d_sincos_pos_embed(table.shape[2], side, base_size=side, output_type="pt"))
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
         return dict(hidden_states=x.image, timestep=x.t, encoder_hidden_states=x.text)

@@ -173,6 +173,15 @@ def test_a_routed_token_of_lumina2_keeps_its_position() -> None:
 # -------------------------------------------------------------------------------- what is known of a class beforehand
 
 
+def test_learnt_positions_of_auraflow_begin_as_sinusoids_of_column_and_row() -> None:
+    made = DiffusersBackbone(**{"class": "AuraFlowTransformer2DModel"}, **TINY["AuraFlowTransformer2DModel"])
+    table = made.model.pos_embed.pos_embed[0].detach()  # 8 × 8 places of 32 channels
+    turns = 10_000 ** -(torch.arange(8) / 8)
+    for row, column in ((0, 0), (2, 5), (7, 1)):
+        expected = torch.cat([wave(place * turns) for place in (column, row) for wave in (torch.sin, torch.cos)])
+        torch.testing.assert_close(table[8 * row + column], expected, atol=1e-5, rtol=1e-5)
+
+
 def convolution_backward(gradient: list[int], _: Any, weight: list[int], *others: Any, **__: Any) -> int:
     """As many as forward for each factor. FlopCounterMode counts a weight's gradient as if there were no groups."""
     return 2 * math.prod(gradient[2:]) * gradient[0] * math.prod(weight) * sum(others[-1][:2])
