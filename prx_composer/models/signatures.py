@@ -296,7 +296,7 @@ class AuraFlow(Signature):
         table = model.pos_embed.pos_embed
         side = int(table.shape[1] ** 0.5)
         with torch.no_grad():
-            table.copy_(get_2d_sincos_pos_embed(table.shape[2], side, base_size=side, output_type="pt"))
+            table.copy_(get_2d_sincos_pos_embed(table.shape[2], side, base_size=2 * side, output_type="pt"))  # two apart
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
         return dict(hidden_states=x.image, timestep=x.t, encoder_hidden_states=x.text)

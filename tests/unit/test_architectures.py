@@ -178,7 +178,7 @@ def test_learnt_positions_of_auraflow_begin_as_sinusoids_of_column_and_row() -> 
     table = made.model.pos_embed.pos_embed[0].detach()  # 8 × 8 places of 32 channels
     turns = 10_000 ** -(torch.arange(8) / 8)
     for row, column in ((0, 0), (2, 5), (7, 1)):
-        expected = torch.cat([wave(place * turns) for place in (column, row) for wave in (torch.sin, torch.cos)])
+        expected = torch.cat([wave(2 * place * turns) for place in (column, row) for wave in (torch.sin, torch.cos)])
         torch.testing.assert_close(table[8 * row + column], expected, atol=1e-5, rtol=1e-5)
 
 
