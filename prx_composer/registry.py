@@ -264,6 +264,8 @@ def constructor_in_diffusers(name: Any, path: str) -> Callable[..., Any]:
             f"{path}: {name!r} has no signature, which says what goes into a class of diffusers and where its blocks are."
             f"{nearest(str(name), signatures.names())} A file that code_paths names can add one: prx_composer/models/README.md."
         )
+    if signatures.is_added(name) and (own := signatures.get(name, path).model) is not None:
+        return constructor(own)
     package = importlib.util.find_spec("diffusers")  # imports nothing
     folders = [] if package is None else package.submodule_search_locations or []
     for file in (file for folder in folders for file in sorted(Path(folder, "models").glob("*/*.py"))):

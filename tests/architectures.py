@@ -23,7 +23,7 @@ TINY: dict[str, dict[str, Any]] = {
     | dict(cross_attention_dim=32, caption_channels=TEXT, sample_size=8, timestep_scale=0.5),
     "DiTTransformer2DModel": HEADS | dict(in_channels=4, out_channels=8, num_layers=3, sample_size=4, num_embeds_ada_norm=5),
     "Lumina2Transformer2DModel": dict(in_channels=4, hidden_size=32, num_layers=3, num_refiner_layers=1, num_attention_heads=2)
-    | dict(num_kv_heads=1, multiple_of=8, axes_dim_rope=[4, 6, 6], axes_lens=[16, 16, 16], cap_feat_dim=TEXT, sample_size=8),
+    | dict(num_kv_heads=1, multiple_of=16, axes_dim_rope=[4, 6, 6], axes_lens=[16, 16, 16], cap_feat_dim=TEXT, sample_size=8),
     "AuraFlowTransformer2DModel": HEADS
     | dict(in_channels=4, out_channels=4, num_mmdit_layers=2, num_single_dit_layers=2, joint_attention_dim=TEXT)
     | dict(caption_projection_dim=32, sample_size=8, pos_embed_max_size=64),

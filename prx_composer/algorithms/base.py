@@ -227,6 +227,12 @@ class _Term(AuxiliaryLoss):
         return self.trick.loss(outputs, batch)
 
 
+def unsuited(name: str, backbone: Any, why: str) -> UserError:
+    """Return the error of an algorithm, by its name, that means nothing with a kind of backbone; `why` is a clause."""
+    title = getattr(backbone, "class_name", type(backbone).__name__)
+    return UserError(f"algorithms.{name} doesn't go with {title}: {why}. Leave it out, or train another backbone.")
+
+
 def no_block(path: str, block: int, depth: int) -> str:
     """Return the message for a block that a backbone of that depth doesn't have, given at a YAML path."""
     return f"{path}: {block} is no block of model.backbone, which has {depth}, counted from 0 to {depth - 1}."
@@ -279,8 +285,10 @@ class LossTrick(Trick):
         self._check_taps(backbone)
 
     def _check_taps(self, backbone: Any) -> None:
-        if not hasattr(backbone, "depth"):
+        if backbone is None:
             return
+        if self.taps and not (hasattr(backbone, "depth") and hasattr(backbone, "taps")):
+            raise unsuited(self.name, backbone, "it says neither depth nor taps, from which the outputs of its blocks come")
         for block in self.taps:
             if block != TIME_VECTOR and not 0 <= block < backbone.depth:
                 raise UserError(no_block(f"algorithms.{self.name}.block", block, backbone.depth))

@@ -6,6 +6,7 @@ Float8 formats: e4m3 and e5m2 of Micikevicius et al. 2022 (arXiv:2209.05433).
 import dataclasses
 import importlib.util
 import logging
+import re
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
@@ -14,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from composer.algorithms.warnings import NoEffectWarning
 from composer.core import Algorithm, Precision, State
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.normalization import RMSNorm as DiffusersRMSNorm
 from torch import Tensor, nn
 
 from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.common.installation import adding
+from prx_composer.models.counting import blocks_of
 from prx_composer.models.layers import BLOCK_LAYERS, RMSNorm, is_adapted
 
 log = logging.getLogger(__name__)
@@ -33,45 +37,34 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-class LowPrecisionLayerNorm(nn.LayerNorm):
-    """LayerNorm whose input, weight and output are of the autocast dtype (statistics stay fp32 inside the kernel)."""
-
-    active = True
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.active:
-            return super().forward(input)
-        dtype = _compute_dtype(input)
-        with torch.autocast(input.device.type, enabled=False):
-            weight, bias = _cast(self.weight, dtype), _cast(self.bias, dtype)
-            return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
-
-
-class LowPrecisionRMSNorm(nn.RMSNorm):
-    """RMSNorm whose input, weight and output are of the autocast dtype."""
+class _InLowPrecision(nn.Module):
+    """Before a class of norm: its input, weight and output are of the autocast dtype (statistics stay fp32 inside the kernel)."""
 
     active = True
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return super().forward(x)
-        dtype = _compute_dtype(x)
+        norm: Any = self
+        dtype, is_layer = _compute_dtype(x), isinstance(norm, nn.LayerNorm)
         with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x.to(dtype), list(self.normalized_shape), _cast(self.weight, dtype), self.eps)
+            shape = list(norm.dim if isinstance(norm, DiffusersRMSNorm) else norm.normalized_shape)
+            weight, bias = _cast(norm.weight, dtype), _cast(getattr(norm, "bias", None), dtype)
+            if is_layer:
+                return F.layer_norm(x.to(dtype), shape, weight, bias, norm.eps)
+            normed = F.rms_norm(x.to(dtype), shape, weight, norm.eps)
+            return normed if bias is None else normed + bias
 
 
-_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LayerNorm: LowPrecisionLayerNorm,
-    nn.RMSNorm: LowPrecisionRMSNorm,
-    RMSNorm: LowPrecisionRMSNorm,
-}
+_NORMS = (nn.LayerNorm, FP32LayerNorm, nn.RMSNorm, RMSNorm, DiffusersRMSNorm)
+_REPLACEMENTS: dict[type[nn.Module], Any] = {kind: type(f"Low{kind.__name__}", (_InLowPrecision, kind), {}) for kind in _NORMS}
 
 
 def apply_low_precision_norm(model: nn.Module) -> int:
-    """Replace every nn.LayerNorm and nn.RMSNorm, affine or not, in place; return how many.
+    """Replace every LayerNorm and RMSNorm of PyTorch, diffusers or ours, affine or not, in place; return how many.
 
-    Subclasses but our own are left alone, since their own forward would be lost. Parameters stay the same objects, so optimizers
-    and state dicts don't notice.
+    Other subclasses are left alone, since their own forward would be lost. Parameters stay the same objects, so optimizers and
+    state dicts don't notice.
     """
     replaced = 0
     for parent in list(model.modules()):
@@ -79,7 +72,7 @@ def apply_low_precision_norm(model: nn.Module) -> int:
             replacement = _REPLACEMENTS.get(type(child))
             if replacement is None:
                 continue
-            low: Any = replacement.__new__(replacement)
+            low = replacement.__new__(replacement)
             low.__dict__.update(child.__dict__)  # same parameters, shape, eps, hooks: only the forward is another
             setattr(parent, name, low)
             replaced += 1
@@ -97,7 +90,7 @@ class LowPrecisionNorm(Trick):
 
     def __init__(self, start: str = "0ba", end: str | None = None):
         super().__init__(start, end)
-        self._norms: list[LowPrecisionLayerNorm | LowPrecisionRMSNorm] = []
+        self._norms: list[_InLowPrecision] = []
 
     def attach_to(self, state: State) -> None:
         if state.precision in (Precision.AMP_BF16, Precision.AMP_FP16):
@@ -110,7 +103,7 @@ class LowPrecisionNorm(Trick):
         replaced = apply_low_precision_norm(model)
         if replaced == 0:
             warnings.warn(NoEffectWarning("low_precision_norm found no LayerNorm or RMSNorm to replace."), stacklevel=2)
-        self._norms = [m for m in model.modules() if isinstance(m, LowPrecisionLayerNorm | LowPrecisionRMSNorm)]
+        self._norms = [m for m in model.modules() if isinstance(m, _InLowPrecision)]
         log.info("low_precision_norm: %d layers", replaced)
 
     def set_active(self, model: Any, active: bool) -> None:
@@ -122,6 +115,7 @@ Recipe = Literal["tensorwise", "rowwise"]
 
 MULTIPLE = 16  # of which both sizes of a weight must be: torch._scaled_mm
 CAPABILITY = (8, 9)  # the first with float8 matrix products: Ada; Hopper is 9.0
+_PLACE = re.compile(r"^.*?\.\d+\.")  # of a block, before its layers' names
 _WITH_LORA = "algorithms.float8 cannot be combined with algorithms.lora, whose frozen weights it would round; leave one out."
 
 
@@ -151,25 +145,25 @@ def float8_layers(backbone: nn.Module, exclude: Sequence[str] = ()) -> list[str]
     Raises:
         ValueError: a layer's size is no multiple of 16; no layers; a name in `exclude` that is none of theirs.
     """
+    ends = getattr(backbone, "block_layers", BLOCK_LAYERS)
+    inside = {module for block in blocks_of(backbone) for module in block.modules()}
     layers = {
         name: module
         for name, module in backbone.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("blocks.") and _ends(name, BLOCK_LAYERS)
+        if isinstance(module, nn.Linear) and module in inside and _ends(name, ends)
     }
     for end in exclude:
         if not any(_ends(name, (end,)) for name in layers):
-            raise ValueError(
-                f"exclude: {end!r} ends the name of no layer of float8's; the blocks have {', '.join(BLOCK_LAYERS)}."
-            )
+            raise ValueError(f"exclude: {end!r} ends the name of no layer of float8's; the blocks have {', '.join(ends)}.")
     layers = {name: module for name, module in layers.items() if not _ends(name, exclude)}
     if not layers:
-        none = f"the blocks of model.backbone have none of {', '.join(BLOCK_LAYERS)}"
+        none = f"the blocks of model.backbone have none of {', '.join(ends)}"
         raise ValueError(f"there is no layer to compute in float8: {'exclude names all of them' if exclude else none}.")
     for name, module in layers.items():
         if module.in_features % MULTIPLE or module.out_features % MULTIPLE:
             raise ValueError(
                 f"model.backbone.{name} has {module.in_features} inputs and {module.out_features} outputs, which must be "
-                f"multiples of {MULTIPLE} for float8; change hidden_size or mlp_ratio, or exclude {name.split('.', 2)[2]}."
+                f"multiples of {MULTIPLE} for float8; change hidden_size or mlp_ratio, or exclude {_PLACE.sub('', name)}."
             )
     return list(layers)
 

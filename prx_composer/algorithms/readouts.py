@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from composer.core import Algorithm
 from torch import Tensor, nn
 
-from prx_composer.algorithms.base import LossTrick, no_block
+from prx_composer.algorithms.base import LossTrick, no_block, unsuited
 from prx_composer.common.errors import Problems, UserError, raise_all
-from prx_composer.models.backbone import TIME_VECTOR, PRXBackbone
+from prx_composer.models.backbone import TIME_VECTOR
 from prx_composer.models.flow import FlowOutput, Guidance, InternalGuidance, TextConditioning
 from prx_composer.models.layers import patchify, unpatchify
 from prx_composer.models.processes import Process
@@ -55,9 +55,9 @@ class Readout:
 class ReadoutHead(nn.Module):
     """The backbone's final layer, with zero weights: W·(norm(x)·(1 + scale(vec)) + shift(vec)) + b, (B, K, D) → (B, K, width)."""
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, time_size: int, width: int):
         super().__init__()
-        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.modulation = nn.Linear(time_size, 2 * hidden_size)
         self.linear = nn.Linear(hidden_size, width)
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -148,21 +148,26 @@ class Readouts(LossTrick):
         self.heads: Any = None
 
     def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
-        if isinstance(backbone, PRXBackbone):
+        if hasattr(backbone, "depth"):
+            self._check_time(backbone)
             self.choose(backbone)
 
+    def _check_time(self, backbone: Any) -> None:
+        if not getattr(backbone, "time_size", 0):
+            why = getattr(getattr(backbone, "signature", None), "time_vector", "it has no time vector (time_size)")
+            raise unsuited(self.name, backbone, why)
+
     def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
-        backbone: PRXBackbone | None = getattr(model, "backbone", None)
-        if not isinstance(backbone, PRXBackbone):
-            raise UserError(f"algorithms.{self.name} needs a model with a PRX backbone, such as text_to_image.")
+        backbone: Any = getattr(model, "backbone", model)
+        self._check_time(backbone)
         self.patch_size = backbone.patch_size
         self.readouts = self.choose(backbone)
         self.taps = (TIME_VECTOR, *sorted({readout.block for readout in self.readouts}))
         widths = [backbone.in_channels * readout.patch_size**2 for readout in self.readouts]
-        self.heads = nn.ModuleList(ReadoutHead(backbone.hidden_size, width) for width in widths)
+        self.heads = nn.ModuleList(ReadoutHead(backbone.hidden_size, backbone.time_size, width) for width in widths)
         return {"heads": self.heads}
 
-    def choose(self, backbone: PRXBackbone) -> Sequence[Readout]:
+    def choose(self, backbone: Any) -> Sequence[Readout]:
         """Return the readouts of a backbone, which are those of the recipe or else follow from its sizes. Raise UserError."""
         depth, patch = backbone.depth, backbone.patch_size
         if self.asked_for is None:
@@ -253,7 +258,7 @@ class GuidingReadout(Readouts):
                 )
         problems.raise_any()
 
-    def choose(self, backbone: PRXBackbone) -> Sequence[Readout]:
+    def choose(self, backbone: Any) -> Sequence[Readout]:
         block = max(1, round(8 / 28 * backbone.depth)) - 1 if self.block is None else self.block
         if block >= backbone.depth:
             raise UserError(no_block("algorithms.internal_guidance.block", block, backbone.depth))

@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from composer.core import Algorithm
 from torch import Tensor, nn
 
-from prx_composer.algorithms.base import LossTrick
+from prx_composer.algorithms.base import LossTrick, unsuited
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.encoders import TeacherSpec, VisionEncoder, teacher_features
 from prx_composer.models.flow import FlowOutput, TextConditioning
 from prx_composer.models.layers import MLPEmbedder, Modulation, PRXBlock, cached_rotation, sinusoid
 from prx_composer.models.routing import merge_tokens, select_tokens
+from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.evidence import PRX_PART_2, Evidence
 
 FeatureSource = Callable[[Mapping[str, Any], int, int], Tensor]  # batch, rows, columns → (B, rows · columns, C)
@@ -303,11 +305,19 @@ class REPA(Alignment):
         self.projector_hidden, self.adapter = projector_hidden, adapter
         self.experimental = adapter is not None
 
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+        super().check(recipe, others, backbone, sharding)
+        if self.adapter is not None and backbone is not None:
+            self._check_adapter(backbone)
+
+    def _check_adapter(self, backbone: Any) -> None:
+        if not isinstance(backbone, PRXBackbone):
+            raise unsuited("repa.adapter", backbone, "its blocks are those of the backbone prx")
+
     def build_head(self, model: Any, width: int) -> nn.Module:
         if self.adapter is None:
             return MLPProjector(model.backbone.hidden_size, self.projector_hidden, width)
-        if not isinstance(model.backbone, PRXBackbone):
-            raise UserError("algorithms.repa.adapter needs a PRX backbone, whose blocks it has; leave it out for the MLP.")
+        self._check_adapter(model.backbone)
         generator = partial(model.random.generator, f"{self.name}_mask")
         return MaskedTransformerAdapter(model.backbone, self.adapter.depth, self.adapter.mask_rate, width, generator)
 

@@ -8,16 +8,17 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from composer.algorithms.warnings import NoEffectWarning
-from composer.core import Event, State, TimeUnit
+from composer.core import Algorithm, Event, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
 
-from prx_composer.algorithms.base import Trick
+from prx_composer.algorithms.base import Trick, unsuited
 from prx_composer.common.errors import UserError, at_path
 from prx_composer.models.backbone import PRXBackbone, ResolutionEmbedder
 from prx_composer.models.randomness import seeded_initialisation
 from prx_composer.optim import add_parameters
+from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import check_batch_sizes, microbatch_of
 from prx_composer.schedule.moments import Moment
 
@@ -200,9 +201,12 @@ class ResolutionAware(Trick):
     shapes_sampling = True
     experimental = True
 
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+        if not isinstance(backbone, PRXBackbone | None):
+            raise unsuited(self.name, backbone, "only the backbone prx has a place for diffusers' embedding of height and width")
+
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
-        if not isinstance(getattr(model, "backbone", None), PRXBackbone):
-            raise UserError("algorithms.resolution_aware needs a model with a PRX backbone, such as text_to_image.")
+        self.check(None, [], getattr(model, "backbone", model))
         if model.backbone.resolution_embedder is not None:
             message = "resolution_aware adds nothing to a backbone with resolution_embeds: true."
             warnings.warn(NoEffectWarning(message), stacklevel=2)

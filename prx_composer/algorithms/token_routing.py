@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from composer.core import Algorithm
 from torch import Tensor, nn
 
-from prx_composer.algorithms.base import LossTrick, Trick
+from prx_composer.algorithms.base import LossTrick, Trick, unsuited
 from prx_composer.common.errors import UserError
 from prx_composer.models.backbone import PRXBackbone
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
@@ -58,16 +58,15 @@ class TokenRouting(Trick):
         self.start_block, self.end_block, self.rate = start_block, end_block, rate
 
     def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
-        if isinstance(backbone, PRXBackbone | DiffusersBackbone):
+        if backbone is not None:
             self._last_routed(backbone)
 
-    def _last_routed(self, backbone: PRXBackbone | DiffusersBackbone) -> int:
+    def _last_routed(self, backbone: Any) -> int:
         """Return the number of the last routed block. Raise UserError for a backbone through which these cannot be routed."""
+        if not isinstance(backbone, PRXBackbone | DiffusersBackbone):
+            raise unsuited(self.name, backbone, "tokens are routed through the backbones prx and diffusers alone")
         if isinstance(backbone, DiffusersBackbone) and backbone.signature.unroutable is not None:
-            raise UserError(
-                f"algorithms.{self.name} cannot route tokens through {backbone.class_name}: {backbone.signature.unroutable}. "
-                "Leave it out, or train another class."
-            )
+            raise unsuited(self.name, backbone, backbone.signature.unroutable)
         last = backbone.depth - 1
         end_block = last - (0 if self.discard else 1) if self.end_block is None else self.end_block
         if not self.start_block <= end_block <= last:
@@ -78,9 +77,7 @@ class TokenRouting(Trick):
         return end_block
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
-        backbone: Any = getattr(model, "backbone", None)
-        if not isinstance(backbone, PRXBackbone | DiffusersBackbone):
-            raise UserError(f"algorithms.{self.name} needs a model with a PRX backbone, such as text_to_image.")
+        backbone: Any = getattr(model, "backbone", model)
         end_block = self._last_routed(backbone)
         if backbone.router is not None:
             owner = getattr(backbone.router, "name", "another")

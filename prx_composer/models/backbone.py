@@ -136,7 +136,7 @@ class PRXBackbone(nn.Module):
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.context_in_dim = context_in_dim
-        self.hidden_size = hidden_size
+        self.hidden_size = self.time_size = hidden_size  # the latter: of the vector that `TIME_VECTOR` taps
         self.time_factor = time_factor
         self.time_max_period = time_max_period
         self._axes_dim, self._theta = axes_dim, theta

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prx_composer import registry
 from prx_composer.common.outlines import CannotTell
+from prx_composer.models.backbone import TIME_VECTOR
 from prx_composer.models.compiling import compile_by_size
 from prx_composer.models.routing import Route, Router, TokenFusion, merge_tokens, select_tokens
 from prx_composer.models.signatures import TEXT_LABEL, BlockList, Inputs, Signature
@@ -31,12 +32,13 @@ class DiffusersBackbone(nn.Module):
         class: its name; there must be a signature for it.
         Its other arguments are the class's own.
 
-    Seams are those of `PRXBackbone`, but for `conditioners` and `TIME_VECTOR`.
+    Seams are those of `PRXBackbone`, but for `conditioners`.
 
     Attributes:
         model: diffusers' own module.
         signature: what is known of its class.
         pooled_dim: channels of the pooled text that it takes; 0: none.
+        time_size: channels of the time vector, `TIME_VECTOR`; 0: there is none.
 
     Raises:
         ValueError: sizes that don't fit together, and what a resumed run could not repeat.
@@ -49,7 +51,7 @@ class DiffusersBackbone(nn.Module):
         with suppress(CannotTell):  # what can be known is that it is there
             registry.constructor_in_diffusers(self.class_name, "model.backbone.class")
         self.signature: Signature = registry.signatures.get(self.class_name, "model.backbone.class")()
-        self.model: Any = getattr(diffusers, self.class_name)(**arguments)
+        self.model: Any = (self.signature.model or getattr(diffusers, self.class_name))(**arguments)
         config, signature = self.model.config, self.signature
         self.config = {key: value for key, value in config.items() if not key.startswith("_")}
         self.patch_size: int = max(config["patch_size"], 2 if signature.packs else 1)
@@ -57,6 +59,7 @@ class DiffusersBackbone(nn.Module):
         self.in_channels: int = config["in_channels"] // packed
         self.out_channels: int = (config.get("out_channels") or config["in_channels"]) * drawn // packed
         self.hidden_size: int = config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
+        self.time_size: int = 0 if isinstance(signature.time_vector, str) else signature.time_size(self.hidden_size)
         self.context_argument = signature.text_argument(config)
         self.context_in_dim: int = config[self.context_argument] if self.context_argument else TEXT_LABEL
         self.pooled_argument = signature.pooled_width
@@ -89,6 +92,7 @@ class DiffusersBackbone(nn.Module):
                 (nn.init.zeros_ if begins else nn.init.xavier_uniform_)(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        self.signature.initialise(self.model)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -211,7 +215,11 @@ class _Hooks:
         """Give the taps, which are filled when the backbone has been called inside of this context."""
         routed, handles = self._route or self._fusion, list[Any]()
         start, end = (routed.start, routed.end) if routed is not None else (-1, -1)
+        time = self._backbone.signature.time_vector
         try:
+            if TIME_VECTOR in self._backbone.taps and not isinstance(time, str):
+                embedder = self._backbone.model.get_submodule(time[0])
+                handles.append(embedder.register_forward_hook(partial(self._tap_time, time[1])))
             for index, (block, of) in enumerate(self._backbone.listed_blocks()):
                 if start <= index < end:
                     handles.append(block.register_forward_pre_hook(partial(self._enter, of, index == start), with_kwargs=True))
@@ -239,9 +247,11 @@ class _Hooks:
         kept = None if self._route is None or not self._is_routed(index) else self._route.kept_indices
         text, image = self._split(of, tokens, self._tokens if kept is None else kept.shape[1])
         if index in self._backbone.taps:
+            self._check_width(image, index, self._backbone.hidden_size)
             self.taps[index] = image
         if not last or self._early is None:
             return None
+        self._check_width(self._early, routed.start if (routed := self._route or self._fusion) else index, image.shape[-1])
         if self._fusion is not None:
             image = self._fusion(self._early, image, kept)
         elif kept is not None:
@@ -250,6 +260,17 @@ class _Hooks:
             image = merge_tokens(skipped.type_as(image), image, kept)
         tokens = self._joined(text, image)
         return tokens if of.output is None else (*output[: of.output], tokens, *output[of.output + 1 :])
+
+    @staticmethod
+    def _check_width(tokens: Tensor, index: int, width: int) -> None:
+        if tokens.shape[-1] != width:
+            raise ValueError(
+                f"Tokens at block {index} are {tokens.shape[-1]} wide, and {width} are needed: blocks that are tapped or routed "
+                "must be as wide as the backbone."
+            )
+
+    def _tap_time(self, place: int | None, module: nn.Module, args: Any, output: Any) -> None:
+        self.taps[TIME_VECTOR] = output if place is None else output[place]
 
     def _is_routed(self, index: int) -> bool:
         return self._route is not None and self._route.start <= index < self._route.end

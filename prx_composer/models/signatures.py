@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor
 
 Hows = Sequence[Mapping[str, Any]]  # `how` of each text encoder, in order
@@ -52,6 +53,7 @@ class Signature:
     """Base of all signatures. The attributes are constants of a class.
 
     Attributes:
+        model: a class of one's own in the place of diffusers', made as its models are; None = diffusers has it.
         blocks: of which depth is counted, which are tapped and routed.
         also: paths of other lists of blocks: sharded, compiled and trained by Muon as `blocks` are.
         text_width: argument of the class that is the width of the text embedding; None = it takes class labels.
@@ -59,6 +61,8 @@ class Signature:
         equal_width: arguments that must be the hidden size, because blocks add the one to the other.
         packs: patches become channels before the class sees them: of its `patch_size`, or of 2×2 where that is 1.
         square_only: it mistakes images that are not square.
+        time_vector: path of the module that embeds the time, once for all blocks, and the place in what it returns of the vector
+            (B, `time_size`) that `TIME_VECTOR` taps; None for no place: it returns nothing else. Or the reason why there is none.
         borrows_first_block: the class uses a layer of its first block outside of it, so that FSDP must not shard that by itself.
         unroutable: why tokens cannot skip blocks; None = they can.
         pipeline: of diffusers, that takes the steps that are taken here.
@@ -66,6 +70,7 @@ class Signature:
         zeros: names of linear layers that begin at zero, so that a block begins as the identity. One with a dot ends a name.
     """
 
+    model: Any = None
     blocks: tuple[BlockList, ...]
     also: tuple[str, ...] = ()
     text_width: str | None = None
@@ -73,6 +78,7 @@ class Signature:
     equal_width: tuple[str, ...] = ()
     packs: bool = False
     square_only: bool = False
+    time_vector: tuple[str, int | None] | str = "its signature names no time vector"
     borrows_first_block: bool = False
     unroutable: str | None = None
     pipeline: str | None = None
@@ -82,6 +88,9 @@ class Signature:
     def inputs(self, x: Inputs) -> dict[str, Any]:
         """Return the arguments of the class's `forward`."""
         raise NotImplementedError
+
+    def initialise(self, model: Any) -> None:
+        """Let the model's weights that are not of linear layers begin otherwise than as diffusers has them."""
 
     def prediction(self, output: Tensor) -> Tensor:
         """Return x̂0 or v̂ = ε − x0 (or ε̂) of what `forward` returns."""
@@ -108,6 +117,10 @@ class Signature:
         """Return `text_width`, or what takes its place with these arguments."""
         return self.text_width
 
+    def time_size(self, hidden_size: int) -> int:
+        """Return how many channels the time vector has."""
+        return hidden_size
+
     def most_patches(self, config: Mapping[str, Any]) -> int | None:
         """Return how many patches a side may have, for which there are positions; None = any number."""
         return None
@@ -122,6 +135,7 @@ class SD3(Signature):
     blocks = (BlockList("transformer_blocks", output=1),)
     text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
     equal_width = ("caption_projection_dim",)
+    time_vector = "time_text_embed", None
     pipeline = "StableDiffusion3Pipeline"
     zeros = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
 
@@ -147,6 +161,7 @@ class Flux(Signature):
     blocks = (BlockList("transformer_blocks", output=1), BlockList("single_transformer_blocks", output=1))
     text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
     packs = True
+    time_vector = "time_text_embed", None
     pipeline, spaces_steps = "FluxPipeline", True
     unroutable = "its blocks take one table of positions for the whole batch, and every image keeps tokens of its own"
     zeros = ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "proj_out")
@@ -172,6 +187,7 @@ class PixArt(Signature):
     blocks = (BlockList("transformer_blocks"),)
     text_width = "caption_channels"
     equal_width = ("cross_attention_dim",)
+    time_vector = "adaln_single", 1
     zeros = ("attn2.to_out.0", "proj_out")
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
@@ -190,6 +206,7 @@ class Sana(Signature):
     blocks = (BlockList("transformer_blocks"),)
     text_width = "caption_channels"
     equal_width = ("cross_attention_dim",)
+    time_vector = "time_embed", 1
     pipeline = "SanaPipeline"
     unroutable = "its blocks convolve over the grid of patches, which needs all of them"
     zeros = ("attn2.to_out.0", "proj_out")
@@ -214,6 +231,7 @@ class DiT(Signature):
 
     blocks = (BlockList("transformer_blocks"),)
     square_only = True
+    time_vector = "each of its blocks embeds time and label by itself"
     borrows_first_block = True  # its embeddings of time and label
     zeros = ("norm1.linear", "proj_out_1", "proj_out_2")
 
@@ -228,6 +246,7 @@ class Lumina2(Signature):
     blocks = (BlockList("layers", joint=True, positions=("attention_mask", "image_rotary_emb")),)
     also = ("noise_refiner", "context_refiner")
     text_width = "cap_feat_dim"
+    time_vector = "time_caption_embed", 0
     begins = " <Prompt Start> "  # a prompt, after the instruction
     pipeline, spaces_steps = "Lumina2Pipeline", True
     zeros = ("norm1.linear", "norm_out.linear_2")
@@ -252,6 +271,9 @@ class Lumina2(Signature):
     def first_image_token(self, x: Inputs) -> Tensor | None:
         return x.mask.sum(1, keepdim=True)
 
+    def time_size(self, hidden_size: int) -> int:
+        return min(hidden_size, 1024)
+
     def most_patches(self, config: Mapping[str, Any]) -> int | None:
         return min(config["axes_lens"][1:])
 
@@ -262,11 +284,19 @@ class AuraFlow(Signature):
     blocks = (BlockList("joint_transformer_blocks", output=1), BlockList("single_transformer_blocks", joint=True))
     text_width = "joint_attention_dim"
     equal_width = ("caption_projection_dim",)
+    time_vector = "time_step_proj", None
     pipeline = "AuraFlowPipeline"
     zeros = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
 
     def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
         return [*encoders] == [{}]
+
+    def initialise(self, model: Any) -> None:
+        """Let learnt positions begin as sinusoids: as diffusers' 0.1·N(0, 1) they are lost beside a patch for 600 steps."""
+        table = model.pos_embed.pos_embed
+        side = int(table.shape[1] ** 0.5)
+        with torch.no_grad():
+            table.copy_(get_2d_sincos_pos_embed(table.shape[2], side, base_size=2 * side, output_type="pt"))  # two apart
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
         return dict(hidden_states=x.image, timestep=x.t, encoder_hidden_states=x.text)

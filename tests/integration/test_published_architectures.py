@@ -1,5 +1,6 @@
 """Recipes of published size are checked and planned, and have as many parameters as their systems say."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,30 @@ def sana(d: int, layers: int, text: int, channels: int, ratio: float = 2.5) -> i
     return layers * block + around
 
 
+def microdit(d: int, layers: int, mixer: int, mixer_layers: int, text: int, patch: int, experts: int = 8) -> int:
+    """MicroDiT, appendix A: no biases but in embedders and modulations; every second block but the last has experts."""
+
+    def wide(width: float) -> int:
+        return 256 * math.ceil(int(width) / 256)
+
+    def block(d: int, index: int, inner: int, hidden: int, has_experts: bool) -> int:
+        mlp = experts * (2 * d * wide(hidden) + d) if has_experts else 3 * d * wide(int(2 * hidden / 3))
+        return 3 * d + linear(1024, 6 * d) + 4 * d * inner + 4 * d * d + mlp
+
+    def projected(inside: int) -> int:
+        return two_layers(inside, d) + d
+
+    total = sum(block(mixer, i, mixer, 4 * mixer, i % 2 == 1) for i in range(mixer_layers))
+    for i in range(layers):
+        share = i / (layers - 1)
+        inner = min(d, 128 * math.ceil(int(d * (0.5 + 0.5 * share)) / 128))
+        total += block(d, i, inner, int(d * (0.5 + 3.5 * share)), i % 2 == 1 and i < layers - 1)
+    around = linear(patch, d) + projected(text) + projected(d) + two_layers(512, d) + linear(d, 2 * d) + d + linear(d, patch)
+    caption = 2 * d + 4 * d * d + 3 * d * wide(8 * d / 3)
+    between = 2 * (d + d * mixer) + mixer + mixer * d
+    return total + around + caption + between
+
+
 # recipe → parameters by the formula, and what was published
 COUNTED = {
     "sd3_medium": (mmdit(1536, 24, 4096, 2048, 64), 2.028e9),  # 2B by the paper
@@ -76,8 +101,8 @@ COUNTED = {
     "pixart_sigma": (cross_attention_dit(1152, 28, 4096, 16, 32), 0.611e9),  # 0.6B by the paper
     "sana_1600m": (sana(2240, 20, 2304, 32), 1.604e9),  # 1,604M: table 1
     "dit_xl": (dit(1152, 28, 1000, 16, 32), 0.675e9 + 27 * (two_layers(256, 1152) + 1001 * 1152)),  # 675M: table 1
-    "microdit": (cross_attention_dit(1024, 34, 4096, 16, 16), None),
-    "microdit_512": (cross_attention_dit(1024, 34, 4096, 16, 16), None),
+    "microdit": (microdit(1024, 28, 768, 6, 4096, 16), 1.16e9),  # by the paper
+    "microdit_512": (microdit(1024, 28, 768, 6, 4096, 16), 1.16e9),
 }
 
 

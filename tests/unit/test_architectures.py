@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prx_composer import registry
 from prx_composer.algorithms.token_routing import TREAD
 from prx_composer.common.errors import UserError
+from prx_composer.models.backbone import TIME_VECTOR
 from prx_composer.models.counting import flops_of_backbone
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.routing import Route
@@ -105,6 +106,20 @@ def test_taps_are_the_blocks_image_tokens_and_no_hook_stays(name: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in ours.modules())
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_the_time_vector_is_of_the_time_and_not_of_the_image(name: str) -> None:
+    ours = backbone(name)
+    x, ours.taps = inputs(ours), (TIME_VECTOR,)
+    if not ours.time_size:
+        assert TIME_VECTOR not in ours(**x, return_taps=True)[1]
+        return
+    vector = ours(**x, return_taps=True)[1][TIME_VECTOR]
+    assert vector.shape == (3, ours.time_size)
+    torch.testing.assert_close(ours(**(x | {"hidden_states": x["hidden_states"] + 1}), return_taps=True)[1][TIME_VECTOR], vector)
+    later = ours(**(x | {"timestep": x["timestep"].flip(0)}), return_taps=True)[1][TIME_VECTOR]
+    assert ((later - vector).abs().amax(1) > 1e-3).tolist() == [True, False, True]  # the second image's is what it was
+
+
 @pytest.mark.parametrize("name", ROUTED)
 def test_a_route_that_keeps_every_token_changes_nothing(name: str) -> None:
     ours = backbone(name)
@@ -156,6 +171,15 @@ def test_a_routed_token_of_lumina2_keeps_its_position() -> None:
 
 
 # -------------------------------------------------------------------------------- what is known of a class beforehand
+
+
+def test_learnt_positions_of_auraflow_begin_as_sinusoids_of_column_and_row() -> None:
+    made = DiffusersBackbone(**{"class": "AuraFlowTransformer2DModel"}, **TINY["AuraFlowTransformer2DModel"])
+    table = made.model.pos_embed.pos_embed[0].detach()  # 8 × 8 places of 32 channels
+    turns = 10_000 ** -(torch.arange(8) / 8)
+    for row, column in ((0, 0), (2, 5), (7, 1)):
+        expected = torch.cat([wave(2 * place * turns) for place in (column, row) for wave in (torch.sin, torch.cos)])
+        torch.testing.assert_close(table[8 * row + column], expected, atol=1e-5, rtol=1e-5)
 
 
 def convolution_backward(gradient: list[int], _: Any, weight: list[int], *others: Any, **__: Any) -> int:
@@ -244,7 +268,7 @@ def test_an_image_that_a_class_would_mistake_is_refused(name: str, sides: tuple[
 
 @pytest.mark.parametrize("name", sorted(TINY.keys() - {*ROUTED}))
 def test_routing_is_refused_where_tokens_are_no_plain_sequence(name: str) -> None:
-    with pytest.raises(UserError, match=rf"algorithms\.tread cannot route tokens through {name}: its blocks"):
+    with pytest.raises(UserError, match=rf"algorithms\.tread doesn't go with {name}: its blocks"):
         TREAD().check(None, [], backbone(name))
 
 

@@ -321,6 +321,6 @@ def test_what_cannot_be_read_out_is_said(tiny_model: Build) -> None:
         begin(tiny_model(patch_size=1), Readouts())
     model: Any = tiny_model()
     model.backbone = torch.nn.Identity()
-    with pytest.raises(UserError, match=r"algorithms\.internal_guidance needs a model with a PRX backbone"):
+    with pytest.raises(UserError, match=r"algorithms\.internal_guidance doesn't go with"):
         GuidingReadout().attach(model, None)
     assert TREAD().self_guidance is False and isinstance(tiny_model().backbone, PRXBackbone)

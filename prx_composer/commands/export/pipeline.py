@@ -137,7 +137,8 @@ def write_own_class(trained: Trained, folder: Path, reference: bool = False) -> 
     if backbone.fusion is not None:
         raise UserError(f"algorithms.{backbone.router.name}: diffusers' {backbone.class_name} has no place for its fusion.")
     backbone.model.save_pretrained(str(folder / "transformer"))
-    opened = f"diffusers.{backbone.class_name}.from_pretrained(DIR, subfolder='transformer') opens the transformer"
+    package = "diffusers." if backbone.signature.model is None else ""  # else the class is in the run's own code
+    opened = f"{package}{backbone.class_name}.from_pretrained(DIR, subfolder='transformer') opens the transformer"
     _write_recipe(trained, folder)
     encoders, places = parts_of(model.text_encoder)
     if not all(isinstance(one, HuggingFaceTextEncoder) for one in encoders):
