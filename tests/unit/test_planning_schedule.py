@@ -137,14 +137,15 @@ def test_a_fitted_schedule_moves_all_that_is_tied_to_steps_and_nothing_else(
     loaded = config.load([write_recipe(recipe)])
     slow = Conditions(H200, utilisation=None, throughput={8: Measured(480.0), 16: Measured(240.0)}, disk=1e15)
     seconds = make_plan(loaded, slow).hours * 3600
-    assert fit(loaded, slow, seconds / 2).changes == {
+    half = seconds / 2 + 1e-3  # the last checkpoint takes as long in half of the time
+    assert fit(loaded, slow, half).changes == {
         "max_duration": "4000ba",
         "algorithms.progressive_resolution.stages[0].until": "2000ba or 0.8budget",
         "algorithms.ema.start": "1000ba",
         "algorithms.gradient_clipping.end": f"{2000 * 48}sp",
         "scheduler.t_max": "4000ba",
     }
-    assert "scheduler.t_warmup=100ba" in fit(loaded, slow, seconds / 2).unmoved
+    assert "scheduler.t_warmup=100ba" in fit(loaded, slow, half).unmoved
     assert fit(loaded, slow, 2 * seconds).changes["max_duration"] == "16000ba"
     with pytest.raises(UserError, match="too short for a step of every stage"):
         fit(loaded, slow, 0.01)
