@@ -59,8 +59,10 @@ def instead_of(value: Any, options: Sequence[Any], example: Any, path: str) -> s
     unit = _unit(example)
     if unit == "h":
         return f" A time has a unit: write {value}h for hours, or 3d, 90m, 1h30m."
-    counts = f"{value}ba (batches), {value}ep (epochs), {value}sp (samples) or 0.5dur (half of the run)"
-    said = f" A time has a unit: write {counts if isinstance(value, int) else f'{value}dur (part of the run)'}."
+    counts, whole = f"{value}ba (batches), {value}ep (epochs) or {value}sp (samples)", path == "max_duration"
+    said = f" A time has a unit: write {counts if isinstance(value, int) or whole else f'{value}dur (part of the run)'}."
+    if isinstance(value, int) and not whole:
+        said = f"{said[:-1]}, or 0.5dur for half of the run."
     if unit:
         return said
     key = path.rpartition(".")[2]
