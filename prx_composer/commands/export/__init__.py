@@ -49,8 +49,8 @@ def export_model(options: ExportOptions) -> None:
     """Write a folder that diffusers opens without this package, with a model card whose code draws what `prx generate` draws.
 
     PRXPixelPipeline.from_pretrained(DIR) opens a model on pixels, PRXPipeline.from_pretrained(DIR) one on latents. Adapters of a
-    run with algorithms.lora are merged into its weights. A setting that diffusers has no place for is named and refused. The
-    folder appears under its name only when it is complete.
+    run with algorithms.lora are merged into its weights. A setting that diffusers has no place for is named and refused; of a
+    backbone that it has no class for, the weights alone are written. The folder appears under its name only when it is complete.
 
     prx export runs/quickstart --output exported --license apache-2.0
     """
