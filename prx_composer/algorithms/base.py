@@ -109,14 +109,13 @@ class Trick(Algorithm):
         """Return when the run goes over to another image size, which a time budget tells; None if the trick doesn't know."""
         return None
 
-    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None) -> None:
         """Raise UserError for what the trick cannot be combined with, before anything is attached or loaded.
 
         Args:
             recipe: of the run; None in a Trainer of one's own, which has none.
             others: the other algorithms of the run, this one left out.
             backbone: on any device, meta too; None if it isn't known.
-            sharding: of the weights, Composer's configuration of FSDP2; None: not at all.
         """
 
     def advise(self, stages: Sequence[PlannedStage]) -> Iterator[str]:
@@ -191,7 +190,7 @@ class Trick(Algorithm):
         """Check and attach, at Event.INIT."""
         model = unwrapped(state.model)
         others = [other for other in state.algorithms if other is not self]
-        self.check(None, others, getattr(model, "backbone", None), state.fsdp_config)
+        self.check(None, others, getattr(model, "backbone", None))
         try:
             self.attach(model, state.optimizers[0] if state.optimizers else None)
         except UserError:
@@ -281,7 +280,7 @@ class LossTrick(Trick):
     def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
         """Return the loss of a microbatch, a scalar before `weight`: a mean over the images, so that microbatches add up."""
 
-    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None) -> None:
         self._check_taps(backbone)
 
     def _check_taps(self, backbone: Any) -> None:

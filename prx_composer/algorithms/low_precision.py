@@ -239,14 +239,9 @@ class Float8(Trick):
         self.recipe: Recipe = recipe
         self.emulate, self.exclude = emulate, tuple(exclude or ())
 
-    def check(self, recipe: Any, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+    def check(self, recipe: Any, others: list[Algorithm], backbone: Any = None) -> None:
         if any(getattr(algorithm, "name", None) == "lora" for algorithm in others):
             raise UserError(_WITH_LORA)
-        if getattr(sharding, "shard_degree", -1) != -1:
-            raise UserError(
-                f"algorithms.float8 has not been tried with replicas of shards (parallelism_config.fsdp.shard_degree: "
-                f"{sharding.shard_degree}); set it to -1, which shards over all ranks, or parallelism_config=null."
-            )
         if backbone is not None:
             with at_path("algorithms.float8"):
                 float8_layers(backbone, self.exclude)

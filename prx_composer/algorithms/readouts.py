@@ -147,7 +147,7 @@ class Readouts(LossTrick):
         self.readouts: Sequence[Readout] = ()
         self.heads: Any = None
 
-    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None) -> None:
         if hasattr(backbone, "depth"):
             self._check_time(backbone)
             self.choose(backbone)
@@ -245,10 +245,10 @@ class GuidingReadout(Readouts):
         self.block, self.scale, self.interval = block, scale, (interval[0], interval[1])
         self._before: Guidance | None = None  # what the model had before the window
 
-    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None) -> None:
         problems = Problems()
         with problems.noted():
-            super().check(recipe, others, backbone, sharding)
+            super().check(recipe, others, backbone)
         for other in others:
             if getattr(other, "self_guidance", False):
                 owner = getattr(other, "name", type(other).__name__)

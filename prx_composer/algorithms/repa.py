@@ -305,8 +305,8 @@ class REPA(Alignment):
         self.projector_hidden, self.adapter = projector_hidden, adapter
         self.experimental = adapter is not None
 
-    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
-        super().check(recipe, others, backbone, sharding)
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None) -> None:
+        super().check(recipe, others, backbone)
         if self.adapter is not None and backbone is not None:
             self._check_adapter(backbone)
 

@@ -201,7 +201,7 @@ class ResolutionAware(Trick):
     shapes_sampling = True
     experimental = True
 
-    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None) -> None:
         if not isinstance(backbone, PRXBackbone | None):
             raise unsuited(self.name, backbone, "only the backbone prx has a place for diffusers' embedding of height and width")
 

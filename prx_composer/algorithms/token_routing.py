@@ -57,7 +57,7 @@ class TokenRouting(Trick):
             raise ValueError(f"0 ≤ start_block ≤ end_block must hold, not {start_block} and {end_block}.")
         self.start_block, self.end_block, self.rate = start_block, end_block, rate
 
-    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None) -> None:
         if backbone is not None:
             self._last_routed(backbone)
 
@@ -219,8 +219,8 @@ class DeferredMasking(TokenRouting):
             raise ValueError(f"mixer_blocks must be at least 1, not {mixer_blocks}.")
         super().__init__(mixer_blocks, None, rate, start, end)
 
-    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None, sharding: Any = None) -> None:
-        super().check(recipe, others, backbone, sharding)
+    def check(self, recipe: Recipe | None, others: list[Algorithm], backbone: Any = None) -> None:
+        super().check(recipe, others, backbone)
         for other in others:
             if not isinstance(other, LossTrick) or not other.needs_whole_image:
                 continue

@@ -30,7 +30,6 @@ from prx_composer.runs.opening import load_trained
 from prx_composer.training.meta_model import MetaModel
 from prx_composer.training.preflight.surroundings import check_gpus
 from prx_composer.training.run import build_trainer, run
-from prx_composer.training.trainer import parallelism
 from prx_composer.training.trial import check_config
 
 pytest.importorskip("torchao", reason="the extra float8, which CI has")
@@ -264,10 +263,6 @@ def problems(recipe: Recipe, write_recipe: Write, ranks: int = 1, *changes: str)
             "algorithms.float8: model.backbone.blocks.0.gate_proj has 32 inputs and 73 outputs, which must be multiples of 16",
         ),
         (["algorithms.lora={}", "model.init_from=elsewhere"], "algorithms.float8 cannot be combined with algorithms.lora"),
-        (
-            ["parallelism_config={fsdp: {shard_degree: 1}}"],
-            "algorithms.float8 has not been tried with replicas of shards (parallelism_config.fsdp.shard_degree: 1)",
-        ),
     ],
 )
 def test_prx_check_says_in_one_line_what_float8_does_not_go_with(
@@ -312,7 +307,7 @@ def test_without_a_gpu_that_has_float8_only_emulation_trains(
     assert "An old GPU has 8.6" in str(hardware_problem())
 
 
-def test_at_the_start_of_a_run_lora_and_replicas_are_refused_in_either_order(tiny_model: Build) -> None:
+def test_at_the_start_of_a_run_lora_is_refused_in_either_order(tiny_model: Build) -> None:
     for algorithms in ([LoRA(), Float8(emulate=True)], [Float8(emulate=True), LoRA()]):
         with pytest.raises(UserError, match=r"algorithms.float8 cannot be combined with algorithms.lora"):
             attach(tiny_model(trainable_text=False), *algorithms)
@@ -320,11 +315,6 @@ def test_at_the_start_of_a_run_lora_and_replicas_are_refused_in_either_order(tin
     attach(model, LoRA())
     with pytest.raises(UserError, match=r"cannot be combined with algorithms.lora"):
         apply_float8(model.backbone, emulate=True)
-    hybrid: Any = parallelism({"fsdp": {"shard_degree": 2}}, 4)
-    whole: Any = parallelism({"fsdp": {"shard_degree": 4}}, 4)
-    with pytest.raises(UserError, match=r"replicas of shards"):
-        Float8(emulate=True).check(None, [], model.backbone, hybrid.fsdp2)
-    Float8(emulate=True).check(None, [], tiny_model().backbone, whole.fsdp2)
     other: Any = State(0, "test", nn.Linear(1, 1), DeviceCPU())  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"needs a model with a `backbone`"):
         Float8(emulate=True).apply(Event.INIT, other, Logger(other))

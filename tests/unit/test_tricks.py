@@ -188,7 +188,7 @@ class Choosy(Trick):
     needs_image = True
     instead_of_images = ", or leave choosy out"
 
-    def check(self, recipe, others, backbone=None, sharding=None):
+    def check(self, recipe, others, backbone=None):
         if any(getattr(other, "name", None) == "ema" for other in others):
             raise UserError(f"algorithms.choosy cannot be combined with ema at a depth of {backbone.depth}.")
 

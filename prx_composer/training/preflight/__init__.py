@@ -204,7 +204,7 @@ def _check_images(parts: Components) -> Iterator[Result]:
 
 @collected
 def _check_tricks(parts: Components, settings: list[str]) -> Iterator[Result]:
-    """Ask tricks whether they go with the recipe, the others, the backbone and the sharding.
+    """Ask tricks whether they go with the recipe, the others and the backbone; and look at how blocks are gathered.
 
     Args:
         settings: what is wrong with those of no component; a wrong sharding is none.
@@ -216,7 +216,7 @@ def _check_tricks(parts: Components, settings: list[str]) -> Iterator[Result]:
         if isinstance(trick, Trick):
             others = [other for other in parts.algorithms.values() if other is not trick]
             with problems.noted():
-                trick.check(parts.recipe, others, parts.backbone, sharding)
+                trick.check(parts.recipe, others, parts.backbone)
             if not parts.is_wrong("model"):
                 with problems.noted():
                     trick.check_flow(parts.flow)
