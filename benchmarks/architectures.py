@@ -196,17 +196,17 @@ class Options(Comparison):
 
 
 def architectures(only: Sequence[str]) -> dict[str, Arguments]:
-    """Return the arguments of diffusers' backbones in yamls/architectures, by file.
+    """Return the arguments of diffusers' backbones, and of those like them, in yamls/architectures, by file.
 
     Raises:
         UserError: one of `only` isn't there.
     """
-    recipes = {path.stem: config.load([str(path)]) for path in sorted(ARCHITECTURES.glob("*.yaml"))}
-    found = {
-        name: {key: value for key, value in recipe.model["backbone"].items() if key != "name"}
-        for name, recipe in recipes.items()
-        if recipe.model["backbone"]["name"] == "diffusers"
-    }
+    found = dict[str, Arguments]()
+    for path in sorted(ARCHITECTURES.glob("*.yaml")):
+        recipe = config.load([str(path)])
+        if recipe.model["backbone"]["name"] == "diffusers":
+            registry.import_code(recipe.code_paths)
+            found[path.stem] = {key: value for key, value in recipe.model["backbone"].items() if key != "name"}
     if unknown := [name for name in only if name not in found]:
         raise UserError(
             f"--only {unknown[0]}: there is no such backbone in yamls/architectures.{nearest(unknown[0], list(found))}"
@@ -253,7 +253,8 @@ def plan_stacks(options: Options) -> tuple[Recipe, dict[str, dict[str, Any]], li
         labelled |= {name} if labels else set()
     known = dict[str, dict[str, Any]]()
     for name, size in sizes.items():
-        sets = [] if name == FIRST else [f"model.backbone={json.dumps(size.arguments)}"]
+        code = [*recipe.code_paths, *([] if name == FIRST else config.load([str(ARCHITECTURES / f"{name}.yaml")]).code_paths)]
+        sets = [] if name == FIRST else [f"model.backbone={json.dumps(size.arguments)}", f"code_paths={json.dumps(code)}"]
         sets += [f"model.text_encoder={json.dumps(LABELS)}"] if name in labelled else []
         sets += ["model.text_encoder.pooled=mean"] if size.arguments.get("pooled_projection_dim") else []
         try:

@@ -94,6 +94,12 @@ def microdit(d: int, layers: int, mixer: int, mixer_layers: int, text: int, patc
     return total + around + caption + between
 
 
+def prx(d: int, layers: int, text: int, patch: int, ratio: float = 3.5, head: int = 64) -> int:
+    """PRX: no biases but in embedders and modulations; text gives keys and values alone; a gated MLP."""
+    block = 6 * d * d + 3 * int(ratio * d) * d + 3 * head + linear(d, 6 * d)
+    return layers * block + linear(patch, d) + linear(text, d) + two_layers(256, d) + linear(d, 2 * d) + linear(d, patch)
+
+
 # recipe → parameters by the formula, and what was published
 COUNTED = {
     "sd3_medium": (mmdit(1536, 24, 4096, 2048, 64), 2.028e9),  # 2B by the paper
@@ -103,6 +109,7 @@ COUNTED = {
     "dit_xl": (dit(1152, 28, 1000, 16, 32), 0.675e9 + 27 * (two_layers(256, 1152) + 1001 * 1152)),  # 675M: table 1
     "microdit": (microdit(1024, 28, 768, 6, 4096, 16), 1.16e9),  # by the paper
     "microdit_512": (microdit(1024, 28, 768, 6, 4096, 16), 1.16e9),
+    "prx_baseline": (prx(1792, 16, 2304, 64), None),  # "1.2B"
 }
 
 

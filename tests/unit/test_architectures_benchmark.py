@@ -19,7 +19,7 @@ sys.modules["architectures_benchmark"] = architectures
 spec.loader.exec_module(architectures)
 
 QUICKSTART, DIGITS = (str(REPOSITORY / "yamls" / f"{name}.yaml") for name in ("quickstart", "digits"))
-CLASSES = ["auraflow", "flux", "lumina2", "pixart", "sana", "sd3"]
+CLASSES = ["auraflow", "dit_air", "flux", "lumina2", "pixart", "sana", "sd3", "uvit"]
 
 
 def planned(recipe: str, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -37,10 +37,13 @@ def test_backbones_of_one_width_are_those_of_the_recipes() -> None:
         assert sizes.keys() == own.keys()
 
 
-def test_labels_take_the_place_of_text_where_a_class_has_no_other() -> None:
+def test_labels_take_the_place_of_text_where_a_class_has_no_other_and_files_come_with_their_class() -> None:
     _, known, refused = architectures.plan_stacks(architectures.Options([DIGITS], only=["dit"]))
     assert list(known) == ["prx", "dit"] and not refused
     assert any(argument.startswith("model.text_encoder=") and "labels" in argument for argument in known["dit"]["arguments"])
+    _, known, refused = architectures.plan_stacks(architectures.Options([QUICKSTART], only=["uvit"]))
+    assert any(argument.startswith("code_paths=") and "uvit.py" in argument for argument in known["uvit"]["arguments"])
+    assert not refused
     found, [refused] = planned(QUICKSTART, only=["dit"])
     assert list(found) == ["prx"] and "it takes class labels, and the score asks for captions" in refused["reason"]
 
