@@ -111,7 +111,7 @@ def install(points: Points) -> None:
     save = torch.save
 
     def saved(content: Any, file: Any, *arguments: Any, **options: Any) -> None:  # of every tensor of a sharded state
-        on_disk = isinstance(file, io.BufferedWriter)
+        on_disk = hasattr(file, "write") and not isinstance(file, io.BytesIO)  # torch wraps the file that shards go to
         stream: Any = CutShort(file, points) if on_disk and points.is_due("writing") else file
         save(content, stream, *arguments, **options)
 
