@@ -35,19 +35,22 @@ class PixelLoss(LossTrick):
     Args:
         weight: of the term in the total loss.
         max_timestep: noisier images than that don't count; 1 = all do. It is a share of noise, of flow matching the timestep.
+        fraction: of a microbatch's images that are compared at most, rounded up, those that count first. Where more count, these
+            stand for those that are left out: batches are shuffled, so that the expected loss is the same.
         start, end: window; after it the network is let go.
 
     Raises:
-        ValueError: a negative weight, a timestep outside of (0, 1].
+        ValueError: a negative weight, a timestep or a fraction outside of (0, 1].
     """
 
     needs_whole_image = True
 
-    def __init__(self, weight: float, max_timestep: float, start: str, end: str | None):
+    def __init__(self, weight: float, max_timestep: float, fraction: float, start: str, end: str | None):
         super().__init__(weight, start, end)
-        if not 0 < max_timestep <= 1:
-            raise ValueError(f"max_timestep must lie in (0, 1], not {max_timestep}.")
-        self.max_timestep = max_timestep
+        for name, value in {"max_timestep": max_timestep, "fraction": fraction}.items():
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must lie in (0, 1], not {value}.")
+        self.max_timestep, self.fraction = max_timestep, fraction
 
     def build(self, model: Any) -> Mapping[str, nn.Module | nn.Parameter]:
         """Raise UserError unless the model predicts pixels."""
@@ -72,9 +75,16 @@ class PixelLoss(LossTrick):
         """Return the distances (B,) of images (B, 3, H, W) around [−1, 1], not clamped; only `prediction` gets gradients."""
 
     def loss(self, outputs: FlowOutput, batch: Mapping[str, Any]) -> Tensor:
-        predicted = self.flow.to_x0(outputs.prediction, outputs.noised, outputs.timestep).float()
-        counts = self.flow.noise_share(outputs.timestep) <= self.max_timestep
-        return (self.distance(predicted, outputs.clean.float()) * counts).mean()
+        size, seen = len(outputs.clean), (outputs.prediction, outputs.noised, outputs.timestep, outputs.clean)
+        counts, share = self.flow.noise_share(outputs.timestep) <= self.max_timestep, 1.0
+        if (most := math.ceil(self.fraction * size)) < size:  # which, the device knows alone; how many, the host
+            chosen = (~counts).to(torch.int8).argsort(stable=True)[:most]
+            seen, every = tuple(part.index_select(0, chosen) for part in seen), counts.sum()
+            counts = counts.index_select(0, chosen)
+            share = counts.sum().clamp_min(1) / every.clamp_min(1)
+        prediction, noised, timestep, clean = seen
+        distances = self.distance(self.flow.to_x0(prediction, noised, timestep).float(), clean.float())
+        return (distances * counts).sum() / (size * share)
 
 
 def fit_size(height: int, width: int, image_size: int, multiple: int) -> tuple[int, int]:
@@ -100,7 +110,7 @@ class PerceptualDINO(PixelLoss):
     Args:
         teacher: vision encoder, by hub id or folder or as a `TeacherSpec`.
         image_size: side of the square whose area the teacher sees, in pixels; the aspect ratio is kept.
-        weight, max_timestep, start, end: see `PixelLoss`.
+        weight, max_timestep, fraction, start, end: see `PixelLoss`.
 
     Raises:
         ValueError: an argument out of range.
@@ -116,10 +126,11 @@ class PerceptualDINO(PixelLoss):
         weight: float = 0.01,
         image_size: int = 224,
         max_timestep: float = 1.0,
+        fraction: float = 1.0,
         start: str = "0ba",
         end: str | None = None,
     ):
-        super().__init__(weight, max_timestep, start, end)
+        super().__init__(weight, max_timestep, fraction, start, end)
         self.teacher, self.image_size = teacher, image_size
         self.encoder: VisionEncoder | None = None
 
@@ -230,7 +241,7 @@ class LPIPS(PixelLoss):
             downloaded if it isn't there.
         random_weights: of the network, for tests.
         compile: `torch.compile` the network and the comparison, as one graph or a few for images of all sizes.
-        weight, max_timestep, start, end: see `PixelLoss`.
+        weight, max_timestep, fraction, start, end: see `PixelLoss`.
 
     Raises:
         ValueError: an argument out of range, or both `weights` and `random_weights`.
@@ -245,13 +256,14 @@ class LPIPS(PixelLoss):
         net: Net = "vgg",
         scale: float = 0.5,
         max_timestep: float = 1.0,
+        fraction: float = 1.0,
         weights: str | None = None,
         random_weights: bool = False,
         compile: bool = False,
         start: str = "0ba",
         end: str | None = None,
     ):
-        super().__init__(weight, max_timestep, start, end)
+        super().__init__(weight, max_timestep, fraction, start, end)
         if weights is not None and random_weights:
             raise ValueError("weights and random_weights exclude each other.")
         if scale <= 0:

@@ -213,8 +213,29 @@ def test_noisy_images_do_not_count_and_microbatches_add_up(squeeze: Any) -> None
     torch.testing.assert_close(whole, torch.stack(halves).mean(), atol=1e-7, rtol=1e-5)
 
 
+def test_a_fraction_of_the_images_stands_for_all_that_count(squeeze: Any) -> None:
+    flow, (prediction, clean) = FlowMatching(), images(6)
+    whole, half = (loss_of(flow, squeeze, scale=1.0, max_timestep=0.5, fraction=fraction) for fraction in (1.0, 0.4))
+    seen: list[int] = []
+    distance, half_distance = squeeze(prediction, clean)[:, 0, 0, 0], half.distance
+    half.distance = lambda given, target: seen.append(len(given)) or half_distance(given, target)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def loss(of: LPIPS, timestep: Any, order: Any) -> Any:
+        return of.loss(outputs_of(prediction[order], clean[order], timestep[order], flow), {})
+
+    few = torch.tensor([0.9, 0.8, 0.1, 0.7, 0.3, 0.2])  # three count, and 0.4 · 6 is rounded up to three
+    torch.testing.assert_close(loss(half, few, range(6)), distance[[2, 4, 5]].sum() / 6)
+    torch.testing.assert_close(loss(half, few, range(6)), loss(whole, few, range(6)))
+    many = torch.tensor([0.4, 0.8, 0.1, 0.5, 0.3, 0.2])  # five count: each is among the first three in three of five orders
+    counting = [0, 2, 3, 4, 5]
+    orders = [[*counting[first:], 1, *counting[:first]] for first in range(5)]
+    mean = torch.stack([loss(half, many, order) for order in orders]).mean()
+    torch.testing.assert_close(mean, loss(whole, many, range(6)))
+    assert set(seen) == {3} and loss(half, torch.ones(6), range(6)) == 0
+
+
 def test_arguments_out_of_range_are_refused() -> None:
-    for bad in ({"scale": 0.0}, {"max_timestep": 0.0}, {"max_timestep": 1.5}):
+    for bad in ({"scale": 0.0}, {"max_timestep": 0.0}, {"max_timestep": 1.5}, {"fraction": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             LPIPS(**bad)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="weights and random_weights"):
