@@ -286,7 +286,8 @@ def against_what_is_not_finite() -> str:
     """Return what helps a run whose losses or gradients are not finite to go on from its checkpoint, and what to type."""
     return (
         "a lower learning rate (optimizer.lr=…), a longer warm-up (scheduler.t_warmup=…), algorithms.gradient_clipping, or the "
-        f"end of the term that fails first (algorithms.<term>.end=<batch>ba); name it beside, {advice(['optimizer.lr'])}"
+        "end of the term that fails first (algorithms.<term>.end=<batch>ba). Name beside it what you change:  "
+        f"{advice(['optimizer.lr'])} ."
     )
 
 

@@ -133,6 +133,8 @@ def newest_whole_checkpoint(
             f"autoresume: no checkpoint in {folder} is whole: {', '.join(path.name for path in damaged)}. Delete these to train "
             "from the beginning, or start another run with run_name=<another name>."
         )
+    if folder.is_dir():
+        log.info("There is no checkpoint in %s yet: the run begins.", folder)
     return None
 
 

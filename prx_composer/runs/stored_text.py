@@ -176,7 +176,10 @@ def _chosen(key: str, spec: Mapping[str, Any], model: Mapping[str, Any] | None, 
         return TextChoice(key, STORED_AS, "stored", said)
     how = f" To store them once, before the run begins: `{_command(key, spec, lacking, given)}`" if given else ""
     if any(one.in_the_way for one in lacking):
-        how = f" Delete that folder first; if another run reads it, give --name NAME and set text_embedding: NAME.{how}"
+        how = (
+            f" If the same encoder made them under another name, set text_embedding: {STORED_AS}. Else delete that folder first; "
+            f"if another run reads it, give --name NAME and set text_embedding: NAME.{how}"
+        )
     said = f"{online} by {title}, whose work `prx plan` counts, since there is {_told(lacking)}.{how}"
     return TextChoice(key, None, "lacking", said)
 

@@ -41,12 +41,12 @@ class Squares(Dataset[dict[str, Any]]):
 
 
 class PrintLoss(Callback):
-    """`state.loss` is a mapping: the terms by name, and their `total`."""
+    """`state.total_loss_dict` has the loss of the whole batch, over all ranks; `state.loss` that of its last microbatch."""
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch.value % 50 == 0:
-            losses: Any = state.loss
-            sys.stdout.write(f"batch {state.timestamp.batch.value}: loss {losses['total'].item():.3f}\n")
+            loss = state.total_loss_dict["loss/train/total"]
+            sys.stdout.write(f"batch {state.timestamp.batch.value}: loss {loss:.3f}\n")
 
 
 def main(folder: str, duration: str) -> None:

@@ -175,6 +175,35 @@ def test_all_stages_that_run_out_of_memory_are_named_with_a_microbatch_that_divi
     assert not (folder_of(stack) / "config.yaml").exists(), "the folder is still free"
 
 
+BROKEN = """
+from prx_composer import registry
+from prx_composer.algorithms.base import LossTrick
+
+
+@registry.algorithms.register("edges")
+class Edges(LossTrick):
+    name = "edges"
+
+    def loss(self, outputs, batch):
+        return (outputs.prediction - outputs.clean[..., :5]).mean()
+"""
+
+
+def test_what_fails_in_somebodys_loss_is_named_once_with_its_line(
+    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though it fails in every stage."""
+    (tmp_path / "edges.py").write_text(BROKEN)
+    tiny_recipe |= {"code_paths": [str(tmp_path / "edges.py")]}
+    tiny_recipe["algorithms"]["edges"] = {"weight": 1.0}
+    assert main([write_recipe(tiny_recipe)]) == 1
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if "RuntimeError" in line and "step" in line]
+    assert "step: RuntimeError: The size of tensor a" in line and "(edges.py, line 11), in a step of " in line
+    assert line.count("16x16") == 1 and line.count("8x8") == 1
+    assert sum(bool(record.exc_info) for record in caplog.records) <= 1
+
+
 # ------------------------------------------------------------------------------------------- what the steps leave
 
 

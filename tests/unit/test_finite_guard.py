@@ -90,7 +90,9 @@ def test_the_advice_can_be_followed(unguarded: Recipe, write_recipe: Write, caps
     assert main([path]) == 1
     error = capsys.readouterr().err.replace("<another name>", "another")
     in_place = re.search(r"with (autoresume=true) (algorithms.skip_nonfinite={}) ", error)
-    lower = re.search(r"optimizer.lr=….* ('resume.allow=.*?') Or in another run: (run_name=another) (model.init_from=\S+)", error)
+    lower = re.search(
+        r"optimizer.lr=….* ('resume.allow=.*?') . Or in another run: (run_name=another) (model.init_from=\S+)", error
+    )
     assert in_place is not None and lower is not None
     assert main([path, lower[2], lower[3], in_place[2]]) == 0, capsys.readouterr().err
     rows = read_metrics(folder_of(unguarded).with_name("another") / "metrics.jsonl")

@@ -8,7 +8,9 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,19 @@ log = logging.getLogger(__name__)
 
 RECORD = "preflight.json"
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # what cuDNN and cuBLAS say has no exception of its own
+
+
+class _Failure(UserError):
+    """Somebody's code raised what it doesn't raise on purpose.
+
+    Args:
+        reason: in words.
+        place: where, which is the same in steps that fail alike.
+    """
+
+    def __init__(self, reason: str, place: str):
+        super().__init__(reason)
+        self.reason, self.place = reason, place
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,7 @@ def try_steps(trainer: Trainer, recipe: Recipe) -> list[Result]:
     if not isinstance(state.train_dataloader, ImageCaptionLoader):
         return [skipped("step", "the train_loader is not of this package")]
     loader, results, tried, peak, optimizer_bytes = state.train_dataloader, [], [], 0, 0
+    failures: dict[str, list[tuple[_Step, str]]] = defaultdict(list)  # by place
     with undisturbed(state), ExitStack() as stage_context:
         if state.device.name == "gpu":
             optimizer_bytes = sum(bytes_of(state_after_a_step(one)[0]) for one in state.optimizers if not one.state)
@@ -92,9 +108,12 @@ def try_steps(trainer: Trainer, recipe: Recipe) -> list[Result]:
                 stage_context.enter_context(returned_afterwards())
                 stage = step.stage
             try:
-                step_peak = _try(state, step, loader, optimizer_bytes)
+                step_peak = _try(state, step, loader, optimizer_bytes, failures)
             except UserError as error:
-                results.extend(map(failed, problems_of(error)))
+                if isinstance(error, _Failure):
+                    failures[error.place].append((step, error.reason))
+                else:
+                    results.extend(map(failed, problems_of(error)))
                 if is_sharded(state):  # the ranks may be at different collectives
                     break
                 continue
@@ -102,6 +121,8 @@ def try_steps(trainer: Trainer, recipe: Recipe) -> list[Result]:
             peak = max(peak, step_peak)
             if step_peak:
                 results.append(passed("step", f"{step}: peak {_of_memory(step_peak)}"))
+    for alike in failures.values():
+        results.append(failed(f"step: {alike[0][1]}, in a step of {', '.join(str(step) for step, _ in alike)}."))
     if tried and not peak:
         results.append(passed("step", f"forward and backward pass of {', '.join(dict.fromkeys(tried))}"))
     elif peak:
@@ -125,11 +146,12 @@ def _steps(state: State, recipe: Recipe, loader: ImageCaptionLoader) -> Iterator
                 yield _Step(stage, index, sizes[index], dense=True)
 
 
-def _try(state: State, step: _Step, loader: ImageCaptionLoader, optimizer_bytes: int) -> int:
+def _try(state: State, step: _Step, loader: ImageCaptionLoader, optimizer_bytes: int, known: Collection[str]) -> int:
     """Return the peak of memory in bytes, 0 without a GPU.
 
     Args:
         optimizer_bytes: what the optimizer will keep, beside what it keeps already.
+        known: places of failures whose tracebacks are in the log.
 
     Raises:
         UserError: whatever went wrong.
@@ -142,23 +164,23 @@ def _try(state: State, step: _Step, loader: ImageCaptionLoader, optimizer_bytes:
         raise
     except Exception as error:  # of anybody's loss
         if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
-            problem = _out_of_memory(step)
+            wrong = UserError(_out_of_memory(step))
         elif isinstance(error, KeyError) and error.args == ("image",) and not loader.dataset.images:
-            problem = (
+            wrong = UserError(
                 "train_loader.images: an algorithm looks at the batch's images, which train_loader.latent leaves out; set "
                 "train_loader.images: true."
             )
         else:
-            log.warning("A step of %s failed", step, exc_info=True)
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            problem = f"{step.stage.path}image_size: a step of {step} fails with {reason}"
+            wrong = _failure(error)
+            if wrong.place not in known:
+                log.warning("A step of %s failed", step, exc_info=True)
     finally:
         for parameter in state.model.parameters():
             parameter.grad = None
     if state.device.name == "gpu":
         gc.collect()  # the traceback, which is gone now, held the activations
         torch.cuda.empty_cache()
-    raise UserError(problem)
+    raise wrong
 
 
 def _run(state: State, step: _Step, batch: Any, optimizer_bytes: int) -> int:
@@ -173,7 +195,8 @@ def _run(state: State, step: _Step, batch: Any, optimizer_bytes: int) -> int:
     for _ in range(passes):
         losses = forward_and_backward(state, batch)
     if wrong := [name for name, loss in losses.items() if not math.isfinite(loss.float().mean().item())]:
-        raise UserError(f"{step.stage.path}image_size: the loss is not finite ({', '.join(wrong)}) in a step of {step}.")
+        terms = ", ".join(wrong)
+        raise _Failure(f"the loss is not finite ({terms})", terms)
     ballast.clear()
     return torch.cuda.max_memory_allocated() if on_gpu else 0
 
@@ -190,6 +213,15 @@ def _microbatch(loader: ImageCaptionLoader, step: _Step) -> Any:
             batch["text_embedding"] = torch.zeros(places, batch["text_embedding"].shape[1], dtype=batch["text_embedding"].dtype)
             batch["text_position"] = torch.arange(places)
     return batch
+
+
+def _failure(error: Exception) -> _Failure:
+    """Return what was raised, with the innermost line that is of no installed library."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    place = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
+    return _Failure(f"{what} ({place})", place)
 
 
 def _out_of_memory(step: _Step) -> str:
