@@ -159,6 +159,8 @@ def setting_problems(values: Values, num_ranks: int) -> list[str]:
         problems.found.append(
             f"save_num_checkpoints_to_keep: {kept} would leave none to go on from; give at least 1, or -1 to keep all."
         )
+    if (measured := values.get("eval_subset_num_batches", -1)) < 1 and measured != -1:
+        problems.found.append(f"eval_subset_num_batches: {measured} would measure nothing; give at least 1, or -1 for all.")
     problems.found.extend(_number_problems(values))
     with problems.noted():
         check_precision(values.get("precision", "fp32"))

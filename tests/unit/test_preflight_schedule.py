@@ -110,6 +110,8 @@ def test_epochs_are_compared_when_the_data_are_known(plain: Recipe, write_recipe
             "save_num_checkpoints_to_keep: 0 would leave none to go on from; give at least 1, or -1",
         ),
         ("save_num_checkpoints_to_keep=-2", "save_num_checkpoints_to_keep: -2 would leave none"),
+        ("eval_subset_num_batches=0", "eval_subset_num_batches: 0 would measure nothing; give at least 1, or -1 for all"),
+        ("eval_subset_num_batches=-3", "eval_subset_num_batches: -3 would measure nothing"),
     ],
 )
 def test_numbers_with_which_nothing_is_trained_or_kept_are_refused(
