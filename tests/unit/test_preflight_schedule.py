@@ -159,3 +159,36 @@ def test_a_later_stage_with_a_batch_that_large_is_refused_too(plain: Recipe, wri
         assert main([path, *options]) == 1
         error = capsys.readouterr().err
         assert "stages[1]." in error and "global_train_batch_size: 640 is more than the" in error
+
+
+ROUTED = {"start_block": 0, "end_block": 1, "rate": 0.5}
+SIZES = [
+    {"until": "6ba", "image_size": 8, "global_train_batch_size": 48},
+    {"image_size": 16, "global_train_batch_size": 48},
+]
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "said"),
+    [
+        ({"tread": ROUTED | {"start": "6ba"}}, "tread: it never begins, since its start (6ba) is not before the end of the run"),
+        ({"tread": ROUTED | {"start": "4ba", "end": "0.5dur"}}, None),
+        (
+            {"tread": ROUTED | {"start": "4ba", "end": "3ba"}},
+            "tread: it never begins, since its end (3ba) is not after its start",
+        ),
+        ({"tread": ROUTED | {"start": "9ba or 0.5dur"}}, None),
+        ({"tread": ROUTED | {"start": "2ep"}}, None),
+        ({"ema": {"half_life": "2ba", "start": "1dur"}}, "ema: it never begins"),
+        (
+            {"timestep_phases": {"phases": [{"until": "9ba", "logit_mean": 1.0}, {}]}},
+            "timestep_phases.phases[1]: it never begins",
+        ),
+        ({"progressive_resolution": {"stages": SIZES}}, "progressive_resolution.stages[1]: it never begins"),
+    ],
+)
+def test_what_of_a_schedule_never_comes_is_said(algorithms: Any, said: str | None, plain: Recipe, write_recipe: Write) -> None:
+    found = check_config(config.load([write_recipe(plain | {"algorithms": algorithms})]))
+    warned = [result.text for result in found if result.mark == "!" and "never begins" in result.text]
+    assert len(warned) == (said is not None) and all(text.startswith(f"algorithms.{said}") for text in warned)
+    assert not any(result.mark == "✗" for result in found)
