@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,16 @@ from torch import Tensor, nn
 
 from prx_composer.common.errors import UserError, listed
 from prx_composer.common.files import write_whole
+from prx_composer.data.stored import text_fingerprint
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
+from prx_composer.models.processes import Process
+from prx_composer.models.several_encoders import parts_of
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.recipe.arguments import text_encoders
 from prx_composer.recipe.consistency import strings
 from prx_composer.runs import diffusers_folder
-from prx_composer.runs.weights import locate, read_json, read_parts, safetensors_shapes, split_parts
+from prx_composer.runs.model_parts import ModelParts, tokenizer_folder
+from prx_composer.runs.weights import Located, locate, read_json, read_parts, safetensors_shapes, split_parts
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +63,48 @@ def initialise(model: TextToImage, source: str) -> None:
         else:
             log.warning("%s: %s has no text encoder; the one that is trained begins as model.text_encoder says.", PATH, source)
     log.info("%s: %s gives %s its first weights.", PATH, source, begun)
+    for said in _learned_otherwise(model, locate(source)):
+        log.warning("%s: %s %s", PATH, source, said)
+
+
+def _learned_otherwise(model: TextToImage, located: Located) -> Iterator[str]:
+    """Yield what weights of a run mean that they don't mean in this model: its target, and its words unless they are a hub's."""
+    if located.checkpoint is None:  # `prx import` writes what a folder of diffusers says
+        return
+    recipe = located.checkpoint.index()["recipe"]
+    parts, encoders = ModelParts(recipe["model"], recipe["seed"], located.run_folder), text_encoders(recipe["model"])
+    try:
+        if _task(parts.flow) != _task(model.flow):
+            given = recipe["model"].get("flow") or "as it is by default"
+            yield f"was trained with model.flow {given}, and not this one: it has to learn anew what it predicts."
+        if any(spec.get("pretrained") for spec in encoders.values()):
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe["seed"])  # of which random words are
+            theirs, ours = parts.text_encoder, model.text_encoder
+    except UserError as error:  # a part of theirs that isn't registered here
+        log.debug("%s: %s is not compared: %s", PATH, located.path, error)
+        return
+    same_words = text_fingerprint(theirs) == text_fingerprint(ours) and not theirs.trainable
+    if ours.trainable:  # whose weights are theirs
+        same_words = _vocabularies(theirs) == _vocabularies(ours)
+    if not same_words:
+        kept = [f"{path}.tokenizer={tokenizer_folder(located.run_folder, path)}" for path in encoders]
+        kept += ["model.text_encoder.trainable=true"] if theirs.trainable else [f"seed={recipe['seed']}"]
+        yield (
+            "was trained with other words than model.text_encoder makes of captions: it has to learn anew what they mean. To "
+            f"keep its own, add  {shlex.join(kept)}"
+        )
+
+
+def _task(flow: Process) -> list[float]:
+    """Return what a network of a process is told and should predict of some number, in some noise."""
+    t, clean, noise = flow.time_at(torch.tensor([0.3])), torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -0.7)
+    return [value.item() for value in (t, flow.interpolate(clean, noise, t), flow.target(clean, noise, t))]
+
+
+def _vocabularies(encoder: Any) -> list[dict[str, int]]:
+    return [one.tokenizer.get_vocab() for one in parts_of(encoder)[0]]
 
 
 def _check_class(source: str, backbone: nn.Module) -> None:
