@@ -123,6 +123,11 @@ def test_numbers_with_which_nothing_is_trained_or_kept_are_refused(
     assert not Path(plain["run_folder"].replace("${run_name}", "tiny")).exists()
 
 
+def test_a_number_that_the_optimizer_refuses_is_found_without_a_step(plain: Recipe, write_recipe: Write) -> None:
+    found = check_recipe(config.load([write_recipe(plain), "optimizer.weight_decay=-1"]), step=False)
+    assert [result.text for result in found if result.mark == "✗"] == ["optimizer: Invalid weight_decay value: -1"]
+
+
 def pictures(folder: Path, count: int) -> str:
     folder.mkdir()
     for index in range(count):
