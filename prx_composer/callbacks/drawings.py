@@ -349,6 +349,9 @@ class DigitsScore(Drawing):
         super().__init__(seed, images, num_inference_steps, guidance_scale)
         self._labels = [index % 10 for index in range(images)]
 
+    def init(self, state: State, logger: Logger) -> None:
+        check_size(state, 8, 8, "callbacks.digits_score")
+
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if rehearsing(state):
             self.fit_end(state, logger)

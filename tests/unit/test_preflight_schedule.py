@@ -128,6 +128,14 @@ def test_a_number_that_the_optimizer_refuses_is_found_without_a_step(plain: Reci
     assert [result.text for result in found if result.mark == "✗"] == ["optimizer: Invalid weight_decay value: -1"]
 
 
+def test_digits_that_the_model_cannot_draw_are_found_before_it_is_trained(
+    plain: Recipe, write_recipe: Write, capsys: Any
+) -> None:
+    path = write_recipe(plain | {"image_size": 16, "callbacks": {"digits_score": {}}})
+    assert main([path, "model.backbone.patch_size=16"]) == 1
+    assert "callbacks.digits_score: 8×8 is not divisible by 16" in capsys.readouterr().err
+
+
 def pictures(folder: Path, count: int) -> str:
     folder.mkdir()
     for index in range(count):
