@@ -44,11 +44,12 @@ def initialise(model: TextToImage, source: str) -> None:
         UserError: nothing there, or names or shapes that are not the model's, by parameter.
     """
     with _named():
-        _check_class(source, model.backbone)
-        found = read_parts(source, model.text_encoder.trainable)
+        located = locate(source)
+        _check_class(source, located, model.backbone)
+        found = read_parts(located, model.text_encoder.trainable)
     own: Mapping[str, Tensor] = model.backbone.state_dict()
     weights = diffusers_folder.of_backbone(model.backbone, found.backbone)
-    _compare(_shapes(weights), _shapes(own), source, "model.backbone")
+    _compare(_shapes(weights), _shapes(own), source, "model.backbone", _remedy(located))
     if found.wrong is not None:
         raise UserError(
             f"{PATH}: {source} is no beginning: {found.wrong}. Name an older checkpoint of that run, or another model."
@@ -58,12 +59,12 @@ def initialise(model: TextToImage, source: str) -> None:
     begun = f"the backbone ({len(found.backbone)} tensors)"
     if model.text_encoder.trainable:
         if found.encoder:
-            _load_encoder(model.text_encoder.network, found.encoder, source)
+            _load_encoder(model.text_encoder.network, found.encoder, source, _remedy(located))
             begun += f" and the text encoder ({len(found.encoder)})"
         else:
             log.warning("%s: %s has no text encoder; the one that is trained begins as model.text_encoder says.", PATH, source)
     log.info("%s: %s gives %s its first weights.", PATH, source, begun)
-    for said in _learned_otherwise(model, locate(source)):
+    for said in _learned_otherwise(model, located):
         log.warning("%s: %s %s", PATH, source, said)
 
 
@@ -72,12 +73,12 @@ def _learned_otherwise(model: TextToImage, located: Located) -> Iterator[str]:
     if located.checkpoint is None:  # `prx import` writes what a folder of diffusers says
         return
     recipe = located.checkpoint.index()["recipe"]
-    parts, encoders = ModelParts(recipe["model"], recipe["seed"], located.run_folder), text_encoders(recipe["model"])
+    parts = ModelParts(recipe["model"], recipe["seed"], located.run_folder)
     try:
         if _task(parts.flow) != _task(model.flow):
             given = recipe["model"].get("flow") or "as it is by default"
             yield f"was trained with model.flow {given}, and not this one: it has to learn anew what it predicts."
-        if any(spec.get("pretrained") for spec in encoders.values()):
+        if any(spec.get("pretrained") for spec in text_encoders(recipe["model"]).values()):
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe["seed"])  # of which random words are
@@ -89,7 +90,7 @@ def _learned_otherwise(model: TextToImage, located: Located) -> Iterator[str]:
     if ours.trainable:  # whose weights are theirs
         same_words = _vocabularies(theirs) == _vocabularies(ours)
     if not same_words:
-        kept = [f"{path}.tokenizer={tokenizer_folder(located.run_folder, path)}" for path in encoders]
+        kept = _words_of(located, recipe["model"])
         kept += ["model.text_encoder.trainable=true"] if theirs.trainable else [f"seed={recipe['seed']}"]
         yield (
             "was trained with other words than model.text_encoder makes of captions: it has to learn anew what they mean. To "
@@ -107,9 +108,8 @@ def _vocabularies(encoder: Any) -> list[dict[str, int]]:
     return [one.tokenizer.get_vocab() for one in parts_of(encoder)[0]]
 
 
-def _check_class(source: str, backbone: nn.Module) -> None:
+def _check_class(source: str, located: Located, backbone: nn.Module) -> None:
     """Raise UserError if a folder's transformer is of another class, or computes otherwise than its weights' shapes tell."""
-    located = locate(source)
     if located.kind != "diffusers" or not isinstance(backbone, DiffusersBackbone):
         return
     theirs = read_json(located.path / "transformer" / "config.json")
@@ -135,19 +135,30 @@ def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _compare(theirs: Shapes, ours: Shapes, source: str, what: str) -> None:
+def _remedy(located: Located) -> str:
+    """Return what has the sizes of a source, in a sentence."""
+    if located.checkpoint is None:
+        return "`prx import` writes the sizes of a diffusers folder."
+    words = shlex.join(_words_of(located, located.checkpoint.index()["recipe"]["model"]))
+    return f"{located.run_folder}/config.yaml has its sizes, and  {words}  its words."
+
+
+def _words_of(located: Located, spec: Mapping[str, Any]) -> list[str]:
+    """Return what gives another run the words of a run of this `model`."""
+    return [f"{path}.tokenizer={tokenizer_folder(located.run_folder, path)}" for path in text_encoders(spec)]
+
+
+def _compare(theirs: Shapes, ours: Shapes, source: str, what: str, remedy: str) -> None:
     said = [
         f"{name} is {theirs[name]} there and {ours[name]} here" for name in ours if name in theirs and theirs[name] != ours[name]
     ]
     said += [f"{name} is only there" for name in theirs if name not in ours]
     said += [f"{name} is only here" for name in ours if name not in theirs]
     if said:
-        raise UserError(
-            f"{PATH}: {source} does not fit {what}: {listed(said)}. `prx import` writes the sizes of a diffusers folder."
-        )
+        raise UserError(f"{PATH}: {source} does not fit {what}: {listed(said)}. {remedy}")
 
 
-def _load_encoder(network: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+def _load_encoder(network: nn.Module, weights: dict[str, Tensor], source: str, remedy: str) -> None:
     first: dict[int, str] = {}  # of tied tensors, which may be saved under one name or several: the first, which is averaged
     own, given = dict[str, Tensor](), dict[str, Tensor]()
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}  # of several, some may be
@@ -159,7 +170,7 @@ def _load_encoder(network: nn.Module, weights: dict[str, Tensor], source: str) -
         if name in weights:
             given.setdefault(kept, weights[name])
     strange = {name: tensor for name, tensor in weights.items() if name not in network.state_dict()}
-    _compare(_shapes(given | strange), _shapes(own), source, "model.text_encoder")
+    _compare(_shapes(given | strange), _shapes(own), source, "model.text_encoder", remedy)
     network.load_state_dict(given, strict=False)
 
 
@@ -179,9 +190,10 @@ def check_init_from(source: str, backbone: nn.Module | None) -> str:
         path = located.path / "transformer" if located.kind == "diffusers" else located.path
         shapes, _ = split_parts(safetensors_shapes(path))
         if backbone is not None:
-            _check_class(source, backbone)
+            _check_class(source, located, backbone)
     if backbone is not None:
-        _compare(diffusers_folder.of_backbone(backbone, shapes), _shapes(backbone.state_dict()), source, "model.backbone")
+        theirs, ours = diffusers_folder.of_backbone(backbone, shapes), _shapes(backbone.state_dict())
+        _compare(theirs, ours, source, "model.backbone", _remedy(located))
     return f"{source} has its {len(shapes)} tensors"
 
 

@@ -350,17 +350,15 @@ class PartWeights:
     wrong: str | None
 
 
-def read_parts(source: str, with_encoder: bool) -> PartWeights:
+def read_parts(located: Located, with_encoder: bool) -> PartWeights:
     """Read the weights of a model's parts; of a run, the averaged ones, if it has them.
 
     Args:
-        source: whatever `locate` finds.
         with_encoder: whether a text encoder is read that lies in files of its own.
 
     Raises:
         UserError: nothing is there, it is damaged, or it has adapters beside its weights.
     """
-    located = locate(source)
     if located.kind == "diffusers":
         text = located.path / "text_encoder"
         backbone = read_safetensors(located.path / "transformer")

@@ -123,6 +123,17 @@ def test_what_a_run_s_weights_mean_otherwise_is_said_and_the_advice_keeps_its_wo
             assert torch.equal(embedding(change, *advice), own) and words not in caplog.text
 
 
+def test_a_run_with_other_words_is_refused_with_what_takes_its_words(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    """Its text encoder is trained along, and the captions of the second run have another number of words."""
+    path = write_recipe(tiny_recipe | {"algorithms": {}, "max_duration": "1ba", "preflight": False})
+    run(config.load([path]))
+    second = [path, "run_name=second", f"model.init_from={folder_of(tiny_recipe)}", "train_loader.captions={short_caption: 1}"]
+    with pytest.raises(UserError, match=r"does not fit model\.text_encoder: shared\.weight is .* has its sizes, and ") as refused:
+        build_trainer(config.load(second))
+    (words,) = [word for word in str(refused.value).split() if word.startswith("model.text_encoder.tokenizer=")]
+    build_trainer(config.load([*second, "run_name=third", words])).close()
+
+
 def test_sizes_that_differ_are_named_by_parameter_before_anything_is_trained(
     folder: Path, tiny_recipe: Recipe, write_recipe: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
