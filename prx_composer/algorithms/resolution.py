@@ -88,6 +88,7 @@ class ProgressiveResolution(Trick):
         self._ends = ends
         self._current = 0
         self._switching = False  # the pass of the old stage is over, but Composer has not begun the next epoch
+        self._loaded = False
 
     @property
     def stage(self) -> Stage:
@@ -103,6 +104,8 @@ class ProgressiveResolution(Trick):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.AFTER_LOAD:
+            if not self._loaded:  # new to a run that goes on: stages that are over are not gone through
+                self._current = sum(end.has_come(state) for end in self._ends[: len(self.stages) - 1])
             self._check(state)
             self._enter(state)
             if self._switching:
@@ -162,7 +165,7 @@ class ProgressiveResolution(Trick):
         return {"current": self._current, "switching": self._switching}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._current, self._switching = int(state["current"]), bool(state["switching"])
+        self._current, self._switching, self._loaded = int(state["current"]), bool(state["switching"]), True
         if self._current >= len(self.stages):
             raise UserError(
                 f"The checkpoint is in stage {self._current}, but algorithms.progressive_resolution has only "

@@ -94,6 +94,9 @@ class Drawing(Callback):
     """
 
     def __init__(self, seed: int, images: int, num_inference_steps: int, guidance_scale: float, interval: str | None = None):
+        for name, number in (("num_inference_steps", num_inference_steps), ("the number of images", images)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, not {number}.")
         check_seeds([seed, seed + images - 1])
         check_guidance_scale(guidance_scale)
         self._seed, self._sampling = seed, (num_inference_steps, guidance_scale)
@@ -303,6 +306,8 @@ class ShapesScore(Drawing):
         self._images_per_prompt, self._images_per_prompt_during = images_per_prompt, images_per_prompt_during
         super().__init__(seed, images_per_prompt * len(self._scenes), num_inference_steps, guidance_scale)
         self._image_size = image_size
+        if images_per_prompt_during < 1:
+            raise ValueError(f"images_per_prompt_during must be at least 1, not {images_per_prompt_during}.")
         if interval is not None:
             if Point.parse_interval(interval).unit not in ("ba", "sp", "dur"):
                 raise ValueError(f"interval must be a time such as 100ba, 6400sp or 0.05dur, not {interval}.")
@@ -343,6 +348,9 @@ class DigitsScore(Drawing):
     def __init__(self, images: int = 200, seed: int = 1000, num_inference_steps: int = 20, guidance_scale: float = 3.0):
         super().__init__(seed, images, num_inference_steps, guidance_scale)
         self._labels = [index % 10 for index in range(images)]
+
+    def init(self, state: State, logger: Logger) -> None:
+        check_size(state, 8, 8, "callbacks.digits_score")
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if rehearsing(state):

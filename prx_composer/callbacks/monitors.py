@@ -112,10 +112,12 @@ class SpeedMonitor(composer.callbacks.SpeedMonitor):
         time_unit: of `time/…`: seconds, minutes, hours or days.
 
     Raises:
-        ValueError: another unit.
+        ValueError: another unit, no batch to average over.
     """
 
     def __init__(self, window_size: int = 100, gpu_flops_available: float | None = None, time_unit: str = "hours"):
+        if window_size < 1:
+            raise ValueError(f"window_size must be at least 1, not {window_size}.")
         super().__init__(window_size, gpu_flops_available, time_unit)
         self._tricks: list[Trick] = []
         self._counter: StepCounter | None = None

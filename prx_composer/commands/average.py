@@ -338,7 +338,7 @@ def _merge(
     from prx_composer.common.distributed import clean_name
     from prx_composer.runs.checkpoints import MERGED
     from prx_composer.runs.folder import is_allowed, read_changes, recipe_changes
-    from prx_composer.runs.weights import nonfinite
+    from prx_composer.runs.weights import STAGES, nonfinite
 
     try:
         index, reference = checkpoint.index(), newest.index()
@@ -362,7 +362,9 @@ def _merge(
                 raise _UnfitError(wrong)
             mean.add(tensors, share)
             units = {unit: int(state.timestamp.get(unit, 0)) for unit in ("batch", "epoch", "sample")}
-            return index, {"timestamp": {"Timestamp": units}, "callbacks": {"TrainingClock": dict(state.clock)}}
+            stage = [] if state.stage is None else [(STAGES, {"current": state.stage, "switching": False})]
+            of_sampling = {"timestamp": {"Timestamp": units}, "callbacks": {"TrainingClock": dict(state.clock)}}
+            return index, {**of_sampling, "algorithms": stage}
     except ValueError as error:
         raise _UnfitError(str(error).replace(str(checkpoint.path), checkpoint.path.name)) from error
 
@@ -372,7 +374,7 @@ def _write(average: _Average, run_folder: Path, target: Path, o: AverageOptions)
     from prx_composer.commands.export.pipeline import written_aside
     from prx_composer.runs.checkpoints import MERGED, write_merged
 
-    content = {"model": average.tensors, "algorithms": [], **average.state}
+    content = {"model": average.tensors, **average.state}
     merged = {"like": o.like, "weights": o.weights, "checkpoints": average.shares, "skipped": average.skipped}
     with written_aside(target) as partial:
         for name in _OF_THE_RUN:

@@ -262,7 +262,7 @@ class BucketWriter:
         attribution: whose work the images are; see `Manifest`.
 
     Raises:
-        ValueError: a feature column whose name is taken; on writing, features of another shape.
+        ValueError: a column whose name is taken; on writing, features of another shape.
     """
 
     def __init__(
@@ -273,8 +273,9 @@ class BucketWriter:
         features: dict[str, int] | None = None,
         attribution: dict[str, dict[str, str]] | None = None,
     ):
-        if taken := (features or {}).keys() & {*RESERVED, *captions}:
-            raise ValueError(f"features: {min(taken)!r} is the name of another column.")
+        named = {"captions": RESERVED & {*captions}, "features": (features or {}).keys() & {*RESERVED, *captions}}
+        if taken := [(kind, name) for kind, names in named.items() for name in names]:
+            raise ValueError(f"{taken[0][0]}: {taken[0][1]!r} is the name of another column; rename it.")
         self._folder, self._partial = folder, folder.with_name(f".{folder.name}.partial")
         self._image_size, self._captions, self._features = image_size, captions, features or {}
         self._attribution = attribution or {}

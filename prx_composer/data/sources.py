@@ -192,6 +192,8 @@ class FolderSource:
                 f"{captions} has text in the columns {', '.join(self.captions)}, which all become caption columns; training "
                 f"takes {self.captions[0]} unless train_loader.captions names others."
             )
+        empty = Counter(name for _, texts, *_ in self._rows for name, text in texts.items() if not text.strip())
+        self.notes += [f"{captions}: {name} is empty for {n:,} of {len(self._rows):,} images." for name, n in empty.items()]
 
     def _read(self, captions: Path, left_out: Counter[str]) -> Iterator[tuple[Path, dict[str, str], int, int]]:
         for number, line in enumerate(read_lines(captions), 1):
@@ -228,8 +230,7 @@ class FolderSource:
         for (image, texts, height, width), held_out in zip(self._rows, self._held_out, strict=True):
             if texts.keys() != set(self.captions):
                 raise ValueError(f"{image.name} has captions {sorted(texts)}, the first image {sorted(self.captions)}.")
-            sample = RawSample(image.read_bytes(), width, height, texts, image.name)
-            yield "heldout" if held_out else "train", sample
+            yield "heldout" if held_out else "train", RawSample(image.read_bytes(), width, height, texts, image.name)
 
 
 # ------------------------------------------------------------------------------------------------ procedural scenes
@@ -245,7 +246,6 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 NEW_COLOURS = {"pink": (250, 130, 190), "teal": (0, 150, 150)}  # of no image of the source: for fine-tuning
 BACKGROUNDS = {"white": (250, 250, 250), "grey": (128, 128, 128), "black": (10, 10, 10)}
 POSITIONS = {"left": 0.27, "centre": 0.5, "right": 0.73}
-SUPERSAMPLING = 4
 
 
 class Scene(NamedTuple):
@@ -286,7 +286,7 @@ def render(scene: Scene, height: int, width: int, *, shift: tuple[float, float] 
         shift: of the centre, in fractions of the shorter side, (x, y).
         scale: of the shape's size.
     """
-    s = SUPERSAMPLING
+    s = 4  # times as large, then averaged
     side = min(height, width)
     image = Image.new("RGB", (width * s, height * s), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
@@ -395,6 +395,6 @@ class DigitsSource:
     def samples(self) -> Iterator[tuple[str, RawSample]]:
         images, labels = load_digit_scans()
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            captions = {"caption": f"a handwritten {DIGIT_WORDS[label]}"}
             split = "heldout" if index >= len(images) - HELDOUT else "train"
-            yield split, RawSample(_png(Image.fromarray(image)), 8, 8, captions, f"scan-{index}")
+            caption = {"caption": f"a handwritten {DIGIT_WORDS[label]}"}
+            yield split, RawSample(_png(Image.fromarray(image)), 8, 8, caption, f"scan-{index}")

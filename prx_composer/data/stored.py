@@ -118,8 +118,10 @@ def read_column(folder: Path, kind: str, path: str, remote: bool = False) -> Sto
         again, maker = "caption", "prx data caption"
     if not file.exists():
         others = sorted({p.parents[1].name for p in folder.parents[1].glob(f"*/*/{MANIFEST}")})
+        columns = sorted(p.parent.name for p in folder.parent.glob(f"*/{MANIFEST}"))
         begun = f" It was begun: the same `{maker}` goes on." if folder.exists() else ""
         there = f" There is: {', '.join(others)}.{nearest(folder.parent.name, others)}" if others else ""
+        there = f" What has that name is of {', '.join(columns)} alone." if columns else there
         raise UserError(f"{path}: nothing is stored in {folder}; make it with `{maker}`.{begun}{there}")
     raw = json.loads(file.read_text())
     if raw.pop("version", None) != 1:

@@ -25,7 +25,7 @@ from prx_composer.recipe.consistency import (
 )
 from prx_composer.recipe.resume import check_allowed
 from prx_composer.registry import BY_KEY, BY_NAME, missing_code
-from prx_composer.schedule.moments import BUDGET, DURATION, EPOCH, SECONDS, Moment, Point, parse_duration
+from prx_composer.schedule.moments import BUDGET, DURATION, EPOCH, SECONDS, Moment, Point, ScheduleWindow, parse_duration
 
 Values = Mapping[str, Any]
 
@@ -123,7 +123,6 @@ def mixture_problems(values: Values) -> list[str]:
     loader, problems = values.get("train_loader") or {}, list[str]()
     try:
         total, budget = Point.parse(values["max_duration"]), values.get("time_budget")
-        lengths = {DURATION: 1.0, BUDGET: 1.0, SECONDS: parse_duration(budget) if budget else math.inf, total.unit: total.value}
         if loader.get("name") != "image_caption" or len(phases_of(loader.get("mix") or {})) == 1:
             return []
     except (KeyError, ValueError, AttributeError, TypeError):  # said elsewhere
@@ -141,13 +140,32 @@ def mixture_problems(values: Values) -> list[str]:
                 f"train_loader.{path}.until: {step['until']} is a part of the time budget, and the recipe has none; set "
                 "time_budget=24h, say."
             )
-        elif points and all(point.value >= lengths.get(point.unit, math.inf) for point in points):
-            end = f"max_duration: {total.text}" + (f", time_budget: {budget}" if budget else "")
+        elif points and (end := _end_before(step["until"], values)):
             problems.append(
                 f"train_loader.{path}.until: {step['until']} is not before the end of the run ({end}); leave it out, or give an "
                 "earlier time."
             )
     return problems
+
+
+def _end_before(text: str, values: Values) -> str | None:
+    """Return what ends the run at a moment at the latest, in words; None if it may come before."""
+    total, budget = Point.parse(values["max_duration"]), values.get("time_budget")
+    lengths = {DURATION: 1.0, BUDGET: 1.0, SECONDS: parse_duration(budget) if budget else math.inf, total.unit: total.value}
+    if any(point.value < lengths.get(point.unit, math.inf) for point in Moment(text).points):
+        return None
+    return f"max_duration: {total.text}" + (f", time_budget: {budget}" if budget else "")
+
+
+def never_open(window: ScheduleWindow, values: Values) -> str | None:
+    """Say why a window never opens in a run; None if it may."""
+    if window.end is not None and window.end.surely_by(window.start):
+        return f"it never begins, since its end ({window.end}) is not after its start ({window.start})."
+    try:
+        end = _end_before(window.start.text, values)
+    except ValueError:  # of the length of the run, which is said elsewhere
+        return None
+    return end and f"it never begins, since its start ({window.start}) is not before the end of the run ({end})."
 
 
 def setting_problems(values: Values, num_ranks: int) -> list[str]:
@@ -159,6 +177,8 @@ def setting_problems(values: Values, num_ranks: int) -> list[str]:
         problems.found.append(
             f"save_num_checkpoints_to_keep: {kept} would leave none to go on from; give at least 1, or -1 to keep all."
         )
+    if (measured := values.get("eval_subset_num_batches", -1)) < 1 and measured != -1:
+        problems.found.append(f"eval_subset_num_batches: {measured} would measure nothing; give at least 1, or -1 for all.")
     problems.found.extend(_number_problems(values))
     with problems.noted():
         check_precision(values.get("precision", "fp32"))

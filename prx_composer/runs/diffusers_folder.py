@@ -3,6 +3,7 @@
 A pipeline of PRX or of a class with a signature, written by `prx export` or by diffusers; beside an export lies its recipe.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -95,9 +96,11 @@ def flow_arguments(folder: Path) -> dict[str, Any]:
         UserError: a scheduler that doesn't take these steps.
     """
     own, is_prx = _part_of_recipe(folder, "flow"), _pipeline(folder).startswith("PRX")
-    if own and not is_prx:
-        check_component(processes, *split(own, "flow", UNNAMED["flow"]), f"{folder / RECIPE}: model.flow")
-        return own
+    if _recipe(folder) is not None and not is_prx:
+        path, (name, arguments) = f"{folder / RECIPE}: model.flow", split(own, "flow", UNNAMED["flow"])
+        check_component(processes, name, arguments, path)
+        with at_path(path):  # defaults too: a fragment is merged over a recipe that may have other values
+            return {"name": name, **dataclasses.asdict(processes.get(name, path)(**arguments))}
     if not is_prx and (is_pixel(folder) or not _index(folder)):
         raise UserError(f"{folder}: nothing says what its transformer predicts; there is no {RECIPE}, as `prx export` writes it.")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")

@@ -113,7 +113,7 @@ def check_same_recipe(recipe: Recipe, before: dict[str, Any], what: str, ranks: 
     allow = recipe.resume.get("allow", [])
     refused = [change for change in changes if not is_allowed(change, allow, known)]
     if refused:
-        raise UserError(refusal(refused, what, _command_as_before(folder, before, refused, ranks)))
+        raise UserError(refusal(refused, what, _command_as_before(folder, before, refused, ranks), list(map(str, allow))))
     return changes
 
 
@@ -191,12 +191,13 @@ def is_allowed(change: Change, allow: Sequence[str], known: Mapping[str, Any] | 
     return any(change.key == key or change.key.startswith((f"{key}.", f"{key}[")) for key in map(str, allow))
 
 
-def refusal(changes: Sequence[Change], what: str, as_before: str | None = None) -> str:
+def refusal(changes: Sequence[Change], what: str, as_before: str | None = None, allowed: Sequence[str] = ()) -> str:
     """Return what to say of changes that are not allowed: each with its values and its reason, and what to type.
 
     Args:
         what: that was started or written with the other recipe.
         as_before: a command that goes on with the old recipe, if it can be named.
+        allowed: what `resume.allow` names already; of two on a command line, only the last one counts.
     """
     asked = [change for change in changes if change.rule.may != "never"]
     never = [change for change in changes if change.rule.may == "never"]
@@ -208,7 +209,9 @@ def refusal(changes: Sequence[Change], what: str, as_before: str | None = None) 
     back = shlex.join(_as_before(changes))
     if asked:
         first = f"keep {shlex.join(_as_before(never))}, and " if never and _as_before(never) else ""
-        lines.append(f"To go on with the new values from here: {first}add  {advice([change.key for change in asked])}")
+        lines.append(
+            f"To go on with the new values from here: {first}add  {advice([*allowed, *(change.key for change in asked)])}"
+        )
     if as_before:
         lines.append(f"To go on with the old recipe: {as_before}")
     elif back:

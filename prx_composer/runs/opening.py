@@ -121,8 +121,9 @@ def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
     chosen = weights or ("ema" if state.average else "raw")
     if chosen == "ema":
         _fill_average(model, state.average, str(located.path))
-    _, last_stage = stages_of(vars(recipe))[-1]
-    image_size = int(last_stage.get("image_size", recipe.image_size))
+    stages = [stage for _, stage in stages_of(vars(recipe))]
+    last = stages[-1] if state.stage is None else stages[1:][state.stage]
+    image_size = int(last.get("image_size", recipe.image_size))
     return Trained(model.eval(), located.path, chosen, image_size, located.checkpoint.batch, saved_recipe, merged)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,16 @@ from torch import Tensor, nn
 
 from prx_composer.common.errors import UserError, listed
 from prx_composer.common.files import write_whole
+from prx_composer.data.stored import text_fingerprint
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
+from prx_composer.models.processes import Process
+from prx_composer.models.several_encoders import parts_of
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.recipe.arguments import text_encoders
 from prx_composer.recipe.consistency import strings
 from prx_composer.runs import diffusers_folder
-from prx_composer.runs.weights import locate, read_json, read_parts, safetensors_shapes, split_parts
+from prx_composer.runs.model_parts import ModelParts, tokenizer_folder
+from prx_composer.runs.weights import Located, locate, read_json, read_parts, safetensors_shapes, split_parts
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +44,12 @@ def initialise(model: TextToImage, source: str) -> None:
         UserError: nothing there, or names or shapes that are not the model's, by parameter.
     """
     with _named():
-        _check_class(source, model.backbone)
-        found = read_parts(source, model.text_encoder.trainable)
+        located = locate(source)
+        _check_class(source, located, model.backbone)
+        found = read_parts(located, model.text_encoder.trainable)
     own: Mapping[str, Tensor] = model.backbone.state_dict()
     weights = diffusers_folder.of_backbone(model.backbone, found.backbone)
-    _compare(_shapes(weights), _shapes(own), source, "model.backbone")
+    _compare(_shapes(weights), _shapes(own), source, "model.backbone", _remedy(located))
     if found.wrong is not None:
         raise UserError(
             f"{PATH}: {source} is no beginning: {found.wrong}. Name an older checkpoint of that run, or another model."
@@ -52,16 +59,57 @@ def initialise(model: TextToImage, source: str) -> None:
     begun = f"the backbone ({len(found.backbone)} tensors)"
     if model.text_encoder.trainable:
         if found.encoder:
-            _load_encoder(model.text_encoder.network, found.encoder, source)
+            _load_encoder(model.text_encoder.network, found.encoder, source, _remedy(located))
             begun += f" and the text encoder ({len(found.encoder)})"
         else:
             log.warning("%s: %s has no text encoder; the one that is trained begins as model.text_encoder says.", PATH, source)
     log.info("%s: %s gives %s its first weights.", PATH, source, begun)
+    for said in _learned_otherwise(model, located):
+        log.warning("%s: %s %s", PATH, source, said)
 
 
-def _check_class(source: str, backbone: nn.Module) -> None:
+def _learned_otherwise(model: TextToImage, located: Located) -> Iterator[str]:
+    """Yield what weights of a run mean that they don't mean in this model: its target, and its words unless they are a hub's."""
+    if located.checkpoint is None:  # `prx import` writes what a folder of diffusers says
+        return
+    recipe = located.checkpoint.index()["recipe"]
+    parts = ModelParts(recipe["model"], recipe["seed"], located.run_folder)
+    try:
+        if _task(parts.flow) != _task(model.flow):
+            given = recipe["model"].get("flow") or "as it is by default"
+            yield f"was trained with model.flow {given}, and not this one: it has to learn anew what it predicts."
+        if any(spec.get("pretrained") for spec in text_encoders(recipe["model"]).values()):
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe["seed"])  # of which random words are
+            theirs, ours = parts.text_encoder, model.text_encoder
+    except UserError as error:  # a part of theirs that isn't registered here
+        log.debug("%s: %s is not compared: %s", PATH, located.path, error)
+        return
+    same_words = text_fingerprint(theirs) == text_fingerprint(ours) and not theirs.trainable
+    if ours.trainable:  # whose weights are theirs
+        same_words = _vocabularies(theirs) == _vocabularies(ours)
+    if not same_words:
+        kept = _words_of(located, recipe["model"])
+        kept += ["model.text_encoder.trainable=true"] if theirs.trainable else [f"seed={recipe['seed']}"]
+        yield (
+            "was trained with other words than model.text_encoder makes of captions: it has to learn anew what they mean. To "
+            f"keep its own, add  {shlex.join(kept)}"
+        )
+
+
+def _task(flow: Process) -> list[float]:
+    """Return what a network of a process is told and should predict of some number, in some noise."""
+    t, clean, noise = flow.time_at(torch.tensor([0.3])), torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -0.7)
+    return [value.item() for value in (t, flow.interpolate(clean, noise, t), flow.target(clean, noise, t))]
+
+
+def _vocabularies(encoder: Any) -> list[dict[str, int]]:
+    return [one.tokenizer.get_vocab() for one in parts_of(encoder)[0]]
+
+
+def _check_class(source: str, located: Located, backbone: nn.Module) -> None:
     """Raise UserError if a folder's transformer is of another class, or computes otherwise than its weights' shapes tell."""
-    located = locate(source)
     if located.kind != "diffusers" or not isinstance(backbone, DiffusersBackbone):
         return
     theirs = read_json(located.path / "transformer" / "config.json")
@@ -87,19 +135,30 @@ def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _compare(theirs: Shapes, ours: Shapes, source: str, what: str) -> None:
+def _remedy(located: Located) -> str:
+    """Return what has the sizes of a source, in a sentence."""
+    if located.checkpoint is None:
+        return "`prx import` writes the sizes of a diffusers folder."
+    words = shlex.join(_words_of(located, located.checkpoint.index()["recipe"]["model"]))
+    return f"{located.run_folder}/config.yaml has its sizes, and  {words}  its words."
+
+
+def _words_of(located: Located, spec: Mapping[str, Any]) -> list[str]:
+    """Return what gives another run the words of a run of this `model`."""
+    return [f"{path}.tokenizer={tokenizer_folder(located.run_folder, path)}" for path in text_encoders(spec)]
+
+
+def _compare(theirs: Shapes, ours: Shapes, source: str, what: str, remedy: str) -> None:
     said = [
         f"{name} is {theirs[name]} there and {ours[name]} here" for name in ours if name in theirs and theirs[name] != ours[name]
     ]
     said += [f"{name} is only there" for name in theirs if name not in ours]
     said += [f"{name} is only here" for name in ours if name not in theirs]
     if said:
-        raise UserError(
-            f"{PATH}: {source} does not fit {what}: {listed(said)}. `prx import` writes the sizes of a diffusers folder."
-        )
+        raise UserError(f"{PATH}: {source} does not fit {what}: {listed(said)}. {remedy}")
 
 
-def _load_encoder(network: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+def _load_encoder(network: nn.Module, weights: dict[str, Tensor], source: str, remedy: str) -> None:
     first: dict[int, str] = {}  # of tied tensors, which may be saved under one name or several: the first, which is averaged
     own, given = dict[str, Tensor](), dict[str, Tensor]()
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}  # of several, some may be
@@ -111,7 +170,7 @@ def _load_encoder(network: nn.Module, weights: dict[str, Tensor], source: str) -
         if name in weights:
             given.setdefault(kept, weights[name])
     strange = {name: tensor for name, tensor in weights.items() if name not in network.state_dict()}
-    _compare(_shapes(given | strange), _shapes(own), source, "model.text_encoder")
+    _compare(_shapes(given | strange), _shapes(own), source, "model.text_encoder", remedy)
     network.load_state_dict(given, strict=False)
 
 
@@ -131,9 +190,10 @@ def check_init_from(source: str, backbone: nn.Module | None) -> str:
         path = located.path / "transformer" if located.kind == "diffusers" else located.path
         shapes, _ = split_parts(safetensors_shapes(path))
         if backbone is not None:
-            _check_class(source, backbone)
+            _check_class(source, located, backbone)
     if backbone is not None:
-        _compare(diffusers_folder.of_backbone(backbone, shapes), _shapes(backbone.state_dict()), source, "model.backbone")
+        theirs, ours = diffusers_folder.of_backbone(backbone, shapes), _shapes(backbone.state_dict())
+        _compare(theirs, ours, source, "model.backbone", _remedy(located))
     return f"{source} has its {len(shapes)} tensors"
 
 

@@ -40,6 +40,7 @@ _HARMLESS: list[Any] = [
     *{type(np.dtype(kind)) for kind in ("u4", "u8", "i4", "i8", "f4", "f8")},
     *((_reconstruct, f"{module}._reconstruct") for module in ("numpy._core.multiarray", "numpy.core.multiarray")),
 ]
+STAGES = "ProgressiveResolution"  # as Composer calls an algorithm's state: by its class
 _METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _METADATA_NAMES = {
     ("torch", "Size"),
@@ -59,12 +60,14 @@ class SavedState:
         average: names → averaged weights; empty before EMA began, or without it.
         timestamp: Composer's, as it saves it: `batch`, `sample`, `epoch` …
         clock: `elapsed` seconds and `fraction` of the time budget.
+        stage: of `progressive_resolution` that the last step was of, from 0 on; None without it.
     """
 
     model: dict[str, Tensor]
     average: dict[str, Tensor] = field(default_factory=dict)
     timestamp: dict[str, Any] = field(default_factory=dict)
     clock: dict[str, float] = field(default_factory=dict)
+    stage: int | None = None
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> SavedState:
@@ -107,13 +110,19 @@ def not_finite_in(checkpoint: Checkpoint) -> str | None:
 def _read_file(path: Path) -> SavedState:
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
     callbacks = state.get("callbacks", {})
-    average = callbacks.get("AverageState", {}).get("average", {}) if _average_began(state.get("algorithms", [])) else {}
+    algorithms = dict(state.get("algorithms", []))
+    average = callbacks.get("AverageState", {}).get("average", {}) if _average_began(algorithms) else {}
     timestamp = state.get("timestamp", {}).get("Timestamp", {})
-    return SavedState(state["model"], average, timestamp, callbacks.get("TrainingClock", {}))
+    return SavedState(state["model"], average, timestamp, callbacks.get("TrainingClock", {}), _stage(algorithms))
 
 
-def _average_began(algorithms: Any) -> bool:
-    return any(name == "EMA" and state.get("started") for name, state in algorithms)
+def _average_began(algorithms: Mapping[str, Any]) -> bool:
+    return bool(algorithms.get("EMA", {}).get("started"))
+
+
+def _stage(algorithms: Mapping[str, Any]) -> int | None:
+    stages = algorithms.get(STAGES)
+    return None if stages is None else int(stages["current"]) - bool(stages["switching"])  # to a stage without a step yet
 
 
 class _Reader(FileSystemReader):
@@ -175,9 +184,10 @@ def _read_shards(folder: Path) -> SavedState:
         warnings.simplefilter("ignore")  # that no process group is used, which is what is asked for
         load_sharded(wanted, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
     parts = {part: below(wanted, prefix) for part, prefix in _PARTS.items()}
-    if not _average_began(wanted.get("state.algorithms") or []):
+    algorithms = dict(wanted.get("state.algorithms") or [])
+    if not _average_began(algorithms):
         parts["average"] = {}
-    return SavedState(**parts)
+    return SavedState(**parts, stage=_stage(algorithms))
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -340,17 +350,15 @@ class PartWeights:
     wrong: str | None
 
 
-def read_parts(source: str, with_encoder: bool) -> PartWeights:
+def read_parts(located: Located, with_encoder: bool) -> PartWeights:
     """Read the weights of a model's parts; of a run, the averaged ones, if it has them.
 
     Args:
-        source: whatever `locate` finds.
         with_encoder: whether a text encoder is read that lies in files of its own.
 
     Raises:
         UserError: nothing is there, it is damaged, or it has adapters beside its weights.
     """
-    located = locate(source)
     if located.kind == "diffusers":
         text = located.path / "text_encoder"
         backbone = read_safetensors(located.path / "transformer")

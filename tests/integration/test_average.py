@@ -161,6 +161,8 @@ def test_the_average_is_torchs_mean_whatever_the_order_and_one_checkpoint_is_its
     assert_equal(state_of(tmp_path / "some", 6)["model"], mean_of(models[1:3]))
     prx("average", run, "--to", "7ba", "--last", 1, "--output", tmp_path / "six")
     assert_equal(state_of(tmp_path / "six", 6)["model"], models[2])
+    prx("average", run, "--to", 4, "--output", tmp_path / "small")
+    assert load_trained(str(tmp_path / "small")).image_size == 8, "as its checkpoints, of the first stage"
 
 
 def test_averages_are_averaged_when_they_are_asked_for(run: Path, tmp_path: Path) -> None:

@@ -178,6 +178,9 @@ def test_stored_embeddings_of_another_encoder_are_refused_by_name(recipe: Recipe
         build_trainer(config.load([file, "train_loader.text_embedding=text", "model.text_encoder.max_tokens=12", "run_name=b"]))
     with pytest.raises(UserError, match=r"text_embedding: nothing is stored in .*prx encode text.*There is: text.*text"):
         build_trainer(config.load([file, "train_loader.text_embedding=txet", "run_name=c"]))
+    other = ["train_loader.text_embedding=text", "train_loader.captions={short_caption: 1}", "run_name=d"]
+    with pytest.raises(UserError, match=r"nothing is stored in \S*/short_caption; .* What has that name is of caption alone\.$"):
+        build_trainer(config.load([file, *other]))
 
 
 def test_going_on_with_other_settings_is_refused(recipe: Recipe, write_recipe: Write) -> None:

@@ -326,7 +326,8 @@ def test_an_exported_model_has_the_validation_loss_of_its_run(held_out: Path, tm
     prx("export", held_out / "runs" / "run", "--output", exported, "--no-samples")
     measure = ("--metrics", "validation_loss", "--device", "cpu", "--output", output)
     assert "has no eval_loader; name what was kept out" in prx("evaluate", exported, *measure, code=1)
-    prx("evaluate", exported, *measure, "--data", held_out / "data", "--split", "heldout")
+    said = prx("evaluate", exported, *measure, "--data", held_out / "data", "--split", "heldout")
+    assert "- Weights exported: SHA-256" in said, "of which batch they are, an export doesn't say"
     assert losses(output) == pytest.approx(logged(held_out), rel=1e-5)
 
 

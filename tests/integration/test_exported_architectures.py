@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +167,31 @@ def test_what_was_exported_is_opened_imported_and_trained_on_from(name: str, tmp
     assert f"diffusers' class {name}" in (tmp_path / "out" / "README.md").read_text()
     write_fragment(folder, tmp_path / "on.yaml")
     spec = yaml.safe_load((tmp_path / "on.yaml").read_text())["model"]
-    assert spec["flow"] == FLOW and spec["backbone"]["class"] == name and spec["init_from"] == folder
+    assert (
+        spec["flow"] == {"name": "flow_matching", **asdict(model.flow)}
+        and spec["backbone"]["class"] == name
+        and spec["init_from"] == folder
+    )
     again = ModelParts({"name": "text_to_image", **spec}, 0, tmp_path).model.eval()
     assert not torch.equal(drawn(again, side), expected), "of its first, random weights"
     check_init_from(folder, again.backbone)
     initialise(again, folder)
     assert torch.equal(drawn(again, side), expected)
+
+
+def test_an_export_of_a_recipe_that_leaves_the_flow_to_its_default_is_opened_and_imported(tmp_path: Path) -> None:
+    encoder: Any = t5()
+    made = DiffusersBackbone(**{"class": "PixArtTransformer2DModel"}, **of_pixels("PixArtTransformer2DModel"))
+    spec = {"name": "text_to_image", "text_encoder": said(encoder)}
+    (tmp_path / "out").mkdir()
+    recipe = {"image_size": 32, "model": spec}
+    write_own_class(Trained(TextToImage(made, encoder).eval(), Path("run"), "raw", 32, recipe=recipe), tmp_path / "out")
+    assert load_trained(str(tmp_path / "out")).model.flow == FlowMatching()
+    write_fragment(str(tmp_path / "out"), tmp_path / "on.yaml")
+    assert yaml.safe_load((tmp_path / "on.yaml").read_text())["model"]["flow"] == {
+        "name": "flow_matching",
+        **asdict(FlowMatching()),
+    }
 
 
 @pytest.mark.parametrize("name", ["AuraFlow", "Sana"])

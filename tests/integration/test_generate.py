@@ -67,6 +67,12 @@ def test_it_draws_what_the_run_itself_drew_last(trained: Path, tmp_path: Path) -
     assert (tmp_path / "grid.png").exists()
 
 
+def test_a_checkpoint_is_drawn_at_the_size_that_it_was_trained_at(trained: Path) -> None:
+    """The stage of 8 px ends with batch 4, which is of it."""
+    sizes = [load_trained(str(trained / "checkpoints" / f"ba{batch}")).image_size for batch in (2, 4, 6, 8)]
+    assert sizes == [8, 8, 16, 16]
+
+
 def test_an_image_depends_on_its_prompt_and_seed_and_not_on_its_batch(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join([PROMPTS[0], "", json.dumps({"prompt": PROMPTS[1]}), json.dumps(PROMPTS[2])]))
     options = ("--steps", 3, "--size", "16x24", "--no-grid")

@@ -231,6 +231,17 @@ def test_without_a_change_the_next_rate_is_the_checkpoints_to_the_bit(begun: tup
     trainer.close()
 
 
+def test_stages_that_are_new_to_a_run_begin_with_the_one_whose_time_it_is(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    stages = tiny_recipe["algorithms"].pop("progressive_resolution")["stages"]
+    ends = [stage | {"until": until} for stage, until in zip([stages[0], *stages], ("1ba", "2ba", "6ba"), strict=True)]
+    path = write_recipe(tiny_recipe | {"autoresume": True, "max_duration": "4ba"})
+    assert main([path]) == 0
+    change = f"algorithms.progressive_resolution={json.dumps({'stages': [*ends, stages[0] | {'until': None}]})}"
+    assert main([path, "max_duration=8ba", change, "resume.allow=[algorithms.progressive_resolution]"]) == 0
+    rows = read_metrics(folder_of(tiny_recipe) / "metrics.jsonl")
+    assert {row["batch"]: row["stage/image_size"] for row in rows if row["batch"] > 4} == {5: 16, 6: 16, 7: 8, 8: 8}
+
+
 def test_an_average_that_is_new_to_a_run_begins_with_its_weights(begun: tuple[Recipe, Path], tmp_path: Path) -> None:
     recipe, _ = begun
     shutil.copytree(recipe["run_folder"], tmp_path / "run")

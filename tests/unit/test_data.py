@@ -373,6 +373,23 @@ def test_a_folder_of_ones_own_images_becomes_a_data_set(tmp_path: Path) -> None:
     assert len(captions) == 24 and captions < {f"picture {index}" for index in range(30)}
 
 
+@pytest.mark.parametrize("name", ["image", "key", "width"])
+def test_text_that_would_take_the_place_of_a_column_is_refused(tmp_path: Path, name: str) -> None:
+    folder = folder_of_images(tmp_path / "photos")
+    lines = [json.loads(line) | {name: "x"} for line in (folder / "captions.jsonl").read_text().splitlines()]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=f"captions: '{name}' is the name of another column"):
+        prepare(tmp_path / "d", FolderSource(str(folder), image_size=32, multiple=4), {})
+
+
+def test_images_without_a_caption_are_counted_before_they_are_trained_on(tmp_path: Path) -> None:
+    folder = folder_of_images(tmp_path / "photos")
+    with (folder / "captions.jsonl").open("a") as file:
+        file.write('\n{"file": "1.jpg", "caption": ""}\n{"file": "2.jpg", "caption": " \\n"}')
+    (note,) = FolderSource(str(folder), image_size=32, multiple=4).notes
+    assert "caption is empty for 2 of 32 images" in note
+
+
 def test_a_photo_lying_on_its_side_goes_to_the_bucket_it_is_seen_in(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     exif = Image.Exif()

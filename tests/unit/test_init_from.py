@@ -1,6 +1,7 @@
 """Training begins with the weights that `model.init_from` names."""
 
 import copy
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -92,6 +93,45 @@ def test_a_run_is_begun_with_another_run_s_average_its_tied_weights_too(
     for name, tensor in average.state_dict().items():
         assert torch.equal(tensor, target.state_dict()[name]), name
     assert not torch.equal(plain.text_encoder.encoder.shared.weight, average.text_encoder.encoder.shared.weight)
+
+
+def test_what_a_run_s_weights_mean_otherwise_is_said_and_the_advice_keeps_its_words(
+    tiny_recipe: Recipe, write_recipe: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Words that are random vectors are another seed's, or others' of other captions, though every weight fits."""
+    tiny_recipe["model"]["text_encoder"]["trainable"] = False
+    path = write_recipe(tiny_recipe | {"algorithms": {}, "max_duration": "1ba", "preflight": False})
+    run(config.load([path]))
+    begun = f"model.init_from={folder_of(tiny_recipe)}"
+
+    def embedding(*changes: str) -> torch.Tensor:
+        caplog.clear()
+        trainer = build_trainer(config.load([path, "run_name=second", begun, *changes]))
+        model: Any = trainer.state.model
+        trainer.close()
+        return model.encode_prompts(["red"], torch.device("cpu")).embedding[0, 0]
+
+    words, task = "other words than model.text_encoder makes", "was trained with model.flow"
+    own = embedding()
+    assert words not in caplog.text and task not in caplog.text
+    embedding("model.flow.prediction=v")
+    assert task in caplog.text and words not in caplog.text
+    for change in ("seed=9", "train_loader.captions={short_caption: 1}", "model.text_encoder.config.initializer_factor=2.0"):
+        assert not torch.equal(embedding(change), own) and words in caplog.text and task not in caplog.text
+        advice = shlex.split(caplog.text.partition("keep its own, add  ")[2].splitlines()[0])
+        if not change.startswith("model"):
+            assert torch.equal(embedding(change, *advice), own) and words not in caplog.text
+
+
+def test_a_run_with_other_words_is_refused_with_what_takes_its_words(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    """Its text encoder is trained along, and the captions of the second run have another number of words."""
+    path = write_recipe(tiny_recipe | {"algorithms": {}, "max_duration": "1ba", "preflight": False})
+    run(config.load([path]))
+    second = [path, "run_name=second", f"model.init_from={folder_of(tiny_recipe)}", "train_loader.captions={short_caption: 1}"]
+    with pytest.raises(UserError, match=r"does not fit model\.text_encoder: shared\.weight is .* has its sizes, and ") as refused:
+        build_trainer(config.load(second))
+    (words,) = [word for word in str(refused.value).split() if word.startswith("model.text_encoder.tokenizer=")]
+    build_trainer(config.load([*second, "run_name=third", words])).close()
 
 
 def test_sizes_that_differ_are_named_by_parameter_before_anything_is_trained(

@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from prx_composer.algorithms.lora import LoRA
+from prx_composer.algorithms.resolution import ResolutionAware
 from prx_composer.algorithms.token_routing import SPRINT
 from prx_composer.cli import app
-from prx_composer.commands.export.pipeline import write_pipeline, written_aside
+from prx_composer.commands.export.pipeline import write_adapters, write_pipeline, written_aside
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
 from prx_composer.models.counting import flops_of_backbone
@@ -289,6 +290,14 @@ def test_adapters_are_exported_from_runs_that_have_them_and_no_run_begins_with_t
         build_trainer(config.load([write_recipe(second)]))
     second["model"]["init_from"] = str(exported(folder_of(recipe), tmp_path / "merged", "--no-samples"))
     build_trainer(config.load([write_recipe(second)]))
+
+
+def test_adapters_that_are_not_all_that_was_trained_are_not_exported_alone(tiny_model: Build, tmp_path: Path) -> None:
+    model = tiny_model(trainable_text=False)
+    attach(model, AdamW(model), LoRA(rank=2), ResolutionAware())
+    with pytest.raises(UserError, match="--format lora: run trained resolution_embedder of the backbone beside its adapters"):
+        write_adapters(Trained(model, Path("run"), "raw", 16), tmp_path, "title", None)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long

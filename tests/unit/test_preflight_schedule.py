@@ -110,6 +110,8 @@ def test_epochs_are_compared_when_the_data_are_known(plain: Recipe, write_recipe
             "save_num_checkpoints_to_keep: 0 would leave none to go on from; give at least 1, or -1",
         ),
         ("save_num_checkpoints_to_keep=-2", "save_num_checkpoints_to_keep: -2 would leave none"),
+        ("eval_subset_num_batches=0", "eval_subset_num_batches: 0 would measure nothing; give at least 1, or -1 for all"),
+        ("eval_subset_num_batches=-3", "eval_subset_num_batches: -3 would measure nothing"),
     ],
 )
 def test_numbers_with_which_nothing_is_trained_or_kept_are_refused(
@@ -119,6 +121,19 @@ def test_numbers_with_which_nothing_is_trained_or_kept_are_refused(
     (problem,) = refused(path, change)
     assert said in problem and main([path, change]) == 1 and said in capsys.readouterr().err
     assert not Path(plain["run_folder"].replace("${run_name}", "tiny")).exists()
+
+
+def test_a_number_that_the_optimizer_refuses_is_found_without_a_step(plain: Recipe, write_recipe: Write) -> None:
+    found = check_recipe(config.load([write_recipe(plain), "optimizer.weight_decay=-1"]), step=False)
+    assert [result.text for result in found if result.mark == "✗"] == ["optimizer: Invalid weight_decay value: -1"]
+
+
+def test_digits_that_the_model_cannot_draw_are_found_before_it_is_trained(
+    plain: Recipe, write_recipe: Write, capsys: Any
+) -> None:
+    path = write_recipe(plain | {"image_size": 16, "callbacks": {"digits_score": {}}})
+    assert main([path, "model.backbone.patch_size=16"]) == 1
+    assert "callbacks.digits_score: 8×8 is not divisible by 16" in capsys.readouterr().err
 
 
 def pictures(folder: Path, count: int) -> str:
@@ -157,3 +172,36 @@ def test_a_later_stage_with_a_batch_that_large_is_refused_too(plain: Recipe, wri
         assert main([path, *options]) == 1
         error = capsys.readouterr().err
         assert "stages[1]." in error and "global_train_batch_size: 640 is more than the" in error
+
+
+ROUTED = {"start_block": 0, "end_block": 1, "rate": 0.5}
+SIZES = [
+    {"until": "6ba", "image_size": 8, "global_train_batch_size": 48},
+    {"image_size": 16, "global_train_batch_size": 48},
+]
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "said"),
+    [
+        ({"tread": ROUTED | {"start": "6ba"}}, "tread: it never begins, since its start (6ba) is not before the end of the run"),
+        ({"tread": ROUTED | {"start": "4ba", "end": "0.5dur"}}, None),
+        (
+            {"tread": ROUTED | {"start": "4ba", "end": "3ba"}},
+            "tread: it never begins, since its end (3ba) is not after its start",
+        ),
+        ({"tread": ROUTED | {"start": "9ba or 0.5dur"}}, None),
+        ({"tread": ROUTED | {"start": "2ep"}}, None),
+        ({"ema": {"half_life": "2ba", "start": "1dur"}}, "ema: it never begins"),
+        (
+            {"timestep_phases": {"phases": [{"until": "9ba", "logit_mean": 1.0}, {}]}},
+            "timestep_phases.phases[1]: it never begins",
+        ),
+        ({"progressive_resolution": {"stages": SIZES}}, "progressive_resolution.stages[1]: it never begins"),
+    ],
+)
+def test_what_of_a_schedule_never_comes_is_said(algorithms: Any, said: str | None, plain: Recipe, write_recipe: Write) -> None:
+    found = check_config(config.load([write_recipe(plain | {"algorithms": algorithms})]))
+    warned = [result.text for result in found if result.mark == "!" and "never begins" in result.text]
+    assert len(warned) == (said is not None) and all(text.startswith(f"algorithms.{said}") for text in warned)
+    assert not any(result.mark == "✗" for result in found)

@@ -192,6 +192,15 @@ def test_the_advice_of_a_refusal_works_when_it_is_followed(name: str, started: s
     assert loaded.run_name == "NEW" and not Path(loaded.run_folder).exists()
 
 
+def test_advice_that_is_added_takes_back_nothing_that_was_allowed(started: str) -> None:
+    """Of two lists on a command line the last one counts."""
+    arguments = ["optimizer.lr=1e-4", "model.caption_dropout=0.2", "resume.allow=[optimizer.lr]"]
+    with pytest.raises(UserError, match="what differs: model.caption_dropout") as refused:
+        compare(started, *arguments)
+    typed = shlex.split(_line(str(refused.value), "To go on with the new values from here: add  "))
+    assert len(compare(started, *arguments, *typed)) == 2
+
+
 def _line(message: str, beginning: str) -> str:
     found = [line.removeprefix(beginning) for line in message.splitlines() if line.startswith(beginning)]
     assert len(found) == 1, message

@@ -11,6 +11,7 @@ from hostile import command, write_run
 from safetensors.torch import load_file, save_file
 
 from prx_composer.callbacks.drawings import DigitsScore, GenerationMetrics, Images, ShapesScore
+from prx_composer.callbacks.monitors import SpeedMonitor
 from prx_composer.commands.export.pipeline import write_pipeline, written_aside
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
@@ -132,6 +133,21 @@ def test_a_guidance_scale_that_means_nothing_is_refused_everywhere(
     ):
         with pytest.raises(ValueError, match="guidance_scale must be a number from 1 on"):
             callback()
+
+
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        (lambda: Images(["x"], "runs", 16, num_inference_steps=0), "num_inference_steps must be at least 1, not 0"),
+        (lambda: DigitsScore(images=0), "the number of images must be at least 1, not 0"),
+        (lambda: ShapesScore({"name": "shapes"}, 16, images_per_prompt=0), "the number of images must be at least 1"),
+        (lambda: ShapesScore({"name": "shapes"}, 16, images_per_prompt_during=0), "images_per_prompt_during must be at least 1"),
+        (lambda: SpeedMonitor(window_size=0), "window_size must be at least 1, not 0"),
+    ],
+)
+def test_what_would_end_a_run_when_it_draws_or_measures_is_refused_before(callback: Callable[[], Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        callback()
 
 
 def test_guidance_by_an_empty_caption_that_was_never_trained_is_said(

@@ -260,11 +260,17 @@ def write_adapters(trained: Trained, folder: Path, title: str, licence: str | No
         title, licence: of the card; a licence of None is left open.
 
     Raises:
-        UserError: the model has no adapters.
+        UserError: the model has no adapters, or was trained in more than them.
     """
     backbone: Any = trained.model.backbone
     if not is_adapted(backbone):
         raise UserError(f"--format lora: {trained.source} is not of a run with algorithms.lora; leave the option out.")
+    trained_too = (name for name, weight in backbone.named_parameters() if weight.requires_grad and ".lora_" not in name)
+    if beside := dict.fromkeys(name.partition(".")[0] for name in trained_too):
+        raise UserError(
+            f"--format lora: {trained.source} trained {', '.join(beside)} of the backbone beside its adapters, whose files have "
+            "no place for that. Leave the option out, or train without the algorithm that adds it."
+        )
     from peft import get_peft_model_state_dict
 
     base, of_hub = public_name(str(((trained.recipe or {}).get("model") or {}).get("init_from") or "its base"))

@@ -22,7 +22,7 @@ from prx_composer.common.errors import Problems, UserError, at_path, problems_of
 from prx_composer.models.caption_format import Cleaning, cleaner
 from prx_composer.models.text_to_image import check_text
 from prx_composer.recipe.arguments import entries, text_encoders
-from prx_composer.recipe.checks import argument_problems, setting_problems
+from prx_composer.recipe.checks import argument_problems, never_open, setting_problems
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import batch_problems, image_size_problems, schedule_problems
 from prx_composer.runs.model_parts import UnknownNetwork
@@ -233,10 +233,15 @@ def _check_tricks(parts: Components, settings: list[str]) -> Iterator[Result]:
 
 @collected
 def _advice(parts: Components) -> Iterator[Result]:
-    """Ask tricks what should be known of them at the image sizes of this run."""
+    """Ask tricks what should be known of them at the image sizes of this run, and say what of a schedule never comes."""
+    windows = {stage.path.rstrip("."): stage.window for stage in parts.stages}
     for trick in parts.algorithms.values():
         if isinstance(trick, Trick):
+            windows |= {f"algorithms.{name}": window for name, window in trick.windows.items()}
             yield from (warned(f"algorithms.{trick.name}", said) for said in trick.advise(parts.stages))
+    for path, window in windows.items():
+        if said := never_open(window, vars(parts.recipe)):
+            yield warned(path, said)
 
 
 @collected

@@ -65,6 +65,8 @@ def check_storage(parts: Components) -> Iterator[Result]:
             planned = MetaModel(recipe)
         except (ValueError, OSError) as error:
             yield skipped("disk and host memory", f"the size of a checkpoint is not known ({error})")
+            if str(error).startswith("optimizer"):  # which is made here first, and nowhere else without a step
+                yield failed(str(error))
             return
         yield from _check_room(recipe, folder, training_state(planned).checkpoint)
         yield _check_host_memory(recipe, planned, parts.num_ranks)
