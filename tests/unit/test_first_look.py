@@ -200,8 +200,13 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["time_budget: a budget must be more than nothing", "scheduler.t_warmup: expected a string, not 20. A time has a unit"],
     ),
     "absent code": (
-        ["code_paths=[mine.py, yours.py]", "sead=1"],
-        ["code_paths[0]: there is no Python file mine.py", "code_paths[1]: there is no", "sead: no such key"],
+        ["code_paths=[mine.py, yours.py]", "sead=1", "algorithms.mine={}", "optimizer.lrr=1"],
+        [
+            "code_paths[0]: there is no Python file mine.py",
+            "code_paths[1]: there is no",
+            "sead: no such key",
+            "optimizer.lrr: no",
+        ],
     ),
     "epochs of stages": (["max_duration=3ep"], [f"max_duration: 3ep cannot be in epochs with {STAGES}"]),
     "a warm-up of another kind": (
@@ -263,6 +268,28 @@ def test_with_ones_own_code_components_are_left_until_it_is_imported(
     arguments = [write_recipe(tiny_recipe), f"code_paths=[{tmp_path}/mine.py]", "algorithms.mine={}"]
     assert not found(arguments)
     assert found([*arguments, "seed=-1", "sead=1"]) == found(["yamls/quickstart.yaml", "seed=-1", "sead=1"])
+
+
+@pytest.mark.parametrize("broken", ["a file that isn't there", "a file that fails"])
+def test_code_that_cannot_be_imported_hides_no_other_mistake(
+    broken: str, tiny_recipe: dict[str, Any], write_recipe: Write, tmp_path: Path
+) -> None:
+    if broken == "a file that fails":
+        (tmp_path / "broken.py").write_text("raise RuntimeError('unfinished')")
+    good = "from prx_composer import registry\n@registry.callbacks.register('good')\ndef good(every: int = 1): ...\n"
+    (tmp_path / "good.py").write_text(good)
+    kinds = (*registry.BY_KEY, *(f"model.{kind}" for kind in ("backbone", "text_encoder", "autoencoder")), "train_loader.source")
+    for kind in (*kinds, "algorithms", "callbacks", "loggers"):
+        named = f"{kind}={{name: mine, a: 1}}" if kind in kinds else f"{kind}.mine={{a: 1}}"
+        other = "precision=double" if kind.startswith("train_loader") else "train_loader.pth=data"
+        files = f"code_paths=[{tmp_path}/broken.py, {tmp_path}/good.py]"
+        path = write_recipe(tiny_recipe)
+        said = list(check_lines([path, files, named, other, "callbacks.good.evry=2"], 1, False, True))
+        assert len(set(said)) == len(said)
+        paths = {line.partition(": ")[0] for line in said if line[0] == "✗"}
+        assert paths == {"✗ code_paths[0]", "✗ callbacks.good.evry", f"✗ {other.partition('=')[0]}"}, kind
+        where = named.partition("=")[0]
+        assert any(line.startswith(f"– {where}: not checked here, because the code that") for line in said), kind
 
 
 @pytest.mark.parametrize(
