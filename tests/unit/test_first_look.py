@@ -280,7 +280,7 @@ def test_code_that_cannot_be_imported_hides_no_other_mistake(
     (tmp_path / "good.py").write_text(good)
     kinds = (*registry.BY_KEY, *(f"model.{kind}" for kind in ("backbone", "text_encoder", "autoencoder")), "train_loader.source")
     for kind in (*kinds, "algorithms", "callbacks", "loggers"):
-        named = f"{kind}={{name: mine, a: 1}}" if kind in kinds else f"{kind}.mine={{a: 1}}"
+        named = f"{kind}={{name: unseen, a: 1}}" if kind in kinds else f"{kind}.unseen={{a: 1}}"
         other = "precision=double" if kind.startswith("train_loader") else "train_loader.pth=data"
         files = f"code_paths=[{tmp_path}/broken.py, {tmp_path}/good.py]"
         path = write_recipe(tiny_recipe)
