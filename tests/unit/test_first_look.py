@@ -296,9 +296,13 @@ def test_code_that_cannot_be_imported_hides_no_other_mistake(
     ("wrong", "remedies"),
     [
         ("max_duration=20", ["max_duration=20ba", "max_duration=20ep", "max_duration=20sp"]),
+        ("max_duration=0.5", ["max_duration=1000ba", "max_duration=1000ep", "max_duration=1000sp"]),
         ("save_interval=0.5", ["save_interval=0.5dur"]),
+        ("eval_interval=1.5", ["eval_interval=1000ba", "eval_interval=1000ep", "eval_interval=1000sp", "eval_interval=0.5dur"]),
+        ("time_budget=0", ["time_budget=24h"]),
         ("time_budget=24", ["time_budget=24h", "time_budget=3d", "time_budget=90m", "time_budget=1h30m"]),
         ("run_name=2024", ["run_name='2024'"]),
+        ("algorithms.ema.half_life=5", ["algorithms.ema.half_life=5ba"]),
         ("precision=bf16", ["precision=amp_bf16"]),
         ("algorithms.ema.update_interval=10", ["algorithms.ema.update_interval=10ba"]),
     ],
@@ -308,8 +312,11 @@ def test_what_a_message_says_to_write_is_right(
 ) -> None:
     del tiny_recipe["algorithms"]["progressive_resolution"]
     path = write_recipe(tiny_recipe)
-    assert len(found([path, wrong])) == 1
+    (said,) = found([path, wrong])
+    key, _, value = wrong.partition("=")
+    assert "on the command line" not in said or f"\"{key}='{value}'\" on the command line" in said
     for remedy in remedies:
+        assert remedy.partition("=")[2] in said
         assert not found([path, remedy]), remedy
 
 
