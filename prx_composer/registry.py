@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import catalogue
 
-from prx_composer.common.errors import UserError, nearest
+from prx_composer.common.errors import UnknownName, UserError, nearest
 from prx_composer.common.outlines import CannotTell, constructor, outline
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class Registry:
                 return plug_in.find(self.kind, name)
             except LookupError as error:
                 missing += f" {error.args[0]}" if error.args else ""
-        raise UserError(missing)
+        raise UserError(UnknownName(missing))
 
     def described(self, name: str, path: str, imports: bool = True) -> Any:
         """Return what has the constructor of that name: the class, or its outline where nothing is to be imported.
@@ -260,10 +260,9 @@ def constructor_in_diffusers(name: Any, path: str) -> Callable[..., Any]:
         CannotTell: its source says it in another way.
     """
     if name not in signatures.names():
-        raise UserError(
-            f"{path}: {name!r} has no signature, which says what goes into a class of diffusers and where its blocks are."
-            f"{nearest(str(name), signatures.names())} A file that code_paths names can add one: prx_composer/models/README.md."
-        )
+        missing = f"{path}: {name!r} has no signature, which says what goes into a class of diffusers and where its blocks are."
+        missing += f"{nearest(str(name), signatures.names())} A file that code_paths names can add one: "
+        raise UserError(UnknownName(f"{missing}prx_composer/models/README.md."))
     if signatures.is_added(name) and (own := signatures.get(name, path).model) is not None:
         return constructor(own)
     package = importlib.util.find_spec("diffusers")  # imports nothing

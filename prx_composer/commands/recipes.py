@@ -40,13 +40,13 @@ def list_recipes(context: typer.Context) -> None:
 
 
 def copy_recipes(options: CopyOptions) -> None:
-    """Copy recipes, and those that they are based on, to yamls/ of this folder, where the documentation's commands find them."""
+    """Copy recipes, and what they are based on, to yamls/ of this folder, where the documentation's commands find them."""
     named, folder = _named(), installation.recipes()
     for asked in options.names:
         files = [file for name, file in named.items() if name == asked or name.startswith(f"{asked}/")]
         if not files:
             raise UserError(f"{asked}: there is no such recipe.{nearest(asked, list(named))}")
-        for file in dict.fromkeys(layer for one in files for layer in _with_bases(one)):
+        for file in dict.fromkeys(part for one in files for part in _whole(one)):
             target = Path(options.output).expanduser() / "yamls" / file.relative_to(folder)
             content = file.read_bytes()
             if target.is_file() and target.read_bytes() != content:
@@ -69,8 +69,10 @@ def _about(file: Path) -> str:
     return re.split(r"(?<=\.)\s(?=[A-Z`])|:\s(?=uv |composer )", words)[0]
 
 
-def _with_bases(file: Path) -> list[Path]:
-    """Return a recipe and, after it, those that its `base` leads to."""
-    base = yaml.safe_load(file.read_text(encoding="utf-8")).get("base") or []
+def _whole(file: Path) -> list[Path]:
+    """Return a recipe and, after it, its own code and the recipes that its `base` leads to, with theirs."""
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    base = content.get("base") or []
     lower = [file.parent / name for name in ([base] if isinstance(base, str) else base)]
-    return [file, *(layer for one in lower for layer in _with_bases(one))]
+    code = [file.parent / name for name in content.get("code_paths") or []]
+    return [file, *code, *(part for one in lower for part in _whole(one))]

@@ -23,6 +23,10 @@ class UserError(ValueError):
         self.problems = list(problems)
 
 
+class UnknownName(str):
+    """A mistake that is none if code which could not be imported registers the name."""
+
+
 def problems_of(error: UserError) -> list[str]:
     """Return the messages of an error, one per mistake."""
     return error.problems

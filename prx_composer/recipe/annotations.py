@@ -58,15 +58,16 @@ def instead_of(value: Any, options: Sequence[Any], example: Any, path: str) -> s
         return ""
     unit = _unit(example)
     if unit == "h":
-        return f" A time has a unit: write {value}h for hours, or 3d, 90m, 1h30m."
-    counts, whole = f"{value}ba (batches), {value}ep (epochs) or {value}sp (samples)", path == "max_duration"
-    said = f" A time has a unit: write {counts if isinstance(value, int) or whole else f'{value}dur (part of the run)'}."
-    if isinstance(value, int) and not whole:
-        said = f"{said[:-1]}, or 0.5dur for half of the run."
+        return f" A time has a unit: write {value if value > 0 else 24}h for hours, or 3d, 90m, 1h30m."
+    counted = int(value) if value > 0 and value % 1 == 0 else 1000
+    said = f"{counted}ba (batches), {counted}ep (epochs) or {counted}sp (samples)"
+    if path != "max_duration":
+        said = f"{value}dur (part of the run)" if 0 < value < 1 else f"{said}, or 0.5dur for half of the run"
+    said = f" A time has a unit: write {said}."
     if unit:
         return said
     key = path.rpartition(".")[2]
-    return f"{said} Any other string is quoted: {key}: '{value}' in a file, \"{key}='{value}'\" on the command line."
+    return f"{said} Any other string is quoted: {key}: '{value}' in a file, \"{path}='{value}'\" on the command line."
 
 
 def _unit(example: Any) -> str:

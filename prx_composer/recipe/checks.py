@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prx_composer import registry
-from prx_composer.common.errors import Problems, UserError, nearest, problems_of
+from prx_composer.common.errors import Problems, UnknownName, UserError, nearest, problems_of
 from prx_composer.common.outlines import CannotTell, constants, outline
 from prx_composer.recipe.arguments import check_component, data_sets, entries, provided_by, split, text_encoders
 from prx_composer.recipe.consistency import (
@@ -64,10 +64,11 @@ def first_look(values: Values, num_ranks: int) -> list[str]:
     Args:
         values: keys of a recipe whose values are of the right type; others may be left out.
     """
-    readable = not values.get("code_paths")  # which may add components, and put others in the place of ours
+    code = values.get("code_paths", [])
+    missing = [problem for index, name in enumerate(code) for problem in missing_code(name, f"code_paths[{index}]")]
+    readable = len(missing) == len(code)  # files that are there may add components, and put others in the place of ours
     problems = argument_problems(values, imports=False) if readable else time_problems(values)
-    for index, name in enumerate(values.get("code_paths", [])):
-        problems += missing_code(name, f"code_paths[{index}]")
+    problems = [problem for problem in problems if not (missing and isinstance(problem, UnknownName))] + missing
     if not any(problem.startswith("scheduler") for problem in problems) and values.keys() >= _SCHEDULE:
         problems += schedule_problems(values)
     problems += setting_problems(values, num_ranks) + batch_problems(values, num_ranks)

@@ -64,7 +64,8 @@ class Recipe:
         dist_timeout: seconds after which ranks that wait for one another give up.
         progress_bar: show one on the terminal.
         preflight: check weights, data, disk, loggers and a step of every stage before training, as `prx check` does.
-        code_paths: Python files of yours that are imported first, for what they register; from the folder of the command.
+        code_paths: Python files of yours that are imported first, for what they register. A recipe names them from where it lies
+            itself, as its `base`; a command line, from the working directory.
         variables: values of your own, which other keys use as `${variables.name}`.
         resume: `allow: [optimizer.lr, …]` names keys that may differ from those of the run that goes on.
     """

@@ -62,19 +62,39 @@ def _layers(file: str, alone: bool, above: tuple[Path, ...] = ()) -> list[DictCo
     if not all(isinstance(base, str) for base in bases):
         raise UserError(f"{file}: base must be the path of a recipe, or a list of them, not {named!r}.")
     if bases and not alone and not above:
-        _warn_of_base(file, ", ".join(bases))
+        _warn(f"{file}: its base {', '.join(bases)} is not read: what was given before it stands in its place.")
     layers = list[DictConfig]()
     for base in bases if alone else ():
         lower = Path(file).parent / base
         if not lower.is_file():
             raise UserError(f"{file}: base: there is no recipe {lower.resolve()}.")
         layers += _layers(str(lower), not layers, (*above, path))
+    if isinstance(code := own._get_node("code_paths"), ListConfig):
+        names: Any = OmegaConf.to_container(code, resolve=False)
+        own["code_paths"] = [_placed(name, file) for name in names]
     return [*layers, own]
 
 
+def _placed(name: Any, file: str) -> Any:
+    """Return where the Python file lies that a recipe's `code_paths` names: beside the recipe.
+
+    One that is only in the working directory is taken there: recipes of run folders, and older ones, name it so.
+    """
+    if not isinstance(name, str) or "${" in name or Path(name).expanduser().is_absolute():
+        return name
+    beside, here = Path(file).parent / name, Path(name)
+    if not here.is_file() or (beside.is_file() and beside.samefile(here)):
+        return str(beside)
+    if beside.is_file():
+        _warn(f"{file}: code_paths: {beside} is imported, and not the file {name} of the working directory.")
+        return str(beside)
+    _warn(f"{file}: code_paths: {name} of the working directory is imported: there is no {beside}.")
+    return name
+
+
 @functools.cache  # a recipe is read more than once
-def _warn_of_base(file: str, bases: str) -> None:
-    log.warning("%s: its base %s is not read: what was given before it stands in its place.", file, bases)
+def _warn(message: str) -> None:
+    log.warning("%s", message)
 
 
 def _is_file(argument: str, keys: Sequence[str]) -> bool:

@@ -59,7 +59,10 @@ def check_lines(arguments: list[str], num_ranks: int, config_only: bool, step: b
     from prx_composer.training.trial import check_config, check_recipe
 
     results = check_config(recipe, num_ranks) if config_only else check_recipe(recipe, num_ranks, step)
-    yield from (line for line in map(str, results) if line not in said)
+    for line in map(str, results):
+        if line not in said:
+            said.append(line)
+            yield line
 
 
 def _set_up_logging() -> None:

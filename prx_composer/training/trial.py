@@ -7,14 +7,14 @@ import copy
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prx_composer import registry
-from prx_composer.common.errors import UserError
+from prx_composer.common.errors import UnknownName, UserError
 from prx_composer.data.sources import prepare
 from prx_composer.models.counting import flops_of_backbone
 from prx_composer.recipe.arguments import text_encoders
@@ -41,21 +41,34 @@ def check_config(recipe: Recipe, num_ranks: int = 1) -> list[Result]:
     Every name and argument is bound against its constructor, and what costs nothing is built: the backbone without storage,
     the scheduler, algorithms and callbacks. Batches must divide over `num_ranks`, and image sizes into patches.
     """
-    return _examine(recipe, num_ranks)[0]
+    results, _, whole = _examine(recipe, num_ranks)
+    return _judged(results, whole)
 
 
-def _examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components | None]:
-    try:
-        registry.import_code(recipe.code_paths)
-    except UserError as error:
-        problem = str(error)
-    except Exception as error:  # whatever the user's code raises; what it registers may be named anywhere
-        log.warning("code_paths cannot be imported", exc_info=True)
-        problem = f"code_paths: importing them fails with {error!r}."
-    else:
-        results, parts = examine(recipe, num_ranks)
-        return [*results, *check_callbacks(parts)], parts
-    return [failed(problem), skipped("the rest", "it may need that code")], None
+def _examine(recipe: Recipe, num_ranks: int) -> tuple[list[Result], Components, bool]:
+    """Return what the recipe itself tells, its components, and whether all of its code could be imported."""
+    unread = list[str]()
+    for path, name in ((f"code_paths[{index}]", name) for index, name in enumerate(recipe.code_paths)):
+        try:
+            registry.import_code([name], path)
+        except UserError as error:
+            unread.append(str(error))
+        except Exception as error:  # whatever the user's code raises
+            log.warning("%s cannot be imported", name, exc_info=True)
+            unread.append(f"{path}: importing {name} fails with {error!r}.")
+    results, parts = examine(recipe, num_ranks)
+    return [*map(failed, unread), *results, *check_callbacks(parts)], parts, not unread
+
+
+def _judged(results: Iterable[Result], whole: bool) -> list[Result]:
+    """Return the results; if not all code could be imported, a name that is unknown is no mistake yet."""
+    judged = list[Result]()
+    for result in results:
+        if isinstance(result.text, UnknownName) and not whole:
+            path, _, unknown = result.text.partition(": ")
+            result = skipped(path, f"the code that cannot be imported may register it. Else {unknown}")
+        judged.append(result)
+    return judged
 
 
 def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Iterator[Result]:
@@ -65,17 +78,15 @@ def check_recipe(recipe: Recipe, num_ranks: int = 1, step: bool = True) -> Itera
         num_ranks: GPUs that will train it.
         step: also make one forward and backward pass of every stage, if this machine can.
     """
-    results, parts = _examine(recipe, num_ranks)
-    yield from results
-    if parts is None:
-        return
+    found, parts, whole = _examine(recipe, num_ranks)
+    yield from (results := _judged(found, whole))
     recipe = parts.recipe
     others = [
         *check_surroundings(parts),
         *check_captions(parts),
         *check_gpus(recipe, parts.algorithms.values(), 0, num_ranks),
     ]
-    yield from others
+    yield from (others := _judged(others, whole))
     if step and any(result.mark == "✗" for result in [*results, *others]):
         yield skipped("step", "what is wrong above must be mended first")
     elif step:

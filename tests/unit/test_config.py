@@ -71,6 +71,38 @@ def test_what_is_given_before_a_recipe_stands_in_for_its_base_and_it_is_said(
     assert [f"{over}: its base base.yaml is not read" in message for message in caplog.messages] == [True]
 
 
+def test_a_recipe_s_own_code_is_looked_for_beside_it(
+    tiny_recipe: dict[str, Any],
+    write_recipe: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def code(*arguments: str) -> list[str]:
+        return config.load(list(arguments)).code_paths
+
+    for folder in ("lower", "upper", "stands"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "stands")
+    (tmp_path / "lower" / "mine.py").touch()
+    low = write_recipe(tiny_recipe | {"code_paths": ["mine.py", "/elsewhere/other.py"]}, "lower/low.yaml")
+    top = write_recipe({"base": "../lower/low.yaml", "run_name": "top"}, "upper/top.yaml")
+    there, other = f"{tmp_path}/lower/mine.py", "/elsewhere/other.py"
+    assert code(low) == [there, other] and code("../lower/low.yaml") == ["../lower/mine.py", other]
+    (lower, _) = code(top)
+    assert Path(lower).samefile(there), "a base's code lies beside the base"
+    assert code(low, "code_paths=[mine.py]") == ["mine.py"], "on a command line it is of the working directory"
+    assert not caplog.messages
+    Path("mine.py").touch()
+    assert code(low) == [there, other], "one that is in the working directory too isn't taken unsaid"
+    assert [f"{there} is imported, and not the file mine.py of the working directory" in line for line in caplog.messages] == [
+        True
+    ]
+    saved = write_recipe(tiny_recipe | {"code_paths": ["mine.py"]}, "upper/config.yaml")
+    assert code(saved) == ["mine.py"], "a run folder names it as it was found from the working directory"
+    assert "mine.py of the working directory is imported: there is no" in caplog.messages[-1]
+
+
 def test_a_base_on_the_command_line_is_refused_with_what_to_write(tiny_recipe: dict[str, Any], write_recipe: Write) -> None:
     with pytest.raises(UserError, match=r"base is a line of a recipe's file\. Here give the files themselves"):
         config.load([write_recipe(tiny_recipe), "base=other.yaml"])

@@ -200,8 +200,13 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["time_budget: a budget must be more than nothing", "scheduler.t_warmup: expected a string, not 20. A time has a unit"],
     ),
     "absent code": (
-        ["code_paths=[mine.py, yours.py]", "sead=1"],
-        ["code_paths[0]: there is no Python file mine.py", "code_paths[1]: there is no", "sead: no such key"],
+        ["code_paths=[mine.py, yours.py]", "sead=1", "algorithms.mine={}", "optimizer.lrr=1"],
+        [
+            "code_paths[0]: there is no Python file mine.py",
+            "code_paths[1]: there is no",
+            "sead: no such key",
+            "optimizer.lrr: no",
+        ],
     ),
     "epochs of stages": (["max_duration=3ep"], [f"max_duration: 3ep cannot be in epochs with {STAGES}"]),
     "a warm-up of another kind": (
@@ -265,13 +270,39 @@ def test_with_ones_own_code_components_are_left_until_it_is_imported(
     assert found([*arguments, "seed=-1", "sead=1"]) == found(["yamls/quickstart.yaml", "seed=-1", "sead=1"])
 
 
+@pytest.mark.parametrize("broken", ["a file that isn't there", "a file that fails"])
+def test_code_that_cannot_be_imported_hides_no_other_mistake(
+    broken: str, tiny_recipe: dict[str, Any], write_recipe: Write, tmp_path: Path
+) -> None:
+    if broken == "a file that fails":
+        (tmp_path / "broken.py").write_text("raise RuntimeError('unfinished')")
+    good = "from prx_composer import registry\n@registry.callbacks.register('good')\ndef good(every: int = 1): ...\n"
+    (tmp_path / "good.py").write_text(good)
+    kinds = (*registry.BY_KEY, *(f"model.{kind}" for kind in ("backbone", "text_encoder", "autoencoder")), "train_loader.source")
+    for kind in (*kinds, "algorithms", "callbacks", "loggers"):
+        named = f"{kind}={{name: unseen, a: 1}}" if kind in kinds else f"{kind}.unseen={{a: 1}}"
+        other = "precision=double" if kind.startswith("train_loader") else "train_loader.pth=data"
+        files = f"code_paths=[{tmp_path}/broken.py, {tmp_path}/good.py]"
+        path = write_recipe(tiny_recipe)
+        said = list(check_lines([path, files, named, other, "callbacks.good.evry=2"], 1, False, True))
+        assert len(set(said)) == len(said)
+        paths = {line.partition(": ")[0] for line in said if line[0] == "✗"}
+        assert paths == {"✗ code_paths[0]", "✗ callbacks.good.evry", f"✗ {other.partition('=')[0]}"}, kind
+        where = named.partition("=")[0]
+        assert any(line.startswith(f"– {where}: not checked here, because the code that") for line in said), kind
+
+
 @pytest.mark.parametrize(
     ("wrong", "remedies"),
     [
         ("max_duration=20", ["max_duration=20ba", "max_duration=20ep", "max_duration=20sp"]),
+        ("max_duration=0.5", ["max_duration=1000ba", "max_duration=1000ep", "max_duration=1000sp"]),
         ("save_interval=0.5", ["save_interval=0.5dur"]),
+        ("eval_interval=1.5", ["eval_interval=1000ba", "eval_interval=1000ep", "eval_interval=1000sp", "eval_interval=0.5dur"]),
+        ("time_budget=0", ["time_budget=24h"]),
         ("time_budget=24", ["time_budget=24h", "time_budget=3d", "time_budget=90m", "time_budget=1h30m"]),
         ("run_name=2024", ["run_name='2024'"]),
+        ("algorithms.ema.half_life=5", ["algorithms.ema.half_life=5ba"]),
         ("precision=bf16", ["precision=amp_bf16"]),
         ("algorithms.ema.update_interval=10", ["algorithms.ema.update_interval=10ba"]),
     ],
@@ -281,8 +312,11 @@ def test_what_a_message_says_to_write_is_right(
 ) -> None:
     del tiny_recipe["algorithms"]["progressive_resolution"]
     path = write_recipe(tiny_recipe)
-    assert len(found([path, wrong])) == 1
+    (said,) = found([path, wrong])
+    key, _, value = wrong.partition("=")
+    assert "on the command line" not in said or f"\"{key}='{value}'\" on the command line" in said
     for remedy in remedies:
+        assert remedy.partition("=")[2] in said
         assert not found([path, remedy]), remedy
 
 

@@ -102,6 +102,8 @@ def test_a_copied_recipe_has_what_it_is_based_on(monkeypatch: pytest.MonkeyPatch
     said = prx("recipes", "copy", "24h_next_mini", "ablations/tread")
     assert said.splitlines()[-1] == "yamls/ablations/tread.yaml" and "yamls/24h.yaml" in said
     assert config.load(["yamls/24h_next_mini.yaml"]) == here
+    prx("recipes", "copy", "architectures/published/microdit_512")
+    assert Path("yamls/architectures/published/microdit.py").is_file(), "code of a recipe's own comes with it"
     prx("recipes", "copy", "ablations")
     assert len(list(Path("yamls/ablations").iterdir())) == len(list((REPOSITORY / "yamls" / "ablations").iterdir()))
 
