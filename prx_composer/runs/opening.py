@@ -122,7 +122,8 @@ def _load_checkpoint(located: Located, weights: Weights | None) -> Trained:
     if chosen == "ema":
         _fill_average(model, state.average, str(located.path))
     stages = [stage for _, stage in stages_of(vars(recipe))]
-    last = stages[-1] if state.stage is None else stages[1:][state.stage]
+    # The recipe may have fewer stages by now than when an older checkpoint was written.
+    last = stages[-1 if state.stage is None else min(state.stage + 1, len(stages) - 1)]
     image_size = int(last.get("image_size", recipe.image_size))
     return Trained(model.eval(), located.path, chosen, image_size, located.checkpoint.batch, saved_recipe, merged)
 
