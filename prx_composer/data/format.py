@@ -71,10 +71,10 @@ def make_buckets(image_size: int, multiple: int, max_aspect: float = 2.0) -> lis
     """Return buckets around `image_size`², sides multiples of `multiple`, aspect ratios from 1/max_aspect to max_aspect.
 
     Raises:
-        ValueError: `image_size` is not a multiple of `multiple`.
+        ValueError: `image_size` is not a multiple of `multiple`, both from 1 on, or `max_aspect` is below 1.
     """
-    if image_size % multiple:
-        raise ValueError(f"image_size {image_size} is not a multiple of {multiple}.")
+    if min(image_size, multiple, max_aspect) < 1 or image_size % multiple:
+        raise ValueError(f"image_size {image_size} must be a multiple of {multiple}, and max_aspect {max_aspect:g} at least 1.")
     buckets = set()
     for height in range(multiple, int(image_size * math.sqrt(max_aspect)) + multiple, multiple):
         width = round(image_size**2 / height / multiple) * multiple

@@ -216,9 +216,12 @@ def write_fragment(folder: str, target: Path) -> None:
     if not diffusers_folder.is_pixel(path):
         autoencoder = {"name": "diffusers", **nothing_else, "pretrained": str(path), "subfolder": "vae"}
     encoder = diffusers_folder.text_encoder_arguments(path)
+    for one in text_encoders({"text_encoder": encoder}).values():
+        if one["name"] == "huggingface":
+            one |= {key: one.get(key) for key in nothing_else}
     model = {
         "backbone": diffusers_folder.backbone_arguments(path),
-        "text_encoder": (nothing_else if encoder["name"] == "huggingface" else {}) | encoder,
+        "text_encoder": encoder,
         "flow": diffusers_folder.flow_arguments(path),
         "autoencoder": autoencoder,
         "init_from": str(path),

@@ -26,6 +26,7 @@ from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.encoders import load_tokenizer
 from prx_composer.models.flow import initial_noise
 from prx_composer.models.several_encoders import SeveralTextEncoders
+from prx_composer.recipe.arguments import text_encoders
 from prx_composer.runs.model_parts import ModelParts
 from prx_composer.runs.opening import Trained, load_trained
 from prx_composer.runs.pretrained_models import check_init_from, initialise, write_fragment
@@ -172,6 +173,8 @@ def test_what_was_exported_is_opened_imported_and_trained_on_from(name: str, tmp
         and spec["backbone"]["class"] == name
         and spec["init_from"] == folder
     )
+    encoders = [one for one in text_encoders(spec).values() if one["name"] == "huggingface"]
+    assert all(one["config"] is None for one in encoders), "that of a recipe below would stand beside `pretrained`"
     again = ModelParts({"name": "text_to_image", **spec}, 0, tmp_path).model.eval()
     assert not torch.equal(drawn(again, side), expected), "of its first, random weights"
     check_init_from(folder, again.backbone)

@@ -59,6 +59,14 @@ def test_buckets_have_equal_area_and_whole_patches(size: int, multiple: int) -> 
         assert abs(height * width - size**2) <= multiple * max(height, width) / 2
 
 
+@pytest.mark.parametrize("settings", [(100, 16, 2.0), (64, 0, 2.0), (0, 16, 2.0), (64, 16, 0.5), (-64, -16, 2.0)])
+def test_settings_of_which_there_are_no_buckets_are_refused(settings: tuple[int, int, float]) -> None:
+    size, multiple, aspect = settings
+    said = f"image_size {size} must be a multiple of {multiple}, and max_aspect {aspect:g} at least 1"
+    with pytest.raises(ValueError, match=said):
+        make_buckets(size, multiple, aspect)
+
+
 def test_an_image_goes_to_the_nearest_aspect_ratio() -> None:
     buckets = make_buckets(512, 32)
     assert assign_bucket(1000, 1000, buckets) == (512, 512)
