@@ -31,6 +31,7 @@ from prx_composer.metrics.scoring import (
     seam_energy,
 )
 from prx_composer.models.flow import check_guidance_scale, check_seeds
+from prx_composer.models.huggingface import returned_afterwards
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.schedule.clock import Due, rehearsing, with_rehearsal
 from prx_composer.schedule.moments import Point
@@ -66,12 +67,14 @@ def draw_images(
 ) -> Tensor:
     """Draw on every rank, with averaged weights when there are any and without touching training's random state.
 
+    A frozen network that only drawing needs, such as the encoder of text that is stored, is on the device meanwhile alone.
+
     Returns:
         uint8 (len(prompts), 3, height, width), on the CPU.
     """
     model = unwrap(state)
     drawn = []
-    with model.sampling_weights(), get_precision_context(state.precision, state.precision_config):
+    with returned_afterwards(), model.sampling_weights(), get_precision_context(state.precision, state.precision_config):
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             images = model.generate(prompts[part], height, width, seeds[part], num_inference_steps, guidance_scale)

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from composer.core import State
+from composer.devices import DeviceCPU
 
-from prx_composer.callbacks.drawings import ShapesScore
+from prx_composer.callbacks.drawings import ShapesScore, draw_images
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training import run as train
@@ -41,6 +44,22 @@ def test_scoring_at_an_interval_changes_neither_training_nor_the_final_score(
     assert {key: plain[-1][key] for key in final} == {key: scored[-1][key] for key in final}
     assert 0 < scored[3]["heldout_accuracy/background"] <= 1
     assert (30 * scored[3]["heldout_accuracy/background"]) % 1 == pytest.approx(0, abs=1e-9)  # one image each, not two
+
+
+@pytest.mark.parametrize("reads_captions", [True, False], ids=["captions are encoded in a step", "text is stored"])
+def test_drawing_leaves_a_frozen_text_encoder_where_it_was(
+    reads_captions: bool, tiny_model: Callable[..., Any], tiny_batch: dict[str, torch.Tensor]
+) -> None:
+    """With stored text it stayed on the GPU from the first picture on: gigabytes that `prx plan` doesn't count."""
+    model = tiny_model(trainable_text=False)
+    state = State(model, rank_zero_seed=0, run_name="drawn", device=DeviceCPU(), precision="fp32")
+    if reads_captions:
+        model(tiny_batch)
+    frozen = model.text_encoder._frozen
+    before, drawn_on = frozen._device, list[torch.device]()
+    frozen.module.register_forward_hook(lambda *_: drawn_on.append(frozen._device))
+    draw_images(state, ["a red circle"], 16, 16, [0], 1, 1.0)
+    assert drawn_on == [torch.device("cpu")] and frozen._device == before == (drawn_on[0] if reads_captions else None)
 
 
 @pytest.mark.parametrize(("interval", "message"), [("often", "often"), ("1ep", "not 1ep"), ("0ba", "not 0ba")])
