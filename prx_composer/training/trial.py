@@ -23,14 +23,14 @@ from prx_composer.recipe.consistency import stages_of
 from prx_composer.runs.model_parts import with_kept
 from prx_composer.training.components import Components, Making, unmade_sources
 from prx_composer.training.preflight import Result, check_callbacks, collected, examine, failed, skipped
-from prx_composer.training.preflight.pretrained import check_captions, is_here, references
+from prx_composer.training.preflight.pretrained import bytes_here, check_captions, is_here, references
 from prx_composer.training.preflight.step import try_steps
 from prx_composer.training.preflight.surroundings import check_gpus, check_surroundings
 from prx_composer.training.run import build_trainer
 
 log = logging.getLogger(__name__)
 
-MOST_PARAMETERS = 100e6  # that are tried without a GPU …
+MOST_PARAMETERS = 100e6  # of the backbone, and in fp32 of every pretrained network, that are tried without a GPU …
 MOST_FLOPS = 2e12  # … and work of one step of every stage: half a minute on a laptop
 SAMPLES = 256  # of a data set that is still to be made
 
@@ -119,8 +119,8 @@ def _why_not(recipe: Recipe, parts: Components) -> str | None:
         return f"it would download {', '.join(away)}" if away else None
     if recipe.precision != "fp32":
         what = "it needs a GPU"
-    elif wanted:
-        what = f"without a GPU {wanted[0].name} takes too long"
+    elif large := [one.name for one in wanted if bytes_here(one) > 4 * MOST_PARAMETERS]:
+        what = f"without a GPU {large[0]} takes too long"
     elif parts.multiple is None:
         return "the model has no backbone with a patch_size"
     else:

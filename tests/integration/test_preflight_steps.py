@@ -11,12 +11,14 @@ import commands
 import pytest
 import torch
 from stacks import stack_of_24h
+from transformers import T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
 from prx_composer.cli import app
+from prx_composer.models.encoders import train_tokenizer
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
-from prx_composer.training import main
+from prx_composer.training import main, trial
 from prx_composer.training.preflight.step import RECORD, try_steps
 from prx_composer.training.run import build_trainer, run
 
@@ -141,6 +143,23 @@ def test_a_model_that_is_too_large_for_this_machine_is_not_tried(tiny_recipe: Re
         pytest.skip("there is a GPU")
     code, lines = check(write_recipe(tiny_recipe), "model.backbone.hidden_size=2048", "model.backbone.num_heads=16")
     assert code == 0 and lines[-1].startswith("– step: not checked here, because ") and "TFLOP" in lines[-1]
+
+
+def test_a_small_encoder_in_a_folder_is_tried_and_a_large_one_is_not(
+    tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    train_tokenizer(["a red circle"]).save_pretrained(tmp_path / "encoder")
+    sizes: dict[str, Any] = dict(d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(T5Config(vocab_size=64, **sizes)).save_pretrained(tmp_path / "encoder")
+    encoder = {"name": "huggingface", "pretrained": str(tmp_path / "encoder"), "max_tokens": 14}
+    tiny_recipe["model"]["text_encoder"] = encoder
+    path = write_recipe(tiny_recipe)
+    code, lines = check(path)
+    assert code == 0 and lines[-1].startswith("✓ step: forward and backward pass of ")
+    monkeypatch.setattr(trial, "MOST_PARAMETERS", 1000)
+    assert check(path)[1][-1].startswith(f"– step: not checked here, because without a GPU {tmp_path / 'encoder'} takes too long")
 
 
 # -------------------------------------------------------------------------------------------- what the steps find

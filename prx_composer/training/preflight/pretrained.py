@@ -1,6 +1,7 @@
 """Whether the weights that a recipe names can be had: a folder, the local cache, or a hub that answers. Nothing is downloaded."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -160,6 +161,14 @@ def _cached(reference: Reference) -> Path | None:
         return None
     except HFValidationError as error:  # a path, not an id
         raise UserError("there is no such folder, and it is no hub id either.") from error
+
+
+def bytes_here(reference: Reference) -> float:
+    """Return the size of the weights in a folder of this machine; infinity for what is in none."""
+    if not reference.weights:
+        return 0
+    folder = Path(reference.name, reference.subfolder or "").expanduser()
+    return sum(file.stat().st_size for of in _WEIGHTS for file in folder.glob(of)) or math.inf
 
 
 def is_here(reference: Reference) -> bool:
