@@ -20,6 +20,7 @@ from prx_composer.models.counting import flops_of_backbone
 from prx_composer.recipe.arguments import text_encoders
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import stages_of
+from prx_composer.runs.checkpoints import newest_checkpoint
 from prx_composer.runs.model_parts import with_kept
 from prx_composer.training.components import Components, Making, unmade_sources
 from prx_composer.training.preflight import Result, check_callbacks, collected, examine, failed, skipped
@@ -113,6 +114,9 @@ def _try_out(recipe: Recipe, parts: Components, num_ranks: int) -> Iterator[Resu
 
 def _why_not(recipe: Recipe, parts: Components) -> str | None:
     """Return why the steps are not tried here, in words; None if they are."""
+    later = "; train.py tries it before the first step"
+    if recipe.autoresume and recipe.model.get("init_from") and newest_checkpoint(Path(recipe.run_folder)) is not None:
+        return f"the run goes on from a checkpoint, and what model.init_from names may be gone{later}"
     wanted = references(parts)
     if torch.cuda.is_available():
         away = [reference.name for reference in wanted if not is_here(reference)]
@@ -133,7 +137,7 @@ def _why_not(recipe: Recipe, parts: Components) -> str | None:
         if parameters <= MOST_PARAMETERS and work <= MOST_FLOPS:
             return None
         what = f"{parameters / 1e6:,.0f}M parameters and {work / 1e12:,.1f} TFLOP take too long without a GPU"
-    return f"{what}; train.py tries it before the first step"
+    return what + later
 
 
 def _one_rank(recipe: Recipe, num_ranks: int, folder: Path) -> Recipe:
