@@ -45,7 +45,7 @@ class PixelLoss(LossTrick):
 
     needs_whole_image = True
 
-    def __init__(self, weight: float, max_timestep: float, fraction: float, start: str, end: str | None):
+    def __init__(self, weight: float, max_timestep: float, start: str, end: str | None, fraction: float = 1.0):
         super().__init__(weight, start, end)
         for name, value in {"max_timestep": max_timestep, "fraction": fraction}.items():
             if not 0 < value <= 1:
@@ -130,7 +130,7 @@ class PerceptualDINO(PixelLoss):
         start: str = "0ba",
         end: str | None = None,
     ):
-        super().__init__(weight, max_timestep, fraction, start, end)
+        super().__init__(weight, max_timestep, start, end, fraction)
         self.teacher, self.image_size = teacher, image_size
         self.encoder: VisionEncoder | None = None
 
@@ -263,7 +263,7 @@ class LPIPS(PixelLoss):
         start: str = "0ba",
         end: str | None = None,
     ):
-        super().__init__(weight, max_timestep, fraction, start, end)
+        super().__init__(weight, max_timestep, start, end, fraction)
         if weights is not None and random_weights:
             raise ValueError("weights and random_weights exclude each other.")
         if scale <= 0:

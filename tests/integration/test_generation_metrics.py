@@ -65,7 +65,8 @@ def compare_with_prx_evaluate(
     (row,) = numbers(folder)
     assert row["weights"] == "ema"
     for name, metric in row["metrics"].items():
-        assert line[f"metrics/generation/{name}"] == pytest.approx(metric["mean"], rel=1e-3, abs=1e-4), name
+        # Another number of threads rounds a pixel here and there otherwise.
+        assert line[f"metrics/generation/{name}"] == pytest.approx(metric["mean"], rel=5e-3, abs=1e-4), name
 
 
 def test_a_run_logs_what_prx_evaluate_measures_afterwards_and_learns_the_same(
