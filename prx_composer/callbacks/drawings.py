@@ -11,6 +11,7 @@ from composer.core import Callback, Event, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
+from pydantic.alias_generators import to_snake
 from torch import Tensor
 
 from prx_composer.common.distributed import unwrapped
@@ -45,14 +46,6 @@ def unwrap(state: State) -> TextToImage:
     if not isinstance(model, TextToImage):
         raise TypeError(f"This callback draws with a TextToImage model, not a {type(model).__name__}.")
     return model
-
-
-def check_size(state: State, height: int, width: int, path: str) -> None:
-    """Raise UserError, before training, if the model cannot draw images of that size."""
-    model = unwrap(state)
-    multiple = model.backbone.patch_size * model.autoencoder.downsampling
-    if height % multiple or width % multiple:
-        raise UserError(f"{path}: {height}×{width} is not divisible by {multiple} (patch_size × autoencoder downsampling).")
 
 
 def draw_images(
@@ -91,18 +84,29 @@ class Drawing(Callback):
         num_inference_steps: Euler steps.
         guidance_scale: 1 = unguided.
         interval: a time string, such as "0.25dur" or "1000ba".
+        image_size: side of the images; by default that which the model is trained at by then.
 
     Raises:
         ValueError: an argument out of range.
+        UserError: no `image_size`, and a training loader that doesn't say its own.
     """
 
-    def __init__(self, seed: int, images: int, num_inference_steps: int, guidance_scale: float, interval: str | None = None):
+    def __init__(
+        self,
+        seed: int,
+        images: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        interval: str | None = None,
+        image_size: int | None = None,
+    ):
         for name, number in (("num_inference_steps", num_inference_steps), ("the number of images", images)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, not {number}.")
         check_seeds([seed, seed + images - 1])
         check_guidance_scale(guidance_scale)
         self._seed, self._sampling = seed, (num_inference_steps, guidance_scale)
+        self._given_sides, self._trained_at = {"image_size": image_size}, None
         self._due: Due = lambda state, event: False
         if interval is not None:
             Point.parse_interval(interval)
@@ -110,6 +114,34 @@ class Drawing(Callback):
 
     def draw(self, state: State, logger: Logger) -> None:
         """Draw images, and log them or what they are worth."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, in pixels: the one given, or that of the newest step's stage."""
+        size = self._given_sides["image_size"] or self._trained_at
+        if size is None:
+            raise UserError(f"{self._path}.image_size: give one, since the training loader does not say which size it has.")
+        return size
+
+    @property
+    def _path(self) -> str:
+        return f"callbacks.{to_snake(type(self).__name__)}"
+
+    def init(self, state: State, logger: Logger) -> None:
+        model = unwrap(state)
+        multiple = model.backbone.patch_size * model.autoencoder.downsampling
+        for name, side in self._given_sides.items():
+            if side is not None and (side < 1 or side % multiple):
+                raise UserError(
+                    f"{self._path}.{name}: {side} is not a multiple of {multiple} (patch_size × autoencoder downsampling)."
+                )
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.batch_start(state, logger)
+        _ = self.image_size  # rather now than after hours
+
+    def batch_start(self, state: State, logger: Logger) -> None:  # later in the step the loader may be in the next stage already
+        self._trained_at = getattr(state.train_dataloader, "image_size", None)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if self._due(state, Event.BATCH_CHECKPOINT):
@@ -133,17 +165,15 @@ class Images(Drawing):
     Args:
         prompts: one image each.
         folder: the run folder.
-        image_size: side of the image, unless `height` and `width` are given. With progressive resolution it is the size that the
-            model is trained at by then; else the recipe's.
         height, width: for other aspect ratios.
-        interval, seed, num_inference_steps, guidance_scale: see `Drawing`.
+        interval, image_size, seed, num_inference_steps, guidance_scale: see `Drawing`.
     """
 
     def __init__(
         self,
         prompts: list[str],
         folder: str,
-        image_size: int,
+        image_size: int | None = None,
         interval: str = "0.25dur",
         height: int | None = None,
         width: int | None = None,
@@ -153,23 +183,19 @@ class Images(Drawing):
     ):
         if not prompts:
             raise ValueError("prompts must name at least one prompt.")
-        super().__init__(seed, len(prompts), num_inference_steps, guidance_scale, interval)
+        super().__init__(seed, len(prompts), num_inference_steps, guidance_scale, interval, image_size)
         self.prompts = list(prompts)
         self.folder = Path(folder) / "images"
-        self._given = (height, width)
-        self.height, self.width = height or image_size, width or image_size
+        self._given_sides |= {"height": height, "width": width}
 
     def init(self, state: State, logger: Logger) -> None:
-        check_size(state, self.height, self.width, "callbacks.images.height and width")
+        super().init(state, logger)
         unwrap(state).say_what_is_lost(self.prompts)
-
-    def batch_start(self, state: State, logger: Logger) -> None:  # later in the step the loader may be in the next stage already
-        if (stage_size := getattr(state.train_dataloader, "image_size", None)) is not None:
-            self.height, self.width = (side or stage_size for side in self._given)
 
     def draw(self, state: State, logger: Logger) -> None:
         seeds = self._seeds(len(self.prompts))
-        images = draw_images(state, self.prompts, self.height, self.width, seeds, *self._sampling)
+        height, width = (self._given_sides[name] or self.image_size for name in ("height", "width"))
+        images = draw_images(state, self.prompts, height, width, seeds, *self._sampling)
         if dist.get_global_rank() == 0:
             path = self.folder / f"ba{int(state.timestamp.batch):06d}.png"
             try:
@@ -184,7 +210,7 @@ class Images(Drawing):
     def _look_for_grid(self, images: Tensor, state: State, logger: Logger) -> None:
         model = unwrap(state)
         patch_size = model.backbone.patch_size * model.autoencoder.downsampling
-        if not can_measure_grid(self.height, self.width, patch_size):
+        if not can_measure_grid(images.shape[-2], images.shape[-1], patch_size):
             return
         for name, measure in {"grid": grid_energy, "seam": seam_energy}.items():
             energy = measure(images, patch_size).median().item()
@@ -202,14 +228,13 @@ class GenerationMetrics(Drawing):
 
     Args:
         path: folder of the data set whose captions are drawn and whose images are compared with. Keep it out of training.
-        image_size: side of the images; the recipe's by default.
         split, caption: of the data set; its first caption column by default.
         reference: other real images: a data set with that split, or a folder of images.
         num: prompts, evenly spaced.
         reference_num: real images that are compared with, likewise; all by default.
         metrics: of cmmd, dino_mmd, fd_dino, fid, clip_score.
         networks: hub id or folder behind a metric, by `clip`, `dino`, `clip_score`, `inception`.
-        interval, seed, num_inference_steps, guidance_scale: see `Drawing`.
+        interval, image_size, seed, num_inference_steps, guidance_scale: see `Drawing`.
         batch_size: images at a time, per GPU.
         cache: folder for features of real images.
 
@@ -221,7 +246,7 @@ class GenerationMetrics(Drawing):
     def __init__(
         self,
         path: str,
-        image_size: int,
+        image_size: int | None = None,
         split: str = "train",
         caption: str | None = None,
         reference: str | None = None,
@@ -241,20 +266,21 @@ class GenerationMetrics(Drawing):
             raise ValueError(f"networks.{unknown[0]}: there are {', '.join(known)}.")
         if num < 2 or batch_size < 1:
             raise ValueError(f"num must be at least 2 and batch_size 1, not {num} and {batch_size}.")
-        super().__init__(seed, num, num_inference_steps, guidance_scale, interval)
+        super().__init__(seed, num, num_inference_steps, guidance_scale, interval, image_size)
         data = DataSet(path, split, caption)
         self._prompts = [data.caption(index) for index in evenly(len(data), num)]
         self._real: DataSet | ImageFolder = data if reference is None else open_images(reference, split, caption)
         self._reference_num = reference_num
         self._scorer = Scorer(metrics or DEFAULT_METRICS, Networks(**(networks or {})))
         self._cache = default_cache() if cache is None else Path(cache).expanduser()
-        self._image_size, self._batch_size = image_size, batch_size
+        self._batch_size = batch_size
 
     def init(self, state: State, logger: Logger) -> None:
-        check_size(state, self._image_size, self._image_size, "callbacks.generation_metrics.image_size")
+        super().init(state, logger)
         unwrap(state).say_what_is_lost(self._prompts)
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        super().fit_start(state, logger)
         device = next(unwrap(state).parameters()).device
         if self._scorer.needs_reference:
             self._scorer.compare_with(self._real, self._reference_num, self._cache, self._batch_size, device)
@@ -266,7 +292,7 @@ class GenerationMetrics(Drawing):
         def images_of(indices: list[int]) -> Tensor:
             prompts, seeds = [self._prompts[i] for i in indices], [self._seed + i for i in indices]
             with get_precision_context(state.precision, state.precision_config):
-                return model.generate(prompts, self._image_size, self._image_size, seeds, *self._sampling)
+                return model.generate(prompts, self.image_size, self.image_size, seeds, *self._sampling)
 
         with model.sampling_weights():
             found = self._scorer.score(images_of, self._prompts, self._batch_size, device)
@@ -280,9 +306,8 @@ class ShapesScore(Drawing):
 
     Args:
         source: the recipe's `train_loader.source`, which says what was held out.
-        image_size: side of the images; the recipe's by default.
         images_per_prompt: with different seeds.
-        seed, num_inference_steps, guidance_scale: see `Drawing`.
+        image_size, seed, num_inference_steps, guidance_scale: see `Drawing`.
         interval: score during training too, every "100ba", "6400sp" or "0.05dur".
         images_per_prompt_during: fewer images then; they are the first of those that the end draws.
 
@@ -293,7 +318,7 @@ class ShapesScore(Drawing):
     def __init__(
         self,
         source: dict[str, Any],
-        image_size: int,
+        image_size: int | None = None,
         images_per_prompt: int = 4,
         seed: int = 1000,
         num_inference_steps: int = 20,
@@ -307,17 +332,14 @@ class ShapesScore(Drawing):
         arguments.apply_defaults()
         self._scenes = heldout_scenes(arguments.arguments["heldout"], arguments.arguments["seed"])
         self._images_per_prompt, self._images_per_prompt_during = images_per_prompt, images_per_prompt_during
-        super().__init__(seed, images_per_prompt * len(self._scenes), num_inference_steps, guidance_scale)
-        self._image_size = image_size
+        images = images_per_prompt * len(self._scenes)
+        super().__init__(seed, images, num_inference_steps, guidance_scale, image_size=image_size)
         if images_per_prompt_during < 1:
             raise ValueError(f"images_per_prompt_during must be at least 1, not {images_per_prompt_during}.")
         if interval is not None:
             if Point.parse_interval(interval).unit not in ("ba", "sp", "dur"):
                 raise ValueError(f"interval must be a time such as 100ba, 6400sp or 0.05dur, not {interval}.")
             self._due = create_interval_scheduler(interval, include_end_of_training=False)
-
-    def init(self, state: State, logger: Logger) -> None:
-        check_size(state, self._image_size, self._image_size, "callbacks.shapes_score.image_size")
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         elapsed = state.get_elapsed_duration()
@@ -331,7 +353,7 @@ class ShapesScore(Drawing):
 
     def _score(self, state: State, images_per_prompt: int) -> dict[str, float]:
         asked = self._scenes * images_per_prompt
-        prompts, side = [scene.caption for scene in asked], self._image_size
+        prompts, side = [scene.caption for scene in asked], self.image_size
         drawn = nearest_scenes(draw_images(state, prompts, side, side, self._seeds(len(asked)), *self._sampling))
         pairs = list(zip(drawn, asked, strict=True))
         right = {"heldout_accuracy": [d == a for d, a in pairs]}
@@ -349,11 +371,8 @@ class DigitsScore(Drawing):
     """
 
     def __init__(self, images: int = 200, seed: int = 1000, num_inference_steps: int = 20, guidance_scale: float = 3.0):
-        super().__init__(seed, images, num_inference_steps, guidance_scale)
+        super().__init__(seed, images, num_inference_steps, guidance_scale, image_size=8)
         self._labels = [index % 10 for index in range(images)]
-
-    def init(self, state: State, logger: Logger) -> None:
-        check_size(state, 8, 8, "callbacks.digits_score")
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if rehearsing(state):
@@ -361,6 +380,6 @@ class DigitsScore(Drawing):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         prompts = [f"a handwritten {DIGIT_WORDS[label]}" for label in self._labels]
-        drawn = draw_images(state, prompts, 8, 8, self._seeds(len(prompts)), *self._sampling)
+        drawn = draw_images(state, prompts, self.image_size, self.image_size, self._seeds(len(prompts)), *self._sampling)
         score = score_digits(drawn, self._labels)
         logger.log_metrics({"classifier_accuracy": score.generated, "classifier_accuracy_real": score.real})

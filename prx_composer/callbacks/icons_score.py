@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from prx_composer.callbacks.drawings import Drawing, check_size, draw_images
+from prx_composer.callbacks.drawings import Drawing, draw_images
 from prx_composer.common.errors import UserError
 from prx_composer.common.pages import Text, Tile, contact_sheet, picture
 from prx_composer.data.icons import IconsSource
@@ -220,12 +220,11 @@ class IconsScore(Drawing):
     Args:
         source: the recipe's `train_loader.source`, which says what was held out.
         folder: the run folder.
-        image_size: side of the images; the recipe's by default.
         images_per_pair: with different seeds.
         candidates: icons that a drawing is looked for among.
         wordings: columns of captions to ask with besides `caption`: `sentence` and `word`.
         shown: things that `<run folder>/images/heldout_ba<batch>.png` shows, see `heldout_sheet`.
-        interval, seed, num_inference_steps, guidance_scale: see `Drawing`; by default it scores at the end only.
+        interval, image_size, seed, num_inference_steps, guidance_scale: see `Drawing`; by default it scores at the end only.
 
     Raises:
         ValueError: data that isn't of the `icons` source; an interval that isn't a time.
@@ -235,7 +234,7 @@ class IconsScore(Drawing):
         self,
         source: dict[str, Any],
         folder: str,
-        image_size: int,
+        image_size: int | None = None,
         interval: str = "1dur",
         images_per_pair: int = 1,
         candidates: int = CANDIDATES,
@@ -251,14 +250,14 @@ class IconsScore(Drawing):
             raise ValueError(f"images_per_pair must be at least 1 and candidates 2, not {images_per_pair} and {candidates}.")
         if unknown := sorted(set(wordings or ()) - set(IconsSource.captions)):
             raise ValueError(f"wordings are columns of captions: {', '.join(IconsSource.captions)}, not {unknown[0]!r}.")
-        super().__init__(seed, 1, num_inference_steps, guidance_scale, interval)
+        super().__init__(seed, 1, num_inference_steps, guidance_scale, interval, image_size)
         self._source_arguments = {key: value for key, value in source.items() if key != "name"}
         inspect.signature(IconsSource).bind(**self._source_arguments)
-        self._image_size, self._arguments = image_size, (images_per_pair, candidates, list(wordings or ()))
+        self._arguments = (images_per_pair, candidates, list(wordings or ()))
         self._folder, self._shown = Path(folder) / "images", shown
 
     def init(self, state: State, logger: Logger) -> None:
-        check_size(state, self._image_size, self._image_size, "callbacks.icons_score.image_size")
+        super().init(state, logger)
         self._source = IconsSource(**self._source_arguments)
         if not any(starmap(self._source.is_heldout, self._source.pairs)):
             raise UserError(
@@ -269,10 +268,10 @@ class IconsScore(Drawing):
 
     def draw(self, state: State, logger: Logger) -> None:
         def pictures(prompts: list[str]) -> Tensor:
-            return draw_images(state, prompts, self._image_size, self._image_size, self._seeds(len(prompts)), *self._sampling)
+            return draw_images(state, prompts, self.image_size, self.image_size, self._seeds(len(prompts)), *self._sampling)
 
-        logger.log_metrics(score_icons(self._source, self._image_size, pictures, *self._arguments))
-        sheet = heldout_sheet(self._source, self._image_size, pictures, self._shown)
+        logger.log_metrics(score_icons(self._source, self.image_size, pictures, *self._arguments))
+        sheet = heldout_sheet(self._source, self.image_size, pictures, self._shown)
         if dist.get_global_rank() == 0 and sheet is not None:
             path = self._folder / f"heldout_ba{int(state.timestamp.batch):06d}.png"
             try:

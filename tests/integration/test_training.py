@@ -217,9 +217,9 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "context width": ("model.backbone.context_in_dim", 99, "set context_in_dim: 24"),
     "precision": ("precision", "amp_bf16", "precision: amp_bf16 needs a GPU"),
     "scheduler": ("scheduler", {"name": "constant", "t_max": "3 weeks"}, "scheduler.t_max: '3 weeks' is no time"),
-    "size of images": ("callbacks.images", {"prompts": ["x"], "height": 18}, "callbacks.images.height and width: 18×16 is not"),
+    "size of images": ("callbacks.images", {"prompts": ["x"], "height": 18}, "callbacks.images.height: 18 is not a multiple of 4"),
     "clipping": ("algorithms.gradient_clipping.clipping_type", "nrm", "clipping_type: expected 'norm' or 'value' or 'adaptive'"),
-    "score of other data": ("callbacks.shapes_score", {"image_size": 18}, "callbacks.shapes_score.image_size: 18×18"),
+    "score of other data": ("callbacks.shapes_score", {"image_size": 18}, "callbacks.shapes_score.image_size: 18 is not a multiple of 4"),
     "tokens": ("max_duration", "1000tok", "max_duration: 1000tok must be a number of batches, epochs or samples"),
     "epochs with stages": ("max_duration", "3ep", "max_duration: 3ep cannot be in epochs"),
     "encoder setting": (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from composer.core import State
 from composer.devices import DeviceCPU
 
 from prx_composer.callbacks.drawings import ShapesScore, draw_images
+from prx_composer.common.errors import UserError
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training import run as train
@@ -66,3 +68,23 @@ def test_drawing_leaves_a_frozen_text_encoder_where_it_was(
 def test_an_interval_that_is_none_is_refused(interval: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ShapesScore(SOURCE, 16, interval=interval)
+
+
+def of_loader(**attributes: Any) -> Any:
+    return SimpleNamespace(train_dataloader=SimpleNamespace(**attributes))
+
+
+def test_a_score_is_of_drawings_at_the_size_of_the_newest_step() -> None:
+    logger: Any = None
+    follows, keeps = ShapesScore(SOURCE), ShapesScore(SOURCE, 32)
+    for size in (8, 16):
+        for score in (follows, keeps):
+            score.batch_start(of_loader(image_size=size), logger)
+        assert (follows.image_size, keeps.image_size) == (size, 32)
+
+
+def test_where_the_loader_has_no_size_the_score_asks_for_one_before_the_first_step() -> None:
+    logger: Any = None
+    with pytest.raises(UserError, match=r"callbacks\.shapes_score\.image_size: give one"):
+        ShapesScore(SOURCE).fit_start(of_loader(), logger)
+    ShapesScore(SOURCE, 16).fit_start(of_loader(), logger)
