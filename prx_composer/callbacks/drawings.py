@@ -39,6 +39,8 @@ from prx_composer.schedule.moments import Point
 
 log = logging.getLogger(__name__)
 
+_DIGIT = 8  # px, of the scans
+
 
 def unwrap(state: State) -> TextToImage:
     """Return the model itself, without what DDP puts around it."""
@@ -46,6 +48,12 @@ def unwrap(state: State) -> TextToImage:
     if not isinstance(model, TextToImage):
         raise TypeError(f"This callback draws with a TextToImage model, not a {type(model).__name__}.")
     return model
+
+
+def multiple_of_sides(state: State) -> int:
+    """Return of how many pixels every side must be a multiple that the model draws."""
+    model = unwrap(state)
+    return model.backbone.patch_size * model.autoencoder.downsampling
 
 
 def draw_images(
@@ -128,8 +136,7 @@ class Drawing(Callback):
         return f"callbacks.{to_snake(type(self).__name__)}"
 
     def init(self, state: State, logger: Logger) -> None:
-        model = unwrap(state)
-        multiple = model.backbone.patch_size * model.autoencoder.downsampling
+        multiple = multiple_of_sides(state)
         for name, side in self._given_sides.items():
             if side is not None and (side < 1 or side % multiple):
                 raise UserError(
@@ -208,8 +215,7 @@ class Images(Drawing):
         self._look_for_grid(images, state, logger)
 
     def _look_for_grid(self, images: Tensor, state: State, logger: Logger) -> None:
-        model = unwrap(state)
-        patch_size = model.backbone.patch_size * model.autoencoder.downsampling
+        patch_size = multiple_of_sides(state)
         if not can_measure_grid(images.shape[-2], images.shape[-1], patch_size):
             return
         for name, measure in {"grid": grid_energy, "seam": seam_energy}.items():
@@ -371,12 +377,19 @@ class DigitsScore(Drawing):
     """
 
     def __init__(self, images: int = 200, seed: int = 1000, num_inference_steps: int = 20, guidance_scale: float = 3.0):
-        super().__init__(seed, images, num_inference_steps, guidance_scale, image_size=8)
+        super().__init__(seed, images, num_inference_steps, guidance_scale, image_size=_DIGIT)
         self._labels = [index % 10 for index in range(images)]
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if rehearsing(state):
             self.fit_end(state, logger)
+
+    def init(self, state: State, logger: Logger) -> None:
+        if _DIGIT % (multiple := multiple_of_sides(state)):
+            raise UserError(
+                f"callbacks.digits_score draws at {_DIGIT} px, and the model in multiples of {multiple} (patch_size × "
+                "autoencoder downsampling) only; set callbacks.digits_score=false."
+            )
 
     def fit_end(self, state: State, logger: Logger) -> None:
         prompts = [f"a handwritten {DIGIT_WORDS[label]}" for label in self._labels]

@@ -135,18 +135,14 @@ def share_cropped(height: int, width: int, bucket: Bucket) -> float:
     return 1 - min(ratio, 1 / ratio)
 
 
-def cropping_note(shapes: Shapes, settings: BucketSettings, path: str) -> str | None:
-    """Say how many images lose how much of their area, why, and what to set; None if hardly any is lost.
-
-    Args:
-        path: of the settings in the recipe.
-    """
+def cropping_note(shapes: Shapes, settings: BucketSettings) -> str | None:
+    """Say how many images lose how much of their area, why, and what to set; None if hardly any is lost."""
     buckets, lost = settings.buckets(shapes), settings.cropped(shapes)
     if not lost:
         return None
     total, images = sum(shapes.values()), lost.total()
     mean, most = sum(share * count for share, count in lost.items()) / images, max(lost)
-    remedy = _advice(list(_remedies(dict(Counter(shapes).most_common(_LOOKED_AT)), settings)), path)
+    remedy = _advice(list(_remedies(dict(Counter(shapes).most_common(_LOOKED_AT)), settings)))
     return (
         f"{images:,} of {total:,} images are cropped by more than {NOTICED:.0%} of their area, by {mean:.0%} on average and "
         f"{most:.0%} at most: with multiple: {settings.multiple} at image_size {settings.image_size} there is "
@@ -177,13 +173,13 @@ def _remedies(shapes: Shapes, settings: BucketSettings) -> Iterator[str]:
             yield " with ".join(f"{name}: {value:g}" for name, value in change.items())
 
 
-def _advice(remedies: list[str], path: str) -> str:
+def _advice(remedies: list[str]) -> str:
     if not remedies:
-        return f"See {path}.multiple, image_size, max_aspect and min_bucket."
+        return "See multiple, image_size, max_aspect and min_bucket."
     of = (
         " (multiple must stay one of model.backbone.patch_size × autoencoder downsampling)" if "multiple" in str(remedies) else ""
     )
-    return f"In {path}, this would keep more of them: {'; or '.join(remedies)}{of}."
+    return f"This would keep more of them: {'; or '.join(remedies)}{of}."
 
 
 # ----------------------------------------------------------------------------------------------------------- a split

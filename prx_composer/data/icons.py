@@ -182,17 +182,15 @@ class IconsSource:
     ):
         if image_size < 1 or not 1 <= supersampling <= 16 or heldout < 0:
             raise ValueError(
-                "train_loader.source: image_size is at least 1, supersampling 1 to 16 and heldout at least 0, not "
+                "image_size is at least 1, supersampling 1 to 16 and heldout at least 0, not "
                 f"{image_size}, {supersampling} and {heldout}."
             )
         if trained_names is not None and trained_names < 1:
-            raise ValueError(f"train_loader.source.trained_names must be at least 1, not {trained_names}.")
+            raise ValueError(f"trained_names must be at least 1, not {trained_names}.")
         try:
             ImageColor.getrgb(background)
         except ValueError as error:
-            raise ValueError(
-                f"train_loader.source.background: {background!r} is no colour such as white or '#808080'."
-            ) from error
+            raise ValueError(f"background: {background!r} is no colour such as white or '#808080'.") from error
         self.image_size, self.buckets = image_size, [Bucket(image_size, image_size)]
         self._places = set_files(Path(folder))
         self.files = {name: file for files in self._places.values() for name, file in files.items()}
@@ -207,10 +205,10 @@ class IconsSource:
         for path, files in self._places.items():
             prefix, icons = read_set(path, files)
             if prefix in found:
-                raise ValueError(f"train_loader.source.folder holds {prefix} twice, {path} is one: keep one version.")
+                raise ValueError(f"folder holds {prefix} twice, {path} is one: keep one version.")
             found[prefix] = icons
         if missing := sorted(set(self._styles or ()) - found.keys()):
-            raise ValueError(f"train_loader.source.styles: there is no set {missing[0]}; there are {', '.join(sorted(found))}.")
+            raise ValueError(f"styles: there is no set {missing[0]}; there are {', '.join(sorted(found))}.")
         return {prefix: found[prefix] for prefix in self._styles or sorted(found)}
 
     @property
@@ -234,7 +232,7 @@ class IconsSource:
         if not names:
             there = sorted({label for icon_set in self.sets.values() for label in icon_set.categories})
             raise ValueError(
-                f"train_loader.source: no icon is in the categories {self._categories} of {'all' if self._common else 'any'} of "
+                f"no icon is in the categories {self._categories} of {'all' if self._common else 'any'} of "
                 f"{', '.join(self.sets)}; there are {', '.join(there) or 'none: metadata.json is missing beside icons.json'}."
             )
         return names

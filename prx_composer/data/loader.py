@@ -22,7 +22,7 @@ from prx_composer.data.sampler import BucketBatchSampler, BucketedDataset, fewer
 from prx_composer.models.caption_format import chief, text_mask
 from prx_composer.models.prompts import CaptionCounts, tokenize
 from prx_composer.recipe.arguments import data_sets
-from prx_composer.recipe.consistency import phases_of
+from prx_composer.recipe.times import phases_of
 from prx_composer.schedule.moments import Moment
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from prx_composer.common.errors import UserError
 from prx_composer.data.dataset import ImageCaptionDataset
 from prx_composer.data.format import Bucket
 from prx_composer.data.sampler import BucketedDataset, SampleRequest, epoch_batches
-from prx_composer.recipe.consistency import Phase
+from prx_composer.recipe.times import Phase
 
 
 def shares_in_words(phases: Sequence[Phase], samples: Mapping[str, int]) -> str:

@@ -64,20 +64,20 @@ def is_made(path: Path, source: Source, spec: dict[str, Any]) -> bool:
         if made_with != spec:
             different = sorted(key for key in made_with.keys() | spec.keys() if made_with.get(key) != spec.get(key))
             raise ValueError(
-                f"{path} was made with other settings of train_loader.source ({', '.join(different)}). "
-                "Set train_loader.path to a new folder, or delete this one."
+                f"{path} was made with other settings of this source ({', '.join(different)}). "
+                "Set `path`, beside `source`, to a new folder, or delete this one."
             )
         files, record = getattr(source, "files", None), FileRecord(path / FILES)
         if files is not None and not record.exists:
             log.warning("%s doesn't say of which images it was made. If they may have changed since, delete it.", path)
         elif files is not None and (changed := record.different(files)):
             raise ValueError(
-                f"{path} was made of other images than train_loader.source finds now: {len(changed)} of {len(files)} have "
-                f"changed ({first(changed, NAMED)}). Set train_loader.path to a new folder, or delete this one."
+                f"{path} was made of other images than this source finds now: {len(changed)} of {len(files)} have "
+                f"changed ({first(changed, NAMED)}). Set `path`, beside `source`, to a new folder, or delete this one."
             )
         return True
     if path.exists() and any(path.iterdir()):
-        raise ValueError(f"{path} is not empty and was not made by train_loader.source; set train_loader.path to a new folder.")
+        raise ValueError(f"{path} is not empty and was not made by this source; set `path`, beside `source`, to a new folder.")
     return False
 
 
@@ -158,14 +158,14 @@ class FolderSource:
         self._folder = Path(folder)
         self.image_size = image_size
         if not 0 <= heldout < 1:
-            raise ValueError(f"train_loader.source.heldout must lie in [0, 1), not {heldout}.")
+            raise ValueError(f"heldout must lie in [0, 1), not {heldout}.")
         if not self._folder.is_dir():
-            raise ValueError(f"train_loader.source.folder: there is no folder {folder}.")
+            raise ValueError(f"folder: there is no folder {folder}.")
         captions = self._folder / captions_file
         if not captions.exists():
             there = ", ".join(sorted(file.name for file in self._folder.glob("*.jsonl")))
             hint = f" There is {there}: set captions_file to it if that is what it holds." if there else ""
-            raise ValueError(f"train_loader.source.captions_file: there is no {captions}.{hint}")
+            raise ValueError(f"captions_file: there is no {captions}.{hint}")
         self.files: dict[str, Path] = {}
         left_out: Counter[str] = Counter()
         self._rows = list(self._read(captions, left_out))
@@ -184,13 +184,13 @@ class FolderSource:
         shapes = Counter((height, width) for _, _, height, width in self._rows)
         settings = BucketSettings(image_size, multiple, max_aspect, min_bucket)
         self.buckets = settings.buckets(shapes)
-        self.notes = [] if (note := cropping_note(shapes, settings, "train_loader.source")) is None else [note]
+        self.notes = [] if (note := cropping_note(shapes, settings)) is None else [note]
         if heldout and self.train_samples == len(self._rows):
             self.notes.append(f"heldout: {heldout} takes none of {len(self._rows)} images: there is no split `heldout`.")
         if len(self.captions) > 1:
             self.notes.append(
                 f"{captions} has text in the columns {', '.join(self.captions)}, which all become caption columns; training "
-                f"takes {self.captions[0]} unless train_loader.captions names others."
+                f"takes {self.captions[0]} unless the loader's `captions` names others."
             )
         empty = Counter(name for _, texts, *_ in self._rows for name, text in texts.items() if not text.strip())
         self.notes += [f"{captions}: {name} is empty for {n:,} of {len(self._rows):,} images." for name, n in empty.items()]
@@ -344,7 +344,7 @@ class ShapesSource:
     ):
         total = len(all_scenes())
         if not 0 < heldout < total:
-            raise ValueError(f"train_loader.source.heldout must lie between 1 and {total - 1}, not {heldout}.")
+            raise ValueError(f"heldout must lie between 1 and {total - 1}, not {heldout}.")
         self.image_size = image_size
         self._images_per_scene, self._heldout, self._seed = images_per_scene, heldout, seed
         self.train_samples = (total - heldout) * images_per_scene

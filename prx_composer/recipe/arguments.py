@@ -14,7 +14,7 @@ from typing import Any
 from prx_composer.common.errors import Problems, UserError, at_path, nearest
 from prx_composer.common.outlines import CannotTell, constructor
 from prx_composer.recipe.annotations import dataclass_in, hints_of, instead_of, matches, options_of, type_in_words
-from prx_composer.recipe.consistency import phases_of
+from prx_composer.recipe.times import phases_of
 from prx_composer.registry import NESTED, UNNAMED, Registry, backbones, constructor_in_diffusers
 
 Spec = dict[str, Any]

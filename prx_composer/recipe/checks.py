@@ -14,16 +14,9 @@ from prx_composer import registry
 from prx_composer.common.errors import Problems, UnknownName, UserError, nearest, problems_of
 from prx_composer.common.outlines import CannotTell, constants, outline
 from prx_composer.recipe.arguments import check_component, data_sets, entries, provided_by, split, text_encoders
-from prx_composer.recipe.consistency import (
-    batch_problems,
-    downsampling_of,
-    image_size_problems,
-    phases_of,
-    schedule_problems,
-    time_problems,
-    weight_steps,
-)
+from prx_composer.recipe.consistency import batch_problems, downsampling_of, image_size_problems
 from prx_composer.recipe.resume import check_allowed
+from prx_composer.recipe.times import phases_of, schedule_problems, time_problems, weight_steps
 from prx_composer.registry import BY_KEY, BY_NAME, missing_code
 from prx_composer.schedule.moments import BUDGET, DURATION, EPOCH, SECONDS, Moment, Point, ScheduleWindow, parse_duration
 

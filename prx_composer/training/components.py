@@ -215,12 +215,12 @@ class Making:
 
     def is_made(self) -> bool:
         """Return whether it is there. Raise UserError for a folder that holds other data."""
-        with at_path(self.key):
+        with at_path(f"{self.key}.source"):
             return is_made(self.path, self.source, self.spec)
 
     def make(self) -> None:
         """Make it, unless it is there already. Raise UserError for what is wrong with what the source reads."""
-        with at_path(self.key):
+        with at_path(f"{self.key}.source"):
             prepare(self.path, self.source, self.spec)
 
 

@@ -20,7 +20,7 @@ from prx_composer.data.sampler import BucketBatchSampler
 from prx_composer.recipe import config
 from prx_composer.recipe.arguments import data_sets
 from prx_composer.recipe.checks import argument_problems
-from prx_composer.recipe.consistency import Phase, phases_of
+from prx_composer.recipe.times import Phase, phases_of
 from prx_composer.training.run import run
 from prx_composer.training.trial import check_recipe
 

@@ -24,7 +24,7 @@ FLOORS = (
     {"commands", "integrations"},
     {"cli"},
 )
-MOST_MODULES = 149  # raise it for a new feature, never for a new corner of an old one
+MOST_MODULES = 150  # raise it for a new feature, never for a new corner of an old one
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -133,7 +133,7 @@ def test_digits_that_the_model_cannot_draw_are_found_before_it_is_trained(
 ) -> None:
     path = write_recipe(plain | {"image_size": 16, "callbacks": {"digits_score": {}}})
     assert main([path, "model.backbone.patch_size=16"]) == 1
-    assert "callbacks.digits_score: 8×8 is not divisible by 16" in capsys.readouterr().err
+    assert "callbacks.digits_score draws at 8 px, and the model in multiples of 16" in capsys.readouterr().err
 
 
 def pictures(folder: Path, count: int) -> str:

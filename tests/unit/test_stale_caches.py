@@ -112,7 +112,7 @@ def test_data_of_a_folder_are_refused_if_its_images_have_changed(tmp_path: Path,
     prepare(made, source(folder), SPEC)
     folder = change(folder)
     if is_other:
-        with pytest.raises(ValueError, match="train_loader.source") as refused:
+        with pytest.raises(ValueError, match="this source") as refused:
             prepare(made, source(folder), SPEC)
         if change in (other_content, swapped):
             names = "3.bmp.png" if change is other_content else "1.bmp.png, 2.bmp.png"

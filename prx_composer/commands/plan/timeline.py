@@ -13,7 +13,8 @@ from prx_composer.data.format import Manifest
 from prx_composer.data.mixture import shares_in_words
 from prx_composer.recipe.arguments import data_sets, entries
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.consistency import STAGES, check_batch_sizes, phases_of, planned_stages, stages_of, weight_steps
+from prx_composer.recipe.consistency import STAGES, check_batch_sizes, planned_stages, stages_of
+from prx_composer.recipe.times import phases_of, weight_steps
 from prx_composer.schedule.moments import BATCH, BUDGET, DURATION, EPOCH, SECONDS, Moment, Point, ScheduleWindow
 
 _NEVER = 1 << 62  # steps

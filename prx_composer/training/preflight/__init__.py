@@ -24,7 +24,8 @@ from prx_composer.models.text_to_image import check_text
 from prx_composer.recipe.arguments import entries, text_encoders
 from prx_composer.recipe.checks import argument_problems, never_open, setting_problems
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.consistency import batch_problems, image_size_problems, schedule_problems
+from prx_composer.recipe.consistency import batch_problems, image_size_problems
+from prx_composer.recipe.times import schedule_problems
 from prx_composer.runs.model_parts import UnknownNetwork
 from prx_composer.training.components import Components
 from prx_composer.training.trainer import low_dtype, parallelism

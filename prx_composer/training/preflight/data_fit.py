@@ -18,7 +18,8 @@ from prx_composer.data.stored import StoredColumn, encoded_folder, fetch_caption
 from prx_composer.models.prompts import not_to_be_stored
 from prx_composer.recipe.arguments import data_sets, text_encoders
 from prx_composer.recipe.config import Recipe
-from prx_composer.recipe.consistency import Phase, PlannedStage, phases_of, schedule_problems, stages_of
+from prx_composer.recipe.consistency import PlannedStage, stages_of
+from prx_composer.recipe.times import Phase, phases_of, schedule_problems
 from prx_composer.runs.folder import TOKENIZER
 from prx_composer.schedule.moments import ScheduleWindow
 from prx_composer.training.components import Components, Making, unmade_sources
