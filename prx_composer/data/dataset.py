@@ -81,8 +81,8 @@ def read_manifest(path: str | Path, split: str, captions: Captions | None, featu
             known = manifest.captions
             there = f"; the data set has {', '.join(known)}. `captions: null` trains on {known[0]}" if known else ""
             raise ValueError(f"captions: no caption column {column!r}{there}.{begun_captions(folder, column)}")
-        if weight < 0 or sum(weights.values()) <= 0:
-            raise ValueError(f"captions: weights must be non-negative with a positive sum, not {weights}.")
+        if not (0 <= weight < math.inf and sum(weights.values()) > 0):
+            raise ValueError(f"captions: weights must be numbers from 0 on with a positive sum, not {weights}.")
     for column in features or []:
         if column not in manifest.features and not (folder / ENCODED / column / IMAGE).exists():
             there = ", ".join(manifest.features) or "none"

@@ -125,7 +125,9 @@ def split_batch(batch: Any, microbatch_size: int | float | None) -> Sequence[Any
     """
     if not isinstance(batch, dict):
         return _default_split_batch(batch, microbatch_size)  # pyright: ignore[reportArgumentType]
-    microbatch_size = len(batch["attention_mask"]) if microbatch_size is None else microbatch_size
+    length = next(len(value) for name, value in batch.items() if isinstance(value, torch.Tensor) and name not in PACKED)
+    # The last batch of an evaluation may be smaller than a microbatch, of which Composer warns.
+    microbatch_size = length if microbatch_size is None else min(microbatch_size, length)
     if "text_position" not in batch:
         rest = {name: value for name, value in batch.items() if name not in GROUPED}
         plain: list[dict[str, Any]] = list(_default_split_batch(rest, microbatch_size))  # pyright: ignore[reportArgumentType]

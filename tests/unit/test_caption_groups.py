@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,8 @@ def test_groups_are_of_a_microbatch_and_known_to_the_host() -> None:
     assert caption_groups(mask[:, :14]) == {}
     assert "text_groups" not in split_batch(batch | {"text_embedding": torch.zeros(8, 64, 2)}, 4)[0], "nothing is encoded"
     assert len(split_batch({"input_ids": torch.zeros(4, 2)}, 2)) == 2, "another loader's batch"
+    with warnings.catch_warnings(action="error"):  # the last batch of an evaluation
+        assert len(split_batch({"input_ids": torch.zeros(4, 2)}, 5)) == 1
 
 
 def batch_of(model: TextToImage, batch: dict[str, Tensor]) -> dict[str, Any]:
