@@ -61,8 +61,9 @@ def _check_time(path: str, text: Any, num_stages: int) -> None:
 
 
 # Composer's schedulers, which compare two times in one unit. `warmup_stable_decay` takes `Moment`s, each of which knows its own.
+_CONSTANT = "decay: 0"
 _AS_OURS = {
-    "constant_with_warmup": "decay: 0",
+    "constant_with_warmup": _CONSTANT,
     "cosine_with_warmup": "decay: 1, shape: cosine",
     "linear_decay_with_warmup": "decay: 1, shape: linear",
 }
@@ -97,6 +98,20 @@ def schedule_problems(values: Values, batches_per_epoch: float | None = None) ->
     return [
         f"{path}: {warmup.text} is longer than the run ({key}: {values[key]}), whose full learning rate would "
         f"never be reached; give a shorter one, such as 0.1dur, or a longer {key}."
+    ]
+
+
+def schedule_notes(values: Values) -> list[str]:
+    """Return what a person should know of a scheduler that only knows one of the two ends that a run may have."""
+    scheduler, budget = values["scheduler"], values["time_budget"]
+    ours = _AS_OURS.get(scheduler.get("name"), _CONSTANT)
+    if budget is None or ours == _CONSTANT:
+        return []
+    alpha_f = "".join(f", {key}: {value}" for key, value in scheduler.items() if key == "alpha_f")
+    return [
+        f"scheduler: {scheduler['name']} falls until max_duration: {values['max_duration']}, and does not know time_budget: "
+        f"{budget}. If the budget ends the run first, the learning rate is still high. One that has fallen by whichever comes first: "
+        f"'scheduler={{name: warmup_stable_decay, t_warmup: {scheduler.get('t_warmup')}, {ours}{alpha_f}}}'."
     ]
 
 

@@ -90,6 +90,25 @@ def test_a_warmup_that_it_can_follow_is_not(name: str, warmup: str, duration: st
     assert refused(path, f"max_duration={duration}") == []
 
 
+def test_a_scheduler_that_does_not_know_the_budget_is_said_with_one_that_does(plain: Recipe, write_recipe: Write) -> None:
+    path = write_recipe(plain | {"scheduler": {"name": "cosine_with_warmup", "t_warmup": "2ba", "alpha_f": 0.1}})
+
+    def noted(*changes: str) -> list[str]:
+        results = check_config(config.load([path, *changes]))
+        assert "✗" not in {result.mark for result in results}
+        return [result.text for result in results if result.mark == "!" and result.text.startswith("scheduler")]
+
+    (said,) = noted("time_budget=1h")
+    assert "max_duration: 6ba, and does not know time_budget: 1h" in said
+    (instead,) = shlex.split(said[said.index("'scheduler") :].rstrip("."))
+    assert noted("time_budget=1h", instead) == noted() == []
+    recipe = config.load([path, instead])
+    assert recipe.scheduler == {
+        "name": "warmup_stable_decay", "t_warmup": "2ba", "decay": 1, "shape": "cosine", "alpha_f": 0.1
+    }  # fmt: skip
+    assert noted("time_budget=1h", "scheduler={name: constant_with_warmup, t_warmup: 2ba}") == []
+
+
 def test_epochs_are_compared_when_the_data_are_known(plain: Recipe, write_recipe: Write, capsys: Any) -> None:
     """285 images and batches of 48: an epoch is 6 batches, nearly."""
     path = write_recipe(plain | {"scheduler": {"name": "constant_with_warmup", "t_warmup": "2ep"}})
