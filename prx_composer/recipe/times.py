@@ -110,7 +110,8 @@ def schedule_notes(values: Values) -> list[str]:
     alpha_f = "".join(f", {key}: {value}" for key, value in scheduler.items() if key == "alpha_f")
     return [
         f"scheduler: {scheduler['name']} falls until max_duration: {values['max_duration']}, and does not know time_budget: "
-        f"{budget}. If the budget ends the run first, the learning rate is still high. One that has fallen by whichever comes first: "
+        f"{budget}. If the budget ends the run first, the learning rate is still high. "
+        "One that has fallen by whichever comes first: "
         f"'scheduler={{name: warmup_stable_decay, t_warmup: {scheduler.get('t_warmup')}, {ours}{alpha_f}}}'."
     ]
 
