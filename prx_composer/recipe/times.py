@@ -61,12 +61,8 @@ def _check_time(path: str, text: Any, num_stages: int) -> None:
 
 
 # Composer's schedulers, which compare two times in one unit. `warmup_stable_decay` takes `Moment`s, each of which knows its own.
-_CONSTANT = "decay: 0"
-_AS_OURS = {
-    "constant_with_warmup": _CONSTANT,
-    "cosine_with_warmup": "decay: 1, shape: cosine",
-    "linear_decay_with_warmup": "decay: 1, shape: linear",
-}
+_AS_OURS = {"constant_with_warmup": None, "cosine_with_warmup": "cosine", "linear_decay_with_warmup": "linear"}  # its shape
+_OVERLAP = 1.1  # of warm-up and decay together, in runs: the rate reaches 0.9 of its height then
 _COUNTED = {"ba": "batches", "sp": "samples", "ep": "epochs", "dur": "parts of max_duration"}
 
 
@@ -78,22 +74,16 @@ def schedule_problems(values: Values, batches_per_epoch: float | None = None) ->
         batches_per_epoch: if it is known; without it epochs are compared with epochs alone.
     """
     scheduler, path = values["scheduler"], "scheduler.t_warmup"
-    given = values["max_duration"], scheduler.get("t_warmup"), scheduler.get("t_max", "1dur"), values["time_budget"]
-    total, warmup, t_max, budget = map(_point, given)
+    given = values["max_duration"], scheduler.get("t_warmup"), scheduler.get("t_max", "1dur")
+    total, warmup, t_max = map(_point, given)
     if total is None or total.value <= 0 or warmup is None:
         return []  # said elsewhere
     # Samples are a number of batches if all are of one size.
     batch_size = None if stages_of(values)[1:] else values["global_train_batch_size"]
     if scheduler.get("name") in _AS_OURS and (problem := _not_comparable(values, warmup, t_max, total, batch_size)):
         return [problem]
-    key, length, whole = "max_duration", warmup.value, total.value
-    if warmup.unit == SECONDS:
-        key, whole = "time_budget", None if budget is None else budget.value
-    elif warmup.unit == "dur":
-        whole = 1.0
-    elif warmup.unit != total.unit:
-        length, whole = (_batches(point, batch_size, batches_per_epoch) for point in (warmup, total))
-    if length is None or whole is None or length <= whole:
+    key, share = _share_of_run(values, warmup, total, batch_size, batches_per_epoch)
+    if share is None or share <= 1:
         return []
     return [
         f"{path}: {warmup.text} is longer than the run ({key}: {values[key]}), whose full learning rate would "
@@ -102,25 +92,58 @@ def schedule_problems(values: Values, batches_per_epoch: float | None = None) ->
 
 
 def schedule_notes(values: Values) -> list[str]:
-    """Return what a person should know of a scheduler that only knows one of the two ends that a run may have."""
+    """Return with which rate a run may end or what rate it may never have, where the scheduler is one that we know."""
     scheduler, budget = values["scheduler"], values["time_budget"]
-    ours = _AS_OURS.get(scheduler.get("name"), _CONSTANT)
-    if budget is None or ours == _CONSTANT:
+    name, decay = scheduler.get("name"), scheduler.get("decay")
+    total, warmup = map(_point, (values["max_duration"], scheduler.get("t_warmup", "0ba")))
+    if total is None or warmup is None:
+        return []  # said elsewhere
+    if budget is not None and _AS_OURS.get(name) is not None:
+        end = "t_max" if "t_max" in scheduler else "max_duration"
+        return [
+            f"scheduler: {name} falls until {end}, and does not know time_budget: {budget}. If the budget ends the run first, "
+            f"the learning rate is still high. One that has fallen by whichever comes first: {_as_ours(values, warmup, total)}."
+        ]
+    batch_size = None if stages_of(values)[1:] else values["global_train_batch_size"]
+    share = _share_of_run(values, warmup, total, batch_size)[1]
+    if name != "warmup_stable_decay" or not isinstance(decay, int | float) or share is None or not _OVERLAP - decay < share <= 1:
         return []
-    alpha_f = "".join(f", {key}: {value}" for key, value in scheduler.items() if key == "alpha_f")
     return [
-        f"scheduler: {scheduler['name']} falls until max_duration: {values['max_duration']}, and does not know time_budget: "
-        f"{budget}. If the budget ends the run first, the learning rate is still high. "
-        "One that has fallen by whichever comes first: "
-        f"'scheduler={{name: warmup_stable_decay, t_warmup: {scheduler.get('t_warmup')}, {ours}{alpha_f}}}'."
+        f"scheduler: its decay (decay: {decay:g}) begins before its warm-up ends (t_warmup: {warmup.text}), so that the full "
+        f"learning rate is never reached. Give a shorter t_warmup, or decay: {1 - share:.3g}."
     ]
+
+
+def _as_ours(values: Values, warmup: Point, total: Point) -> str:
+    """Return what to write for a scheduler of Composer's: ours, which takes any time, and falls as that from the warm-up on."""
+    scheduler = values["scheduler"]
+    shape, batch_size = _AS_OURS[scheduler["name"]], None if stages_of(values)[1:] else values["global_train_batch_size"]
+    share = _share_of_run(values, warmup, total, batch_size)[1] or 0.0
+    decay = f"{1 - share:.3g}, shape: {shape}" if shape and share < 1 else "0"
+    alpha_f = "".join(f", {key}: {value}" for key, value in scheduler.items() if key == "alpha_f" and shape)
+    return f"'scheduler={{name: warmup_stable_decay, t_warmup: {warmup.text}, decay: {decay}{alpha_f}}}'"
+
+
+def _share_of_run(
+    values: Values, point: Point, total: Point, batch_size: int | None, batches_per_epoch: float | None = None
+) -> tuple[str, float | None]:
+    """Return which key says how long the run is that a time is of, and its share of that; None if it isn't known."""
+    if point.unit == "dur":
+        return "max_duration", point.value
+    if point.unit == SECONDS:
+        budget = _point(values["time_budget"])
+        return "time_budget", None if budget is None else point.value / budget.value
+    if point.unit == total.unit:
+        return "max_duration", point.value / total.value
+    length, whole = (_batches(one, batch_size, batches_per_epoch) for one in (point, total))
+    return "max_duration", None if length is None or whole is None else length / whole
 
 
 def _not_comparable(values: Values, warmup: Point, t_max: Point | None, total: Point, batch_size: int | None) -> str | None:
     """Return why a scheduler of Composer's cannot compare its warm-up with its end, at its path, if it cannot."""
     scheduler = values["scheduler"]
     name = scheduler["name"]
-    ours = f"or 'scheduler={{name: warmup_stable_decay, t_warmup: {warmup.text}, {_AS_OURS[name]}}}', which takes any time"
+    ours = f"or {_as_ours(values, warmup, total)}, which takes any time"
     for path, point, instead in (("scheduler.t_warmup", warmup, "0.05dur"), ("scheduler.t_max", t_max, "1dur")):
         if point is not None and point.unit not in _COUNTED:
             return f"{path}: {name} counts batches, samples, epochs or dur, not {point.text}; give such as {instead}, {ours}."

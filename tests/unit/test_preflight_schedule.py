@@ -99,14 +99,34 @@ def test_a_scheduler_that_does_not_know_the_budget_is_said_with_one_that_does(pl
         return [result.text for result in results if result.mark == "!" and result.text.startswith("scheduler")]
 
     (said,) = noted("time_budget=1h")
-    assert "max_duration: 6ba, and does not know time_budget: 1h" in said
+    assert "falls until max_duration, and does not know time_budget: 1h" in said
     (instead,) = shlex.split(said[said.index("'scheduler") :].rstrip("."))
     assert noted("time_budget=1h", instead) == noted() == []
     recipe = config.load([path, instead])
     assert recipe.scheduler == {
-        "name": "warmup_stable_decay", "t_warmup": "2ba", "decay": 1, "shape": "cosine", "alpha_f": 0.1
+        "name": "warmup_stable_decay", "t_warmup": "2ba", "decay": 0.667, "shape": "cosine", "alpha_f": 0.1
     }  # fmt: skip
     assert noted("time_budget=1h", "scheduler={name: constant_with_warmup, t_warmup: 2ba}") == []
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "instead"),
+    [("0.3dur", 0.9, 0.7), ("3ba", 0.8, 0.5), ("96sp", 1.0, 0.667), ("0.05dur", 1, None), ("2ba", 0.6, None)],
+)
+def test_a_warmup_that_reaches_into_the_decay_is_said(
+    warmup: str, decay: float, instead: float | None, plain: Recipe, write_recipe: Write
+) -> None:
+    path = write_recipe(plain | {"scheduler": {"name": "warmup_stable_decay", "t_warmup": warmup, "decay": decay}})
+
+    def noted(*changes: str) -> list[str]:
+        return [result.text for result in check_config(config.load([path, *changes])) if result.text.startswith("scheduler:")]
+
+    if instead is None:
+        assert noted() == []
+    else:
+        (said,) = noted()
+        assert said.endswith(f"never reached. Give a shorter t_warmup, or decay: {instead:g}.")
+        assert noted(f"scheduler.decay={instead}") == []
 
 
 def test_epochs_are_compared_when_the_data_are_known(plain: Recipe, write_recipe: Write, capsys: Any) -> None:

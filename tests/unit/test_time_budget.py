@@ -14,7 +14,7 @@ import torch
 from composer.core import Event, State
 from composer.devices import DeviceCPU
 from composer.loggers import Logger
-from composer.optim.scheduler import compile_composer_scheduler
+from composer.optim.scheduler import CosineAnnealingWithWarmupScheduler, LinearWithWarmupScheduler, compile_composer_scheduler
 from torch import nn
 
 from prx_composer.common.errors import UserError
@@ -365,6 +365,23 @@ def test_the_learning_rate_is_the_closed_form_in_batches(
     np.testing.assert_allclose(found[1:], expected[1:], atol=1e-12)
     assert found[0] == pytest.approx(0.1), "the first step is not lost"
     assert found[-1] == pytest.approx(alpha_f, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "composers"), [("linear", LinearWithWarmupScheduler), ("cosine", CosineAnnealingWithWarmupScheduler)]
+)
+def test_with_a_decay_from_the_warmup_on_it_is_composers_scheduler(
+    shape: Any, composers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`prx check` proposes it so, where the time of a run is not `max_duration` alone."""
+    machine = Machine(monkeypatch, tmp_path, "50ba")
+    both = WarmupStableDecay("10ba", decay=0.8, shape=shape, alpha_f=0.1), composers("10ba", alpha_f=0.1)
+    machine.scheduler = compile_composer_scheduler(both[0], machine.state)
+    machine.start()
+    for batch in range(1, 51):
+        machine.step(1)
+        ours, theirs = (schedule(machine.state) for schedule in both)
+        assert ours == pytest.approx(theirs, abs=1e-9 if batch >= 10 else 0.1001)  # ours begins the warm-up a step earlier
 
 
 def test_the_learning_rate_is_the_closed_form_in_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
