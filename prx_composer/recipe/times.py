@@ -127,16 +127,16 @@ def _as_ours(values: Values, warmup: Point, total: Point) -> str:
 def _share_of_run(
     values: Values, point: Point, total: Point, batch_size: int | None, batches_per_epoch: float | None = None
 ) -> tuple[str, float | None]:
-    """Return which key says how long the run is that a time is of, and its share of that; None if it isn't known."""
-    if point.unit == "dur":
-        return "max_duration", point.value
+    """Return which key says how long the run is that a time is of, and its share of that; None if it isn't known, or is of 0."""
+    key, length, whole = "max_duration", point.value, total.value
     if point.unit == SECONDS:
         budget = _point(values["time_budget"])
-        return "time_budget", None if budget is None else point.value / budget.value
-    if point.unit == total.unit:
-        return "max_duration", point.value / total.value
-    length, whole = (_batches(one, batch_size, batches_per_epoch) for one in (point, total))
-    return "max_duration", None if length is None or whole is None else length / whole
+        key, whole = "time_budget", None if budget is None else budget.value
+    elif point.unit == "dur":
+        whole = 1.0
+    elif point.unit != total.unit:
+        length, whole = (_batches(one, batch_size, batches_per_epoch) for one in (point, total))
+    return key, length / whole if length is not None and whole else None
 
 
 def _not_comparable(values: Values, warmup: Point, t_max: Point | None, total: Point, batch_size: int | None) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from prx_composer.common.errors import UserError
 from prx_composer.recipe import config
 from prx_composer.runs.folder import read_metrics
 from prx_composer.training import main
@@ -127,6 +128,17 @@ def test_a_warmup_that_reaches_into_the_decay_is_said(
         (said,) = noted()
         assert said.endswith(f"never reached. Give a shorter t_warmup, or decay: {instead:g}.")
         assert noted(f"scheduler.decay={instead}") == []
+
+
+@pytest.mark.parametrize("nothing", ["max_duration=0ba", "max_duration=0sp", "time_budget=0s"])
+@pytest.mark.parametrize("warmup", ["2ba", "5m"])
+def test_a_run_of_no_length_is_refused_and_not_divided_by(nothing: str, warmup: str, plain: Recipe, write_recipe: Write) -> None:
+    path = write_recipe(plain | {"scheduler": {"name": "warmup_stable_decay", "t_warmup": warmup, "decay": 0.9}})
+    try:
+        said = "\n".join(refused(path, nothing))
+    except UserError as error:
+        said = str(error)
+    assert nothing.partition("=")[0] in said
 
 
 def test_epochs_are_compared_when_the_data_are_known(plain: Recipe, write_recipe: Write, capsys: Any) -> None:
