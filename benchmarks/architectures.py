@@ -87,6 +87,8 @@ def fitted(own: Mapping[str, Any], frame: Frame, heads: int, depth: int) -> Argu
     Raises:
         UserError: a class without a signature. ValueError: the class has no such size.
     """
+    if "block_out_channels" in own:
+        return _levels(own, frame, heads, depth)
     signature: Signature = registry.signatures.get(own["class"], "class")()
     width, grid = heads * frame.head_dim, frame.side // frame.patch_size
     own_heads = own["num_attention_heads"]
@@ -133,6 +135,25 @@ def _depths(own: Mapping[str, Any], depth: int) -> dict[str, int]:
     if shares[last] < 1:
         raise ValueError(f"depth {depth} is too small")
     return shares
+
+
+def _levels(own: Mapping[str, Any], frame: Frame, heads: int, depth: int) -> Arguments:
+    """Return the arguments of Stable Cascade's class, whose sizes are lists by level; a depth is a three of blocks."""
+    width, levels, ways = heads * frame.head_dim, len(own["block_out_channels"]), ("down", "up")
+    counts = [count for way in ways for count in own[f"{way}_num_layers_per_block"]]
+    shares = [*_depths({f"{index}_layers": count for index, count in enumerate(counts)}, depth).values()]
+    return dict(own) | {
+        "in_channels": frame.channels,
+        "out_channels": frame.channels,
+        "patch_size": frame.patch_size,
+        "conditioning_dim": width,
+        "block_out_channels": [width] * levels,
+        "num_attention_heads": [heads] * levels,
+        "down_num_layers_per_block": shares[:levels],
+        "up_num_layers_per_block": shares[levels:],
+        "clip_text_in_channels": frame.context,
+        "clip_text_pooled_in_channels": frame.context,
+    }
 
 
 def measured(arguments: Arguments, frame: Frame, heads: int, depth: int) -> Size:
@@ -256,7 +277,8 @@ def plan_stacks(options: Options) -> tuple[Recipe, dict[str, dict[str, Any]], li
         code = [*recipe.code_paths, *([] if name == FIRST else config.load([str(ARCHITECTURES / f"{name}.yaml")]).code_paths)]
         sets = [] if name == FIRST else [f"model.backbone={json.dumps(size.arguments)}", f"code_paths={json.dumps(code)}"]
         sets += [f"model.text_encoder={json.dumps(LABELS)}"] if name in labelled else []
-        sets += ["model.text_encoder.pooled=mean"] if size.arguments.get("pooled_projection_dim") else []
+        pooled = None if name == FIRST else registry.signatures.get(size.arguments["class"], "class").pooled_width
+        sets += ["model.text_encoder.pooled=mean"] if pooled else []
         try:
             own = check_stack(options.files, Stack(name, ()), [*sets, *options.overrides])
         except UserError as error:  # one of its algorithms, say, has no place in that class

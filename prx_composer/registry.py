@@ -139,6 +139,7 @@ signatures = Registry(  # of what the backbone `diffusers` can train, by the nam
         "PixArtTransformer2DModel": "prx_composer.models.signatures:PixArt",
         "SD3Transformer2DModel": "prx_composer.models.signatures:SD3",
         "SanaTransformer2DModel": "prx_composer.models.signatures:Sana",
+        "StableCascadeUNet": "prx_composer.models.signatures:StableCascade",
     },
 )
 text_encoders = Registry(

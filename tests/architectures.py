@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from prx_composer import registry
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
 
 HEADS = dict(num_attention_heads=2, attention_head_dim=16)
@@ -27,7 +28,11 @@ TINY: dict[str, dict[str, Any]] = {
     "AuraFlowTransformer2DModel": HEADS
     | dict(in_channels=4, out_channels=4, num_mmdit_layers=2, num_single_dit_layers=2, joint_attention_dim=TEXT)
     | dict(caption_projection_dim=32, sample_size=8, pos_embed_max_size=64),
+    "StableCascadeUNet": dict(in_channels=4, out_channels=4, patch_size=2, conditioning_dim=32, block_out_channels=[32, 32])
+    | dict(num_attention_heads=[2, 2], down_num_layers_per_block=[1, 2], up_num_layers_per_block=[2, 1], switch_level=[False])
+    | dict(clip_text_in_channels=TEXT, clip_text_pooled_in_channels=POOLED, clip_image_in_channels=8, dropout=[0.0, 0.0]),
 }
+POOLED_WIDTH = {name: registry.signatures.get(name, "class").pooled_width for name in TINY}  # the argument, if there is one
 ROUTED = ["SD3Transformer2DModel", "PixArtTransformer2DModel", "DiTTransformer2DModel", "Lumina2Transformer2DModel"]
 ROUTED += ["AuraFlowTransformer2DModel"]
 

@@ -76,7 +76,7 @@ def table() -> str:
                 reasons.append(said)
             cells.append(f"no, {'abcdefgh'[reasons.index(said)]}" if said else "yes")
         rows.setdefault(tuple(cells), []).append(f"`{trick}`")
-    classes = [name.removesuffix("Transformer2DModel") for name in TINY]
+    classes = [name.removesuffix("Transformer2DModel").removesuffix("UNet") for name in TINY]
     lines = [f"| | {' | '.join(classes)} |", "|---" * (len(classes) + 1) + "|"]
     lines += [f"| {', '.join(tricks)} | {' | '.join(cells)} |" for cells, tricks in rows.items()]
     lines += ["", *(f"- {letter}: {reason}." for letter, reason in zip("abcdefgh", reasons, strict=False))]

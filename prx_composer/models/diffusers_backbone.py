@@ -58,7 +58,7 @@ class DiffusersBackbone(nn.Module):
         packed, drawn = (self.patch_size**2, config["patch_size"] ** 2) if signature.packs else (1, 1)  # channels of a pixel
         self.in_channels: int = config["in_channels"] // packed
         self.out_channels: int = (config.get("out_channels") or config["in_channels"]) * drawn // packed
-        self.hidden_size: int = config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
+        self.hidden_size: int = signature.hidden_size(config)
         self.time_size: int = 0 if isinstance(signature.time_vector, str) else signature.time_size(self.hidden_size)
         self.context_argument = signature.text_argument(config)
         self.context_in_dim: int = config[self.context_argument] if self.context_argument else TEXT_LABEL
@@ -78,7 +78,8 @@ class DiffusersBackbone(nn.Module):
         for name in signature.equal_width:
             if config[name] not in (None, self.hidden_size):
                 raise ValueError(f"{name} is {config[name]}, but must be the hidden size, which is {self.hidden_size}.")
-        if config.get("dropout"):
+        dropout = config.get("dropout")
+        if any(dropout) if isinstance(dropout, (list, tuple)) else dropout:
             raise ValueError(f"dropout: {config['dropout']} draws what a resumed run would not draw again; set it to 0.0.")
         for module in self.model.modules():  # a caption that is dropped has the empty one's label
             if hasattr(module, "dropout_prob"):
@@ -101,7 +102,12 @@ class DiffusersBackbone(nn.Module):
 
     def listed_blocks(self) -> list[tuple[nn.Module, BlockList]]:
         """Return the blocks, each with its list."""
-        return [(block, of) for of in self.signature.blocks for block in self.model.get_submodule(of.path)]
+        return [(block, of) for of in self.signature.blocks for block in self._blocks_at(of.path)]
+
+    def _blocks_at(self, path: str) -> list[nn.Module]:
+        """Return the blocks of a list, or of the lists that are in it."""
+        entries: Any = self.model.get_submodule(path)
+        return [block for entry in entries for block in (entry if isinstance(entry, nn.ModuleList) else [entry])]
 
     @property
     def depth(self) -> int:
@@ -111,7 +117,7 @@ class DiffusersBackbone(nn.Module):
     def block_layers(self) -> list[str]:
         """Ends of the names of the blocks' linear layers but their modulation, which are those that LoRA adapts."""
         linear = (name for block in self._all_blocks() for name, module in block.named_modules() if isinstance(module, nn.Linear))
-        return list(dict.fromkeys(name for name in linear if not name.startswith("norm")))
+        return list(dict.fromkeys(name for name in linear if not name.startswith(self.signature.modulation)))
 
     def num_tokens(self, height: int, width: int) -> int:
         """Return the number of image tokens; raise ValueError for a size that the class cannot take."""
@@ -130,7 +136,7 @@ class DiffusersBackbone(nn.Module):
         return grid
 
     def _all_blocks(self) -> list[nn.Module]:
-        return self.blocks + [block for path in self.signature.also for block in self.model.get_submodule(path)]
+        return self.blocks + [block for path in self.signature.also for block in self._blocks_at(path)]
 
     def compile_graphs(self, per_block: bool, activation_memory_budget: float = 1.0, flex_attention: bool = False) -> None:
         """Let `torch.compile` make a graph of every block's forward pass, for each image size when it is first met.
@@ -205,7 +211,7 @@ class _Hooks:
 
     def __init__(self, backbone: DiffusersBackbone, x: Inputs, route: Route | None):
         self._backbone, self._route, self._fusion = backbone, route, backbone.fusion
-        self._tokens = x.grid[0] * x.grid[1]
+        self._grid, self._tokens = x.grid, x.grid[0] * x.grid[1]
         self._first = backbone.signature.first_image_token(x)
         self._early: Tensor | None = None  # (B, N, D), what enters the first routed block
         self.taps: dict[int, Tensor] = {}
@@ -244,6 +250,7 @@ class _Hooks:
 
     def _leave(self, of: BlockList, index: int, last: bool, block: nn.Module, args: Any, output: Any) -> Any:
         tokens = output if of.output is None else output[of.output]
+        tokens = self._in_rows(tokens, index) if of.grid else tokens
         kept = None if self._route is None or not self._is_routed(index) else self._route.kept_indices
         text, image = self._split(of, tokens, self._tokens if kept is None else kept.shape[1])
         if index in self._backbone.taps:
@@ -260,6 +267,13 @@ class _Hooks:
             image = merge_tokens(skipped.type_as(image), image, kept)
         tokens = self._joined(text, image)
         return tokens if of.output is None else (*output[: of.output], tokens, *output[of.output + 1 :])
+
+    def _in_rows(self, tokens: Tensor, index: int) -> Tensor:
+        """Return (B, N, D) of (B, D, rows, columns)."""
+        if tokens.shape[-2:] != self._grid:
+            here, finest = (f"{rows}×{columns}" for rows, columns in (tokens.shape[-2:], self._grid))
+            raise ValueError(f"Tokens at block {index} are {here}, and {finest} are needed: tap a block of the finest level.")
+        return tokens.flatten(2).mT
 
     @staticmethod
     def _check_width(tokens: Tensor, index: int, width: int) -> None:

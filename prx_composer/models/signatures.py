@@ -12,7 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
-from torch import Tensor
+from diffusers.models.unets.unet_stable_cascade import SDCascadeResBlock, SDCascadeTimestepBlock
+from torch import Tensor, nn
+
+from prx_composer.models.diffusion import DDPM
+from prx_composer.models.processes import NUM_TRAIN_TIMESTEPS, FlowMatching, Process
 
 Hows = Sequence[Mapping[str, Any]]  # `how` of each text encoder, in order
 Places = Sequence[Sequence[int]]  # encoders by number, whose tokens stand one after another; see `SeveralTextEncoders`
@@ -34,17 +38,19 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockList:
-    """A `ModuleList` of blocks, all of whose `forward` take image tokens as `hidden_states` (B, N, D).
+    """A `ModuleList` of blocks, or of lists of blocks, all of whose `forward` take image tokens as `hidden_states` (B, N, D).
 
     Args:
         path: of the list in the model.
         output: place of the image tokens in what a block returns; None = it returns nothing else.
+        grid: tokens come and go as (B, D, rows, columns), as between convolutions; such a class is `unroutable`.
         joint: text tokens are among them: see `Signature.first_image_token`.
         positions: names of other arguments with one entry per token, (B, N, …), which are routed with the tokens.
     """
 
     path: str
     output: int | None = None
+    grid: bool = False
     joint: bool = False
     positions: tuple[str, ...] = ()
 
@@ -63,9 +69,13 @@ class Signature:
         square_only: it mistakes images that are not square.
         time_vector: path of the module that embeds the time, once for all blocks, and the place in what it returns of the vector
             (B, `time_size`) that `TIME_VECTOR` taps; None for no place: it returns nothing else. Or the reason why there is none.
+        modulation: how the names of those layers of a block begin that the time and not the tokens go through.
         borrows_first_block: the class uses a layer of its first block outside of it, so that FSDP must not shard that by itself.
         unroutable: why tokens cannot skip blocks; None = they can.
         pipeline: of diffusers, that takes the steps that are taken here.
+        part: what that pipeline calls the model.
+        asks_encoder: that pipeline asks its text encoder for its dtype, although it is given embeddings.
+        drawn: what `pipeline_draws` says, in words.
         spaces_steps: the pipeline spaces its steps otherwise, unless it is given `sigmas`.
         zeros: names of linear layers that begin at zero, so that a block begins as the identity. One with a dot ends a name.
     """
@@ -79,9 +89,13 @@ class Signature:
     packs: bool = False
     square_only: bool = False
     time_vector: tuple[str, int | None] | str = "its signature names no time vector"
+    modulation: str = "norm"
     borrows_first_block: bool = False
     unroutable: str | None = None
     pipeline: str | None = None
+    part: str = "transformer"
+    asks_encoder: bool = False
+    drawn: str = "velocities of flow matching, on latents, with unit noise"
     spaces_steps: bool = False
     zeros: tuple[str, ...] = ()
 
@@ -100,6 +114,10 @@ class Signature:
         """Return where image tokens begin in the sequences of `joint` blocks, int64 (B, 1); None = they are the last."""
         return None
 
+    def pipeline_draws(self, flow: Process, latents: bool) -> bool:
+        """Return whether the pipeline draws what a model of this process draws."""
+        return latents and isinstance(flow, FlowMatching) and flow.prediction == "v" and flow.noise_scale == 1
+
     def pipeline_reads(self, encoders: Hows, tokens: Places) -> bool:
         """Return whether the pipeline makes of prompts what these text encoders do; else it is given embeddings."""
         return False
@@ -113,9 +131,17 @@ class Signature:
         """
         return {"guidance_scale": guidance}
 
+    def pipeline_settings(self, downsampling: int) -> dict[str, Any]:
+        """Return what `model_index.json` says beside the parts, for an autoencoder whose latents are so much smaller."""
+        return {}
+
     def text_argument(self, config: Mapping[str, Any]) -> str | None:
         """Return `text_width`, or what takes its place with these arguments."""
         return self.text_width
+
+    def hidden_size(self, config: Mapping[str, Any]) -> int:
+        """Return how wide the image tokens are."""
+        return config.get("hidden_size") or config["num_attention_heads"] * config["attention_head_dim"]
 
     def time_size(self, hidden_size: int) -> int:
         """Return how many channels the time vector has."""
@@ -303,3 +329,52 @@ class AuraFlow(Signature):
 
     def most_patches(self, config: Mapping[str, Any]) -> int | None:
         return int(config["pos_embed_max_size"] ** 0.5)
+
+
+class StableCascade(Signature):
+    """Stable Cascade's prior, stage C: Würstchen (arXiv:2306.00637) in its third version, of convolutions and attention.
+
+    A block is one of three kinds in turn: convolution, modulation by the time, attention to image and text. Text is attended to
+    without a mask, as zero where it is padding, and beside it the pooled text. The class's place for an image's embedding gets
+    zeros, as in its pipeline.
+    """
+
+    blocks = (BlockList("down_blocks", grid=True), BlockList("up_blocks", grid=True))
+    text_width, pooled_width = "clip_text_in_channels", "clip_text_pooled_in_channels"
+    time_vector = "it embeds the time outside of its modules"
+    modulation = "mapper"
+    unroutable = "its blocks convolve over the grid of patches, which needs all of them"
+    pipeline, part, drawn = "StableCascadePriorPipeline", "prior", "the noise of ddpm with beta_schedule: squaredcos_cap_v2"
+    asks_encoder = True
+
+    def text_argument(self, config: Mapping[str, Any]) -> str | None:
+        missing = [name for name in ("clip_text_in_channels", "clip_image_in_channels") if not config[name]]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} must be given: without both, the class reads the pooled text alone.")
+        return self.text_width
+
+    def hidden_size(self, config: Mapping[str, Any]) -> int:
+        return config["block_out_channels"][0]
+
+    def initialise(self, model: Any) -> None:
+        """Let blocks begin as nearly the identity, and the prediction as zero, as in Würstchen's own code."""
+        nn.init.zeros_(model.clf[1].weight)
+        nn.init.zeros_(model.clf[1].bias)
+        blocks = [block for levels in (model.down_blocks, model.up_blocks) for level in levels for block in level]
+        for block in blocks:
+            if isinstance(block, SDCascadeTimestepBlock):
+                nn.init.zeros_(block.mapper.weight)
+            elif isinstance(block, SDCascadeResBlock):
+                block.channelwise[-1].weight.data *= (3 / len(blocks)) ** 0.5  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+
+    def inputs(self, x: Inputs) -> dict[str, Any]:
+        image = x.text.new_zeros(len(x.t), 1, x.config["clip_image_in_channels"])
+        text = dict(clip_text=x.text, clip_text_pooled=x.pooled[:, None], clip_img=image)
+        # DDPM's step k is told as (k + 1)/1000: by its noise, as the pipeline tells it.
+        return dict(sample=x.image, timestep_ratio=x.t + 1 / NUM_TRAIN_TIMESTEPS) | text
+
+    def pipeline_settings(self, downsampling: int) -> dict[str, Any]:
+        return {"resolution_multiple": float(downsampling)}
+
+    def pipeline_draws(self, flow: Process, latents: bool) -> bool:
+        return isinstance(flow, DDPM) and (flow.prediction, flow.beta_schedule) == ("eps", "squaredcos_cap_v2")

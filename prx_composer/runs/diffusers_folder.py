@@ -25,7 +25,7 @@ from prx_composer.recipe.arguments import check_component, split
 from prx_composer.recipe.consistency import stages_of
 from prx_composer.registry import UNNAMED, backbones, processes, signatures, text_encoders
 from prx_composer.runs.model_parts import ModelParts
-from prx_composer.runs.weights import read_json, read_safetensors
+from prx_composer.runs.weights import backbone_folder, read_json, read_safetensors
 
 REFERENCE = "text_encoder_reference.json"
 RECIPE = "recipe.yaml"  # of the run that it was exported from
@@ -64,12 +64,12 @@ def is_pixel(folder: Path) -> bool:
 
 
 def backbone_arguments(folder: Path) -> dict[str, Any]:
-    """Return `model.backbone` of a recipe, from `transformer/config.json`.
+    """Return `model.backbone` of a recipe, from `transformer/config.json`, or `prior/`.
 
     Raises:
         UserError: it isn't there, is of a class that nothing is known of, or has arguments that the class hasn't.
     """
-    path = folder / "transformer"
+    path = backbone_folder(folder)
     if not path.is_dir():
         raise UserError(f"{folder} is a {_pipeline(folder)} without a transformer, and only transformers are known here.")
     settings = read_json(path / "config.json")
@@ -85,7 +85,7 @@ def backbone_arguments(folder: Path) -> dict[str, Any]:
 def built(folder: Path) -> Any:
     """Return the backbone of a folder, without its weights."""
     name, arguments = split(backbone_arguments(folder), "transformer")
-    with at_path(f"{folder}/transformer/config.json", TypeError):
+    with at_path(f"{backbone_folder(folder)}/config.json", TypeError):
         return backbones.get(name, "model.backbone.name")(**arguments)
 
 
@@ -192,7 +192,7 @@ def _cleaning(folder: Path) -> str | None:
     """Return how one encoder's prompts are cleaned, without a recipe as the pipeline does; None if that reads otherwise."""
     if _recipe(folder) is not None:
         return "none"  # if it doesn't say
-    class_name = str(read_json(folder / "transformer" / "config.json").get("_class_name"))
+    class_name = str(read_json(backbone_folder(folder) / "config.json").get("_class_name"))
     if class_name == PRX_CLASS:
         return {"PRXPixelPipeline": "basic", "PRXPipeline": "prx"}.get(_pipeline(folder), "none")
     signature = signatures.get(class_name, str(folder))()
@@ -227,12 +227,12 @@ def open_pipeline(folder: Path) -> tuple[TextToImage, int]:
     Raises:
         UserError: a part that is missing, damaged or of another kind.
     """
-    backbone = built(folder)
+    backbone, path = built(folder), backbone_folder(folder)
     try:
-        backbone.load_state_dict(of_backbone(backbone, read_safetensors(folder / "transformer")))
+        backbone.load_state_dict(of_backbone(backbone, read_safetensors(path)))
     except RuntimeError as error:
         first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise UserError(f"{folder}/transformer: its weights don't fit its config.json: {first}") from error
+        raise UserError(f"{path}: its weights don't fit its config.json: {first}") from error
     with at_path(str(folder)):
         kind, arguments = split(text_encoder_arguments(folder), "text_encoder")
         if kind == "several":

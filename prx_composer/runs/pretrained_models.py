@@ -23,7 +23,7 @@ from prx_composer.recipe.arguments import text_encoders
 from prx_composer.recipe.consistency import strings
 from prx_composer.runs import diffusers_folder
 from prx_composer.runs.model_parts import ModelParts, tokenizer_folder
-from prx_composer.runs.weights import Located, locate, read_json, read_parts, safetensors_shapes, split_parts
+from prx_composer.runs.weights import Located, backbone_folder, locate, read_json, read_parts, safetensors_shapes, split_parts
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _check_class(source: str, located: Located, backbone: nn.Module) -> None:
     """Raise UserError if a folder's transformer is of another class, or computes otherwise than its weights' shapes tell."""
     if located.kind != "diffusers" or not isinstance(backbone, DiffusersBackbone):
         return
-    theirs = read_json(located.path / "transformer" / "config.json")
+    theirs = read_json(backbone_folder(located.path) / "config.json")
     ours = json.loads(json.dumps(backbone.config)) | {"_class_name": backbone.class_name}
     different = [key for key in ours if key in theirs and key not in _OF_IMAGE_SIZE and theirs[key] != ours[key]]
     if said := [f"{key.strip('_')} is {theirs[key]} there and {ours[key]} here" for key in different]:
@@ -187,7 +187,7 @@ def check_init_from(source: str, backbone: nn.Module | None) -> str:
         located = locate(source)
         if located.checkpoint is not None:
             return f"{located.path} is a checkpoint"
-        path = located.path / "transformer" if located.kind == "diffusers" else located.path
+        path = backbone_folder(located.path) if located.kind == "diffusers" else located.path
         shapes, _ = split_parts(safetensors_shapes(path))
         if backbone is not None:
             _check_class(source, located, backbone)

@@ -294,7 +294,7 @@ def locate(name: str) -> Located:
         if (path.parent / INDEX).exists():
             return _checkpoint_in(path.parent)
         raise UserError(f"{path} is neither a file of a checkpoint's folder (with a {INDEX} beside it) nor *.safetensors.")
-    if any((path / name).exists() for name in ("model_index.json", "transformer/config.json")):
+    if (path / "model_index.json").exists() or (backbone_folder(path) / "config.json").exists():
         return Located("diffusers", path)
     if (path / INDEX).exists():
         return _checkpoint_in(path)
@@ -350,6 +350,12 @@ class PartWeights:
     wrong: str | None
 
 
+def backbone_folder(folder: Path) -> Path:
+    """Return where the backbone is in a folder of diffusers: in prior/, as Stable Cascade's, or in transformer/."""
+    prior = folder / "prior"
+    return prior if prior.is_dir() else folder / "transformer"
+
+
 def read_parts(located: Located, with_encoder: bool) -> PartWeights:
     """Read the weights of a model's parts; of a run, the averaged ones, if it has them.
 
@@ -361,7 +367,7 @@ def read_parts(located: Located, with_encoder: bool) -> PartWeights:
     """
     if located.kind == "diffusers":
         text = located.path / "text_encoder"
-        backbone = read_safetensors(located.path / "transformer")
+        backbone = read_safetensors(backbone_folder(located.path))
         encoder = read_safetensors(text) if with_encoder and text.is_dir() else {}
     elif located.checkpoint is not None:
         state = read_checkpoint(located.checkpoint)

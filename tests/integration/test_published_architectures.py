@@ -100,6 +100,16 @@ def prx(d: int, layers: int, text: int, patch: int, ratio: float = 3.5, head: in
     return layers * block + linear(patch, d) + linear(text, d) + two_layers(256, d) + linear(d, 2 * d) + linear(d, patch)
 
 
+def cascade(d: int, down: list[int], up: list[int], text: int, image: int, channels: int, time: int = 64, parts: int = 4) -> int:
+    """Stage C of Würstchen: threes of a ConvNeXt block with response norm, a modulation by three embeddings, and attention."""
+    convolution = 10 * d + linear(d, 4 * d) + 2 * 4 * d + linear(4 * d, d)
+    three = convolution + 3 * linear(time, 2 * d) + attention(d) + linear(d, d)
+    skip = 4 * d * d  # beside what the last block on the way up's coarser level gives
+    text_and_image = linear(text, parts * d) + linear(text, d) + linear(image, parts * d)
+    around = linear(channels, d) + linear(d, channels) + text_and_image + 2 * linear(d, d)  # between the levels
+    return three * sum(down + up) + skip + around
+
+
 # recipe → parameters by the formula, and what was published
 COUNTED = {
     "sd3_medium": (mmdit(1536, 24, 4096, 2048, 64), 2.028e9),  # 2B by the paper
@@ -109,6 +119,7 @@ COUNTED = {
     "dit_xl": (dit(1152, 28, 1000, 16, 32), 0.675e9 + 27 * (two_layers(256, 1152) + 1001 * 1152)),  # 675M: table 1
     "microdit": (microdit(1024, 28, 768, 6, 4096, 16), 1.16e9),  # by the paper
     "microdit_512": (microdit(1024, 28, 768, 6, 4096, 16), 1.16e9),
+    "wuerstchen": (cascade(2048, [8, 24], [24, 8], 1280, 768, 16), 3.6e9),  # 3.6B by its card
     "prx_baseline": (prx(1792, 16, 2304, 64), None),  # "1.2B"
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import commands
 import pytest
 import torch
-from architectures import TINY, backbone, inputs, of_pixels
+from architectures import POOLED_WIDTH, TINY, backbone, inputs, of_pixels
 from class_tricks import END, GIVEN, PAGE, START, algorithm, refusals, table
 from composer import Trainer
 from composer.core import DataSpec
@@ -40,7 +40,7 @@ CAPTIONS = ["a red circle", "a blue square", "a green ring", "a red cross"]
 
 def model_of(name: str, tokenizer: Any) -> TextToImage:
     torch.manual_seed(0)
-    pooled = {"pooled_projection_dim": TINY_T5["d_model"]} if "pooled_projection_dim" in TINY[name] else {}
+    pooled = {width: TINY_T5["d_model"]} if (width := POOLED_WIDTH[name]) else {}
     made = DiffusersBackbone(**{"class": name}, **(of_pixels(name) | pooled))
     if name.startswith("DiT"):
         return TextToImage(made, ClassLabels(train_label_tokenizer(CAPTIONS)))  # pyright: ignore[reportArgumentType]
@@ -194,8 +194,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     if name.startswith("DiT"):
         tiny_recipe["model"]["backbone"]["num_embeds_ada_norm"] = 300
         tiny_recipe["model"]["text_encoder"] = {"name": "labels", "tokenizer": {"train": True, "by": "caption"}}
-    if "pooled_projection_dim" in TINY[name]:
-        tiny_recipe["model"]["backbone"]["pooled_projection_dim"] = TINY_T5["d_model"]
+    if width := POOLED_WIDTH[name]:
+        tiny_recipe["model"]["backbone"][width] = TINY_T5["d_model"]
         tiny_recipe["model"]["text_encoder"]["pooled"] = "mean"
     tiny_recipe["algorithms"] |= {trick: dict(GIVEN[trick]) for trick in ("tread",) if trick not in refusals(name)}
     tiny_recipe |= {"max_duration": "4ba"}

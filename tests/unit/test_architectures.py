@@ -45,6 +45,8 @@ def as_its_pipeline_calls_it(model: Any, x: Tensor, t: Tensor, text: Tensor, mas
         return model.eval()(x, 1000 * t, torch.tensor([3, 5, 0])).sample[:, :4]
     if isinstance(model, diffusers.Lumina2Transformer2DModel):
         return -model(x, 1 - t, text, mask).sample
+    if isinstance(model, diffusers.StableCascadeUNet):
+        return model(x, t + 0.001, pooled[:, None], text, torch.zeros(len(x), 1, 8)).sample  # no image beside the text
     return model(x, text, t).sample
 
 
@@ -97,7 +99,7 @@ def test_taps_are_the_blocks_image_tokens_and_no_hook_stays(name: str) -> None:
         probe.remove()
     count = ours.num_tokens(*x["hidden_states"].shape[-2:])
     for index, raw in enumerate(seen):
-        tokens = raw[1] if isinstance(raw, tuple) else raw
+        tokens = raw[1] if isinstance(raw, tuple) else raw.flatten(2).mT if raw.ndim == 4 else raw
         for image, valid in enumerate(x["attention_mask"].sum(1).tolist()):  # Lumina2 puts an image's tokens behind its text
             first = valid if name.startswith("Lumina2") else tokens.shape[1] - count
             torch.testing.assert_close(taps[index][image], tokens[image, first : first + count], rtol=0, atol=0)
@@ -203,11 +205,17 @@ def test_flops_are_those_of_the_real_class_at_work(name: str) -> None:
     assert flops_of_backbone(planned, *sides, text) == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
+def innermost(blocks: Any) -> list[nn.Module]:
+    return [block for entry in blocks for block in (entry if isinstance(entry, nn.ModuleList) else [entry])]
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_muon_and_fsdp_find_all_of_the_blocks(name: str) -> None:
     ours = backbone(name)
     lists = {
-        path.split(".")[0] for path, module in ours.model.named_modules() if isinstance(module, nn.ModuleList) and "." not in path
+        path.split(".")[0]
+        for path, module in ours.model.named_modules()
+        if isinstance(module, nn.ModuleList) and "." not in path and "scalers" not in path and "repeat" not in path
     }
     inside = {
         f"backbone.model.{path}"
@@ -219,7 +227,7 @@ def test_muon_and_fsdp_find_all_of_the_blocks(name: str) -> None:
     assert muon_parameters(model).keys() == inside
     wrapped = [module for module in ours.modules() if ours.fsdp_wrap_fn(module)]
     borrowed = 1 if name.startswith("DiT") else 0  # its head uses a layer of the first block, which is gathered with the rest
-    assert len(wrapped) + borrowed == sum(len(ours.model.get_submodule(path)) for path in lists)  # pyright: ignore[reportArgumentType]
+    assert len(wrapped) + borrowed == sum(len(innermost(ours.model.get_submodule(path))) for path in lists)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -240,6 +248,8 @@ def test_arguments_are_checked_against_the_class_without_importing_it(name: str)
     [
         ("SD3Transformer2DModel", dict(caption_projection_dim=48), "caption_projection_dim is 48, but must be the hidden size"),
         ("PixArtTransformer2DModel", dict(dropout=0.1), "dropout: 0.1 draws what a resumed run would not"),
+        ("StableCascadeUNet", dict(dropout=(0.0, 0.1)), "dropout: .*0.1. draws what a resumed run would not"),
+        ("StableCascadeUNet", dict(clip_image_in_channels=None), "clip_image_in_channels must be given: without both"),
         ("SD3Transformer", {}, "'SD3Transformer' has no signature.*Did you mean 'SD3Transformer2DModel'.*code_paths"),
         ("QwenImageTransformer2DModel", {}, "has no signature.*prx_composer/models/README.md"),
     ],
@@ -308,3 +318,14 @@ def test_a_stranger_s_signature_makes_another_class_a_backbone(tmp_path: Path) -
     prediction, taps = ours(**inputs(ours), return_taps=True)
     assert prediction.shape == (3, 4, 8, 16) and [tap.shape for tap in taps.values()] == 2 * [(3, 32, 32)]
     assert flops_of_backbone(ours, 8, 16, 7) > 0
+
+
+def test_a_coarser_level_of_stable_cascade_is_not_tapped() -> None:
+    ours = backbone("StableCascadeUNet", switch_level=None)
+    x = inputs(ours)
+    ours.taps = (0, ours.depth - 1)
+    prediction, taps = ours(**x, return_taps=True)
+    assert prediction.shape == x["hidden_states"].shape and [tap.shape for tap in taps.values()] == 2 * [(3, 32, 32)]
+    ours.taps = (4,)
+    with pytest.raises(ValueError, match="Tokens at block 4 are 2×4, and 4×8 are needed: tap a block of the finest level"):
+        ours(**x)

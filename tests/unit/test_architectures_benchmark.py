@@ -19,7 +19,7 @@ sys.modules["architectures_benchmark"] = architectures
 spec.loader.exec_module(architectures)
 
 QUICKSTART, DIGITS = (str(REPOSITORY / "yamls" / f"{name}.yaml") for name in ("quickstart", "digits"))
-CLASSES = ["auraflow", "dit_air", "flux", "lumina2", "pixart", "sana", "sd3", "uvit"]
+CLASSES = ["auraflow", "dit_air", "flux", "lumina2", "pixart", "sana", "sd3", "stable_cascade", "uvit"]
 
 
 def planned(recipe: str, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:

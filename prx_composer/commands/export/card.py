@@ -156,10 +156,10 @@ def pipeline_call(trained: Trained, folder: Path, guidance: float) -> dict[str, 
     Returns:
         Names and values; None if there is no pipeline, or it doesn't read prompts as the text encoders do.
     """
+    (encoders, places), signature = parts_of(trained.model.text_encoder), cast("Any", trained.model.backbone).signature
     index = folder / "model_index.json"
-    if not index.exists() or "text_encoder" not in json.loads(index.read_text()):
+    if not index.exists() or not signature.pipeline_reads([one.how for one in encoders], places):
         return None
-    encoders, signature = parts_of(trained.model.text_encoder)[0], cast("Any", trained.model.backbone).signature
     longest = cast("HuggingFaceTextEncoder", encoders[-1]).max_tokens
     return signature.pipeline_options(encoders[0].how, guidance) | {"negative_prompt": "", "max_sequence_length": longest}
 

@@ -1,11 +1,12 @@
 """The files of an export: a folder that diffusers' pipelines open and that draws what this package draws, or weights alone."""
 
 import copy
+import inspect
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -27,12 +28,14 @@ from prx_composer.models.layers import is_adapted
 from prx_composer.models.processes import FlowMatching
 from prx_composer.models.several_encoders import parts_of
 from prx_composer.models.text_to_image import TextToImage
+from prx_composer.recipe.consistency import stages_of
 from prx_composer.runs.diffusers_folder import RECIPE, REFERENCE
 from prx_composer.runs.opening import Trained
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"  # of a model that diffusers has no class for
+_EXPORTS = ("model_index.json", "adapter_config.json", "transformer", "prior", WEIGHTS)  # of which each has one
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -42,7 +45,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise UserError(f"--output: {output} is not empty; give another folder, or --overwrite to replace an export.")
-        if not any((output / name).exists() for name in ("model_index.json", "adapter_config.json", "transformer", WEIGHTS)):
+        if not any((output / name).exists() for name in _EXPORTS):
             raise UserError(f"--output: {output} holds something else than an export (no model_index.json); give another folder.")
 
 
@@ -136,26 +139,28 @@ def write_own_class(trained: Trained, folder: Path, reference: bool = False) -> 
     model, backbone = trained.model, cast("Any", trained.model.backbone)
     if backbone.fusion is not None:
         raise UserError(f"algorithms.{backbone.router.name}: diffusers' {backbone.class_name} has no place for its fusion.")
-    backbone.model.save_pretrained(str(folder / "transformer"))
-    package = "diffusers." if backbone.signature.model is None else ""  # else the class is in the run's own code
-    opened = f"{package}{backbone.class_name}.from_pretrained(DIR, subfolder='transformer') opens the transformer"
+    signature, flow = backbone.signature, model.flow
+    backbone.model.save_pretrained(str(folder / signature.part))
+    package = "diffusers." if signature.model is None else ""  # else the class is in the run's own code
+    opened = f"{package}{backbone.class_name}.from_pretrained(DIR, subfolder='{signature.part}') opens the {signature.part}"
     _write_recipe(trained, folder)
     encoders, places = parts_of(model.text_encoder)
     if not all(isinstance(one, HuggingFaceTextEncoder) for one in encoders):
         cast("Any", model.text_encoder).tokenizer.save_pretrained(str(folder / "tokenizer"))
         return f"{opened}. Its labels are the tokens of tokenizer/."
-    index, signature, flow = _write_parts(trained, folder, 1.0, reference), backbone.signature, model.flow
-    latents = isinstance(model.autoencoder, DiffusersAutoencoder)
-    unit_velocity = isinstance(flow, FlowMatching) and flow.prediction == "v" and flow.noise_scale == 1
-    if not (signature.pipeline and latents and unit_velocity):
-        return (
-            f"{opened}. A pipeline is written for velocities of flow matching, on latents, with unit noise, if a class has one."
-        )
-    index["transformer"] = ["diffusers", backbone.class_name]
-    if not (reads := signature.pipeline_reads([one.how for one in encoders], places)):
+    index = _write_parts(trained, folder, 1.0, reference)
+    if not (signature.pipeline and signature.pipeline_draws(flow, isinstance(model.autoencoder, DiffusersAutoencoder))):
+        return f"{opened}. A pipeline is written for {signature.drawn}, if a class has one."
+    taken = {*inspect.signature(getattr(diffusers, signature.pipeline).__init__).parameters}  # of Stable Cascade's, no vae
+    index = {name: part for name, part in index.items() if name in taken} | {signature.part: ["diffusers", backbone.class_name]}
+    reads = signature.pipeline_reads([one.how for one in encoders], places)
+    if not reads and not signature.asks_encoder:
         index = {name: part for name, part in index.items() if not name.startswith(("tokenizer", "text_encoder"))}
     index |= {"_class_name": signature.pipeline, "_diffusers_version": diffusers.__version__}  # pyright: ignore[reportArgumentType]
+    index |= signature.pipeline_settings(model.autoencoder.downsampling)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if not reads and signature.asks_encoder:
+        return f"diffusers.{signature.pipeline}.from_pretrained(DIR) draws the same of embeddings, and reads prompts otherwise."
     none = "" if reads else ", with None for its text parts: it takes embeddings"
     return f"diffusers.{signature.pipeline}.from_pretrained(DIR{none}) draws the same."
 
@@ -241,7 +246,19 @@ def _write_recipe(trained: Trained, folder: Path) -> None:
     if trained.recipe is not None:
         recipe = without_places(redacted(trained.recipe))
         head = "# Paths of the machine that trained it are cut to their last names.\n"
+        if stages := _stages_so_far(recipe, trained.image_size):
+            recipe["algorithms"]["progressive_resolution"]["stages"] = stages
+            head += (
+                "# Of a checkpoint before the last stage of progressive_resolution: the stages behind it are left out.\n"
+            )
         (folder / RECIPE).write_text(head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _stages_so_far(recipe: Mapping[str, Any], image_size: int) -> list[Any] | None:
+    """Return the stages of a recipe up to the last of an image size; None if that is the last of all, or none is of it."""
+    stages = [stage for path, stage in stages_of(recipe) if path]
+    until = [index for index, stage in enumerate(stages) if stage.get("image_size") == image_size]
+    return stages[: until[-1] + 1] if until and until[-1] + 1 < len(stages) else None
 
 
 def write_weights(trained: Trained, folder: Path) -> None:
