@@ -177,6 +177,10 @@ class Trick(Algorithm):
         """
         return None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the trick; `active` is what a model is drawn with afterwards."""
+        return {"active": self.active}
+
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.BATCH_START)
 

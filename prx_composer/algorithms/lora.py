@@ -47,7 +47,10 @@ class LoRA(Trick):
                 "algorithms.lora trains adapters of model.backbone only, but model.text_encoder.trainable is true; set it to "
                 "false."
             )
-        if added := [name for name in ("fusion", "conditioners") if getattr(model.backbone, name, None)]:
+        added = [name for name in ("fusion", "conditioners") if getattr(model.backbone, name, None)]
+        if getattr(getattr(model.backbone, "resolution_embedder", None), "added", False):
+            added.append("resolution_embedder")
+        if added:
             raise UserError(
                 f"algorithms.lora freezes what the backbone has when it comes, and an algorithm before it has given it "
                 f"{' and '.join(added)}, which would never be trained; write lora first."

@@ -162,10 +162,15 @@ class ProgressiveResolution(Trick):
         return state.train_dataloader
 
     def state_dict(self) -> dict[str, Any]:
-        return {"current": self._current, "switching": self._switching}
+        return super().state_dict() | {"current": self._current, "switching": self._switching, "stage": vars(self.stage)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._current, self._switching, self._loaded = int(state["current"]), bool(state["switching"]), True
+        if "stage" in state and state["stage"] != vars(self.stages[min(self._current, len(self.stages) - 1)]):
+            same = [index for index, stage in enumerate(self.stages) if vars(stage) == state["stage"]]
+            if same and same[0] != self._current:  # stages before it were added or left out
+                log.warning("algorithms.progressive_resolution.stages: the run is in stages[%d] now.", same[0])
+                self._current = same[0]
         if self._current >= len(self.stages):
             raise UserError(
                 f"The checkpoint is in stage {self._current}, but algorithms.progressive_resolution has only "
@@ -188,6 +193,7 @@ def add_resolution_embedder(backbone: PRXBackbone) -> ResolutionEmbedder:
     nn.init.zeros_(embedder.mlp.in_layer.bias)
     nn.init.zeros_(embedder.mlp.out_layer.weight)
     nn.init.zeros_(embedder.mlp.out_layer.bias)
+    embedder.added = True
     backbone.resolution_embedder = embedder
     backbone.config["resolution_embeds"] = True
     return embedder
@@ -201,6 +207,7 @@ class ResolutionAware(Trick):
     """
 
     name = "resolution_aware"
+    _adds = True
     shapes_sampling = True
     experimental = True
 
@@ -210,7 +217,8 @@ class ResolutionAware(Trick):
 
     def attach(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         self.check(None, [], getattr(model, "backbone", model))
-        if model.backbone.resolution_embedder is not None:
+        self._adds = model.backbone.resolution_embedder is None
+        if not self._adds:
             message = "resolution_aware adds nothing to a backbone with resolution_embeds: true."
             warnings.warn(NoEffectWarning(message), stacklevel=2)
             return
@@ -219,4 +227,5 @@ class ResolutionAware(Trick):
         add_parameters(optimizer, embedder)
 
     def set_active(self, model: Any, active: bool) -> None:
-        model.backbone.resolution_embedder.active = active
+        if self._adds:
+            model.backbone.resolution_embedder.active = active

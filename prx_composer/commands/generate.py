@@ -161,7 +161,10 @@ class DrawingSettings:
 
 def recipe_settings(trained: "Trained") -> tuple[list[str], DrawingSettings]:
     """Return prompts and settings of the recipe's `images` callback; without one, no prompts and the defaults."""
-    images = ((trained.recipe or {}).get("callbacks") or {}).get("images") or {}
+    from prx_composer.runs.diffusers_folder import recipe_beside
+
+    recipe = trained.recipe or (recipe_beside(trained.source) if trained.weights == "exported" else None) or {}
+    images = (recipe.get("callbacks") or {}).get("images") or {}
     images = images if isinstance(images, dict) else {}
     multiple = trained.model.backbone.patch_size * trained.model.autoencoder.downsampling
     side = max(multiple, round(trained.image_size / multiple) * multiple)

@@ -38,11 +38,17 @@ class Conditioning(NamedTuple):
 
 
 class ResolutionEmbedder(nn.Module):
-    """Embeds image height and width, in the pixels that the backbone sees, as a vector added to the time vector (PRX-7B)."""
+    """Embeds image height and width, in the pixels that the backbone sees, as a vector added to the time vector (PRX-7B).
+
+    Attributes:
+        active: whether it adds anything.
+        added: whether an algorithm gave it to the backbone, and not the recipe's `model.backbone`.
+    """
 
     def __init__(self, hidden_size: int, max_period: int):
         super().__init__()
         self.max_period = max_period
+        self.added = False
         self.active = True  # off: adds zero, and its parameters still get a gradient (DDP waits for every one)
         self.mlp = MLPEmbedder(256, hidden_size)
 

@@ -361,8 +361,20 @@ def add_adapters(backbone: nn.Module, rank: int, alpha: float, targets: Sequence
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ValueError(f"targets: {target!r} ends no linear layer's name; the blocks have {', '.join(known)}.")
+    if (inside := getattr(backbone, "is_block", None)) is not None and tuple(targets) == tuple(known):
+        blocks = tuple(f"{name}." for name, module in backbone.named_modules() if inside(module))
+        targets = _ends_of(targets, [name for name in linear if name.startswith(blocks)], linear)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # pyright: ignore[reportArgumentType]
     inject_adapter_in_model(config, backbone)
+
+
+def _ends_of(ends: Sequence[str], wanted: Sequence[str], of: Sequence[str]) -> list[str]:
+    """Return ends of names that only those wanted have: such an end, or in its place the whole names of those that have it."""
+    found = list[str]()
+    for end in ends:
+        having = [name for name in of if f".{name}".endswith(f".{end}")]
+        found += [end] if set(having) <= set(wanted) else [name for name in having if name in wanted]
+    return found
 
 
 def is_adapted(backbone: nn.Module) -> bool:

@@ -360,12 +360,13 @@ class StableCascade(Signature):
         """Let blocks begin as nearly the identity, and the prediction as zero, as in Würstchen's own code."""
         nn.init.zeros_(model.clf[1].weight)
         nn.init.zeros_(model.clf[1].bias)
-        blocks = [block for levels in (model.down_blocks, model.up_blocks) for level in levels for block in level]
-        for block in blocks:
+        for layer in (model.clip_txt_pooled_mapper, model.clip_txt_mapper, model.clip_img_mapper):
+            nn.init.normal_(layer.weight, std=0.02)
+        for block in (block for levels in (model.down_blocks, model.up_blocks) for level in levels for block in level):
             if isinstance(block, SDCascadeTimestepBlock):
                 nn.init.zeros_(block.mapper.weight)
             elif isinstance(block, SDCascadeResBlock):
-                block.channelwise[-1].weight.data *= (3 / len(blocks)) ** 0.5  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+                block.channelwise[-1].weight.data *= sum(model.config.down_num_layers_per_block) ** -0.5  # pyright: ignore[reportArgumentType, reportOperatorIssue]
 
     def inputs(self, x: Inputs) -> dict[str, Any]:
         image = x.text.new_zeros(len(x.t), 1, x.config["clip_image_in_channels"])

@@ -170,6 +170,7 @@ RULES = (
         _OWN_WEIGHTS,
         _FROM_WEIGHTS,
     ),
+    Rule("algorithms.lora.alpha", "never", "It scales what was learned before, too.", _FROM_WEIGHTS),
     Rule(
         "algorithms.ema",
         "asked",

@@ -1,12 +1,13 @@
 """Times of a recipe: lengths and intervals, the scheduler's against the length of the run, and when a mixture changes."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from prx_composer.common.errors import Problems, UserError, at_path
+from prx_composer.common.errors import Problems, UserError, at_path, listed
 from prx_composer.recipe.consistency import STAGES, stages_of, strings
 from prx_composer.schedule.moments import BUDGET, SECONDS, Moment, Point, in_order, names_budget, parse_duration
 
@@ -111,6 +112,23 @@ def schedule_notes(values: Values) -> list[str]:
     return [
         f"scheduler: its decay (decay: {decay:g}) begins before its warm-up ends (t_warmup: {warmup.text}), so that the full "
         f"learning rate is never reached. Give a shorter t_warmup, or decay: {1 - share:.3g}."
+    ]
+
+
+def budget_notes(values: Values) -> list[str]:
+    """Return which times are parts of `max_duration` alone, in a run that `time_budget` may end before."""
+    budget = values.get("time_budget")
+    if budget is None:
+        return []
+    texts = [pair for key in ("algorithms", "callbacks") for pair in strings(values.get(key), key)]
+    texts += [(key, str(values.get(key))) for key in ("eval_interval", "save_interval")]
+    found = [f"{path}: {text}" for path, text in texts if re.fullmatch(r"[\d.]+dur", text.strip())]
+    if not found:
+        return []
+    return [
+        f"{listed(found)} {'are parts' if len(found) > 1 else 'is a part'} of max_duration: {values['max_duration']} alone. If "
+        f"time_budget: {budget} ends the run first, they come late or never. In a window or stage, write 0.5dur or 0.5budget; as "
+        "an interval, a number of batches such as 1000ba."
     ]
 
 

@@ -19,7 +19,7 @@ from prx_composer.models.caption_format import FORMAT, cleaner, cleaning_of
 from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.diffusion import DDPM
 from prx_composer.models.encoders import load_tokenizer
-from prx_composer.models.processes import PIXEL_MIN_TIMESTEP
+from prx_composer.models.processes import PIXEL_MIN_TIMESTEP, FlowMatching
 from prx_composer.models.text_to_image import TextToImage
 from prx_composer.recipe.arguments import check_component, split
 from prx_composer.recipe.consistency import stages_of
@@ -30,6 +30,8 @@ from prx_composer.runs.weights import backbone_folder, read_json, read_safetenso
 REFERENCE = "text_encoder_reference.json"
 RECIPE = "recipe.yaml"  # of the run that it was exported from
 PRX_CLASS = "PRXTransformer2DModel"
+# How training draws times, which no pipeline says.
+_DRAWN = ("logit_mean", "logit_std", "uniform_fraction", "shift_uniform", "sampled_min", "sampled_max")
 _DEFAULTS = {"PRXPixelPipeline": (1024, 256), "PRXPipeline": (512, None)}  # default_sample_size, prompt tokens
 
 
@@ -96,7 +98,7 @@ def flow_arguments(folder: Path) -> dict[str, Any]:
         UserError: a scheduler that doesn't take these steps.
     """
     own, is_prx = _part_of_recipe(folder, "flow"), _pipeline(folder).startswith("PRX")
-    if _recipe(folder) is not None and not is_prx:
+    if recipe_beside(folder) is not None and not is_prx:
         path, (name, arguments) = f"{folder / RECIPE}: model.flow", split(own, "flow", UNNAMED["flow"])
         check_component(processes, name, arguments, path)
         with at_path(path):  # defaults too: a fragment is merged over a recipe that may have other values
@@ -111,8 +113,9 @@ def flow_arguments(folder: Path) -> dict[str, Any]:
             f"{folder}/scheduler: only a FlowMatchEulerDiscreteScheduler with a fixed shift takes the steps that are taken here."
         )
     shift = float(scheduler.get("shift", 1.0))
+    unsaid = {} if recipe_beside(folder) is None else {key: own.get(key, getattr(FlowMatching, key)) for key in _DRAWN}
     if not is_pixel(folder):
-        return {"prediction": "v", "timestep_shift": shift}
+        return {"prediction": "v", "timestep_shift": shift} | unsaid
     noise_scale = float(_index(folder).get("noise_scale", 2.0))
     arguments: dict[str, Any] = {"prediction": "x", "timestep_shift": shift, "noise_scale": noise_scale}
     arguments["min_timestep"] = PIXEL_MIN_TIMESTEP
@@ -121,7 +124,7 @@ def flow_arguments(folder: Path) -> dict[str, Any]:
             arguments["min_timestep"] = float(own.get("min_timestep", PIXEL_MIN_TIMESTEP))
             if own.get("clamp_sampling", False):
                 arguments["clamp_sampling"] = True
-    return arguments
+    return arguments | unsaid
 
 
 def _ddpm_arguments(folder: Path, scheduler: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def _ddpm_arguments(folder: Path, scheduler: Mapping[str, Any]) -> dict[str, Any
 
 def image_size(folder: Path, model: TextToImage) -> int:
     """Return the side of the images that were trained last, as the index or the recipe says, or else the transformer."""
-    recipe, backbone = _recipe(folder), cast("Any", model.backbone)
+    recipe, backbone = recipe_beside(folder), cast("Any", model.backbone)
     if size := _index(folder).get("default_sample_size"):
         return int(size)
     if recipe is not None:
@@ -190,7 +193,7 @@ def _encoder(folder: Path, trained: Mapping[str, Any], ending: str = "") -> dict
 
 def _cleaning(folder: Path) -> str | None:
     """Return how one encoder's prompts are cleaned, without a recipe as the pipeline does; None if that reads otherwise."""
-    if _recipe(folder) is not None:
+    if recipe_beside(folder) is not None:
         return "none"  # if it doesn't say
     class_name = str(read_json(backbone_folder(folder) / "config.json").get("_class_name"))
     if class_name == PRX_CLASS:
@@ -201,7 +204,7 @@ def _cleaning(folder: Path) -> str | None:
     return read[0] if read else None
 
 
-def _recipe(folder: Path) -> dict[str, Any] | None:
+def recipe_beside(folder: Path) -> dict[str, Any] | None:
     """Return the recipe that lies beside an export, if there is one."""
     if not (folder / RECIPE).exists():
         return None
@@ -213,7 +216,7 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def _trained_as(folder: Path) -> dict[str, Any] | None:
-    return (_recipe(folder) or {}).get("model")
+    return (recipe_beside(folder) or {}).get("model")
 
 
 def _part_of_recipe(folder: Path, name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import logging
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from composer.core import Algorithm, Event, State, Time, Timestamp
@@ -187,6 +187,11 @@ def attach_algorithms(model: TextToImage, recipe: Recipe, saved: SavedState, run
         for algorithm in shaping:
             if algorithm.match(event, state):
                 algorithm.apply(event, state, Logger(state))
+    for trick in shaping:  # what the checkpoint says goes before what its time says, which is of the next step
+        active, trick = saved.was_active(trick), cast("Any", trick)
+        if active is not None and active != trick.active:
+            trick.active = active
+            trick.set_active(model, active)
 
 
 def choose_guidance(model: TextToImage, name: str) -> str:

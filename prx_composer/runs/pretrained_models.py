@@ -69,21 +69,29 @@ def initialise(model: TextToImage, source: str) -> None:
 
 
 def _learned_otherwise(model: TextToImage, located: Located) -> Iterator[str]:
-    """Yield what weights of a run mean that they don't mean in this model: its target, and its words unless they are a hub's."""
-    if located.checkpoint is None:  # `prx import` writes what a folder of diffusers says
+    """Yield what weights of a run, or of its export, mean that they don't mean in this model.
+
+    That is what its layers compute of them, its target, and its words unless they are a hub's.
+    """
+    recipe = _recipe_of(located)
+    if recipe is None:
         return
-    recipe = located.checkpoint.index()["recipe"]
-    parts = ModelParts(recipe["model"], recipe["seed"], located.run_folder)
+    folder = located.path if located.checkpoint is None else located.run_folder
+    parts = ModelParts(recipe["model"], recipe.get("seed", 0), folder)
     try:
+        own, theirs = (json.loads(json.dumps(config)) for config in (_config(model.backbone), _config(_on_meta(recipe).backbone)))
+        if changed := [key for key in own if key in theirs and key not in _OF_IMAGE_SIZE and theirs[key] != own[key]]:
+            said = listed([f"{key} was {theirs[key]} and is {own[key]}" for key in changed])
+            yield f"computes otherwise in this model.backbone, with weights of the same sizes: {said}."
         if _task(parts.flow) != _task(model.flow):
             given = recipe["model"].get("flow") or "as it is by default"
             yield f"was trained with model.flow {given}, and not this one: it has to learn anew what it predicts."
         if any(spec.get("pretrained") for spec in text_encoders(recipe["model"]).values()):
             return
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe["seed"])  # of which random words are
+            torch.manual_seed(recipe.get("seed", 0))  # of which random words are
             theirs, ours = parts.text_encoder, model.text_encoder
-    except UserError as error:  # a part of theirs that isn't registered here
+    except (UserError, OSError, ValueError, TypeError) as error:  # a part of theirs that isn't here, or was renamed
         log.debug("%s: %s is not compared: %s", PATH, located.path, error)
         return
     same_words = text_fingerprint(theirs) == text_fingerprint(ours) and not theirs.trainable
@@ -91,11 +99,28 @@ def _learned_otherwise(model: TextToImage, located: Located) -> Iterator[str]:
         same_words = _vocabularies(theirs) == _vocabularies(ours)
     if not same_words:
         kept = _words_of(located, recipe["model"])
-        kept += ["model.text_encoder.trainable=true"] if theirs.trainable else [f"seed={recipe['seed']}"]
+        kept += ["model.text_encoder.trainable=true"] if theirs.trainable else [f"seed={recipe.get('seed', 0)}"]
         yield (
             "was trained with other words than model.text_encoder makes of captions: it has to learn anew what they mean. To "
             f"keep its own, add  {shlex.join(kept)}"
         )
+
+
+def _recipe_of(located: Located) -> dict[str, Any] | None:
+    """Return the recipe that weights were trained by; None of another's pipeline, and of a file of weights."""
+    if located.checkpoint is not None:
+        return located.checkpoint.index()["recipe"]
+    return diffusers_folder.recipe_beside(located.path) if located.kind == "diffusers" else None
+
+
+def _on_meta(recipe: Mapping[str, Any]) -> ModelParts:
+    return ModelParts(recipe["model"], recipe.get("seed", 0), meta=True)
+
+
+def _config(backbone: Any) -> dict[str, Any]:
+    """Return a backbone's arguments, if it says them."""
+    config = getattr(backbone, "config", {})
+    return config if isinstance(config, dict) else {}
 
 
 def _task(flow: Process) -> list[float]:
@@ -144,7 +169,9 @@ def _remedy(located: Located) -> str:
 
 
 def _words_of(located: Located, spec: Mapping[str, Any]) -> list[str]:
-    """Return what gives another run the words of a run of this `model`."""
+    """Return what gives another run the words of a run of this `model`, or of its export."""
+    if located.checkpoint is None:
+        return [f"{path}.tokenizer={located.path / 'tokenizer'}" for path in list(text_encoders(spec))[:1]]
     return [f"{path}.tokenizer={tokenizer_folder(located.run_folder, path)}" for path in text_encoders(spec)]
 
 
@@ -154,6 +181,10 @@ def _compare(theirs: Shapes, ours: Shapes, source: str, what: str, remedy: str) 
     ]
     said += [f"{name} is only there" for name in theirs if name not in ours]
     said += [f"{name} is only here" for name in ours if name not in theirs]
+    if any(name.startswith("resolution_embedder.") for name in theirs.keys() - ours.keys()):
+        remedy = "It was trained with resolution_aware: set model.backbone.resolution_embeds=true, and leave the algorithm out."
+    elif any(name.startswith("fusion.") for name in theirs.keys() - ours.keys()):
+        remedy = "It was trained with sprint, and its fusion is of that run alone: no other can begin with these weights."
     if said:
         raise UserError(f"{PATH}: {source} does not fit {what}: {listed(said)}. {remedy}")
 

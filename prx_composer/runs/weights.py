@@ -60,14 +60,24 @@ class SavedState:
         average: names → averaged weights; empty before EMA began, or without it.
         timestamp: Composer's, as it saves it: `batch`, `sample`, `epoch` …
         clock: `elapsed` seconds and `fraction` of the time budget.
-        stage: of `progressive_resolution` that the last step was of, from 0 on; None without it.
+        algorithms: classes → what a checkpoint holds of them.
     """
 
     model: dict[str, Tensor]
     average: dict[str, Tensor] = field(default_factory=dict)
     timestamp: dict[str, Any] = field(default_factory=dict)
     clock: dict[str, float] = field(default_factory=dict)
-    stage: int | None = None
+    algorithms: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stage(self) -> int | None:
+        """Return the stage of `progressive_resolution` that the last step was of, from 0 on; None without it."""
+        stages = self.algorithms.get(STAGES)
+        return None if stages is None else int(stages["current"]) - bool(stages["switching"])  # to a stage without a step yet
+
+    def was_active(self, trick: Any) -> bool | None:
+        """Return whether a trick acted in the last step; None if the checkpoint doesn't say, as those of before December 2026."""
+        return self.algorithms.get(type(trick).__qualname__, {}).get("active")
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> SavedState:
@@ -113,16 +123,11 @@ def _read_file(path: Path) -> SavedState:
     algorithms = dict(state.get("algorithms", []))
     average = callbacks.get("AverageState", {}).get("average", {}) if _average_began(algorithms) else {}
     timestamp = state.get("timestamp", {}).get("Timestamp", {})
-    return SavedState(state["model"], average, timestamp, callbacks.get("TrainingClock", {}), _stage(algorithms))
+    return SavedState(state["model"], average, timestamp, callbacks.get("TrainingClock", {}), algorithms)
 
 
 def _average_began(algorithms: Mapping[str, Any]) -> bool:
     return bool(algorithms.get("EMA", {}).get("started"))
-
-
-def _stage(algorithms: Mapping[str, Any]) -> int | None:
-    stages = algorithms.get(STAGES)
-    return None if stages is None else int(stages["current"]) - bool(stages["switching"])  # to a stage without a step yet
 
 
 class _Reader(FileSystemReader):
@@ -185,9 +190,8 @@ def _read_shards(folder: Path) -> SavedState:
         load_sharded(wanted, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
     parts = {part: below(wanted, prefix) for part, prefix in _PARTS.items()}
     algorithms = dict(wanted.get("state.algorithms") or [])
-    if not _average_began(algorithms):
-        parts["average"] = {}
-    return SavedState(**parts, stage=_stage(algorithms))
+    parts |= {} if _average_began(algorithms) else {"average": {}}
+    return SavedState(**parts, algorithms=algorithms)
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -197,15 +201,13 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
         return None
     first = tensors[bad[0]]
     count = int((~torch.isfinite(first)).sum())
-    return (
-        f"{len(bad)} of {len(tensors)} tensors hold values that are NaN or infinite, the first of them {bad[0]} ({count} of "
-        f"{first.numel()} values)"
-    )
+    where = f"the first of them {bad[0]} ({count} of {first.numel()} values)"
+    return f"{len(bad)} of {len(tensors)} tensors hold values that are NaN or infinite, {where}"
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Return whether all is finite, without a mask of the tensor's size: NaN is both least and greatest."""
-    tensor = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()  # float8 has no order
+    """Return whether all is finite, without a mask of its size: NaN is both least and greatest. float8 has no order."""
+    tensor = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
@@ -352,8 +354,7 @@ class PartWeights:
 
 def backbone_folder(folder: Path) -> Path:
     """Return where the backbone is in a folder of diffusers: in prior/, as Stable Cascade's, or in transformer/."""
-    prior = folder / "prior"
-    return prior if prior.is_dir() else folder / "transformer"
+    return folder / ("prior" if (folder / "prior").is_dir() else "transformer")
 
 
 def read_parts(located: Located, with_encoder: bool) -> PartWeights:
@@ -366,8 +367,7 @@ def read_parts(located: Located, with_encoder: bool) -> PartWeights:
         UserError: nothing is there, it is damaged, or it has adapters beside its weights.
     """
     if located.kind == "diffusers":
-        text = located.path / "text_encoder"
-        backbone = read_safetensors(backbone_folder(located.path))
+        backbone, text = read_safetensors(backbone_folder(located.path)), located.path / "text_encoder"
         encoder = read_safetensors(text) if with_encoder and text.is_dir() else {}
     elif located.checkpoint is not None:
         state = read_checkpoint(located.checkpoint)

@@ -17,6 +17,7 @@ from conftest import train_once
 from PIL import Image
 from stacks import stack_of_24h
 
+from prx_composer.commands.generate import recipe_settings
 from prx_composer.common.errors import UserError
 from prx_composer.models.flow import RoutedSelfGuidance
 from prx_composer.recipe import config
@@ -191,6 +192,28 @@ def test_internal_guidance_draws_as_the_run_drew_with_its_readout_and_export_lea
     for name, message in (("internal:0.5", "must be a number from 1 on"), ("internal:x", "--guidance internal")):
         with pytest.raises(UserError, match=message):
             choose_guidance(averaged, name)
+
+
+@pytest.mark.parametrize(("length", "half"), [("4ba", "2ba"), ("192sp", "96sp"), ("2ep", "1ep")])
+def test_a_checkpoint_at_a_window_s_end_is_opened_as_its_last_step_was(
+    length: str, half: str, tiny_recipe: Recipe, write_recipe: Write
+) -> None:
+    """When it is written, batches, samples and epochs are those of the next step, which the window leaves out."""
+    window = {"end": "0.5dur"}
+    tiny_recipe["algorithms"] = {"internal_guidance": {"block": 0, "scale": 1.5} | window, "resolution_aware": window}
+    tiny_recipe |= {"max_duration": length, "save_interval": half, "save_num_checkpoints_to_keep": -1, "preflight": False}
+    run(config.load([write_recipe(tiny_recipe)]))
+    found = sorted((folder_of(tiny_recipe) / "checkpoints").glob("ba*"), key=lambda path: int(path.name[2:]))
+    for path, drew in zip((found[0], found[-1]), ("internal:1.5", "cfg"), strict=True):
+        model: Any = load_trained(str(path)).model
+        assert choose_guidance(model, "run") == drew, path
+        assert model.backbone.resolution_embedder.active == (drew != "cfg")
+
+
+def test_an_export_is_drawn_as_the_recipe_beside_it_says(trained: Path, tmp_path: Path) -> None:
+    prx("export", trained, "--output", tmp_path / "out", "--no-samples")
+    run_settings, settings = (recipe_settings(load_trained(str(path))) for path in (trained, tmp_path / "out"))
+    assert settings == run_settings and settings[1].num_inference_steps != 28
 
 
 class Malicious:

@@ -13,7 +13,7 @@ from torch import nn
 
 from prx_composer.algorithms.ema import EMA, WeightAverage
 from prx_composer.algorithms.low_precision import LowPrecisionNorm, apply_low_precision_norm
-from prx_composer.algorithms.resolution import ProgressiveResolution, Stage
+from prx_composer.algorithms.resolution import ProgressiveResolution, ResolutionAware, Stage
 from prx_composer.common.distributed import clean_name
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
@@ -221,6 +221,29 @@ def test_windows_in_any_unit(tiny_model: Build, start: str, end: str | None, act
 
 def stage(**changes: Any) -> Stage:
     return Stage(**({"until": None, "image_size": 16, "global_train_batch_size": 8, "device_train_microbatch_size": 4} | changes))
+
+
+def test_a_run_stays_in_its_stage_when_one_that_is_over_is_left_out_of_the_recipe(caplog: pytest.LogCaptureFixture) -> None:
+    stages = [Stage(8, 4, until="2ba"), Stage(16, 4, until="6ba"), Stage(24, 4)]
+    before = ProgressiveResolution(stages)
+    before._current = 1
+    for given, index in ((stages, 1), (stages[1:], 0), ([Stage(4, 4, until="1ba"), *stages], 2)):
+        after = ProgressiveResolution(given)
+        after.load_state_dict(before.state_dict())
+        assert after.stage == stages[1], index
+        assert (f"the run is in stages[{index}] now" in caplog.text) == (given is not stages)
+    changed = ProgressiveResolution([stages[0], Stage(16, 8, until="7ba"), stages[2]])
+    changed.load_state_dict(before.state_dict())
+    assert changed.stage.global_train_batch_size == 8  # a stage whose values were changed stays the second
+
+
+def test_a_model_s_own_resolution_embedding_is_left_alone(tiny_model: Any) -> None:
+    model = tiny_model(resolution_embeds=True)
+    trick = ResolutionAware()
+    with pytest.warns(match="adds nothing"):
+        trick.attach(model, None)
+    trick.set_active(model, False)
+    assert model.backbone.resolution_embedder.active
 
 
 @pytest.mark.parametrize(

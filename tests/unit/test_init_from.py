@@ -74,6 +74,18 @@ def test_what_import_writes_trains_on_and_is_exported_again(
     assert 0 < max(moved) < 0.05, "two steps away"
 
 
+def test_what_import_writes_draws_timesteps_as_the_run_did(tiny_recipe: Recipe, write_recipe: Write, tmp_path: Path) -> None:
+    flow = {"logit_mean": 0.8, "logit_std": 0.6, "shift_uniform": False, "timestep_shift": 2.0}
+    tiny_recipe["model"]["flow"] = flow
+    run(config.load([write_recipe(tiny_recipe | {"algorithms": {}, "max_duration": "1ba", "preflight": False})]))
+    out, fragment = tmp_path / "out", tmp_path / "on.yaml"
+    for command in (("export", folder_of(tiny_recipe), "--output", out, "--no-samples"), ("import", out, "--output", fragment)):
+        result = CliRunner().invoke(app, [str(word) for word in command])
+        assert result.exit_code == 0, result.output
+    written = yaml.safe_load(fragment.read_text())["model"]["flow"]
+    assert flow.items() <= written.items() and written["uniform_fraction"] == 0.1  # which may be another below the fragment
+
+
 @pytest.mark.parametrize("prefix", ["", "backbone."])
 def test_a_file_of_safetensors_is_enough(tiny_model: Build, tmp_path: Path, prefix: str) -> None:
     source, target = tiny_model(seed=1), tiny_model(seed=2)
@@ -116,11 +128,46 @@ def test_what_a_run_s_weights_mean_otherwise_is_said_and_the_advice_keeps_its_wo
     assert words not in caplog.text and task not in caplog.text
     embedding("model.flow.prediction=v")
     assert task in caplog.text and words not in caplog.text
+    embedding("model.backbone.theta=500")
+    assert "computes otherwise in this model.backbone, with weights of the same sizes: theta was 10000 and is 500" in caplog.text
+    assert task not in caplog.text and words not in caplog.text
     for change in ("seed=9", "train_loader.captions={short_caption: 1}", "model.text_encoder.config.initializer_factor=2.0"):
         assert not torch.equal(embedding(change), own) and words in caplog.text and task not in caplog.text
         advice = shlex.split(caplog.text.partition("keep its own, add  ")[2].splitlines()[0])
         if not change.startswith("model"):
             assert torch.equal(embedding(change, *advice), own) and words not in caplog.text
+
+
+def test_what_an_export_s_weights_mean_otherwise_is_said_too(
+    tiny_recipe: Recipe, write_recipe: Write, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    tiny_recipe["model"]["text_encoder"]["trainable"] = False
+    path = write_recipe(tiny_recipe | {"algorithms": {}, "max_duration": "1ba", "preflight": False})
+    run(config.load([path]))
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["export", str(folder_of(tiny_recipe)), "--output", str(out), "--no-samples"])
+    assert result.exit_code == 0, result.output
+    for changes, said in (
+        ([], None),
+        (["model.flow.prediction=v"], "was trained with model.flow"),
+        (["model.backbone.theta=500"], "computes otherwise in this model.backbone"),
+        (["seed=9"], "other words than model.text_encoder makes"),
+    ):
+        caplog.clear()
+        build_trainer(config.load([path, "run_name=second", f"model.init_from={out}", *changes])).close()
+        warned = [record.getMessage() for record in caplog.records if "model.init_from" in record.getMessage()]
+        assert len(warned) == 1 + (said is not None) and (said is None or said in warned[1]), warned
+
+
+def test_a_run_with_resolution_aware_is_begun_from_as_the_refusal_says(tiny_recipe: Recipe, write_recipe: Write) -> None:
+    path = write_recipe(tiny_recipe | {"algorithms": {"resolution_aware": {}}, "max_duration": "1ba", "preflight": False})
+    run(config.load([path]))
+    second = [write_recipe(tiny_recipe | {"algorithms": {}, "preflight": False}, "second.yaml"), "run_name=second"]
+    second.append(f"model.init_from={folder_of(tiny_recipe)}")
+    with pytest.raises(UserError, match="It was trained with resolution_aware: set ") as refused:
+        build_trainer(config.load(second))
+    (remedy,) = [word.rstrip(",") for word in str(refused.value).split() if word.startswith("model.backbone.resolution_embeds")]
+    build_trainer(config.load([*second, remedy])).close()
 
 
 def test_a_run_with_other_words_is_refused_with_what_takes_its_words(tiny_recipe: Recipe, write_recipe: Write) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import POOLED_WIDTH, TINY, inputs
 from composer.core import Event, State
 from composer.devices import DeviceCPU
 from composer.loggers import Logger
 from diffusers import PRXPixelPipeline, PRXTransformer2DModel
 from diffusers.loaders.peft import PeftAdapterMixin
 from peft import PeftModel
+from texts import t5
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -25,7 +27,9 @@ from prx_composer.cli import app
 from prx_composer.commands.export.pipeline import write_adapters, write_pipeline, written_aside
 from prx_composer.common.errors import UserError
 from prx_composer.models import TextToImage
+from prx_composer.models.autoencoder import DiffusersAutoencoder
 from prx_composer.models.counting import flops_of_backbone
+from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.layers import BLOCK_LAYERS, add_adapters, merge_adapters
 from prx_composer.optim import AdamW
 from prx_composer.optim.muon import Muon
@@ -40,6 +44,10 @@ from prx_composer.training.run import build_trainer, run
 Recipe = dict[str, Any]
 Write = Callable[..., str]
 Build = Callable[..., TextToImage]
+
+
+KL = dict(_class_name="AutoencoderKL", block_out_channels=[8], down_block_types=["DownEncoderBlock2D"], norm_num_groups=4)
+KL |= dict(up_block_types=["UpDecoderBlock2D"], latent_channels=4)
 
 
 class AdaptedTransformer(PRXTransformer2DModel, PeftAdapterMixin):
@@ -272,6 +280,11 @@ def test_what_cannot_be_adapted_is_said_by_its_path(
     with pytest.raises(UserError, match=r"given it fusion.*write lora first"):
         attach(model, AdamW(model), SPRINT(start_block=1, end_block=2), LoRA())
     model = tiny_model(trainable_text=False)
+    with pytest.raises(UserError, match=r"given it resolution_embedder.*write lora first"):
+        attach(model, AdamW(model), ResolutionAware(), LoRA())
+    model = tiny_model(trainable_text=False, resolution_embeds=True)  # the model's own is frozen as its other weights are
+    attach(model, AdamW(model), LoRA())
+    model = tiny_model(trainable_text=False)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"LoRA needs peft: uv sync --inexact --extra lora"):
         attach(model, AdamW(model), LoRA())
@@ -290,6 +303,50 @@ def test_adapters_are_exported_from_runs_that_have_them_and_no_run_begins_with_t
         build_trainer(config.load([write_recipe(second)]))
     second["model"]["init_from"] = str(exported(folder_of(recipe), tmp_path / "merged", "--no-samples"))
     build_trainer(config.load([write_recipe(second)]))
+
+
+def of_diffusers(name: str) -> TextToImage:
+    torch.manual_seed(0)
+    encoder: Any = t5(pooled="mean") if POOLED_WIDTH[name] else t5()
+    sizes = TINY[name] | ({POOLED_WIDTH[name]: encoder.pooled_size} if POOLED_WIDTH[name] else {})
+    made: Any = DiffusersBackbone(**{"class": name}, **sizes)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.1)
+    return TextToImage(made, encoder, autoencoder=DiffusersAutoencoder(config=KL)).eval()
+
+
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "StableCascadeUNet"])
+def test_adapters_of_a_class_of_diffusers_are_read_by_peft_and_diffusers(name: str, tmp_path: Path) -> None:
+    model = of_diffusers(name)
+    backbone: Any = model.backbone
+    base = copy.deepcopy(backbone)
+    attach(model, AdamW(model), LoRA(rank=2))
+    shaken(model)
+    adapted = [path for path, module in backbone.named_modules() if hasattr(module, "lora_A")]
+    blocks = tuple(f"{path}." for path, module in backbone.named_modules() if backbone.is_block(module))
+    assert adapted and all(path.startswith(blocks) for path in adapted)  # FLUX has a layer elsewhere that ends as theirs do
+    write_adapters(Trained(model, Path("run"), "raw", 32, recipe={"model": {"init_from": "base"}}), tmp_path, "title", None)
+    part, x = backbone.signature.part, inputs(base)
+    x["pooled"] = torch.randn(3, base.pooled_dim)
+    with torch.no_grad():
+        wanted, before = backbone(**x), base(**x)
+        assert (wanted - before).abs().max() > 1e-2
+        by_peft, by_diffusers = copy.deepcopy(base), copy.deepcopy(base)
+        by_peft.model = PeftModel.from_pretrained(by_peft.model, str(tmp_path)).merge_and_unload()
+        torch.testing.assert_close(by_peft(**x), wanted, atol=1e-4, rtol=1e-4)
+        if hasattr(base.model, "load_lora_adapter"):
+            by_diffusers.model.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors", prefix=part)
+            torch.testing.assert_close(by_diffusers(**x), wanted, atol=1e-4, rtol=1e-4)
+    card = (tmp_path / "README.md").read_text()
+    assert f"diffusers' {name}" in card and "PRX" not in card
+    base.model.save_pretrained(tmp_path / "base" / part)
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code.replace("PATH_OR_HUB_ID_OF_base", str(tmp_path / "base")).replace("THIS_FOLDER", str(tmp_path)), scope := {})
+    by_card = copy.deepcopy(base)
+    by_card.model = scope[part]
+    with torch.no_grad():
+        torch.testing.assert_close(by_card(**x), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_adapters_that_are_not_all_that_was_trained_are_not_exported_alone(tiny_model: Build, tmp_path: Path) -> None:

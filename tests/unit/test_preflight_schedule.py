@@ -110,6 +110,27 @@ def test_a_scheduler_that_does_not_know_the_budget_is_said_with_one_that_does(pl
     assert noted("time_budget=1h", "scheduler={name: constant_with_warmup, t_warmup: 2ba}") == []
 
 
+def test_parts_of_a_run_that_its_budget_may_end_before_are_said(plain: Recipe, write_recipe: Write) -> None:
+    path = write_recipe(plain)
+
+    def noted(*changes: str) -> list[str]:
+        return [result.text for result in check_config(config.load([path, *changes])) if "ends the run first" in result.text]
+
+    masking = "algorithms.deferred_masking={mixer_blocks: 1, rate: 0.5, end: END}"
+    given = ["save_interval=0.25dur", masking.replace("END", "0.9dur")]
+    (said,) = noted(*given, "time_budget=1h")
+    assert said.startswith(
+        "algorithms.deferred_masking.end: 0.9dur; eval_interval: 0.25dur; save_interval: 0.25dur are parts of max_duration"
+    )
+    assert not noted(*given)  # without a budget
+    mended = [
+        "save_interval=30m",
+        "eval_interval=2ba",
+        "algorithms.deferred_masking={mixer_blocks: 1, rate: 0.5, end: 0.9dur or 0.9budget}",
+    ]
+    assert not noted(*mended, "time_budget=1h")
+
+
 @pytest.mark.parametrize(
     ("warmup", "decay", "instead"),
     [("0.3dur", 0.9, 0.7), ("3ba", 0.8, 0.5), ("96sp", 1.0, 0.667), ("0.05dur", 1, None), ("2ba", 0.6, None)],

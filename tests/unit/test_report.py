@@ -96,6 +96,16 @@ def test_stages_are_those_that_were_trained(run: Path) -> None:
     assert (second.image_size, second.start, second.end, second.seconds) == (32, 30, 40, 5.0)
 
 
+def test_stages_of_one_image_size_are_told_apart_and_are_the_recipe_s(run: Path) -> None:
+    given = (("10ba", 16, 8), ("30ba", 16, 16), (None, 32, 8))
+    stages = [{"until": until, "image_size": size, "global_train_batch_size": batch} for until, size, batch in given]
+    recipe = yaml.safe_load((run / "config.yaml").read_text()) | {"algorithms": {"progressive_resolution": {"stages": stages}}}
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    save_rows(run, [row | {"stage/index": (row["batch"] > 10) + (row["batch"] > 30)} for row in rows(40, 30)])
+    found = [(row.image_size, row.until, row.batch_size, row.start, row.end) for row in stage_rows(read_run(str(run)))]
+    assert found == [(16, "10ba", 8, 0, 10), (16, "30ba", 16, 10, 30), (32, None, 8, 30, 40)]
+
+
 def test_text_of_the_recipe_and_the_metrics_is_never_markup(run: Path) -> None:
     evil = "</pre></style><script>alert(2)</script><img src=x onerror=alert(3)>"
     recipe = yaml.safe_load((run / "config.yaml").read_text())

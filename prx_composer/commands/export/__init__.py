@@ -106,7 +106,13 @@ def _write_card(trained: "Trained", folder: Path, title: str, options: ExportOpt
 
     prompts, settings = generate.recipe_settings(trained)
     prompts = (options.prompt or prompts)[:_MOST_SAMPLES]
-    if choose_guidance(trained.model, "run").startswith("internal"):
+    guidance = choose_guidance(trained.model, "run")
+    if guidance == "self":
+        echo(
+            "The run drew with routed self-guidance, which diffusers' pipelines don't have: samples on the card are drawn with "
+            "classifier-free guidance, at the scale of the recipe. `prx generate` of the run draws as the run did."
+        )
+    if guidance.startswith("internal"):
         echo(
             "The run drew with internal guidance, which diffusers' pipelines don't have: its readout is left out, and samples on "
             "the card are drawn with classifier-free guidance alone. `prx generate` of the run draws with both."

@@ -20,6 +20,7 @@ from prx_composer.common.pages import render
 from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.caption_format import cleaner, cleaning_of
+from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.encoders import HuggingFaceTextEncoder
 from prx_composer.models.processes import PIXEL_MIN_TIMESTEP
 from prx_composer.models.several_encoders import parts_of
@@ -172,9 +173,12 @@ def write_adapter_card(trained: Trained, folder: Path, title: str, licence: str 
         base: name of what the run began with.
         of_hub: whether that is an id of the hub.
     """
-    head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-to-image", "tags": ["prx", "prx-composer", "lora"]}
-    head |= ({"base_model": base} if of_hub else {}) | ({} if licence is None else {"license": licence})
     backbone: Any = trained.model.backbone
+    own: Any = backbone.model if isinstance(backbone, DiffusersBackbone) else PRXTransformer2DModel
+    tags = [*([] if isinstance(backbone, DiffusersBackbone) else ["prx"]), "prx-composer", "lora"]
+    head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-to-image", "tags": tags}
+    head |= ({"base_model": base} if of_hub else {}) | ({} if licence is None else {"license": licence})
+    pipeline = "PRXPixelPipeline" if isinstance(trained.model.autoencoder, Pixels) else "PRXPipeline"
     write_readme(
         folder,
         "adapters.md.jinja",
@@ -184,9 +188,12 @@ def write_adapter_card(trained: Trained, folder: Path, title: str, licence: str 
         base=base,
         of_hub=of_hub,
         rank=backbone.peft_config["default"].r,
-        pipeline="PRXPixelPipeline" if isinstance(trained.model.autoencoder, Pixels) else "PRXPipeline",
+        pipeline=pipeline,
+        opener=getattr(backbone, "class_name", pipeline),
+        owner=f"diffusers' {backbone.class_name}" if hasattr(backbone, "class_name") else "the PRX backbone",
+        part=backbone.signature.part if hasattr(backbone, "signature") else "transformer",
         adapters=ADAPTERS,
-        readable=hasattr(PRXTransformer2DModel, "load_lora_adapter"),
+        readable=hasattr(own, "load_lora_adapter"),
         diffusers_version=diffusers.__version__,
     )
 

@@ -22,6 +22,7 @@ from prx_composer.commands.export.card import ADAPTERS, public_name, without_pla
 from prx_composer.common.errors import UserError, raise_all, redacted
 from prx_composer.common.files import sync
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
+from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.diffusion import DDPM
 from prx_composer.models.encoders import HuggingFaceTextEncoder
 from prx_composer.models.layers import is_adapted
@@ -248,9 +249,7 @@ def _write_recipe(trained: Trained, folder: Path) -> None:
         head = "# Paths of the machine that trained it are cut to their last names.\n"
         if stages := _stages_so_far(recipe, trained.image_size):
             recipe["algorithms"]["progressive_resolution"]["stages"] = stages
-            head += (
-                "# Of a checkpoint before the last stage of progressive_resolution: the stages behind it are left out.\n"
-            )
+            head += "# Of a checkpoint before the last stage of progressive_resolution: the stages behind it are left out.\n"
         (folder / RECIPE).write_text(head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -291,17 +290,20 @@ def write_adapters(trained: Trained, folder: Path, title: str, licence: str | No
     from peft import get_peft_model_state_dict
 
     base, of_hub = public_name(str(((trained.recipe or {}).get("model") or {}).get("init_from") or "its base"))
+    inside = "model." if isinstance(backbone, DiffusersBackbone) else ""  # diffusers' class is a part of ours
     config = copy.copy(backbone.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
+    config.target_modules = {name.removeprefix(inside) for name in config.target_modules}
     config.save_pretrained(str(folder))
     facts = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(backbone).items()}
+    adapters = get_peft_model_state_dict(backbone).items()
+    state = {name.removeprefix(inside): tensor.detach().cpu().contiguous() for name, tensor in adapters}
     save_file(
         {f"base_model.model.{name}": tensor for name, tensor in state.items()},
         folder / "adapter_model.safetensors",
         {"format": "pt"},
     )
-    prefix = "transformer"  # of a pipeline's part, as diffusers names it in its own files
+    prefix = backbone.signature.part if inside else "transformer"  # of a pipeline's part, as diffusers names it in its files
     settings = json.dumps({f"{prefix}.{key}": value for key, value in facts.items()}, indent=2, sort_keys=True, default=str)
     save_file(
         {f"{prefix}.{name}": tensor for name, tensor in state.items()},

@@ -145,14 +145,14 @@ def draw(
     title: str,
     lines: Mapping[str, Column],
     history: History,
-    stages: Sequence[tuple[int, int | None]] = (),
+    stages: Sequence[tuple[int, int | None, int]] = (),
     marks: Sequence[int] = (),
 ) -> Chart:
     """Draw one picture.
 
     Args:
         lines: name → metric; more than `LINES` are not drawn.
-        stages: where one followed another, and its image size.
+        stages: where one followed another, its image size, and its place in the recipe.
         marks: steps to point at.
     """
     import matplotlib
@@ -174,7 +174,7 @@ def draw(
             axes.plot(steps, medians, color=colour, linewidth=1.2, marker="o" if len(steps) <= 25 else None, markersize=2.5)
         _scale(axes, drawn)
         axes.set_xlim(0, max(history.steps, 1))
-        for start, size in stages:
+        for start, size, _ in stages:
             axes.axvline(start, color=_INK, linewidth=0.7, linestyle=(0, (3, 3)), alpha=0.7)
             axes.annotate(
                 f"{size} px", (start, 1), (2, -7), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=7

@@ -274,14 +274,16 @@ class StageRow:
     loss: float | None
 
 
-def stage_starts(run: Run) -> list[tuple[int, int | None]]:
-    """Return for each stage the step before its first, and its image size."""
-    column = run.history.columns.get("stage/image_size")
-    if column is None:
-        return [(0, run.recipe.get("image_size"))] if run.history.steps else []
-    batches, values = column.batches, column.values
-    changes = [0, *(np.flatnonzero(np.diff(values)) + 1)]
-    return [(0 if index == 0 else int(batches[index - 1]), int(values[index])) for index in changes]
+def stage_starts(run: Run) -> list[tuple[int, int | None, int]]:
+    """Return for each stage that was trained the step before its first, its image size, and its place in the recipe."""
+    sizes, places = (run.history.columns.get(f"stage/{name}") for name in ("image_size", "index"))
+    if sizes is None:
+        return [(0, run.recipe.get("image_size"), 0)] if run.history.steps else []
+    told = places or sizes  # both are logged together, but for the first runs
+    firsts = [0, *(np.flatnonzero(np.diff(told.values)) + 1)]
+    before = [0, *(int(told.batches[index - 1]) for index in firsts[1:])]
+    index = [int(places.values[at]) for at in firsts] if places else range(len(firsts))
+    return [(step, int(sizes.values[at]), place) for step, at, place in zip(before, firsts, index, strict=True)]
 
 
 def stage_rows(run: Run) -> list[StageRow]:
@@ -289,9 +291,9 @@ def stage_rows(run: Run) -> list[StageRow]:
     starts, history = stage_starts(run), run.history
     listed: Any = run.part("algorithms", "progressive_resolution").get("stages") or []
     planned = _planned_ends(run)
-    ends = [*(start for start, _ in starts[1:]), history.steps][: len(starts)]
+    ends = [*(start for start, _, _ in starts[1:]), history.steps][: len(starts)]
     rows = []
-    for index, ((start, size), end) in enumerate(zip(starts, ends, strict=True)):
+    for (start, size, index), end in zip(starts, ends, strict=True):
         given = listed[index] if index < len(listed) and isinstance(listed[index], dict) else {}
         before, after = (0.0 if start == 0 else history.seconds_at(start)), history.seconds_at(end)
         rows.append(

@@ -25,7 +25,7 @@ from prx_composer.recipe.arguments import entries, text_encoders
 from prx_composer.recipe.checks import argument_problems, never_open, setting_problems
 from prx_composer.recipe.config import Recipe
 from prx_composer.recipe.consistency import batch_problems, image_size_problems
-from prx_composer.recipe.times import schedule_notes, schedule_problems
+from prx_composer.recipe.times import budget_notes, schedule_notes, schedule_problems
 from prx_composer.runs.model_parts import UnknownNetwork
 from prx_composer.training.components import Components
 from prx_composer.training.trainer import low_dtype, parallelism
@@ -159,6 +159,7 @@ def _check_scheduler(parts: Components) -> Iterator[Result]:
         _ = parts.scheduler
         yield from map(failed, schedule_problems(vars(parts.recipe)))
         yield from (Result("!", note) for note in schedule_notes(vars(parts.recipe)))
+        yield from (Result("!", note) for note in budget_notes(vars(parts.recipe)))
 
 
 @collected
