@@ -20,7 +20,6 @@ from prx_composer.common.pages import render
 from prx_composer.data.format import MANIFEST, Manifest
 from prx_composer.models.autoencoder import Pixels
 from prx_composer.models.caption_format import cleaner, cleaning_of
-from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.encoders import HuggingFaceTextEncoder
 from prx_composer.models.processes import PIXEL_MIN_TIMESTEP
 from prx_composer.models.several_encoders import parts_of
@@ -174,8 +173,9 @@ def write_adapter_card(trained: Trained, folder: Path, title: str, licence: str 
         of_hub: whether that is an id of the hub.
     """
     backbone: Any = trained.model.backbone
-    own: Any = backbone.model if isinstance(backbone, DiffusersBackbone) else PRXTransformer2DModel
-    tags = [*([] if isinstance(backbone, DiffusersBackbone) else ["prx"]), "prx-composer", "lora"]
+    signature = getattr(backbone, "signature", None)  # of a class of diffusers
+    own: Any = PRXTransformer2DModel if signature is None else backbone.model
+    tags = [*(["prx"] if signature is None else []), "prx-composer", "lora"]
     head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-to-image", "tags": tags}
     head |= ({"base_model": base} if of_hub else {}) | ({} if licence is None else {"license": licence})
     pipeline = "PRXPixelPipeline" if isinstance(trained.model.autoencoder, Pixels) else "PRXPipeline"
@@ -189,9 +189,9 @@ def write_adapter_card(trained: Trained, folder: Path, title: str, licence: str 
         of_hub=of_hub,
         rank=backbone.peft_config["default"].r,
         pipeline=pipeline,
-        opener=getattr(backbone, "class_name", pipeline),
-        owner=f"diffusers' {backbone.class_name}" if hasattr(backbone, "class_name") else "the PRX backbone",
-        part=backbone.signature.part if hasattr(backbone, "signature") else "transformer",
+        opener=pipeline if signature is None else backbone.class_name,
+        owner="the PRX backbone" if signature is None else f"diffusers' {backbone.class_name}",
+        part="transformer" if signature is None else signature.part,
         adapters=ADAPTERS,
         readable=hasattr(own, "load_lora_adapter"),
         diffusers_version=diffusers.__version__,

@@ -22,7 +22,6 @@ from prx_composer.commands.export.card import ADAPTERS, public_name, without_pla
 from prx_composer.common.errors import UserError, raise_all, redacted
 from prx_composer.common.files import sync
 from prx_composer.models.autoencoder import DiffusersAutoencoder, Pixels
-from prx_composer.models.diffusers_backbone import DiffusersBackbone
 from prx_composer.models.diffusion import DDPM
 from prx_composer.models.encoders import HuggingFaceTextEncoder
 from prx_composer.models.layers import is_adapted
@@ -290,7 +289,7 @@ def write_adapters(trained: Trained, folder: Path, title: str, licence: str | No
     from peft import get_peft_model_state_dict
 
     base, of_hub = public_name(str(((trained.recipe or {}).get("model") or {}).get("init_from") or "its base"))
-    inside = "model." if isinstance(backbone, DiffusersBackbone) else ""  # diffusers' class is a part of ours
+    inside = "model." if hasattr(backbone, "signature") else ""  # diffusers' class is a part of ours
     config = copy.copy(backbone.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
     config.target_modules = {name.removeprefix(inside) for name in config.target_modules}
