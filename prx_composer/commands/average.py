@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _LAST = 5  # by default
 _UNIFORM = "uniform"
 _OF_THE_RUN = ("config.yaml", "tokenizer", "frozen")  # what weights are opened with
+_OF_TRICKS = ("active", "current", "switching")  # what opening asks of them
 _BATCH = re.compile(r"(?:ba)?(\d+)(?:ba)?")
 
 
@@ -80,11 +81,11 @@ def average_run(options: AverageOptions) -> None:
         echo(f"{checkpoint}  skipped: {why}")
     if len(average.shares) == 1:
         echo("One checkpoint is its own average. More are kept with save_interval and save_num_checkpoints_to_keep.")
+    if average.stages > 1:
+        echo(f"They are of {average.stages} stages of progressive_resolution, and it draws at the newest's size; see --from.")
     name = (average.index["recipe"].get("scheduler") or {}).get("name", "constant")
     if len(average.shares) > 1 and name not in ("constant", "constant_with_warmup", "warmup_stable_decay"):
-        echo(
-            f"The rate of this run fell by itself (scheduler: {name}). A merge stands for a decay, so it is for a constant rate."
-        )
+        echo(f"The rate of this run fell by itself (scheduler: {name}). A merge stands for a decay: it is for a constant rate.")
     echo(f"{options.like} average of {len(average.shares)}, {options.weights} weights · {target}")
 
 
@@ -271,6 +272,7 @@ class _Average:
         shares: checkpoint → share, of a sum of 1, oldest first.
         skipped: checkpoint → why.
         index: of the newest that was merged; `state` is the rest of it.
+        stages: of progressive_resolution that they are of.
     """
 
     tensors: "dict[str, Tensor]"
@@ -278,10 +280,13 @@ class _Average:
     skipped: dict[str, str]
     index: dict[str, Any]
     state: dict[str, Any]
+    stages: int
 
 
 def _average(run: _Run, o: AverageOptions) -> _Average:
     """Average what is asked for. What turns out to be unfit is left out, and those that are asked for chosen anew."""
+    from prx_composer.runs.weights import SavedState
+
     skipped: dict[str, str] = {}
     while True:
         chosen = _chosen([found for found in run.checkpoints if found.path.name not in skipped], o)
@@ -302,7 +307,8 @@ def _average(run: _Run, o: AverageOptions) -> _Average:
             continue
         total = sum(shares)
         named = {checkpoint.path.name: share / total for checkpoint, share in zip(chosen, shares, strict=True)}
-        return _Average(mean.result(), named, skipped, *facts[0])
+        stages = {SavedState({}, algorithms=dict(state["algorithms"])).stage for _, state in facts}
+        return _Average(mean.result(), named, skipped, *facts[0], len(stages))
 
 
 def _chosen(found: "Sequence[Checkpoint]", o: AverageOptions) -> "list[Checkpoint]":
@@ -338,7 +344,7 @@ def _merge(
     from prx_composer.common.distributed import clean_name
     from prx_composer.runs.checkpoints import MERGED
     from prx_composer.runs.folder import is_allowed, read_changes, recipe_changes
-    from prx_composer.runs.weights import STAGES, nonfinite
+    from prx_composer.runs.weights import nonfinite
 
     try:
         index, reference = checkpoint.index(), newest.index()
@@ -348,9 +354,8 @@ def _merge(
         raise _UnfitError(f"its index cannot be read ({error})") from error
     if index.get(MERGED):
         raise UserError(f"{run.folder} is an average already.")
-    if others := [
-        str(change) for change in changes if change.rule.may in ("asked", "never") and not is_allowed(change, (), allowed)
-    ]:
+    binding = [change for change in changes if change.rule.may in ("asked", "never")]
+    if others := [str(change) for change in binding if not is_allowed(change, (), allowed)]:
         raise _UnfitError(f"it is of another recipe than {newest.path.name}: {', '.join(others)}")
     try:
         with run.opened(checkpoint) as state:
@@ -362,9 +367,9 @@ def _merge(
                 raise _UnfitError(wrong)
             mean.add(tensors, share)
             units = {unit: int(state.timestamp.get(unit, 0)) for unit in ("batch", "epoch", "sample")}
-            stage = [] if state.stage is None else [(STAGES, {"current": state.stage, "switching": False})]
-            of_sampling = {"timestamp": {"Timestamp": units}, "callbacks": {"TrainingClock": dict(state.clock)}}
-            return index, {**of_sampling, "algorithms": stage}
+            tricks = [(name, {key: own[key] for key in _OF_TRICKS if key in own}) for name, own in state.algorithms.items()]
+            clock = {"TrainingClock": dict(state.clock)}
+            return index, {"timestamp": {"Timestamp": units}, "callbacks": clock, "algorithms": tricks}
     except ValueError as error:
         raise _UnfitError(str(error).replace(str(checkpoint.path), checkpoint.path.name)) from error
 

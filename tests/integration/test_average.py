@@ -315,6 +315,16 @@ def test_a_folder_that_is_no_run_or_has_no_checkpoint_is_said(tmp_path: Path) ->
     assert "has no checkpoint yet" in prx("average", tmp_path, code=1)
 
 
+def test_checkpoints_of_several_stages_are_said_and_what_acted_in_the_newest_is_kept(trained: Path, tmp_path: Path) -> None:
+    assert "They are of 2 stages of progressive_resolution" in prx("average", trained, "--output", tmp_path / "both")
+    assert "stages" not in prx("average", trained, "--from", "ba6", "--output", tmp_path / "last")
+    saved = dict(state_of(trained)["algorithms"])
+    kept = dict(state_of(tmp_path / "both")["algorithms"])
+    assert {name: own["active"] for name, own in saved.items() if "active" in own} == {
+        name: own["active"] for name, own in kept.items() if "active" in own
+    }
+
+
 def test_a_decay_that_the_recipe_has_itself_is_said(trained: Path, run: Path, tmp_path: Path) -> None:
     assert "fell by itself" not in prx("average", trained, "--output", tmp_path / "constant")
     for checkpoint in all_checkpoints(run / "checkpoints"):
