@@ -331,8 +331,9 @@ def said_of_skipped(parts: Iterable[LeftOut]) -> list[tuple[str, bool]]:
         total = sum(part.of for part in left_out)
         left = f"{samples:,} samples left out, {total - samples:,} of {total:,} are left"
         nothing = f"; {len(lacking):,} match no sample, such as {lacking[0]!r}" if lacking else ""
-        told = f"{skip.path}: {found:,} of {len(skip.keys):,} keys are in the data, {left}{nothing}"
-        said.append((told, bool(lacking)))
+        twice = f"; some keys are of several samples: {samples:,} samples have these {found:,}" if samples > found else ""
+        told = f"{skip.path}: {found:,} of {len(skip.keys):,} keys are in the data, {left}{nothing}{twice}"
+        said.append((told, bool(lacking or twice)))
     return said
 
 

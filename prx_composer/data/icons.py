@@ -229,8 +229,13 @@ class IconsSource:
                     found.setdefault(key, {}).setdefault(style, icon)
         least = len(self.sets) if self._common else 1
         names = {_words(max(slugs[key], key=len)): icons for key, icons in sorted(found.items()) if len(icons) >= least}
+        there = sorted({label for icon_set in self.sets.values() for label in icon_set.categories})
+        labels = [set(_words(label).split()) for label in there]
+        strange = [name for name in self._categories or () if not any(set(_words(name).split()) <= label for label in labels)]
+        if strange and there:
+            sets = ", ".join(self.sets)
+            raise ValueError(f"categories: there is no {', '.join(strange)} in {sets}; there are {', '.join(there)}.")
         if not names:
-            there = sorted({label for icon_set in self.sets.values() for label in icon_set.categories})
             raise ValueError(
                 f"no icon is in the categories {self._categories} of {'all' if self._common else 'any'} of "
                 f"{', '.join(self.sets)}; there are {', '.join(there) or 'none: metadata.json is missing beside icons.json'}."

@@ -208,6 +208,8 @@ class FolderSource:
             texts = {key: value for key, value in row.items() if isinstance(value, str)}
             if not texts:
                 raise ValueError(f"{where}: no caption beside the file name.")
+            if strange := [key for key in CAPTION_NAMES if row.get(key) is not None and key not in texts]:
+                raise ValueError(f"{where}: {strange[0]} is no text but {row[strange[0]]!r:.80}; write a line for each text.")
             for key, text in texts.items():
                 try:
                     text.encode()
@@ -238,10 +240,8 @@ class FolderSource:
 # A coloured shape at a position on a background, some combinations kept out of training. They make the quickstart possible, and
 # its score exact: a drawn image is right if its nearest rendering among all combinations is the one asked for.
 
-COLOURS = {
-    "red": (220, 30, 30), "green": (30, 160, 50), "blue": (30, 70, 220), "yellow": (245, 210, 20),
-    "purple": (140, 40, 170), "orange": (250, 130, 20),
-}  # fmt: skip
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 50), "blue": (30, 70, 220), "yellow": (245, 210, 20)}
+COLOURS |= {"purple": (140, 40, 170), "orange": (250, 130, 20)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 NEW_COLOURS = {"pink": (250, 130, 190), "teal": (0, 150, 150)}  # of no image of the source: for fine-tuning
 BACKGROUNDS = {"white": (250, 250, 250), "grey": (128, 128, 128), "black": (10, 10, 10)}

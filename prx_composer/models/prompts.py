@@ -41,7 +41,16 @@ class Reading:
     @property
     def is_whole(self) -> bool:
         """Whether all of it is read, and every word is known."""
-        return self.read is None and not self.unknown
+        return self.read is None and not self.unknown and not self.is_cleaned_away
+
+    @property
+    def is_cleaned_away(self) -> bool:
+        return loses_letters(self.text, self.cleaned)
+
+
+def loses_letters(text: str, cleaned: str) -> bool:
+    """Return whether cleaning leaves less than half of a text's letters, as `clean: prx` does of Chinese."""
+    return 2 * sum(map(str.isalpha, cleaned)) < sum(map(str.isalpha, text))
 
 
 def readings(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[Reading]:
@@ -131,6 +140,8 @@ def _said(one: Reading, max_tokens: int) -> str:
         said.append(f"of its {one.tokens} tokens the model reads {max_tokens}, {how} {'…' if last != read else ''}{last!r}")
     if one.unknown:
         said.append(f"the tokenizer does not know {first(map(repr, one.unknown), 10)}")
+    if one.is_cleaned_away:
+        said.append(f"model.text_encoder.clean leaves {one.cleaned[:_SHOWN]!r} of it")
     return f"The prompt {_shown(one.text)} is not read whole: {'; '.join(said)}."
 
 
@@ -174,20 +185,27 @@ class CaptionCounts:
     """
 
     def __init__(self, max_workers: int = 0):
-        self._counts = torch.zeros(max_workers + 1, 5, dtype=torch.int64).share_memory_()
+        self._counts = torch.zeros(max_workers + 1, 6, dtype=torch.int64).share_memory_()
 
-    def add(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: Any) -> None:
+    def add(self, tokenizer: PreTrainedTokenizerBase, given: Sequence[str], texts: Sequence[str], tokens: Any) -> None:
         """Count a batch.
 
         Args:
-            texts: cleaned. tokens: what the tokenizer gave for them with `truncation=True` and tensors.
+            given: captions. texts: cleaned. tokens: what the tokenizer gave for these with `truncation=True` and tensors.
         """
         lost = cut_off(tokenizer, texts, tokens)
         mask, unknown = tokens["attention_mask"], unknown_id(tokenizer)
         strange = 0 if unknown is None else int(((tokens["input_ids"] == unknown) & mask.bool()).sum())
         worker = get_worker_info()
         self._counts[0 if worker is None else worker.id + 1] += torch.tensor(
-            [len(texts), sum(count > 0 for count in lost), sum(lost), int(mask.sum()), strange]
+            [
+                len(texts),
+                sum(count > 0 for count in lost),
+                sum(lost),
+                int(mask.sum()),
+                strange,
+                sum(map(loses_letters, given, texts)),
+            ]
         )
 
     @property
@@ -197,8 +215,13 @@ class CaptionCounts:
 
     def told(self, max_tokens: int) -> str | None:
         """Return what is lost of the captions so far, in words; None if nothing is."""
-        captions, cut, lost, tokens, unknown = self._counts.numpy().sum(0).tolist()
+        captions, cut, lost, tokens, unknown, cleaned = self._counts.numpy().sum(0).tolist()
         said = []
+        if cleaned:
+            said.append(
+                f"{cleaned:,} of {captions:,} captions lose more than half of their letters to model.text_encoder.clean; "
+                "clean: basic or none keeps letters of all scripts"
+            )
         if cut:
             said.append(
                 f"{cut:,} of {captions:,} captions ({cut / captions:.1%}) have more than model.text_encoder.max_tokens: "
@@ -224,7 +247,7 @@ def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, counts: CaptionC
         most, _ = chief(tokenizer, max_tokens)
         each = [tokenize(one, texts, count, counts if one is most else None) for one, count in tokenizer.parts.values()]
         return {name: torch.cat([part[name] for part in each], 1) for name in ("input_ids", "attention_mask")}
-    form, texts = format_of(tokenizer), formatted(tokenizer, texts)
+    form, given, texts = format_of(tokenizer), texts, formatted(tokenizer, texts)
     tokens: Any = tokenizer(
         texts,
         padding="max_length",
@@ -234,7 +257,7 @@ def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, counts: CaptionC
         return_tensors="pt",
     )
     if counts is not None:
-        counts.add(tokenizer, texts, tokens)
+        counts.add(tokenizer, given, texts, tokens)
     mask = tokens["attention_mask"].bool()
     return {"input_ids": tokens["input_ids"], "attention_mask": mask | form.attend_padding}
 
@@ -243,7 +266,8 @@ def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, counts: CaptionC
 
 Captions = Mapping[str, float | Mapping[str, Any]]  # `train_loader.captions`: column → its weight, or the arguments of a Wording
 
-_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+[」』”’]*|\n")
+_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？।۔؟։።]+[」』”’]*|\n")
+_COMMAS = {",": ", ", "，": "，", "、": "、", "،": "، "}  # between tags → as it is written again: the first that a text has
 _SHORT = frozenset(["approx", "ca", "cf", "dr", "etc", "fig", "jr", "mr", "mrs", "ms", "prof", "sr", "st", "vs"])  # before a dot
 
 
@@ -290,7 +314,8 @@ class Wording:
         rng = np.random.default_rng([*draw, 1])  # without the 1 it is the draw of a column
         if rng.random() < self.first_sentence:
             text = first_sentence(text)
-        tags = [tag.strip() for tag in text.split(",") if tag.strip()]
+        comma = next((sign for sign in _COMMAS if sign in text), ",")
+        tags = [tag.strip() for tag in text.split(comma) if tag.strip()]
         if not (self.shuffle or self.drop) or not tags:
             return text
         first, rest = tags[: self.keep], tags[self.keep :]
@@ -299,7 +324,7 @@ class Wording:
         if not first and not stays.any():
             stays[luck.argmax()] = True
         order = rng.permutation(len(rest)) if self.shuffle else range(len(rest))
-        return ", ".join([*first, *(rest[index] for index in order if stays[index])])
+        return _COMMAS[comma].join([*first, *(rest[index] for index in order if stays[index])])
 
 
 def wordings(captions: Captions) -> dict[str, Wording]:

@@ -76,8 +76,12 @@ def test_a_set_alone_is_read_wherever_it_lies(sets: Path, tmp_path: Path) -> Non
 def test_categories_are_chosen_by_words_of_their_names(sets: Path) -> None:
     chosen = IconsSource(str(sets), SIZE, categories=["animals", "food"])
     assert {name.split()[0] for name in chosen.icons} == {"fish", "fruit"}
-    with pytest.raises(ValueError, match=r"categories \['flags'\].*there are Animals & Nature, Food & Drink, Objects"):
+    with pytest.raises(
+        ValueError, match=r"categories: there is no flags in .*; there are Animals & Nature, Food & Drink, Objects"
+    ):
         _ = IconsSource(str(sets), SIZE, categories=["flags"]).icons
+    with pytest.raises(ValueError, match="categories: there is no foods in "):  # though there are animals
+        _ = IconsSource(str(sets), SIZE, categories=["animals", "foods"]).icons
 
 
 def test_only_names_that_all_sets_have_are_taken_unless_told_otherwise(tmp_path: Path) -> None:

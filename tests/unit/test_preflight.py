@@ -25,7 +25,13 @@ from prx_composer.training.preflight import Result, check_callbacks, examine, re
 from prx_composer.training.preflight.data_fit import check_data
 from prx_composer.training.preflight.pretrained import check_weights
 from prx_composer.training.preflight.step import extremes
-from prx_composer.training.preflight.surroundings import check_gpus, check_loggers, check_storage, checkpoints_to_keep
+from prx_composer.training.preflight.surroundings import (
+    check_gpus,
+    check_loggers,
+    check_storage,
+    check_surroundings,
+    checkpoints_to_keep,
+)
 from prx_composer.training.trial import check_config
 
 Load = Callable[..., tuple[Recipe, Components]]
@@ -454,3 +460,15 @@ def test_pictures_at_every_nothing_are_refused_before_training(name: str, interv
     _, parts = load(callbacks={name: prompts | {"interval": interval}})
     (said,) = marked(check_callbacks(parts))
     assert said.startswith(f"callbacks.{name}: ") and interval in said
+
+
+def test_an_evaluation_of_what_is_trained_on_is_said(load: Load) -> None:
+    def said(**changes: Any) -> list[str]:
+        recipe, _ = load()
+        loader = {"name": "image_caption", "path": recipe.train_loader["path"]} | changes
+        results = check_surroundings(load(eval_loader=loader)[1])
+        return [result.text for result in results if "what is trained on" in result.text]
+
+    (told,) = said()
+    assert told.startswith("eval_loader: measures what is trained on: ") and "split train. Set eval_loader.split" in told
+    assert not said(split="heldout") and not said(path="elsewhere")

@@ -122,6 +122,20 @@ def test_unknown_words_are_named_as_they_stand_in_the_text() -> None:
     assert readings(tokenizers("words"), ["a red circle <unk>"], 60)[0].unknown == ()  # it knows that one
 
 
+def test_captions_that_cleaning_takes_away_are_counted_and_named() -> None:
+    tokenizer = with_format(tokenizers("bytes"), clean="prx")
+    chinese, mixed = "一只橘猫坐在木桌上", "a red circle 圆"
+    counts = CaptionCounts()
+    tokenize(tokenizer, [chinese, mixed, ""], 60, counts)
+    assert "1 of 3 captions lose more than half of their letters to model.text_encoder.clean" in str(counts.told(60))
+    gone, whole, empty = readings(tokenizer, [chinese, mixed, ""], 60)
+    assert (gone.is_whole, whole.is_whole, empty.is_whole) == (False, True, True)
+    assert "model.text_encoder.clean leaves '' of it" in what_is_lost([gone], 60)[0]
+    counts = CaptionCounts()
+    tokenize(with_format(tokenizers("bytes"), clean="basic"), [chinese, mixed], 60, counts)
+    assert counts.told(60) is None  # as the message says
+
+
 def test_a_slow_tokenizer_and_one_that_cuts_on_the_left_say_the_same(tmp_path: Path) -> None:
     from transformers import BertTokenizer
 

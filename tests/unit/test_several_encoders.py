@@ -129,6 +129,15 @@ def test_every_trained_encoder_has_gradients_and_resumes_from_the_state_dict(nam
     torch.testing.assert_close(other.encode_prompts(PROMPTS, CPU), model.encode_prompts(PROMPTS, CPU), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(("storage", "scale"), [("float16", 1e6), ("int8", float("inf"))])
+def test_text_that_is_not_finite_as_it_is_stored_is_refused(storage: str, scale: float) -> None:
+    encoder: Any = t5()
+    with torch.no_grad():
+        encoder.network.encoder.final_layer_norm.weight.mul_(scale)
+    with pytest.raises(UserError, match=f"What was made of a caption is not finite in {storage}: give another --storage"):
+        CaptionEncoder(encoder, "caption", storage, 2, CPU)(Bucket(16, 16), [{"caption": PROMPTS[0]}])
+
+
 @pytest.mark.parametrize(("storage", "error"), [("float32", 1e-6), ("bfloat16", 2**-8), ("int8", 1 / 127)])
 @pytest.mark.parametrize("name", [*MADE, "mean"])
 def test_what_is_stored_is_what_the_encoder_makes_in_training(name: str, storage: str, error: float) -> None:

@@ -55,6 +55,8 @@ def read(dataset: ImageCaptionDataset, epoch: int, samples: range = range(60)) -
         ("a heading\n\nThe text begins here. It goes on.", "a heading"),
         ("\n  Begins late. Ends.", "Begins late."),
         ("一只猫坐在墙上。太阳落山了。", "一只猫坐在墙上。"),
+        ("दीवार पर बिल्ली। सूरज डूबता है।", "दीवार पर बिल्ली।"),
+        ("هل هذه قطة؟ نعم.", "هل هذه قطة؟"),
         ("... Then comes more. And more.", "... Then comes more."),
         ("", ""),
         ("...", "..."),
@@ -70,6 +72,19 @@ def test_first_sentences_come_in_their_share_and_nothing_else_is_changed() -> No
     assert {*texts} == {LONG, "A cat sits on a wall."} and abs(texts.count(LONG) / 2000 - 0.7) < 0.04
     assert {Wording(first_sentence=1.0).of(LONG, 0, 0, sample) for sample in range(50)} == {"A cat sits on a wall."}
     assert Wording().of("odd ,text ,,", 0, 0, 0) == "odd ,text ,,"
+
+
+@pytest.mark.parametrize(
+    "text", ["一只猫，户外，晴天，草地", "猫、屋外、晴れ、草", "قطة، في الخارج، عشب، شمس", "a cat, outside, sun, grass"]
+)
+def test_tags_of_any_script_are_shuffled_and_written_with_their_own_comma(text: str) -> None:
+    comma = next(sign for sign in "，、،," if sign in text)
+    tags = [tag.strip() for tag in text.split(comma)]
+    drawn = [Wording(shuffle=True, keep=1).of(text, 0, 0, sample) for sample in range(20)]
+    assert len({*drawn}) > 3 and text in drawn
+    for one in drawn:
+        found = [tag.strip() for tag in one.split(comma)]
+        assert sorted(found) == sorted(tags) and found[0] == tags[0]
 
 
 def test_tags_are_shuffled_and_dropped_evenly_and_kept_where_they_are_to_be() -> None:

@@ -265,6 +265,14 @@ def test_the_loader_says_what_a_list_leaves_out_and_warns_of_lines_that_match_no
     assert record.levelname == "INFO" and "3 of 3 keys are in the data, 3 samples left out" in record.message
 
 
+def test_a_key_of_several_samples_is_said(data: Path, tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "more", {SQUARE: 8})  # other images by the same keys
+    mix: Any = {"data": {}, "more": {}}
+    ImageCaptionData(tokenizer, 14, 16, 4, 4, 0, path=str(tmp_path), mix=mix, skip=listed(tmp_path / "ids.txt", {"square-1"}))
+    (record,) = [record for record in caplog.records if "ids.txt" in record.message]
+    assert record.levelname == "WARNING" and "some keys are of several samples: 2 samples have these 1" in record.message
+
+
 def test_prx_data_view_shows_what_training_draws_from(data: Path, skip: str) -> None:
     view = look(Subject(str(data), "train", {"path": str(data), "skip": skip}), open_split(str(data), "train"), 100)
     assert view.total == 56 == len(view.samples) and not BAD & {seen.key for seen in view.samples}

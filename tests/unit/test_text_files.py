@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -42,6 +43,14 @@ def test_a_file_in_another_encoding_is_refused_with_its_line_and_a_way_on(tmp_pa
     file.write_bytes("plain words".encode("utf-16-le"))
     with pytest.raises(UserError, match=r"zero bytes.*UTF-16LE"):
         read_text(file)
+
+
+@pytest.mark.parametrize("caption", [["a red square", "square"], {"en": "a red square"}, 3])
+def test_a_caption_that_is_no_text_is_not_passed_over_for_another_column(tmp_path: Path, caption: Any) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"file": "1.png", "caption": caption, "license": "CC-BY 4.0"}) + "\n")
+    with pytest.raises(ValueError, match=r"captions.jsonl, line 1: caption is no text but .*; write a line for each text"):
+        FolderSource(str(tmp_path), 64)
 
 
 def test_half_a_surrogate_pair_in_a_caption_is_refused_with_its_line(tmp_path: Path) -> None:

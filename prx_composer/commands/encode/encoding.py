@@ -328,6 +328,7 @@ class CaptionEncoder:
         return [encoded[index] for index in range(len(rows))]
 
     def _stored(self, values: Tensor) -> Encoded:
+        _check_finite("a caption", values if self.storage == "int8" else values.to(getattr(torch, self.storage)), self.storage)
         stored = pack(values, self.storage)
         if self.storage != "int8":
             return Encoded(stored, tuple(values.shape))
@@ -335,6 +336,14 @@ class CaptionEncoder:
         difference = unpack(row, self.storage).float() - values.float()
         relative = difference.norm(dim=-1) / values.float().norm(dim=-1).clamp(min=1e-12)
         return Encoded(stored, tuple(values.shape), float(relative.sum()), len(values))
+
+
+def _check_finite(what: str, values: Tensor, storage: str) -> None:
+    if not values.isfinite().all():
+        raise UserError(
+            f"What was made of {what} is not finite in {storage}: give another --storage, or let the encoder compute in float32 "
+            "(`dtype` in the recipe); some networks overflow in float16."
+        )
 
 
 @dataclass(frozen=True)
@@ -361,11 +370,7 @@ class ImageEncoder:
         images = self.decoded(bucket, rows)
         while batch := dict(islice(images, self.batch_size)):
             made = self.encode(torch.stack(list(batch.values())).to(self.device)).cpu()
-            if not made.to(getattr(torch, self.storage)).isfinite().all():
-                raise UserError(
-                    f"What was made of an image is not finite in {self.storage}: give another --storage, or let the encoder "
-                    "compute in float32 (`dtype` in the recipe); some autoencoders overflow in float16."
-                )
+            _check_finite("an image", made.to(getattr(torch, self.storage)), self.storage)
             for index, values in zip(batch, made, strict=True):
                 encoded[index] = Encoded(pack(values, self.storage), tuple(values.shape))
         return encoded

@@ -22,7 +22,7 @@ from prx_composer.algorithms.base import Trick
 from prx_composer.common.errors import UserError, problems_of, redacted
 from prx_composer.common.installation import adding
 from prx_composer.loggers.tracking_servers import wandb_mode
-from prx_composer.recipe.arguments import entries
+from prx_composer.recipe.arguments import data_sets, entries
 from prx_composer.recipe.config import Recipe
 from prx_composer.runs.folder import CHECKPOINTS, holds_run
 from prx_composer.schedule.moments import SECONDS
@@ -41,8 +41,24 @@ def check_surroundings(parts: Components) -> Iterator[Result]:
     """
     yield from check_weights(parts)
     yield from check_data(parts)
+    yield from _check_held_out(parts)
     yield from check_storage(parts)
     yield from check_loggers(parts)
+
+
+@collected
+def _check_held_out(parts: Components) -> Iterator[Result]:
+    """Say if evaluation reads what is trained on."""
+    loaders = {key: getattr(parts.recipe, key) for key in ("train_loader", "eval_loader")}
+    if any(not spec or spec.get("name") != "image_caption" or parts.is_wrong(key) for key, spec in loaders.items()):
+        return
+    trained, measured = (
+        [(part.get("remote") or part["path"], part.get("split", "train")) for part in data_sets(spec).values()]
+        for spec in loaders.values()
+    )
+    if same := [f"{path}, split {split}" for path, split in measured if (path, split) in trained]:
+        said = f"measures what is trained on: {', '.join(same)}. Set eval_loader.split to another, such as heldout"
+        yield warned("eval_loader", said)
 
 
 @collected
