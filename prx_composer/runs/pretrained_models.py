@@ -5,6 +5,7 @@ import logging
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ def _remedy(located: Located) -> str:
 def _words_of(located: Located, spec: Mapping[str, Any]) -> list[str]:
     """Return what gives another run the words of a run of this `model`, or of its export."""
     if located.checkpoint is None:
-        return [f"{path}.tokenizer={located.path / 'tokenizer'}" for path in list(text_encoders(spec))[:1]]
+        folders = (f"tokenizer_{number}" if number > 1 else "tokenizer" for number in count(1))  # as `prx export` numbers them
+        return [f"{path}.tokenizer={located.path / folder}" for path, folder in zip(text_encoders(spec), folders, strict=False)]
     return [f"{path}.tokenizer={tokenizer_folder(located.run_folder, path)}" for path in text_encoders(spec)]
 
 

@@ -157,6 +157,10 @@ def test_what_an_export_s_weights_mean_otherwise_is_said_too(
         build_trainer(config.load([path, "run_name=second", f"model.init_from={out}", *changes])).close()
         warned = [record.getMessage() for record in caplog.records if "model.init_from" in record.getMessage()]
         assert len(warned) == 1 + (said is not None) and (said is None or said in warned[1]), warned
+    advice = shlex.split(warned[1].partition("keep its own, add  ")[2])  # of the other words
+    caplog.clear()
+    build_trainer(config.load([path, "run_name=third", f"model.init_from={out}", "seed=9", *advice])).close()
+    assert "other words" not in caplog.text
 
 
 def test_a_run_with_resolution_aware_is_begun_from_as_the_refusal_says(tiny_recipe: Recipe, write_recipe: Write) -> None:

@@ -470,5 +470,6 @@ def test_an_evaluation_of_what_is_trained_on_is_said(load: Load) -> None:
         return [result.text for result in results if "what is trained on" in result.text]
 
     (told,) = said()
+    assert said(path=f"{load()[0].train_loader['path']}/") == [told], "the same folder, written otherwise"
     assert told.startswith("eval_loader: measures what is trained on: ") and "split train. Set eval_loader.split" in told
     assert not said(split="heldout") and not said(path="elsewhere")

@@ -53,7 +53,7 @@ def _check_held_out(parts: Components) -> Iterator[Result]:
     if any(not spec or spec.get("name") != "image_caption" or parts.is_wrong(key) for key, spec in loaders.items()):
         return
     trained, measured = (
-        [(part.get("remote") or part["path"], part.get("split", "train")) for part in data_sets(spec).values()]
+        [(part.get("remote") or str(Path(part["path"])), part.get("split", "train")) for part in data_sets(spec).values()]
         for spec in loaders.values()
     )
     if same := [f"{path}, split {split}" for path, split in measured if (path, split) in trained]:
